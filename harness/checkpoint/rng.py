@@ -1,0 +1,32 @@
+"""The random generators of one rank, as plain values that load without executing pickled code."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness import distributed
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of Python's, numpy's and torch's generators."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+    }
+    if distributed.device().type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restores what `rng_state` gave."""
+    random.setstate(state["python"])
+    name, keys, *others = state["numpy"]
+    np.random.set_state((name, keys.numpy(), *others))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and distributed.device().type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"])

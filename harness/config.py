@@ -1,0 +1,321 @@
+"""The typed configuration: a TOML file and overrides, checked before any work.
+
+Nothing here imports torch, so that a mistake in the config is reported within a second.
+"""
+
+import importlib.util
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from harness.errors import ConfigError, did_you_mean
+
+
+class Section(BaseModel):
+    """A table of the TOML file: unknown keys are errors, docstrings are the `--help`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    """[run] what the run is called, how long it goes on, and what it starts from."""
+
+    name: str = Field(default="", pattern=r"^[\w.-]*$")
+    """Name of the run; its directory is DIR/NAME. Default: the config file's name."""
+    dir: Path = Path("runs")
+    """Where run directories are made."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the models' initial weights, of the data order, and (with the rank) of dropout."""
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps of the whole run, those before a resume included."""
+    resume: str = "latest"
+    """"latest": go on from the run's newest checkpoint, if any; "none": start over; or a
+    checkpoint's path."""
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """Seconds after which a collective that some rank does not join ends the run."""
+
+
+class TaskConfig(Section):
+    """[task] the user's code."""
+
+    path: str
+    """A Python file, or an importable module, with one function `build(config) -> Task`."""
+    args: dict[str, Any] = {}
+    """The task's own arguments; `build` finds them as `config.task.args`."""
+
+    @field_validator("path")
+    @classmethod
+    def _exists(cls, path: str) -> str:
+        if path.endswith(".py"):
+            if not Path(path).is_file():
+                raise ValueError(f"no such file: {Path(path).absolute()}")
+        elif "/" in path or not _importable(path):
+            raise ValueError("neither a .py file nor an importable module")
+        return path
+
+
+class NamedConfig(BaseModel):
+    """A thing chosen by name, with arguments of its own that are passed on as they are."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The keys beside the declared ones."""
+        return dict(self.model_extra or {})
+
+
+class OptimizerConfig(NamedConfig):
+    """[engines.NAME.optimizer] an optimizer; further keys are its own arguments."""
+
+    name: str = "adamw"
+    """A registered optimizer ("adamw"), or an import path, like "torch.optim:SGD"."""
+    lr: float = Field(default=1e-3, ge=0)
+    """Learning rate: the schedule's peak."""
+
+
+class SchedulerConfig(NamedConfig):
+    """[engines.NAME.scheduler] a learning-rate schedule; further keys are its own arguments."""
+
+    name: str
+    """A registered schedule: "constant", "linear" or "cosine"."""
+
+
+class EngineConfig(Section):
+    """[engines.NAME] one model under DeepSpeed."""
+
+    ds_config: Path
+    """DeepSpeed's own JSON: ZeRO, precision, gradient accumulation, gradient clipping."""
+    ds_overrides: dict[str, Any] = {}
+    """Keys that replace those of `ds_config`, table by table."""
+    role: Literal["train", "teacher"] = "train"
+    """"train", or "teacher": frozen, in eval mode, and never stepped."""
+    optimizer: OptimizerConfig | None = None
+    """Optimizer of a trained engine."""
+    scheduler: SchedulerConfig | None = None
+    """Learning-rate schedule; constant by default."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "EngineConfig":
+        ds = self.deepspeed()
+        for key, instead in _OURS.items():
+            if key in ds:
+                raise ValueError(f"{self.ds_config}: {key!r} is set by harness: {instead}")
+        stage = ds.get("zero_optimization", {}).get("stage", 0)
+        if self.role == "train" and self.optimizer is None:
+            raise ValueError("a trained engine needs an optimizer, for example {name = 'adamw'}")
+        if self.role == "teacher" and (self.optimizer or self.scheduler):
+            raise ValueError("a teacher is never stepped: it takes no optimizer and no scheduler")
+        if self.role == "teacher" and stage in (1, 2):
+            raise ValueError(
+                f"a teacher cannot use ZeRO stage {stage}, which shards what an optimizer holds; "
+                "use stage 0, or 3 to shard the weights"
+            )
+        return self
+
+    @property
+    def gradient_accumulation(self) -> int:
+        """Micro-batches of one optimizer step."""
+        return self.deepspeed().get("gradient_accumulation_steps", 1)
+
+    def deepspeed(self) -> dict[str, Any]:
+        """`ds_config` with `ds_overrides` merged in. Raises ValueError if it cannot be read."""
+        try:
+            base = json.loads(self.ds_config.read_text())
+        except OSError as error:
+            raise ValueError(f"ds_config {self.ds_config}: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"ds_config {self.ds_config} is not JSON: {error}") from None
+        if not isinstance(base, dict):
+            raise ValueError(f"ds_config {self.ds_config}: expected a JSON object")
+        return merge(base, self.ds_overrides)
+
+
+_OURS = {
+    "optimizer": "use engines.NAME.optimizer",
+    "scheduler": "use engines.NAME.scheduler",
+    "train_batch_size": "it follows from data.micro_batch_size and gradient_accumulation_steps",
+    "train_micro_batch_size_per_gpu": "use data.micro_batch_size",
+}
+
+
+class DataConfig(Section):
+    """[data] from a dataset to the micro-batches of a rank. Not used for a task's own loaders."""
+
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Samples in a micro-batch of one rank (at most so many with the "batched" sampler)."""
+    sampler: Literal["random", "ordered", "pool", "batched"] = "random"
+    """Order of the training samples; "batched" packs samples of like length, and needs
+    `train_data.lengths`."""
+    max_tokens: int = Field(default=0, ge=0)
+    """"batched" only: longest sample x samples of a micro-batch, at most; 0 is no limit."""
+    buckets: int = Field(default=8, ge=1)
+    """"batched" only: groups of like length that samples are shuffled within."""
+    workers: int = Field(default=0, ge=0)
+    """Processes of each rank that load samples; 0 loads them in the rank itself."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "DataConfig":
+        if self.max_tokens and self.sampler != "batched":
+            raise ValueError(f"max_tokens needs sampler = 'batched', found {self.sampler!r}")
+        return self
+
+
+class TrainerConfig(Section):
+    """[trainer] what happens between the steps."""
+
+    save_every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0: only at the end and on command."""
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0: only at the end and on command."""
+    export_every: int = Field(default=0, ge=0)
+    """Steps between exports of plain weights; 0: only at the end and on command."""
+    save_on_quit: bool = True
+    """Save when the run ends, or is told to quit."""
+    export_on_quit: bool = True
+    """Export when the run ends, or is told to quit."""
+
+
+class ControlConfig(Section):
+    """[control] live commands."""
+
+    stdin: bool = True
+    """Read commands from rank 0's standard input."""
+
+
+class MetricsConfig(Section):
+    """[metrics] what is shown, and where numbers go besides metrics.jsonl."""
+
+    progress: bool = True
+    """Show a progress bar on rank 0."""
+    tensorboard: bool = False
+    """Write TensorBoard events below the run directory (extra: tensorboard)."""
+
+    @field_validator("tensorboard")
+    @classmethod
+    def _installed(cls, wanted: bool) -> bool:
+        if wanted and not _importable("tensorboard"):
+            raise ValueError("not installed: pip install 'harness[tensorboard]'")
+        return wanted
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    run: RunConfig = RunConfig()
+    """The run."""
+    task: TaskConfig
+    """The task."""
+    engines: dict[str, EngineConfig] = Field(min_length=1)
+    """The engines, by name."""
+    data: DataConfig = DataConfig()
+    """The data."""
+    trainer: TrainerConfig = TrainerConfig()
+    """The loop."""
+    control: ControlConfig = ControlConfig()
+    """The commands."""
+    metrics: MetricsConfig = MetricsConfig()
+    """The metrics."""
+
+    @field_validator("engines")
+    @classmethod
+    def _names(cls, engines: dict[str, EngineConfig]) -> dict[str, EngineConfig]:
+        for name in engines:
+            if not name.isidentifier():
+                raise ValueError(f"an engine's name is a plain word, found {name!r}")
+        if all(engine.role == "teacher" for engine in engines.values()):
+            raise ValueError("no engine has role = 'train': there is nothing to train")
+        return engines
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory."""
+        return self.run.dir / self.run.name
+
+
+def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Reads and checks a TOML file with `overrides` (nested, like the file) merged over it.
+
+    Raises ConfigError with one line for every mistake.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"config {path} is not valid TOML: {error}") from None
+    table = merge(table, overrides or {})
+    if isinstance(run := table.setdefault("run", {}), dict) and not run.get("name"):
+        run["name"] = path.stem
+    try:
+        return Config.model_validate(table)
+    except ValidationError as error:
+        lines = (_explain(dict(mistake), overrides or {}) for mistake in error.errors())
+        raise ConfigError(f"config {path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` in place of its own, table by table."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _explain(mistake: dict[str, Any], overrides: Mapping[str, Any]) -> str:
+    """One line for one mistake: the key, where it stands, what was found, what is allowed."""
+    *parents, last = mistake["loc"] or ("",)
+    key = ".".join(map(str, mistake["loc"]))
+    where: Any = overrides
+    for part in mistake["loc"]:
+        where = where.get(part) if isinstance(where, Mapping) else None
+    origin = " (command line)" if where is not None and mistake["loc"] else ""
+    match mistake["type"]:
+        case "extra_forbidden":
+            known = list(_section_at(parents).model_fields)
+            hint = did_you_mean(str(last), known)
+            return f"{key}{origin}: unknown key{hint}; known: {', '.join(known)}"
+        case "missing":
+            return f"{key}: missing; it has no default"
+        case "value_error":
+            return f"{key}{origin}: {mistake['ctx']['error']}"
+        case _:
+            found = mistake["input"]
+            reason = mistake["msg"][0].lower() + mistake["msg"][1:]
+            return f"{key}{origin}: found {found!r} ({type(found).__name__}): {reason}"
+
+
+def _section_at(path: Sequence[Any]) -> type[BaseModel]:
+    section: type[BaseModel] = Config
+    for part in path:
+        if part in section.model_fields:
+            section = section_of(section.model_fields[part].annotation) or section
+    return section
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds: directly, optionally, or as a table's values."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(section_of, get_args(annotation))), None)

@@ -1,0 +1,194 @@
+"""Who this process is among the ranks, and how the ranks agree.
+
+Two process groups are used: DeepSpeed's own for tensors (NCCL on GPUs, gloo on CPUs), and a gloo
+group beside it for everything that harness itself says, so that control never queues behind
+gradients.
+"""
+
+import functools
+import importlib
+import os
+import random
+import socket
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from harness.errors import HarnessError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_control: dist.ProcessGroup | None = None
+
+
+def global_rank() -> int:
+    """This process's rank in the world; 0 without a launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """This process's rank on its node; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size() -> int:
+    """Number of ranks on this node (torchrun and `deepspeed` name it differently)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def is_global_leader() -> bool:
+    """True on rank 0 of the world."""
+    return global_rank() == 0
+
+
+def is_local_leader() -> bool:
+    """True on the first rank of each node."""
+    return local_rank() == 0
+
+
+def global_leader_only(function: Callable[P, T]) -> Callable[P, T | None]:
+    """Runs the function on rank 0 of the world alone; elsewhere it returns None."""
+    return _only_if(is_global_leader, function)
+
+
+def local_leader_only(function: Callable[P, T]) -> Callable[P, T | None]:
+    """Runs the function on the first rank of each node alone; elsewhere it returns None."""
+    return _only_if(is_local_leader, function)
+
+
+def _only_if(is_leader: Callable[[], bool], function: Callable[P, T]) -> Callable[P, T | None]:
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        return function(*args, **kwargs) if is_leader() else None
+
+    return wrapper
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU, or the CPU if there is none or DS_ACCELERATOR=cpu."""
+    if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+def init(timeout_s: float = 1800.0) -> None:
+    """Joins the world: DeepSpeed's process group, and the control group beside it.
+
+    Without a launcher this is a world of one process. `timeout_s` bounds every collective, those
+    of ZeRO included. Blocks until all ranks have joined.
+    """
+    global _control
+    timeout = timedelta(seconds=timeout_s)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
+    _deepspeed_with(timeout).init_distributed(timeout=timeout, verbose=False)
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    _control = group
+
+
+def _deepspeed_with(timeout: timedelta) -> Any:
+    """DeepSpeed, imported and mended where its defaults would hang a run.
+
+    Its shared-memory op serves only inference, but is compiled on the first start of every CPU run
+    (a minute; for ever after a killed compilation). Its ZeRO groups ignore the timeout and wait 30
+    minutes.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device().type)
+    deepspeed = importlib.import_module("deepspeed")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = importlib.import_module("deepspeed.comm.torch").TorchBackend
+    backend.new_group = lambda self, ranks: dist.new_group(list(ranks), timeout=timeout)
+    return deepspeed
+
+
+def shutdown() -> None:
+    """Leaves the world."""
+    global _control
+    _control = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def control_group() -> dist.ProcessGroup:
+    """The gloo group of all ranks for harness's own small messages. `init` must have run."""
+    assert _control is not None, "harness.distributed.init() has not run"
+    return _control
+
+
+def agree(vector: Sequence[int]) -> list[int]:
+    """The largest value that any rank gave, place by place. Blocks until every rank has called."""
+    flags = torch.tensor(vector, dtype=torch.int64)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=control_group())
+    return flags.tolist()
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    agree([0])
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value (any picklable object), on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=control_group())
+    return box[0]
+
+
+def all_gather(value: T) -> list[T]:
+    """Every rank's value (any picklable object), by rank."""
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=control_group())
+    return values
+
+
+@contextmanager
+def in_unison(doing: str) -> Iterator[None]:
+    """Makes a failure on some ranks a failure on all, so that none is left waiting.
+
+    The body must hold no collective. If it raised anywhere, every rank raises the error of the
+    first rank that failed: a HarnessError as it was, anything else with that rank's traceback.
+    """
+    failure: HarnessError | None = None
+    try:
+        yield
+    except HarnessError as error:
+        failure = error
+    except Exception:
+        failure = HarnessError(f"{doing}:\n{traceback.format_exc()}")
+    failures = all_gather(failure)
+    for rank, found in enumerate(failures):
+        if found is not None:
+            everywhere = all(failures)
+            raise found if everywhere else type(found)(f"rank {rank}: {found}")
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, numpy and torch (every device) of this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,161 @@
+"""The named set of engines, stepped, saved, exported and resumed as one."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.config import Config
+from harness.engine import Engine
+from harness.errors import ConfigError, TaskError
+from harness.task import Stats, Task
+
+
+class Engines(Mapping[str, Engine]):
+    """Engines by name, in the config's order.
+
+    A step of the run is as many micro-batches as it takes for every trained engine to end an
+    optimizer step together: the least common multiple of their gradient accumulations.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], task: Task):
+        self._engines = dict(engines)
+        self._task = task
+        self.trained = [engine for engine in engines.values() if engine.role == "train"]
+        self.gradient_accumulation = math.lcm(*(e.gradient_accumulation for e in self.trained))
+        self.global_step = 0
+
+    def __getitem__(self, name: str) -> Engine:
+        return self._engines[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._engines)
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def step(self, batch: Any) -> dict[str, torch.Tensor | float]:
+        """Feeds one micro-batch to every trained engine in turn. Returns their losses and stats.
+
+        The optimizer of an engine steps when its gradient accumulation is full.
+        """
+        report: dict[str, torch.Tensor | float] = {}
+        for engine in self.trained:
+            loss, stats = self._task.feeder(engine, batch)
+            engine.backward(loss)
+            engine.step()
+            report |= self.label(engine, {"loss": loss.detach(), **stats})
+        return report
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any) -> dict[str, torch.Tensor | float]:
+        """The losses and stats of every trained engine on one held-out micro-batch."""
+        report: dict[str, torch.Tensor | float] = {}
+        for engine in self.trained:
+            if self._task.evaluate is not None:
+                stats = self._task.evaluate(engine, batch)
+            else:
+                loss, others = self._task.feeder(engine, batch)
+                stats = {"loss": loss, **others}
+            report |= self.label(engine, stats)
+        return report
+
+    def train(self) -> None:
+        """Training mode for every trained engine."""
+        for engine in self.values():
+            engine.train()
+
+    def eval(self) -> None:
+        """Evaluation mode for every engine."""
+        for engine in self.values():
+            engine.eval()
+
+    def set_lr(self, lr: float) -> None:
+        """Holds the learning rate of every trained engine at `lr`."""
+        for engine in self.trained:
+            engine.set_lr(lr)
+
+    def get_lr(self) -> dict[str, float]:
+        """The learning rate of the next step, by trained engine."""
+        return {engine.name: engine.get_lr() for engine in self.trained}
+
+    def grad_norm(self) -> dict[str, torch.Tensor | float]:
+        """The gradient norm of the last step, before clipping, by trained engine."""
+        return {engine.name: engine.last_grad_norm for engine in self.trained}
+
+    def rates(self) -> dict[str, torch.Tensor | float]:
+        """Learning rate and loss scale that the last step was taken with, named for the log."""
+        report: dict[str, torch.Tensor | float] = {}
+        for engine in self.trained:
+            report |= self.label(engine, {"lr": engine.last_lr, "loss_scale": engine.loss_scale})
+        return report
+
+    def norms(self) -> dict[str, torch.Tensor | float]:
+        """The last step's gradient norms, named for the log."""
+        report: dict[str, torch.Tensor | float] = {}
+        for engine in self.trained:
+            report |= self.label(engine, {"grad_norm": engine.last_grad_norm})
+        return report
+
+    def count(self, samples: int, tokens: int) -> None:
+        """Adds one step's samples and tokens of the whole world to the counters."""
+        for engine in self.trained:
+            engine.counters.samples += samples
+            engine.counters.tokens += tokens
+
+    def label(self, engine: Engine, stats: Stats) -> dict[str, torch.Tensor | float]:
+        """The stats under the names of the log: prefixed `NAME/` if there are several engines."""
+        prefix = f"{engine.name}/" if len(self) > 1 else ""
+        return {f"{prefix}{key}": value for key, value in stats.items()}
+
+    def gather_attribute(self, name: str) -> dict[str, dict[str, Any]]:
+        """`Engine.gather_attribute` of every engine."""
+        return {engine.name: engine.gather_attribute(name) for engine in self.values()}
+
+    def dispatch_attribute(self, name: str, value: Any) -> int:
+        """`Engine.dispatch_attribute` on every engine; the number of submodules that were set."""
+        return sum(engine.dispatch_attribute(name, value) for engine in self.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run's step, and each engine's own state beside DeepSpeed's."""
+        engines = {engine.name: engine.state_dict() for engine in self.values()}
+        return {"global_step": self.global_step, "engines": engines}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        self.global_step = state["global_step"]
+        for name, engine in self.items():
+            engine.load_state_dict(state["engines"][name])
+
+
+def build_engines(task: Task, config: Config) -> Engines:
+    """An engine for every model of the task. Collective.
+
+    Raises TaskError if the task's models are not those of the config.
+    """
+    if set(task.models) != set(config.engines):
+        raise TaskError(
+            f"task {config.task.path} has the models {sorted(task.models)}, and the config the "
+            f"engines {sorted(config.engines)}"
+        )
+    trained = [engine for engine in config.engines.values() if engine.role == "train"]
+    micro_batches = math.lcm(*(engine.gradient_accumulation for engine in trained))
+    engines = {}
+    for name, settings in config.engines.items():
+        model = task.models[name]
+        if not isinstance(model, nn.Module):
+            raise TaskError(f"task {config.task.path}: model {name!r} is no nn.Module: {model!r}")
+        steps = config.run.steps * micro_batches // settings.gradient_accumulation
+        try:
+            engines[name] = Engine(
+                name,
+                model,
+                settings,
+                micro_batch_size=config.data.micro_batch_size,
+                total_steps=steps,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"engines.{name}: {error}") from error
+    return Engines(engines, task)

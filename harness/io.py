@@ -1,0 +1,147 @@
+"""Files: state dicts as `.pt` and `.sft`, JSON and TOML; everything is written by atomic rename."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+SAFETENSORS = {".sft", ".safetensors"}
+PICKLES = {".pt", ".pth"}
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write` with a temporary path beside `path`, syncs the file, and renames it to `path`.
+
+    A reader sees the old file or the new one, whole. On an error the old file stays.
+    """
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(staged)
+        with staged.open("rb") as file:
+            os.fsync(file.fileno())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def save(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Writes a flat state dict, in the format that the suffix names: .pt, .pth, .sft, .safetensors.
+
+    Tensors that are the same memory (tied weights) are stored once in `.sft`; its metadata then
+    maps each further name to the stored one. Raises ValueError for any other suffix.
+    """
+    match _format(path):
+        case "sft":
+            kept, aliases = _untie(state)
+            metadata = {"format": "pt", **aliases}
+            write_atomically(path, lambda staged: save_file(kept, staged, metadata))
+        case _:
+            write_atomically(path, lambda staged: torch.save(dict(state), staged))
+
+
+def load(path: Path, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    """The state dict that `save` wrote, tied tensors tied again. Executes no pickled code."""
+    if _format(path) == "pt":
+        return torch.load(path, map_location=device, weights_only=True)
+    state = load_file(path, device=str(device))
+    for alias, kept in sft_metadata(path).items():
+        if kept in state:
+            state[alias] = state[kept]
+    return state
+
+
+def sft_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)).get("__metadata__", {})
+
+
+def _format(path: Path) -> str:
+    if path.suffix in SAFETENSORS:
+        return "sft"
+    if path.suffix in PICKLES:
+        return "pt"
+    raise ValueError(f"{path}: expected one of {', '.join(sorted(SAFETENSORS | PICKLES))}")
+
+
+def _untie(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Contiguous tensors that share no memory, and `{further name: stored name}` for tied ones."""
+    kept: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    names: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.detach()
+        storage = tensor.untyped_storage().data_ptr()
+        view = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and view in names:
+            aliases[name] = names[view]
+            continue
+        names[view] = name
+        tensor = tensor.contiguous()
+        # A view of somebody else's storage would drag it along, and safetensors refuses to share.
+        kept[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return kept, aliases
+
+
+def json_read(path: Path) -> Any:
+    """The value in a JSON file. Raises ValueError that names the file if it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def json_write(value: Any, path: Path) -> None:
+    """Writes a value as indented JSON."""
+    write_atomically(path, lambda staged: staged.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def json_line(record: Mapping[str, Any], digits: int = 9) -> str:
+    """One compact JSON object on one line, floats cut to `digits` significant digits.
+
+    JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf".
+    """
+    return json.dumps({key: truncate(value, digits) for key, value in record.items()})
+
+
+def truncate(value: Any, digits: int = 9) -> Any:
+    """A float with `digits` significant digits (or its name, if it is not finite); others as is."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)
+
+
+def toml_write(tables: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Writes tables of plain values (None is left out), deeper tables inline."""
+    text = "\n".join(
+        f"[{name}]\n"
+        + "".join(f"{_key(k)} = {_toml(v)}\n" for k, v in table.items() if v is not None)
+        for name, table in tables.items()
+    )
+    write_atomically(path, lambda staged: staged.write_text(text))
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case Mapping():
+            pairs = (f"{_key(k)} = {_toml(v)}" for k, v in value.items() if v is not None)
+            return "{" + ", ".join(pairs) + "}"
+        case list() | tuple():
+            return "[" + ", ".join(map(_toml, value)) + "]"
+        case float():
+            return repr(value)
+        case _:
+            return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _key(name: str) -> str:
+    bare = name.replace("_", "").replace("-", "")
+    return name if bare.isascii() and bare.isalnum() else json.dumps(name)

@@ -1,0 +1,1 @@
+"""What a run measures, where the numbers go, and what is shown."""

@@ -1,0 +1,116 @@
+"""Each step's numbers, averaged over the ranks behind the work of the next steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from harness import distributed
+from harness.task import Stats
+
+
+@dataclass
+class StepNumbers:
+    """One step: what the world averaged and summed, and what rank 0 alone knew."""
+
+    local: dict[str, Any]
+    """Numbers that are the same on all ranks, as they were pushed."""
+    means: dict[str, float]
+    """Averages over all micro-batches of all ranks that reported the number."""
+    samples: int
+    """Samples of the step, over all ranks."""
+    tokens: int
+    """Tokens of the step, over all ranks."""
+
+
+@dataclass
+class _Pending:
+    local: dict[str, Any]
+    names: list[str]
+    vector: torch.Tensor
+    copied: torch.cuda.Event | None
+    work: dist.Work | None = None
+
+
+class StepMeter:
+    """A pipeline of two places: copied off the device, then reduced over the ranks.
+
+    A step's numbers come out two pushes later, so that neither the device nor another rank is
+    waited for. Every rank must push, and drain, at the same steps.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []  # in the same order on every rank
+        self._unheard: dict[str, None] = {}  # names that other ranks may not know
+        self._copying: _Pending | None = None
+        self._reducing: _Pending | None = None
+
+    def push(
+        self, local: dict[str, Any], reports: Sequence[Stats], samples: int, tokens: int
+    ) -> list[StepNumbers]:
+        """Takes in a step (`reports`: one for each micro-batch), and gives out those that are done.
+
+        A number that appears for the first time in the middle of the run is reported from some
+        steps later on, once all ranks have heard of its name.
+        """
+        self._unheard |= {n: None for report in reports for n in report if n not in self._names}
+        if not self._names:
+            self._learn_names()
+        done = self._shift()
+        self._copying = self._pack(local, reports, samples, tokens)
+        return done
+
+    def drain(self) -> list[StepNumbers]:
+        """Gives out all steps that were pushed. Blocks."""
+        return self._shift() + self._shift()
+
+    def _shift(self) -> list[StepNumbers]:
+        done = [] if self._reducing is None else [self._finish(self._reducing)]
+        self._reducing, self._copying = self._copying, None
+        if pending := self._reducing:
+            if pending.copied is not None:
+                pending.copied.synchronize()
+            group = distributed.control_group()
+            pending.work = dist.all_reduce(pending.vector, group=group, async_op=True)
+        return done
+
+    def _pack(
+        self, local: dict[str, Any], reports: Sequence[Stats], samples: int, tokens: int
+    ) -> _Pending:
+        """Layout of the vector: sums by name, counts by name, samples, tokens, unknown names."""
+        device = distributed.device()
+        found = [[r[name] for r in reports if name in r] for name in self._names]
+        sums = [torch.stack([_scalar(0.0), *map(_scalar, values)]).sum() for values in found]
+        counts = [*map(len, found), samples, tokens, len(self._unheard)]
+        tail = torch.tensor(counts, dtype=torch.float64, device=device)
+        vector = torch.cat([torch.stack(sums), tail]).to("cpu", non_blocking=True)
+        copied = None
+        if device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        return _Pending(local, self._names, vector, copied)
+
+    def _finish(self, pending: _Pending) -> StepNumbers:
+        assert pending.work is not None
+        pending.work.wait()
+        size = len(pending.names)
+        numbers = pending.vector.tolist()
+        pairs = zip(pending.names, numbers[:size], numbers[size : 2 * size], strict=True)
+        means = {name: total / count for name, total, count in pairs if count}
+        samples, tokens, unheard = map(int, numbers[2 * size :])
+        if unheard:
+            self._learn_names()
+        return StepNumbers(pending.local, means, samples, tokens)
+
+    def _learn_names(self) -> None:
+        told = [name for names in distributed.all_gather(list(self._unheard)) for name in names]
+        self._names = list(dict.fromkeys([*self._names, *told]))
+        self._unheard.clear()
+
+
+def _scalar(value: torch.Tensor | float) -> torch.Tensor:
+    """A float64 number on this rank's device; a tensor of several elements gives its mean."""
+    on_device = torch.as_tensor(value, device=distributed.device()).detach()
+    return on_device.to(torch.float64).mean()

@@ -1,0 +1,79 @@
+"""What rank 0 shows: a progress bar that log lines do not break, or lines where there is no TTY."""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from harness import distributed
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """A tqdm bar over the run's steps; on a plain output, a log line every ten seconds."""
+
+    def __init__(self, step: int, steps: int, shown: bool):
+        self._steps = steps
+        self._next_line = time.monotonic()
+        on_terminal = shown and sys.stderr.isatty()
+        self._lines = shown and not on_terminal
+        self._bar = tqdm(
+            total=steps, initial=step, disable=not on_terminal, unit="step", dynamic_ncols=True
+        )
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Shows a step's record."""
+        numbers = {
+            name: f"{value:.4g}"
+            for name, value in record.items()
+            if name.rpartition("/")[2] in ("loss", "lr", "tokens_per_s")
+        }
+        self._bar.set_postfix(numbers, refresh=False)
+        self._bar.update(record["step"] - self._bar.n)
+        if self._lines and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+            shown = "  ".join(f"{name} {number}" for name, number in numbers.items())
+            log.info("step %d/%d  %s", record["step"], self._steps, shown)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.close()
+
+
+class _BarHandler(logging.Handler):
+    """Writes log lines above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def set_up_logging() -> None:
+    """Shows harness's log on the terminal: rank 0 from INFO on, other ranks from WARNING on."""
+    logger = logging.getLogger("harness")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [_BarHandler()]
+    for handler in logger.handlers:
+        _set_up(handler)
+
+
+def log_to(path: Path) -> logging.Handler:
+    """Appends the log to a file that all ranks share, line by line. Returns the handler."""
+    handler = logging.FileHandler(path)
+    _set_up(handler)
+    logging.getLogger("harness").addHandler(handler)
+    return handler
+
+
+def _set_up(handler: logging.Handler) -> None:
+    rank = distributed.global_rank()
+    style = f"%(asctime)s rank {rank} %(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(style, "%Y-%m-%d %H:%M:%S"))
+    handler.setLevel(logging.WARNING if rank else logging.INFO)

@@ -1,0 +1,65 @@
+"""Where the numbers go: metrics.jsonl, and other sinks if asked for."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from harness.io import json_line, write_atomically
+
+
+class Sink(Protocol):
+    """A place for records. Only rank 0 has sinks."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Takes one record, with its `step`."""
+        ...
+
+    def close(self) -> None:
+        """Writes out what is held back."""
+        ...
+
+
+class JsonlSink:
+    """metrics.jsonl: one object a line.
+
+    A run that resumes at `step` first drops the records of later steps (they will be made again)
+    and a line that a crash cut off.
+    """
+
+    def __init__(self, path: Path, step: int):
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = "".join(line for line in lines if _step_of(line) <= step)
+            write_atomically(path, lambda staged: staged.write_text(kept))
+        self._file = path.open("a", buffering=1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json_line(record) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class TensorBoardSink:
+    """TensorBoard events: every number of a record against its step. Needs `tensorboard`."""
+
+    def __init__(self, directory: Path, step: int):
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory), purge_step=step + 1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()

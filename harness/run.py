@@ -1,0 +1,117 @@
+"""A run from its config to its end: the task, the engines, the run directory, the loop."""
+
+import logging
+from collections.abc import Mapping
+
+from harness import distributed
+from harness.checkpoint import resume
+from harness.config import Config
+from harness.control.bus import Bus
+from harness.control.fronts import StdinFront
+from harness.data import train_batches
+from harness.engines import Engines, build_engines
+from harness.errors import ConfigError, TaskError
+from harness.io import toml_write
+from harness.metrics.progress import Progress, log_to, set_up_logging
+from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
+from harness.task import load_task
+from harness.train import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> None:
+    """Trains what the config describes. Every rank calls it; it ends on all of them together.
+
+    Raises HarnessError, on all ranks, for what the user can mend; until the models, the data and
+    the checkpoint have proved good, nothing is written.
+    """
+    set_up_logging()
+    distributed.init(config.run.timeout_s)
+    try:
+        _run(config)
+    finally:
+        distributed.shutdown()
+
+
+def _run(config: Config) -> None:
+    rank, world_size = distributed.global_rank(), distributed.world_size()
+    with distributed.in_unison(f"task {config.task.path}"):
+        distributed.seed_everything(config.run.seed)  # the same initial weights on every rank
+        task = load_task(config)
+        batches = train_batches(
+            task.train_data, config.data, task.collate, config.run.seed, rank, world_size
+        )
+        if task.eval_data is not None and len(task.eval_data) == 0:
+            raise TaskError(f"task {config.task.path}: eval_data has no items")
+        if config.trainer.eval_every and task.eval_data is None:
+            raise ConfigError("trainer.eval_every is set, but the task has no eval_data")
+    lengths = distributed.all_gather(len(task.train_data))
+    if len(set(lengths)) > 1:
+        raise TaskError(f"train_data differs in length between the ranks: {lengths}")
+    engines = build_engines(task, config)
+    with distributed.in_unison("run.resume"):
+        checkpoint = resume.find(config.run.resume, config.run_dir / "checkpoints")
+    if checkpoint is not None:
+        resume.verify(checkpoint, engines)
+    with distributed.in_unison(f"run directory {config.run_dir}"):
+        if distributed.is_global_leader():
+            make_run_directory(config)
+    log_to(config.run_dir / "log.txt")
+    distributed.seed_everything(config.run.seed + rank)  # other dropout on every rank
+    if checkpoint is not None:
+        resume.resume(checkpoint, engines, batches)
+    _greet(config, engines)
+    bus = Bus()
+    is_reading = config.control.stdin and distributed.is_global_leader()
+    stdin = StdinFront(bus.submit) if is_reading else None
+    step = engines.global_step
+    sinks = _open_sinks(config, step) if distributed.is_global_leader() else []
+    progress = Progress(step, config.run.steps, config.metrics.progress and rank == 0)
+    try:
+        Trainer(config, task, engines, batches, bus, sinks, progress).run()
+    finally:
+        if stdin is not None:
+            stdin.close()
+        progress.close()
+        for sink in sinks:
+            sink.close()
+
+
+def make_run_directory(config: Config) -> None:
+    """Makes DIR/NAME and writes the resolved config into it, ready to be given to `--config`."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    plain = config.model_dump(mode="json")
+    tables: dict[str, Mapping] = {k: v for k, v in plain.items() if k != "engines"}
+    tables |= {f"engines.{name}": engine for name, engine in plain["engines"].items()}
+    toml_write(tables, config.run_dir / "config.toml")
+
+
+def _open_sinks(config: Config, step: int) -> list[Sink]:
+    sinks: list[Sink] = [JsonlSink(config.run_dir / "metrics.jsonl", step)]
+    if config.metrics.tensorboard:
+        sinks.append(TensorBoardSink(config.run_dir / "tensorboard", step))
+    return sinks
+
+
+def _greet(config: Config, engines: Engines) -> None:
+    for name, engine in engines.items():
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        log.info(
+            "engine %s: %s parameters, %s, ZeRO stage %d, %s",
+            name,
+            f"{parameters:,}",
+            engine.dtype,
+            engine.zero_stage,
+            engine.role,
+        )
+    log.info(
+        "%s: step %d of %d on %d ranks (%s)",
+        config.run_dir,
+        engines.global_step,
+        config.run.steps,
+        distributed.world_size(),
+        distributed.device().type,
+    )
+    if engines.global_step >= config.run.steps:
+        log.info("the run is complete; a larger run.steps lets it go on")

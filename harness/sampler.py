@@ -1,0 +1,291 @@
+"""Samplers that can stop at any draw and go on exactly there, on any number of ranks.
+
+A sampler is one endless stream of draws: epoch 0's order, then epoch 1's, and so on, each order a
+pure function of (seed, epoch). A draw is an index into a dataset, or a list of them. Rank r of W
+takes the places r, r + W, r + 2W, ... of the stream; one draw on every rank is a round. A round
+that an epoch cannot fill is completed with the first draws of the next epoch, which then goes on
+after them: all ranks draw equally often, and nothing is dropped or drawn twice.
+
+    sampler = RandomSampler(len(dataset), seed=1, rank=rank, world_size=world_size)
+    for batch in DataLoader(dataset, batch_size=8, sampler=sampler.stream(), num_workers=2):
+        train(batch)
+        sampler.advance(8)  # only now are they consumed; what workers fetched ahead is not
+"""
+
+import hashlib
+import math
+import zlib
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+import torch
+
+Draw = TypeVar("Draw")
+
+
+class Sampler(ABC, Generic[Draw]):
+    """One rank's share of an endless stream; a subclass says the order of each epoch.
+
+    `length` is the number of items in the dataset. Raises ValueError for arguments out of range.
+    """
+
+    def __init__(self, length: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        if length <= 0:
+            raise ValueError(f"length must be positive, not {length}")
+        if world_size <= 0:
+            raise ValueError(f"world_size must be positive, not {world_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0..{world_size - 1} (world_size - 1), not {rank}")
+        self.length = length
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self._epoch = 0
+        self._position = 0
+        self._orders: dict[int, Sequence[Draw]] = {}
+
+    @abstractmethod
+    def order(self, epoch: int) -> Sequence[Draw]:
+        """All draws of an epoch, over all ranks: a pure function of `seed` and `epoch`."""
+
+    def draws(self, epoch: int) -> int:
+        """How many draws an epoch has, over all ranks; override it if not `length`."""
+        return self.length
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next round begins in."""
+        return self._epoch
+
+    @property
+    def position(self) -> int:
+        """Draws of this epoch that all ranks together have consumed."""
+        return self._position
+
+    def stream(self) -> Iterator[Draw]:
+        """This rank's draws from the position at the call on, without end; moves nothing."""
+        return self._stream(self._epoch, self._position + self.rank)
+
+    def _stream(self, epoch: int, place: int) -> Iterator[Draw]:
+        while True:
+            order = self._cached_order(epoch)
+            while place < len(order):
+                yield order[place]
+                place += self.world_size
+            place -= len(order)
+            epoch += 1
+
+    def __iter__(self) -> Iterator[Draw]:
+        """This rank's draws of the rounds that are still to begin in this epoch; moves nothing."""
+        return islice(self.stream(), len(self))
+
+    def __len__(self) -> int:
+        """Rounds still to begin in this epoch: what `iter` yields, the same on every rank."""
+        return math.ceil((self.draws(self._epoch) - self._position) / self.world_size)
+
+    def advance(self, rounds: int = 1) -> None:
+        """Marks the next rounds as consumed, on all ranks; call it alike on each of them."""
+        if rounds < 0:
+            raise ValueError(f"rounds must not be negative, not {rounds}")
+        self._position += rounds * self.world_size
+        while self._position >= (draws := self.draws(self._epoch)):
+            self._position -= draws
+            self._orders.pop(self._epoch, None)
+            self._epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream, in plain values; the same on every rank, for any world size."""
+        place = {"seed": self.seed, "epoch": self._epoch, "position": self._position}
+        return self._identity() | place
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to the place that was saved, with the seed saved; take a new stream afterwards.
+
+        Raises ValueError if the state belongs to another class, dataset or set of options, since
+        the place would then be one in another order.
+        """
+        for key, expected in self._identity().items():
+            if (found := state.get(key)) != expected:
+                raise ValueError(
+                    f"{type(self).__name__} cannot load this state: "
+                    f"{key} is {found!r} in the state, but {expected!r} here"
+                )
+        self.seed = state["seed"]
+        self._epoch = state["epoch"]
+        self._position = state["position"]
+        self._orders.clear()
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree, besides the seed, for two samplers to have the same order."""
+        return {"sampler": type(self).__name__, "length": self.length}
+
+    def _cached_order(self, epoch: int) -> Sequence[Draw]:
+        """`order(epoch)`; of all the others only the current epoch's is kept, for `advance`."""
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if e == self._epoch}
+            self._orders[epoch] = self.order(epoch)
+        return self._orders[epoch]
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    # torch seeds its CPU generator with the low 32 bits only, so all of both go into a hash.
+    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def _permutation(length: int, seed: int, epoch: int) -> Sequence[int]:
+    # An array of int64 is about as small as the tensor, and gives plain ints, fast.
+    permutation = torch.randperm(length, generator=_generator(seed, epoch))
+    return array("q", permutation.numpy().tobytes())
+
+
+class OrderedSampler(Sampler[int]):
+    """0 to length - 1, in order, every epoch."""
+
+    def order(self, epoch: int) -> Sequence[int]:
+        return range(self.length)
+
+
+class RandomSampler(Sampler[int]):
+    """A fresh permutation of 0 to length - 1 every epoch; takes about 8 bytes an index."""
+
+    def order(self, epoch: int) -> Sequence[int]:
+        return _permutation(self.length, self.seed, epoch)
+
+
+class PoolSampler(Sampler[Any]):
+    """A bag that is drawn from without replacement and refilled when it is empty.
+
+    The bag is a sequence, or an int n for range(n). A draw is an index into it, or with `keep_all`
+    the item itself. Without `shuffle` the bag is drawn in its own order. It is shuffled once a
+    refill, so that a draw costs O(1).
+    """
+
+    def __init__(
+        self,
+        pool: Sequence[Any] | int,
+        keep_all: bool = False,
+        shuffle: bool = True,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.pool = range(pool) if isinstance(pool, int) else pool
+        self.keep_all = keep_all
+        self.shuffle = shuffle
+        super().__init__(len(self.pool), seed=seed, rank=rank, world_size=world_size)
+
+    def order(self, epoch: int) -> Sequence[Any]:
+        indices = range(self.length)
+        if self.shuffle:
+            indices = _permutation(self.length, self.seed, epoch)
+        return [self.pool[index] for index in indices] if self.keep_all else indices
+
+    def sample(self) -> Any:
+        """This rank's next draw, consumed at once; every rank is taken to sample alike."""
+        draw = next(self.stream())
+        self.advance()
+        return draw
+
+    def _identity(self) -> dict[str, Any]:
+        return super()._identity() | {"shuffle": self.shuffle}
+
+
+class BatchedOrderedSampler(Sampler[list[int]]):
+    """Batches of items of similar length, each within a budget; a draw is one batch's indices.
+
+    The items are sorted by length, ties by index, and cut into `buckets` parts of equal count. From
+    each part in turn a batch takes the next items while they break neither limit; at least one is
+    given. `max_batch_size` counts items. `max_tokens`, in the unit of `lengths`, bounds the longest
+    item times the batch's size if `padded`, else the sum of the lengths.
+
+    `shuffle` reshuffles the items within their buckets, and all batches, every epoch: more buckets
+    then mean less padding, and the number of batches may differ from epoch to epoch. `drop_last`
+    drops the last batch of a bucket if the bucket's shortest item would still have fitted in.
+
+    Raises ValueError for arguments out of range, for an item that alone exceeds `max_tokens`, and
+    if `drop_last` leaves no batch.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[float],
+        *,
+        max_tokens: float | None = None,
+        max_batch_size: int | None = None,
+        padded: bool = True,
+        buckets: int = 1,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(len(lengths), seed=seed, rank=rank, world_size=world_size)
+        if max_tokens is None and max_batch_size is None:
+            raise ValueError("give max_tokens, max_batch_size, or both")
+        if max_batch_size is not None and max_batch_size <= 0:
+            raise ValueError(f"max_batch_size must be positive, not {max_batch_size}")
+        if buckets <= 0:
+            raise ValueError(f"buckets must be positive, not {buckets}")
+        self.max_tokens = math.inf if max_tokens is None else max_tokens
+        self.max_batch_size = math.inf if max_batch_size is None else max_batch_size
+        self.padded = padded
+        self.buckets = buckets
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        sizes = torch.as_tensor(lengths, dtype=torch.float64)
+        self._lengths: list[float] = sizes.tolist()
+        for index, size in enumerate(self._lengths):
+            if not 0 <= size < math.inf:
+                raise ValueError(f"item {index} has the impossible length {size:g}")
+            if size > self.max_tokens:
+                raise ValueError(
+                    f"item {index} of length {size:g} alone exceeds max_tokens = {max_tokens}"
+                )
+        self._lengths_crc32 = zlib.crc32(sizes.numpy().tobytes())
+        self._buckets = sizes.sort(stable=True).indices.tensor_split(min(buckets, self.length))
+        if drop_last and not self.draws(0):
+            raise ValueError(f"drop_last leaves no batch of the {self.length} items")
+
+    def draws(self, epoch: int) -> int:
+        return len(self._cached_order(epoch))
+
+    def order(self, epoch: int) -> Sequence[list[int]]:
+        generator = _generator(self.seed, epoch)
+
+        def shuffled(indices: torch.Tensor) -> torch.Tensor:
+            if not self.shuffle:
+                return indices
+            return indices[torch.randperm(len(indices), generator=generator)]
+
+        batches = [b for bucket in self._buckets for b in self._pack(shuffled(bucket).tolist())]
+        return [batches[place] for place in shuffled(torch.arange(len(batches))).tolist()]
+
+    def _pack(self, bucket: list[int]) -> Iterator[list[int]]:
+        batch: list[int] = []
+        longest = total = 0.0
+
+        def takes(length: float) -> bool:
+            size = len(batch) + 1
+            tokens = size * max(longest, length) if self.padded else total + length
+            return size <= self.max_batch_size and tokens <= self.max_tokens
+
+        for index in bucket:
+            length = self._lengths[index]
+            if not takes(length):
+                yield batch
+                batch, longest, total = [], 0.0, 0.0
+            batch.append(index)
+            longest, total = max(longest, length), total + length
+        if not (self.drop_last and takes(min(self._lengths[index] for index in bucket))):
+            yield batch
+
+    def _identity(self) -> dict[str, Any]:
+        names = ("max_tokens", "max_batch_size", "padded", "buckets", "shuffle", "drop_last")
+        options = {name: getattr(self, name) for name in names}
+        return super()._identity() | options | {"lengths_crc32": self._lengths_crc32}

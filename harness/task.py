@@ -1,0 +1,132 @@
+"""The task: all that harness knows of the user's own code.
+
+A task is a Python file, or an importable module, with one function `build(config) -> Task`.
+"""
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.utils.data import default_collate
+
+from harness.errors import ConfigError, HarnessError, TaskError
+from harness.utils import tensor_leaves, to_device
+
+if TYPE_CHECKING:
+    from harness.config import Config
+    from harness.engine import Engine
+
+Stats = Mapping[str, torch.Tensor | float]
+
+
+def default_feeder(engine: "Engine", batch: Any) -> tuple[torch.Tensor, Stats]:
+    """Calls the model with the batch and sums the losses that its submodules left behind.
+
+    A dict is passed as keywords, a list or tuple as positional arguments. Every submodule may set
+    `self.loss` (a scalar tensor) and `self.stats` (a dict of numbers); both are taken off again.
+    """
+    batch = to_device(batch, engine.device, engine.dtype)
+    match batch:
+        case Mapping():
+            engine(**batch)
+        case list() | tuple():
+            engine(*batch)
+        case _:
+            engine(batch)
+    losses = engine.gather_attribute("loss")
+    if not losses:
+        raise TaskError(
+            f"engine {engine.name!r}: its forward left no `loss` on any submodule of "
+            f"{type(engine.module).__name__}; set `self.loss`, or give the Task a feeder"
+        )
+    stats = (
+        {f"loss.{path}": loss.detach() for path, loss in losses.items()} if len(losses) > 1 else {}
+    )
+    for found in engine.gather_attribute("stats").values():
+        stats |= found
+    return torch.stack(list(losses.values())).sum(), stats
+
+
+def count_batch(batch: Any) -> tuple[int, int]:
+    """`(samples, tokens)` of a batch, read off its first tensor: [samples, tokens, ...]."""
+    leaves = [leaf for leaf in tensor_leaves(batch) if leaf.ndim]
+    if not leaves:
+        return 1, 1
+    shape = leaves[0].shape
+    return shape[0], shape[0] * (shape[1] if len(shape) > 1 else 1)
+
+
+@dataclass(kw_only=True)
+class Task:
+    """The user's models, data and the way from a batch to a loss."""
+
+    models: Mapping[str, nn.Module]
+    """One model for every `[engines.NAME]` of the config, under the same name."""
+
+    train_data: Any
+    """A map-style dataset (`__len__`, `__getitem__`), or a loader (`__len__`, `__iter__`) that
+    gives this rank its own batches."""
+
+    eval_data: Any | None = None
+    """Held-out data: a map-style dataset, or None for a run without evaluation."""
+
+    feeder: Callable[[Any, Any], tuple[torch.Tensor, Stats]] = default_feeder
+    """`(engine, batch) -> (loss, stats)`: a scalar loss with its graph, and numbers to log."""
+
+    evaluate: Callable[[Any, Any], Stats] | None = None
+    """`(engine, batch) -> stats` for evaluation; by default the feeder, under `no_grad`."""
+
+    collate: Callable[[list[Any]], Any] = default_collate
+    """Makes a batch from a list of samples."""
+
+    count: Callable[[Any], tuple[int, int]] = count_batch
+    """`batch -> (samples, tokens)`, for the counters and the throughput."""
+
+
+def load_task(config: "Config") -> Task:
+    """Imports the task's code and builds it.
+
+    Raises TaskError, with the traceback of the task's own frames, if it fails or does not keep
+    the contract.
+    """
+    path = config.task.path
+    try:
+        module = _import(path)
+        build = getattr(module, "build", None)
+        if not callable(build):
+            raise TaskError(f"task {path}: it has no function `build(config) -> Task`")
+        task = build(config)
+    except HarnessError:
+        raise
+    except ValidationError as error:
+        lines = (f"  task.args.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"task {path}:\n" + "\n".join(lines)) from None
+    except Exception as error:
+        frames = error.__traceback__.tb_next if error.__traceback__ else None
+        text = "".join(traceback.format_exception(type(error), error, frames))
+        raise TaskError(f"task {path} failed to build:\n{text}") from None
+    if not isinstance(task, Task):
+        raise TaskError(f"task {path}: build returned {type(task).__name__}, expected Task")
+    return task
+
+
+def _import(path: str) -> ModuleType:
+    if not path.endswith(".py"):
+        return importlib.import_module(path)
+    # Under its own name in sys.modules, so that data-loader workers can unpickle what it defines.
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

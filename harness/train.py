@@ -1,0 +1,159 @@
+"""The loop: steps, and between them commands, reports, evaluations, saves and exports."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from harness import distributed
+from harness.checkpoint.save import export, save
+from harness.config import Config
+from harness.control.bus import Bus
+from harness.control.commands import Command, Eval, Export, Quit, Save, SetLr
+from harness.data import Batches
+from harness.engines import Engines
+from harness.evaluate import evaluate
+from harness.metrics.meters import StepMeter, StepNumbers
+from harness.metrics.progress import Progress
+from harness.metrics.sinks import Sink
+from harness.task import Task
+from harness.utils import to_device
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Drives the engines over the batches. Every rank runs the same loop, step by step."""
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        engines: Engines,
+        batches: Batches,
+        bus: Bus,
+        sinks: Sequence[Sink],
+        progress: Progress,
+    ):
+        self.config = config
+        self.task = task
+        self.engines = engines
+        self.batches = batches
+        self.bus = bus
+        self.sinks = sinks
+        self.progress = progress
+        self.meter = StepMeter()
+        self.quitting = False
+        self._saved_step: int | None = None
+
+    def run(self) -> None:
+        """Trains up to `run.steps`, or to a `quit`; then evaluates, saves and exports."""
+        self.engines.train()
+        while not self.quitting and self.engines.global_step < self.config.run.steps:
+            self.step()
+            for command in self.bus.poll():
+                self.obey(command)
+            self.keep_schedule()
+        self.finish()
+
+    def step(self) -> None:
+        """One step: all its micro-batches, through every engine."""
+        started = time.perf_counter()
+        reports, samples, tokens = [], 0, 0
+        for _ in range(self.engines.gradient_accumulation):
+            batch = next(self.batches)
+            counted = self.task.count(batch)
+            samples, tokens = samples + counted[0], tokens + counted[1]
+            reports.append(self.engines.step(to_device(batch, distributed.device())))
+        self.engines.global_step += 1
+        reports.append(self.engines.norms())
+        local = {
+            "step": self.engines.global_step,
+            "epoch": self.batches.epoch,
+            **self.engines.rates(),
+            "step_time_s": time.perf_counter() - started,
+        }
+        self.report(self.meter.push(local, reports, samples, tokens))
+
+    def obey(self, command: Command) -> None:
+        """Applies one command, between two steps."""
+        log.info("step %d: %s", self.engines.global_step, command)
+        self._saved_step = None  # a command may have changed what a checkpoint holds
+        match command:
+            case Save():
+                self.save()
+            case Export():
+                self.export()
+            case Eval():
+                self.evaluate()
+            case Quit():
+                self.quitting = True
+            case SetLr(lr):
+                self.engines.set_lr(lr)
+
+    def keep_schedule(self) -> None:
+        """Evaluates, saves and exports if it is time; at the last step `finish` does."""
+        step, trainer = self.engines.global_step, self.config.trainer
+        if self.quitting or step == self.config.run.steps:
+            return
+        if trainer.eval_every and step % trainer.eval_every == 0:
+            self.evaluate()
+        if trainer.save_every and step % trainer.save_every == 0:
+            self.save()
+        if trainer.export_every and step % trainer.export_every == 0:
+            self.export()
+
+    def finish(self) -> None:
+        """What is due when the run ends or is told to quit."""
+        if not self.quitting:
+            self.evaluate()
+        if self.config.trainer.save_on_quit:
+            self.save()
+        if self.config.trainer.export_on_quit:
+            self.export()
+        self.report(self.meter.drain())
+        self.bus.close()
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step, unless it stands already."""
+        if self._saved_step == self.engines.global_step:
+            return
+        self.report(self.meter.drain())  # the counters must hold this step
+        save(self.engines, self.batches, self.config.run_dir / "checkpoints")
+        self._saved_step = self.engines.global_step
+
+    def export(self) -> None:
+        """Writes the plain weights of this step."""
+        export(self.engines, self.config.run_dir / "exports")
+
+    def evaluate(self) -> None:
+        """Evaluates on the held-out data, and records the result as `eval/...`."""
+        if self.task.eval_data is None:
+            return
+        self.report(self.meter.drain())
+        found = evaluate(self.engines, self.task, self.config.data.micro_batch_size)
+        step = self.engines.global_step
+        log.info("step %d: eval %s", step, " ".join(f"{k} {v:.4f}" for k, v in found.items()))
+        results = {f"eval/{name}": value for name, value in found.items()}
+        self.record({"step": step, "epoch": self.batches.epoch} | results)
+
+    def report(self, done: Sequence[StepNumbers]) -> None:
+        """Counts finished steps, and on rank 0 records and shows them."""
+        for numbers in done:
+            self.engines.count(numbers.samples, numbers.tokens)
+            counters = self.engines.trained[0].counters
+            record = numbers.local | numbers.means
+            seconds = record.pop("step_time_s")
+            record |= {
+                "step_time_s": seconds,
+                "samples": counters.samples,
+                "tokens": counters.tokens,
+                "tokens_per_s": numbers.tokens / seconds,
+            }
+            self.record(record)
+            self.progress.show(record)
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Gives a record to every sink."""
+        for sink in self.sinks:
+            sink.write(record)

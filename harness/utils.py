@@ -1,0 +1,23 @@
+"""Small pure helpers that need no file of their own."""
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def to_device(tree: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """The same tree with every tensor on `device`, the floating ones in `dtype` if given."""
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        cast = dtype if leaf.is_floating_point() else None
+        return leaf.to(device=device, dtype=cast, non_blocking=True)
+
+    return tree_map(move, tree)
+
+
+def tensor_leaves(tree: Any) -> list[torch.Tensor]:
+    """The tensors of a nested structure of dicts, lists and tuples, in order."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

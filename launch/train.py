@@ -1,0 +1,38 @@
+"""The entry point: `deepspeed launch/train.py --config FILE.toml [--section.key=value ...]`.
+
+It runs as well under `torchrun`, and as plain `python launch/train.py` in one process.
+"""
+
+import os
+import sys
+import time
+from typing import NoReturn
+
+from harness.arguments import parse_args
+from harness.errors import HarnessError
+
+SECONDS_FOR_THE_LEADER = 5.0
+
+
+def main() -> None:
+    """Reads the command line, trains, and turns the user's mistakes into one message."""
+    try:
+        config = parse_args(sys.argv[1:])
+        from harness.run import run  # late: a mistake in the config need not wait for torch
+
+        run(config)
+    except HarnessError as error:
+        leave(error)
+
+
+def leave(error: HarnessError) -> NoReturn:
+    """Rank 0 says what is wrong; the others leave after it, so that no launcher silences it."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"error: {error}\n")
+    else:
+        time.sleep(SECONDS_FOR_THE_LEADER)
+    sys.exit(error.code)
+
+
+if __name__ == "__main__":
+    main()
