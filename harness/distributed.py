@@ -11,6 +11,7 @@ import os
 import random
 import socket
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -112,6 +113,7 @@ def _deepspeed_with(timeout: timedelta) -> Any:
     minutes.
     """
     os.environ.setdefault("DS_ACCELERATOR", device().type)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed = importlib.import_module("deepspeed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = importlib.import_module("deepspeed.comm.torch").TorchBackend

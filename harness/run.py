@@ -29,12 +29,13 @@ def run(config: Config) -> None:
     set_up_logging()
     distributed.init(config.run.timeout_s)
     try:
-        _run(config)
+        train(config)
     finally:
         distributed.shutdown()
 
 
-def _run(config: Config) -> None:
+def train(config: Config) -> None:
+    """What `run` does once all ranks have joined the world."""
     rank, world_size = distributed.global_rank(), distributed.world_size()
     with distributed.in_unison(f"task {config.task.path}"):
         distributed.seed_everything(config.run.seed)  # the same initial weights on every rank
@@ -57,7 +58,7 @@ def _run(config: Config) -> None:
     with distributed.in_unison(f"run directory {config.run_dir}"):
         if distributed.is_global_leader():
             make_run_directory(config)
-    log_to(config.run_dir / "log.txt")
+    file_handler = log_to(config.run_dir / "log.txt")
     distributed.seed_everything(config.run.seed + rank)  # other dropout on every rank
     if checkpoint is not None:
         resume.resume(checkpoint, engines, batches)
@@ -76,6 +77,8 @@ def _run(config: Config) -> None:
         progress.close()
         for sink in sinks:
             sink.close()
+        logging.getLogger("harness").removeHandler(file_handler)
+        engines.close()
 
 
 def make_run_directory(config: Config) -> None:

@@ -37,7 +37,7 @@ class ByteLMArgs(Section):
     """Folder of text files to learn from; None is this Python's standard library."""
     seq_len: int = Field(default=256, ge=1)
     """Bytes that the model reads at once."""
-    dim: int = Field(default=192, ge=1)
+    dim: int = Field(default=128, ge=1)
     """Width of the residual stream."""
     layers: int = Field(default=4, ge=1)
     """Transformer blocks."""

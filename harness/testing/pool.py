@@ -1,0 +1,150 @@
+"""A pool of gloo ranks: worker processes that are started once and run many test functions.
+
+    with RankPool(2) as pool:
+        assert pool.run(global_rank) == [0, 1]
+
+A function is named by its module, which the workers import; arguments and results are pickled.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Self
+
+from harness import distributed
+
+SECONDS_TO_START = 120.0
+SECONDS_FOR_THE_OTHERS = 3.0
+
+
+class RankError(Exception):
+    """A function failed on some ranks; the message holds each one's traceback."""
+
+
+class RankPool:
+    """`world_size` processes in one gloo world, on this machine's CPUs.
+
+    After a failure the ranks' state is unknown: they are killed, and started again when needed.
+    """
+
+    def __init__(self, world_size: int, timeout_s: float = 60.0):
+        """`timeout_s` bounds each `run`, and every collective in it."""
+        self.world_size = world_size
+        self.timeout_s = timeout_s
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
+        # A compilation that a kill cuts off leaves a lock, which must not block anyone else.
+        self._jit_cache = tempfile.TemporaryDirectory(prefix="harness-jit-")
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function(*args)` returns on each rank.
+
+        Raises RankError if it raised on any rank, died, or took longer than `timeout_s`.
+        """
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        return self._collect(self.timeout_s)
+
+    def _collect(self, timeout: float) -> list[Any]:
+        """One answer of each rank."""
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        while len(results) + len(failures) < self.world_size:
+            waiting = [
+                p for r, p in enumerate(self._pipes) if r not in results and r not in failures
+            ]
+            ready = wait(waiting, timeout)
+            for pipe in ready or waiting:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                ok, value = self._answer(rank) if ready else (False, "did not finish in time")
+                (results if ok else failures)[rank] = value
+            if failures:
+                timeout = SECONDS_FOR_THE_OTHERS
+        if failures:
+            self.close()
+            raise RankError("\n".join(f"rank {r}: {text}" for r, text in sorted(failures.items())))
+        return [results[rank] for rank in range(self.world_size)]
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        port = distributed.free_port()
+        for rank in range(self.world_size):
+            pipe, theirs = spawn.Pipe()
+            place = (rank, self.world_size, port)
+            args = (theirs, place, self.timeout_s, self._jit_cache.name, list(sys.path))
+            # No daemon, since those may not have data-loader workers.
+            process = spawn.Process(target=_serve, args=args)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(pipe)
+        self._collect(SECONDS_TO_START)
+
+    def _answer(self, rank: int) -> tuple[bool, Any]:
+        try:
+            return self._pipes[rank].recv()
+        except (EOFError, ConnectionError):
+            self._processes[rank].join()
+            return False, f"died with exit code {self._processes[rank].exitcode}"
+
+
+def _serve(
+    pipe: Connection,
+    place: tuple[int, int, int],
+    timeout_s: float,
+    jit_cache: str,
+    path: Sequence[str],
+) -> None:
+    """A worker: joins the world, then runs what comes through the pipe."""
+    sys.path[:] = path
+    rank, world_size, port = place
+    faulthandler.enable()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": jit_cache,
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    distributed.init(timeout_s)
+    pipe.send((True, None))
+    while True:
+        try:
+            function, args = pipe.recv()
+            answer = (True, function(*args))
+        except EOFError:
+            return
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)

@@ -1,0 +1,38 @@
+"""What several test files need: a tiny run's config, and how to read what a run left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from harness.config import Config, merge
+
+ROOT = Path(__file__).parent.parent
+
+
+def tiny_config(directory: Path, stage: int = 0, **overrides: Any) -> Config:
+    """A run of the tiny task at a ZeRO stage; `overrides` by section."""
+    table = {
+        "run": {"name": "tiny", "dir": directory, "steps": 6, "timeout_s": 30},
+        "task": {"path": str(ROOT / "tests/tiny_task.py")},
+        "engines": {
+            "net": {
+                "ds_config": ROOT / f"ds_configs/zero{stage}.json",
+                "optimizer": {"name": "adamw", "lr": 1e-2, "weight_decay": 0.1},
+            }
+        },
+        "data": {"micro_batch_size": 4},
+        "control": {"stdin": False},
+    }
+    return Config.model_validate(merge(table, overrides))
+
+
+def records(config: Config, prefix: str = "") -> list[dict[str, Any]]:
+    """The steps of metrics.jsonl, or with prefix "eval/" its evaluations."""
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [r for r in found if any(k.startswith("eval/") for k in r) == bool(prefix)]
+
+
+def losses(config: Config) -> list[float]:
+    """The loss of every step in metrics.jsonl."""
+    return [record["loss"] for record in records(config)]

@@ -1,0 +1,119 @@
+"""Ranks agree, fail together, and the pool that tests them tells the truth."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from harness import distributed
+from harness.errors import CheckpointError, HarnessError
+from harness.testing.pool import RankError, RankPool
+
+
+def agree_on_rank() -> list[int]:
+    rank = distributed.global_rank()
+    return distributed.agree([rank, -rank, 7])
+
+
+def leaders() -> tuple[str | None, str | None]:
+    return (
+        distributed.global_leader_only(lambda: "global")(),
+        distributed.local_leader_only(lambda: "local")(),
+    )
+
+
+def fail_on(rank: int, kind: type[Exception]) -> tuple[str, str]:
+    try:
+        with distributed.in_unison("testing"):
+            if rank in (distributed.global_rank(), -1):
+                raise kind("broken shard")
+    except HarnessError as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def hand_around() -> tuple[str, list[int]]:
+    rank = distributed.global_rank()
+    return distributed.broadcast(f"from {rank}"), distributed.all_gather(rank * 10)
+
+
+def draw(seed: int) -> float:
+    distributed.seed_everything(seed + distributed.global_rank())
+    return torch.rand(()).item()
+
+
+def raise_on_one() -> None:
+    if distributed.global_rank() == 1:
+        raise ValueError("rank one is unwell")
+    distributed.barrier()
+
+
+def die_on_one() -> None:
+    if distributed.global_rank() == 1:
+        os._exit(7)
+    distributed.barrier()
+
+
+def hang_on_one() -> None:
+    if distributed.global_rank() == 1:
+        time.sleep(60)
+
+
+def test_without_a_launcher_the_world_is_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    facts = (distributed.global_rank(), distributed.local_rank(), distributed.world_size())
+    assert facts == (0, 0, 1)
+    assert distributed.is_global_leader() and distributed.is_local_leader()
+    assert distributed.local_world_size() == 1
+
+
+def test_agree_is_the_maximum_place_by_place(three_ranks: RankPool) -> None:
+    assert three_ranks.run(agree_on_rank) == [[2, 0, 7]] * 3
+
+
+def test_leader_only_runs_on_the_leader(two_ranks: RankPool) -> None:
+    assert two_ranks.run(leaders) == [("global", "local"), (None, None)]
+
+
+def test_broadcast_and_all_gather(three_ranks: RankPool) -> None:
+    assert three_ranks.run(hand_around) == [("from 0", [0, 10, 20])] * 3
+
+
+def test_ranks_are_seeded_apart_and_repeatably(two_ranks: RankPool) -> None:
+    first = two_ranks.run(draw, 5)
+    assert first[0] != first[1]
+    assert two_ranks.run(draw, 5) == first
+
+
+def test_a_failure_on_one_rank_is_raised_on_all(two_ranks: RankPool) -> None:
+    expected = ("CheckpointError", "rank 1: broken shard")
+    assert two_ranks.run(fail_on, 1, CheckpointError) == [expected] * 2
+
+
+def test_a_failure_on_all_ranks_names_none(two_ranks: RankPool) -> None:
+    expected = ("CheckpointError", "broken shard")
+    assert two_ranks.run(fail_on, -1, CheckpointError) == [expected] * 2
+
+
+def test_an_unexpected_failure_keeps_its_traceback(two_ranks: RankPool) -> None:
+    for kind, message in two_ranks.run(fail_on, 0, KeyError):
+        assert kind == "HarnessError"
+        assert "rank 0: testing" in message and "KeyError: 'broken shard'" in message
+    assert two_ranks.run(fail_on, 9, KeyError) == [("none", "")] * 2
+
+
+def test_the_pool_reports_what_a_rank_raised_and_recovers() -> None:
+    with RankPool(2, timeout_s=30) as pool:
+        with pytest.raises(RankError, match=r"rank 1: (.|\n)*rank one is unwell"):
+            pool.run(raise_on_one)
+        assert pool.run(agree_on_rank) == [[1, 0, 7]] * 2
+        with pytest.raises(RankError, match="rank 1: died with exit code 7"):
+            pool.run(die_on_one)
+
+
+def test_the_pool_bounds_the_time_of_a_run() -> None:
+    pool = RankPool(2, timeout_s=1)
+    with pool, pytest.raises(RankError, match="rank 1: did not finish in time"):
+        pool.run(hang_on_one)

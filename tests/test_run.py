@@ -1,0 +1,176 @@
+"""Whole runs on two real ranks, at every ZeRO stage, against a plain PyTorch loop."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from harness import distributed
+from harness.config import Config
+from harness.io import load
+from harness.run import train
+from harness.sampler import RandomSampler
+from harness.task import load_task
+from harness.testing.pool import RankError, RankPool
+from tests.helpers import losses, records, tiny_config
+
+STAGES = [0, 1, 2, 3]
+
+
+def plain_loop(
+    config: Config, world_size: int, accumulation: int = 1
+) -> tuple[list[float], nn.Module]:
+    """The losses of one process on the same global batches, and the model that they made."""
+    distributed.seed_everything(config.run.seed)
+    task = load_task(config)
+    model = copy.deepcopy(task.models["net"])
+    settings = config.engines["net"].optimizer
+    assert settings is not None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, **settings.args)
+    draws = RandomSampler(len(task.train_data), seed=config.run.seed).stream()
+    size = config.data.micro_batch_size * world_size * accumulation
+    found = []
+    for _ in range(config.run.steps):
+        points, classes = task.collate([task.train_data[next(draws)] for _ in range(size)])
+        model(points, classes)
+        loss: Any = model.loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found, model
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_and_weights_equal_a_plain_loop(
+    two_ranks: RankPool, tmp_path: Path, stage: int
+) -> None:
+    config = tiny_config(tmp_path, stage, run={"steps": 20})
+    two_ranks.run(train, config)
+    expected, model = plain_loop(config, world_size=2)
+    assert losses(config) == pytest.approx(expected, abs=1e-5)
+    exported = load(config.run_dir / "exports/step-00000020/net.sft")
+    plain = model.state_dict()
+    assert exported.keys() == plain.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(exported[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradient_accumulation_equals_larger_batches(
+    two_ranks: RankPool, tmp_path: Path, stage: int
+) -> None:
+    engine = {"ds_overrides": {"gradient_accumulation_steps": 3}}
+    config = tiny_config(tmp_path, stage, engines={"net": engine})
+    two_ranks.run(train, config)
+    expected, _ = plain_loop(config, world_size=2, accumulation=3)
+    assert losses(config) == pytest.approx(expected, abs=1e-5)
+    last = records(config)[-1]
+    assert (last["step"], last["samples"], last["epoch"]) == (6, 6 * 3 * 2 * 4, 1)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_learns(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
+    engine = {"ds_overrides": {"bf16": {"enabled": True}}}
+    config = tiny_config(tmp_path, stage, run={"steps": 40}, engines={"net": engine})
+    two_ranks.run(train, config)
+    assert losses(config)[-1] < 0.8 * losses(config)[0]
+    exported = load(config.run_dir / "exports/step-00000040/net.sft")
+    assert exported.pop("scale").dtype == torch.float32  # DeepSpeed leaves buffers as they are
+    assert {t.dtype for t in exported.values()} == {torch.bfloat16}
+
+
+def test_a_record_has_every_number(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    two_ranks.run(train, config)
+    for step, record in enumerate(records(config), start=1):
+        assert record["step"] == step
+        assert record["samples"] == record["tokens"] / 6 == 8 * step
+        assert record["lr"] == 1e-2 and record["loss_scale"] == 1
+        assert record["grad_norm"] > 0 and 0 <= record["accuracy"] <= 1
+        assert record["tokens_per_s"] == pytest.approx(48 / record["step_time_s"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_grad_norm_is_the_plain_one(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
+    config = tiny_config(tmp_path, stage, run={"steps": 1})
+    two_ranks.run(train, config)
+    distributed.seed_everything(0)
+    task = load_task(config)
+    model = task.models["net"]
+    draws = RandomSampler(len(task.train_data)).stream()
+    model(*task.collate([task.train_data[next(draws)] for _ in range(8)]))
+    loss: Any = model.loss
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert records(config)[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_evaluation_counts_each_sample_once(
+    two_ranks: RankPool, tmp_path: Path, stage: int
+) -> None:
+    config = tiny_config(tmp_path, stage, trainer={"eval_every": 2}, run={"steps": 4})
+    two_ranks.run(train, config)
+    found = records(config, "eval/")
+    assert [record["step"] for record in found] == [2, 4]
+    task = load_task(config)  # its 10 held-out samples are 3 uneven batches on 2 ranks
+    model = task.models["net"]
+    model.load_state_dict(load(config.run_dir / "exports/step-00000004/net.sft"))
+    assert task.eval_data is not None
+    with torch.no_grad():
+        model(*task.collate([task.eval_data[index] for index in range(10)]))
+    loss: Any = model.loss
+    assert found[-1]["eval/loss"] == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_two_engines_and_a_teacher_are_independent(two_ranks: RankPool, tmp_path: Path) -> None:
+    alone = tiny_config(tmp_path / "alone")
+    two_ranks.run(train, alone)
+    one = alone.engines["net"]
+    table = one.model_dump()
+    teacher = {"ds_config": table["ds_config"], "role": "teacher"}
+    engines = {"net": table, "other": table | {"ds_overrides": {"zero_optimization": {"stage": 2}}}}
+    config = tiny_config(tmp_path / "many", engines=engines | {"wise": teacher})
+    two_ranks.run(train, config)
+    assert [record["net/loss"] for record in records(config)] == losses(alone)
+    assert len({record["other/loss"] for record in records(config)}) == 6
+    assert "wise/loss" not in records(config)[0]
+    exported = sorted(p.name for p in (config.run_dir / "exports/step-00000006").iterdir())
+    assert exported == ["net.sft", "other.sft"]
+
+
+@pytest.mark.parametrize("sampler", ["ordered", "pool", "batched"])
+def test_every_sampler_and_workers(two_ranks: RankPool, tmp_path: Path, sampler: str) -> None:
+    data = {"sampler": sampler, "max_tokens": 10 if sampler == "batched" else 0}
+    inline = tiny_config(tmp_path / "inline", data=data)
+    two_ranks.run(train, inline)
+    workers = tiny_config(tmp_path / "workers", data=data | {"workers": 1})
+    two_ranks.run(train, workers)
+    assert losses(inline) == losses(workers)
+    assert all(math.isfinite(loss) for loss in losses(inline))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"task": {"args": {"raise": True}}}, "the task is unwell"),
+        ({"task": {"args": {"samples": 0}}}, "train_data: Points has no items"),
+        ({"engines": {"net": {"optimizer": {"lr2": 1}}}}, "unknown key 'lr2'"),
+        ({"engines": {"net": {"optimizer": {"name": "adam"}}}}, "did you mean 'adamw'"),
+        ({"engines": {"net": {"scheduler": {"name": "cosin"}}}}, "did you mean 'cosine'"),
+        ({"run": {"resume": "/no/where"}}, "/no/where is no checkpoint"),
+    ],
+)
+def test_a_mistake_is_told_on_all_ranks_before_anything_is_written(
+    two_ranks: RankPool, tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RankError) as caught:
+        two_ranks.run(train, tiny_config(tmp_path, **overrides))
+    assert str(caught.value).count(message) >= 2
+    assert list(tmp_path.iterdir()) == []
