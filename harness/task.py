@@ -4,7 +4,6 @@ A task is a Python file, or an importable module, with one function `build(confi
 """
 
 import importlib
-import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -120,13 +119,16 @@ def load_task(config: "Config") -> Task:
 
 
 def _import(path: str) -> ModuleType:
+    """Imports the task; a file as Python does a script, with its folder on `sys.path`.
+
+    So it may import its neighbours, and data-loader workers can unpickle what it defines.
+    """
     if not path.endswith(".py"):
         return importlib.import_module(path)
-    # Under its own name in sys.modules, so that data-loader workers can unpickle what it defines.
-    name = Path(path).stem
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+    file = Path(path).resolve()
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))
+    module = importlib.import_module(file.stem)
+    if Path(module.__file__ or "").resolve() != file:
+        raise TaskError(f"task {path}: another module is called {file.stem!r}: {module.__file__}")
     return module
