@@ -12,7 +12,7 @@ from harness.data import train_batches
 from harness.engines import Engines, build_engines
 from harness.errors import ConfigError, TaskError
 from harness.io import toml_write
-from harness.metrics.progress import Progress, log_to, set_up_logging
+from harness.metrics.progress import Progress, log_to, show_log
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
 from harness.task import load_task
 from harness.train import Trainer
@@ -26,7 +26,6 @@ def run(config: Config) -> None:
     Raises HarnessError, on all ranks, for what the user can mend; until the models, the data and
     the checkpoint have proved good, nothing is written.
     """
-    set_up_logging()
     distributed.init(config.run.timeout_s)
     try:
         train(config)
@@ -36,6 +35,7 @@ def run(config: Config) -> None:
 
 def train(config: Config) -> None:
     """What `run` does once all ranks have joined the world."""
+    show_log()
     rank, world_size = distributed.global_rank(), distributed.world_size()
     with distributed.in_unison(f"task {config.task.path}"):
         distributed.seed_everything(config.run.seed)  # the same initial weights on every rank
@@ -84,7 +84,7 @@ def train(config: Config) -> None:
 def make_run_directory(config: Config) -> None:
     """Makes DIR/NAME and writes the resolved config into it, ready to be given to `--config`."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    plain = config.model_dump(mode="json")
+    plain = config.model_dump()
     tables: dict[str, Mapping] = {k: v for k, v in plain.items() if k != "engines"}
     tables |= {f"engines.{name}": engine for name, engine in plain["engines"].items()}
     toml_write(tables, config.run_dir / "config.toml")

@@ -78,7 +78,6 @@ class Trainer:
     def obey(self, command: Command) -> None:
         """Applies one command, between two steps."""
         log.info("step %d: %s", self.engines.global_step, command)
-        self._saved_step = None  # a command may have changed what a checkpoint holds
         match command:
             case Save():
                 self.save()
@@ -90,6 +89,7 @@ class Trainer:
                 self.quitting = True
             case SetLr(lr):
                 self.engines.set_lr(lr)
+                self._saved_step = None  # a checkpoint of this step would not hold it yet
 
     def keep_schedule(self) -> None:
         """Evaluates, saves and exports if it is time; at the last step `finish` does."""

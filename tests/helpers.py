@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import Config, merge
+from harness.errors import HarnessError
+from harness.run import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,3 +38,12 @@ def records(config: Config, prefix: str = "") -> list[dict[str, Any]]:
 def losses(config: Config) -> list[float]:
     """The loss of every step in metrics.jsonl."""
     return [record["loss"] for record in records(config)]
+
+
+def told_by(config: Config) -> str:
+    """What a run on this rank tells the user; an empty string if all went well."""
+    try:
+        train(config)
+    except HarnessError as error:
+        return str(error)
+    return ""

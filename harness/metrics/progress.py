@@ -54,14 +54,15 @@ class _BarHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def set_up_logging() -> None:
+def show_log() -> None:
     """Shows harness's log on the terminal: rank 0 from INFO on, other ranks from WARNING on."""
     logger = logging.getLogger("harness")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logger.handlers = [_BarHandler()]
-    for handler in logger.handlers:
+    if not any(isinstance(handler, _BarHandler) for handler in logger.handlers):
+        handler = _BarHandler()
         _set_up(handler)
+        logger.addHandler(handler)
 
 
 def log_to(path: Path) -> logging.Handler:

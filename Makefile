@@ -1,0 +1,35 @@
+# make train: the default task, on all GPUs, or on 2 CPU ranks.   make test: the whole suite.
+PYTHON ?= python3
+VENV   ?= .venv
+GPUS   := $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l))
+RANKS  ?= $(or $(GPUS),2)
+CONFIG ?= launch/tasks/byte_lm.toml
+ARGS   ?=
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: train test lint format
+
+train: $(VENV)/.installed
+	deepspeed --num_gpus $(RANKS) launch/train.py --config $(CONFIG) $(ARGS)
+
+test: $(VENV)/.installed-dev
+	python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	ruff check
+	ruff format --check
+	pyright --pythonpath $(VENV)/bin/python
+
+format: $(VENV)/.installed-dev
+	ruff check --fix
+	ruff format
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,154 @@
+"""Saving, resuming and refusing: what `runs/NAME/checkpoints/` holds, and what is done with it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.config import Config
+from harness.io import json_read, load
+from harness.run import train
+from harness.testing.pool import RankPool
+from tests.helpers import losses, records, tiny_config, told_by
+
+
+def exported(config: Config, step: int) -> dict[str, torch.Tensor]:
+    return load(config.run_dir / f"exports/step-{step:08d}/net.sft")
+
+
+def checkpoint(config: Config, step: int) -> Path:
+    return config.run_dir / f"checkpoints/step-{step:08d}"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    two_ranks: RankPool, tmp_path: Path, stage: int, dtype: str
+) -> None:
+    engine: dict[str, Any] = {
+        "scheduler": {"name": "cosine", "warmup": 3},
+        "ds_overrides": {"bf16": {"enabled": dtype == "bf16"}, "gradient_accumulation_steps": 2},
+    }
+    whole = tiny_config(
+        tmp_path / "whole",
+        stage,
+        run={"steps": 15},
+        task={"args": {"dropout": 0.2}},
+        engines={"net": engine},
+    )
+    two_ranks.run(train, whole)
+    overrides = whole.model_dump() | {"run": whole.run.model_dump() | {"dir": tmp_path / "parts"}}
+    parts = Config.model_validate(overrides | {"trainer": {"save_every": 7}})
+    two_ranks.run(train, parts)
+    shutil.rmtree(checkpoint(parts, 15))
+    shutil.rmtree(checkpoint(parts, 14))
+    shutil.rmtree(parts.run_dir / "exports")
+    two_ranks.run(train, parts)  # from step 7, in the middle of an epoch of 6 steps
+    assert losses(parts) == losses(whole)
+    rates = [[record["lr"] for record in records(config)] for config in (parts, whole)]
+    assert rates[0] == rates[1]
+    assert records(parts)[-1]["samples"] == records(whole)[-1]["samples"] == 15 * 16
+    for name, tensor in exported(whole, 15).items():
+        assert torch.equal(exported(parts, 15)[name], tensor), name
+    assert f"resumed from {checkpoint(parts, 7)}" in (parts.run_dir / "log.txt").read_text()
+
+
+def test_a_complete_run_is_left_as_it_is(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    two_ranks.run(train, config)
+    before = losses(config)
+    two_ranks.run(train, config)
+    assert losses(config) == before
+    assert "the run is complete" in (config.run_dir / "log.txt").read_text()
+    longer = config.model_dump() | {"run": config.run.model_dump() | {"steps": 9}}
+    two_ranks.run(train, Config.model_validate(longer))
+    assert losses(config)[:6] == before and len(losses(config)) == 9
+
+
+def test_two_engines_resume_together(two_ranks: RankPool, tmp_path: Path) -> None:
+    table = tiny_config(tmp_path).engines["net"].model_dump()
+    teacher = {"ds_config": table["ds_config"], "role": "teacher"}
+    engines = {
+        "other": table | {"ds_overrides": {"zero_optimization": {"stage": 3}}},
+        "wise": teacher,
+    }
+    whole = tiny_config(tmp_path / "whole", engines=engines)
+    parts = tiny_config(tmp_path / "parts", engines=engines, trainer={"save_every": 4})
+    two_ranks.run(train, whole)
+    two_ranks.run(train, parts)
+    shutil.rmtree(checkpoint(parts, 6))
+    two_ranks.run(train, parts)
+    for name in ("net/loss", "other/loss"):
+        assert [r[name] for r in records(parts)] == [r[name] for r in records(whole)]
+
+
+def test_an_unfinished_save_is_no_checkpoint(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, trainer={"save_every": 2})
+    two_ranks.run(train, config)
+    (checkpoint(config, 6) / "manifest.json").unlink()
+    checkpoint(config, 4).rename(checkpoint(config, 4).with_suffix(".tmp"))
+    two_ranks.run(train, config)
+    assert f"resumed from {checkpoint(config, 2)}" in (config.run_dir / "log.txt").read_text()
+    assert not checkpoint(config, 4).with_suffix(".tmp").exists()
+
+
+def damage_missing(directory: Path) -> str:
+    (directory / "rank-00001.pt").unlink()
+    return "rank-00001.pt is missing"
+
+
+def damage_truncated(directory: Path) -> str:
+    path = directory / "net/mp_rank_00_model_states.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    return "net/mp_rank_00_model_states.pt has"
+
+
+def damage_one_bit(directory: Path) -> str:
+    path = directory / "net/mp_rank_00_model_states.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return "net/mp_rank_00_model_states.pt"
+
+
+def damage_manifest(directory: Path) -> str:
+    (directory / "manifest.json").write_text('{"step"')
+    return "manifest.json is damaged"
+
+
+def damage_world_size(directory: Path) -> str:
+    manifest = json_read(directory / "manifest.json") | {"world_size": 4}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return "world size is 2 here, and 4 in the checkpoint"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_missing, damage_truncated, damage_one_bit, damage_manifest, damage_world_size],
+)
+def test_a_damaged_checkpoint_is_named_and_refused(
+    two_ranks: RankPool, tmp_path: Path, damage: Any
+) -> None:
+    config = tiny_config(tmp_path)
+    two_ranks.run(train, config)
+    message = damage(checkpoint(config, 6))
+    told = two_ranks.run(told_by, config)
+    assert all(message in text and str(checkpoint(config, 6)) in text for text in told), told
+
+
+def test_changed_data_are_refused(two_ranks: RankPool, tmp_path: Path) -> None:
+    two_ranks.run(train, tiny_config(tmp_path))
+    other = tiny_config(tmp_path, task={"args": {"samples": 50}}, run={"steps": 8})
+    told = two_ranks.run(told_by, other)
+    assert all("other data" in text and "length is 96" in text for text in told), told
+
+
+def test_starting_over_in_a_used_run_directory_is_refused(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    two_ranks.run(train, tiny_config(tmp_path))
+    told = two_ranks.run(told_by, tiny_config(tmp_path, run={"resume": "none"}))
+    assert all("choose another run.name" in text for text in told), told
