@@ -153,7 +153,7 @@ class TaskLoader:
             self._iterator = iter(self.loader)
         batch = next(self._iterator, _END)
         if batch is _END:
-            raise TaskError(
+            raise RuntimeError(  # of this rank alone
                 f"train_data says that it has {len(self.loader)} batches, and ended after "
                 f"{self._given} in epoch {self.epoch}"
             )

@@ -148,7 +148,10 @@ class Engine:
     @property
     def loss_scale(self) -> float:
         """The fp16 loss scale; 1 in fp32 and bf16."""
-        return float(getattr(self.ds.optimizer, "cur_scale", 1.0) if self.ds.fp16_enabled() else 1)
+        if not self.ds.fp16_enabled():
+            return 1.0
+        # DeepSpeed's fp16 optimizers (stage 0) keep it in a config, those of ZeRO in themselves.
+        return float(getattr(self.ds.optimizer, "loss_scale_config", self.ds.optimizer).cur_scale)
 
     def gather_attribute(self, name: str) -> dict[str, Any]:
         """Takes attribute `name` off every submodule that has it: `{module path: value}`.

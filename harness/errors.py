@@ -1,4 +1,8 @@
-"""Errors that are addressed to the user: one readable message, an exit code, no traceback."""
+"""Errors that are addressed to the user: one readable message, an exit code, no traceback.
+
+They are raised alike on every rank, so that rank 0 can speak for all: from what all ranks know, or
+through `distributed.in_unison`. What goes wrong on one rank alone is an ordinary exception.
+"""
 
 import difflib
 from collections.abc import Iterable

@@ -14,7 +14,7 @@ from harness.errors import ConfigError, TaskError
 from harness.io import toml_write
 from harness.metrics.progress import Progress, log_to, show_log
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
-from harness.task import load_task
+from harness.task import Task, load_task
 from harness.train import Trainer
 
 log = logging.getLogger(__name__)
@@ -43,16 +43,16 @@ def train(config: Config) -> None:
         batches = train_batches(
             task.train_data, config.data, task.collate, config.run.seed, rank, world_size
         )
-        if task.eval_data is not None and len(task.eval_data) == 0:
-            raise TaskError(f"task {config.task.path}: eval_data has no items")
-        if config.trainer.eval_every and task.eval_data is None:
-            raise ConfigError("trainer.eval_every is set, but the task has no eval_data")
+        check_eval_data(task, config)
     lengths = distributed.all_gather(len(task.train_data))
     if len(set(lengths)) > 1:
         raise TaskError(f"train_data differs in length between the ranks: {lengths}")
     engines = build_engines(task, config)
+    checkpoint = None
     with distributed.in_unison("run.resume"):
-        checkpoint = resume.find(config.run.resume, config.run_dir / "checkpoints")
+        if distributed.is_global_leader():
+            checkpoint = resume.find(config.run.resume, config.run_dir / "checkpoints")
+    checkpoint = distributed.broadcast(checkpoint)
     if checkpoint is not None:
         resume.verify(checkpoint, engines)
     with distributed.in_unison(f"run directory {config.run_dir}"):
@@ -79,6 +79,17 @@ def train(config: Config) -> None:
             sink.close()
         logging.getLogger("harness").removeHandler(file_handler)
         engines.close()
+
+
+def check_eval_data(task: Task, config: Config) -> None:
+    """Raises TaskError or ConfigError if there is nothing to evaluate on where there should be."""
+    if task.eval_data is None:
+        if config.trainer.eval_every:
+            raise ConfigError("trainer.eval_every is set, but the task has no eval_data")
+    elif not (hasattr(task.eval_data, "__getitem__") and hasattr(task.eval_data, "__len__")):
+        raise TaskError("eval_data is no map-style dataset (`__len__` and `__getitem__`)")
+    elif len(task.eval_data) == 0:
+        raise TaskError(f"eval_data: {type(task.eval_data).__name__} has no items")
 
 
 def make_run_directory(config: Config) -> None:

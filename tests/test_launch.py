@@ -83,6 +83,19 @@ def test_without_stdin_it_trains_and_then_resumes(tmp_path: Path) -> None:
     assert list((tmp_path / "runs/tiny/tensorboard").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_on_a_gpu(tmp_path: Path, stage: int) -> None:
+    ds_config = f"--engines.net.ds_config={ROOT}/ds_configs/zero{stage}.json"
+    fp16 = "--engines.net.ds_overrides.fp16={enabled=true, initial_scale_power=8}"
+    done = start("python", tmp_path, ds_config, fp16, "--run.steps=40")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines if "eval/" not in line]
+    assert steps[0]["loss_scale"] == 256
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+
+
 @pytest.mark.skipif(shutil.which("nohup") is None, reason="nohup is not installed")
 def test_in_the_background_under_nohup(tmp_path: Path) -> None:
     start("python", tmp_path, "--run.steps=1")
