@@ -74,6 +74,7 @@ def build(config: Config) -> Task:
         train_data=Windows(join(train), args.seq_len),
         eval_data=Windows(join(held_out), args.seq_len, args.eval_windows) if held_out else None,
         feeder=feed,
+        count=lambda batch_BT: (len(batch_BT), len(batch_BT) * args.seq_len),
     )
 
 
