@@ -178,7 +178,7 @@ class TrainerConfig(Section):
     save_every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0: only at the end and on command."""
     eval_every: int = Field(default=0, ge=0)
-    """Steps between evaluations; 0: only at the end and on command."""
+    """Steps between evaluations, the first before step 1; 0: only at the end and on command."""
     export_every: int = Field(default=0, ge=0)
     """Steps between exports of plain weights; 0: only at the end and on command."""
     save_on_quit: bool = True

@@ -127,5 +127,3 @@ def _greet(config: Config, engines: Engines) -> None:
         distributed.world_size(),
         distributed.device().type,
     )
-    if engines.global_step >= config.run.steps:
-        log.info("the run is complete; a larger run.steps lets it go on")

@@ -47,8 +47,13 @@ class Trainer:
         self._saved_step: int | None = None
 
     def run(self) -> None:
-        """Trains up to `run.steps`, or to a `quit`; then evaluates, saves and exports."""
+        """Trains up to `run.steps`, or to a `quit`; then evaluates, exports and saves."""
+        if self.engines.global_step >= self.config.run.steps:
+            log.info("the run is complete; a larger run.steps lets it go on")
+            return
         self.engines.train()
+        if self.config.trainer.eval_every and self.engines.global_step == 0:
+            self.evaluate()  # where it starts from; and a broken evaluation is known now
         while not self.quitting and self.engines.global_step < self.config.run.steps:
             self.step()
             for command in self.bus.poll():
@@ -104,13 +109,16 @@ class Trainer:
             self.export()
 
     def finish(self) -> None:
-        """What is due when the run ends or is told to quit."""
+        """What is due when the run ends or is told to quit.
+
+        The checkpoint comes last: a run that resumes from it finds nothing left to do.
+        """
         if not self.quitting:
             self.evaluate()
-        if self.config.trainer.save_on_quit:
-            self.save()
         if self.config.trainer.export_on_quit:
             self.export()
+        if self.config.trainer.save_on_quit:
+            self.save()
         self.report(self.meter.drain())
         self.bus.close()
 
