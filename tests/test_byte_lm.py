@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from harness.config import Config, TaskConfig
+from harness.errors import ConfigError
 from launch.tasks.byte_lm import (
     Attention,
     ByteLM,
@@ -83,13 +84,13 @@ def test_folder_holds_every_visible_text_file(folder: Path) -> None:
 
 
 def test_no_such_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no such folder: .*/nowhere"):
+    with pytest.raises(ConfigError, match=r"no such folder: .*/nowhere"):
         read_texts(tmp_path / "nowhere")
 
 
 def test_folder_without_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\0")
-    with pytest.raises(ValueError, match=f"no text files below {tmp_path}"):
+    with pytest.raises(ConfigError, match=f"no text files below {tmp_path}"):
         read_texts(tmp_path)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from harness.config import Config, Section
+from harness.errors import ConfigError
 from harness.task import Stats, Task
 
 VOCABULARY = 256
@@ -48,7 +49,8 @@ class ByteLMArgs(Section):
     eval_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the files that is held out."""
     eval_windows: int = Field(default=256, ge=1)
-    """Windows of the held-out text, evenly spread, that one evaluation reads."""
+    """Windows of the held-out text, evenly spread, that one evaluation reads: with the defaults
+    about 2 s on two CPU cores."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "ByteLMArgs":
@@ -99,16 +101,16 @@ def read_texts(path: Path | None) -> dict[str, bytes]:
     """The texts below a folder by relative path, sorted; None is the standard library's *.py files.
 
     Hidden files, and files that are empty, not UTF-8 or hold a NUL byte, are not text. Raises
-    FileNotFoundError if `path` is not a folder, and ValueError if no text is below it.
+    ConfigError if `path` is not a folder, or no text is below it.
     """
     root = path or Path(sysconfig.get_paths()["stdlib"])
     if not root.is_dir():
-        raise FileNotFoundError(f"task.args.path: no such folder: {root.absolute()}")
+        raise ConfigError(f"task.args.path: no such folder: {root.absolute()}")
     files = _walk(root, skip=set()) if path else _walk(root, skip=NOT_PROSE, suffix=".py")
     texts = {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
     texts = {name: texts[name] for name in sorted(texts) if _is_text(texts[name])}
     if not texts:
-        raise ValueError(f"task.args.path: no text files below {root.absolute()}")
+        raise ConfigError(f"task.args.path: no text files below {root.absolute()}")
     return texts
 
 
