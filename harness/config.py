@@ -187,6 +187,31 @@ class TrainerConfig(Section):
     """Export when the run ends, or is told to quit."""
 
 
+class CheckpointConfig(Section):
+    """[checkpoint] how checkpoints are written, and which of them stay."""
+
+    keep_last: int = Field(default=0, ge=0)
+    """Newest checkpoints to keep; 0 keeps all. Pinned ones (`save as NAME`) stay in any case."""
+    keep_best: int = Field(default=0, ge=0)
+    """Best checkpoints to keep besides, among those with an evaluation at their step."""
+    best_metric: str = "eval/loss"
+    """The number of the evaluation that says which is best."""
+    best: Literal["lowest", "highest"] = "lowest"
+    """Whether a low or a high number is good."""
+    keep_every: int = Field(default=0, ge=0)
+    """Keep besides the checkpoints whose step is a multiple of this; 0: none."""
+    background: bool = False
+    """Write behind the training: a step is held up only while the tensors are copied."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """What a failed save does to the run. The next save tries again."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "CheckpointConfig":
+        if not self.keep_last and (self.keep_best or self.keep_every):
+            raise ValueError("keep_best and keep_every need keep_last: without it all are kept")
+        return self
+
+
 class ControlConfig(Section):
     """[control] live commands."""
 
@@ -223,6 +248,8 @@ class Config(Section):
     """The data."""
     trainer: TrainerConfig = TrainerConfig()
     """The loop."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """The checkpoints."""
     control: ControlConfig = ControlConfig()
     """The commands."""
     metrics: MetricsConfig = MetricsConfig()

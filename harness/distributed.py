@@ -149,6 +149,29 @@ def agree(vector: Sequence[int]) -> list[int]:
     return flags.tolist()
 
 
+class Agreement:
+    """`agree` behind other work: started at one moment, harvested at a later one."""
+
+    def __init__(self) -> None:
+        self._flags = torch.empty(0, dtype=torch.int64)
+        self._work: dist.Work | None = None
+
+    def start(self, vector: Sequence[int]) -> None:
+        """Gives this rank's values. Every rank must call it at the same place."""
+        self._flags = torch.tensor(vector, dtype=torch.int64)
+        self._work = dist.all_reduce(
+            self._flags, op=dist.ReduceOp.MAX, group=control_group(), async_op=True
+        )
+
+    def harvest(self) -> list[int] | None:
+        """What the ranks agreed on since `start`; None if it was not started. Blocks."""
+        if self._work is None:
+            return None
+        self._work.wait()
+        self._work = None
+        return self._flags.tolist()
+
+
 def barrier() -> None:
     """Waits until every rank is here."""
     agree([0])

@@ -1,5 +1,6 @@
 """One model under one DeepSpeed engine."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from harness.config import EngineConfig
 from harness.errors import ConfigError
 from harness.optim.build import build_optimizer
 from harness.optim.lr import build_scheduler
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Engine:
         self.last_lr = 0.0
         self.last_grad_norm: torch.Tensor | float = 0.0
         self._held_lr: float | None = None
+        self._schedule = repr((config.optimizer, config.scheduler))
         optimizer: Any = None
         scheduler: Any = None
         if config.optimizer is None:
@@ -66,7 +70,11 @@ class Engine:
             if not trainable:
                 raise ConfigError(f"engines.{name}: the model has no trainable parameter")
             optimizer = build_optimizer(trainable, config.optimizer)
-            self._base_lrs = [group["lr"] for group in optimizer.param_groups]
+            chosen = {"lr", *config.optimizer.args}
+            self._chosen = [
+                {key: group[key] for key in chosen & group.keys()}
+                for group in optimizer.param_groups
+            ]
             scheduler = build_scheduler(optimizer, config.scheduler, total_steps)
         self.ds: Any = deepspeed.initialize(
             model=model,
@@ -180,13 +188,36 @@ class Engine:
         return len(chosen)
 
     def state_dict(self) -> dict[str, Any]:
-        """What DeepSpeed's checkpoint does not hold: the counters and a held learning rate."""
-        return {"counters": asdict(self.counters), "held_lr": self._held_lr}
+        """What DeepSpeed's checkpoint does not hold: counters, and where the lr comes from."""
+        return {
+            "counters": asdict(self.counters),
+            "held_lr": self._held_lr,
+            "schedule": self._schedule,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave. Call it after DeepSpeed's own loading."""
+        """Restores what `state_dict` gave. Call it after DeepSpeed's own loading.
+
+        The config has the last word: the optimizer's settings that it names are taken from it, and
+        the schedule goes on at its place with the config's learning rate. A held learning rate
+        stays, unless optimizer or schedule were changed in the config since.
+        """
         self.counters = Counters(**state["counters"])
+        if self.role == "teacher":
+            return
+        scheduler = self.ds.lr_scheduler
+        scheduler.base_lrs = [chosen["lr"] for chosen in self._chosen]
+        groups = zip(
+            self.ds.optimizer.param_groups, self._chosen, scheduler.lr_lambdas, strict=True
+        )
+        for group, chosen, factor in groups:
+            group |= chosen | {"lr": chosen["lr"] * factor(scheduler.last_epoch)}
         self._held_lr = state["held_lr"]
+        if state["schedule"] != self._schedule:
+            self._held_lr = None
+            log.info(
+                "engine %s: optimizer or schedule were changed: lr %g", self.name, self.get_lr()
+            )
         self._apply_held_lr()
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
@@ -209,9 +240,9 @@ class Engine:
     def _apply_held_lr(self) -> None:
         if self._held_lr is None:
             return
-        first = self._base_lrs[0] or 1.0
-        for group, base in zip(self.ds.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = self._held_lr * (base / first if base else 1.0)
+        bases = [chosen["lr"] for chosen in self._chosen]
+        for group, base in zip(self.ds.optimizer.param_groups, bases, strict=True):
+            group["lr"] = self._held_lr * (base / bases[0] if bases[0] else 1.0)
 
     def _plain_grad_norm(self) -> torch.Tensor | None:
         """The gradients' L2 norm where DeepSpeed does not wrap the optimizer, nor tell it."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from harness import distributed
 from harness.checkpoint import resume
+from harness.checkpoint.save import Saver
 from harness.config import Config
 from harness.control.bus import Bus
 from harness.control.fronts import StdinFront
@@ -48,13 +49,7 @@ def train(config: Config) -> None:
     if len(set(lengths)) > 1:
         raise TaskError(f"train_data differs in length between the ranks: {lengths}")
     engines = build_engines(task, config)
-    checkpoint = None
-    with distributed.in_unison("run.resume"):
-        if distributed.is_global_leader():
-            checkpoint = resume.find(config.run.resume, config.run_dir / "checkpoints")
-    checkpoint = distributed.broadcast(checkpoint)
-    if checkpoint is not None:
-        resume.verify(checkpoint, engines)
+    checkpoint = resume.choose(config.run.resume, config.run_dir / "checkpoints", engines)
     with distributed.in_unison(f"run directory {config.run_dir}"):
         if distributed.is_global_leader():
             make_run_directory(config)
@@ -63,6 +58,7 @@ def train(config: Config) -> None:
     if checkpoint is not None:
         resume.resume(checkpoint, engines, batches)
     _greet(config, engines)
+    saver = Saver(engines, batches, config)
     bus = Bus()
     is_reading = config.control.stdin and distributed.is_global_leader()
     stdin = StdinFront(bus.submit) if is_reading else None
@@ -70,10 +66,11 @@ def train(config: Config) -> None:
     sinks = _open_sinks(config, step) if distributed.is_global_leader() else []
     progress = Progress(step, config.run.steps, config.metrics.progress and rank == 0)
     try:
-        Trainer(config, task, engines, batches, bus, sinks, progress).run()
+        Trainer(config, task, engines, batches, saver, bus, sinks, progress).run()
     finally:
         if stdin is not None:
             stdin.close()
+        saver.close()
         progress.close()
         for sink in sinks:
             sink.close()

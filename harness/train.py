@@ -2,16 +2,18 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness import distributed
-from harness.checkpoint.save import export, save
+from harness.checkpoint.export import export
+from harness.checkpoint.save import Saver
 from harness.config import Config
 from harness.control.bus import Bus
 from harness.control.commands import Command, Eval, Export, Quit, Save, SetLr
 from harness.data import Batches
 from harness.engines import Engines
+from harness.errors import CheckpointError
 from harness.evaluate import evaluate
 from harness.metrics.meters import StepMeter, StepNumbers
 from harness.metrics.progress import Progress
@@ -20,6 +22,7 @@ from harness.task import Task
 from harness.utils import to_device
 
 log = logging.getLogger(__name__)
+tell = distributed.global_leader_only(log.error)
 
 
 class Trainer:
@@ -31,6 +34,7 @@ class Trainer:
         task: Task,
         engines: Engines,
         batches: Batches,
+        saver: Saver,
         bus: Bus,
         sinks: Sequence[Sink],
         progress: Progress,
@@ -39,12 +43,14 @@ class Trainer:
         self.task = task
         self.engines = engines
         self.batches = batches
+        self.saver = saver
         self.bus = bus
         self.sinks = sinks
         self.progress = progress
         self.meter = StepMeter()
         self.quitting = False
         self._saved_step: int | None = None
+        self._evaluation: dict[str, float] = {}  # at this step, if there was one
 
     def run(self) -> None:
         """Trains up to `run.steps`, or to a `quit`; then evaluates, exports and saves."""
@@ -56,6 +62,7 @@ class Trainer:
             self.evaluate()  # where it starts from; and a broken evaluation is known now
         while not self.quitting and self.engines.global_step < self.config.run.steps:
             self.step()
+            self.mind_saves(self.saver.poll)
             for command in self.bus.poll():
                 self.obey(command)
             self.keep_schedule()
@@ -71,6 +78,7 @@ class Trainer:
             samples, tokens = samples + counted[0], tokens + counted[1]
             reports.append(self.engines.step(to_device(batch, distributed.device())))
         self.engines.global_step += 1
+        self._evaluation = {}
         reports.append(self.engines.norms())
         local = {
             "step": self.engines.global_step,
@@ -84,8 +92,8 @@ class Trainer:
         """Applies one command, between two steps."""
         log.info("step %d: %s", self.engines.global_step, command)
         match command:
-            case Save():
-                self.save()
+            case Save(name):
+                self.save(name)
             case Export():
                 self.export()
             case Eval():
@@ -119,16 +127,27 @@ class Trainer:
             self.export()
         if self.config.trainer.save_on_quit:
             self.save()
+        self.mind_saves(self.saver.wait)
         self.report(self.meter.drain())
         self.bus.close()
 
-    def save(self) -> None:
-        """Writes a checkpoint of this step, unless it stands already."""
-        if self._saved_step == self.engines.global_step:
+    def save(self, name: str | None = None) -> None:
+        """Writes a checkpoint of this step, unless it stands already without a name."""
+        if self._saved_step == self.engines.global_step and name is None:
             return
         self.report(self.meter.drain())  # the counters must hold this step
-        save(self.engines, self.batches, self.config.run_dir / "checkpoints")
         self._saved_step = self.engines.global_step
+        self.mind_saves(lambda: self.saver.save(self._evaluation, name))
+
+    def mind_saves(self, action: Callable[[], None]) -> None:
+        """Does something with the saver; a failure is told, and is the end only if so wished."""
+        try:
+            action()
+        except CheckpointError as error:
+            self._saved_step = None
+            if self.config.checkpoint.on_error == "stop":
+                raise
+            tell("%s; the run goes on, and the next save tries again", error)
 
     def export(self) -> None:
         """Writes the plain weights of this step."""
@@ -142,8 +161,8 @@ class Trainer:
         found = evaluate(self.engines, self.task, self.config.data.micro_batch_size)
         step = self.engines.global_step
         log.info("step %d: eval %s", step, " ".join(f"{k} {v:.4f}" for k, v in found.items()))
-        results = {f"eval/{name}": value for name, value in found.items()}
-        self.record({"step": step, "epoch": self.batches.epoch} | results)
+        self._evaluation = {f"eval/{name}": value for name, value in found.items()}
+        self.record({"step": step, "epoch": self.batches.epoch} | self._evaluation)
 
     def report(self, done: Sequence[StepNumbers]) -> None:
         """Counts finished steps, and on rank 0 records and shows them."""

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from harness.config import Config
+from harness import engines as engines_module
+from harness.config import Config, merge
 from harness.io import json_read, load
 from harness.run import train
 from harness.testing.pool import RankPool
@@ -152,3 +153,45 @@ def test_starting_over_in_a_used_run_directory_is_refused(
     two_ranks.run(train, tiny_config(tmp_path))
     told = two_ranks.run(told_by, tiny_config(tmp_path, run={"resume": "none"}))
     assert all("choose another run.name" in text for text in told), told
+
+
+def with_lr(config: Config, lr: float, steps: int) -> Config:
+    engine = {"net": {"optimizer": {"lr": lr}}}
+    table = merge(config.model_dump(), {"engines": engine, "run": {"steps": steps}})
+    return Config.model_validate(table)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_config_has_the_last_word_on_the_learning_rate(
+    two_ranks: RankPool, tmp_path: Path, stage: int
+) -> None:
+    engine = {"optimizer": {"betas": [0.9, 0.99]}, "scheduler": {"name": "constant", "warmup": 4}}
+    config = tiny_config(tmp_path, stage, run={"steps": 2}, engines={"net": engine})
+    two_ranks.run(train, config)
+    two_ranks.run(train, with_lr(config, lr=0.5, steps=6))
+    rates = [record["lr"] for record in records(config)]
+    assert rates == pytest.approx([0.0025, 0.005, 0.375, 0.5, 0.5, 0.5])
+
+
+def hold_lr(config: Config, lr: float) -> None:
+    """A run that holds its learning rate from the first step on, as the command does."""
+    make = engines_module.Engine.__init__
+
+    def held(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.set_lr(lr)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines_module.Engine, "__init__", held)
+        train(config)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_held_learning_rate_stays_until_the_config_changes(
+    two_ranks: RankPool, tmp_path: Path, stage: int
+) -> None:
+    config = tiny_config(tmp_path, stage, run={"steps": 2})
+    two_ranks.run(hold_lr, config, 0.125)
+    two_ranks.run(train, with_lr(config, lr=1e-2, steps=4))
+    two_ranks.run(train, with_lr(config, lr=0.25, steps=6))
+    assert [record["lr"] for record in records(config)] == [0.125] * 4 + [0.25] * 2

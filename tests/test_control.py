@@ -25,6 +25,7 @@ from tests.helpers import records, tiny_config
     ("line", "command"),
     [
         ("save", Save()),
+        ("save as v1.0-rc", Save("v1.0-rc")),
         ("  export ", Export()),
         ("eval", Eval()),
         ("quit", Quit()),
@@ -40,7 +41,9 @@ def test_a_line_is_a_command(line: str, command: Command) -> None:
     ("line", "told"),
     [
         ("sav", "did you mean 'save'"),
-        ("save now", "save takes no argument"),
+        ("save now", "save as NAME"),
+        ("save as a/b", "save as NAME"),
+        ("eval now", "eval takes no argument"),
         ("lr", "lr 1e-4"),
         ("lr foo", "lr 1e-4"),
         ("lr 1 2", "lr 1e-4"),
@@ -179,7 +182,7 @@ def test_a_run_obeys_in_order_on_every_rank(two_ranks: RankPool, tmp_path: Path)
     logs = two_ranks.run(commanded, config, "lr 1e-4\nlr bad\nsave\neval\nquit\n")
     orders = [re.findall(r"^step \d+: \w+\(.*$", log, re.MULTILINE) for log in logs]
     assert orders[0] == orders[1]
-    kinds = ["SetLr(lr=0.0001)", "Save()", "Eval()", "Quit()"]
+    kinds = ["SetLr(lr=0.0001)", "Save(name=None)", "Eval()", "Quit()"]
     assert [line.split(": ")[1] for line in orders[0]] == kinds
     assert "'lr bad': expected" in logs[0] and "lr bad" not in logs[1]
     last = records(config)[-1]["step"]

@@ -65,9 +65,13 @@ def steps_of(directory: Path) -> list[int]:
 def test_commands_from_a_pipe_under_every_launcher(tmp_path: Path, launcher: str) -> None:
     done = start(launcher, tmp_path, "--run.steps=100000", stdin="lr 1e-4\nsave\nquit\n")
     assert done.returncode == 0, done.stderr
-    obeyed = [line for line in done.stderr.splitlines() if "()" in line or "SetLr" in line]
+    obeyed = [
+        line
+        for line in done.stderr.splitlines()
+        if "()" in line or "SetLr" in line or "Save(" in line
+    ]
     told = [line.partition("INFO ")[2].partition(": ")[2] for line in obeyed]
-    assert told == ["SetLr(lr=0.0001)", "Save()", "Quit()"], done.stderr
+    assert told == ["SetLr(lr=0.0001)", "Save(name=None)", "Quit()"], done.stderr
     last = steps_of(tmp_path)[-1]
     manifest = tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json"
     ranks = 1 if launcher == "python" else 2

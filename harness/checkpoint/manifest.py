@@ -1,18 +1,27 @@
-"""The manifest, written last into a checkpoint: a directory without one is no checkpoint."""
+"""The manifest, written last into a checkpoint: a directory without one is no checkpoint.
 
+checkpoints/
+  latest                  the name of the newest checkpoint, for people and other tools
+  step-00001000/
+    manifest.json         what is here, and a digest of every file
+    rank-00000.pt         each rank's own state
+    ENGINE/               DeepSpeed's own files
+"""
+
+import hashlib
 import re
-import zipfile
-import zlib
+import time
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from harness.checkpoint.files import FileEntry
 from harness.errors import CheckpointError
 from harness.io import json_write
 
 NAME = "manifest.json"
+LATEST = "latest"
 
 
 class EngineManifest(BaseModel):
@@ -27,13 +36,23 @@ class Manifest(BaseModel):
     """What a checkpoint holds."""
 
     model_config = ConfigDict(extra="forbid")
-    format: int = 1
+    format: int = 2
     step: int
     world_size: int
     engines: dict[str, EngineManifest]
-    files: dict[str, int]
-    """Size in bytes of every file, by its path below the checkpoint."""
-    versions: dict[str, str]
+    files: dict[str, FileEntry]
+    """By path below the checkpoint."""
+    config_digest: str
+    """SHA-256 of the resolved config."""
+    pinned: str | None = None
+    """The name that `save as NAME` gave; a pinned checkpoint is never pruned."""
+    metrics: dict[str, float] = {}
+    """The evaluation at this step, if there was one."""
+    saved_at: float = Field(default_factory=time.time)
+    """Seconds since 1970; the newest checkpoint is the one that was saved last."""
+    versions: dict[str, str] = Field(
+        default_factory=lambda: {name: version(name) for name in ("harness", "torch", "deepspeed")}
+    )
 
     def write(self, directory: Path) -> None:
         """Makes the directory a checkpoint."""
@@ -47,8 +66,14 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{directory} is no checkpoint: {NAME}: {error.strerror}") from None
     except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise CheckpointError(f"checkpoint {directory}: {NAME} is damaged: {reason}") from None
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        reason = f"{NAME} is damaged: {where} {error.errors()[0]['msg']}"
+        raise CheckpointError(f"checkpoint {directory}: {reason}") from None
+
+
+def digest(text: str) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def step_directory(parent: Path, step: int) -> Path:
@@ -56,55 +81,15 @@ def step_directory(parent: Path, step: int) -> Path:
     return parent / f"step-{step:08d}"
 
 
-def checkpoints_in(directory: Path) -> list[Path]:
-    """The committed checkpoints in a directory, the newest first."""
-    found = [path.parent for path in directory.glob(f"step-*/{NAME}")]
-    return sorted(p for p in found if re.fullmatch(r"step-\d{8,}", p.name))[::-1]
+def checkpoints_in(parent: Path) -> list[Path]:
+    """The directories that hold a manifest, readable or not, the newest first."""
+    directories = [path.parent for path in parent.glob(f"step-*/{NAME}")]
+    found = [path for path in directories if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=lambda path: (_saved_at(path), path.name), reverse=True)
 
 
-def files_in(directory: Path) -> dict[str, int]:
-    """Size in bytes of every file below a directory, by its path there."""
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
-    return {str(path.relative_to(directory)): path.stat().st_size for path in files}
-
-
-def verify_files(directory: Path, manifest: Manifest, part: int, parts: int) -> None:
-    """Checks size and checksums of every `parts`-th file, beginning with number `part`.
-
-    torch's files are zip archives with a CRC-32 for every tensor. Raises CheckpointError that
-    names the file.
-    """
-    for name, expected in list(manifest.files.items())[part::parts]:
-        path = directory / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != expected:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(
-                f"checkpoint {directory} is damaged: {name} {state}, expected {expected} bytes"
-            )
-        if path.suffix == ".pt":
-            _verify_archive(path, directory, name)
-
-
-def _verify_archive(path: Path, directory: Path, name: str) -> None:
+def _saved_at(directory: Path) -> float:
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, OSError) as error:
-        raise CheckpointError(f"checkpoint {directory} is damaged: {name}: {error}") from None
-    if damaged:
-        raise CheckpointError(f"checkpoint {directory} is damaged: {name}: wrong CRC of {damaged}")
-
-
-def versions() -> dict[str, str]:
-    """The versions that a checkpoint was written with."""
-    import deepspeed
-
-    from harness import __version__
-
-    found: dict[str, Any] = {
-        "harness": __version__,
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-    }
-    return {name: str(version) for name, version in found.items()}
+        return read_manifest(directory).saved_at
+    except CheckpointError:
+        return (directory / NAME).stat().st_mtime

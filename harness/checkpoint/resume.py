@@ -1,4 +1,4 @@
-"""Finding the checkpoint to go on from, and going on exactly there."""
+"""Finding the checkpoint to go on from, and going on exactly there. Nothing is trusted unseen."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from harness import distributed
-from harness.checkpoint.manifest import checkpoints_in, read_manifest, verify_files
+from harness.checkpoint.files import verify_file
+from harness.checkpoint.manifest import checkpoints_in, read_manifest
+from harness.checkpoint.retain import clean
 from harness.checkpoint.rng import set_rng_state
 from harness.checkpoint.save import rank_file
 from harness.data import Batches
@@ -15,26 +17,45 @@ from harness.engines import Engines
 from harness.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+tell = distributed.global_leader_only(log.warning)
 
 
-def find(wanted: str, parent: Path) -> Path | None:
-    """The checkpoint that `run.resume` asks for, among those in `parent`; None to start over.
+def choose(wanted: str, parent: Path, engines: Engines) -> Path | None:
+    """The checkpoint that `run.resume` asks for, verified; None to start over. Collective.
 
-    Raises CheckpointError if "none" is asked for where an earlier run has left checkpoints.
+    "latest" is the newest one in `parent` that is whole; those that are not are named and passed
+    over. Raises CheckpointError, on all ranks, if there are some and none is whole, if the one that
+    was asked for is not, or if "none" is asked for where an earlier run has left checkpoints.
     """
-    committed = checkpoints_in(parent)
-    match wanted:
-        case "latest":
-            return committed[0] if committed else None
-        case "none":
-            if committed:
+    found: list[Path] = []
+    with distributed.in_unison(f"cannot look into {parent}"):
+        if distributed.is_global_leader():
+            clean(parent)
+            found = checkpoints_in(parent)
+            if found and wanted == "none":
                 raise CheckpointError(
-                    f"run.resume = 'none', but {parent} holds {len(committed)} checkpoints of an "
+                    f"run.resume = 'none', but {parent} holds {len(found)} checkpoints of an "
                     "earlier run: choose another run.name, or move that run away"
                 )
-            return None
-        case _:
-            return Path(wanted)
+    found = distributed.broadcast(found)
+    if wanted not in ("latest", "none"):
+        verify(Path(wanted), engines)
+        return Path(wanted)
+    failures = []
+    for directory in found:
+        try:
+            verify(directory, engines)
+            return directory
+        except _Damaged as error:
+            failures.append(str(error))
+            tell("passed over: %s", error)
+    if failures:
+        raise CheckpointError("no checkpoint is whole:\n  " + "\n  ".join(failures))
+    return None
+
+
+class _Damaged(CheckpointError):
+    """A checkpoint that is not whole, as opposed to one that does not fit this run."""
 
 
 def verify(directory: Path, engines: Engines) -> None:
@@ -43,9 +64,15 @@ def verify(directory: Path, engines: Engines) -> None:
     The ranks share the reading. Raises CheckpointError, on all ranks together.
     """
     with distributed.in_unison(f"cannot read checkpoint {directory}"):
-        manifest = read_manifest(directory)
+        try:
+            manifest = read_manifest(directory)
+            rank, world_size = distributed.global_rank(), distributed.world_size()
+            for name, entry in list(manifest.files.items())[rank::world_size]:
+                verify_file(directory / name, entry)
+        except CheckpointError as error:
+            raise _Damaged(str(error)) from None
         here: dict[str, Any] = {
-            "world size": distributed.world_size(),
+            "world size": world_size,
             "engines": sorted(engines),
             **{f"engine {n!r}: ZeRO stage": e.zero_stage for n, e in engines.items()},
             **{f"engine {n!r}: dtype": str(e.dtype) for n, e in engines.items()},
@@ -62,7 +89,6 @@ def verify(directory: Path, engines: Engines) -> None:
                     f"checkpoint {directory} does not fit this run: {what} is {found} here, and "
                     f"{saved[what]} in the checkpoint"
                 )
-        verify_files(directory, manifest, distributed.global_rank(), distributed.world_size())
 
 
 def resume(directory: Path, engines: Engines, batches: Batches) -> None:

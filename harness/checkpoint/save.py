@@ -1,91 +1,263 @@
-"""Writing a checkpoint of all engines and ranks, and exporting plain weights. Collective."""
+"""Saving: one atomic commit across all engines and ranks, or nothing at all.
+
+All files are staged in `step-N.tmp/` and synced; the ranks agree that every write succeeded; rank 0
+writes the manifest, renames the directory, and points `latest` at it. Whatever fails, on any rank,
+fails the save on all ranks together, and the older checkpoints stay as they are.
+"""
 
 import logging
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from harness import distributed
+from harness.checkpoint.files import FileEntry, bytes_of, snapshot, sync_directory, write_file
 from harness.checkpoint.manifest import (
+    LATEST,
     EngineManifest,
     Manifest,
-    files_in,
+    digest,
     step_directory,
-    versions,
 )
+from harness.checkpoint.retain import REPLACED, prune
 from harness.checkpoint.rng import rng_state
+from harness.config import CheckpointConfig, Config
 from harness.data import Batches
+from harness.engine import Engine
 from harness.engines import Engines
-from harness.io import save as save_state_dict
+from harness.errors import CheckpointError
 from harness.io import write_atomically
 
 log = logging.getLogger(__name__)
 
+Jobs = dict[str, Any]
+"""What a rank has to write: trees of tensors and plain values, by path below the checkpoint."""
 
-def save(engines: Engines, batches: Batches, parent: Path) -> Path:
-    """Writes `parent/step-N/`, whole or not at all: staged beside it, then renamed.
+Entries = dict[str, FileEntry]
 
-    It holds a folder of DeepSpeed's files for each engine, a file with each rank's own state, and
-    the manifest.
+
+@dataclass
+class _Pending:
+    """A save between its snapshot and its commit."""
+
+    manifest: Manifest
+    staged: Path
+    target: Path
+    writing: Future[Entries]
+
+
+class Saver:
+    """Writes checkpoints of the engines and the data position into a directory.
+
+    Every rank calls the same methods at the same steps. With `checkpoint.background` a save copies
+    the live tensors and returns; a thread writes the copies, and `poll` commits them at the end of
+    a later step. At most one save is in flight.
     """
-    target = step_directory(parent, engines.global_step)
-    staged = target.with_name(f"{target.name}.tmp")
-    with distributed.in_unison(f"cannot make {staged}"):
+
+    def __init__(self, engines: Engines, batches: Batches, config: Config):
+        self.directory = config.run_dir / "checkpoints"
+        self._engines = engines
+        self._batches = batches
+        self._settings: CheckpointConfig = config.checkpoint
+        self._config_digest = digest(config.model_dump_json())
+        self._pending: _Pending | None = None
+        self._all_written = distributed.Agreement()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+
+    def save(self, metrics: dict[str, float], pinned: str | None = None) -> None:
+        """Saves this step. Raises CheckpointError, on all ranks, if it cannot be done.
+
+        `metrics`: the evaluation at this step, for `keep_best`. `pinned`: a name that keeps the
+        checkpoint for good. In the background, what goes wrong later is raised by `poll` or `wait`.
+        """
+        self.wait()
+        jobs = self._collect()
+        target = step_directory(self.directory, self._engines.global_step)
+        staged = target.with_name(f"{target.name}.tmp")
+        needed = sum(distributed.all_gather(sum(map(bytes_of, jobs.values()))))
+        with distributed.in_unison(f"cannot save {target}"):
+            if distributed.is_global_leader():
+                make_room(staged, needed)
+        manifest = self._manifest(metrics, pinned)
+        if self._settings.background:
+            jobs = {path: snapshot(tree) for path, tree in jobs.items()}
+        writing = self._thread.submit(write_files, staged, jobs)
+        self._pending = _Pending(manifest, staged, target, writing)
+        if not self._settings.background:
+            self.wait()
+
+    def poll(self) -> None:
+        """Commits the save in flight if all ranks have written. Call it once a step."""
+        if self._pending is None:
+            return
+        still_writing = self._all_written.harvest()
+        if still_writing == [0]:
+            self.wait()
+        else:
+            self._all_written.start([not self._pending.writing.done()])
+
+    def wait(self) -> None:
+        """Waits for the save in flight, and commits it."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        self._all_written.harvest()
+        entries: Entries = {}
+        failure = None
+        try:
+            entries = pending.writing.result()
+        except Exception as error:  # whatever it was, all ranks must hear of it
+            failure = f"rank {distributed.global_rank()}: {type(error).__name__}: {error}"
+        shares = distributed.all_gather((entries, failure))
+        failures = [text for _, text in shares if text]
+        with distributed.in_unison(f"cannot commit {pending.target}"):
+            if distributed.is_global_leader():
+                if failures:
+                    shutil.rmtree(pending.staged, ignore_errors=True)
+                else:
+                    files = {path: entry for share, _ in shares for path, entry in share.items()}
+                    manifest = pending.manifest.model_copy(update={"files": files})
+                    commit(manifest, pending.staged, pending.target)
+        if failures:
+            raise CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
+        log.info("saved %s", pending.target)
         if distributed.is_global_leader():
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(parents=True)
-    for name, engine in engines.items():
-        engine.ds.save_checkpoint(str(staged), tag=name, save_latest=False)
-    with distributed.in_unison(f"cannot write {staged}"):
-        mine = {
-            "rng": rng_state(),
-            "engines": engines.state_dict(),
-            "batches": batches.state_dict(),
+            prune(self.directory, self._settings)
+
+    def close(self) -> None:
+        """Ends the thread; a save in flight is given up."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _collect(self) -> Jobs:
+        jobs: Jobs = {
+            rank_file(distributed.global_rank()): {
+                "rng": rng_state(),
+                "engines": self._engines.state_dict(),
+                "batches": self._batches.state_dict(),
+            }
         }
-        write_atomically(
-            staged / rank_file(distributed.global_rank()), lambda path: torch.save(mine, path)
+        for engine in self._engines.values():
+            jobs |= collect(engine)
+        return jobs
+
+    def _manifest(self, metrics: dict[str, float], pinned: str | None) -> Manifest:
+        engines = {
+            name: EngineManifest(zero_stage=engine.zero_stage, dtype=str(engine.dtype))
+            for name, engine in self._engines.items()
+        }
+        return Manifest(
+            step=self._engines.global_step,
+            world_size=distributed.world_size(),
+            engines=engines,
+            files={},
+            config_digest=self._config_digest,
+            metrics=metrics,
+            pinned=pinned,
         )
-    with distributed.in_unison(f"cannot commit {target}"):
-        if distributed.is_global_leader():
-            _commit(engines, staged, target)
-    log.info("saved %s", target)
-    return target
 
 
 def rank_file(rank: int) -> str:
-    """The name of a rank's own file in a checkpoint."""
+    """The path of a rank's own file in a checkpoint."""
     return f"rank-{rank:05d}.pt"
 
 
-def _commit(engines: Engines, staged: Path, target: Path) -> None:
-    Manifest(
-        step=engines.global_step,
-        world_size=distributed.world_size(),
-        engines={
-            name: EngineManifest(zero_stage=engine.zero_stage, dtype=str(engine.dtype))
-            for name, engine in engines.items()
-        },
-        files=files_in(staged),
-        versions=versions(),
-    ).write(staged)
-    if target.exists():  # the same step again, after a command changed something
-        replaced = target.with_name(f"{target.name}.replaced.tmp")
-        target.rename(replaced)
-        staged.rename(target)
-        shutil.rmtree(replaced)
-    else:
-        staged.rename(target)
+def make_room(staged: Path, needed: int) -> None:
+    """Makes the empty staging directory. Raises CheckpointError if `needed` bytes do not fit."""
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        free = shutil.disk_usage(staged).free
+    except OSError as error:
+        raise CheckpointError(f"cannot make {staged}: {error.strerror}") from None
+    if needed > free:
+        staged.rmdir()
+        raise CheckpointError(
+            f"cannot save {staged.with_suffix('')}: it needs {needed / 1e6:,.0f} MB, and only "
+            f"{free / 1e6:,.0f} MB are free"
+        )
 
 
-def export(engines: Engines, parent: Path) -> Path:
-    """Writes every trained engine's whole weights as `parent/step-N/ENGINE.sft`."""
-    target = step_directory(parent, engines.global_step)
-    for engine in engines.trained:
-        state = engine.full_state_dict()
-        with distributed.in_unison(f"cannot export to {target}"):
-            if distributed.is_global_leader():
-                target.mkdir(parents=True, exist_ok=True)
-                save_state_dict(state, target / f"{engine.name}.sft")
-    log.info("exported %s", target)
-    return target
+def write_files(staged: Path, jobs: Jobs) -> Entries:
+    """Writes and syncs a rank's files below the staging directory. Raises OSError."""
+    entries: Entries = {}
+    for name, tree in jobs.items():
+        path = staged / name
+        path.parent.mkdir(exist_ok=True)
+        entries[name] = write_file(tree, path)
+        sync_directory(path.parent)
+    return entries
+
+
+def commit(manifest: Manifest, staged: Path, target: Path) -> None:
+    """Turns the staging directory into a checkpoint. Raises CheckpointError."""
+    try:
+        manifest.write(staged)
+        sync_directory(staged)
+        put_in_place(staged, target)
+        sync_directory(target.parent)
+        point_latest(target)
+    except OSError as error:
+        raise CheckpointError(f"cannot commit {target}: {error}") from None
+
+
+def put_in_place(staged: Path, target: Path) -> None:
+    """Renames the staging directory to `target`, in place of one that may stand there."""
+    if not target.exists():
+        staged.rename(target)
+        return
+    # The same step again. A crash between the renames is mended by `retain.clean`.
+    replaced = target.with_name(f"{target.name}{REPLACED}")
+    target.rename(replaced)
+    staged.rename(target)
+    shutil.rmtree(replaced)
+
+
+def point_latest(target: Path) -> None:
+    """Writes the checkpoint's name into `latest` beside it."""
+    write_atomically(target.with_name(LATEST), lambda path: path.write_text(f"{target.name}\n"))
+
+
+def collect(engine: Engine) -> Jobs:
+    """The trees that DeepSpeed would write for this rank of an engine, without writing them.
+
+    They refer to the live tensors. Collective.
+    """
+    collector = _Collector()
+    kept = engine.ds.checkpoint_engine
+    engine.ds.checkpoint_engine = collector
+    engine.ds._copy_recovery_script = lambda directory: None  # `zero_to_fp32.py` and the like
+    try:
+        engine.ds.save_checkpoint(".", tag=engine.name, save_latest=False)
+    finally:
+        engine.ds.checkpoint_engine = kept
+    return collector.jobs
+
+
+class _Collector:
+    """Stands in for DeepSpeed's checkpoint engine: takes the trees, and touches no disk."""
+
+    def __init__(self) -> None:
+        self.jobs: Jobs = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.jobs[str(Path(path))] = state_dict
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def create(self, info: Any) -> None:
+        pass
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        return dp_rank == 0
+
+    def preserves_storage_sharing(self) -> bool:
+        return True

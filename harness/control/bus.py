@@ -3,9 +3,6 @@
 import logging
 import queue
 
-import torch
-import torch.distributed as dist
-
 from harness import distributed
 from harness.control.commands import Command, parse
 from harness.errors import CommandError
@@ -22,8 +19,7 @@ class Bus:
 
     def __init__(self) -> None:
         self._waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._flag = torch.zeros(1, dtype=torch.int64)
-        self._agreement: dist.Work | None = None
+        self._agreement = distributed.Agreement()
 
     def submit(self, line: str) -> None:
         """Queues a control line, on rank 0 (from any thread), or says what is wrong with it."""
@@ -37,21 +33,14 @@ class Bus:
     def poll(self) -> list[Command]:
         """The commands to apply now, the same on every rank. Call it once a step on every rank."""
         lines: list[str] = []
-        if self._agreement is not None:
-            self._agreement.wait()
-            if self._flag.item():
-                lines = distributed.broadcast(self._take())
-        self._flag.fill_(not self._waiting.empty())
-        self._agreement = dist.all_reduce(
-            self._flag, op=dist.ReduceOp.MAX, group=distributed.control_group(), async_op=True
-        )
+        if self._agreement.harvest() == [1]:
+            lines = distributed.broadcast(self._take())
+        self._agreement.start([not self._waiting.empty()])
         return [parse(line) for line in lines]
 
     def close(self) -> None:
         """Ends the last agreement, and says which commands came too late."""
-        if self._agreement is not None:
-            self._agreement.wait()
-            self._agreement = None
+        self._agreement.harvest()
         for line in self._take():
             log.error("command %r came too late: the run is over", line)
 

@@ -1,6 +1,7 @@
 """The grammar of control lines: a closed set of commands, and the one parser."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from harness.errors import CommandError, did_you_mean
@@ -8,7 +9,9 @@ from harness.errors import CommandError, did_you_mean
 
 @dataclass(frozen=True)
 class Save:
-    """`save`: write a checkpoint."""
+    """`save [as NAME]`: write a checkpoint; under a name it is never pruned."""
+
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class SetLr:
 Command = Save | Export | Eval | Quit | SetLr
 
 _PLAIN: dict[str, Command] = {"save": Save(), "export": Export(), "eval": Eval(), "quit": Quit()}
-_USAGE = "known: save, export, eval, quit, lr X"
+_USAGE = "known: save [as NAME], export, eval, quit, lr X"
 
 
 def parse(line: str) -> Command:
@@ -44,12 +47,22 @@ def parse(line: str) -> Command:
     word, *args = line.split()
     if word == "lr":
         return _parse_lr(line, args)
+    if word == "save" and args:
+        return _parse_save(line, args)
     if word not in _PLAIN:
         hint = did_you_mean(word, [*_PLAIN, "lr"])
         raise CommandError(f"{line!r}: unknown command {word!r}{hint}; {_USAGE}")
     if args:
         raise CommandError(f"{line!r}: {word} takes no argument; {_USAGE}")
     return _PLAIN[word]
+
+
+def _parse_save(line: str, args: list[str]) -> Save:
+    match args:
+        case ["as", name] if re.fullmatch(r"[\w.-]+", name):
+            return Save(name)
+        case _:
+            raise CommandError(f"{line!r}: expected save, or save as NAME (letters, digits, .-_)")
 
 
 def _parse_lr(line: str, args: list[str]) -> SetLr:
