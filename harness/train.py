@@ -49,6 +49,7 @@ class Trainer:
         self.progress = progress
         self.meter = StepMeter()
         self.quitting = False
+        self.finishing = False
         self._saved_step: int | None = None
         self._evaluation: dict[str, float] = {}  # at this step, if there was one
 
@@ -121,6 +122,8 @@ class Trainer:
 
         The checkpoint comes last: a run that resumes from it finds nothing left to do.
         """
+        self.mind_saves(self.saver.wait)
+        self.finishing = True
         if not self.quitting:
             self.evaluate()
         if self.config.trainer.export_on_quit:
@@ -140,12 +143,13 @@ class Trainer:
         self.mind_saves(lambda: self.saver.save(self._evaluation, name))
 
     def mind_saves(self, action: Callable[[], None]) -> None:
-        """Does something with the saver; a failure is told, and is the end only if so wished."""
+        """Does something with the saver. A failure is told, and ends the run only if so wished,
+        or if it was the last chance."""
         try:
             action()
         except CheckpointError as error:
             self._saved_step = None
-            if self.config.checkpoint.on_error == "stop":
+            if self.finishing or self.config.checkpoint.on_error == "stop":
                 raise
             tell("%s; the run goes on, and the next save tries again", error)
 

@@ -32,14 +32,14 @@ class Points(torch.utils.data.Dataset):
 class Classifier(nn.Module):
     """Leaves loss and stats on itself for the default feeder; has a buffer and tied weights."""
 
-    def __init__(self, dropout: float = 0.0):
+    def __init__(self, dropout: float = 0.0, width: int = 16):
         super().__init__()
-        self.first = nn.Linear(6, 16)
-        self.middle = nn.Linear(16, 16, bias=False)
-        self.again = nn.Linear(16, 16, bias=False)
+        self.first = nn.Linear(6, width)
+        self.middle = nn.Linear(width, width, bias=False)
+        self.again = nn.Linear(width, width, bias=False)
         self.again.weight = self.middle.weight
         self.dropout = nn.Dropout(dropout)
-        self.last = nn.Linear(16, 3)
+        self.last = nn.Linear(width, 3)
         self.register_buffer("scale", torch.full((1,), 0.5))
 
     def forward(self, points: Tensor, classes: Tensor) -> Tensor:
@@ -52,10 +52,12 @@ class Classifier(nn.Module):
 
 
 def build(config: Config) -> Task:
-    args: dict[str, Any] = {"samples": SAMPLES, "eval_samples": 10, "dropout": 0.0}
+    args: dict[str, Any] = {"samples": SAMPLES, "eval_samples": 10, "dropout": 0.0, "width": 16}
     args |= config.task.args
     if args.get("raise"):
         raise RuntimeError("the task is unwell")
-    models: Mapping[str, nn.Module] = {name: Classifier(args["dropout"]) for name in config.engines}
+    models: Mapping[str, nn.Module] = {
+        name: Classifier(args["dropout"], args["width"]) for name in config.engines
+    }
     held_out = Points(args["eval_samples"], seed=8) if args["eval_samples"] else None
     return Task(models=models, train_data=Points(args["samples"]), eval_data=held_out)

@@ -7,7 +7,9 @@ fails the save on all ranks together, and the older checkpoints stay as they are
 
 import logging
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,7 @@ class Saver:
         target = step_directory(self.directory, self._engines.global_step)
         staged = target.with_name(f"{target.name}.tmp")
         needed = sum(distributed.all_gather(sum(map(bytes_of, jobs.values()))))
-        with distributed.in_unison(f"cannot save {target}"):
+        with distributed.in_unison(f"cannot save {target}"), _told(target):
             if distributed.is_global_leader():
                 make_room(staged, needed)
         manifest = self._manifest(metrics, pinned)
@@ -112,7 +114,7 @@ class Saver:
             failure = f"rank {distributed.global_rank()}: {type(error).__name__}: {error}"
         shares = distributed.all_gather((entries, failure))
         failures = [text for _, text in shares if text]
-        with distributed.in_unison(f"cannot commit {pending.target}"):
+        with distributed.in_unison(f"cannot save {pending.target}"), _told(pending.target):
             if distributed.is_global_leader():
                 if failures:
                     shutil.rmtree(pending.staged, ignore_errors=True)
@@ -163,20 +165,23 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.pt"
 
 
-def make_room(staged: Path, needed: int) -> None:
-    """Makes the empty staging directory. Raises CheckpointError if `needed` bytes do not fit."""
+@contextmanager
+def _told(target: Path) -> Iterator[None]:
+    """Turns a failure of the file system into one of the save."""
     try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        free = shutil.disk_usage(staged).free
+        yield
     except OSError as error:
-        raise CheckpointError(f"cannot make {staged}: {error.strerror}") from None
+        raise CheckpointError(f"cannot save {target}: {error}") from None
+
+
+def make_room(staged: Path, needed: int) -> None:
+    """Makes the empty staging directory. Raises OSError, also if `needed` bytes do not fit."""
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    free = shutil.disk_usage(staged).free
     if needed > free:
         staged.rmdir()
-        raise CheckpointError(
-            f"cannot save {staged.with_suffix('')}: it needs {needed / 1e6:,.0f} MB, and only "
-            f"{free / 1e6:,.0f} MB are free"
-        )
+        raise OSError(f"it needs {needed / 1e6:,.0f} MB, and only {free / 1e6:,.0f} MB are free")
 
 
 def write_files(staged: Path, jobs: Jobs) -> Entries:
@@ -191,15 +196,12 @@ def write_files(staged: Path, jobs: Jobs) -> Entries:
 
 
 def commit(manifest: Manifest, staged: Path, target: Path) -> None:
-    """Turns the staging directory into a checkpoint. Raises CheckpointError."""
-    try:
-        manifest.write(staged)
-        sync_directory(staged)
-        put_in_place(staged, target)
-        sync_directory(target.parent)
-        point_latest(target)
-    except OSError as error:
-        raise CheckpointError(f"cannot commit {target}: {error}") from None
+    """Turns the staging directory into a checkpoint. Raises OSError."""
+    manifest.write(staged)
+    sync_directory(staged)
+    put_in_place(staged, target)
+    sync_directory(target.parent)
+    point_latest(target)
 
 
 def put_in_place(staged: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,15 @@ class _BarHandler(logging.Handler):
 
 
 def show_log() -> None:
-    """Shows harness's log on the terminal: rank 0 from INFO on, other ranks from WARNING on."""
+    """Shows harness's log on the terminal: rank 0 from INFO on, other ranks from WARNING on.
+
+    What is logged before there is a run directory is kept for `log_to`.
+    """
     logger = logging.getLogger("harness")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not any(isinstance(handler, _BarHandler) for handler in logger.handlers):
-        handler = _BarHandler()
+    logger.handlers = [h for h in logger.handlers if not isinstance(h, _BarHandler | MemoryHandler)]
+    for handler in (_BarHandler(), MemoryHandler(capacity=10_000)):
         _set_up(handler)
         logger.addHandler(handler)
 
@@ -69,7 +73,12 @@ def log_to(path: Path) -> logging.Handler:
     """Appends the log to a file that all ranks share, line by line. Returns the handler."""
     handler = logging.FileHandler(path)
     _set_up(handler)
-    logging.getLogger("harness").addHandler(handler)
+    logger = logging.getLogger("harness")
+    for early in [h for h in logger.handlers if isinstance(h, MemoryHandler)]:
+        early.setTarget(handler)
+        early.close()
+        logger.removeHandler(early)
+    logger.addHandler(handler)
     return handler
 
 

@@ -90,14 +90,15 @@ class RankPool:
         self.close()
 
     def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["harness.testing.preload"])
         port = distributed.free_port()
         for rank in range(self.world_size):
-            pipe, theirs = spawn.Pipe()
+            pipe, theirs = server.Pipe()
             place = (rank, self.world_size, port)
             args = (theirs, place, self.timeout_s, self._jit_cache.name, list(sys.path))
             # No daemon, since those may not have data-loader workers.
-            process = spawn.Process(target=_serve, args=args)
+            process = server.Process(target=_serve, args=args)
             process.start()
             theirs.close()
             self._processes.append(process)
