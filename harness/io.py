@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 SAFETENSORS = {".sft", ".safetensors"}
 PICKLES = {".pt", ".pth"}
+MAX_HEADER = 100_000_000  # bytes; the safetensors library allows no more
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -49,17 +50,25 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, torch.Tens
     if _format(path) == "pt":
         return torch.load(path, map_location=device, weights_only=True)
     state = load_file(path, device=str(device))
-    for alias, kept in sft_metadata(path).items():
+    for alias, kept in sft_header(path).get("__metadata__", {}).items():
         if kept in state:
             state[alias] = state[kept]
     return state
 
 
-def sft_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, without its tensors."""
+def sft_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: dtype, shape and place of every tensor, and metadata.
+
+    Raises ValueError if it is none.
+    """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size)).get("__metadata__", {})
+        if size > MAX_HEADER:
+            raise ValueError(f"{path}: a header of {size} bytes, at most {MAX_HEADER} are allowed")
+        header = json.loads(file.read(size))
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the header is no JSON object")
+    return header
 
 
 def _format(path: Path) -> str:

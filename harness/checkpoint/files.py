@@ -42,8 +42,8 @@ def write_file(state: Any, path: Path) -> FileEntry:
     return FileEntry(size=path.stat().st_size, digest=_digest(path))
 
 
-def verify_file(path: Path, entry: FileEntry) -> None:
-    """Checks size, table of contents and the CRC of every tensor.
+def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:
+    """Checks size and table of contents, and with `read` the CRC of every tensor.
 
     Raises CheckpointError that says what was found and what was expected.
     """
@@ -55,7 +55,7 @@ def verify_file(path: Path, entry: FileEntry) -> None:
         if _digest(path) != entry.digest:
             raise CheckpointError(f"damaged: {path} is another file than the one that was saved")
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            damaged = archive.testzip() if read else None
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError) as error:
         raise CheckpointError(f"damaged: {path}: {error}") from None
     if damaged:

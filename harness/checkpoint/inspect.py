@@ -1,0 +1,129 @@
+"""What a checkpoint, an `.sft` or a `.pt` holds: no weights loaded, no pickled code run."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from harness.checkpoint.files import verify_file
+from harness.checkpoint.manifest import NAME, Manifest, checkpoints_in, read_manifest
+from harness.errors import CheckpointError
+from harness.io import PICKLES, SAFETENSORS, sft_header
+
+
+def describe(path: Path, verify: bool = False) -> Iterator[str]:
+    """Lines that describe a run directory, a checkpoint, an `.sft` or a `.pt`.
+
+    `verify` reads the files of a checkpoint and checks every CRC; otherwise their sizes are
+    checked. Raises CheckpointError for what is none of these, or is not whole.
+    """
+    if path.suffix in SAFETENSORS and path.is_file():
+        yield from _describe_tensors(path, _sft_tensors(path))
+    elif path.suffix in PICKLES and path.is_file():
+        yield from _describe_tensors(path, _pt_tensors(path))
+    elif (path / NAME).is_file():
+        yield from _describe_checkpoint(path, read_manifest(path), verify)
+    else:
+        yield from _describe_run(path, verify)
+
+
+def _describe_run(path: Path, verify: bool) -> Iterator[str]:
+    parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = checkpoints_in(parent)
+    if not found:
+        raise CheckpointError(f"{path}: no run directory, no checkpoint, no .sft and no .pt")
+    for directory in found:
+        try:
+            yield from _describe_checkpoint(directory, read_manifest(directory), verify)
+        except CheckpointError as error:
+            yield f"{directory}: {error}"
+
+
+def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
+    saved_at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.saved_at))
+    pinned = f", pinned as {manifest.pinned}" if manifest.pinned else ""
+    yield f"{path}: step {manifest.step}, {manifest.world_size} ranks, saved {saved_at}{pinned}"
+    yield "  " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    for name, engine in manifest.engines.items():
+        yield f"  engine {name}: ZeRO stage {engine.zero_stage}, {engine.dtype}"
+    for name, value in manifest.metrics.items():
+        yield f"  {name} {value:.6g}"
+    for name, entry in manifest.files.items():
+        yield f"  {_bytes(entry.size)}  {name}"
+    for name, entry in manifest.files.items():
+        verify_file(path / name, entry, read=verify)
+    total = sum(entry.size for entry in manifest.files.values())
+    yield f"  {_bytes(total)}  in all, {'every CRC checked' if verify else 'sizes checked'}: whole"
+
+
+def _describe_tensors(path: Path, tensors: dict[str, tuple[str, list[int], int]]) -> Iterator[str]:
+    yield f"{path}: {len(tensors)} tensors, {_bytes(path.stat().st_size).strip()}"
+    width = max(map(len, tensors), default=0)
+    for name, (dtype, shape, size) in tensors.items():
+        yield f"  {name:<{width}}  {dtype:<8}  {_bytes(size)}  {shape}"
+
+
+def _sft_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
+    try:
+        header = sft_header(path)
+        aliases = header.pop("__metadata__", {})
+        found = {
+            name: (item["dtype"], item["shape"], item["data_offsets"][1] - item["data_offsets"][0])
+            for name, item in header.items()
+        }
+        tied = {
+            alias: (f"= {name}", found[name][1], 0)
+            for alias, name in aliases.items()
+            if name in found
+        }
+    except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{path}: no safetensors file: {error!r}") from None
+    return found | tied
+
+
+class _Opaque:
+    """Stands for an object of a class that is not loaded."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _pt_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
+    """The tensors below the keys that lead to them, on the meta device."""
+    try:
+        unknown = get_unsafe_globals_in_checkpoint(path)
+        with safe_globals([(_Opaque, name) for name in unknown]):
+            tree = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except Exception as error:  # whatever a broken or hostile file provokes
+        text = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: no readable .pt file: {text}") from None
+    return {
+        ".".join(keys): (str(t.dtype).removeprefix("torch."), list(t.shape), t.nbytes)
+        for keys, t in _walk(tree, ())
+    }
+
+
+def _walk(node: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    match node:
+        case torch.Tensor():
+            yield keys or ("(tensor)",), node
+        case dict():
+            for key, child in node.items():
+                yield from _walk(child, (*keys, str(key)))
+        case list() | tuple():
+            for index, child in enumerate(node):
+                yield from _walk(child, (*keys, str(index)))
+
+
+def _bytes(size: int) -> str:
+    number, unit = float(size), "B "
+    for larger in ("kB", "MB", "GB"):
+        if number >= 1000:
+            number, unit = number / 1000, larger
+    return f"{number:7.4g} {unit}"
