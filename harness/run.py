@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from harness import distributed
 from harness.checkpoint import resume
+from harness.checkpoint.retain import clean
 from harness.checkpoint.save import Saver
 from harness.config import Config
 from harness.control.bus import Bus
@@ -53,6 +54,7 @@ def train(config: Config) -> None:
     with distributed.in_unison(f"run directory {config.run_dir}"):
         if distributed.is_global_leader():
             make_run_directory(config)
+            clean(config.run_dir / "exports")
     file_handler = log_to(config.run_dir / "log.txt")
     distributed.seed_everything(config.run.seed + rank)  # other dropout on every rank
     if checkpoint is not None:

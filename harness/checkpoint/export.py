@@ -1,10 +1,12 @@
 """Exporting plain weights for other tools."""
 
 import logging
+import shutil
 from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.manifest import step_directory
+from harness.checkpoint.retain import put_in_place
 from harness.engines import Engines
 from harness.io import save
 
@@ -17,11 +19,17 @@ def export(engines: Engines, parent: Path) -> Path:
     Raises HarnessError, on all ranks, if it cannot be written.
     """
     target = step_directory(parent, engines.global_step)
+    staged = target.with_name(f"{target.name}.tmp")
+    if distributed.is_global_leader():
+        shutil.rmtree(staged, ignore_errors=True)
     for engine in engines.trained:
         state = engine.full_state_dict()
         with distributed.in_unison(f"cannot export to {target}"):
             if distributed.is_global_leader():
-                target.mkdir(parents=True, exist_ok=True)
-                save(state, target / f"{engine.name}.sft")
+                staged.mkdir(parents=True, exist_ok=True)
+                save(state, staged / f"{engine.name}.sft")
+    with distributed.in_unison(f"cannot export to {target}"):
+        if distributed.is_global_leader():
+            put_in_place(staged, target)
     log.info("exported %s", target)
     return target

@@ -1,4 +1,4 @@
-"""Which checkpoints stay. Only rank 0 calls this."""
+"""How directories come and go, and which checkpoints stay. Only rank 0 calls this."""
 
 import logging
 import shutil
@@ -57,8 +57,20 @@ def remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def put_in_place(staged: Path, target: Path) -> None:
+    """Renames a staging directory to `target`, in place of one that may stand there."""
+    if not target.exists():
+        staged.rename(target)
+        return
+    # The same step again. A crash between the renames is mended by `clean`.
+    replaced = target.with_name(f"{target.name}{REPLACED}")
+    target.rename(replaced)
+    staged.rename(target)
+    shutil.rmtree(replaced)
+
+
 def clean(directory: Path) -> None:
-    """Clears away what a killed run left: half-made, half-removed and replaced checkpoints."""
+    """Clears away what a killed run left: half-made, half-removed and replaced directories."""
     for path in directory.glob(f"step-*{REPLACED}"):
         target = path.with_name(path.name.removesuffix(REPLACED))
         if not target.exists():

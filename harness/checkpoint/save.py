@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import distributed
-from harness.checkpoint.files import FileEntry, bytes_of, snapshot, sync_directory, write_file
+from harness.checkpoint.files import FileEntry, Snapshots, bytes_of, sync_directory, write_file
 from harness.checkpoint.manifest import (
     LATEST,
     EngineManifest,
@@ -23,7 +23,7 @@ from harness.checkpoint.manifest import (
     digest,
     step_directory,
 )
-from harness.checkpoint.retain import REPLACED, prune
+from harness.checkpoint.retain import prune, put_in_place
 from harness.checkpoint.rng import rng_state
 from harness.config import CheckpointConfig, Config
 from harness.data import Batches
@@ -66,6 +66,7 @@ class Saver:
         self._config_digest = digest(config.model_dump_json())
         self._pending: _Pending | None = None
         self._all_written = distributed.Agreement()
+        self._snapshots = Snapshots()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
 
     def save(self, metrics: dict[str, float], pinned: str | None = None) -> None:
@@ -84,7 +85,7 @@ class Saver:
                 make_room(staged, needed)
         manifest = self._manifest(metrics, pinned)
         if self._settings.background:
-            jobs = {path: snapshot(tree) for path, tree in jobs.items()}
+            jobs = self._snapshots.take(jobs)
         writing = self._thread.submit(write_files, staged, jobs)
         self._pending = _Pending(manifest, staged, target, writing)
         if not self._settings.background:
@@ -202,18 +203,6 @@ def commit(manifest: Manifest, staged: Path, target: Path) -> None:
     put_in_place(staged, target)
     sync_directory(target.parent)
     point_latest(target)
-
-
-def put_in_place(staged: Path, target: Path) -> None:
-    """Renames the staging directory to `target`, in place of one that may stand there."""
-    if not target.exists():
-        staged.rename(target)
-        return
-    # The same step again. A crash between the renames is mended by `retain.clean`.
-    replaced = target.with_name(f"{target.name}{REPLACED}")
-    target.rename(replaced)
-    staged.rename(target)
-    shutil.rmtree(replaced)
 
 
 def point_latest(target: Path) -> None:

@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Self
 
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
 from harness import distributed
 
 SECONDS_TO_START = 120.0
@@ -39,6 +41,7 @@ class RankPool:
         self.timeout_s = timeout_s
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
+        self._store: TCPStore | None = None
         # A compilation that a kill cuts off leaves a lock, which must not block anyone else.
         self._jit_cache = tempfile.TemporaryDirectory(prefix="harness-jit-")
 
@@ -81,7 +84,7 @@ class RankPool:
             process.join()
         for pipe in self._pipes:
             pipe.close()
-        self._processes, self._pipes = [], []
+        self._processes, self._pipes, self._store = [], [], None
 
     def __enter__(self) -> Self:
         return self
@@ -92,10 +95,11 @@ class RankPool:
     def _start(self) -> None:
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["harness.testing.preload"])
-        port = distributed.free_port()
+        # The ranks meet at a store of ours, so that no other process can take its port before them.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world_size):
             pipe, theirs = server.Pipe()
-            place = (rank, self.world_size, port)
+            place = (rank, self.world_size, self._store.port)
             args = (theirs, place, self.timeout_s, self._jit_cache.name, list(sys.path))
             # No daemon, since those may not have data-loader workers.
             process = server.Process(target=_serve, args=args)
@@ -131,6 +135,7 @@ def _serve(
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "TORCH_EXTENSIONS_DIR": jit_cache,

@@ -1,0 +1,125 @@
+"""Saving about 1 GB of state: `cp`, DeepSpeed's own save, ours, and ours in the background.
+
+    python bench/save.py [--ranks 2] [--width 9200] [--rounds 3] [--directory DIR]
+
+Prints medians, each as a ratio to `cp` of the same bytes in the same rounds; all but the background
+stall, which is how long the training is held up, until everything is on the disk (fsync).
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from harness.config import Config, merge
+from harness.testing.pool import RankPool
+
+ROOT = Path(__file__).parent.parent
+
+
+def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every way, in interleaved rounds; on one rank of several."""
+    from harness import distributed
+    from harness.checkpoint.save import Saver
+    from harness.data import train_batches
+    from harness.engines import build_engines
+    from harness.task import load_task
+
+    table = {
+        "run": {"name": "bench", "dir": directory},
+        "task": {"path": str(ROOT / "tests/tiny_task.py"), "args": {"width": width}},
+        "engines": {
+            "net": {"ds_config": ROOT / "ds_configs/zero1.json", "optimizer": {"name": "adamw"}}
+        },
+        "data": {"micro_batch_size": 1},
+    }
+    config = Config.model_validate(table)
+    behind = Config.model_validate(merge(table, {"checkpoint": {"background": True}}))
+    task = load_task(config)
+    rank, world_size = distributed.global_rank(), distributed.world_size()
+    batches = train_batches(task.train_data, config.data, task.collate, 0, rank, world_size)
+    engines = build_engines(task, config)
+    engines.step(next(batches))
+    seconds: dict[str, list[float]] = {}
+    saver = Saver(engines, batches, config)
+    background = Saver(engines, batches, behind)
+    target = directory / "bench/checkpoints/step-00000000"
+
+    def ours() -> None:
+        saver.save({})
+
+    def cp() -> None:
+        if rank == 0:
+            subprocess.run(["cp", "-r", target, directory / "copy"], check=True)
+            sync(directory / "copy")
+
+    def deepspeed() -> None:
+        engines["net"].ds.save_checkpoint(str(directory / "plain"), tag="x")
+        sync(directory / "plain")
+
+    def stall() -> None:
+        background.save({})
+
+    def settle() -> None:
+        """Nothing is left to be written by the time the next way begins."""
+        background.wait()
+        for name in ("copy", "plain"):
+            if rank == 0:
+                shutil.rmtree(directory / name, ignore_errors=True)
+        os.sync()
+
+    ours()
+    stall()  # the first one also allocates its buffers
+    settle()
+    ways = [("cp", cp), ("deepspeed", deepspeed), ("harness", ours), ("background stall", stall)]
+    for number in range(rounds):
+        for name, way in ways[number % 4 :] + ways[: number % 4]:
+            distributed.barrier()
+            started = time.perf_counter()
+            way()
+            took = time.perf_counter() - started
+            seconds.setdefault(name, []).append(max(distributed.all_gather(took)))
+            settle()
+    seconds["bytes"] = [float(sum(f.stat().st_size for f in target.rglob("*") if f.is_file()))]
+    return seconds
+
+
+def sync(directory: Path) -> None:
+    """Syncs every file below a directory."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def main() -> None:
+    """Runs the rounds and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--width", type=int, default=9200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--directory", type=Path, default=None)
+    args = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="bench-save-", dir=args.directory))
+    try:
+        with RankPool(args.ranks, timeout_s=1200) as pool:
+            seconds = pool.run(measure, directory, args.width, args.rounds)[0]
+    finally:
+        shutil.rmtree(directory)
+    size = seconds.pop("bytes")[0]
+    reference = statistics.median(seconds["cp"])
+    sys.stdout.write(f"{size / 1e9:.2f} GB, {args.ranks} ranks, medians of {args.rounds}\n")
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        spread = f"{min(values):.2f} .. {max(values):.2f}"
+        ratio = median / reference
+        sys.stdout.write(f"{name:<20} {median:7.2f} s  {ratio:6.2f} x cp   ({spread})\n")
+
+
+if __name__ == "__main__":
+    main()
