@@ -1,6 +1,7 @@
 """The command line of a run: `--config FILE.toml --section.key=value ...`, and `--help`."""
 
 import argparse
+import contextlib
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -47,15 +48,29 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
             if not queue:
                 raise ConfigError(f"command line: {word} has no value")
             text = queue.pop(0)
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        nested: Any = value
-        for part in reversed(key.removeprefix("--").split(".")):
+        path = key.removeprefix("--").split(".")
+        nested: Any = text
+        if not _is_text(path):
+            with contextlib.suppress(tomllib.TOMLDecodeError):
+                nested = tomllib.loads(f"value = {text}")["value"]
+        for part in reversed(path):
             nested = {part: nested}
         overrides = merge(overrides, nested)
     return overrides
+
+
+def _is_text(path: Sequence[str]) -> bool:
+    """Whether a key takes a string or a path, which are not read as TOML."""
+    section: type[BaseModel] | None = Config
+    for number, part in enumerate(path):
+        if section is None:
+            return False
+        if part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            if annotation in (str, Path):
+                return number == len(path) - 1
+            section = section_of(annotation)
+    return False
 
 
 def _help(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

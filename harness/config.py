@@ -5,6 +5,7 @@ Nothing here imports torch, so that a mistake in the config is reported within a
 
 import importlib.util
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,18 +32,18 @@ class Section(BaseModel):
 class RunConfig(Section):
     """[run] what the run is called, how long it goes on, and what it starts from."""
 
-    name: str = Field(default="", pattern=r"^[\w.-]*$")
+    name: str = Field(default="", pattern=r"^(\w[\w.-]*)?$")
     """Name of the run; its directory is DIR/NAME. Default: the config file's name."""
     dir: Path = Path("runs")
     """Where run directories are made."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the models' initial weights, of the data order, and (with the rank) of dropout."""
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps of the whole run, those before a resume included."""
     resume: str = "latest"
     """"latest": go on from the run's newest checkpoint, if any; "none": start over; or a
     checkpoint's path."""
-    timeout_s: float = Field(default=1800.0, gt=0)
+    timeout_s: float = Field(default=1800.0, gt=0, le=1e8)
     """Seconds after which a collective that some rank does not join ends the run."""
 
 
@@ -60,6 +61,8 @@ class TaskConfig(Section):
         if path.endswith(".py"):
             if not Path(path).is_file():
                 raise ValueError(f"no such file: {Path(path).absolute()}")
+            if "." in Path(path).stem:
+                raise ValueError(f"Python cannot import a file with a dot in its name: {path}")
         elif "/" in path or not _importable(path):
             raise ValueError("neither a .py file nor an importable module")
         return path
@@ -81,7 +84,7 @@ class OptimizerConfig(NamedConfig):
 
     name: str = "adamw"
     """A registered optimizer ("adamw"), or an import path, like "torch.optim:SGD"."""
-    lr: float = Field(default=1e-3, ge=0)
+    lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
     """Learning rate: the schedule's peak."""
 
 
@@ -112,7 +115,15 @@ class EngineConfig(Section):
         for key, instead in _OURS.items():
             if key in ds:
                 raise ValueError(f"{self.ds_config}: {key!r} is set by harness: {instead}")
-        stage = ds.get("zero_optimization", {}).get("stage", 0)
+        zero = ds.get("zero_optimization", {})
+        stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
+        if stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_optimization: found {zero!r}, expected {{'stage': 0 to 3}}")
+        accumulation = ds.get("gradient_accumulation_steps", 1)
+        if type(accumulation) is not int or accumulation < 1:
+            raise ValueError(
+                f"gradient_accumulation_steps: found {accumulation!r}, expected a number from 1 on"
+            )
         if self.role == "train" and self.optimizer is None:
             raise ValueError("a trained engine needs an optimizer, for example {name = 'adamw'}")
         if self.role == "teacher" and (self.optimizer or self.scheduler):
@@ -259,7 +270,7 @@ class Config(Section):
     @classmethod
     def _names(cls, engines: dict[str, EngineConfig]) -> dict[str, EngineConfig]:
         for name in engines:
-            if not name.isidentifier():
+            if not (name.isidentifier() and name.isascii()):
                 raise ValueError(f"an engine's name is a plain word, found {name!r}")
         if all(engine.role == "teacher" for engine in engines.values()):
             raise ValueError("no engine has role = 'train': there is nothing to train")
@@ -284,7 +295,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
         raise ConfigError(f"config {path} is not valid TOML: {error}") from None
     table = merge(table, overrides or {})
     if isinstance(run := table.setdefault("run", {}), dict) and not run.get("name"):
-        run["name"] = path.stem
+        run["name"] = re.sub(r"[^\w.-]+", "-", path.stem).lstrip(".-") or "run"
     try:
         return Config.model_validate(table)
     except ValidationError as error:

@@ -1,7 +1,9 @@
 """From a dataset to this rank's micro-batches: endless, equal in number on all ranks, resumable."""
 
+import io
 import itertools
 import logging
+import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -191,10 +193,27 @@ def train_batches(
     if len(data) == 0:
         raise TaskError(f"train_data: {type(data).__name__} has no items")
     if not hasattr(data, "__getitem__"):
+        _check_state(data)
         return TaskLoader(data)
     sampler = _sampler(data, config, seed, rank, world_size)
     loader_seed = seed * world_size + rank
     return Loader(data, sampler, config.micro_batch_size, collate, config.workers, loader_seed)
+
+
+def _check_state(loader: Any) -> None:
+    """Raises TaskError if a loader's state could be saved, but not be read back safely."""
+    if not hasattr(loader, "state_dict"):
+        return
+    file = io.BytesIO()
+    torch.save(loader.state_dict(), file)
+    file.seek(0)
+    try:
+        torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        raise TaskError(
+            f"train_data: the state_dict of {type(loader).__name__} holds more than tensors and "
+            "plain values (numpy's, for instance): it could be saved, but not be resumed from"
+        ) from None
 
 
 def _sampler(data: Any, config: DataConfig, seed: int, rank: int, world_size: int) -> Sampler:

@@ -203,13 +203,16 @@ def in_unison(doing: str) -> Iterator[None]:
         yield
     except HarnessError as error:
         failure = error
+    except OSError as error:
+        failure = HarnessError(f"{doing}: {error}")
     except Exception:
         failure = HarnessError(f"{doing}:\n{traceback.format_exc()}")
     failures = all_gather(failure)
     for rank, found in enumerate(failures):
         if found is not None:
-            everywhere = all(failures)
-            raise found if everywhere else type(found)(f"rank {rank}: {found}")
+            error = found if all(failures) else type(found)(f"rank {rank}: {found}")
+            error.agreed = True
+            raise error
 
 
 def seed_everything(seed: int) -> None:

@@ -1,7 +1,7 @@
 """One model under one DeepSpeed engine."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,25 +57,28 @@ class Engine:
         self.role = config.role
         self.gradient_accumulation = config.gradient_accumulation
         self.counters = Counters()
+        self.peers: Mapping[str, Engine] = {}
+        """The engines beside it, by name, itself included."""
         self.last_lr = 0.0
         self.last_grad_norm: torch.Tensor | float = 0.0
         self._held_lr: float | None = None
         self._schedule = repr((config.optimizer, config.scheduler))
         optimizer: Any = None
         scheduler: Any = None
-        if config.optimizer is None:
-            model.requires_grad_(False).eval()
-        else:
-            trainable = [p for p in model.parameters() if p.requires_grad]
-            if not trainable:
-                raise ConfigError(f"engines.{name}: the model has no trainable parameter")
-            optimizer = build_optimizer(trainable, config.optimizer)
-            chosen = {"lr", *config.optimizer.args}
-            self._chosen = [
-                {key: group[key] for key in chosen & group.keys()}
-                for group in optimizer.param_groups
-            ]
-            scheduler = build_scheduler(optimizer, config.scheduler, total_steps)
+        with distributed.in_unison(f"engines.{name}"):
+            if config.optimizer is None:
+                model.requires_grad_(False).eval()
+            else:
+                trainable = [p for p in model.parameters() if p.requires_grad]
+                if not trainable:
+                    raise ConfigError(f"engines.{name}: the model has no trainable parameter")
+                optimizer = build_optimizer(trainable, config.optimizer)
+                chosen = {"lr", *config.optimizer.args}
+                self._chosen = [
+                    {key: group[key] for key in chosen & group.keys()}
+                    for group in optimizer.param_groups
+                ]
+                scheduler = build_scheduler(optimizer, config.scheduler, total_steps)
         self.ds: Any = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -161,14 +164,15 @@ class Engine:
         # DeepSpeed's fp16 optimizers (stage 0) keep it in a config, those of ZeRO in themselves.
         return float(getattr(self.ds.optimizer, "loss_scale_config", self.ds.optimizer).cur_scale)
 
-    def gather_attribute(self, name: str) -> dict[str, Any]:
+    def gather_attribute(self, name: str, kind: type = object) -> dict[str, Any]:
         """Takes attribute `name` off every submodule that has it: `{module path: value}`.
 
-        Models may leave a `loss` and `stats` on their submodules, for the default feeder.
+        Values that are no `kind` stay where they are. Models may leave a `loss` and `stats` on
+        their submodules, for the default feeder.
         """
         found = {}
         for path, module in self.module.named_modules():
-            if name in vars(module):
+            if isinstance(vars(module).get(name), kind) and name in vars(module):
                 found[path] = vars(module).pop(name)
         return found
 

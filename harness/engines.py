@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
+from harness import distributed
 from harness.config import Config
 from harness.engine import Engine
-from harness.errors import ConfigError, TaskError
-from harness.task import Stats, Task
+from harness.errors import TaskError
+from harness.task import Stats, Task, feed
 
 
 class Engines(Mapping[str, Engine]):
@@ -22,6 +22,8 @@ class Engines(Mapping[str, Engine]):
 
     def __init__(self, engines: Mapping[str, Engine], task: Task):
         self._engines = dict(engines)
+        for engine in engines.values():
+            engine.peers = self._engines
         self._task = task
         self.trained = [engine for engine in engines.values() if engine.role == "train"]
         self.gradient_accumulation = math.lcm(*(e.gradient_accumulation for e in self.trained))
@@ -43,7 +45,7 @@ class Engines(Mapping[str, Engine]):
         """
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.trained:
-            loss, stats = self._task.feeder(engine, batch)
+            loss, stats = feed(self._task, engine, batch)
             engine.backward(loss)
             engine.step()
             report |= self.label(engine, {"loss": loss.detach(), **stats})
@@ -57,7 +59,7 @@ class Engines(Mapping[str, Engine]):
             if self._task.evaluate is not None:
                 stats = self._task.evaluate(engine, batch)
             else:
-                loss, others = self._task.feeder(engine, batch)
+                loss, others = feed(self._task, engine, batch)
                 stats = {"loss": loss, **others}
             report |= self.label(engine, stats)
         return report
@@ -140,27 +142,22 @@ def build_engines(task: Task, config: Config) -> Engines:
 
     Raises TaskError if the task's models are not those of the config.
     """
-    if set(task.models) != set(config.engines):
-        raise TaskError(
-            f"task {config.task.path} has the models {sorted(task.models)}, and the config the "
-            f"engines {sorted(config.engines)}"
-        )
+    with distributed.in_unison(f"task {config.task.path}"):
+        if set(task.models) != set(config.engines):
+            raise TaskError(
+                f"task {config.task.path} has the models {sorted(task.models)}, and the config the "
+                f"engines {sorted(config.engines)}"
+            )
     trained = [engine for engine in config.engines.values() if engine.role == "train"]
     micro_batches = math.lcm(*(engine.gradient_accumulation for engine in trained))
     engines = {}
     for name, settings in config.engines.items():
-        model = task.models[name]
-        if not isinstance(model, nn.Module):
-            raise TaskError(f"task {config.task.path}: model {name!r} is no nn.Module: {model!r}")
         steps = config.run.steps * micro_batches // settings.gradient_accumulation
-        try:
-            engines[name] = Engine(
-                name,
-                model,
-                settings,
-                micro_batch_size=config.data.micro_batch_size,
-                total_steps=steps,
-            )
-        except ConfigError as error:
-            raise ConfigError(f"engines.{name}: {error}") from error
+        engines[name] = Engine(
+            name,
+            task.models[name],
+            settings,
+            micro_batch_size=config.data.micro_batch_size,
+            total_steps=steps,
+        )
     return Engines(engines, task)

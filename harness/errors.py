@@ -1,7 +1,6 @@
 """Errors that are addressed to the user: one readable message, an exit code, no traceback.
 
-They are raised alike on every rank, so that rank 0 can speak for all: from what all ranks know, or
-through `distributed.in_unison`. What goes wrong on one rank alone is an ordinary exception.
+Where the ranks have agreed on an error (`distributed.in_unison`), rank 0 speaks for all.
 """
 
 import difflib
@@ -12,6 +11,8 @@ class HarnessError(Exception):
     """What the user can mend: the entry point prints the message and exits with `code`."""
 
     code = 2
+    agreed = False
+    """Whether every rank has raised the same error."""
 
 
 class ConfigError(HarnessError):

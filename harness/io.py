@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 SAFETENSORS = {".sft", ".safetensors"}
 PICKLES = {".pt", ".pth"}
+TIED = "tied"
 MAX_HEADER = 100_000_000  # bytes; the safetensors library allows no more
 
 
@@ -33,13 +34,14 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 def save(state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Writes a flat state dict, in the format that the suffix names: .pt, .pth, .sft, .safetensors.
 
-    Tensors that are the same memory (tied weights) are stored once in `.sft`; its metadata then
-    maps each further name to the stored one. Raises ValueError for any other suffix.
+    Tensors that are the same memory (tied weights) are stored once in `.sft`; the key "tied" of its
+    metadata then maps each further name to the stored one, as JSON. Raises ValueError for any other
+    suffix, and for the one name that safetensors keeps for itself, "__metadata__".
     """
     match _format(path):
         case "sft":
             kept, aliases = _untie(state)
-            metadata = {"format": "pt", **aliases}
+            metadata = {"format": "pt"} | ({TIED: json.dumps(aliases)} if aliases else {})
             write_atomically(path, lambda staged: save_file(kept, staged, metadata))
         case _:
             write_atomically(path, lambda staged: torch.save(dict(state), staged))
@@ -50,10 +52,14 @@ def load(path: Path, device: str | torch.device = "cpu") -> dict[str, torch.Tens
     if _format(path) == "pt":
         return torch.load(path, map_location=device, weights_only=True)
     state = load_file(path, device=str(device))
-    for alias, kept in sft_header(path).get("__metadata__", {}).items():
-        if kept in state:
-            state[alias] = state[kept]
+    for alias, kept in tied_names(sft_header(path)).items():
+        state[alias] = state[kept]
     return state
+
+
+def tied_names(header: Mapping[str, Any]) -> dict[str, str]:
+    """`{further name: stored name}` of the tensors that `save` found tied."""
+    return json.loads(header.get("__metadata__", {}).get(TIED, "{}"))
 
 
 def sft_header(path: Path) -> dict[str, Any]:
@@ -86,7 +92,9 @@ def _untie(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
     names: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
     for name, tensor in state.items():
-        tensor = tensor.detach()
+        if name == "__metadata__":
+            raise ValueError(f"{name!r} cannot be a tensor's name in a safetensors file")
+        tensor = tensor.detach().resolve_conj().resolve_neg()
         storage = tensor.untyped_storage().data_ptr()
         view = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and view in names:
@@ -148,7 +156,8 @@ def _toml(value: Any) -> str:
         case float():
             return repr(value)
         case _:
-            return json.dumps(value, ensure_ascii=False, default=str)
+            text = json.dumps(value, ensure_ascii=False, default=str)
+            return text.replace("\x7f", "\\u007f")
 
 
 def _key(name: str) -> str:

@@ -46,26 +46,36 @@ def train(config: Config) -> None:
             task.train_data, config.data, task.collate, config.run.seed, rank, world_size
         )
         check_eval_data(task, config)
-    lengths = distributed.all_gather(len(task.train_data))
-    if len(set(lengths)) > 1:
-        raise TaskError(f"train_data differs in length between the ranks: {lengths}")
+        lengths = {"train_data": len(task.train_data), "eval_data": len(task.eval_data or ())}
+    every_rank = distributed.all_gather(lengths)
+    with distributed.in_unison(f"task {config.task.path}"):
+        for what in lengths:
+            found = [lengths[what] for lengths in every_rank]
+            if len(set(found)) > 1:
+                raise TaskError(f"{what} differs in length between the ranks: {found}")
     engines = build_engines(task, config)
     checkpoint = resume.choose(config.run.resume, config.run_dir / "checkpoints", engines)
     with distributed.in_unison(f"run directory {config.run_dir}"):
         if distributed.is_global_leader():
-            make_run_directory(config)
+            config.run_dir.mkdir(parents=True, exist_ok=True)
             clean(config.run_dir / "exports")
-    file_handler = log_to(config.run_dir / "log.txt")
+    with distributed.in_unison(f"run directory {config.run_dir}"):
+        file_handler = log_to(config.run_dir / "log.txt")
     distributed.seed_everything(config.run.seed + rank)  # other dropout on every rank
     if checkpoint is not None:
         resume.resume(checkpoint, engines, batches)
+    with distributed.in_unison(f"run directory {config.run_dir}"):
+        if distributed.is_global_leader():
+            write_config(config)
     _greet(config, engines)
     saver = Saver(engines, batches, config)
     bus = Bus()
     is_reading = config.control.stdin and distributed.is_global_leader()
     stdin = StdinFront(bus.submit) if is_reading else None
     step = engines.global_step
-    sinks = _open_sinks(config, step) if distributed.is_global_leader() else []
+    sinks = (
+        _open_sinks(config, step if checkpoint else -1) if distributed.is_global_leader() else []
+    )
     progress = Progress(step, config.run.steps, config.metrics.progress and rank == 0)
     try:
         Trainer(config, task, engines, batches, saver, bus, sinks, progress).run()
@@ -91,9 +101,8 @@ def check_eval_data(task: Task, config: Config) -> None:
         raise TaskError(f"eval_data: {type(task.eval_data).__name__} has no items")
 
 
-def make_run_directory(config: Config) -> None:
-    """Makes DIR/NAME and writes the resolved config into it, ready to be given to `--config`."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+def write_config(config: Config) -> None:
+    """Writes the resolved config into the run directory, ready to be given to `--config`."""
     plain = config.model_dump()
     tables: dict[str, Mapping] = {k: v for k, v in plain.items() if k != "engines"}
     tables |= {f"engines.{name}": engine for name, engine in plain["engines"].items()}

@@ -41,7 +41,7 @@ def default_feeder(engine: "Engine", batch: Any) -> tuple[torch.Tensor, Stats]:
             engine(*batch)
         case _:
             engine(batch)
-    losses = engine.gather_attribute("loss")
+    losses = engine.gather_attribute("loss", torch.Tensor)
     if not losses:
         raise TaskError(
             f"engine {engine.name!r}: its forward left no `loss` on any submodule of "
@@ -50,8 +50,14 @@ def default_feeder(engine: "Engine", batch: Any) -> tuple[torch.Tensor, Stats]:
     stats = (
         {f"loss.{path}": loss.detach() for path, loss in losses.items()} if len(losses) > 1 else {}
     )
-    for found in engine.gather_attribute("stats").values():
+    for found in engine.gather_attribute("stats", Mapping).values():
         stats |= found
+    for path, loss in losses.items():
+        if loss.ndim:
+            raise TaskError(
+                f"engine {engine.name!r}: the loss of {path or 'the model'} has the shape "
+                f"{list(loss.shape)}, expected one number"
+            )
     return torch.stack(list(losses.values())).sum(), stats
 
 
@@ -91,6 +97,45 @@ class Task:
     """`batch -> (samples, tokens)`, for the counters and the throughput."""
 
 
+RESERVED = {"step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "step_time_s"} | {
+    "samples",
+    "tokens",
+    "tokens_per_s",
+}
+"""Names in the metrics that are harness's own."""
+
+
+def feed(task: Task, engine: "Engine", batch: Any) -> tuple[torch.Tensor, Stats]:
+    """What the task's feeder makes of a batch. Raises TaskError if it breaks its contract."""
+    fed = task.feeder(engine, batch)
+    if not (isinstance(fed, tuple) and len(fed) == 2 and isinstance(fed[1], Mapping)):
+        raise TaskError(f"the feeder returned {type(fed).__name__}, expected (loss, stats)")
+    loss, stats = fed
+    if not isinstance(loss, torch.Tensor) or loss.ndim:
+        found = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise TaskError(f"the feeder returned the loss {found}, expected a tensor of one number")
+    if taken := RESERVED & stats.keys():
+        raise TaskError(f"the feeder returned stats named {sorted(taken)}: harness's own names")
+    for name, value in stats.items():
+        if not isinstance(value, torch.Tensor | float | int):
+            raise TaskError(f"the feeder returned the stat {name!r} = {value!r}: not a number")
+    return loss, stats
+
+
+def checked(task: Any, path: str) -> Task:
+    """What `build` returned. Raises TaskError if it is no Task of models."""
+    if not isinstance(task, Task):
+        raise TaskError(f"task {path}: build returned {type(task).__name__}, expected Task")
+    if not isinstance(task.models, Mapping):
+        found = type(task.models).__name__
+        raise TaskError(f"task {path}: models is a {found}, expected a dict of name and module")
+    for name, model in task.models.items():
+        if not isinstance(model, nn.Module):
+            found = type(model).__name__
+            raise TaskError(f"task {path}: model {name!r} is a {found}, expected an nn.Module")
+    return task
+
+
 def load_task(config: "Config") -> Task:
     """Imports the task's code and builds it.
 
@@ -103,19 +148,16 @@ def load_task(config: "Config") -> Task:
         build = getattr(module, "build", None)
         if not callable(build):
             raise TaskError(f"task {path}: it has no function `build(config) -> Task`")
-        task = build(config)
+        return checked(build(config), path)
     except HarnessError:
         raise
     except ValidationError as error:
         lines = (f"  task.args.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"task {path}:\n" + "\n".join(lines)) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = error.__traceback__.tb_next if error.__traceback__ else None
         text = "".join(traceback.format_exception(type(error), error, frames))
         raise TaskError(f"task {path} failed to build:\n{text}") from None
-    if not isinstance(task, Task):
-        raise TaskError(f"task {path}: build returned {type(task).__name__}, expected Task")
-    return task
 
 
 def _import(path: str) -> ModuleType:

@@ -64,9 +64,14 @@ class Trainer:
         while not self.quitting and self.engines.global_step < self.config.run.steps:
             self.step()
             self.mind_saves(self.saver.poll)
+            if self.is_due(self.config.trainer.eval_every):
+                self.evaluate()
             for command in self.bus.poll():
                 self.obey(command)
-            self.keep_schedule()
+            if self.is_due(self.config.trainer.save_every):
+                self.save()
+            if self.is_due(self.config.trainer.export_every):
+                self.export()
         self.finish()
 
     def step(self) -> None:
@@ -105,17 +110,11 @@ class Trainer:
                 self.engines.set_lr(lr)
                 self._saved_step = None  # a checkpoint of this step would not hold it yet
 
-    def keep_schedule(self) -> None:
-        """Evaluates, saves and exports if it is time; at the last step `finish` does."""
-        step, trainer = self.engines.global_step, self.config.trainer
-        if self.quitting or step == self.config.run.steps:
-            return
-        if trainer.eval_every and step % trainer.eval_every == 0:
-            self.evaluate()
-        if trainer.save_every and step % trainer.save_every == 0:
-            self.save()
-        if trainer.export_every and step % trainer.export_every == 0:
-            self.export()
+    def is_due(self, every: int) -> bool:
+        """Whether this step is a multiple of `every`; at the run's end `finish` sees to it."""
+        step = self.engines.global_step
+        is_end = self.quitting or step == self.config.run.steps
+        return bool(every) and step % every == 0 and not is_end
 
     def finish(self) -> None:
         """What is due when the run ends or is told to quit.
@@ -124,7 +123,7 @@ class Trainer:
         """
         self.mind_saves(self.saver.wait)
         self.finishing = True
-        if not self.quitting:
+        if self.engines.global_step == self.config.run.steps:
             self.evaluate()
         if self.config.trainer.export_on_quit:
             self.export()

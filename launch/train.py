@@ -18,19 +18,26 @@ def main() -> None:
     """Reads the command line, trains, and turns the user's mistakes into one message."""
     try:
         config = parse_args(sys.argv[1:])
-        from harness.run import run  # late: a mistake in the config need not wait for torch
+    except HarnessError as error:
+        error.agreed = True  # every rank has read the same config
+        leave(error)
+    from harness.run import run  # late: a mistake in the config need not wait for torch
 
+    try:
         run(config)
     except HarnessError as error:
         leave(error)
 
 
 def leave(error: HarnessError) -> NoReturn:
-    """Rank 0 says what is wrong; the others leave after it, so that no launcher silences it."""
-    if os.environ.get("RANK", "0") == "0":
+    """Says what is wrong: rank 0 for all if they agree, before the launcher ends the others."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
         sys.stderr.write(f"error: {error}\n")
-    else:
+    elif error.agreed:
         time.sleep(SECONDS_FOR_THE_LEADER)
+    else:
+        sys.stderr.write(f"error on rank {rank}: {error}\n")
     sys.exit(error.code)
 
 

@@ -75,6 +75,7 @@ def test_two_engines_resume_together(two_ranks: RankPool, tmp_path: Path) -> Non
     engines = {
         "other": table | {"ds_overrides": {"zero_optimization": {"stage": 3}}},
         "wise": teacher,
+        "sharded": teacher | {"ds_overrides": {"zero_optimization": {"stage": 3}}},
     }
     whole = tiny_config(tmp_path / "whole", engines=engines)
     parts = tiny_config(tmp_path / "parts", engines=engines, trainer={"save_every": 4})
@@ -195,3 +196,22 @@ def test_a_held_learning_rate_stays_until_the_config_changes(
     two_ranks.run(train, with_lr(config, lr=1e-2, steps=4))
     two_ranks.run(train, with_lr(config, lr=0.25, steps=6))
     assert [record["lr"] for record in records(config)] == [0.125] * 4 + [0.25] * 2
+
+
+def test_an_abandoned_branch_is_not_taken_up_again(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, trainer={"save_every": 2})
+    two_ranks.run(train, config)
+    back = {"run": {"resume": str(checkpoint(config, 2)), "steps": 3}}
+    two_ranks.run(train, Config.model_validate(merge(config.model_dump(), back)))
+    assert len(losses(config)) == 3
+    two_ranks.run(train, Config.model_validate(merge(config.model_dump(), {"run": {"steps": 8}})))
+    assert [record["step"] for record in records(config)] == [*range(1, 9)]
+
+
+def test_a_refused_resume_leaves_the_config_as_it_was(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    two_ranks.run(train, config)
+    before = (config.run_dir / "config.toml").read_text()
+    other = tiny_config(tmp_path, data={"sampler": "pool"}, run={"steps": 9})
+    assert all("other data" in text for text in two_ranks.run(told_by, other))
+    assert (config.run_dir / "config.toml").read_text() == before

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from harness.arguments import parse_args, parse_overrides
 from harness.config import Config, load, merge, section_of
 from harness.errors import ConfigError
-from harness.run import make_run_directory
+from harness.run import write_config
 from tests.helpers import ROOT
 
 GOOD = """
@@ -38,12 +38,12 @@ def test_a_file_and_overrides_make_a_config(toml: Path) -> None:
     words = [
         "--run.steps=9",
         "--run.name",
-        "x-1",
+        "2024",
         "--engines.net.optimizer.lr=2",
         "--task.args.a={b=[1]}",
     ]
     config = parse_args(["--config", str(toml), "--local_rank=1", *words])
-    assert (config.run.steps, config.run.name, config.run_dir) == (9, "x-1", Path("runs/x-1"))
+    assert (config.run.steps, config.run.name, config.run_dir) == (9, "2024", Path("runs/2024"))
     optimizer = config.engines["net"].optimizer
     assert optimizer is not None
     assert (optimizer.lr, optimizer.args) == (2.0, {"betas": [0.9, 0.95]})
@@ -73,6 +73,12 @@ def test_the_run_is_called_after_the_file(toml: Path) -> None:
         ("--engines.net.ds_overrides.optimizer.type=Adam", "use engines.NAME.optimizer"),
         ("--engines.n-t.role=train", "engines.n-t.ds_config: missing"),
         ("--engines.net.frozen=1", "engines.net.frozen (command line): unknown key"),
+        ("--engines.net.ds_overrides.zero_optimization=3", "found 3, expected {'stage': 0 to 3}"),
+        ("--engines.net.ds_overrides.zero_optimization.stage=4", "expected {'stage': 0 to 3}"),
+        ("--engines.net.ds_overrides.gradient_accumulation_steps=0", "expected a number from 1 on"),
+        ("--engines.net.optimizer.lr=inf", "found inf (float): input should be a finite number"),
+        ("--run.name=..", "run.name (command line): found '..'"),
+        ("--run.timeout_s=inf", "run.timeout_s (command line): found inf"),
         ("--engines=1", "command line: found '--engines=1', expected --section.key=value"),
         ("run.steps=1", "command line: found 'run.steps=1', expected --section.key=value"),
         ("--run.steps", "command line: --run.steps has no value"),
@@ -117,7 +123,8 @@ def test_the_resolved_config_can_be_run_again(toml: Path, tmp_path: Path) -> Non
     words = ["--task.args.text='''it's \"odd\"\n\\ é'''", "--task.args.t.u=inf", "--task.args.f=no"]
     over = parse_overrides([*words, f"--run.dir={tmp_path}"])
     config = load(toml, over)
-    make_run_directory(config)
+    config.run_dir.mkdir()
+    write_config(config)
     assert load(config.run_dir / "config.toml") == config
     assert tomllib.loads((config.run_dir / "config.toml").read_text())["run"]["seed"] == 0
 

@@ -13,6 +13,9 @@ from harness.io import json_line, json_read, json_write, load, save, truncate, w
 SUFFIXES = [".pt", ".pth", ".sft", ".safetensors"]
 
 
+COMPLEX = torch.tensor([1 + 2j, 3 - 4j])
+
+
 def state() -> dict[str, torch.Tensor]:
     weight = torch.arange(12.0).reshape(3, 4)
     return {
@@ -20,6 +23,8 @@ def state() -> dict[str, torch.Tensor]:
         "tied": weight,
         "row": weight[1],
         "turned": weight.T,
+        "complex": COMPLEX,
+        "conjugate": COMPLEX.conj(),
         "empty": torch.empty(0, 3),
         "empty_too": torch.empty(0, 3),
         "scalar": torch.tensor(7, dtype=torch.int64),
@@ -47,7 +52,7 @@ def test_an_sft_file_is_an_ordinary_one_with_ties_in_its_metadata(tmp_path: Path
     save(state(), path)
     with safe_open(path, "pt") as file:
         assert set(file.keys()) == set(state()) - {"tied"}
-        assert file.metadata() == {"format": "pt", "tied": "weight"}
+        assert file.metadata() == {"format": "pt", "tied": '{"tied": "weight"}'}
         assert torch.equal(file.get_tensor("turned"), state()["turned"])
 
 

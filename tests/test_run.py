@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from torch import nn
 from harness import distributed
 from harness.arguments import parse_args
 from harness.config import Config
+from harness.engine import Engine
+from harness.errors import TaskError
 from harness.io import load
 from harness.optim.lr import build_scheduler
 from harness.run import train
 from harness.sampler import RandomSampler
-from harness.task import load_task
+from harness.task import Task, feed, load_task
 from harness.testing.pool import RankPool
 from tests.helpers import losses, records, tiny_config, told_by
 
@@ -33,7 +36,7 @@ class Bare:
     def __call__(self, *args: Any) -> Any:
         return self.module(*args)
 
-    def gather_attribute(self, name: str) -> dict[str, Any]:
+    def gather_attribute(self, name: str, kind: type) -> dict[str, Any]:
         return {"": vars(self.module).pop(name)}
 
 
@@ -207,7 +210,16 @@ def test_every_sampler_and_workers(two_ranks: RankPool, tmp_path: Path, sampler:
     [
         ({"task": {"args": {"raise": True}}}, "the task is unwell"),
         ({"task": {"args": {"samples": 0}}}, "train_data: Points has no items"),
+        ({"task": {"args": {"eval_samples": 0}}, "trainer": {"eval_every": 1}}, "no eval_data"),
         ({"engines": {"net": {"optimizer": {"lr2": 1}}}}, "unknown key 'lr2'"),
+        (
+            {"engines": {"net": {"optimizer": {"name": "torch:float32"}}}},
+            "no torch.optim.Optimizer",
+        ),
+        (
+            {"engines": {"net": {"scheduler": {"name": "cosine", "warmup": -5}}}},
+            "warmup = -5, expected a number from 0 on",
+        ),
         ({"engines": {"net": {"optimizer": {"name": "adam"}}}}, "did you mean 'adamw'"),
         ({"engines": {"net": {"scheduler": {"name": "cosin"}}}}, "did you mean 'cosine'"),
         ({"run": {"resume": "/no/where"}}, "/no/where is no checkpoint"),
@@ -219,3 +231,37 @@ def test_a_mistake_is_told_on_all_ranks_before_anything_is_written(
     told = two_ranks.run(told_by, tiny_config(tmp_path, **overrides))
     assert all(message in text for text in told)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fed", "told"),
+    [
+        (torch.ones(()), "the feeder returned Tensor, expected (loss, stats)"),
+        ((torch.ones(3), {}), "the loss [3], expected a tensor of one number"),
+        ((1.0, {}), "the loss float, expected a tensor of one number"),
+        ((torch.ones(()), {"lr": 1.0}), "stats named ['lr']: harness's own names"),
+        ((torch.ones(()), {"word": "x"}), "the stat 'word' = 'x': not a number"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_feeder_that_breaks_its_contract_is_told(fed: Any, told: str) -> None:
+    task = Task(models={}, train_data=[], feeder=lambda engine, batch: fed)
+    engine: Any = None
+    with pytest.raises(TaskError) as caught:
+        feed(task, engine, None)
+    assert told in str(caught.value)
+
+
+def test_a_config_attribute_called_loss_is_left_alone() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss = "ce"
+
+    model = nn.Sequential(Named(), Named())
+    model.loss = torch.ones(())
+    engine = Engine.__new__(Engine)
+    engine.ds = SimpleNamespace(module=model)
+    assert engine.gather_attribute("loss", torch.Tensor) == {"": torch.ones(())}
+    assert model[0].loss == "ce" and not hasattr(model, "loss")
+    assert engine.dispatch_attribute("loss", "mse") == 2 and model[1].loss == "mse"

@@ -11,7 +11,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import NAME, Manifest, checkpoints_in, read_manifest
 from harness.errors import CheckpointError
-from harness.io import PICKLES, SAFETENSORS, sft_header
+from harness.io import PICKLES, SAFETENSORS, sft_header, tied_names
 
 
 def describe(path: Path, verify: bool = False) -> Iterator[str]:
@@ -69,16 +69,13 @@ def _describe_tensors(path: Path, tensors: dict[str, tuple[str, list[int], int]]
 def _sft_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
     try:
         header = sft_header(path)
-        aliases = header.pop("__metadata__", {})
+        aliases = tied_names(header)
+        header.pop("__metadata__", None)
         found = {
             name: (item["dtype"], item["shape"], item["data_offsets"][1] - item["data_offsets"][0])
             for name, item in header.items()
         }
-        tied = {
-            alias: (f"= {name}", found[name][1], 0)
-            for alias, name in aliases.items()
-            if name in found
-        }
+        tied = {alias: (f"= {name}", found[name][1], 0) for alias, name in aliases.items()}
     except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{path}: no safetensors file: {error!r}") from None
     return found | tied

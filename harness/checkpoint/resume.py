@@ -93,8 +93,8 @@ def verify(directory: Path, engines: Engines) -> None:
 
 def resume(directory: Path, engines: Engines, batches: Batches) -> None:
     """Puts engines, data position and random generators where a verified checkpoint left them."""
-    for name, engine in engines.items():
-        engine.ds.load_checkpoint(str(directory), tag=name)
+    for engine in engines.trained:
+        engine.ds.load_checkpoint(str(directory), tag=engine.name)
     with distributed.in_unison(f"cannot resume from {directory}"):
         path = directory / rank_file(distributed.global_rank())
         mine = torch.load(path, weights_only=True)

@@ -64,6 +64,7 @@ def put_in_place(staged: Path, target: Path) -> None:
         return
     # The same step again. A crash between the renames is mended by `clean`.
     replaced = target.with_name(f"{target.name}{REPLACED}")
+    shutil.rmtree(replaced, ignore_errors=True)
     target.rename(replaced)
     staged.rename(target)
     shutil.rmtree(replaced)

@@ -141,7 +141,7 @@ class Saver:
                 "batches": self._batches.state_dict(),
             }
         }
-        for engine in self._engines.values():
+        for engine in self._engines.trained:  # a teacher is what the task made it
             jobs |= collect(engine)
         return jobs
 

@@ -2,12 +2,16 @@
 
 import logging
 import queue
+import time
 
 from harness import distributed
 from harness.control.commands import Command, parse
 from harness.errors import CommandError
 
 log = logging.getLogger(__name__)
+
+LONGEST_QUEUE = 100
+SECONDS_AFTER_A_WRONG_LINE = 0.05
 
 
 class Bus:
@@ -18,15 +22,20 @@ class Bus:
     """
 
     def __init__(self) -> None:
-        self._waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._waiting: queue.Queue[str] = queue.Queue(LONGEST_QUEUE)
         self._agreement = distributed.Agreement()
 
     def submit(self, line: str) -> None:
-        """Queues a control line, on rank 0 (from any thread), or says what is wrong with it."""
+        """Queues a control line, on rank 0, or says what is wrong with it.
+
+        To be called from a front's own thread: it waits while the queue is full, and a moment after
+        a wrong line, so that a flood of lines stays where it comes from.
+        """
         try:
             parse(line)
         except CommandError as error:
-            log.error("command rejected: %s", error)
+            log.error("command rejected: %.300s", error)
+            time.sleep(SECONDS_AFTER_A_WRONG_LINE)
         else:
             self._waiting.put(line)
 
@@ -45,7 +54,4 @@ class Bus:
             log.error("command %r came too late: the run is over", line)
 
     def _take(self) -> list[str]:
-        lines = []
-        while not self._waiting.empty():
-            lines.append(self._waiting.get())
-        return lines
+        return [self._waiting.get() for _ in range(self._waiting.qsize())]

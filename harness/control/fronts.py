@@ -36,7 +36,7 @@ class StdinFront:
         self._stopped.set()
 
     def _read(self, descriptor: int) -> None:
-        rest = b""
+        rest, too_long = b"", False
         while not self._stopped.is_set():
             try:
                 ready, _, _ = select.select([descriptor], [], [], 0.2)
@@ -50,6 +50,8 @@ class StdinFront:
                 log.warning("stdin can no longer be read: %s", error)
                 return
             *lines, rest = (rest + chunk).split(b"\n")
+            if too_long and (lines or not chunk):  # here that line ends
+                lines, too_long = lines[1:], False
             if not chunk:
                 lines, rest = [rest], b""
             for line in lines:
@@ -58,9 +60,10 @@ class StdinFront:
                     self._submit(text)
             if not chunk:
                 return
-            if len(rest) > LONGEST_LINE:
-                log.error("stdin: dropped a line of more than %d bytes", LONGEST_LINE)
-                rest = b""
+            if too_long or len(rest) > LONGEST_LINE:
+                if not too_long:
+                    log.error("stdin: dropped a line of more than %d bytes", LONGEST_LINE)
+                rest, too_long = b"", True
 
 
 def _stdin_descriptor() -> int | None:

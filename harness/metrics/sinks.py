@@ -24,7 +24,7 @@ class JsonlSink:
     """metrics.jsonl: one object a line.
 
     A run that resumes at `step` first drops the records of later steps (they will be made again)
-    and a line that a crash cut off.
+    and a line that a crash cut off; one that starts over, at step -1, drops all.
     """
 
     def __init__(self, path: Path, step: int):
@@ -43,7 +43,7 @@ class JsonlSink:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
 

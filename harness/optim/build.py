@@ -24,21 +24,24 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
     check_arguments(f"optimizer {config.name!r}", make, config.args)
     try:
         return make(parameters, lr=config.lr, **config.args)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # what an optimizer makes of wrong arguments
         raise ConfigError(f"optimizer {config.name!r}: {error}") from error
 
 
 def _imported(path: str) -> Callable[..., Optimizer]:
-    module, colon, name = path.partition(":")
-    if not colon:
+    module, _, name = path.partition(":")
+    if not (module and name):
         raise ConfigError(
             f"optimizer {path!r} is unknown{did_you_mean(path, OPTIMIZERS)}; known: "
             f"{', '.join(OPTIMIZERS)}, or an import path, like 'torch.optim:SGD'"
         )
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"optimizer {path!r}: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ConfigError(f"optimizer {path!r} is no torch.optim.Optimizer")
+    return found
 
 
 def check_arguments(what: str, function: Callable[..., Any], args: dict[str, Any]) -> None:
@@ -46,8 +49,8 @@ def check_arguments(what: str, function: Callable[..., Any], args: dict[str, Any
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
+    known = [name for name in list(parameters)[1:] if name != "lr"]
     for key in args:
-        if key not in parameters:
-            known = [name for name in list(parameters)[1:] if name != "lr"]
+        if key not in known:
             hint = did_you_mean(key, known)
             raise ConfigError(f"{what}: unknown key {key!r}{hint}; known: {', '.join(known)}")

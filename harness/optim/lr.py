@@ -72,4 +72,9 @@ def build_scheduler(
             f"scheduler {config.name!r} is unknown{hint}; known: {', '.join(SCHEDULES)}"
         )
     check_arguments(f"scheduler {config.name!r}", make, config.args)
+    for key, value in config.args.items():
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ConfigError(
+                f"scheduler {config.name!r}: {key} = {value!r}, expected a number from 0 on"
+            )
     return LambdaLR(optimizer, make(total_steps, **config.args))
