@@ -35,7 +35,8 @@ class Engine:
     """A model, its optimizer and its schedule under DeepSpeed, by composition.
 
     `ds` is the DeepSpeed engine and `module` the bare model. A teacher has no optimizer, is in
-    eval mode, and its parameters need no gradients.
+    eval mode, and its parameters need no gradients. `parameter_names` are those that the optimizer
+    was given, by its groups, in its order.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Engine:
         self.last_grad_norm: torch.Tensor | float = 0.0
         self._held_lr: float | None = None
         self._schedule = repr((config.optimizer, config.scheduler))
+        self.parameter_names: list[list[str]] = []
         optimizer: Any = None
         scheduler: Any = None
         if config.optimizer is None:
@@ -75,6 +77,10 @@ class Engine:
                 {key: group[key] for key in chosen & group.keys()}
                 for group in optimizer.param_groups
             ]
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            self.parameter_names = [
+                [names[p] for p in group["params"]] for group in optimizer.param_groups
+            ]
             scheduler = build_scheduler(optimizer, config.scheduler, total_steps)
         self.ds: Any = deepspeed.initialize(
             model=model,
@@ -87,6 +93,8 @@ class Engine:
             }
             | config.deepspeed(),
         )[0]
+        if optimizer is None and self.zero_stage == 3:
+            _mend_sharded_teacher(self.ds)
 
     @property
     def module(self) -> nn.Module:
@@ -250,3 +258,22 @@ class Engine:
             return None
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
+
+
+def _mend_sharded_teacher(ds: Any) -> None:
+    """Has DeepSpeed save and load model files for ZeRO 3 without an optimizer.
+
+    As it is, saving fails for want of `fp16_groups` (runtime/engine.py, _get_zero_param_shapes).
+    """
+    offload = ds.optimizer
+
+    def gather() -> None:
+        if offload.persistent_parameters:
+            offload.persistent_parameters[0].all_gather(offload.persistent_parameters)
+
+    offload.fp16_groups = []
+    offload.checkpoint_event_prologue = offload.partition_all_parameters
+    offload.checkpoint_event_epilogue = gather
+    ds._configure_checkpointing()
+    ds.save_zero_checkpoint = False
+    ds._load_zero_checkpoint = lambda *args, **kwargs: True
