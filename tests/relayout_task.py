@@ -14,13 +14,17 @@ from tests.tiny_task import SAMPLES, Classifier, Points
 
 
 class Odd(Classifier):
-    """A classifier with frozen parameters of odd sizes, filled with `fill`."""
+    """A classifier with a parameter of odd size, and frozen ones, which are filled with `fill`."""
 
     def __init__(self, fill: float):
         super().__init__()
         self.frozen = nn.Linear(7, 5).requires_grad_(False)
         for parameter in self.frozen.parameters():
             parameter.data.fill_(fill)
+        self.tilt = nn.Parameter(torch.ones(7))
+
+    def forward(self, points: Tensor, classes: Tensor) -> Tensor:
+        return super().forward(points * self.tilt[:6], classes)
 
 
 class TwoGroups(torch.optim.AdamW):
