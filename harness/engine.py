@@ -35,7 +35,8 @@ class Engine:
     """A model, its optimizer and its schedule under DeepSpeed, by composition.
 
     `ds` is the DeepSpeed engine and `module` the bare model. A teacher has no optimizer, is in
-    eval mode, and its parameters need no gradients.
+    eval mode, and its parameters need no gradients. `parameter_names` are those that the optimizer
+    was given, by its groups, in its order.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Engine:
         self.last_grad_norm: torch.Tensor | float = 0.0
         self._held_lr: float | None = None
         self._schedule = repr((config.optimizer, config.scheduler))
+        self.parameter_names: list[list[str]] = []
         optimizer: Any = None
         scheduler: Any = None
         with distributed.in_unison(f"engines.{name}"):
@@ -77,6 +79,10 @@ class Engine:
                 self._chosen = [
                     {key: group[key] for key in chosen & group.keys()}
                     for group in optimizer.param_groups
+                ]
+                names = {parameter: name for name, parameter in model.named_parameters()}
+                self.parameter_names = [
+                    [names[p] for p in group["params"]] for group in optimizer.param_groups
                 ]
                 scheduler = build_scheduler(optimizer, config.scheduler, total_steps)
         self.ds: Any = deepspeed.initialize(

@@ -63,7 +63,7 @@ def train(config: Config) -> None:
         file_handler = log_to(config.run_dir / "log.txt")
     distributed.seed_everything(config.run.seed + rank)  # other dropout on every rank
     if checkpoint is not None:
-        resume.resume(checkpoint, engines, batches)
+        resume.resume(checkpoint, engines, batches, config.run.seed)
     with distributed.in_unison(f"run directory {config.run_dir}"):
         if distributed.is_global_leader():
             write_config(config)

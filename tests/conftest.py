@@ -30,3 +30,9 @@ def two_ranks() -> Iterator[RankPool]:
 def three_ranks() -> Iterator[RankPool]:
     with RankPool(3) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankPool]:
+    with RankPool(4) as pool:
+        yield pool

@@ -121,15 +121,16 @@ def damage_manifest(directory: Path) -> str:
     return "manifest.json is damaged"
 
 
-def damage_world_size(directory: Path) -> str:
-    manifest = json_read(directory / "manifest.json") | {"world_size": 4}
+def damage_dtype(directory: Path) -> str:
+    manifest = json_read(directory / "manifest.json")
+    manifest["engines"]["net"]["dtype"] = "torch.float16"
     (directory / "manifest.json").write_text(json.dumps(manifest))
-    return "world size is 2 here, and 4 in the checkpoint"
+    return "dtype is torch.float32 here, and torch.float16 in the checkpoint"
 
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_missing, damage_truncated, damage_one_bit, damage_manifest, damage_world_size],
+    [damage_missing, damage_truncated, damage_one_bit, damage_manifest, damage_dtype],
 )
 def test_a_damaged_checkpoint_is_named_and_refused(
     two_ranks: RankPool, tmp_path: Path, damage: Any

@@ -8,7 +8,8 @@ import torch
 
 from harness import distributed
 from harness.checkpoint.files import verify_file
-from harness.checkpoint.manifest import checkpoints_in, read_manifest
+from harness.checkpoint.manifest import checkpoints_in, digest, read_manifest
+from harness.checkpoint.relayout import in_layout_of
 from harness.checkpoint.retain import clean
 from harness.checkpoint.rng import set_rng_state
 from harness.checkpoint.save import rank_file
@@ -61,7 +62,8 @@ class _Damaged(CheckpointError):
 def verify(directory: Path, engines: Engines) -> None:
     """Checks that a checkpoint is whole and made for these engines. Collective; loads nothing.
 
-    The ranks share the reading. Raises CheckpointError, on all ranks together.
+    Number of ranks and ZeRO stages may be others. The ranks share the reading. Raises
+    CheckpointError, on all ranks together.
     """
     with distributed.in_unison(f"cannot read checkpoint {directory}"):
         try:
@@ -72,15 +74,11 @@ def verify(directory: Path, engines: Engines) -> None:
         except CheckpointError as error:
             raise _Damaged(str(error)) from None
         here: dict[str, Any] = {
-            "world size": world_size,
             "engines": sorted(engines),
-            **{f"engine {n!r}: ZeRO stage": e.zero_stage for n, e in engines.items()},
             **{f"engine {n!r}: dtype": str(e.dtype) for n, e in engines.items()},
         }
         saved: dict[str, Any] = {
-            "world size": manifest.world_size,
             "engines": sorted(manifest.engines),
-            **{f"engine {n!r}: ZeRO stage": e.zero_stage for n, e in manifest.engines.items()},
             **{f"engine {n!r}: dtype": e.dtype for n, e in manifest.engines.items()},
         }
         for what, found in here.items():
@@ -91,17 +89,30 @@ def verify(directory: Path, engines: Engines) -> None:
                 )
 
 
-def resume(directory: Path, engines: Engines, batches: Batches) -> None:
-    """Puts engines, data position and random generators where a verified checkpoint left them."""
-    for engine in engines.trained:
-        engine.ds.load_checkpoint(str(directory), tag=engine.name)
+def resume(directory: Path, engines: Engines, batches: Batches, seed: int) -> None:
+    """Puts engines, data position and random generators where a verified checkpoint left them.
+
+    Collective. With another number of ranks no rank can go on with its generators: each seeds them
+    from the run's `seed`, the step and its rank. Raises CheckpointError, on all ranks, for other
+    data, and for an optimizer's state that does not fit another number of ranks or ZeRO stage.
+    """
+    with distributed.in_unison(f"cannot read checkpoint {directory}"):
+        manifest = read_manifest(directory)
+    with in_layout_of(engines, directory, manifest) as places:
+        for engine in engines.trained:
+            engine.ds.load_checkpoint(str(places[engine.name]), tag=engine.name)
+    same_world = manifest.world_size == distributed.world_size()
+    rank = distributed.global_rank()
     with distributed.in_unison(f"cannot resume from {directory}"):
-        path = directory / rank_file(distributed.global_rank())
-        mine = torch.load(path, weights_only=True)
+        # Engines' and data's states are the same on every rank.
+        mine = torch.load(directory / rank_file(rank if same_world else 0), weights_only=True)
         engines.load_state_dict(mine["engines"])
         try:
             batches.load_state_dict(mine["batches"])
         except ValueError as error:
             raise CheckpointError(f"checkpoint {directory}: other data: {error}") from None
-        set_rng_state(mine["rng"])
+        if same_world:
+            set_rng_state(mine["rng"])
+        else:
+            distributed.seed_everything(int(digest(f"{seed} {manifest.step} {rank}")[:15], 16))
     log.info("resumed from %s", directory)

@@ -25,6 +25,7 @@ from harness.checkpoint.manifest import (
 )
 from harness.checkpoint.retain import prune, put_in_place
 from harness.checkpoint.rng import rng_state
+from harness.checkpoint.zero_layout import PARAMETER_NAMES
 from harness.config import CheckpointConfig, Config
 from harness.data import Batches
 from harness.engine import Engine
@@ -213,14 +214,16 @@ def point_latest(target: Path) -> None:
 def collect(engine: Engine) -> Jobs:
     """The trees that DeepSpeed would write for this rank of an engine, without writing them.
 
-    They refer to the live tensors. Collective.
+    They refer to the live tensors. At ZeRO 0 DeepSpeed would write no names: they are added.
+    Collective.
     """
     collector = _Collector()
     kept = engine.ds.checkpoint_engine
     engine.ds.checkpoint_engine = collector
     engine.ds._copy_recovery_script = lambda directory: None  # `zero_to_fp32.py` and the like
+    names = {PARAMETER_NAMES: engine.parameter_names}
     try:
-        engine.ds.save_checkpoint(".", tag=engine.name, save_latest=False)
+        engine.ds.save_checkpoint(".", tag=engine.name, client_state=names, save_latest=False)
     finally:
         engine.ds.checkpoint_engine = kept
     return collector.jobs

@@ -1,0 +1,217 @@
+"""The same checkpoint for another number of ranks or another ZeRO stage.
+
+A freshly built engine gives the trees that DeepSpeed would write for it: they say where everything
+belongs in the new layout. Filled with what `zero_layout` reads from the old files, they are written
+as native files, which DeepSpeed then loads as if they had always been so. A rank reads and writes
+the stretches of its own shards only; whole weights are written by the ranks that DeepSpeed has
+write them (rank 0 below stage 3).
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import distributed
+from harness.checkpoint.files import write_file
+from harness.checkpoint.manifest import Manifest
+from harness.checkpoint.save import collect, make_room
+from harness.checkpoint.zero_layout import Flat, SavedEngine, Shapes, Tree, base_state, flats
+from harness.engine import Engine
+from harness.engines import Engines
+from harness.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+# What a model file holds besides weights and optimizer, and what is the same in every layout.
+_CARRIED = ("lr_scheduler", "global_steps", "global_samples", "skipped_steps")
+
+
+@contextmanager
+def in_layout_of(
+    engines: Engines, directory: Path, manifest: Manifest
+) -> Iterator[dict[str, Path]]:
+    """Where to load each engine from: `directory`, or a copy in its own layout. Collective.
+
+    The copy stands in `step-N.relayout.tmp` while the context lasts. Raises CheckpointError, on all
+    ranks, if the engine's optimizer cannot be cut anew, its parameters are others, or the copy
+    cannot be written.
+    """
+    world = distributed.world_size()
+    foreign = {
+        name: engine
+        for name, engine in engines.items()
+        if engine.role == "train"
+        and (manifest.world_size, manifest.engines[name].zero_stage) != (world, engine.zero_stage)
+    }
+    if not foreign:
+        yield dict.fromkeys(engines, directory)
+        return
+    staged = directory.with_name(f"{directory.name}.relayout.tmp")
+    needed = sum(entry.size for entry in manifest.files.values())
+    with distributed.in_unison(f"cannot re-lay {directory}"), _told(directory):
+        if distributed.is_global_leader():
+            make_room(staged, needed)
+            for name in foreign:
+                (staged / name).mkdir()
+    try:
+        for name, engine in foreign.items():
+            write_relaid(directory, engine, staged)
+            log.info(
+                "re-laid %s/%s from %d ranks, ZeRO %d to %d ranks, ZeRO %d",
+                directory.name,
+                name,
+                manifest.world_size,
+                manifest.engines[name].zero_stage,
+                world,
+                engine.zero_stage,
+            )
+        yield {name: staged if name in foreign else directory for name in engines}
+        distributed.barrier()
+    finally:
+        if distributed.is_global_leader():
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def _told(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot re-lay checkpoint {directory}: {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot re-lay checkpoint {directory}: {error}") from None
+
+
+def write_relaid(directory: Path, engine: Engine, staged: Path) -> None:
+    """Writes this rank's files of an engine in its new layout below `staged`. Collective."""
+    jobs = collect(engine)
+    shapes = engine.ds._get_zero_param_shapes() if engine.zero_stage else []
+    with distributed.in_unison(f"cannot re-lay {directory}"), _told(directory):
+        saved = SavedEngine(directory / engine.name)
+        shapes = shapes or [{n: saved.shapes[n] for n in g} for g in engine.parameter_names]
+        _check_names(saved, engine, shapes)
+        for path, tree in jobs.items():
+            if "module" in tree:
+                tree |= _model(tree, saved, engine, shapes)
+            else:
+                tree |= {
+                    "optimizer_state_dict": _optimizer(
+                        tree["optimizer_state_dict"], {}, saved, shapes
+                    )
+                }
+            write_file(tree, staged / path)
+
+
+def _check_names(saved: SavedEngine, engine: Engine, shapes: list[Shapes]) -> None:
+    """Raises CheckpointError unless the optimizer has the same parameters in the same groups."""
+    for number, names in enumerate(engine.parameter_names):
+        there = {name for name in saved.shapes if saved.group_of(name) == number}
+        if odd := {name for group in shapes for name in group if name in names} ^ there:
+            raise CheckpointError(
+                f"engine {engine.name!r}: parameter group {number} has other parameters than in "
+                f"the checkpoint: {', '.join(sorted(odd))}"
+            )
+    for name, shape in (item for group in shapes for item in group.items()):
+        if saved.shapes[name] != shape:
+            raise CheckpointError(
+                f"engine {engine.name!r}: parameter {name!r} has the shape {tuple(shape)} here, "
+                f"and {tuple(saved.shapes[name])} in the checkpoint"
+            )
+
+
+def _model(tree: Tree, saved: SavedEngine, engine: Engine, shapes: list[Shapes]) -> Tree:
+    """What changes in a tree of model_states."""
+    sharded = engine.zero_stage == 3
+    module = type(tree["module"])()
+    for name, tensor in tree["module"].items():
+        is_placeholder = sharded and name not in tree["buffer_names"]
+        module[name] = tensor if is_placeholder else saved.weight(name)
+    changed: Tree = {key: saved.model[key] for key in _CARRIED}
+    changed["module"] = module
+    if tree["frozen_param_fragments"] is not None:
+        changed["frozen_param_fragments"] = {
+            name: _shard(saved.weight(name), fragment) if sharded else saved.weight(name)
+            for name, fragment in tree["frozen_param_fragments"].items()
+        }
+    if tree["optimizer"] is not None:
+        changed["optimizer"] = _optimizer(tree["optimizer"], module, saved, shapes)
+    return changed
+
+
+def _shard(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a frozen parameter at stage 3, padded to the shape of `like`."""
+    shard = torch.zeros(like.shape, dtype=like.dtype)
+    start = min(distributed.global_rank() * like.numel(), weight.numel())
+    part = weight.reshape(-1)[start : start + like.numel()]
+    shard.view(-1)[: part.numel()] = part
+    return shard
+
+
+def _optimizer(tree: Tree, module: Tree, saved: SavedEngine, shapes: list[Shapes]) -> Tree:
+    """DeepSpeed's optimizer state of this rank, filled. `module`: as for `zero_layout.flats`."""
+    new = flats(tree, module, shapes, distributed.global_rank(), distributed.world_size())
+    masters = [_filled(flat, saved, None) for flat in new]
+    states = {number: _state(flat, saved) for number, flat in enumerate(new)}
+    groups = [
+        group | saved.groups[number] | {"params": group["params"]}
+        for number, group in enumerate(base_state(tree)["param_groups"])
+    ]
+    base = {"state": {k: v for k, v in states.items() if v}, "param_groups": groups}
+    if "single_partition_of_fp32_groups" in tree:
+        lean = [m[: m.numel() - flat.padding] for m, flat in zip(masters, new, strict=True)]
+        filled = {"base_optimizer_state": base, "single_partition_of_fp32_groups": lean}
+    elif "fp32_flat_groups" in tree:
+        filled = {"optimizer_state_dict": base, "fp32_flat_groups": masters}
+    elif "fp32_groups" in tree:
+        grouped = [
+            [m for m, flat in zip(masters, new, strict=True) if flat.group == number]
+            for number in range(len(groups))
+        ]
+        filled = {"optimizer_state_dict": base, "fp32_groups": grouped}
+    else:
+        return base
+    scale = saved.loss_scale()
+    if "loss_scaler" in tree:
+        scaler: Any = copy(tree["loss_scaler"])
+        vars(scaler).update({key: scale[key] for key in scale.keys() & vars(scaler).keys()})
+        return tree | filled | {"loss_scaler": scaler}
+    return tree | filled | {key: scale[key] for key in scale.keys() & tree.keys()}
+
+
+def _state(flat: Flat, saved: SavedEngine) -> Tree:
+    """The optimizer's state of one flat: moments cut anew, and scalars as they were.
+
+    Scalars are copies: two flats that shared a `step` tensor would count every step twice.
+    """
+    state: Tree = {}
+    for segment in flat.segments:
+        for key, value in saved.scalars(segment.name).items():
+            if state.setdefault(key, deepcopy(value)) != value:
+                raise CheckpointError(
+                    f"optimizer state {key!r} of parameter {segment.name!r} is {value}, and "
+                    f"{state[key]} of {flat.segments[0].name!r}, which ZeRO keeps in one group"
+                )
+    keys = {key for segment in flat.segments for key in saved.state_keys(segment.name)}
+    return state | {key: _filled(flat, saved, key) for key in sorted(keys)}
+
+
+def _filled(flat: Flat, saved: SavedEngine, key: str | None) -> torch.Tensor:
+    """A flat's master (key None) or moment from the checkpoint, on the CPU; padding is 0."""
+    filled: torch.Tensor | None = None
+    for segment in flat.segments:
+        if not segment.length:
+            continue
+        if key is not None and key not in saved.state_keys(segment.name):
+            continue  # never had a gradient
+        stop = segment.start + segment.length
+        part = saved.read(segment.name, key, segment.start, stop)
+        if filled is None:
+            filled = torch.zeros(flat.shape, dtype=part.dtype)
+        filled.view(-1)[segment.offset : segment.offset + segment.length] = part
+    return torch.zeros(flat.shape) if filled is None else filled

@@ -1,0 +1,191 @@
+"""A checkpoint of one number of ranks and ZeRO stage resumed on another, exactly."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.checkpoint import resume
+from harness.checkpoint.save import collect, write_files
+from harness.checkpoint.zero_layout import SavedEngine
+from harness.config import Config, merge
+from harness.run import train
+from harness.testing.pool import RankPool
+from tests.helpers import ROOT, records, tiny_config, told_by
+from tests.tiny_task import SAMPLES
+
+BATCH = 8
+TASK = str(ROOT / "tests/relayout_task.py")
+Layout = tuple[int, int]
+Pools = Callable[[int], RankPool]
+
+
+@pytest.fixture(scope="module")
+def pools(two_ranks: RankPool, four_ranks: RankPool) -> Iterator[Pools]:
+    with RankPool(1) as one_rank:
+        yield {1: one_rank, 2: two_ranks, 4: four_ranks}.__getitem__
+
+
+def config_of(
+    directory: Path, layout: Layout, engine: Any = None, steps: int = 8, **overrides: Any
+) -> Config:
+    """A run on `layout` (ranks, ZeRO stage) with a batch of 8, saved after 4 steps."""
+    world, stage = layout
+    table = {
+        "run": {"steps": steps},
+        "data": {"micro_batch_size": BATCH // world},
+        "engines": {"net": {"scheduler": {"name": "cosine", "warmup": 3}} | (engine or {})},
+        "trainer": {"save_every": 4, "export_on_quit": False},
+    }
+    return tiny_config(directory, stage, **merge(table, overrides))
+
+
+def checkpoint(config: Config, step: int = 4) -> Path:
+    return config.run_dir / f"checkpoints/step-{step:08d}"
+
+
+def losses(config: Config) -> list[float]:
+    key = "net/loss" if len(config.engines) > 1 else "loss"
+    return [record[key] for record in records(config)]
+
+
+def hand_over(whole: Config, parts: Config) -> None:
+    """Gives the checkpoint of one run to another."""
+    shutil.copytree(checkpoint(whole), checkpoint(parts))
+
+
+def train_and_look(config: Config) -> None:
+    """A run that writes what it has resumed into `resumed/`, before its next step."""
+    done = resume.resume
+
+    def and_look(directory: Path, engines: Any, *others: Any) -> None:
+        done(directory, engines, *others)
+        for engine in engines.trained:
+            write_files(config.run_dir / "resumed", collect(engine))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "resume", and_look)
+        (config.run_dir / "resumed").mkdir(exist_ok=True)
+        train(config)
+
+
+def assert_resumed(whole: Config, parts: Config, engine: str = "net") -> None:
+    """Everything that `parts` resumed is equal to what `whole` saved, by name."""
+    one = SavedEngine(checkpoint(whole) / engine)
+    other = SavedEngine(parts.run_dir / "resumed" / engine)
+    assert one.shapes == other.shapes
+    for name in one.shapes:
+        assert torch.equal(one.master(name), other.master(name)), name
+        assert one.state_keys(name) == other.state_keys(name) == ["exp_avg", "exp_avg_sq"]
+        for key in one.state_keys(name):
+            assert torch.equal(one.moment(name, key), other.moment(name, key)), (name, key)
+        assert one.scalars(name) == other.scalars(name)
+        assert one.group_of(name) == other.group_of(name)
+    for name in one.model["module"]:
+        assert torch.equal(one.weight(name), other.weight(name)), name
+    assert one.groups == other.groups
+    for key in ("lr_scheduler", "global_steps", "global_samples", "skipped_steps"):
+        assert one.model[key] == other.model[key], key
+
+
+def both(pools: Pools, whole: Config, parts: Config, before: Layout, after: Layout) -> float:
+    """Runs `whole`, and `parts` from its step 4 on. The largest difference of their losses."""
+    pools(before[0]).run(train, whole)
+    hand_over(whole, parts)
+    pools(after[0]).run(train_and_look, parts)
+    return max(abs(a - b) for a, b in zip(losses(parts), losses(whole)[4:], strict=True))
+
+
+CHANGES = [
+    ((1, 0), (2, 1)),
+    ((2, 0), (1, 3)),
+    ((2, 0), (4, 2)),
+    ((1, 1), (4, 0)),
+    ((4, 1), (2, 1)),
+    ((2, 1), (2, 3)),
+    ((2, 2), (2, 0)),
+    ((4, 2), (1, 1)),
+    ((2, 2), (4, 2)),
+    ((2, 3), (4, 3)),
+    ((4, 3), (1, 0)),
+    ((1, 3), (2, 2)),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_a_run_goes_on_in_another_layout(
+    pools: Pools, tmp_path: Path, before: Layout, after: Layout
+) -> None:
+    whole, parts = config_of(tmp_path / "whole", before), config_of(tmp_path / "parts", after)
+    assert both(pools, whole, parts, before, after) < 1e-5
+    assert_resumed(whole, parts)
+    log = (parts.run_dir / "log.txt").read_text()
+    was, now = (f"{world} ranks, ZeRO {stage}" for world, stage in (before, after))
+    assert f"re-laid step-00000004/net from {was} to {now}" in log
+    assert not list(parts.run_dir.glob("checkpoints/*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 0), (4, 1)), ((2, 2), (1, 3)), ((4, 3), (2, 0))]
+)
+def test_master_weights_of_bf16_move_exactly(
+    pools: Pools, tmp_path: Path, before: Layout, after: Layout
+) -> None:
+    engine = {"ds_overrides": {"bf16": {"enabled": True}}}
+    whole = config_of(tmp_path / "whole", before, engine)
+    parts = config_of(tmp_path / "parts", after, engine)
+    assert both(pools, whole, parts, before, after) < 1e-2
+    assert_resumed(whole, parts)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 3), (4, 1)), ((2, 2), (4, 3)), ((1, 0), (2, 2)), ((4, 1), (2, 0))]
+)
+def test_odd_layouts_and_a_teacher(
+    pools: Pools, tmp_path: Path, before: Layout, after: Layout
+) -> None:
+    """Two parameter groups, frozen parameters, many sub-groups, alignment, permuted shards."""
+    whole, parts = odd_config(tmp_path / "whole", before, 1), odd_config(tmp_path, after, 2)
+    assert both(pools, whole, parts, before, after) < 1e-5
+    assert_resumed(whole, parts)
+    resumed = SavedEngine(parts.run_dir / "resumed/net")
+    assert resumed.weight("frozen.weight").eq(1).all()
+    assert [group["weight_decay"] for group in resumed.groups] == [0.1, 0.0]
+
+
+def odd_config(directory: Path, layout: Layout, fill: float) -> Config:
+    zero = {"sub_group_size": 50, "round_robin_gradients": True, "parameter_alignment": True}
+    net = {
+        "optimizer": {"name": "tests.relayout_task:TwoGroups", "lr": 1e-2},
+        "ds_overrides": {"zero_optimization": zero},
+    }
+    stage = 3 if layout[1] == 3 else 0
+    wise = {"ds_config": ROOT / f"ds_configs/zero{stage}.json", "role": "teacher"}
+    task = {"path": TASK, "args": {"fill": fill}}
+    return config_of(directory, layout, net, task=task, engines={"wise": wise})
+
+
+def test_no_sample_is_lost_or_repeated(pools: Pools, tmp_path: Path) -> None:
+    task = {"path": TASK, "args": {"notes": str(tmp_path)}}
+    pools(2).run(train, config_of(tmp_path, (2, 1), steps=4, task=task))
+    pools(4).run(train, config_of(tmp_path, (4, 2), steps=SAMPLES // BATCH, task=task))
+    seen = [int(line) for path in tmp_path.glob("rank-*.txt") for line in path.open()]
+    assert sorted(seen) == list(range(SAMPLES))
+
+
+def test_state_of_another_size_is_refused(pools: Pools, tmp_path: Path) -> None:
+    engine = {"optimizer": {"name": "torch.optim:Adafactor", "lr": 1e-2}}
+    pools(2).run(train, config_of(tmp_path, (2, 0), engine, steps=4))
+    told = pools(4).run(told_by, config_of(tmp_path, (4, 1), engine))
+    assert all("'row_var' of parameter 'first.weight'" in text for text in told), told
+
+
+def test_the_same_layout_is_loaded_as_it_is(pools: Pools, tmp_path: Path) -> None:
+    pools(2).run(train, config_of(tmp_path, (2, 2), steps=4))
+    config = config_of(tmp_path, (2, 2))
+    pools(2).run(train, config)
+    assert len(losses(config)) == 8
+    assert "re-laid" not in (config.run_dir / "log.txt").read_text()
