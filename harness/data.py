@@ -37,6 +37,10 @@ class Batches(Protocol):
 
     def __next__(self) -> Any: ...
 
+    def close(self) -> None:
+        """Ends the processes that load ahead."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -82,6 +86,10 @@ class Loader:
         self.sampler.advance(self._rounds)
         self._given += 1
         return batch
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
         """The position, the same on every rank: plain numbers and the sampler's state."""
@@ -163,6 +171,10 @@ class TaskLoader:
         if self._given == len(self.loader):
             self.epoch, self._given, self._iterator = self.epoch + 1, 0, None
         return batch
+
+    def close(self) -> None:
+        """Lets go of the loader's iterator, which ends its workers."""
+        self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, batches given out in it, and the loader's own state if it has one."""

@@ -87,6 +87,7 @@ def train(config: Config) -> None:
         for sink in sinks:
             sink.close()
         logging.getLogger("harness").removeHandler(file_handler)
+        batches.close()
         engines.close()
 
 

@@ -128,6 +128,8 @@ def _serve(
     sys.path[:] = path
     rank, world_size, port = place
     faulthandler.enable()
+    # Data-loader workers are to be this rank's children, and to end when it is killed.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
