@@ -9,6 +9,8 @@ import hashlib
 import os
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,15 @@ from torch.utils._pytree import tree_map
 
 from harness.errors import CheckpointError
 from harness.utils import tensor_leaves
+
+
+@contextmanager
+def told_as(failure: str) -> Iterator[None]:
+    """Turns an error of a file or a checkpoint into a CheckpointError "failure: ..."."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(f"{failure}: {error}") from None
 
 
 class FileEntry(BaseModel):

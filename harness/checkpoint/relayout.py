@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from harness import distributed
-from harness.checkpoint.files import write_file
+from harness.checkpoint.files import told_as, write_file
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.save import collect, make_room
 from harness.checkpoint.zero_layout import Flat, SavedEngine, Shapes, Tree, base_state, flats
@@ -54,7 +54,10 @@ def in_layout_of(
         return
     staged = directory.with_name(f"{directory.name}.relayout.tmp")
     needed = sum(entry.size for entry in manifest.files.values())
-    with distributed.in_unison(f"cannot re-lay {directory}"), _told(directory):
+    with (
+        distributed.in_unison(f"cannot re-lay {directory}"),
+        told_as(f"cannot re-lay checkpoint {directory}"),
+    ):
         if distributed.is_global_leader():
             make_room(staged, needed)
             for name in foreign:
@@ -78,21 +81,14 @@ def in_layout_of(
             shutil.rmtree(staged, ignore_errors=True)
 
 
-@contextmanager
-def _told(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"cannot re-lay checkpoint {directory}: {error}") from None
-    except CheckpointError as error:
-        raise CheckpointError(f"cannot re-lay checkpoint {directory}: {error}") from None
-
-
 def write_relaid(directory: Path, engine: Engine, staged: Path) -> None:
     """Writes this rank's files of an engine in its new layout below `staged`. Collective."""
     jobs = collect(engine)
     shapes = engine.ds._get_zero_param_shapes() if engine.zero_stage else []
-    with distributed.in_unison(f"cannot re-lay {directory}"), _told(directory):
+    with (
+        distributed.in_unison(f"cannot re-lay {directory}"),
+        told_as(f"cannot re-lay checkpoint {directory}"),
+    ):
         saved = SavedEngine(directory / engine.name)
         shapes = shapes or [{n: saved.shapes[n] for n in g} for g in engine.parameter_names]
         _check_names(saved, engine, shapes)

@@ -7,15 +7,20 @@ fails the save on all ranks together, and the older checkpoints stay as they are
 
 import logging
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness import distributed
-from harness.checkpoint.files import FileEntry, Snapshots, bytes_of, sync_directory, write_file
+from harness.checkpoint.files import (
+    FileEntry,
+    Snapshots,
+    bytes_of,
+    sync_directory,
+    told_as,
+    write_file,
+)
 from harness.checkpoint.manifest import (
     LATEST,
     EngineManifest,
@@ -81,7 +86,7 @@ class Saver:
         target = step_directory(self.directory, self._engines.global_step)
         staged = target.with_name(f"{target.name}.tmp")
         needed = sum(distributed.all_gather(sum(map(bytes_of, jobs.values()))))
-        with distributed.in_unison(f"cannot save {target}"), _told(target):
+        with distributed.in_unison(f"cannot save {target}"), told_as(f"cannot save {target}"):
             if distributed.is_global_leader():
                 make_room(staged, needed)
         manifest = self._manifest(metrics, pinned)
@@ -116,7 +121,10 @@ class Saver:
             failure = f"rank {distributed.global_rank()}: {type(error).__name__}: {error}"
         shares = distributed.all_gather((entries, failure))
         failures = [text for _, text in shares if text]
-        with distributed.in_unison(f"cannot save {pending.target}"), _told(pending.target):
+        with (
+            distributed.in_unison(f"cannot save {pending.target}"),
+            told_as(f"cannot save {pending.target}"),
+        ):
             if distributed.is_global_leader():
                 if failures:
                     shutil.rmtree(pending.staged, ignore_errors=True)
@@ -165,15 +173,6 @@ class Saver:
 def rank_file(rank: int) -> str:
     """The path of a rank's own file in a checkpoint."""
     return f"rank-{rank:05d}.pt"
-
-
-@contextmanager
-def _told(target: Path) -> Iterator[None]:
-    """Turns a failure of the file system into one of the save."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"cannot save {target}: {error}") from None
 
 
 def make_room(staged: Path, needed: int) -> None:
