@@ -26,6 +26,7 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of every way, in interleaved rounds; on one rank of several."""
     from harness import distributed
     from harness.checkpoint.save import Saver
+    from harness.control.live import Live
     from harness.data import train_batches
     from harness.engines import build_engines
     from harness.task import load_task
@@ -46,8 +47,8 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     engines = build_engines(task, config)
     engines.step(next(batches))
     seconds: dict[str, list[float]] = {}
-    saver = Saver(engines, batches, config)
-    background = Saver(engines, batches, behind)
+    saver = Saver(engines, batches, Live(config))
+    background = Saver(engines, batches, Live(behind))
     target = directory / "bench/checkpoints/step-00000000"
 
     def ours() -> None:

@@ -22,6 +22,9 @@ from pydantic import (
 
 from harness.errors import ConfigError, did_you_mean
 
+LIVE: dict[str, Any] = {"live": True}
+"""Marks a key that `set KEY VALUE` can change while the run goes on."""
+
 
 class Section(BaseModel):
     """A table of the TOML file: unknown keys are errors, docstrings are the `--help`."""
@@ -38,7 +41,7 @@ class RunConfig(Section):
     """Where run directories are made."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the models' initial weights, of the data order, and (with the rank) of dropout."""
-    steps: int = Field(default=1000, ge=1)
+    steps: int = Field(default=1000, ge=1, json_schema_extra=LIVE)
     """Optimizer steps of the whole run, those before a resume included."""
     resume: str = "latest"
     """"latest": go on from the run's newest checkpoint, if any; "none": start over; or a
@@ -186,34 +189,34 @@ class DataConfig(Section):
 class TrainerConfig(Section):
     """[trainer] what happens between the steps."""
 
-    save_every: int = Field(default=0, ge=0)
+    save_every: int = Field(default=0, ge=0, json_schema_extra=LIVE)
     """Steps between checkpoints; 0: only at the end and on command."""
-    eval_every: int = Field(default=0, ge=0)
+    eval_every: int = Field(default=0, ge=0, json_schema_extra=LIVE)
     """Steps between evaluations, the first before step 1; 0: only at the end and on command."""
-    export_every: int = Field(default=0, ge=0)
+    export_every: int = Field(default=0, ge=0, json_schema_extra=LIVE)
     """Steps between exports of plain weights; 0: only at the end and on command."""
-    save_on_quit: bool = True
+    save_on_quit: bool = Field(default=True, json_schema_extra=LIVE)
     """Save when the run ends, or is told to quit."""
-    export_on_quit: bool = True
+    export_on_quit: bool = Field(default=True, json_schema_extra=LIVE)
     """Export when the run ends, or is told to quit."""
 
 
 class CheckpointConfig(Section):
     """[checkpoint] how checkpoints are written, and which of them stay."""
 
-    keep_last: int = Field(default=0, ge=0)
+    keep_last: int = Field(default=0, ge=0, json_schema_extra=LIVE)
     """Newest checkpoints to keep; 0 keeps all. Pinned ones (`save as NAME`) stay in any case."""
-    keep_best: int = Field(default=0, ge=0)
+    keep_best: int = Field(default=0, ge=0, json_schema_extra=LIVE)
     """Best checkpoints to keep besides, among those with an evaluation at their step."""
-    best_metric: str = "eval/loss"
+    best_metric: str = Field(default="eval/loss", json_schema_extra=LIVE)
     """The number of the evaluation that says which is best."""
-    best: Literal["lowest", "highest"] = "lowest"
+    best: Literal["lowest", "highest"] = Field(default="lowest", json_schema_extra=LIVE)
     """Whether a low or a high number is good."""
-    keep_every: int = Field(default=0, ge=0)
+    keep_every: int = Field(default=0, ge=0, json_schema_extra=LIVE)
     """Keep besides the checkpoints whose step is a multiple of this; 0: none."""
-    background: bool = False
+    background: bool = Field(default=False, json_schema_extra=LIVE)
     """Write behind the training: a step is held up only while the tensors are copied."""
-    on_error: Literal["continue", "stop"] = "continue"
+    on_error: Literal["continue", "stop"] = Field(default="continue", json_schema_extra=LIVE)
     """What a failed save does to the run. The next save tries again."""
 
     @model_validator(mode="after")
@@ -228,6 +231,8 @@ class ControlConfig(Section):
 
     stdin: bool = True
     """Read commands from rank 0's standard input."""
+    socket: bool = True
+    """Take commands from `harness ctl`, through a socket in the run directory."""
 
 
 class MetricsConfig(Section):

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from harness.config import DataConfig
+from harness.control.signals import ignore_signals
 from harness.errors import ConfigError, TaskError
 from harness.sampler import (
     BatchedOrderedSampler,
@@ -110,6 +111,7 @@ class Loader:
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # keeps the loader's draws out of the global generator
+            worker_init_fn=ignore_signals,
         )
         return iter(loader)
 
@@ -257,15 +259,12 @@ def _sampler(data: Any, config: DataConfig, seed: int, rank: int, world_size: in
                 raise ConfigError(f"data.sampler = 'batched': {error}") from None
 
 
-def eval_batches(
-    data: Any, micro_batch_size: int, collate: Collate, rank: int, world_size: int
-) -> Iterator[tuple[Any, int]]:
-    """`(batch, samples in it)` of one rank's share of the held-out data, each sample once.
+def eval_shares(length: int, micro_batch_size: int, rank: int, world_size: int) -> Iterator[range]:
+    """The samples of each micro-batch of one rank's share of the held-out data, each sample once.
 
-    Every rank gets the same number of batches, so that none waits for another; a rank whose share
-    has run out gets a batch that counts for 0 samples.
+    Every rank gets the same number of micro-batches, so that none waits for another; where a rank's
+    share has run out they are empty.
     """
-    for start in range(0, len(data), micro_batch_size * world_size):
+    for start in range(0, length, micro_batch_size * world_size):
         first = start + rank * micro_batch_size
-        indices = range(first, min(first + micro_batch_size, len(data)))
-        yield collate([data[index] for index in indices or [0]]), len(indices)
+        yield range(first, min(first + micro_batch_size, length))

@@ -1,7 +1,7 @@
 """One model under one DeepSpeed engine."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from harness import distributed
 from harness.config import EngineConfig
 from harness.errors import ConfigError
 from harness.optim.build import build_optimizer
-from harness.optim.lr import build_scheduler
+from harness.optim.lr import build_factor, build_scheduler
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,10 @@ class Engine:
         """The engines beside it, by name, itself included."""
         self.last_lr = 0.0
         self.last_grad_norm: torch.Tensor | float = 0.0
+        self._config = config
         self._held_lr: float | None = None
+        self._lr_factor = 1.0
+        self._clip: float | None = None
         self._schedule = repr((config.optimizer, config.scheduler))
         self.parameter_names: list[list[str]] = []
         optimizer: Any = None
@@ -96,6 +99,7 @@ class Engine:
             }
             | config.deepspeed(),
         )[0]
+        self._configured_clip: float = self.ds.gradient_clipping()
 
     @property
     def module(self) -> nn.Module:
@@ -147,7 +151,7 @@ class Engine:
             self.counters.global_step += 1
             self.last_lr = lr
             self.last_grad_norm = self.ds.get_global_grad_norm() if norm is None else norm
-            self._apply_held_lr()
+            self._apply_lr()
         return boundary
 
     def get_lr(self) -> float:
@@ -159,16 +163,55 @@ class Engine:
 
         Other parameter groups keep their ratio to the first.
         """
-        self._held_lr = lr
-        self._apply_held_lr()
+        self._held_lr, self._lr_factor = lr, 1.0
+        self._apply_lr()
+
+    def scale_lr(self, factor: float) -> None:
+        """Multiplies the learning rate, held or scheduled, from the next step on."""
+        self._lr_factor *= factor
+        self._apply_lr()
+
+    def follow_schedule(self) -> None:
+        """Gives the learning rate back to the schedule, from the next step on."""
+        self._held_lr, self._lr_factor = None, 1.0
+        self._apply_lr()
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Spans the schedule over another number of optimizer steps, those taken included."""
+        factor = build_factor(self._config.scheduler, total_steps)
+        scheduler = self.ds.lr_scheduler
+        scheduler.lr_lambdas = [factor] * len(scheduler.base_lrs)
+        self._apply_lr()
+
+    def set_clip(self, norm: float) -> None:
+        """Clips gradients to the L2 norm `norm` from the next step on; 0: not at all."""
+        self._clip = norm
+        self._apply_clip()
+
+    @property
+    def has_loss_scale(self) -> bool:
+        """Whether it computes in fp16."""
+        return self.ds.fp16_enabled()
 
     @property
     def loss_scale(self) -> float:
         """The fp16 loss scale; 1 in fp32 and bf16."""
-        if not self.ds.fp16_enabled():
-            return 1.0
-        # DeepSpeed's fp16 optimizers (stage 0) keep it in a config, those of ZeRO in themselves.
-        return float(getattr(self.ds.optimizer, "loss_scale_config", self.ds.optimizer).cur_scale)
+        return float(self._scaler().cur_scale) if self.has_loss_scale else 1.0
+
+    def set_loss_scale(self, scale: float) -> None:
+        """Sets the fp16 loss scale; a dynamic one goes on from there."""
+        self._scaler().cur_scale = scale
+
+    def overrides(self) -> list[str]:
+        """What live commands have changed, in words."""
+        found = []
+        if self._held_lr is not None:
+            found.append(f"lr held at {self._held_lr:g}")
+        if self._lr_factor != 1:
+            found.append(f"lr x{self._lr_factor:g}")
+        if self._clip is not None:
+            found.append(f"clip {self._clip:g} (the config says {self._configured_clip:g})")
+        return found
 
     def gather_attribute(self, name: str, kind: type = object) -> dict[str, Any]:
         """Takes attribute `name` off every submodule that has it: `{module path: value}`.
@@ -198,61 +241,80 @@ class Engine:
         return len(chosen)
 
     def state_dict(self) -> dict[str, Any]:
-        """What DeepSpeed's checkpoint does not hold: counters, and where the lr comes from."""
+        """What DeepSpeed's checkpoint does not hold: counters, and what live commands changed."""
         return {
             "counters": asdict(self.counters),
             "held_lr": self._held_lr,
+            "lr_factor": self._lr_factor,
             "schedule": self._schedule,
+            "clip": self._clip,
+            "configured_clip": self._configured_clip,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave. Call it after DeepSpeed's own loading.
 
         The config has the last word: the optimizer's settings that it names are taken from it, and
-        the schedule goes on at its place with the config's learning rate. A held learning rate
-        stays, unless optimizer or schedule were changed in the config since.
+        the schedule goes on at its place with the config's learning rate. What live commands have
+        changed stays, unless the same thing was changed in the config since: optimizer or schedule
+        for the learning rate, `gradient_clipping` for the clipping.
         """
         self.counters = Counters(**state["counters"])
         if self.role == "teacher":
             return
-        scheduler = self.ds.lr_scheduler
-        scheduler.base_lrs = [chosen["lr"] for chosen in self._chosen]
-        groups = zip(
-            self.ds.optimizer.param_groups, self._chosen, scheduler.lr_lambdas, strict=True
-        )
-        for group, chosen, factor in groups:
-            group |= chosen | {"lr": chosen["lr"] * factor(scheduler.last_epoch)}
-        self._held_lr = state["held_lr"]
-        if state["schedule"] != self._schedule:
-            self._held_lr = None
+        self.ds.lr_scheduler.base_lrs = [chosen["lr"] for chosen in self._chosen]
+        for group, chosen in zip(self.ds.optimizer.param_groups, self._chosen, strict=True):
+            group |= chosen
+        if state["schedule"] == self._schedule:
+            self._held_lr, self._lr_factor = state["held_lr"], state["lr_factor"]
+        else:
             log.info(
                 "engine %s: optimizer or schedule were changed: lr %g", self.name, self.get_lr()
             )
-        self._apply_held_lr()
+        if state["configured_clip"] == self._configured_clip:
+            self._clip = state["clip"]
+        self._apply_lr()
+        self._apply_clip()
 
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole model's parameters and persistent buffers on rank 0's CPU; {} elsewhere.
+    def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """The whole model's parameters and persistent buffers, one at a time, by name.
 
-        Collective: at ZeRO stage 3 every parameter is gathered, one at a time.
+        Copies on rank 0's CPU (tied tensors stay one tensor); None elsewhere. Collective: at ZeRO
+        stage 3 every parameter is gathered.
         """
         import deepspeed
 
-        state: dict[str, torch.Tensor] = {}
-        copies: dict[int, torch.Tensor] = {}  # tied tensors stay one tensor
+        copies: dict[int, torch.Tensor] = {}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-                if distributed.is_global_leader():
-                    if id(tensor) not in copies:
-                        copies[id(tensor)] = tensor.detach().cpu().clone()
-                    state[name] = copies[id(tensor)]
-        return state
+                if distributed.is_global_leader() and id(tensor) not in copies:
+                    copies[id(tensor)] = tensor.detach().cpu().clone()
+            yield name, copies.get(id(tensor))
 
-    def _apply_held_lr(self) -> None:
-        if self._held_lr is None:
-            return
+    def _apply_lr(self) -> None:
+        """Writes the next step's learning rate, scheduled or held, into every parameter group."""
         bases = [chosen["lr"] for chosen in self._chosen]
-        for group, base in zip(self.ds.optimizer.param_groups, bases, strict=True):
-            group["lr"] = self._held_lr * (base / bases[0] if bases[0] else 1.0)
+        scheduler = self.ds.lr_scheduler
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        for group, base, factor in zip(self.ds.optimizer.param_groups, bases, factors, strict=True):
+            lr = base * factor
+            if self._held_lr is not None:
+                lr = self._held_lr * (base / bases[0] if bases[0] else 1.0)
+            group["lr"] = lr * self._lr_factor
+
+    def _apply_clip(self) -> None:
+        """Writes the clipping norm where DeepSpeed reads it: at fp32 stage 0, and elsewhere."""
+        norm = self._configured_clip if self._clip is None else self._clip
+        self.ds._config.gradient_clipping = norm
+        if hasattr(self.ds.optimizer, "clip_grad"):
+            self.ds.optimizer.clip_grad = norm
+
+    def _scaler(self) -> Any:
+        """Who has the fp16 loss scale: DeepSpeed's optimizers keep it in a config at stage 0, in
+        a scaler above it."""
+        return (
+            getattr(self.ds.optimizer, "loss_scale_config", None) or self.ds.optimizer.loss_scaler
+        )
 
     def _plain_grad_norm(self) -> torch.Tensor | None:
         """The gradients' L2 norm where DeepSpeed does not wrap the optimizer, nor tell it."""

@@ -74,10 +74,19 @@ class Engines(Mapping[str, Engine]):
         for engine in self.values():
             engine.eval()
 
-    def set_lr(self, lr: float) -> None:
-        """Holds the learning rate of every trained engine at `lr`."""
+    def chosen(self, name: str | None) -> list[Engine]:
+        """The trained engine of that name, or all of them."""
+        return [engine for engine in self.trained if name in (None, engine.name)]
+
+    def set_total_steps(self, steps: int) -> None:
+        """Spans every schedule over that many steps of the run."""
         for engine in self.trained:
-            engine.set_lr(lr)
+            micro_batches = steps * self.gradient_accumulation
+            engine.set_total_steps(micro_batches // engine.gradient_accumulation)
+
+    def overrides(self) -> list[str]:
+        """What live commands have changed, in words."""
+        return [f"{e.name}: {text}" for e in self.trained for text in e.overrides()]
 
     def get_lr(self) -> dict[str, float]:
         """The learning rate of the next step, by trained engine."""

@@ -1,9 +1,12 @@
 """Files: state dicts as `.pt` and `.sft`, JSON and TOML; everything is written by atomic rename."""
 
+import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,25 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock file, which says who has it. The system lets go of it when the process ends.
+
+    Makes its directory, of mode 0700, if needed. Raises BlockingIOError if another process has it.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise BlockingIOError(f"in use by {file.read().strip() or 'another process'}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def save(state: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -1,43 +1,99 @@
 """A run from its config to its end: the task, the engines, the run directory, the loop."""
 
 import logging
+import socket
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from inspect import getdoc
+from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint import resume
 from harness.checkpoint.retain import clean
 from harness.checkpoint.save import Saver
 from harness.config import Config
+from harness.control.audit import Audit
 from harness.control.bus import Bus
-from harness.control.fronts import StdinFront
-from harness.data import train_batches
+from harness.control.commands import Grammar
+from harness.control.live import Live
+from harness.control.signals import Signals
+from harness.control.socket import SocketFront
+from harness.control.stdin import StdinFront
+from harness.data import Batches, train_batches
 from harness.engines import Engines, build_engines
-from harness.errors import ConfigError, TaskError
-from harness.io import toml_write
+from harness.errors import TaskError
+from harness.evaluate import check_eval_data
+from harness.io import locked, toml_write
 from harness.metrics.progress import Progress, log_to, show_log
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
+from harness.metrics.status import Status
+from harness.obey import answer
 from harness.task import Task, load_task
 from harness.train import Trainer
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> int:
     """Trains what the config describes. Every rank calls it; it ends on all of them together.
 
-    Raises HarnessError, on all ranks, for what the user can mend; until the models, the data and
-    the checkpoint have proved good, nothing is written.
+    Returns the exit code: 0, or 128 + the number of the signal that ended the run. Raises
+    HarnessError, on all ranks, for what the user can mend; until the models, the data and the
+    checkpoint have proved good, nothing is written.
     """
     distributed.init(config.run.timeout_s)
     try:
-        train(config)
+        return train(config)
     finally:
         distributed.shutdown()
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> int:
     """What `run` does once all ranks have joined the world."""
     show_log()
+    signals = Signals()
+    with signals.heard(), ExitStack() as stack:
+        task, batches = _build(config)
+        stack.callback(batches.close)
+        engines = build_engines(task, config)
+        stack.callback(engines.close)
+        live = Live(config)
+        checkpoint = _open_run_directory(config, engines, stack)
+        rank = distributed.global_rank()
+        distributed.seed_everything(config.run.seed + rank)  # other dropout on every rank
+        if checkpoint is not None:
+            resume.resume(checkpoint, engines, batches, live)
+        with distributed.in_unison(f"run directory {config.run_dir}"):
+            if distributed.is_global_leader():
+                write_config(config)
+        _greet(live, engines)
+        saver = Saver(engines, batches, live)
+        stack.callback(saver.close)
+        step, steps = engines.global_step, live.config.run.steps
+        status = Status(step, steps)
+        helps = {name: getdoc(function) or "" for name, function in task.commands.items()}
+        grammar = Grammar([engine.name for engine in engines.trained], helps)
+        sinks: list[Sink] = []
+        audit = None
+        with distributed.in_unison(f"run directory {config.run_dir}"):
+            if distributed.is_global_leader():
+                sinks = _open_sinks(config, step if checkpoint else -1)
+                audit = Audit(config.run_dir / "commands.jsonl")
+        for sink in (*sinks, *([audit] if audit else [])):
+            stack.callback(sink.close)
+        progress = Progress(step, steps, config.metrics.progress and rank == 0)
+        stack.callback(progress.close)
+        ask = partial(answer, status=status, live=live, engines=engines, grammar=grammar)
+        bus = Bus(grammar, signals, ask, audit)
+        if distributed.is_global_leader():
+            _open_fronts(config, bus, stack)
+        trainer = Trainer(live, task, engines, batches, saver, bus, sinks, progress, status)
+        return trainer.run()
+
+
+def _build(config: Config) -> tuple[Task, Batches]:
+    """The task, and this rank's training data. Collective."""
     rank, world_size = distributed.global_rank(), distributed.world_size()
     with distributed.in_unison(f"task {config.task.path}"):
         distributed.seed_everything(config.run.seed)  # the same initial weights on every rank
@@ -53,53 +109,41 @@ def train(config: Config) -> None:
             found = [lengths[what] for lengths in every_rank]
             if len(set(found)) > 1:
                 raise TaskError(f"{what} differs in length between the ranks: {found}")
-    engines = build_engines(task, config)
-    checkpoint = resume.choose(config.run.resume, config.run_dir / "checkpoints", engines)
-    with distributed.in_unison(f"run directory {config.run_dir}"):
-        if distributed.is_global_leader():
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            clean(config.run_dir / "exports")
-    with distributed.in_unison(f"run directory {config.run_dir}"):
-        file_handler = log_to(config.run_dir / "log.txt")
-    distributed.seed_everything(config.run.seed + rank)  # other dropout on every rank
-    if checkpoint is not None:
-        resume.resume(checkpoint, engines, batches, config.run.seed)
-    with distributed.in_unison(f"run directory {config.run_dir}"):
-        if distributed.is_global_leader():
-            write_config(config)
-    _greet(config, engines)
-    saver = Saver(engines, batches, config)
-    bus = Bus()
-    is_reading = config.control.stdin and distributed.is_global_leader()
-    stdin = StdinFront(bus.submit) if is_reading else None
-    step = engines.global_step
-    sinks = (
-        _open_sinks(config, step if checkpoint else -1) if distributed.is_global_leader() else []
-    )
-    progress = Progress(step, config.run.steps, config.metrics.progress and rank == 0)
-    try:
-        Trainer(config, task, engines, batches, saver, bus, sinks, progress).run()
-    finally:
-        if stdin is not None:
-            stdin.close()
-        saver.close()
-        progress.close()
-        for sink in sinks:
-            sink.close()
-        logging.getLogger("harness").removeHandler(file_handler)
-        batches.close()
-        engines.close()
+    return task, batches
 
 
-def check_eval_data(task: Task, config: Config) -> None:
-    """Raises TaskError or ConfigError if there is nothing to evaluate on where there should be."""
-    if task.eval_data is None:
-        if config.trainer.eval_every:
-            raise ConfigError("trainer.eval_every is set, but the task has no eval_data")
-    elif not (hasattr(task.eval_data, "__getitem__") and hasattr(task.eval_data, "__len__")):
-        raise TaskError("eval_data is no map-style dataset (`__len__` and `__getitem__`)")
-    elif len(task.eval_data) == 0:
-        raise TaskError(f"eval_data: {type(task.eval_data).__name__} has no items")
+def _open_run_directory(config: Config, engines: Engines, stack: ExitStack) -> Path | None:
+    """Makes the run directory, locks it, and logs into it. The checkpoint to resume. Collective.
+
+    An earlier run's directory is locked before it is looked into, a new one once all has proved
+    good.
+    """
+    directory = config.run_dir
+    with distributed.in_unison(f"run directory {directory}"):
+        if is_known := distributed.is_global_leader() and directory.exists():
+            stack.enter_context(locked(directory / "control/lock"))
+    checkpoint = resume.choose(config.run.resume, directory / "checkpoints", engines)
+    with distributed.in_unison(f"run directory {directory}"):
+        if distributed.is_global_leader():
+            if not is_known:
+                stack.enter_context(locked(directory / "control/lock"))
+            clean(directory / "exports")
+    with distributed.in_unison(f"run directory {directory}"):
+        handler = log_to(directory / "log.txt")
+    stack.callback(logging.getLogger("harness").removeHandler, handler)
+    return checkpoint
+
+
+def _open_fronts(config: Config, bus: Bus, stack: ExitStack) -> None:
+    """Opens what commands come from; in the end the bus answers what is left before they close."""
+    if config.control.socket:
+        try:
+            stack.callback(SocketFront(bus, config.run_dir).close)
+        except OSError as error:  # a file system without sockets must not keep anyone from training
+            log.warning("no socket in %s, so no `harness ctl`: %s", config.run_dir, error)
+    stack.callback(bus.close)
+    if config.control.stdin:
+        stack.callback(StdinFront(bus).close)
 
 
 def write_config(config: Config) -> None:
@@ -117,7 +161,7 @@ def _open_sinks(config: Config, step: int) -> list[Sink]:
     return sinks
 
 
-def _greet(config: Config, engines: Engines) -> None:
+def _greet(live: Live, engines: Engines) -> None:
     for name, engine in engines.items():
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
         log.info(
@@ -129,10 +173,13 @@ def _greet(config: Config, engines: Engines) -> None:
             engine.role,
         )
     log.info(
-        "%s: step %d of %d on %d ranks (%s)",
-        config.run_dir,
+        "%s: step %d of %d on %d ranks (%s), rank 0 on %s",
+        live.config.run_dir,
         engines.global_step,
-        config.run.steps,
+        live.config.run.steps,
         distributed.world_size(),
         distributed.device().type,
+        socket.gethostname(),
     )
+    for change in (*engines.overrides(), *live.describe()):
+        log.info("set live before: %s", change)

@@ -7,7 +7,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import default_collate
 
+from harness.control.commands import COMMANDS
 from harness.errors import ConfigError, HarnessError, TaskError
 from harness.utils import tensor_leaves, to_device
 
@@ -96,6 +97,10 @@ class Task:
     count: Callable[[Any], tuple[int, int]] = count_batch
     """`batch -> (samples, tokens)`, for the counters and the throughput."""
 
+    commands: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
+    """Live commands of the task's own, by name: `function(engines, *words) -> what to answer`,
+    which every rank calls between the same two steps. Its docstring is shown by `help`."""
+
 
 RESERVED = {"step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "step_time_s"} | {
     "samples",
@@ -123,7 +128,7 @@ def feed(task: Task, engine: "Engine", batch: Any) -> tuple[torch.Tensor, Stats]
 
 
 def checked(task: Any, path: str) -> Task:
-    """What `build` returned. Raises TaskError if it is no Task of models."""
+    """What `build` returned. Raises TaskError if it is no Task of models and commands."""
     if not isinstance(task, Task):
         raise TaskError(f"task {path}: build returned {type(task).__name__}, expected Task")
     if not isinstance(task.models, Mapping):
@@ -133,6 +138,13 @@ def checked(task: Any, path: str) -> Task:
         if not isinstance(model, nn.Module):
             found = type(model).__name__
             raise TaskError(f"task {path}: model {name!r} is a {found}, expected an nn.Module")
+    own = {form.split()[0] for command in COMMANDS for form in command.forms}
+    for name, function in task.commands.items():
+        if not (name.isidentifier() and callable(function)) or name in own:
+            raise TaskError(
+                f"task {path}: command {name!r}: expected a function under a plain word that is "
+                "none of harness's own commands"
+            )
     return task
 
 

@@ -2,27 +2,34 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from harness import distributed
 from harness.checkpoint.export import export
 from harness.checkpoint.save import Saver
-from harness.config import Config
-from harness.control.bus import Bus
-from harness.control.commands import Command, Eval, Export, Quit, Save, SetLr
+from harness.control.bus import Bus, Ticket
+from harness.control.commands import Change, EvalQuit, Interrupt, Quit, QuitUnsaved
+from harness.control.live import Live
 from harness.data import Batches
 from harness.engines import Engines
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, CommandError, HarnessError
 from harness.evaluate import evaluate
 from harness.metrics.meters import StepMeter, StepNumbers
 from harness.metrics.progress import Progress
 from harness.metrics.sinks import Sink
+from harness.metrics.status import Status
+from harness.metrics.trace import Trace
+from harness.obey import obey
 from harness.task import Task
 from harness.utils import to_device
 
 log = logging.getLogger(__name__)
 tell = distributed.global_leader_only(log.error)
+
+SECONDS_BETWEEN_POLLS = 0.05  # of a paused run
 
 
 class Trainer:
@@ -30,7 +37,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        live: Live,
         task: Task,
         engines: Engines,
         batches: Batches,
@@ -38,8 +45,9 @@ class Trainer:
         bus: Bus,
         sinks: Sequence[Sink],
         progress: Progress,
+        status: Status,
     ):
-        self.config = config
+        self.live = live
         self.task = task
         self.engines = engines
         self.batches = batches
@@ -47,32 +55,44 @@ class Trainer:
         self.bus = bus
         self.sinks = sinks
         self.progress = progress
+        self.status = status
         self.meter = StepMeter()
-        self.quitting = False
+        self.paused = False
+        self.ending: Quit | None = None
+        """The command that ends the run before its last step."""
         self.finishing = False
+        self._heard: deque[Ticket] = deque()
+        """Commands that the ranks have agreed on, and that are still to be obeyed."""
+        self._saving: list[tuple[Ticket, str]] = []
+        """Commands that wait for the save in flight, and what to answer them."""
+        self._tracing: list[tuple[Trace, Ticket]] = []
         self._saved_step: int | None = None
         self._evaluation: dict[str, float] = {}  # at this step, if there was one
 
-    def run(self) -> None:
-        """Trains up to `run.steps`, or to a `quit`; then evaluates, exports and saves."""
-        if self.engines.global_step >= self.config.run.steps:
+    def run(self) -> int:
+        """Trains up to `run.steps`, or to a `quit`; then evaluates, exports and saves.
+
+        Returns the exit code: 0, or 128 + the number of the signal that ended the run.
+        """
+        if self.is_over():
             log.info("the run is complete; a larger run.steps lets it go on")
-            return
+            return 0
         self.engines.train()
-        if self.config.trainer.eval_every and self.engines.global_step == 0:
+        if self.live.config.trainer.eval_every and self.engines.global_step == 0:
             self.evaluate()  # where it starts from; and a broken evaluation is known now
-        while not self.quitting and self.engines.global_step < self.config.run.steps:
+        self.mind_commands()
+        while not self.is_over():
             self.step()
-            self.mind_saves(self.saver.poll)
-            if self.is_due(self.config.trainer.eval_every):
+            self.settle(self.saver.poll)
+            if self.is_due(self.live.config.trainer.eval_every):
                 self.evaluate()
-            for command in self.bus.poll():
-                self.obey(command)
-            if self.is_due(self.config.trainer.save_every):
-                self.save()
-            if self.is_due(self.config.trainer.export_every):
+            self.mind_commands()
+            if self.is_due(self.live.config.trainer.save_every):
+                self.mind_failure(self.save)
+            if self.is_due(self.live.config.trainer.export_every):
                 self.export()
         self.finish()
+        return 128 + self.ending.signal if isinstance(self.ending, Interrupt) else 0
 
     def step(self) -> None:
         """One step: all its micro-batches, through every engine."""
@@ -93,79 +113,204 @@ class Trainer:
             "step_time_s": time.perf_counter() - started,
         }
         self.report(self.meter.push(local, reports, samples, tokens))
+        self.status.stepped(self.engines.global_step)
+        self.end_traces()
 
-    def obey(self, command: Command) -> None:
-        """Applies one command, between two steps."""
-        log.info("step %d: %s", self.engines.global_step, command)
-        match command:
-            case Save(name):
-                self.save(name)
-            case Export():
-                self.export()
-            case Eval():
-                self.evaluate()
-            case Quit():
-                self.quitting = True
-            case SetLr(lr):
-                self.engines.set_lr(lr)
-                self._saved_step = None  # a checkpoint of this step would not hold it yet
+    def is_over(self) -> bool:
+        """Whether no further step is to be taken."""
+        return self.ending is not None or self.engines.global_step >= self.live.config.run.steps
 
     def is_due(self, every: int) -> bool:
         """Whether this step is a multiple of `every`; at the run's end `finish` sees to it."""
+        return bool(every) and self.engines.global_step % every == 0 and not self.is_over()
+
+    def move_end(self, steps: int) -> None:
+        """Takes note of another `run.steps`. Raises CommandError if that step is behind."""
+        if steps <= self.engines.global_step:
+            raise CommandError(f"the run is at step {self.engines.global_step}; quit ends it here")
+        self.engines.set_total_steps(steps)
+        self.status.steps = steps
+        self.progress.set_steps(steps)
+
+    # Commands
+
+    def mind_commands(self) -> None:
+        """Obeys the events that are due and the commands that were heard; waits while paused."""
+        self.attend()
+        self.obey_all()
+        if not self.paused:
+            return
+        with self.status.doing("paused"):
+            while self.paused and not self.is_over():
+                time.sleep(SECONDS_BETWEEN_POLLS)
+                self.settle(self.saver.poll)
+                self.attend()
+                self.obey_all()
+
+    def attend(self) -> bool:
+        """Hears commands, to obey them between two works. True if the one at hand should end."""
+        self._heard.extend(self.bus.poll(self.engines.global_step))
+        return any(isinstance(ticket.command, Quit) for ticket in self._heard)
+
+    def obey_all(self) -> None:
+        """Obeys the events that are due and what was heard, in order.
+
+        Once the run is to end, it can only be told to end otherwise.
+        """
+        self.obey_events()
+        while self._heard:
+            ticket = self._heard.popleft()
+            if self.ending is None or isinstance(ticket.command, Quit):
+                self.obey(ticket)
+                self.obey_events()
+            else:
+                step = self.engines.global_step
+                self.bus.end(ticket, "failed", step, "it came too late: the run ends here")
+
+    def obey_events(self) -> None:
+        """Obeys the events that are due at this step."""
+        if self.ending is not None:
+            return
+        for event in self.live.events.due(self.engines.global_step):
+            self._saved_step = None  # a checkpoint of this step would still hold the event
+            try:
+                self.obey(self.bus.ticket(event.command, f"event {event.id}"))
+            except CommandError as error:
+                tell("%s: %s", event, error)
+
+    def obey(self, ticket: Ticket) -> None:
+        """Obeys a command on all ranks; what fails on any of them has failed, and the run goes on.
+
+        A save that fails ends the run if `checkpoint.on_error` says so.
+        """
         step = self.engines.global_step
-        is_end = self.quitting or step == self.config.run.steps
-        return bool(every) and step % every == 0 and not is_end
+        log.info("step %d: %s: %s", step, ticket.front, ticket.text)
+        try:
+            with distributed.in_unison(f"{ticket.text!r}"):
+                result = obey(self, ticket)
+        except HarnessError as error:
+            self.bus.end(ticket, "failed", step, str(error))
+            if isinstance(error, CheckpointError) and self.must_save():
+                raise
+        else:
+            if result is not None:
+                self.bus.end(ticket, "done", step, result)
+        if isinstance(ticket.command, Change):
+            self._saved_step = None  # a checkpoint of this step would not hold it yet
+
+    # What happens between steps
 
     def finish(self) -> None:
         """What is due when the run ends or is told to quit.
 
         The checkpoint comes last: a run that resumes from it finds nothing left to do.
         """
-        self.mind_saves(self.saver.wait)
+        self.end_traces(at_once=True)
+        self.settle(self.saver.wait)
         self.finishing = True
-        if self.engines.global_step == self.config.run.steps:
+        if self.ending is None or isinstance(self.ending, EvalQuit):
             self.evaluate()
-        if self.config.trainer.export_on_quit:
+            self.obey_all()
+        settings = self.live.config.trainer
+        if settings.export_on_quit and not isinstance(self.ending, QuitUnsaved | Interrupt):
             self.export()
-        if self.config.trainer.save_on_quit:
+        if isinstance(self.ending, Interrupt) or (
+            settings.save_on_quit and not isinstance(self.ending, QuitUnsaved)
+        ):
             self.save()
-        self.mind_saves(self.saver.wait)
+        self.settle(self.saver.wait)
         self.report(self.meter.drain())
-        self.bus.close()
+        self.bus.finish()
 
-    def save(self, name: str | None = None) -> None:
-        """Writes a checkpoint of this step, unless it stands already without a name."""
+    def save(self, name: str | None = None, ticket: Ticket | None = None) -> str | None:
+        """Writes a checkpoint of this step, unless it stands already without a name.
+
+        Returns where it stands; None if it is still being written: `ticket`, the command that asks
+        for it, is answered then. Raises CheckpointError, on all ranks.
+        """
+        where = str(self.saver.place(self.engines.global_step))
         if self._saved_step == self.engines.global_step and name is None:
-            return
-        self.report(self.meter.drain())  # the counters must hold this step
+            return f"{where} is saved already"
+        self.settle(self.saver.wait)
+        with self.status.doing("saving"):
+            self.report(self.meter.drain())  # the counters must hold this step
+            self.saver.save(self._evaluation, name)
         self._saved_step = self.engines.global_step
-        self.mind_saves(lambda: self.saver.save(self._evaluation, name))
+        if not self.saver.is_writing:
+            return f"saved {where}"
+        if ticket is not None:
+            self._saving.append((ticket, f"saved {where}"))
+        return None
 
-    def mind_saves(self, action: Callable[[], None]) -> None:
-        """Does something with the saver. A failure is told, and ends the run only if so wished,
-        or if it was the last chance."""
+    def settle(self, action: Callable[[], None]) -> None:
+        """Looks after the save in flight, and answers the commands that asked for it."""
+        failure = self.mind_failure(action)
+        if self.saver.is_writing:
+            return
+        for ticket, saved in self._saving:
+            state = "failed" if failure else "done"
+            self.bus.end(ticket, state, self.engines.global_step, failure or saved)
+        self._saving.clear()
+
+    def must_save(self) -> bool:
+        """Whether a failing save ends the run: the config says so, or it was the last chance."""
+        return self.finishing or self.live.config.checkpoint.on_error == "stop"
+
+    def mind_failure(self, action: Callable[[], object]) -> str:
+        """Does something with the saver; tells and returns a failure that does not end the run."""
         try:
             action()
         except CheckpointError as error:
             self._saved_step = None
-            if self.finishing or self.config.checkpoint.on_error == "stop":
+            if self.must_save():
                 raise
             tell("%s; the run goes on, and the next save tries again", error)
+            return str(error)
+        return ""
 
-    def export(self) -> None:
-        """Writes the plain weights of this step."""
-        export(self.engines, self.config.run_dir / "exports")
+    def export(self, format: str = "sft") -> Path:
+        """Writes the plain weights of this step, and says where."""
+        with self.status.doing("exporting"):
+            return export(self.engines, self.live.config.run_dir / "exports", format, self.attend)
 
-    def evaluate(self) -> None:
-        """Evaluates on the held-out data, and records the result as `eval/...`."""
+    def evaluate(self) -> str:
+        """Evaluates on the held-out data, records the result as `eval/...`, and says it.
+
+        A `quit` that is heard meanwhile ends it without a result.
+        """
         if self.task.eval_data is None:
-            return
+            return "the task has no eval_data"
         self.report(self.meter.drain())
-        found = evaluate(self.engines, self.task, self.config.data.micro_batch_size)
+        size = self.live.config.data.micro_batch_size
+        with self.status.doing("evaluating"):
+            found = evaluate(self.engines, self.task, size, self.attend)
+        if found is None:
+            return "given up, since the run is to end"
         step = self.engines.global_step
-        log.info("step %d: eval %s", step, " ".join(f"{k} {v:.4f}" for k, v in found.items()))
+        text = " ".join(f"{name} {value:.4f}" for name, value in found.items())
+        log.info("step %d: eval %s", step, text)
         self._evaluation = {f"eval/{name}": value for name, value in found.items()}
         self.record({"step": step, "epoch": self.batches.epoch} | self._evaluation)
+        return text
+
+    def trace(self, steps: int, ticket: Ticket) -> None:
+        """Traces the next steps; `ticket`, who asks for it, is answered when that is written."""
+        if self._tracing:
+            raise CommandError("a trace is being recorded already")
+        directory = self.live.config.run_dir / "traces"
+        self._tracing.append((Trace(directory, self.engines.global_step, steps), ticket))
+
+    def end_traces(self, at_once: bool = False) -> None:
+        """Writes a trace whose steps have been taken."""
+        step = self.engines.global_step
+        for trace, ticket in list(self._tracing):
+            if not (at_once or trace.is_over(step)):
+                continue
+            self._tracing.clear()
+            try:
+                self.bus.end(ticket, "done", step, f"traced {trace.write(step)}")
+            except HarnessError as error:
+                self.bus.end(ticket, "failed", step, str(error))
 
     def report(self, done: Sequence[StepNumbers]) -> None:
         """Counts finished steps, and on rank 0 records and shows them."""
@@ -182,6 +327,7 @@ class Trainer:
             }
             self.record(record)
             self.progress.show(record)
+            self.status.show(record)
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Gives a record to every sink."""

@@ -1,5 +1,6 @@
 """Small pure helpers that need no file of their own."""
 
+import pwd
 from typing import Any
 
 import torch
@@ -21,3 +22,11 @@ def to_device(tree: Any, device: torch.device, dtype: torch.dtype | None = None)
 def tensor_leaves(tree: Any) -> list[torch.Tensor]:
     """The tensors of a nested structure of dicts, lists and tuples, in order."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def user_name(uid: int) -> str:
+    """The name of a user of this machine, or the number where it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -24,9 +24,11 @@ def main() -> None:
     from harness.run import run  # late: a mistake in the config need not wait for torch
 
     try:
-        run(config)
+        sys.exit(run(config))
     except HarnessError as error:
         leave(error)
+    except KeyboardInterrupt:  # before the run could hear of signals
+        sys.exit(130)
 
 
 def leave(error: HarnessError) -> NoReturn:

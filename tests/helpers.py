@@ -23,7 +23,7 @@ def tiny_config(directory: Path, stage: int = 0, **overrides: Any) -> Config:
             }
         },
         "data": {"micro_batch_size": 4},
-        "control": {"stdin": False},
+        "control": {"stdin": False, "socket": False},
     }
     return Config.model_validate(merge(table, overrides))
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.control.fronts import LONGEST_LINE, StdinFront
 
 from harness import distributed
 from harness.control.bus import Bus
 from harness.control.commands import Command, Eval, Export, Quit, Save, SetLr, parse
-from harness.control.fronts import LONGEST_LINE, StdinFront
 from harness.errors import CommandError
 from harness.run import train
 from harness.testing.pool import RankPool

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from harness import distributed
@@ -13,21 +14,28 @@ from harness.io import save
 log = logging.getLogger(__name__)
 
 
-def export(engines: Engines, parent: Path) -> Path:
-    """Writes every trained engine's whole weights as `parent/step-N/ENGINE.sft`. Collective.
+def export(
+    engines: Engines, parent: Path, format: str, between: Callable[[], object] = lambda: None
+) -> Path:
+    """Writes every trained engine's whole weights as `parent/step-N/ENGINE.FORMAT`. Collective.
 
-    Raises HarnessError, on all ranks, if it cannot be written.
+    `format`: "sft" or "pt". `between` is called, on every rank, after each tensor. Raises
+    HarnessError, on all ranks, if it cannot be written.
     """
     target = step_directory(parent, engines.global_step)
     staged = target.with_name(f"{target.name}.tmp")
     if distributed.is_global_leader():
         shutil.rmtree(staged, ignore_errors=True)
     for engine in engines.trained:
-        state = engine.full_state_dict()
+        state = {}
+        for name, tensor in engine.whole_tensors():
+            if tensor is not None:
+                state[name] = tensor
+            between()
         with distributed.in_unison(f"cannot export to {target}"):
             if distributed.is_global_leader():
                 staged.mkdir(parents=True, exist_ok=True)
-                save(state, staged / f"{engine.name}.sft")
+                save(state, staged / f"{engine.name}.{format}")
     with distributed.in_unison(f"cannot export to {target}"):
         if distributed.is_global_leader():
             put_in_place(staged, target)

@@ -13,6 +13,7 @@ from harness.checkpoint.relayout import in_layout_of
 from harness.checkpoint.retain import clean
 from harness.checkpoint.rng import set_rng_state
 from harness.checkpoint.save import rank_file
+from harness.control.live import Live
 from harness.data import Batches
 from harness.engines import Engines
 from harness.errors import CheckpointError
@@ -89,11 +90,12 @@ def verify(directory: Path, engines: Engines) -> None:
                 )
 
 
-def resume(directory: Path, engines: Engines, batches: Batches, seed: int) -> None:
-    """Puts engines, data position and random generators where a verified checkpoint left them.
+def resume(directory: Path, engines: Engines, batches: Batches, live: Live) -> None:
+    """Puts engines, data position, random generators and what live commands have changed where a
+    verified checkpoint left them.
 
     Collective. With another number of ranks no rank can go on with its generators: each seeds them
-    from the run's `seed`, the step and its rank. Raises CheckpointError, on all ranks, for other
+    from the run's seed, the step and its rank. Raises CheckpointError, on all ranks, for other
     data, and for an optimizer's state that does not fit another number of ranks or ZeRO stage.
     """
     with distributed.in_unison(f"cannot read checkpoint {directory}"):
@@ -106,7 +108,9 @@ def resume(directory: Path, engines: Engines, batches: Batches, seed: int) -> No
     with distributed.in_unison(f"cannot resume from {directory}"):
         # Engines' and data's states are the same on every rank.
         mine = torch.load(directory / rank_file(rank if same_world else 0), weights_only=True)
+        live.load_state_dict(mine["live"])
         engines.load_state_dict(mine["engines"])
+        engines.set_total_steps(live.config.run.steps)
         try:
             batches.load_state_dict(mine["batches"])
         except ValueError as error:
@@ -114,5 +118,6 @@ def resume(directory: Path, engines: Engines, batches: Batches, seed: int) -> No
         if same_world:
             set_rng_state(mine["rng"])
         else:
-            distributed.seed_everything(int(digest(f"{seed} {manifest.step} {rank}")[:15], 16))
+            seed = digest(f"{live.config.run.seed} {manifest.step} {rank}")
+            distributed.seed_everything(int(seed[:15], 16))
     log.info("resumed from %s", directory)

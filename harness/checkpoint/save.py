@@ -31,7 +31,7 @@ from harness.checkpoint.manifest import (
 from harness.checkpoint.retain import prune, put_in_place
 from harness.checkpoint.rng import rng_state
 from harness.checkpoint.zero_layout import PARAMETER_NAMES
-from harness.config import CheckpointConfig, Config
+from harness.control.live import Live
 from harness.data import Batches
 from harness.engine import Engine
 from harness.engines import Engines
@@ -64,16 +64,25 @@ class Saver:
     a later step. At most one save is in flight.
     """
 
-    def __init__(self, engines: Engines, batches: Batches, config: Config):
-        self.directory = config.run_dir / "checkpoints"
+    def __init__(self, engines: Engines, batches: Batches, live: Live):
+        self.directory = live.config.run_dir / "checkpoints"
         self._engines = engines
         self._batches = batches
-        self._settings: CheckpointConfig = config.checkpoint
-        self._config_digest = digest(config.model_dump_json())
+        self._live = live
+        self._config_digest = digest(live.config.model_dump_json())
         self._pending: _Pending | None = None
         self._all_written = distributed.Agreement()
         self._snapshots = Snapshots()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is in flight."""
+        return self._pending is not None
+
+    def place(self, step: int) -> Path:
+        """Where the checkpoint of a step stands."""
+        return step_directory(self.directory, step)
 
     def save(self, metrics: dict[str, float], pinned: str | None = None) -> None:
         """Saves this step. Raises CheckpointError, on all ranks, if it cannot be done.
@@ -83,18 +92,19 @@ class Saver:
         """
         self.wait()
         jobs = self._collect()
-        target = step_directory(self.directory, self._engines.global_step)
+        target = self.place(self._engines.global_step)
         staged = target.with_name(f"{target.name}.tmp")
         needed = sum(distributed.all_gather(sum(map(bytes_of, jobs.values()))))
         with distributed.in_unison(f"cannot save {target}"), told_as(f"cannot save {target}"):
             if distributed.is_global_leader():
                 make_room(staged, needed)
         manifest = self._manifest(metrics, pinned)
-        if self._settings.background:
+        background = self._live.config.checkpoint.background
+        if background:
             jobs = self._snapshots.take(jobs)
         writing = self._thread.submit(write_files, staged, jobs)
         self._pending = _Pending(manifest, staged, target, writing)
-        if not self._settings.background:
+        if not background:
             self.wait()
 
     def poll(self) -> None:
@@ -136,7 +146,7 @@ class Saver:
             raise CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
         log.info("saved %s", pending.target)
         if distributed.is_global_leader():
-            prune(self.directory, self._settings)
+            prune(self.directory, self._live.config.checkpoint)
 
     def close(self) -> None:
         """Ends the thread; a save in flight is given up."""
@@ -148,6 +158,7 @@ class Saver:
                 "rng": rng_state(),
                 "engines": self._engines.state_dict(),
                 "batches": self._batches.state_dict(),
+                "live": self._live.state_dict(),
             }
         }
         for engine in self._engines.trained:  # a teacher is what the task made it

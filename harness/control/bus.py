@@ -1,57 +1,163 @@
-"""How a command of rank 0 reaches every rank at the same step."""
+"""How a command of any front reaches every rank at the same step, and how it is answered."""
 
+import itertools
 import logging
 import queue
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
 from harness import distributed
-from harness.control.commands import Command, parse
+from harness.control.audit import Audit
+from harness.control.commands import Command, Grammar, Interrupt, Query, Save
+from harness.control.signals import Signals
+from harness.control.wire import LAST, Answer, State
 from harness.errors import CommandError
 
 log = logging.getLogger(__name__)
 
-LONGEST_QUEUE = 100
-SECONDS_AFTER_A_WRONG_LINE = 0.05
+LONGEST_QUEUE = 1000
+
+Reply = Callable[[Answer], None]
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A command on its way."""
+
+    id: int
+    """Its number in the run directory's history; rank 0 alone knows that of an event."""
+    front: str
+    user: str
+    text: str
+    command: Command
 
 
 class Bus:
     """A queue on rank 0, and one small agreement a step that hides behind the step's work.
 
-    At the end of each step the ranks start to agree whether commands are waiting, and at the end
-    of the next one they look at the answer; only if there are some are they sent.
+    At the end of each step the ranks start to agree whether rank 0 has commands waiting and whether
+    any rank was sent a signal, and at the end of the next one they look at the answer; only if
+    there is something to send is it sent. Every command is answered exactly once, in the end, by
+    `end` or by `close`.
     """
 
-    def __init__(self) -> None:
-        self._waiting: queue.Queue[str] = queue.Queue(LONGEST_QUEUE)
+    def __init__(
+        self,
+        grammar: Grammar,
+        signals: Signals,
+        answer: Callable[[Query], str],
+        audit: Audit | None,
+    ):
+        """`answer` answers queries; `audit` is rank 0's history of commands, None elsewhere."""
+        self._grammar = grammar
+        self._signals = signals
+        self._answer = answer
+        self._audit = audit
+        self._ids = itertools.count(1 if audit is None else audit.last_id + 1)
+        self._queue: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        self._replies: dict[int, tuple[Ticket, Reply]] = {}  # of the commands under way
+        self._lock = threading.Lock()  # ids, queue and history in one order
+        self._is_open = True
         self._agreement = distributed.Agreement()
 
-    def submit(self, line: str) -> None:
-        """Queues a control line, on rank 0, or says what is wrong with it.
+    @property
+    def is_full(self) -> bool:
+        """Whether `submit` would reject any command."""
+        return self._queue.qsize() >= LONGEST_QUEUE
 
-        To be called from a front's own thread: it waits while the queue is full, and a moment after
-        a wrong line, so that a flood of lines stays where it comes from.
+    def submit(self, text: str, front: str, user: str, reply: Reply) -> bool:
+        """Takes a control line on rank 0, from any thread. False if it is rejected.
+
+        `reply` is called for everything that becomes of it, from any thread.
         """
+        ticket = Ticket(next(self._ids), front, user, text, Command())
         try:
-            parse(line)
+            command = self._grammar.parse(text)
+            if isinstance(command, Query):
+                reply(Answer(ticket.id, text, "done", result=self._answer(command)))
+                return True
+            ticket = replace(ticket, command=command)
+            with self._lock:
+                if not self._is_open:
+                    raise CommandError("it came too late: the run is over")
+                if self.is_full:
+                    raise CommandError(f"{LONGEST_QUEUE} commands are waiting: try again")
+                self._replies[ticket.id] = (ticket, reply)
+                self._tell(ticket, "queued")
+                self._queue.put(ticket)
         except CommandError as error:
-            log.error("command rejected: %.300s", error)
-            time.sleep(SECONDS_AFTER_A_WRONG_LINE)
-        else:
-            self._waiting.put(line)
+            self._replies[ticket.id] = (ticket, reply)
+            self._tell(ticket, "rejected", result=str(error))
+            return False
+        return True
 
-    def poll(self) -> list[Command]:
-        """The commands to apply now, the same on every rank. Call it once a step on every rank."""
-        lines: list[str] = []
-        if self._agreement.harvest() == [1]:
-            lines = distributed.broadcast(self._take())
-        self._agreement.start([not self._waiting.empty()])
-        return [parse(line) for line in lines]
+    def poll(self, step: int) -> list[Ticket]:
+        """The commands to obey now, the same on every rank. Every rank calls it at the same place.
+
+        `step`: the last one that was taken.
+        """
+        tickets: list[Ticket] = []
+        agreed = self._agreement.harvest()
+        if agreed is not None and any(agreed):
+            _, stop, save = agreed
+            tickets = distributed.broadcast(self._take(stop, save))
+            for ticket in tickets:
+                self._tell(ticket, "agreed", step)
+        self._agreement.start([not self._queue.empty(), *self._signals.take()])
+        return tickets
+
+    def ticket(self, text: str, front: str) -> Ticket:
+        """A ticket for what every rank knows without being told, like an event that is due.
+
+        Raises CommandError if this run does not know the command.
+        """
+        number = next(self._ids) if distributed.is_global_leader() else 0
+        return Ticket(number, front, "", text, self._grammar.parse(text))
+
+    def end(self, ticket: Ticket, state: State, step: int, result: str) -> None:
+        """Says what a command led to, on every rank; rank 0 tells it."""
+        if distributed.is_global_leader():
+            level = logging.WARNING if state == "failed" else logging.INFO
+            log.log(level, "step %d: %s: %s: %s", step, ticket.text, state, result)
+        self._tell(ticket, state, step, result)
+
+    def finish(self) -> None:
+        """Ends the last agreement, on every rank."""
+        self._agreement.harvest()
 
     def close(self) -> None:
-        """Ends the last agreement, and says which commands came too late."""
-        self._agreement.harvest()
-        for line in self._take():
-            log.error("command %r came too late: the run is over", line)
+        """Takes no further command, and answers those that are left: they came too late."""
+        with self._lock:
+            self._is_open = False
+        for ticket, _ in list(self._replies.values()):
+            log.warning("command %r came too late: the run is over", ticket.text)
+            self._tell(ticket, "failed", result="it came too late: the run is over")
 
-    def _take(self) -> list[str]:
-        return [self._waiting.get() for _ in range(self._waiting.qsize())]
+    def _take(self, stop: int, save: int) -> list[Ticket]:
+        """On rank 0 all that is waiting, and what signals to any rank amount to."""
+        if not distributed.is_global_leader():
+            return []
+        tickets = [self._queue.get() for _ in range(self._queue.qsize())]
+        if save:
+            tickets.append(Ticket(next(self._ids), "signal", "", "SIGUSR1", Save()))
+        if stop:
+            name = self._signals.name(stop)
+            tickets.append(Ticket(next(self._ids), "signal", "", name, Interrupt(stop)))
+        return tickets
+
+    def _tell(
+        self, ticket: Ticket, state: State, step: int | None = None, result: str = ""
+    ) -> None:
+        """Writes down what became of a command, and tells who waits for it. Only rank 0 does."""
+        if self._audit is None:
+            return
+        answer = Answer(ticket.id, ticket.text, state, step, result)
+        from_whom = {"front": ticket.front, "user": ticket.user}
+        self._audit.write({"time": time.time(), **from_whom, **asdict(answer)})
+        found = self._replies.get(ticket.id)
+        if state in LAST:
+            self._replies.pop(ticket.id, None)
+        if found is not None:
+            found[1](answer)

@@ -43,6 +43,11 @@ class Progress:
             shown = "  ".join(f"{name} {number}" for name, number in numbers.items())
             log.info("step %d/%d  %s", record["step"], self._steps, shown)
 
+    def set_steps(self, steps: int) -> None:
+        """Takes note of another end of the run."""
+        self._steps = self._bar.total = steps
+        self._bar.refresh()
+
     def close(self) -> None:
         """Leaves the bar as it stands."""
         self._bar.close()
@@ -80,6 +85,15 @@ def log_to(path: Path) -> logging.Handler:
         logger.removeHandler(early)
     logger.addHandler(handler)
     return handler
+
+
+def show_from(level: str) -> None:
+    """Logs from a level on ("debug", "info", ...): rank 0; the other ranks from WARNING on."""
+    logger = logging.getLogger("harness")
+    logger.setLevel(level.upper())
+    for handler in logger.handlers:
+        least = logging.WARNING if distributed.global_rank() else logging.DEBUG
+        handler.setLevel(max(least, logger.level))
 
 
 def _set_up(handler: logging.Handler) -> None:

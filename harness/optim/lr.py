@@ -57,9 +57,7 @@ SCHEDULES: dict[str, Callable[..., Factor]] = {
 }
 
 
-def build_scheduler(
-    optimizer: Optimizer, config: SchedulerConfig | None, total_steps: int
-) -> LambdaLR:
+def build_factor(config: SchedulerConfig | None, total_steps: int) -> Factor:
     """The schedule that the config names (constant if None), over `total_steps` optimizer steps.
 
     Raises ConfigError for an unknown name or argument.
@@ -77,4 +75,11 @@ def build_scheduler(
             raise ConfigError(
                 f"scheduler {config.name!r}: {key} = {value!r}, expected a number from 0 on"
             )
-    return LambdaLR(optimizer, make(total_steps, **config.args))
+    return make(total_steps, **config.args)
+
+
+def build_scheduler(
+    optimizer: Optimizer, config: SchedulerConfig | None, total_steps: int
+) -> LambdaLR:
+    """`build_factor` as a scheduler of the optimizer."""
+    return LambdaLR(optimizer, build_factor(config, total_steps))

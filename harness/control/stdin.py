@@ -1,4 +1,4 @@
-"""Where commands come from: rank 0's standard input."""
+"""Standard input as a front: every line of rank 0's is a command."""
 
 import logging
 import os
@@ -6,24 +6,28 @@ import select
 import stat
 import sys
 import threading
-from collections.abc import Callable
+
+from harness.control.bus import Bus
+from harness.control.wire import LONGEST_LINE, Answer
+from harness.utils import user_name
 
 log = logging.getLogger(__name__)
 
-LONGEST_LINE = 64 * 1024
+SECONDS_AFTER_A_WRONG_LINE = 0.05
 
 
 class StdinFront:
-    """A daemon thread that gives every line of standard input to `submit`.
+    """A daemon thread that gives every line of standard input to the bus.
 
     It reads the raw file descriptor and splits lines itself, since a buffered reader would keep
     back lines that have arrived and would block on half a one. A closed stdin, /dev/null and the
     end of a pipe retire it quietly; a job in a terminal's background waits until it is in the
-    foreground again.
+    foreground again. It reads no faster than commands are obeyed, nor floods the log with the
+    mistakes of a stream that was not meant for it.
     """
 
-    def __init__(self, submit: Callable[[str], None]):
-        self._submit = submit
+    def __init__(self, bus: Bus):
+        self._bus = bus
         self._stopped = threading.Event()
         descriptor = _stdin_descriptor()
         if descriptor is not None:
@@ -64,6 +68,20 @@ class StdinFront:
                 if not too_long:
                     log.error("stdin: dropped a line of more than %d bytes", LONGEST_LINE)
                 rest, too_long = b"", True
+
+    def _submit(self, text: str) -> None:
+        while self._bus.is_full and not self._stopped.wait(0.1):
+            pass
+        if not self._bus.submit(text, "stdin", user_name(os.getuid()), _show):
+            self._stopped.wait(SECONDS_AFTER_A_WRONG_LINE)
+
+
+def _show(answer: Answer) -> None:
+    """Logs what the bus does not: what was wrong with a line, and the answer to a query."""
+    if answer.state == "rejected":
+        log.error("command rejected: %s", answer.result)
+    elif answer.state == "done" and answer.step is None:
+        log.info("%s: %s", answer.text, answer.result)
 
 
 def _stdin_descriptor() -> int | None:

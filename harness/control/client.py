@@ -1,0 +1,148 @@
+"""`harness ctl`: commands to a running job, through the socket in its run directory."""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness.control.wire import LAST, SOCKET, Answer, short_path
+from harness.errors import HarnessError
+
+EXIT_CODES = {"done": 0, "failed": 1, "rejected": 2}
+NO_ANSWER = 3
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class NoAnswer(HarnessError):
+    """Nobody is there to talk to, or any more."""
+
+    code = NO_ANSWER
+
+
+class Client:
+    """A connection to a running job."""
+
+    def __init__(self, run_dir: Path):
+        """Raises NoAnswer if no job listens in that run directory on this machine."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        path = run_dir / SOCKET
+        try:
+            with short_path(path) as name:
+                self._socket.connect(name)
+        except FileNotFoundError:
+            raise NoAnswer(f"{path}: not there; is {run_dir} the directory of a run?") from None
+        except ConnectionRefusedError:
+            raise NoAnswer(
+                f"{path}: nobody listens: the run has ended, or its rank 0 is on another machine "
+                f"(see {run_dir}/log.txt)"
+            ) from None
+        except OSError as error:
+            raise NoAnswer(f"{path}: {error.strerror}") from None
+        self._lines = self._socket.makefile("r", encoding="utf-8")
+
+    def tell(self, command: str) -> Iterator[Answer]:
+        """Sends a command, and gives what becomes of it, up to the last answer.
+
+        Raises NoAnswer if the job goes away before that.
+        """
+        line = " ".join(command.split())
+        with contextlib.suppress(BrokenPipeError):  # it may have said why before it hung up
+            self._socket.sendall(line.encode() + b"\n")
+        while True:
+            try:
+                received = self._lines.readline()
+            except ConnectionError:
+                received = ""
+            if not received:
+                raise NoAnswer(f"{line!r}: the run ended before it answered")
+            answer = Answer(**json.loads(received))
+            yield answer
+            if answer.state in LAST:
+                return
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._lines.close()
+        self._socket.close()
+
+
+def tell(run_dir: Path, command: str, as_json: bool) -> int:
+    """Sends one command, waits, prints the result, and returns the exit code."""
+    with contextlib.closing(Client(run_dir)) as client:
+        code = NO_ANSWER
+        for answer in client.tell(command):
+            code = EXIT_CODES.get(answer.state, NO_ANSWER)
+            if as_json:
+                sys.stdout.write(json.dumps(vars(answer)) + "\n")
+            else:
+                _show(answer)
+            sys.stdout.flush()
+        return code
+
+
+def talk(run_dir: Path) -> int:
+    """A prompt with history, and the run's status above it, kept up to date."""
+    with contextlib.suppress(ImportError):
+        import readline  # gives `input` its history and line editing
+
+        readline.set_history_length(1000)
+    with contextlib.closing(Client(run_dir)) as client, contextlib.closing(Client(run_dir)) as eye:
+        sys.stdout.write("help lists the commands; Ctrl-D leaves, and the run goes on\n")
+        is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        while True:
+            try:
+                if is_terminal:
+                    with _status_above(eye):
+                        command = input("> ")
+                else:
+                    command = input()
+            except (EOFError, KeyboardInterrupt):
+                sys.stdout.write("\n" if is_terminal else "")
+                return 0
+            if command.strip():
+                for answer in client.tell(command):
+                    _show(answer)
+
+
+@contextlib.contextmanager
+def _status_above(client: Client) -> Iterator[None]:
+    """Keeps the line above the prompt up to date while the user types."""
+    typed = threading.Event()
+
+    def status() -> str:
+        answers = list(client.tell("status"))
+        width = os.get_terminal_size().columns - 1
+        return answers[-1].result.partition("\n")[0][:width]
+
+    def redraw() -> None:
+        with contextlib.suppress(NoAnswer, OSError):
+            while not typed.wait(SECONDS_BETWEEN_LOOKS):
+                # Saves the cursor, goes to the line above, writes it anew, and comes back.
+                sys.stdout.write(f"\0337\033[1A\r\033[2K\033[2m{status()}\033[0m\0338")
+                sys.stdout.flush()
+
+    sys.stdout.write(f"\033[2m{status()}\033[0m\n")
+    thread = threading.Thread(target=redraw, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        typed.set()
+        thread.join()
+
+
+def _show(answer: Answer) -> None:
+    if answer.state == "rejected":
+        sys.stdout.write(f"rejected: {answer.result}\n")
+    elif answer.state == "failed":
+        sys.stdout.write(f"failed: {answer.result}\n")
+    elif answer.state == "done":
+        at = "" if answer.step is None else f"step {answer.step}: "
+        sys.stdout.write(f"{at}{answer.result}\n")
+    elif sys.stdout.isatty():
+        at = "" if answer.step is None else f" at step {answer.step}"
+        sys.stdout.write(f"\033[2m{answer.state}{at}\033[0m\n")
