@@ -24,7 +24,7 @@ def main() -> None:
     )
     ctl.add_argument("--json", action="store_true", help="print every answer as a JSON object")
     ctl.add_argument("run_dir", type=Path, help="the job's run directory, on rank 0's machine")
-    ctl.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND", help="like: lr x0.5")
+    ctl.add_argument("words", nargs="*", metavar="COMMAND", help="like: lr x0.5")
     args = parser.parse_args()
     try:
         if args.command == "inspect":

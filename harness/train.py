@@ -77,6 +77,16 @@ class Trainer:
         if self.is_over():
             log.info("the run is complete; a larger run.steps lets it go on")
             return 0
+        try:
+            self.loop()
+            self.finish()
+        except HarnessError as error:
+            self.rescue(error)
+            raise
+        return 128 + self.ending.signal if isinstance(self.ending, Interrupt) else 0
+
+    def loop(self) -> None:
+        """Steps, and what is due between them, until the run is over."""
         self.engines.train()
         if self.live.config.trainer.eval_every and self.engines.global_step == 0:
             self.evaluate()  # where it starts from; and a broken evaluation is known now
@@ -91,8 +101,6 @@ class Trainer:
                 self.mind_failure(self.save)
             if self.is_due(self.live.config.trainer.export_every):
                 self.export()
-        self.finish()
-        return 128 + self.ending.signal if isinstance(self.ending, Interrupt) else 0
 
     def step(self) -> None:
         """One step: all its micro-batches, through every engine."""
@@ -221,6 +229,22 @@ class Trainer:
         self.settle(self.saver.wait)
         self.report(self.meter.drain())
         self.bus.finish()
+
+    def rescue(self, error: HarnessError) -> None:
+        """Saves the steps since the last save before an error ends the run.
+
+        Only where all ranks have agreed on the error, between two steps, and it is not that saving
+        fails.
+        """
+        is_saved = self._saved_step == self.engines.global_step
+        if not error.agreed or isinstance(error, CheckpointError) or is_saved:
+            return
+        tell("%s\nthis ends the run: saving it first", error)
+        try:
+            self.save()
+            self.settle(self.saver.wait)
+        except CheckpointError as second:
+            tell("%s", second)
 
     def save(self, name: str | None = None, ticket: Ticket | None = None) -> str | None:
         """Writes a checkpoint of this step, unless it stands already without a name.

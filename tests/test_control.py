@@ -1,167 +1,64 @@
-"""Commands: what a line means, how stdin is read, and that all ranks obey at the same step."""
+"""Commands to whole runs: all ranks obey at the same step, and every command is answered once."""
 
+import json
 import logging
+import math
 import os
-import re
+import random
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.control.fronts import LONGEST_LINE, StdinFront
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from harness import distributed
-from harness.control.bus import Bus
-from harness.control.commands import Command, Eval, Export, Quit, Save, SetLr, parse
-from harness.errors import CommandError
+from harness.config import Config
+from harness.control.bus import Bus, Ticket
+from harness.control.client import Client
+from harness.control.commands import Grammar, Save, SetLr
+from harness.control.signals import Signals
+from harness.control.wire import SOCKET
+from harness.errors import HarnessError
+from harness.io import json_read, load
 from harness.run import train
-from harness.testing.pool import RankPool
-from tests.helpers import records, tiny_config
+from harness.testing.faults import fail_at, io_error
+from harness.testing.pool import RankError, RankPool
+from harness.train import Trainer
+from tests.helpers import ROOT, records, tiny_config
+
+STAGES = [0, 1, 2, 3]
+History = list[tuple[int, str, str]]
+"""What a rank has obeyed: `(step, front, command)`."""
 
 
-@pytest.mark.parametrize(
-    ("line", "command"),
-    [
-        ("save", Save()),
-        ("save as v1.0-rc", Save("v1.0-rc")),
-        ("  export ", Export()),
-        ("eval", Eval()),
-        ("quit", Quit()),
-        ("lr 1e-4", SetLr(1e-4)),
-        ("lr 0", SetLr(0.0)),
-    ],
-)
-def test_a_line_is_a_command(line: str, command: Command) -> None:
-    assert parse(line) == command
+@contextmanager
+def recorded() -> Iterator[History]:
+    """Writes down what this rank obeys."""
+    history: History = []
+    obey = Trainer.obey
+
+    def and_note(self: Trainer, ticket: Ticket) -> None:
+        history.append((self.engines.global_step, ticket.front, ticket.text))
+        obey(self, ticket)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "obey", and_note)
+        yield history
 
 
-@pytest.mark.parametrize(
-    ("line", "told"),
-    [
-        ("sav", "did you mean 'save'"),
-        ("save now", "save as NAME"),
-        ("save as a/b", "save as NAME"),
-        ("eval now", "eval takes no argument"),
-        ("lr", "lr 1e-4"),
-        ("lr foo", "lr 1e-4"),
-        ("lr 1 2", "lr 1e-4"),
-        ("lr nan", "finite"),
-        ("lr -1", "not negative"),
-        ("clear", "unknown command"),
-        ("__import__('os')", "unknown command"),
-    ],
-)
-def test_a_wrong_line_is_told_what_is_right(line: str, told: str) -> None:
-    with pytest.raises(CommandError, match=told):
-        parse(line)
+def commanded(config: Config, text: str) -> tuple[History, str]:
+    """A run that finds `text` on its standard input before its first step.
 
-
-@pytest.fixture
-def stdin(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A pipe in the place of standard input: `(write, lines that the front submitted)`."""
-    reading, writing = os.pipe()
-    file = os.fdopen(reading)
-    monkeypatch.setattr(sys, "stdin", file)
-    lines: list[str] = []
-    front = StdinFront(lines.append)
-
-    def write(data: bytes) -> None:
-        os.write(writing, data)
-
-    yield write, lines
-    front.close()
-    os.close(writing)
-    until(lambda: not front_is_running())
-    file.close()
-
-
-def front_is_running() -> bool:
-    import threading
-
-    return any(thread.name == "stdin" for thread in threading.enumerate())
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true within 10 s"
-        time.sleep(0.01)
-
-
-def test_many_lines_at_once_all_arrive(stdin: Any) -> None:
-    write, lines = stdin
-    write(b"save\n\neval\r\nlr 1e-4\n")
-    until(lambda: lines == ["save", "eval", "lr 1e-4"])
-
-
-def test_half_a_line_waits_for_the_rest(stdin: Any) -> None:
-    write, lines = stdin
-    write(b"sa")
-    time.sleep(0.3)
-    assert lines == []
-    write(b"ve\nqu")
-    until(lambda: lines == ["save"])
-    write(b"it\n")
-    until(lambda: lines == ["save", "quit"])
-
-
-def test_invalid_utf8_and_an_endless_line_do_no_harm(stdin: Any) -> None:
-    write, lines = stdin
-    write(b"\xff\xfe\n")
-    until(lambda: lines == ["\ufffd\ufffd"])
-    for _ in range(1 + 2 * LONGEST_LINE // 4096):
-        write(b"x" * 4096)
-        time.sleep(0.002)
-    write(b"quit\nsave\n")  # still that line, and then another
-    until(lambda: lines[-1] == "save")
-    assert "quit" not in lines
-
-
-@pytest.mark.parametrize("source", ["/dev/null", "closed", "none", "file"])
-def test_the_end_of_stdin_retires_the_front(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
-) -> None:
-    lines: list[str] = []
-    path = Path("/dev/null")
-    if source == "file":
-        path = tmp_path / "commands"
-        path.write_text("save\nquit")
-    with path.open() as file:
-        if source == "closed":
-            file.close()
-        monkeypatch.setattr(sys, "stdin", None if source == "none" else file)
-        StdinFront(lines.append)
-        until(lambda: not front_is_running())
-    assert lines == (["save", "quit"] if source == "file" else [])
-
-
-def poll_often(lines: list[str], polls: int) -> list[list[Command]]:
-    bus = Bus()
-    found = []
-    for number in range(polls):
-        if distributed.is_global_leader() and number < len(lines):
-            bus.submit(lines[number])
-        found.append(bus.poll())
-    bus.close()
-    return found
-
-
-def test_all_ranks_see_the_same_commands_at_the_same_poll(three_ranks: RankPool) -> None:
-    lines = ["save", "nonsense", "lr 0.5", "eval", "lr x", "quit"]
-    seen = three_ranks.run(poll_often, lines, 10)
-    assert seen[0] == seen[1] == seen[2]
-    assert [command for poll in seen[0] for command in poll] == [
-        Save(),
-        SetLr(0.5),
-        Eval(),
-        Quit(),
-    ]
-
-
-def commanded(config: Any, text: str) -> str:
-    """A run whose rank 0 finds `text` on its standard input; returns the rank's log."""
+    Returns what this rank obeyed, and its log.
+    """
     reading, writing = os.pipe()
     os.write(writing, text.encode())
     os.close(writing)
@@ -169,27 +66,515 @@ def commanded(config: Any, text: str) -> str:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger("harness").addHandler(handler)
-    try:
-        train(config)
-    finally:
-        sys.stdin = kept
-        logging.getLogger("harness").removeHandler(handler)
-    return "\n".join(messages)
+    run = Trainer.run
+
+    def once_all_is_read(self: Trainer) -> int:
+        while any(thread.name == "stdin" for thread in threading.enumerate()):
+            time.sleep(0.01)
+        return run(self)
+
+    with recorded() as history, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "run", once_all_is_read)
+        logging.getLogger("harness").addHandler(handler)
+        try:
+            train(config)
+        finally:
+            sys.stdin = kept
+            logging.getLogger("harness").removeHandler(handler)
+    return history, "\n".join(messages)
+
+
+def stdin_config(directory: Path, stage: int = 0, **overrides: Any) -> Config:
+    return tiny_config(directory, stage, control={"stdin": True}, **overrides)
+
+
+def audit(config: Config) -> list[dict[str, Any]]:
+    lines = (config.run_dir / "commands.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def ends(config: Config) -> list[tuple[str, str, str]]:
+    """`(command, done or failed or rejected, result)`, in the order in which they ended."""
+    return [
+        (record["text"], record["state"], record["result"])
+        for record in audit(config)
+        if record["state"] not in ("queued", "agreed")
+    ]
+
+
+def poll_often(lines: list[str], polls: int) -> list[list[Any]]:
+    bus = Bus(Grammar(["net"], {}), Signals(), str, None)
+    found = []
+    for number in range(polls):
+        if distributed.is_global_leader() and number < len(lines):
+            bus.submit(lines[number], "test", "", lambda answer: None)
+        found.append([ticket.command for ticket in bus.poll(number)])
+    bus.finish()
+    bus.close()
+    return found
+
+
+def test_all_ranks_see_the_same_commands_at_the_same_poll(three_ranks: RankPool) -> None:
+    lines = ["save", "nonsense", "lr 0.5", "status", "lr x"]
+    seen = three_ranks.run(poll_often, lines, 10)
+    assert seen[0] == seen[1] == seen[2]
+    assert [command for poll in seen[0] for command in poll] == [Save(), SetLr(0.5)]
 
 
 def test_a_run_obeys_in_order_on_every_rank(two_ranks: RankPool, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, run={"steps": 5000}, control={"stdin": True})
-    logs = two_ranks.run(commanded, config, "lr 1e-4\nlr bad\nsave\neval\nquit\n")
-    orders = [re.findall(r"^step \d+: \w+\(.*$", log, re.MULTILINE) for log in logs]
-    assert orders[0] == orders[1]
-    kinds = ["SetLr(lr=0.0001)", "Save(name=None)", "Eval()", "Quit()"]
-    assert [line.split(": ")[1] for line in orders[0]] == kinds
-    assert "'lr bad': expected" in logs[0] and "lr bad" not in logs[1]
+    config = stdin_config(tmp_path, run={"steps": 5000})
+    text = "lr 1e-4\nlr bad\nsave\nstatus\neval\nexport pt\nquit\nsave as late\n"
+    found = two_ranks.run(commanded, config, text)
+    assert found[0][0] == found[1][0]
+    assert [(front, text) for _, front, text in found[0][0]] == [
+        ("stdin", text) for text in ("lr 1e-4", "save", "eval", "export pt", "quit")
+    ]
+    assert "'lr bad': RATE: a learning rate is" in found[0][1] and "lr bad" not in found[1][1]
+    assert "status: step 0 of 5000, training" in found[0][1]
     last = records(config)[-1]["step"]
-    assert last < 5000
     assert (config.run_dir / f"checkpoints/step-{last:08d}/manifest.json").exists()
-    assert (config.run_dir / f"exports/step-{last:08d}/net.sft").exists()
+    exports = config.run_dir / f"exports/step-{last:08d}"
+    assert (exports / "net.sft").exists()
+    assert ends(config)[0][0] == "lr bad"
+    assert {text: state for text, state, _ in ends(config)} == {
+        "lr bad": "rejected",
+        "lr 1e-4": "done",
+        "save": "done",
+        "eval": "done",
+        "export pt": "done",
+        "quit": "done",
+        "save as late": "failed",
+    }
     config = tiny_config(tmp_path, run={"steps": last + 3})
     two_ranks.run(train, config)
     assert [record["lr"] for record in records(config)][-3:] == [1e-4] * 3
+
+
+def test_quit_unsaved_leaves_nothing_and_eval_quit_evaluates(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    unsaved = stdin_config(tmp_path / "unsaved", run={"steps": 5000})
+    two_ranks.run(commanded, unsaved, "quit!\n")
+    assert not (unsaved.run_dir / "checkpoints").exists()
+    assert not (unsaved.run_dir / "exports").exists()
+    evaluated = stdin_config(tmp_path / "evaluated", run={"steps": 5000})
+    two_ranks.run(commanded, evaluated, "eval_quit\n")
+    assert len(records(evaluated, "eval/")) == 1
+    assert list((evaluated.run_dir / "checkpoints").glob("step-*"))
+
+
+def scheduled(stage: int, **overrides: Any) -> dict[str, Any]:
+    engine: dict[str, Any] = {"scheduler": {"name": "cosine", "warmup": 3}}
+    return {"engines": {"net": engine}} | overrides
+
+
+def cosine(step: int, steps: int, warmup: int = 3) -> float:
+    """The schedule's learning rate of a step, counted from 1, by its formula."""
+    warm = min(1.0, step / warmup)
+    done = min(1.0, max(0.0, (step - 1 - warmup) / (steps - warmup)))
+    return 1e-2 * (warm * ((1 + math.cos(math.pi * done)) / 2))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_halved_rate_outlives_kill_9_and_auto_returns_to_the_schedule(
+    two_ranks: RankPool, tmp_path: Path, stage: int
+) -> None:
+    undisturbed = tiny_config(tmp_path / "plain", stage, **scheduled(stage), run={"steps": 12})
+    two_ranks.run(train, undisturbed)
+    plain = [record["lr"] for record in records(undisturbed)]
+    assert plain == pytest.approx([cosine(step, 12) for step in range(1, 13)], rel=1e-8)
+    config = stdin_config(tmp_path, stage, **scheduled(stage), run={"steps": 12})
+    text = "lr x0.5@4\nsave@6\nlr auto@9\n"
+    with pytest.raises(RankError, match="died with exit code -9"):
+        two_ranks.run(killed_at_step_8, config, text)
+    two_ranks.run(train, config)
+    rates = [record["lr"] for record in records(config)]
+    assert rates[:4] + rates[9:] == plain[:4] + plain[9:]
+    assert rates[4:9] == pytest.approx([lr * 0.5 for lr in plain[4:9]], rel=1e-8)
+    log = (config.run_dir / "log.txt").read_text()
+    assert "step-00000006" in log and "set live before: net: lr x0.5" in log
+    assert "set live before: event 3: lr auto@9" in log
+
+
+def killed_at_step_8(config: Config, text: str) -> None:
+    """A commanded run that dies after its eighth step."""
+    step = Trainer.step
+
+    def and_die(self: Trainer) -> None:
+        step(self)
+        if self.engines.global_step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", and_die)
+        commanded(config, text)
+
+
+def test_a_run_with_events_resumes_to_the_bit(two_ranks: RankPool, tmp_path: Path) -> None:
+    """An event saves amid others of the same step: those after it are obeyed by the resumed run."""
+    text = "lr x0.5@4\nsave@4\nlr x0.5@4\nclip 0.1@4\nevent lr x0.9 every 2\n"
+    whole = stdin_config(tmp_path / "whole", 2, run={"steps": 9})
+    two_ranks.run(commanded, whole, text)
+    parts = stdin_config(tmp_path / "parts", 2, run={"steps": 9})
+    with pytest.raises(RankError, match="died with exit code -9"):
+        two_ranks.run(killed_at_step_8, parts, text)
+    names = [path.name for path in (parts.run_dir / "checkpoints").iterdir()]
+    assert sorted(names) == ["latest", "step-00000004"]
+    two_ranks.run(train, parts)
+    keys = ("lr", "loss", "grad_norm")
+    numbers = [[[r[key] for key in keys] for r in records(config)] for config in (parts, whole)]
+    assert numbers[0] == numbers[1]
+    assert numbers[0][8][0] == pytest.approx(1e-2 * 0.25 * 0.9**4)
+
+
+def test_a_held_rate_is_scaled_and_steps_move_the_schedules_end(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    config = stdin_config(tmp_path, 1, **scheduled(1), run={"steps": 8})
+    text = "lr 1e-3@2\nlr x0.5@3\nlr auto@4\nsteps 12@5\n"
+    two_ranks.run(commanded, config, text)
+    rates = [record["lr"] for record in records(config)]
+    expected = [cosine(1, 8), cosine(2, 8), 1e-3, 5e-4, cosine(5, 8)]
+    expected += [cosine(step, 12) for step in range(6, 13)]
+    assert rates == pytest.approx(expected, rel=1e-8)
+    two_ranks.run(train, config)  # the longer run is the complete one, also after a resume
+    assert len(records(config)) == 12
+    longer = tiny_config(tmp_path, 1, **scheduled(1), run={"steps": 14})
+    two_ranks.run(train, longer)  # the config has the last word
+    assert len(records(config)) == 14
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_clipping_can_be_changed_and_outlives_a_resume(
+    two_ranks: RankPool, tmp_path: Path, stage: int
+) -> None:
+    """SGD moves the weights by lr * clip: the distance shows the norm that was used."""
+    sgd = {"net": {"optimizer": {"name": "torch.optim:SGD", "lr": 0.5, "weight_decay": 0.0}}}
+    config = stdin_config(tmp_path, stage, engines=sgd, run={"steps": 4})
+    two_ranks.run(commanded, config, "clip 1e-2@2\nexport@2\nexport@3\nsave@3\n")
+    longer = tiny_config(tmp_path, stage, engines=sgd, run={"steps": 5})
+    two_ranks.run(train, longer)
+    assert all(record["grad_norm"] > 3e-2 for record in records(config))  # it is pre-clip
+    for before, after in ((2, 3), (3, 4), (4, 5)):
+        assert moved(config, before, after) == pytest.approx(0.5 * 1e-2, rel=1e-3)
+    clip = {"net": {**sgd["net"], "ds_overrides": {"gradient_clipping": 2e-2}}}
+    changed = tiny_config(tmp_path, stage, engines=clip, run={"steps": 6})
+    two_ranks.run(train, changed)  # changed in the config since: the config has the last word
+    assert moved(config, 5, 6) == pytest.approx(0.5 * 2e-2, rel=1e-3)
+
+
+def moved(config: Config, before: int, after: int) -> float:
+    """How far two exports are apart."""
+    one, other = (
+        load(config.run_dir / f"exports/step-{step:08d}/net.sft") for step in (before, after)
+    )
+    parameters = {id(one[name]): name for name in one if name != "scale"}.values()  # once if tied
+    squares = sum(float((one[n].double() - other[n].double()).square().sum()) for n in parameters)
+    return math.sqrt(squares)
+
+
+def test_a_paused_run_obeys_and_takes_no_step(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = stdin_config(tmp_path, run={"steps": 5})
+    text = "pause\neval\nlr 0.125\nsave as here\nsteps 4\nprofile 1\nresume\nresume\n"
+    found = two_ranks.run(commanded, config, text)
+    assert found[0][0] == found[1][0]
+    (step,) = {step for step, _, text in found[0][0]}
+    assert [record["lr"] for record in records(config)][step:] == [0.125] * (4 - step)
+    results = {text: (state, result) for text, state, result in ends(config)}
+    manifest = json_read(config.run_dir / f"checkpoints/step-{step:08d}/manifest.json")
+    assert manifest["pinned"] == "here" and "eval/loss" in manifest["metrics"]
+    assert results["profile 1"] == ("done", f"traced {config.run_dir}/traces/step-{step + 1:08d}")
+    assert ("resume", "failed", "the run is not paused") in ends(config)
+    for rank in range(2):
+        trace = config.run_dir / f"traces/step-{step + 1:08d}/rank-{rank:05d}.json"
+        assert json_read(trace)["traceEvents"]
+
+
+def test_settings_change_live_and_outlive_a_resume(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = stdin_config(tmp_path, run={"steps": 4}, trainer={"save_every": 100})
+    text = "set trainer.save_every 2\nset checkpoint.keep_last 1\nset trainer.eval_every 3\n"
+    two_ranks.run(commanded, config, text)
+    names = [path.name for path in (config.run_dir / "checkpoints").iterdir()]
+    assert sorted(names) == ["latest", "step-00000004"]
+    assert [record["step"] for record in records(config, "eval/")] == [3, 4]
+    longer = tiny_config(tmp_path, run={"steps": 7}, trainer={"save_every": 100})
+    two_ranks.run(train, longer)
+    log = (config.run_dir / "log.txt").read_text()
+    assert "saved " + str(config.run_dir / "checkpoints/step-00000006") in log
+    assert "set live before: trainer.save_every = 2 (the config says 100)" in log
+
+
+def test_a_setting_that_cannot_be_is_refused(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = stdin_config(tmp_path, task={"args": {"eval_samples": 0}})
+    text = "set trainer.eval_every 2\nset checkpoint.keep_best 1\nsteps 1\nloss_scale 2\nsave@1\n"
+    two_ranks.run(commanded, config, text)
+    results = {text: (state, result) for text, state, result in ends(config)}
+    assert {state for text, (state, _) in results.items() if "save" not in text} == {"failed"}
+    assert "the task has no eval_data" in results["set trainer.eval_every 2"][1]
+    assert "need keep_last" in results["set checkpoint.keep_best 1"][1]
+    assert "the run is at step 1" in results["steps 1"][1]
+    assert "computes in fp32" in results["loss_scale 2"][1]
+    assert len(records(config)) == 6
+
+
+def test_what_fails_on_one_rank_has_failed_and_the_run_goes_on(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    task = {"path": str(ROOT / "tests/commanded_task.py")}
+    config = stdin_config(tmp_path, task=task, run={"steps": 9}, trainer={"save_on_quit": False})
+    text = "greet you\nfail 1\nfail 0\ngreet\nset task.args {}\neval@2\nsave@3\nsave@4\n"
+    found = two_ranks.run(failing, config, text)
+    assert found[0] == found[1]
+    results = {text: (state, result) for text, state, result in ends(config)}
+    assert results["greet you"] == ("done", "hello you, from net")
+    for rank in (0, 1):
+        state, result = results[f"fail {rank}"]
+        assert state == "failed" and f"rank {rank}: 'fail {rank}':" in result
+        assert f"RuntimeError: rank {rank} is unwell" in result
+    assert results["greet"][0] == "failed" and "missing 1 required" in results["greet"][1]
+    assert results["set task.args {}"][0] == "rejected"
+    assert results["eval"][0] == "failed" and "rank 1: evaluation:" in results["eval"][1]
+    saves = [(state, result) for text, state, result in ends(config) if text == "save"]
+    assert [state for state, _ in saves] == ["failed", "done"]
+    assert "rank 1: OSError: [Errno 5] Input/output error" in saves[0][1]
+    assert len(records(config)) == 9
+    # The evaluation at the end fails as well, and ends the run; but no step is lost.
+    assert "this ends the run: saving it first" in (config.run_dir / "log.txt").read_text()
+    names = [path.name for path in (config.run_dir / "checkpoints").iterdir()]
+    assert sorted(names) == ["latest", "step-00000004", "step-00000009"]
+
+
+def failing(config: Config, text: str) -> History:
+    with (
+        recorded() as history,
+        fail_at("file", step=3, rank=1, how=io_error),
+        pytest.raises(HarnessError, match="it cannot be read"),
+    ):
+        commanded(config, text)
+    return history
+
+
+def test_a_background_save_is_answered_when_it_stands(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = stdin_config(tmp_path, run={"steps": 300}, checkpoint={"background": True})
+    two_ranks.run(commanded, config, "save as one\nsave as two@40\n")
+    events = [record for record in audit(config) if record["text"] == "save as one"]
+    assert [record["state"] for record in events] == ["queued", "agreed", "done"]
+    assert events[1]["step"] <= events[2]["step"]
+    assert ends(config)[-1][:2] == ("save as two", "done")
+
+
+def test_an_interrupted_evaluation_is_given_up(two_ranks: RankPool, tmp_path: Path) -> None:
+    """A signal to one rank alone, during a long evaluation: both stop, saved, and soon."""
+    config = tiny_config(tmp_path, task={"args": {"eval_samples": 40_000}}, run={"steps": 5000})
+    codes = two_ranks.run(signalled_in_evaluation, config)
+    assert codes == [128 + signal.SIGTERM] * 2
+    assert records(config, "eval/") == []
+    last = records(config)[-1]["step"]
+    assert (config.run_dir / f"checkpoints/step-{last:08d}/manifest.json").exists()
+    assert not (config.run_dir / "exports").exists()
+    assert ends(config) == [("SIGTERM", "done", "the run ends here")]
+
+
+def signalled_in_evaluation(config: Config) -> int:
+    step = Trainer.step
+
+    def and_evaluate(self: Trainer) -> None:
+        step(self)
+        if self.engines.global_step == 3:
+            if distributed.global_rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert "given up" in self.evaluate()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", and_evaluate)
+        return train(config)
+
+
+def test_signals_save_and_end_a_run(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, run={"steps": 5000}, trainer={"save_on_quit": False})
+    codes = two_ranks.run(signalled, config)
+    assert codes == [130, 130]
+    assert [text for text, _, _ in ends(config)] == ["SIGUSR1", "SIGINT"]
+    assert len(list((config.run_dir / "checkpoints").glob("step-*"))) == 2
+    assert two_ranks.run(handlers) == [True, True]
+
+
+def signalled(config: Config) -> int:
+    """USR1 to rank 1, and some steps later INT to all, as Ctrl-C does, with TERM to rank 0."""
+    step = Trainer.step
+
+    def and_signal(self: Trainer) -> None:
+        step(self)
+        rank = distributed.global_rank()
+        if self.engines.global_step == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if self.engines.global_step == 20:
+            if rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", and_signal)
+        return train(config)
+
+
+def handlers() -> bool:
+    """Whether signals do again what they did before a run."""
+    return (
+        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+
+
+# Storms
+
+VALID = (
+    *("save", "save as a", "eval", "export", "lr 1e-3", "lr x0.5", "lr net x2", "lr auto"),
+    *("clip 0.5", "clip net 0", "steps 1000000", "steps 2000000", "log info", "pause", "resume"),
+    *("event lr x0.5@7", "clip 1@1000000", "event lr 1e-3 every 50", "event clear", "lr 0@9"),
+    *("set trainer.save_every 40", "set checkpoint.keep_last 2", "set trainer.export_on_quit 0"),
+    *("loss_scale 8", "event clear 3", "set checkpoint.background true"),
+    "set checkpoint.background false",
+)
+QUERIES = ["status", "time", "time to 500", "help", "event show", "set"]
+WRONG = [
+    "",
+    "lr",
+    "lr foo",
+    "save now",
+    "quit now",
+    "\x00",
+    "ä\ufffd",
+    "@",
+    "event x@5",
+    "x" * 5000,
+]
+BURSTS = st.lists(
+    st.lists(st.sampled_from([*VALID, *QUERIES, *WRONG]), min_size=1, max_size=12),
+    min_size=1,
+    max_size=6,
+)
+FRONTS = st.tuples(BURSTS, BURSTS, BURSTS)  # stdin, and two clients
+"""What a storm throws at a run: for each front bursts of lines."""
+
+
+class Thrower(threading.Thread):
+    """A client that sends bursts of lines, and then counts the answers."""
+
+    def __init__(self, run_dir: Path, bursts: list[list[str]], seed: int):
+        super().__init__()
+        self.run_dir, self.bursts, self.chance = run_dir, bursts, random.Random(seed)
+        self.sent = [line for burst in bursts for line in burst if line.strip()]
+        self.answers: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        client = Client(self.run_dir)
+        for burst in self.bursts:
+            client._socket.sendall("".join(f"{line}\n" for line in burst).encode())
+            time.sleep(self.chance.choice([0, 0.002, 0.02]))
+        while Counter(a["state"] for a in self.answers)["last"] < len(self.sent):
+            answer = json.loads(client._lines.readline())
+            is_last = answer["state"] in ("done", "failed", "rejected")
+            self.answers.append(answer | {"state": "last" if is_last else answer["state"]})
+        client.close()
+
+
+def storm(config: Config, fronts: list[list[list[str]]]) -> Any:
+    """A run in a storm of commands: what this rank obeyed, and on rank 0 also what was answered."""
+    if not distributed.is_global_leader():
+        with recorded() as history:
+            train(config)
+        return history, None
+    reading, writing = os.pipe()
+    kept, sys.stdin = sys.stdin, os.fdopen(reading)
+    typed, *others = fronts
+    throwers: list[Thrower] = []
+
+    def throw() -> None:
+        while not (config.run_dir / SOCKET).exists():
+            time.sleep(0.005)
+        throwers.extend(Thrower(config.run_dir, b, n) for n, b in enumerate(others))
+        for thrower in throwers:
+            thrower.start()
+        for burst in typed:
+            os.write(writing, "".join(f"{line}\n" for line in burst).encode())
+            time.sleep(0.003)
+        os.close(writing)
+        for thrower in throwers:
+            thrower.join()
+        while any(thread.name == "stdin" for thread in threading.enumerate()):
+            time.sleep(0.005)
+        client = Client(config.run_dir)
+        list(client.tell("event clear"))
+        list(client.tell("quit!"))
+        client.close()
+
+    thrower = threading.Thread(target=throw)
+    thrower.start()
+    with recorded() as history:
+        try:
+            train(config)
+        finally:
+            sys.stdin = kept
+            thrower.join()
+    return history, [(thrower.sent, thrower.answers) for thrower in throwers]
+
+
+def check_storm(pool: RankPool, directory: Path, fronts: list[list[list[str]]]) -> int:
+    """Throws a storm at a run, and checks all that is promised. The number of lines thrown."""
+    config = tiny_config(
+        directory, 1, run={"steps": 10**6}, control={"stdin": True, "socket": True}
+    )
+    found = pool.run(storm, config, fronts)
+    histories = [history for history, _ in found]
+    assert all(history == histories[0] for history in histories)  # same steps, same order
+    answered = found[0][1]
+    for sent, answers in answered:
+        last = [answer["text"] for answer in answers if answer["state"] == "last"]
+        assert Counter(last) == Counter(line.strip() for line in sent)  # each exactly once
+    states: dict[int, list[str]] = {}
+    for record in audit(config):
+        states.setdefault(record["id"], []).append(record["state"])
+    for of_one in states.values():
+        assert of_one in (
+            ["rejected"],
+            ["queued", "agreed", "done"],
+            ["queued", "agreed", "failed"],
+            ["done"],  # events have no queue
+            ["failed"],
+        ), of_one
+    lines = [line.strip() for bursts in fronts for burst in bursts for line in burst]
+    expected = [line for line in lines if line and line not in QUERIES]
+    texts = {r["id"]: r["text"] for r in audit(config) if not r["front"].startswith("event ")}
+    assert Counter(texts.values()) == Counter([*expected, "event clear", "quit!"])
+    queued = [r["text"] for r in audit(config) if r["state"] == "queued"]
+    obeyed = [text for _, front, text in histories[0] if not front.startswith("event ")]
+    assert obeyed == queued  # one order for all
+    return len(lines)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_storm_of_commands(
+    two_ranks: RankPool, four_ranks: RankPool, tmp_path: Path, ranks: int
+) -> None:
+    """At least 500 commands on each number of ranks, as hypothesis picks them."""
+    pool = two_ranks if ranks == 2 else four_ranks
+    thrown = [0]
+
+    @settings(
+        max_examples=12,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(FRONTS)
+    def throw(fronts: tuple[list[list[str]], ...]) -> None:
+        thrown.append(check_storm(pool, tmp_path / str(len(thrown)), list(fronts)))
+
+    throw()
+    chance = random.Random(ranks)
+    lines = [*VALID, *QUERIES, *WRONG]
+    flood = [[chance.choices(lines, k=20) for _ in range(10)] for _ in range(3)]
+    thrown.append(check_storm(pool, tmp_path / "flood", flood))
+    assert sum(thrown) >= 500

@@ -330,7 +330,8 @@ class Grammar:
             try:
                 fields[token.removeprefix("x").lower()] = self._kinds[token](text)
             except ValueError as error:
-                raise _Miss(f"{token}: {error}", depth, same_length) from None
+                is_like_it = token.startswith("x") and text.startswith("x")
+                raise _Miss(f"{token}: {error}", depth, same_length, is_like_it) from None
         if len(words) > len(form) and form[-1] != "VALUE":
             raise _Miss(f"found {_quoted(words[len(form)])} too much", len(form), same_length)
         return fields
@@ -348,9 +349,9 @@ class Grammar:
 class _Miss(Exception):
     """Words that are not of a form, from the word number `depth` on."""
 
-    def __init__(self, reason: str, depth: int, same_length: bool):
+    def __init__(self, reason: str, depth: int, same_length: bool, is_like_it: bool = False):
         super().__init__(reason)
-        self.nearness = (depth, same_length)
+        self.nearness = (depth, same_length, is_like_it)
 
 
 Kind = Callable[[str], Any]

@@ -34,7 +34,8 @@ class Live:
         try:
             new = type(old).model_validate(old.model_dump() | {name: value})
         except ValidationError as error:
-            raise ConfigError(f"{key}: {error.errors()[0]['msg']}") from None
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"{key}: {reason}") from None
         return self.config.model_copy(update={section: new})
 
     def set(self, key: str, text: str) -> None:

@@ -37,9 +37,11 @@ class SocketFront:
         """Raises OSError if there can be no socket."""
         self._bus = bus
         self._path = run_dir / SOCKET
-        self._listening = _listen(self._path)
-        self._loop = asyncio.new_event_loop()
         self._clients: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        listening = _listen(self._path)
+        serving = asyncio.start_unix_server(self._serve, sock=listening, limit=LONGEST_LINE)
+        self._server = self._loop.run_until_complete(serving)
         self._thread = threading.Thread(target=self._run, name="socket", daemon=True)
         self._thread.start()
 
@@ -50,10 +52,8 @@ class SocketFront:
         self._path.unlink(missing_ok=True)
 
     def _run(self) -> None:
-        starting = asyncio.start_unix_server(self._serve, sock=self._listening, limit=LONGEST_LINE)
-        server = self._loop.run_until_complete(starting)
         self._loop.run_forever()
-        server.close()
+        self._server.close()
         self._loop.run_until_complete(self._dismiss())
         self._loop.close()
 
