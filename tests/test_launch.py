@@ -3,10 +3,16 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from harness.distributed import free_port
@@ -19,10 +25,8 @@ TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 LAUNCHERS = {"python": PYTHON, "deepspeed": DEEPSPEED, "torchrun": TORCHRUN}
 
 
-def start(
-    launcher: str, directory: Path, *words: str, stdin: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Runs the entry point on the tiny task's config below `directory`, and waits for its end."""
+def written_config(directory: Path) -> Path:
+    """The tiny task's config, as a file in `directory`."""
     toml = directory / "tiny.toml"
     toml.write_text(
         f"""
@@ -37,23 +41,96 @@ def start(
         optimizer = {{ name = "adamw", lr = 1e-2 }}
         """
     )
+    return toml
+
+
+def popen(launcher: str, directory: Path, *words: str, **files: Any) -> subprocess.Popen[str]:
+    """Starts the entry point on the tiny task's config below `directory`."""
     launch = [str(free_port()) if word == "0" else word for word in LAUNCHERS[launcher]]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    process = subprocess.Popen(
+    toml = written_config(directory)
+    return subprocess.Popen(
         [*launch, str(ROOT / "launch/train.py"), "--config", str(toml), *words],
         env=environment | {"PATH": f"{BIN}:{os.environ['PATH']}"},
         cwd=directory,
-        stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
+        **files,
     )
-    with process:
+
+
+def start(
+    launcher: str, directory: Path, *words: str, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs the entry point, and waits for its end."""
+    pipe = subprocess.PIPE
+    source = subprocess.DEVNULL if stdin is None else pipe
+    with popen(launcher, directory, *words, stdin=source, stdout=pipe, stderr=pipe) as process:
         try:
             out, err = process.communicate(stdin, timeout=100)
         finally:
             process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def ctl(directory: Path, *words: str) -> tuple[int, str]:
+    """What `harness ctl` says to the run below `directory`: `(exit code, output)`."""
+    done = subprocess.run(
+        [BIN / "harness", "ctl", directory / "runs/tiny", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@contextmanager
+def job(
+    launcher: str, directory: Path, stdin: int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[str]]:
+    """A run without end, once it takes commands. Whatever is left of it is killed afterwards."""
+    with (
+        (directory / "output").open("w") as log,
+        popen(
+            launcher,
+            directory,
+            "--run.steps=1000000",
+            stdin=stdin,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            until(lambda: ctl(directory, "status")[0] == 0, process)
+            yield process
+        finally:
+            for rank in ranks_of(directory):
+                rank.kill()
+            process.kill()
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[Any] | None = None) -> None:
+    """Waits for a condition, as long as the process lives."""
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true within 90 s"
+        assert process is None or process.poll() is None, "the process has ended"
+        time.sleep(0.1)
+
+
+def ranks_of(directory: Path) -> list[psutil.Process]:
+    """The ranks of the run below `directory`, by rank."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if str(directory / "tiny.toml") in words and str(ROOT / "launch/train.py") in words[1:3]:
+            found.append(process)
+    return sorted(found, key=lambda process: process.environ().get("RANK", "0"))
+
+
+def log_of(directory: Path) -> str:
+    return (directory / "runs/tiny/log.txt").read_text()
 
 
 def steps_of(directory: Path) -> list[int]:
@@ -62,20 +139,97 @@ def steps_of(directory: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_commands_from_a_pipe_under_every_launcher(tmp_path: Path, launcher: str) -> None:
-    done = start(launcher, tmp_path, "--run.steps=100000", stdin="lr 1e-4\nsave\nquit\n")
-    assert done.returncode == 0, done.stderr
-    obeyed = [
-        line
-        for line in done.stderr.splitlines()
-        if "()" in line or "SetLr" in line or "Save(" in line
-    ]
-    told = [line.partition("INFO ")[2].partition(": ")[2] for line in obeyed]
-    assert told == ["SetLr(lr=0.0001)", "Save(name=None)", "Quit()"], done.stderr
+def test_every_front_under_every_launcher(tmp_path: Path, launcher: str) -> None:
+    """A pipe, `harness ctl` and a signal to the last rank; and at last a `quit`."""
+    with job(launcher, tmp_path, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write("lr 1e-4\nlr bad\nsave as one\n")
+        process.stdin.flush()
+        until(lambda: "save as one: done" in log_of(tmp_path), process)
+        assert ctl(tmp_path, "lr", "x0.5") == (0, ctl_line(tmp_path, "lr x0.5", "net: lr 5e-05"))
+        assert "net: lr held at 0.0001\nnet: lr x0.5" in ctl(tmp_path, "status")[1]
+        assert ctl(tmp_path, "sav")[0] == 2
+        assert ctl(tmp_path, "steps", "1")[0] == 1
+        ranks = ranks_of(tmp_path)
+        assert len(ranks) == (1 if launcher == "python" else 2)
+        ranks[-1].send_signal(signal.SIGUSR1)
+        until(lambda: "SIGUSR1: done" in log_of(tmp_path), process)
+        code, told = ctl(tmp_path, "quit")
+        assert code == 0 and "the run ends here" in told
+        assert process.wait(timeout=60) == 0
     last = steps_of(tmp_path)[-1]
     manifest = tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json"
-    ranks = 1 if launcher == "python" else 2
-    assert json.loads(manifest.read_text())["world_size"] == ranks
+    assert json.loads(manifest.read_text())["world_size"] == len(ranks)
+    assert len(list((tmp_path / "runs/tiny/checkpoints").glob("step-*"))) == 3
+
+
+def ctl_line(directory: Path, command: str, result: str) -> str:
+    """What `harness ctl` prints of a command that is done, with the step that the history says."""
+    lines = (directory / "runs/tiny/commands.jsonl").read_text().splitlines()
+    done = [r for r in map(json.loads, lines) if (r["text"], r["state"]) == (command, "done")]
+    return f"step {done[-1]['step']}: {result}\n"
+
+
+def whole_group(process: subprocess.Popen[str], directory: Path) -> None:
+    os.killpg(process.pid, signal.SIGTERM)
+
+
+def the_command(process: subprocess.Popen[str], directory: Path) -> None:
+    process.send_signal(signal.SIGTERM)
+
+
+def the_launcher(process: subprocess.Popen[str], directory: Path) -> None:
+    parent = ranks_of(directory)[0].parent()
+    assert parent is not None and parent.pid != process.pid
+    parent.send_signal(signal.SIGTERM)
+
+
+def ctrl_c(process: subprocess.Popen[str], directory: Path) -> None:
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def launcher_is_killed(process: subprocess.Popen[str], directory: Path) -> None:
+    process.kill()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "way"),
+    [
+        ("deepspeed", the_command),
+        ("deepspeed", the_launcher),
+        ("deepspeed", ctrl_c),
+        ("torchrun", the_command),
+        ("torchrun", launcher_is_killed),
+        ("python", whole_group),
+    ],
+)
+def test_a_signal_ends_the_job_with_a_checkpoint(
+    tmp_path: Path, launcher: str, way: Callable[[subprocess.Popen[str], Path], None]
+) -> None:
+    with job(launcher, tmp_path) as process:
+        way(process, tmp_path)
+        until(lambda: not ranks_of(tmp_path))
+        code = process.wait(timeout=60)
+    assert code == 143 if launcher == "python" else code != 0, code
+    last = steps_of(tmp_path)[-1]
+    assert f"saved {tmp_path}/runs/tiny/checkpoints/step-{last:08d}\n" in log_of(tmp_path)
+    manifest = tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json"
+    assert json.loads(manifest.read_text())["step"] == last
+    assert "this ends the run" not in log_of(tmp_path)
+
+
+def test_a_second_signal_ends_a_rank_that_hangs(tmp_path: Path) -> None:
+    """The other rank is stopped, so that no agreement is ever reached."""
+    with job("torchrun", tmp_path) as process:
+        first, second = ranks_of(tmp_path)
+        second.suspend()
+        first.send_signal(signal.SIGTERM)
+        time.sleep(2)
+        assert first.is_running()
+        first.send_signal(signal.SIGTERM)
+        until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE)
+        assert "SIGTERM again: out at once" in log_of(tmp_path)
+        process.kill()
 
 
 def test_without_stdin_it_trains_and_then_resumes(tmp_path: Path) -> None:
@@ -102,13 +256,46 @@ def test_fp16_on_a_gpu(tmp_path: Path, stage: int) -> None:
 
 @pytest.mark.skipif(shutil.which("nohup") is None, reason="nohup is not installed")
 def test_in_the_background_under_nohup(tmp_path: Path) -> None:
-    start("python", tmp_path, "--run.steps=1")
+    """A hang-up does nothing; `harness ctl` works."""
     command = (
-        f"nohup {sys.executable} {ROOT}/launch/train.py --config tiny.toml >out 2>&1 & wait $!"
+        f"nohup {sys.executable} {ROOT}/launch/train.py --config {written_config(tmp_path)} "
+        "--run.steps=1000000 >out 2>&1 & wait $!"
     )
-    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, timeout=100, check=False)
-    assert done.returncode == 0, (tmp_path / "out").read_text()
-    assert steps_of(tmp_path) == [1, 2, 3, 4]
+    with subprocess.Popen(["sh", "-c", command], cwd=tmp_path) as shell:
+        until(lambda: ctl(tmp_path, "status")[0] == 0, shell)
+        (rank,) = ranks_of(tmp_path)
+        rank.send_signal(signal.SIGHUP)
+        assert ctl(tmp_path, "save")[0] == 0
+        assert ctl(tmp_path, "quit")[0] == 0
+        assert shell.wait(timeout=60) == 0
+    assert "SIGHUP" not in log_of(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("script") is None, reason="script is not installed")
+def test_on_a_terminal(tmp_path: Path) -> None:
+    """There is a bar, what is typed is obeyed, and when the terminal goes, the run is saved."""
+    command = (
+        f"{sys.executable} {ROOT}/launch/train.py --config {written_config(tmp_path)} "
+        "--run.steps=1000000"
+    )
+    with subprocess.Popen(
+        ["script", "-qefc", command, str(tmp_path / "typescript")],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as terminal:
+        assert terminal.stdin is not None
+        until(lambda: ctl(tmp_path, "status")[0] == 0, terminal)
+        terminal.stdin.write("lr 1e-4\n")
+        terminal.stdin.flush()
+        until(lambda: "stdin: lr 1e-4" in log_of(tmp_path), terminal)
+        terminal.kill()
+        until(lambda: not ranks_of(tmp_path))
+    assert "/1000000 [" in (tmp_path / "typescript").read_text()
+    assert "SIGHUP: done: the run ends here" in log_of(tmp_path)
+    last = steps_of(tmp_path)[-1]
+    assert (tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ class Bus:
         self._replies: dict[int, tuple[Ticket, Reply]] = {}  # of the commands under way
         self._lock = threading.Lock()  # ids, queue and history in one order
         self._is_open = True
-        self._agreement = distributed.Agreement()
+        self._agreement = distributed.Agreement(size=3)
 
     @property
     def is_full(self) -> bool:

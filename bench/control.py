@@ -1,0 +1,67 @@
+"""What live control costs a step in which nobody commands anything.
+
+    python bench/control.py [--steps 300] [--step-ms 20] [--rounds 3]
+
+Two and four ranks take steps of `--step-ms` (asleep, as while a GPU works). At the end of each they
+ask for commands: by the bus, or by the blocking `broadcast_object_list` that is used elsewhere.
+Prints the time that this takes on the rank that waits longest, medians over all steps, as a part of
+the step and as a ratio in the same rounds.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+from harness.testing.pool import RankPool
+
+
+def measure(steps: int, step_s: float, rounds: int) -> dict[str, float]:
+    """Median seconds a step of each way, in interleaved rounds, on this rank."""
+    from harness import distributed
+    from harness.control.bus import Bus
+    from harness.control.commands import Grammar
+    from harness.control.signals import Signals
+
+    bus = Bus(Grammar(["net"], {}), Signals(), str, None)
+    ways: dict[str, Callable[[int], object]] = {
+        "bus": bus.poll,
+        "broadcast_object_list": lambda step: distributed.broadcast(None),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            distributed.barrier()
+            for step in range(steps):
+                time.sleep(step_s)
+                started = time.perf_counter()
+                way(step)
+                seconds[name].append(time.perf_counter() - started)
+            bus.finish()
+    bus.close()
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    """Runs the rounds and prints a line for each number of ranks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--step-ms", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    step_s = args.step_ms / 1000
+    for ranks in (2, 4):
+        with RankPool(ranks, timeout_s=1200) as pool:
+            found = pool.run(measure, args.steps, step_s, args.rounds)
+        bus = max(times["bus"] for times in found)
+        other = max(times["broadcast_object_list"] for times in found)
+        sys.stdout.write(
+            f"{ranks} ranks: bus {bus * 1e6:.0f} us a step ({bus / step_s:.2%} of "
+            f"{args.step_ms:g} ms), broadcast_object_list {other * 1e6:.0f} us: "
+            f"{other / bus:.1f} times as much\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
