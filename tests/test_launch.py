@@ -275,11 +275,12 @@ def test_in_the_background_under_nohup(tmp_path: Path) -> None:
 def test_on_a_terminal(tmp_path: Path) -> None:
     """There is a bar, what is typed is obeyed, and when the terminal goes, the run is saved."""
     command = (
-        f"{sys.executable} {ROOT}/launch/train.py --config {written_config(tmp_path)} "
-        "--run.steps=1000000"
+        f"stty cols 120; exec {sys.executable} {ROOT}/launch/train.py "
+        f"--config {written_config(tmp_path)} --run.steps=1000000"
     )
+    typescript = tmp_path / "typescript"
     with subprocess.Popen(
-        ["script", "-qefc", command, str(tmp_path / "typescript")],
+        ["script", "-qefc", command, str(typescript)],
         cwd=tmp_path,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -290,9 +291,9 @@ def test_on_a_terminal(tmp_path: Path) -> None:
         terminal.stdin.write("lr 1e-4\n")
         terminal.stdin.flush()
         until(lambda: "stdin: lr 1e-4" in log_of(tmp_path), terminal)
+        until(lambda: "/1000000 [" in typescript.read_text(), terminal)
         terminal.kill()
         until(lambda: not ranks_of(tmp_path))
-    assert "/1000000 [" in (tmp_path / "typescript").read_text()
     assert "SIGHUP: done: the run ends here" in log_of(tmp_path)
     last = steps_of(tmp_path)[-1]
     assert (tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json").exists()
