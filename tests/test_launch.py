@@ -275,7 +275,7 @@ def test_in_the_background_under_nohup(tmp_path: Path) -> None:
 def test_on_a_terminal(tmp_path: Path) -> None:
     """There is a bar, what is typed is obeyed, and when the terminal goes, the run is saved."""
     command = (
-        f"stty cols 120; exec {sys.executable} {ROOT}/launch/train.py "
+        f"stty cols 120 rows 40; exec {sys.executable} {ROOT}/launch/train.py "
         f"--config {written_config(tmp_path)} --run.steps=1000000"
     )
     typescript = tmp_path / "typescript"
