@@ -1,5 +1,6 @@
 """What rank 0 shows: a progress bar that log lines do not break, or lines where there is no TTY."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -36,8 +37,11 @@ class Progress:
             for name, value in record.items()
             if name.rpartition("/")[2] in ("loss", "lr", "tokens_per_s")
         }
-        self._bar.set_postfix(numbers, refresh=False)
-        self._bar.update(record["step"] - self._bar.n)
+        try:
+            self._bar.set_postfix(numbers, refresh=False)
+            self._bar.update(record["step"] - self._bar.n)
+        except OSError:  # the terminal is gone
+            self._bar.disable = True
         if self._lines and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
             shown = "  ".join(f"{name} {number}" for name, number in numbers.items())
@@ -46,18 +50,19 @@ class Progress:
     def set_steps(self, steps: int) -> None:
         """Takes note of another end of the run."""
         self._steps = self._bar.total = steps
-        self._bar.refresh()
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
 
 
 class _BarHandler(logging.Handler):
     """Writes log lines above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that is gone must not end the run
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def show_log() -> None:
