@@ -35,8 +35,9 @@ class Engine:
     """A model, its optimizer and its schedule under DeepSpeed, by composition.
 
     `ds` is the DeepSpeed engine and `module` the bare model. A teacher has no optimizer, is in
-    eval mode, and its parameters need no gradients. `parameter_names` are those that the optimizer
-    was given, by its groups, in its order.
+    eval mode, and its parameters need no gradients. `optimizer` is the import path of the
+    optimizer's class, or "none"; `parameter_names` are those that it was given, by its groups, in
+    its order.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Engine:
         self.last_lr = 0.0
         self.last_grad_norm: torch.Tensor | float = 0.0
         self._held_lr: float | None = None
+        self._config = config
         self._schedule = repr((config.optimizer, config.scheduler))
+        self.optimizer = "none"
         self.parameter_names: list[list[str]] = []
         optimizer: Any = None
         scheduler: Any = None
@@ -75,6 +78,8 @@ class Engine:
                 if not trainable:
                     raise ConfigError(f"engines.{name}: the model has no trainable parameter")
                 optimizer = build_optimizer(trainable, config.optimizer)
+                made = type(optimizer)
+                self.optimizer = f"{made.__module__}:{made.__qualname__}"
                 chosen = {"lr", *config.optimizer.args}
                 self._chosen = [
                     {key: group[key] for key in chosen & group.keys()}

@@ -1,5 +1,6 @@
 """A checkpoint of one number of ranks and ZeRO stage resumed on another, exactly."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from harness.checkpoint import resume
 from harness.checkpoint.save import collect, write_files
 from harness.checkpoint.zero_layout import SavedEngine
 from harness.config import Config, merge
+from harness.io import json_read, json_write
 from harness.run import train
 from harness.testing.pool import RankPool
 from tests.helpers import ROOT, records, tiny_config, told_by
@@ -123,8 +125,8 @@ def test_a_run_goes_on_in_another_layout(
     assert both(pools, whole, parts, before, after) < 1e-5
     assert_resumed(whole, parts)
     log = (parts.run_dir / "log.txt").read_text()
-    was, now = (f"{world} ranks, ZeRO {stage}" for world, stage in (before, after))
-    assert f"re-laid step-00000004/net from {was} to {now}" in log
+    was, now = (rf"{world} ranks, ZeRO {stage}, layout \w+" for world, stage in (before, after))
+    assert re.search(f"re-laid step-00000004/net from {was} to {now}", log)
     assert not list(parts.run_dir.glob("checkpoints/*.tmp"))
 
 
@@ -166,6 +168,80 @@ def odd_config(directory: Path, layout: Layout, fill: float) -> Config:
     wise = {"ds_config": ROOT / f"ds_configs/zero{stage}.json", "role": "teacher"}
     task = {"path": TASK, "args": {"fill": fill}}
     return config_of(directory, layout, net, task=task, engines={"wise": wise})
+
+
+def odd_pair(directory: Path, layout: Layout, change: Any, back: bool) -> tuple[Config, Config]:
+    """Two runs of one odd model, and `change` to DeepSpeed's config of the second (or first)."""
+    net = {"optimizer": {"name": "tests.relayout_task:TwoGroups", "lr": 1e-2}}
+    changed = net | {"ds_overrides": change}
+    engines = [changed, net] if back else [net, changed]
+    places = [directory / "whole", directory / "parts"]
+    whole, parts = (
+        config_of(place, layout, engine, task={"path": TASK})
+        for place, engine in zip(places, engines, strict=True)
+    )
+    return whole, parts
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize(
+    ("stage", "key", "value"),
+    [
+        (1, "round_robin_gradients", True),
+        (2, "round_robin_gradients", True),
+        (1, "parameter_alignment", True),
+        (2, "parameter_alignment", True),
+        (3, "sub_group_size", 50),
+    ],
+)
+def test_another_layout_on_the_same_ranks_is_noticed(
+    pools: Pools, tmp_path: Path, stage: int, key: str, value: Any, back: bool
+) -> None:
+    layout = (2, stage)
+    whole, parts = odd_pair(tmp_path, layout, {"zero_optimization": {key: value}}, back)
+    assert both(pools, whole, parts, layout, layout) < 1e-5
+    assert_resumed(whole, parts)
+    assert "re-laid step-00000004/net" in (parts.run_dir / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_another_precision_wrapper_is_noticed(pools: Pools, tmp_path: Path, back: bool) -> None:
+    """bf16 at stage 1 is BF16_Optimizer's with fp32 gradients, and else ZeRO's."""
+    bf16 = {"bf16": {"enabled": True}}
+    fp32 = bf16 | {"data_types": {"grad_accum_dtype": "fp32"}}
+    whole, parts = (
+        config_of(tmp_path / name, (2, 1), {"ds_overrides": overrides})
+        for name, overrides in zip(
+            ["whole", "parts"], [fp32, bf16] if back else [bf16, fp32], strict=True
+        )
+    )
+    assert both(pools, whole, parts, (2, 1), (2, 1)) < 1e-2
+    assert_resumed(whole, parts)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_another_order_of_the_parameters_is_noticed(
+    pools: Pools, tmp_path: Path, stage: int
+) -> None:
+    whole = config_of(tmp_path / "whole", (2, stage), task={"path": TASK})
+    task = {"path": TASK, "args": {"reordered": True}}
+    parts = config_of(tmp_path / "parts", (2, stage), task=task)
+    assert both(pools, whole, parts, (2, stage), (2, stage)) < 1e-5
+    assert_resumed(whole, parts)
+
+
+def test_a_manifest_of_format_2_is_resumed_from(pools: Pools, tmp_path: Path) -> None:
+    """It tells no layout, so that it counts as another one."""
+    config = config_of(tmp_path, (2, 2), steps=4)
+    pools(2).run(train, config)
+    path = checkpoint(config) / "manifest.json"
+    manifest = json_read(path) | {"format": 2}
+    for engine in manifest["engines"].values():
+        del engine["optimizer"], engine["layout"]
+    json_write(manifest, path)
+    pools(2).run(train, config_of(tmp_path, (2, 2)))
+    assert "layout unknown to 2 ranks" in (config.run_dir / "log.txt").read_text()
+    assert len(losses(config)) == 8
 
 
 def test_no_sample_is_lost_or_repeated(pools: Pools, tmp_path: Path) -> None:

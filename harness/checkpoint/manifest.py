@@ -25,18 +25,22 @@ LATEST = "latest"
 
 
 class EngineManifest(BaseModel):
-    """How an engine's state is laid out."""
+    """What an engine's state is, and how it is laid out."""
 
     model_config = ConfigDict(extra="forbid")
     zero_stage: int
     dtype: str
+    optimizer: str = ""
+    """Import path of its class, "none" for a teacher; format 2 did not say it ("")."""
+    layout: str = ""
+    """Digest of `zero_layout.layout`; "" for a teacher, and in format 2."""
 
 
 class Manifest(BaseModel):
     """What a checkpoint holds."""
 
     model_config = ConfigDict(extra="forbid")
-    format: int = 2
+    format: int = 3
     step: int
     world_size: int
     engines: dict[str, EngineManifest]

@@ -30,7 +30,7 @@ from harness.checkpoint.manifest import (
 )
 from harness.checkpoint.retain import prune, put_in_place
 from harness.checkpoint.rng import rng_state
-from harness.checkpoint.zero_layout import PARAMETER_NAMES
+from harness.checkpoint.zero_layout import PARAMETER_NAMES, layout
 from harness.config import CheckpointConfig, Config
 from harness.data import Batches
 from harness.engine import Engine
@@ -65,11 +65,13 @@ class Saver:
     """
 
     def __init__(self, engines: Engines, batches: Batches, config: Config):
+        """Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved."""
         self.directory = config.run_dir / "checkpoints"
         self._engines = engines
         self._batches = batches
         self._settings: CheckpointConfig = config.checkpoint
         self._config_digest = digest(config.model_dump_json())
+        self._described = {name: describe(engine) for name, engine in engines.items()}
         self._pending: _Pending | None = None
         self._all_written = distributed.Agreement()
         self._snapshots = Snapshots()
@@ -155,14 +157,10 @@ class Saver:
         return jobs
 
     def _manifest(self, metrics: dict[str, float], pinned: str | None) -> Manifest:
-        engines = {
-            name: EngineManifest(zero_stage=engine.zero_stage, dtype=str(engine.dtype))
-            for name, engine in self._engines.items()
-        }
         return Manifest(
             step=self._engines.global_step,
             world_size=distributed.world_size(),
-            engines=engines,
+            engines=self._described,
             files={},
             config_digest=self._config_digest,
             metrics=metrics,
@@ -208,6 +206,24 @@ def commit(manifest: Manifest, staged: Path, target: Path) -> None:
 def point_latest(target: Path) -> None:
     """Writes the checkpoint's name into `latest` beside it."""
     write_atomically(target.with_name(LATEST), lambda path: path.write_text(f"{target.name}\n"))
+
+
+def describe(engine: Engine) -> EngineManifest:
+    """What the manifest says of an engine, the same on every rank. Collective.
+
+    Raises CheckpointError, on all ranks, if the engine's layout is not one that can be read.
+    """
+    trees = collect(engine).values() if engine.role == "train" else []
+    found = ""
+    with distributed.in_unison(f"engine {engine.name!r}"), told_as(f"engine {engine.name!r}"):
+        if trees and distributed.is_global_leader():
+            found = layout(trees)
+    return EngineManifest(
+        zero_stage=engine.zero_stage,
+        dtype=str(engine.dtype),
+        optimizer=engine.optimizer,
+        layout=distributed.broadcast(found),
+    )
 
 
 def collect(engine: Engine) -> Jobs:
