@@ -11,7 +11,7 @@ from torch import nn
 from harness import distributed
 from harness.config import EngineConfig
 from harness.errors import ConfigError
-from harness.optim.build import build_optimizer
+from harness.optim.build import build_optimizer, is_elementwise
 from harness.optim.lr import build_scheduler
 
 log = logging.getLogger(__name__)
@@ -123,6 +123,12 @@ class Engine:
     def zero_stage(self) -> int:
         """The ZeRO stage, 0 to 3."""
         return self.ds.zero_optimization_stage()
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the optimizer's state can be cut anywhere: see `optim.build.is_elementwise`."""
+        assert self._config.optimizer is not None
+        return is_elementwise(self._config.optimizer, self.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through DeepSpeed."""

@@ -12,8 +12,9 @@ import torch
 from harness.checkpoint import resume
 from harness.checkpoint.save import collect, write_files
 from harness.checkpoint.zero_layout import SavedEngine
-from harness.config import Config, merge
+from harness.config import Config, OptimizerConfig, merge
 from harness.io import json_read, json_write
+from harness.optim.build import is_elementwise
 from harness.run import train
 from harness.testing.pool import RankPool
 from tests.helpers import ROOT, records, tiny_config, told_by
@@ -252,11 +253,46 @@ def test_no_sample_is_lost_or_repeated(pools: Pools, tmp_path: Path) -> None:
     assert sorted(seen) == list(range(SAMPLES))
 
 
-def test_state_of_another_size_is_refused(pools: Pools, tmp_path: Path) -> None:
-    engine = {"optimizer": {"name": "torch.optim:Adafactor", "lr": 1e-2}}
-    pools(2).run(train, config_of(tmp_path, (2, 0), engine, steps=4))
-    told = pools(4).run(told_by, config_of(tmp_path, (4, 1), engine))
-    assert all("'row_var' of parameter 'first.weight'" in text for text in told), told
+ADAFACTOR = {"optimizer": {"name": "torch.optim:Adafactor", "lr": 1e-2}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 0), (4, 1)), ((2, 1), (2, 0)), ((2, 3), (4, 3)), ((2, 2), (2, 3))]
+)
+def test_state_that_depends_on_shapes_is_refused(
+    pools: Pools, tmp_path: Path, before: Layout, after: Layout
+) -> None:
+    pools(before[0]).run(train, config_of(tmp_path, before, ADAFACTOR, steps=4))
+    config = config_of(tmp_path, after, ADAFACTOR)
+    told = pools(after[0]).run(told_by, config)
+    reason = "the state of torch.optim:Adafactor depends on the parameters' shapes"
+    assert all(reason in text for text in told), told
+    assert all(f"resume on {before[0]} ranks, ZeRO {before[1]}" in text for text in told), told
+    assert len(losses(config)) == 4
+
+
+@pytest.mark.parametrize("engine", [ADAFACTOR, {}])
+def test_nothing_is_cut_at_stage_0(pools: Pools, tmp_path: Path, engine: Any) -> None:
+    """Every rank has it all: the checkpoint is loaded as it is, whatever the optimizer's state."""
+    whole, parts = (config_of(tmp_path / name, (2, 0), engine) for name in ("whole", "parts"))
+    other = config_of(tmp_path / "parts", (4, 0), engine)
+    assert both(pools, whole, other, (2, 0), (4, 0)) < 1e-5
+    assert "re-laid" not in (parts.run_dir / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "elementwise"),
+    [
+        ("adamw", True),
+        ("torch.optim:SGD", True),
+        ("torch.optim:Adafactor", False),
+        ("torch.optim:Muon", False),
+    ],
+)
+def test_is_elementwise(name: str, elementwise: bool) -> None:
+    args = {"momentum": 0.9} if name.endswith("SGD") else {}
+    config = OptimizerConfig.model_validate({"name": name, "lr": 0.1, **args})
+    assert is_elementwise(config, torch.device("cpu")) == elementwise
 
 
 def test_the_same_layout_is_loaded_as_it_is(pools: Pools, tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ def in_layout_of(
     """
     described = {engine.name: describe(engine) for engine in engines.trained}
     foreign = [engines[n] for n, here in described.items() if manifest.engines[n] != here]
+    with distributed.in_unison(f"cannot re-lay {directory}"):
+        for engine in foreign:
+            if not engine.is_elementwise:
+                was = _told(manifest.world_size, manifest.engines[engine.name])
+                raise CheckpointError(
+                    f"checkpoint {directory} does not fit this run: engine {engine.name!r}: the "
+                    f"state of {engine.optimizer} depends on the parameters' shapes, and cannot be "
+                    f"cut for another layout: resume on {was}, as it was saved"
+                )
     if not foreign:
         yield dict.fromkeys(engines, directory)
         return
