@@ -142,6 +142,27 @@ def test_a_damaged_checkpoint_is_named_and_refused(
     assert all(message in text and str(checkpoint(config, 6)) in text for text in told), told
 
 
+@pytest.mark.parametrize(
+    ("stage", "other", "found"),
+    [
+        (0, {"name": "torch.optim:SGD"}, "torch.optim.sgd:SGD"),
+        (2, {"name": "torch.optim:Adafactor"}, "torch.optim:Adafactor"),
+        (3, {"name": "torch.optim:SGD"}, "torch.optim.sgd:SGD"),
+    ],
+)
+def test_another_optimizer_is_refused(
+    two_ranks: RankPool, tmp_path: Path, stage: int, other: Any, found: str
+) -> None:
+    two_ranks.run(train, tiny_config(tmp_path, stage))
+    config = tiny_config(tmp_path, stage, engines={"net": {"optimizer": other}}, run={"steps": 8})
+    told = two_ranks.run(told_by, config)
+    reason = (
+        f"checkpoint {checkpoint(config, 6)} does not fit this run: engine 'net': optimizer is "
+        f"{found} here, and torch.optim.adamw:AdamW in the checkpoint"
+    )
+    assert all(text.startswith(reason) for text in told), told
+
+
 def test_changed_data_are_refused(two_ranks: RankPool, tmp_path: Path) -> None:
     two_ranks.run(train, tiny_config(tmp_path))
     other = tiny_config(tmp_path, task={"args": {"samples": 50}}, run={"steps": 8})
