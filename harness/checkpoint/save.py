@@ -128,12 +128,13 @@ class Saver:
             told_as(f"cannot save {pending.target}"),
         ):
             if distributed.is_global_leader():
-                if failures:
+                files = {path: entry for share, _ in shares for path, entry in share.items()}
+                manifest = pending.manifest.model_copy(update={"files": files})
+                try:
+                    if not failures:
+                        commit(manifest, pending.staged, pending.target)
+                finally:  # what was not committed must not fill the disk
                     shutil.rmtree(pending.staged, ignore_errors=True)
-                else:
-                    files = {path: entry for share, _ in shares for path, entry in share.items()}
-                    manifest = pending.manifest.model_copy(update={"files": files})
-                    commit(manifest, pending.staged, pending.target)
         if failures:
             raise CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
         log.info("saved %s", pending.target)
