@@ -13,7 +13,7 @@ from harness.config import Config, merge
 from harness.io import json_read, load
 from harness.run import train
 from harness.testing.pool import RankPool
-from tests.helpers import losses, records, tiny_config, told_by
+from tests.helpers import OFFLOAD, losses, records, tiny_config, told_by
 
 
 def exported(config: Config, step: int) -> dict[str, torch.Tensor]:
@@ -25,13 +25,18 @@ def checkpoint(config: Config, step: int) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [(0, {}), (1, {}), (2, {}), (3, {}), (1, OFFLOAD), (2, OFFLOAD), (3, OFFLOAD)],
+    ids=["0", "1", "2", "3", "1 offload", "2 offload", "3 offload"],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    two_ranks: RankPool, tmp_path: Path, stage: int, dtype: str
+    two_ranks: RankPool, tmp_path: Path, stage: int, overrides: Any, dtype: str
 ) -> None:
+    ours = {"bf16": {"enabled": dtype == "bf16"}, "gradient_accumulation_steps": 2}
     engine: dict[str, Any] = {
         "scheduler": {"name": "cosine", "warmup": 3},
-        "ds_overrides": {"bf16": {"enabled": dtype == "bf16"}, "gradient_accumulation_steps": 2},
+        "ds_overrides": ours | overrides,
     }
     whole = tiny_config(
         tmp_path / "whole",
@@ -41,8 +46,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         engines={"net": engine},
     )
     two_ranks.run(train, whole)
-    overrides = whole.model_dump() | {"run": whole.run.model_dump() | {"dir": tmp_path / "parts"}}
-    parts = Config.model_validate(overrides | {"trainer": {"save_every": 7}})
+    table = whole.model_dump() | {"run": whole.run.model_dump() | {"dir": tmp_path / "parts"}}
+    parts = Config.model_validate(table | {"trainer": {"save_every": 7}})
     two_ranks.run(train, parts)
     shutil.rmtree(checkpoint(parts, 15))
     shutil.rmtree(checkpoint(parts, 14))

@@ -17,7 +17,7 @@ from harness.io import json_read, json_write
 from harness.optim.build import is_elementwise
 from harness.run import train
 from harness.testing.pool import RankPool
-from tests.helpers import ROOT, records, tiny_config, told_by
+from tests.helpers import OFFLOAD, ROOT, records, tiny_config, told_by
 from tests.tiny_task import SAMPLES
 
 BATCH = 8
@@ -142,6 +142,30 @@ def test_master_weights_of_bf16_move_exactly(
     parts = config_of(tmp_path / "parts", after, engine)
     assert both(pools, whole, parts, before, after) < 1e-2
     assert_resumed(whole, parts)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 1), (1, 3)), ((2, 2), (4, 1)), ((2, 3), (2, 2)), ((2, 3), (1, 0))]
+)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_is_offloaded_moves_exactly(
+    pools: Pools, tmp_path: Path, before: Layout, after: Layout, dtype: str
+) -> None:
+    bf16 = {"bf16": {"enabled": dtype == "bf16"}}
+    offloaded = {"ds_overrides": bf16 | OFFLOAD}
+    whole = config_of(tmp_path / "whole", before, offloaded)
+    parts = config_of(tmp_path / "parts", after, offloaded if after[1] else {"ds_overrides": bf16})
+    assert both(pools, whole, parts, before, after) < (1e-2 if dtype == "bf16" else 1e-5)
+    assert_resumed(whole, parts)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloading_is_no_other_layout(pools: Pools, tmp_path: Path, stage: int) -> None:
+    whole = config_of(tmp_path / "whole", (2, stage))
+    parts = config_of(tmp_path / "parts", (2, stage), {"ds_overrides": OFFLOAD})
+    assert both(pools, whole, parts, (2, stage), (2, stage)) < 1e-5
+    assert_resumed(whole, parts)
+    assert "re-laid" not in (parts.run_dir / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
