@@ -137,6 +137,7 @@ class Trainer:
         """Writes a checkpoint of this step, unless it stands already without a name."""
         if self._saved_step == self.engines.global_step and name is None:
             return
+        self.mind_saves(self.saver.wait)  # the one before, whose failure is not this one's
         self.report(self.meter.drain())  # the counters must hold this step
         self._saved_step = self.engines.global_step
         self.mind_saves(lambda: self.saver.save(self._evaluation, name))

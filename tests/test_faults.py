@@ -2,6 +2,7 @@
 
 import random
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -131,6 +132,23 @@ def test_an_io_error_fails_one_save_on_all_ranks_and_the_run_goes_on(
     assert names[0] == "step-00000002" and names[-1] == "step-00000006"
     assert "step-00000004" not in names
     assert_equal(final_weights(config), final_weights(whole))
+
+
+def slow_io_error() -> None:
+    """Fails as a broken disk does, when the next save is due already."""
+    time.sleep(1)
+    io_error()
+
+
+def test_a_late_failure_does_not_take_the_next_save_along(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    trainer = {"save_every": 2, "export_on_quit": False}
+    config = tiny_config(tmp_path, 1, trainer=trainer, checkpoint={"background": True})
+    fault = {"step": 2, "rank": 1, "how": slow_io_error}
+    two_ranks.run(train_with, config, [("file", fault)])
+    found = checkpoints_in(config.run_dir / "checkpoints")
+    assert [read_manifest(path).step for path in found] == [6, 4]
 
 
 def test_an_io_error_ends_the_run_if_so_wished(two_ranks: RankPool, tmp_path: Path) -> None:
