@@ -133,8 +133,11 @@ def _sub_groups(optimizer: Tree, shapes: list[Shapes], rank: int, world: int) ->
             length = min(shard, shape.numel() - start)
             segments.append(Segment(name, start, offset, length))
             offset += shard
-        if master.numel() < offset:
-            raise CheckpointError(f"the state of {segments[0].name!r} is not here: on NVMe?")
+        if master.numel() != offset:
+            raise CheckpointError(
+                f"the state of {segments[0].name!r} has {master.numel()} elements here, expected "
+                f"{offset}: on NVMe, or cut by MiCS? This layout cannot be read"
+            )
         yield master, 0, segments
 
 
