@@ -159,6 +159,23 @@ def test_what_is_offloaded_moves_exactly(
     assert_resumed(whole, parts)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_fused_adam_moves_exactly(tmp_path: Path) -> None:
+    """At stage 0 it steps one tensor a group. Its operator is compiled first, in minutes."""
+    engine = {
+        "optimizer": {"name": "deepspeed.ops.adam:FusedAdam"},
+        "ds_overrides": {"bf16": {"enabled": True}},
+    }
+    with RankPool(2, timeout_s=600) as patient:
+        for number, stages in enumerate([(0, 1), (3, 0)]):
+            before, after = ((2, stage) for stage in stages)
+            whole = config_of(tmp_path / f"{number}/whole", before, engine)
+            parts = config_of(tmp_path / f"{number}/parts", after, engine)
+            assert both({2: patient}.__getitem__, whole, parts, before, after) < 1e-2
+            assert_resumed(whole, parts)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offloading_is_no_other_layout(pools: Pools, tmp_path: Path, stage: int) -> None:
     whole = config_of(tmp_path / "whole", (2, stage))

@@ -52,15 +52,6 @@ def in_layout_of(
     """
     described = {engine.name: describe(engine) for engine in engines.trained}
     foreign = [engines[n] for n, here in described.items() if manifest.engines[n] != here]
-    with distributed.in_unison(f"cannot re-lay {directory}"):
-        for engine in foreign:
-            if not engine.is_elementwise:
-                was = _told(manifest.world_size, manifest.engines[engine.name])
-                raise CheckpointError(
-                    f"checkpoint {directory} does not fit this run: engine {engine.name!r}: the "
-                    f"state of {engine.optimizer} depends on the parameters' shapes, and cannot be "
-                    f"cut for another layout: resume on {was}, as it was saved"
-                )
     if not foreign:
         yield dict.fromkeys(engines, directory)
         return
@@ -70,6 +61,8 @@ def in_layout_of(
         distributed.in_unison(f"cannot re-lay {directory}"),
         told_as(f"cannot re-lay checkpoint {directory}"),
     ):
+        for engine in foreign:
+            _check_optimizer(engine, _told(manifest.world_size, manifest.engines[engine.name]))
         if distributed.is_global_leader():
             make_room(staged, needed)
             for engine in foreign:
@@ -95,6 +88,15 @@ def in_layout_of(
 
 def _told(world_size: int, engine: EngineManifest) -> str:
     return f"{world_size} ranks, ZeRO {engine.zero_stage}, layout {engine.layout[:6] or 'unknown'}"
+
+
+def _check_optimizer(engine: Engine, was: str) -> None:
+    """Raises CheckpointError if the optimizer's state cannot be cut. `was`: the layout to keep."""
+    if not engine.is_elementwise:
+        raise CheckpointError(
+            f"engine {engine.name!r}: the state of {engine.optimizer} depends on the parameters' "
+            f"shapes, and cannot be cut for another layout: resume on {was}, as it was saved"
+        )
 
 
 def write_relaid(directory: Path, engine: Engine, staged: Path) -> None:
