@@ -128,7 +128,9 @@ class Engine:
     def is_elementwise(self) -> bool:
         """Whether the optimizer's state can be cut anywhere: see `optim.build.is_elementwise`."""
         assert self._config.optimizer is not None
-        return is_elementwise(self._config.optimizer, self.device)
+        offloaded = self.ds.zero_use_cpu_optimizer()
+        device = torch.device("cpu") if offloaded else self.device
+        return is_elementwise(self._config.optimizer, device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through DeepSpeed."""
