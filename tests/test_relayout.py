@@ -22,6 +22,8 @@ from tests.tiny_task import SAMPLES
 
 BATCH = 8
 TASK = str(ROOT / "tests/relayout_task.py")
+ODD = {"path": TASK}
+TWO_GROUPS = {"optimizer": {"name": "tests.relayout_task:TwoGroups", "lr": 1e-2}}
 Layout = tuple[int, int]
 Pools = Callable[[int], RankPool]
 
@@ -202,46 +204,31 @@ def test_odd_layouts_and_a_teacher(
 
 def odd_config(directory: Path, layout: Layout, fill: float) -> Config:
     zero = {"sub_group_size": 50, "round_robin_gradients": True, "parameter_alignment": True}
-    net = {
-        "optimizer": {"name": "tests.relayout_task:TwoGroups", "lr": 1e-2},
-        "ds_overrides": {"zero_optimization": zero},
-    }
+    net = TWO_GROUPS | {"ds_overrides": {"zero_optimization": zero}}
     stage = 3 if layout[1] == 3 else 0
     wise = {"ds_config": ROOT / f"ds_configs/zero{stage}.json", "role": "teacher"}
     task = {"path": TASK, "args": {"fill": fill}}
     return config_of(directory, layout, net, task=task, engines={"wise": wise})
 
 
-def odd_pair(directory: Path, layout: Layout, change: Any, back: bool) -> tuple[Config, Config]:
-    """Two runs of one odd model, and `change` to DeepSpeed's config of the second (or first)."""
-    net = {"optimizer": {"name": "tests.relayout_task:TwoGroups", "lr": 1e-2}}
-    changed = net | {"ds_overrides": change}
-    engines = [changed, net] if back else [net, changed]
-    places = [directory / "whole", directory / "parts"]
-    whole, parts = (
-        config_of(place, layout, engine, task={"path": TASK})
-        for place, engine in zip(places, engines, strict=True)
-    )
-    return whole, parts
+ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
+ALIGNED = {"zero_optimization": {"parameter_alignment": True}}
+SMALL_GROUPS = {"zero_optimization": {"sub_group_size": 50}}
 
 
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize(
-    ("stage", "key", "value"),
-    [
-        (1, "round_robin_gradients", True),
-        (2, "round_robin_gradients", True),
-        (1, "parameter_alignment", True),
-        (2, "parameter_alignment", True),
-        (3, "sub_group_size", 50),
-    ],
+    ("stage", "change"),
+    [(1, ROUND_ROBIN), (2, ROUND_ROBIN), (1, ALIGNED), (2, ALIGNED), (3, SMALL_GROUPS)],
 )
 def test_another_layout_on_the_same_ranks_is_noticed(
-    pools: Pools, tmp_path: Path, stage: int, key: str, value: Any, back: bool
+    pools: Pools, tmp_path: Path, stage: int, change: Any, back: bool
 ) -> None:
-    layout = (2, stage)
-    whole, parts = odd_pair(tmp_path, layout, {"zero_optimization": {key: value}}, back)
-    assert both(pools, whole, parts, layout, layout) < 1e-5
+    whole, parts = (
+        config_of(tmp_path / name, (2, stage), TWO_GROUPS | {"ds_overrides": keys}, task=ODD)
+        for name, keys in zip(("whole", "parts"), in_turn({}, change, back), strict=True)
+    )
+    assert both(pools, whole, parts, (2, stage), (2, stage)) < 1e-5
     assert_resumed(whole, parts)
     assert "re-laid step-00000004/net" in (parts.run_dir / "log.txt").read_text()
 
@@ -252,38 +239,41 @@ def test_another_precision_wrapper_is_noticed(pools: Pools, tmp_path: Path, back
     bf16 = {"bf16": {"enabled": True}}
     fp32 = bf16 | {"data_types": {"grad_accum_dtype": "fp32"}}
     whole, parts = (
-        config_of(tmp_path / name, (2, 1), {"ds_overrides": overrides})
-        for name, overrides in zip(
-            ["whole", "parts"], [fp32, bf16] if back else [bf16, fp32], strict=True
-        )
+        config_of(tmp_path / name, (2, 1), {"ds_overrides": keys})
+        for name, keys in zip(("whole", "parts"), in_turn(bf16, fp32, back), strict=True)
     )
     assert both(pools, whole, parts, (2, 1), (2, 1)) < 1e-2
     assert_resumed(whole, parts)
+    assert "re-laid step-00000004/net" in (parts.run_dir / "log.txt").read_text()
+
+
+def in_turn(first: Any, second: Any, back: bool) -> tuple[Any, Any]:
+    return (second, first) if back else (first, second)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_another_order_of_the_parameters_is_noticed(
     pools: Pools, tmp_path: Path, stage: int
 ) -> None:
-    whole = config_of(tmp_path / "whole", (2, stage), task={"path": TASK})
-    task = {"path": TASK, "args": {"reordered": True}}
-    parts = config_of(tmp_path / "parts", (2, stage), task=task)
+    whole = config_of(tmp_path / "whole", (2, stage), task=ODD)
+    parts = config_of(tmp_path / "parts", (2, stage), task=ODD | {"args": {"reordered": True}})
     assert both(pools, whole, parts, (2, stage), (2, stage)) < 1e-5
     assert_resumed(whole, parts)
 
 
 def test_a_manifest_of_format_2_is_resumed_from(pools: Pools, tmp_path: Path) -> None:
     """It tells no layout, so that it counts as another one."""
-    config = config_of(tmp_path, (2, 2), steps=4)
-    pools(2).run(train, config)
-    path = checkpoint(config) / "manifest.json"
+    whole, parts = (config_of(tmp_path / name, (2, 2)) for name in ("whole", "parts"))
+    pools(2).run(train, whole)
+    hand_over(whole, parts)
+    path = checkpoint(parts) / "manifest.json"
     manifest = json_read(path) | {"format": 2}
     for engine in manifest["engines"].values():
         del engine["optimizer"], engine["layout"]
     json_write(manifest, path)
-    pools(2).run(train, config_of(tmp_path, (2, 2)))
-    assert "layout unknown to 2 ranks" in (config.run_dir / "log.txt").read_text()
-    assert len(losses(config)) == 8
+    pools(2).run(train, parts)
+    assert "layout unknown to 2 ranks" in (parts.run_dir / "log.txt").read_text()
+    assert losses(parts) == losses(whole)[4:]
 
 
 def test_no_sample_is_lost_or_repeated(pools: Pools, tmp_path: Path) -> None:
