@@ -122,6 +122,19 @@ class EngineConfig(Section):
         stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
         if stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_optimization: found {zero!r}, expected {{'stage': 0 to 3}}")
+        if zero.get("elastic_checkpoint"):
+            raise ValueError(
+                "zero_optimization.elastic_checkpoint: leave it out; without it, too, a run "
+                "resumes on any number of ranks"
+            )
+        for key in ("offload_optimizer", "offload_param"):
+            place = zero.get(key)
+            on_nvme = isinstance(place, Mapping) and place.get("device") == "nvme"
+            if self.role == "train" and on_nvme:
+                raise ValueError(
+                    f"zero_optimization.{key}.device = 'nvme': a checkpoint would lack what is "
+                    "there; use 'cpu'"
+                )
         accumulation = ds.get("gradient_accumulation_steps", 1)
         if type(accumulation) is not int or accumulation < 1:
             raise ValueError(

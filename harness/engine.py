@@ -11,7 +11,7 @@ from torch import nn
 from harness import distributed
 from harness.config import EngineConfig
 from harness.errors import ConfigError
-from harness.optim.build import build_optimizer
+from harness.optim.build import build_optimizer, is_elementwise
 from harness.optim.lr import build_factor, build_scheduler
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,9 @@ class Engine:
     """A model, its optimizer and its schedule under DeepSpeed, by composition.
 
     `ds` is the DeepSpeed engine and `module` the bare model. A teacher has no optimizer, is in
-    eval mode, and its parameters need no gradients. `parameter_names` are those that the optimizer
-    was given, by its groups, in its order.
+    eval mode, and its parameters need no gradients. `optimizer` is the import path of the
+    optimizer's class, or "none"; `parameter_names` are those that it was given, by its groups, in
+    its order.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Engine:
         self._lr_factor = 1.0
         self._clip: float | None = None
         self._schedule = repr((config.optimizer, config.scheduler))
+        self.optimizer = "none"
         self.parameter_names: list[list[str]] = []
         optimizer: Any = None
         scheduler: Any = None
@@ -78,6 +80,8 @@ class Engine:
                 if not trainable:
                     raise ConfigError(f"engines.{name}: the model has no trainable parameter")
                 optimizer = build_optimizer(trainable, config.optimizer)
+                made = type(optimizer)
+                self.optimizer = f"{made.__module__}:{made.__qualname__}"
                 chosen = {"lr", *config.optimizer.args}
                 self._chosen = [
                     {key: group[key] for key in chosen & group.keys()}
@@ -122,6 +126,14 @@ class Engine:
     def zero_stage(self) -> int:
         """The ZeRO stage, 0 to 3."""
         return self.ds.zero_optimization_stage()
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the optimizer's state can be cut anywhere: see `optim.build.is_elementwise`."""
+        assert self._config.optimizer is not None
+        offloaded = self.ds.zero_use_cpu_optimizer()
+        device = torch.device("cpu") if offloaded else self.device
+        return is_elementwise(self._config.optimizer, device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through DeepSpeed."""

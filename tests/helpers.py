@@ -10,6 +10,12 @@ from harness.run import train
 
 ROOT = Path(__file__).parent.parent
 
+OFFLOAD = {
+    "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+    "zero_force_ds_cpu_optimizer": False,
+}
+"""DeepSpeed keys: masters, moments and step on the CPU, with an optimizer of torch's."""
+
 
 def tiny_config(directory: Path, stage: int = 0, **overrides: Any) -> Config:
     """A run of the tiny task at a ZeRO stage; `overrides` by section."""

@@ -51,10 +51,13 @@ class Noted(Points):
 
 
 def build(config: Config) -> Task:
-    args: dict[str, Any] = {"fill": 0.0, "notes": None} | config.task.args
+    args: dict[str, Any] = {"fill": 0.0, "notes": None, "reordered": False} | config.task.args
     models: dict[str, nn.Module] = {name: Odd(args["fill"]) for name in config.engines}
     for parameter in models["wise"].parameters() if "wise" in models else []:
         parameter.data.fill_(args["fill"])
+    if args["reordered"]:
+        modules = models["net"]._modules
+        modules["first"] = modules.pop("first")
     data = Points(SAMPLES)
     if args["notes"]:
         data = Noted(Path(args["notes"]) / f"rank-{distributed.global_rank()}.txt")

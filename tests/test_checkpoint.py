@@ -13,7 +13,7 @@ from harness.config import Config, merge
 from harness.io import json_read, load
 from harness.run import train
 from harness.testing.pool import RankPool
-from tests.helpers import losses, records, tiny_config, told_by
+from tests.helpers import OFFLOAD, losses, records, tiny_config, told_by
 
 
 def exported(config: Config, step: int) -> dict[str, torch.Tensor]:
@@ -25,13 +25,18 @@ def checkpoint(config: Config, step: int) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [(0, {}), (1, {}), (2, {}), (3, {}), (1, OFFLOAD), (2, OFFLOAD), (3, OFFLOAD)],
+    ids=["0", "1", "2", "3", "1 offload", "2 offload", "3 offload"],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    two_ranks: RankPool, tmp_path: Path, stage: int, dtype: str
+    two_ranks: RankPool, tmp_path: Path, stage: int, overrides: Any, dtype: str
 ) -> None:
+    ours = {"bf16": {"enabled": dtype == "bf16"}, "gradient_accumulation_steps": 2}
     engine: dict[str, Any] = {
         "scheduler": {"name": "cosine", "warmup": 3},
-        "ds_overrides": {"bf16": {"enabled": dtype == "bf16"}, "gradient_accumulation_steps": 2},
+        "ds_overrides": ours | overrides,
     }
     whole = tiny_config(
         tmp_path / "whole",
@@ -41,8 +46,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         engines={"net": engine},
     )
     two_ranks.run(train, whole)
-    overrides = whole.model_dump() | {"run": whole.run.model_dump() | {"dir": tmp_path / "parts"}}
-    parts = Config.model_validate(overrides | {"trainer": {"save_every": 7}})
+    table = whole.model_dump() | {"run": whole.run.model_dump() | {"dir": tmp_path / "parts"}}
+    parts = Config.model_validate(table | {"trainer": {"save_every": 7}})
     two_ranks.run(train, parts)
     shutil.rmtree(checkpoint(parts, 15))
     shutil.rmtree(checkpoint(parts, 14))
@@ -128,9 +133,22 @@ def damage_dtype(directory: Path) -> str:
     return "dtype is torch.float32 here, and torch.float16 in the checkpoint"
 
 
+def damage_format(directory: Path) -> str:
+    manifest = json_read(directory / "manifest.json") | {"format": 2}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return "format 2, and this version of harness reads 3"
+
+
 @pytest.mark.parametrize(
     "damage",
-    [damage_missing, damage_truncated, damage_one_bit, damage_manifest, damage_dtype],
+    [
+        damage_missing,
+        damage_truncated,
+        damage_one_bit,
+        damage_manifest,
+        damage_format,
+        damage_dtype,
+    ],
 )
 def test_a_damaged_checkpoint_is_named_and_refused(
     two_ranks: RankPool, tmp_path: Path, damage: Any
@@ -140,6 +158,27 @@ def test_a_damaged_checkpoint_is_named_and_refused(
     message = damage(checkpoint(config, 6))
     told = two_ranks.run(told_by, config)
     assert all(message in text and str(checkpoint(config, 6)) in text for text in told), told
+
+
+@pytest.mark.parametrize(
+    ("stage", "other", "found"),
+    [
+        (0, {"name": "torch.optim:SGD"}, "torch.optim.sgd:SGD"),
+        (2, {"name": "torch.optim:Adafactor"}, "torch.optim:Adafactor"),
+        (3, {"name": "torch.optim:SGD"}, "torch.optim.sgd:SGD"),
+    ],
+)
+def test_another_optimizer_is_refused(
+    two_ranks: RankPool, tmp_path: Path, stage: int, other: Any, found: str
+) -> None:
+    two_ranks.run(train, tiny_config(tmp_path, stage))
+    config = tiny_config(tmp_path, stage, engines={"net": {"optimizer": other}}, run={"steps": 8})
+    told = two_ranks.run(told_by, config)
+    reason = (
+        f"checkpoint {checkpoint(config, 6)} does not fit this run: engine 'net': optimizer is "
+        f"{found} here, and torch.optim.adamw:AdamW in the checkpoint"
+    )
+    assert all(text.startswith(reason) for text in told), told
 
 
 def test_changed_data_are_refused(two_ranks: RankPool, tmp_path: Path) -> None:

@@ -75,6 +75,11 @@ def test_the_run_is_called_after_the_file(toml: Path) -> None:
         ("--engines.net.frozen=1", "engines.net.frozen (command line): unknown key"),
         ("--engines.net.ds_overrides.zero_optimization=3", "found 3, expected {'stage': 0 to 3}"),
         ("--engines.net.ds_overrides.zero_optimization.stage=4", "expected {'stage': 0 to 3}"),
+        ("--engines.net.ds_overrides.zero_optimization.elastic_checkpoint=true", "leave it out"),
+        (
+            "--engines.net.ds_overrides.zero_optimization.offload_optimizer.device=nvme",
+            "zero_optimization.offload_optimizer.device = 'nvme': a checkpoint would lack",
+        ),
         ("--engines.net.ds_overrides.gradient_accumulation_steps=0", "expected a number from 1 on"),
         ("--engines.net.optimizer.lr=inf", "found inf (float): input should be a finite number"),
         ("--run.name=..", "run.name (command line): found '..'"),

@@ -1,5 +1,6 @@
 """A checkpoint of one number of ranks and ZeRO stage resumed on another, exactly."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,14 +12,17 @@ import torch
 from harness.checkpoint import resume
 from harness.checkpoint.save import collect, write_files
 from harness.checkpoint.zero_layout import SavedEngine
-from harness.config import Config, merge
+from harness.config import Config, OptimizerConfig, merge
+from harness.optim.build import is_elementwise
 from harness.run import train
 from harness.testing.pool import RankPool
-from tests.helpers import ROOT, records, tiny_config, told_by
+from tests.helpers import OFFLOAD, ROOT, records, tiny_config, told_by
 from tests.tiny_task import SAMPLES
 
 BATCH = 8
 TASK = str(ROOT / "tests/relayout_task.py")
+ODD = {"path": TASK}
+TWO_GROUPS = {"optimizer": {"name": "tests.relayout_task:TwoGroups", "lr": 1e-2}}
 Layout = tuple[int, int]
 Pools = Callable[[int], RankPool]
 
@@ -123,8 +127,8 @@ def test_a_run_goes_on_in_another_layout(
     assert both(pools, whole, parts, before, after) < 1e-5
     assert_resumed(whole, parts)
     log = (parts.run_dir / "log.txt").read_text()
-    was, now = (f"{world} ranks, ZeRO {stage}" for world, stage in (before, after))
-    assert f"re-laid step-00000004/net from {was} to {now}" in log
+    was, now = (rf"{world} ranks, ZeRO {stage}, layout \w+" for world, stage in (before, after))
+    assert re.search(f"re-laid step-00000004/net from {was} to {now}", log)
     assert not list(parts.run_dir.glob("checkpoints/*.tmp"))
 
 
@@ -139,6 +143,47 @@ def test_master_weights_of_bf16_move_exactly(
     parts = config_of(tmp_path / "parts", after, engine)
     assert both(pools, whole, parts, before, after) < 1e-2
     assert_resumed(whole, parts)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 1), (1, 3)), ((2, 2), (4, 1)), ((2, 3), (2, 2)), ((2, 3), (1, 0))]
+)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_is_offloaded_moves_exactly(
+    pools: Pools, tmp_path: Path, before: Layout, after: Layout, dtype: str
+) -> None:
+    bf16 = {"bf16": {"enabled": dtype == "bf16"}}
+    offloaded = {"ds_overrides": bf16 | OFFLOAD}
+    whole = config_of(tmp_path / "whole", before, offloaded)
+    parts = config_of(tmp_path / "parts", after, offloaded if after[1] else {"ds_overrides": bf16})
+    assert both(pools, whole, parts, before, after) < (1e-2 if dtype == "bf16" else 1e-5)
+    assert_resumed(whole, parts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_fused_adam_moves_exactly(tmp_path: Path) -> None:
+    """At stage 0 it steps one tensor a group. Its operator is compiled first, in minutes."""
+    engine = {
+        "optimizer": {"name": "deepspeed.ops.adam:FusedAdam"},
+        "ds_overrides": {"bf16": {"enabled": True}},
+    }
+    with RankPool(2, timeout_s=600) as patient:
+        for number, stages in enumerate([(0, 1), (3, 0)]):
+            before, after = ((2, stage) for stage in stages)
+            whole = config_of(tmp_path / f"{number}/whole", before, engine)
+            parts = config_of(tmp_path / f"{number}/parts", after, engine)
+            assert both({2: patient}.__getitem__, whole, parts, before, after) < 1e-2
+            assert_resumed(whole, parts)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloading_is_no_other_layout(pools: Pools, tmp_path: Path, stage: int) -> None:
+    whole = config_of(tmp_path / "whole", (2, stage))
+    parts = config_of(tmp_path / "parts", (2, stage), {"ds_overrides": OFFLOAD})
+    assert both(pools, whole, parts, (2, stage), (2, stage)) < 1e-5
+    assert_resumed(whole, parts)
+    assert "re-laid" not in (parts.run_dir / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -158,14 +203,61 @@ def test_odd_layouts_and_a_teacher(
 
 def odd_config(directory: Path, layout: Layout, fill: float) -> Config:
     zero = {"sub_group_size": 50, "round_robin_gradients": True, "parameter_alignment": True}
-    net = {
-        "optimizer": {"name": "tests.relayout_task:TwoGroups", "lr": 1e-2},
-        "ds_overrides": {"zero_optimization": zero},
-    }
+    net = TWO_GROUPS | {"ds_overrides": {"zero_optimization": zero}}
     stage = 3 if layout[1] == 3 else 0
     wise = {"ds_config": ROOT / f"ds_configs/zero{stage}.json", "role": "teacher"}
     task = {"path": TASK, "args": {"fill": fill}}
     return config_of(directory, layout, net, task=task, engines={"wise": wise})
+
+
+ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
+ALIGNED = {"zero_optimization": {"parameter_alignment": True}}
+SMALL_GROUPS = {"zero_optimization": {"sub_group_size": 50}}
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize(
+    ("stage", "change"),
+    [(1, ROUND_ROBIN), (2, ROUND_ROBIN), (1, ALIGNED), (2, ALIGNED), (3, SMALL_GROUPS)],
+)
+def test_another_layout_on_the_same_ranks_is_noticed(
+    pools: Pools, tmp_path: Path, stage: int, change: Any, back: bool
+) -> None:
+    whole, parts = (
+        config_of(tmp_path / name, (2, stage), TWO_GROUPS | {"ds_overrides": keys}, task=ODD)
+        for name, keys in zip(("whole", "parts"), in_turn({}, change, back), strict=True)
+    )
+    assert both(pools, whole, parts, (2, stage), (2, stage)) < 1e-5
+    assert_resumed(whole, parts)
+    assert "re-laid step-00000004/net" in (parts.run_dir / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_another_precision_wrapper_is_noticed(pools: Pools, tmp_path: Path, back: bool) -> None:
+    """bf16 at stage 1 is BF16_Optimizer's with fp32 gradients, and else ZeRO's."""
+    bf16 = {"bf16": {"enabled": True}}
+    fp32 = bf16 | {"data_types": {"grad_accum_dtype": "fp32"}}
+    whole, parts = (
+        config_of(tmp_path / name, (2, 1), {"ds_overrides": keys})
+        for name, keys in zip(("whole", "parts"), in_turn(bf16, fp32, back), strict=True)
+    )
+    assert both(pools, whole, parts, (2, 1), (2, 1)) < 1e-2
+    assert_resumed(whole, parts)
+    assert "re-laid step-00000004/net" in (parts.run_dir / "log.txt").read_text()
+
+
+def in_turn(first: Any, second: Any, back: bool) -> tuple[Any, Any]:
+    return (second, first) if back else (first, second)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_another_order_of_the_parameters_is_noticed(
+    pools: Pools, tmp_path: Path, stage: int
+) -> None:
+    whole = config_of(tmp_path / "whole", (2, stage), task=ODD)
+    parts = config_of(tmp_path / "parts", (2, stage), task=ODD | {"args": {"reordered": True}})
+    assert both(pools, whole, parts, (2, stage), (2, stage)) < 1e-5
+    assert_resumed(whole, parts)
 
 
 def test_no_sample_is_lost_or_repeated(pools: Pools, tmp_path: Path) -> None:
@@ -176,11 +268,46 @@ def test_no_sample_is_lost_or_repeated(pools: Pools, tmp_path: Path) -> None:
     assert sorted(seen) == list(range(SAMPLES))
 
 
-def test_state_of_another_size_is_refused(pools: Pools, tmp_path: Path) -> None:
-    engine = {"optimizer": {"name": "torch.optim:Adafactor", "lr": 1e-2}}
-    pools(2).run(train, config_of(tmp_path, (2, 0), engine, steps=4))
-    told = pools(4).run(told_by, config_of(tmp_path, (4, 1), engine))
-    assert all("'row_var' of parameter 'first.weight'" in text for text in told), told
+ADAFACTOR = {"optimizer": {"name": "torch.optim:Adafactor", "lr": 1e-2}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 0), (4, 1)), ((2, 1), (2, 0)), ((2, 3), (4, 3)), ((2, 2), (2, 3))]
+)
+def test_state_that_depends_on_shapes_is_refused(
+    pools: Pools, tmp_path: Path, before: Layout, after: Layout
+) -> None:
+    pools(before[0]).run(train, config_of(tmp_path, before, ADAFACTOR, steps=4))
+    config = config_of(tmp_path, after, ADAFACTOR)
+    told = pools(after[0]).run(told_by, config)
+    reason = "the state of torch.optim:Adafactor depends on the parameters' shapes"
+    assert all(reason in text for text in told), told
+    assert all(f"resume on {before[0]} ranks, ZeRO {before[1]}" in text for text in told), told
+    assert len(losses(config)) == 4
+
+
+@pytest.mark.parametrize("engine", [ADAFACTOR, {}])
+def test_nothing_is_cut_at_stage_0(pools: Pools, tmp_path: Path, engine: Any) -> None:
+    """Every rank has it all: the checkpoint is loaded as it is, whatever the optimizer's state."""
+    whole, parts = (config_of(tmp_path / name, (2, 0), engine) for name in ("whole", "parts"))
+    other = config_of(tmp_path / "parts", (4, 0), engine)
+    assert both(pools, whole, other, (2, 0), (4, 0)) < 1e-5
+    assert "re-laid" not in (parts.run_dir / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "elementwise"),
+    [
+        ("adamw", True),
+        ("torch.optim:SGD", True),
+        ("torch.optim:Adafactor", False),
+        ("torch.optim:Muon", False),
+    ],
+)
+def test_is_elementwise(name: str, elementwise: bool) -> None:
+    args = {"momentum": 0.9} if name.endswith("SGD") else {}
+    config = OptimizerConfig.model_validate({"name": name, "lr": 0.1, **args})
+    assert is_elementwise(config, torch.device("cpu")) == elementwise
 
 
 def test_the_same_layout_is_loaded_as_it_is(pools: Pools, tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterat
     yield f"{path}: step {manifest.step}, {manifest.world_size} ranks, saved {saved_at}{pinned}"
     yield "  " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     for name, engine in manifest.engines.items():
-        yield f"  engine {name}: ZeRO stage {engine.zero_stage}, {engine.dtype}"
+        kind = f"{engine.dtype}, optimizer {engine.optimizer}"
+        yield f"  engine {name}: ZeRO stage {engine.zero_stage}, {kind}"
     for name, value in manifest.metrics.items():
         yield f"  {name} {value:.6g}"
     for name, entry in manifest.files.items():

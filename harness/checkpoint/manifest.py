@@ -13,6 +13,7 @@ import re
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,18 +26,22 @@ LATEST = "latest"
 
 
 class EngineManifest(BaseModel):
-    """How an engine's state is laid out."""
+    """What an engine's state is, and how it is laid out."""
 
     model_config = ConfigDict(extra="forbid")
     zero_stage: int
     dtype: str
+    optimizer: str
+    """Import path of its class; "none" for a teacher."""
+    layout: str
+    """Digest of `zero_layout.layout`; "" for a teacher."""
 
 
 class Manifest(BaseModel):
     """What a checkpoint holds."""
 
     model_config = ConfigDict(extra="forbid")
-    format: int = 2
+    format: Literal[3] = 3
     step: int
     world_size: int
     engines: dict[str, EngineManifest]
@@ -66,8 +71,11 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{directory} is no checkpoint: {NAME}: {error.strerror}") from None
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        reason = f"{NAME} is damaged: {where} {error.errors()[0]['msg']}"
+        mistakes = {".".join(map(str, mistake["loc"])): mistake for mistake in error.errors()}
+        where = "format" if "format" in mistakes else next(iter(mistakes))
+        reason = f"{NAME} is damaged: {where} {mistakes[where]['msg']}"
+        if where == "format":
+            reason = f"format {mistakes[where]['input']}, and this version of harness reads 3"
         raise CheckpointError(f"checkpoint {directory}: {reason}") from None
 
 

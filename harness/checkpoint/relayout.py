@@ -1,4 +1,4 @@
-"""The same checkpoint for another number of ranks or another ZeRO stage.
+"""The same checkpoint for another number of ranks, another ZeRO stage, or any other layout.
 
 A freshly built engine gives the trees that DeepSpeed would write for it: they say where everything
 belongs in the new layout. Filled with what `zero_layout` reads from the old files, they are written
@@ -19,9 +19,17 @@ import torch
 
 from harness import distributed
 from harness.checkpoint.files import told_as, write_file
-from harness.checkpoint.manifest import Manifest
-from harness.checkpoint.save import collect, make_room
-from harness.checkpoint.zero_layout import Flat, SavedEngine, Shapes, Tree, base_state, flats
+from harness.checkpoint.manifest import EngineManifest, Manifest
+from harness.checkpoint.save import collect, describe, make_room
+from harness.checkpoint.zero_layout import (
+    Flat,
+    SavedEngine,
+    Shapes,
+    Tree,
+    base_state,
+    flats,
+    group_shapes,
+)
 from harness.engine import Engine
 from harness.engines import Engines
 from harness.errors import CheckpointError
@@ -42,13 +50,8 @@ def in_layout_of(
     ranks, if the engine's optimizer cannot be cut anew, its parameters are others, or the copy
     cannot be written.
     """
-    world = distributed.world_size()
-    foreign = {
-        name: engine
-        for name, engine in engines.items()
-        if engine.role == "train"
-        and (manifest.world_size, manifest.engines[name].zero_stage) != (world, engine.zero_stage)
-    }
+    described = {engine.name: describe(engine) for engine in engines.trained}
+    foreign = [engines[n] for n, here in described.items() if manifest.engines[n] != here]
     if not foreign:
         yield dict.fromkeys(engines, directory)
         return
@@ -58,39 +61,54 @@ def in_layout_of(
         distributed.in_unison(f"cannot re-lay {directory}"),
         told_as(f"cannot re-lay checkpoint {directory}"),
     ):
+        for engine in foreign:
+            _check_optimizer(engine, _told(manifest.world_size, manifest.engines[engine.name]))
         if distributed.is_global_leader():
             make_room(staged, needed)
-            for name in foreign:
-                (staged / name).mkdir()
+            for engine in foreign:
+                (staged / engine.name).mkdir()
     try:
-        for name, engine in foreign.items():
+        places = dict.fromkeys(engines, directory)
+        for engine in foreign:
             write_relaid(directory, engine, staged)
+            places[engine.name] = staged
             log.info(
-                "re-laid %s/%s from %d ranks, ZeRO %d to %d ranks, ZeRO %d",
+                "re-laid %s/%s from %s to %s",
                 directory.name,
-                name,
-                manifest.world_size,
-                manifest.engines[name].zero_stage,
-                world,
-                engine.zero_stage,
+                engine.name,
+                _told(manifest.world_size, manifest.engines[engine.name]),
+                _told(distributed.world_size(), described[engine.name]),
             )
-        yield {name: staged if name in foreign else directory for name in engines}
+        yield places
         distributed.barrier()
     finally:
         if distributed.is_global_leader():
             shutil.rmtree(staged, ignore_errors=True)
 
 
+def _told(world_size: int, engine: EngineManifest) -> str:
+    return f"{world_size} ranks, ZeRO {engine.zero_stage}, layout {engine.layout[:6]}"
+
+
+def _check_optimizer(engine: Engine, was: str) -> None:
+    """Raises CheckpointError if the optimizer's state cannot be cut. `was`: the layout to keep."""
+    if not engine.is_elementwise:
+        raise CheckpointError(
+            f"engine {engine.name!r}: the state of {engine.optimizer} depends on the parameters' "
+            f"shapes, and cannot be cut for another layout: resume on {was}, as it was saved"
+        )
+
+
 def write_relaid(directory: Path, engine: Engine, staged: Path) -> None:
     """Writes this rank's files of an engine in its new layout below `staged`. Collective."""
     jobs = collect(engine)
-    shapes = engine.ds._get_zero_param_shapes() if engine.zero_stage else []
+    models = [tree for tree in jobs.values() if "module" in tree]
+    shapes = distributed.broadcast(group_shapes(models[0]) if models else [])
     with (
         distributed.in_unison(f"cannot re-lay {directory}"),
         told_as(f"cannot re-lay checkpoint {directory}"),
     ):
         saved = SavedEngine(directory / engine.name)
-        shapes = shapes or [{n: saved.shapes[n] for n in g} for g in engine.parameter_names]
         _check_names(saved, engine, shapes)
         for path, tree in jobs.items():
             if "module" in tree:
@@ -164,6 +182,8 @@ def _optimizer(tree: Tree, module: Tree, saved: SavedEngine, shapes: list[Shapes
         filled = {"base_optimizer_state": base, "single_partition_of_fp32_groups": lean}
     elif "fp32_flat_groups" in tree:
         filled = {"optimizer_state_dict": base, "fp32_flat_groups": masters}
+    elif "fp32_groups_flat" in tree:
+        filled = {"optimizer_state_dict": base, "fp32_groups_flat": masters}
     elif "fp32_groups" in tree:
         grouped = [
             [m for m, flat in zip(masters, new, strict=True) if flat.group == number]

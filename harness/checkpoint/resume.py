@@ -1,6 +1,7 @@
 """Finding the checkpoint to go on from, and going on exactly there. Nothing is trusted unseen."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import torch
 
 from harness import distributed
 from harness.checkpoint.files import verify_file
-from harness.checkpoint.manifest import checkpoints_in, digest, read_manifest
+from harness.checkpoint.manifest import EngineManifest, checkpoints_in, digest, read_manifest
 from harness.checkpoint.relayout import in_layout_of
 from harness.checkpoint.retain import clean
 from harness.checkpoint.rng import set_rng_state
 from harness.checkpoint.save import rank_file
 from harness.control.live import Live
 from harness.data import Batches
+from harness.engine import Engine
 from harness.engines import Engines
 from harness.errors import CheckpointError
 
@@ -63,8 +65,8 @@ class _Damaged(CheckpointError):
 def verify(directory: Path, engines: Engines) -> None:
     """Checks that a checkpoint is whole and made for these engines. Collective; loads nothing.
 
-    Number of ranks and ZeRO stages may be others. The ranks share the reading. Raises
-    CheckpointError, on all ranks together.
+    The layout may be another one. The ranks share the reading. Raises CheckpointError, on all ranks
+    together.
     """
     with distributed.in_unison(f"cannot read checkpoint {directory}"):
         try:
@@ -74,20 +76,23 @@ def verify(directory: Path, engines: Engines) -> None:
                 verify_file(directory / name, entry)
         except CheckpointError as error:
             raise _Damaged(str(error)) from None
-        here: dict[str, Any] = {
-            "engines": sorted(engines),
-            **{f"engine {n!r}: dtype": str(e.dtype) for n, e in engines.items()},
-        }
-        saved: dict[str, Any] = {
-            "engines": sorted(manifest.engines),
-            **{f"engine {n!r}: dtype": e.dtype for n, e in manifest.engines.items()},
-        }
-        for what, found in here.items():
+        saved = _identity(manifest.engines)
+        for what, found in _identity(engines).items():
             if saved[what] != found:
                 raise CheckpointError(
                     f"checkpoint {directory} does not fit this run: {what} is {found} here, and "
-                    f"{saved[what]} in the checkpoint"
+                    f"{saved[what]} in the checkpoint: set it as it was, or start a new run under "
+                    "another run.name"
                 )
+
+
+def _identity(engines: Mapping[str, Engine | EngineManifest]) -> dict[str, Any]:
+    """What must be the same here as in the checkpoint, by what to call it."""
+    facts: dict[str, Any] = {"engines": sorted(engines)}
+    for name, engine in engines.items():
+        facts[f"engine {name!r}: dtype"] = str(engine.dtype)
+        facts[f"engine {name!r}: optimizer"] = engine.optimizer
+    return facts
 
 
 def resume(directory: Path, engines: Engines, batches: Batches, live: Live) -> None:
@@ -96,7 +101,7 @@ def resume(directory: Path, engines: Engines, batches: Batches, live: Live) -> N
 
     Collective. With another number of ranks no rank can go on with its generators: each seeds them
     from the run's seed, the step and its rank. Raises CheckpointError, on all ranks, for other
-    data, and for an optimizer's state that does not fit another number of ranks or ZeRO stage.
+    data, and for an optimizer's state that does not fit another layout.
     """
     with distributed.in_unison(f"cannot read checkpoint {directory}"):
         manifest = read_manifest(directory)

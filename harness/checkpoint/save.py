@@ -30,7 +30,7 @@ from harness.checkpoint.manifest import (
 )
 from harness.checkpoint.retain import prune, put_in_place
 from harness.checkpoint.rng import rng_state
-from harness.checkpoint.zero_layout import PARAMETER_NAMES
+from harness.checkpoint.zero_layout import PARAMETER_NAMES, layout
 from harness.control.live import Live
 from harness.data import Batches
 from harness.engine import Engine
@@ -65,11 +65,13 @@ class Saver:
     """
 
     def __init__(self, engines: Engines, batches: Batches, live: Live):
+        """Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved."""
         self.directory = live.config.run_dir / "checkpoints"
         self._engines = engines
         self._batches = batches
         self._live = live
         self._config_digest = digest(live.config.model_dump_json())
+        self._described = {name: describe(engine) for name, engine in engines.items()}
         self._pending: _Pending | None = None
         self._all_written = distributed.Agreement()
         self._snapshots = Snapshots()
@@ -136,12 +138,13 @@ class Saver:
             told_as(f"cannot save {pending.target}"),
         ):
             if distributed.is_global_leader():
-                if failures:
+                files = {path: entry for share, _ in shares for path, entry in share.items()}
+                manifest = pending.manifest.model_copy(update={"files": files})
+                try:
+                    if not failures:
+                        commit(manifest, pending.staged, pending.target)
+                finally:  # what was not committed must not fill the disk
                     shutil.rmtree(pending.staged, ignore_errors=True)
-                else:
-                    files = {path: entry for share, _ in shares for path, entry in share.items()}
-                    manifest = pending.manifest.model_copy(update={"files": files})
-                    commit(manifest, pending.staged, pending.target)
         if failures:
             raise CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
         log.info("saved %s", pending.target)
@@ -166,14 +169,10 @@ class Saver:
         return jobs
 
     def _manifest(self, metrics: dict[str, float], pinned: str | None) -> Manifest:
-        engines = {
-            name: EngineManifest(zero_stage=engine.zero_stage, dtype=str(engine.dtype))
-            for name, engine in self._engines.items()
-        }
         return Manifest(
             step=self._engines.global_step,
             world_size=distributed.world_size(),
-            engines=engines,
+            engines=self._described,
             files={},
             config_digest=self._config_digest,
             metrics=metrics,
@@ -219,6 +218,24 @@ def commit(manifest: Manifest, staged: Path, target: Path) -> None:
 def point_latest(target: Path) -> None:
     """Writes the checkpoint's name into `latest` beside it."""
     write_atomically(target.with_name(LATEST), lambda path: path.write_text(f"{target.name}\n"))
+
+
+def describe(engine: Engine) -> EngineManifest:
+    """What the manifest says of an engine, the same on every rank. Collective.
+
+    Raises CheckpointError, on all ranks, if the engine's layout is not one that can be read.
+    """
+    trees = collect(engine).values() if engine.role == "train" else []
+    found = ""
+    with distributed.in_unison(f"engine {engine.name!r}"), told_as(f"engine {engine.name!r}"):
+        if trees and distributed.is_global_leader():
+            found = layout(trees)
+    return EngineManifest(
+        zero_stage=engine.zero_stage,
+        dtype=str(engine.dtype),
+        optimizer=engine.optimizer,
+        layout=distributed.broadcast(found),
+    )
 
 
 def collect(engine: Engine) -> Jobs:

@@ -8,13 +8,14 @@ memory, and only what is asked for is read from them.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from harness.checkpoint.manifest import digest
 from harness.errors import CheckpointError
 
 PARAMETER_NAMES = "parameter_names"
@@ -85,7 +86,7 @@ def flats(optimizer: Tree, module: Tree, shapes: list[Shapes], rank: int, world:
     elif "fp32_flat_groups" in optimizer:
         found = list(_sub_groups(optimizer, shapes, rank, world))
     elif "fp32_groups_flat" in optimizer:
-        raise CheckpointError("optimizer FusedAdam at ZeRO 0: this layout cannot be read")
+        found = list(_whole_groups(optimizer, shapes))
     else:
         names = [name for group in shapes for name in group]
         masters = [p for g in optimizer.get("fp32_groups", []) for p in g]
@@ -132,9 +133,56 @@ def _sub_groups(optimizer: Tree, shapes: list[Shapes], rank: int, world: int) ->
             length = min(shard, shape.numel() - start)
             segments.append(Segment(name, start, offset, length))
             offset += shard
-        if master.numel() < offset:
-            raise CheckpointError(f"the state of {segments[0].name!r} is not here: on NVMe?")
+        if master.numel() != offset:
+            raise CheckpointError(
+                f"the state of {segments[0].name!r} has {master.numel()} elements here, expected "
+                f"{offset}: on NVMe, or cut by MiCS? This layout cannot be read"
+            )
         yield master, 0, segments
+
+
+def _whole_groups(optimizer: Tree, shapes: list[Shapes]) -> _Found:
+    """FusedAdam at stage 0: a group is one tensor of whole parameters."""
+    for group, master in zip(shapes, optimizer["fp32_groups_flat"], strict=True):
+        offset, segments = 0, []
+        for name, shape in group.items():
+            segments.append(Segment(name, 0, offset, shape.numel()))
+            offset += shape.numel()
+        yield master, 0, segments
+
+
+def layout(trees: Collection[Tree]) -> str:
+    """A digest of where rank 0's trees of an engine keep what: equal if one may be loaded as other.
+
+    Rank 0's flats give every parameter its place and the partitions their size; with the number of
+    partitions they speak for all ranks. What is digested is found, not listed: whatever setting of
+    DeepSpeed, or order of the parameters, moves anything, changes the digest.
+    """
+    model = next(tree for tree in trees if "module" in tree)
+    optimizer = model["optimizer"]
+    if optimizer is None:
+        (optimizer,) = (tree["optimizer_state_dict"] for tree in trees if tree is not model)
+    shapes, world = group_shapes(model), model["dp_world_size"]
+    places = [
+        (flat.group, flat.shape, flat.segments)
+        for flat in flats(optimizer, model["module"], shapes, 0, world)
+    ]
+    return digest(repr((sorted(optimizer), optimizer.get("partition_count"), places)))
+
+
+def group_shapes(model: Tree) -> list[Shapes]:
+    """The shapes of the parameters by name, for each (sub-)group in the optimizer's order.
+
+    `model`: rank 0's tree of model_states. Raises CheckpointError if it does not tell the names.
+    """
+    if model["param_shapes"] is not None:
+        return model["param_shapes"]
+    if PARAMETER_NAMES not in model:
+        raise CheckpointError("saved at ZeRO 0 before names were recorded")
+    groups = [{n: model["module"][n].shape for n in names} for names in model[PARAMETER_NAMES]]
+    if "fp32_groups" in model["optimizer"]:  # this wrapper leaves out what has no element
+        groups = [{n: s for n, s in group.items() if s.numel()} for group in groups]
+    return groups
 
 
 class SavedEngine:
@@ -169,7 +217,7 @@ class SavedEngine:
             raise CheckpointError(f"{directory}: optimizer states of {found}")
         for group in base_state(self.optimizer)["param_groups"]:
             self.groups.append({key: value for key, value in group.items() if key != "params"})
-        shapes = self._group_shapes()
+        shapes = group_shapes(self.model)
         for group in shapes:
             self.shapes |= group
         for rank, optimizer in enumerate(optimizers):
@@ -233,17 +281,6 @@ class SavedEngine:
             found = vars(found["loss_scaler"])
         keys = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
         return {key: found[key] for key in keys if key in found}
-
-    def _group_shapes(self) -> list[Shapes]:
-        if self.stage:
-            return self.model["param_shapes"]
-        if PARAMETER_NAMES not in self.model:
-            raise CheckpointError(f"{self.directory}: saved at ZeRO 0 before names were recorded")
-        module = self.model["module"]
-        groups = [{n: module[n].shape for n in names} for names in self.model[PARAMETER_NAMES]]
-        if "fp32_groups" in (self.optimizer or {}):  # this wrapper leaves out what has no element
-            groups = [{n: s for n, s in group.items() if s.numel()} for group in groups]
-        return groups
 
 
 def _is_moment(value: Any) -> bool:

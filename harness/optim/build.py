@@ -44,6 +44,26 @@ def _imported(path: str) -> Callable[..., Optimizer]:
     return found
 
 
+def is_elementwise(config: OptimizerConfig, device: torch.device) -> bool:
+    """Whether the optimizer keeps the same state for a matrix as for its elements in one row.
+
+    One step of both tells. Where it is not so (Adafactor keeps means of rows and columns, Muon
+    takes no rows), the state can neither be cut nor joined.
+    """
+    states = []
+    for shape in ((2, 3), (6,)):
+        parameter = nn.Parameter(torch.ones(shape, device=device))
+        parameter.grad = torch.ones_like(parameter)
+        try:
+            optimizer = build_optimizer([parameter], config)
+        except ConfigError:
+            return False
+        optimizer.step()
+        state = optimizer.state[parameter]
+        states.append({key: v.numel() for key, v in state.items() if torch.is_tensor(v)})
+    return states[0] == states[1]
+
+
 def check_arguments(what: str, function: Callable[..., Any], args: dict[str, Any]) -> None:
     """Raises ConfigError if `function` has no parameter of an argument's name."""
     parameters = inspect.signature(function).parameters

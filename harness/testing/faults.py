@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,21 +72,20 @@ def fail_at(
 
 @contextmanager
 def die_during_save(seconds: float, *, step: int, rank: int | None = None) -> Iterator[None]:
-    """Kills this rank (or only `rank`) some time after the save of a step began."""
+    """Kills this rank (or only `rank`) some time after the save of a step began.
 
-    def wait_and_die() -> None:
-        time.sleep(seconds)
-        die()
-
-    def light_the_fuse() -> None:
-        threading.Thread(target=wait_and_die, daemon=True).start()
-
+    A run that ends sooner is killed at its end, and not whatever the rank does next.
+    """
+    fuse = threading.Timer(seconds, die)
+    fuse.daemon = True
     kept = save.Saver.save
 
     def burning(self: save.Saver, *args: Any, **kwargs: Any) -> None:
         if self._engines.global_step == step and rank in (None, distributed.global_rank()):
-            light_the_fuse()
+            fuse.start()
         kept(self, *args, **kwargs)
 
     with patch.object(save.Saver, "save", burning):
         yield
+        if fuse.is_alive():
+            fuse.join()
