@@ -95,6 +95,7 @@ def job(
             launcher,
             directory,
             "--run.steps=1000000",
+            "--data.workers=1",  # which no signal may end
             stdin=stdin,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -286,14 +287,18 @@ def test_on_a_terminal(tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         text=True,
     ) as terminal:
-        assert terminal.stdin is not None
-        until(lambda: ctl(tmp_path, "status")[0] == 0, terminal)
-        terminal.stdin.write("lr 1e-4\n")
-        terminal.stdin.flush()
-        until(lambda: "stdin: lr 1e-4" in log_of(tmp_path), terminal)
-        until(lambda: "/1000000 [" in typescript.read_text(), terminal)
-        terminal.kill()
-        until(lambda: not ranks_of(tmp_path))
+        try:
+            assert terminal.stdin is not None
+            until(lambda: ctl(tmp_path, "status")[0] == 0, terminal)
+            terminal.stdin.write("lr 1e-4\n")
+            terminal.stdin.flush()
+            until(lambda: "stdin: lr 1e-4" in log_of(tmp_path), terminal)
+            until(lambda: "/1000000 [" in typescript.read_text(), terminal)
+            terminal.kill()
+            until(lambda: not ranks_of(tmp_path))
+        finally:
+            for rank in ranks_of(tmp_path):
+                rank.kill()
     assert "SIGHUP: done: the run ends here" in log_of(tmp_path)
     last = steps_of(tmp_path)[-1]
     assert (tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json").exists()

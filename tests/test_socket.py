@@ -148,7 +148,9 @@ def test_nobody_there_is_told(tmp_path: Path) -> None:
     assert dead.returncode == 3 and "nobody listens: the run has ended" in dead.stderr
 
 
-def test_a_run_that_ends_before_it_answers_is_told(tmp_path: Path) -> None:
+def test_a_run_that_ends_before_it_answers_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     desk = Desk(tmp_path)
     front = SocketFront(desk, tmp_path)
     desk.stop()
@@ -156,9 +158,13 @@ def test_a_run_that_ends_before_it_answers_is_told(tmp_path: Path) -> None:
         waiting = threads.submit(states, tmp_path, "save")
         while not desk._replies:
             time.sleep(0.01)
-        desk.close()
-        front.close()
+        with connected(tmp_path) as deaf:  # who takes no answers does not hold up the end
+            deaf.sendall(b"status\n" * 1000)
+            assert states(tmp_path, "status") == ["done"]
+            desk.close()
+            front.close()
         assert waiting.result(timeout=20) == ["queued", "failed"]
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def test_many_clients_at_once(tmp_path: Path, desk: Desk) -> None:

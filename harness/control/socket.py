@@ -58,13 +58,13 @@ class SocketFront:
         self._loop.close()
 
     async def _dismiss(self) -> None:
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
-        leaving = [asyncio.create_task(_leave(writer)) for writer in self._clients]
-        if leaving:
-            await asyncio.wait(leaving, timeout=SECONDS_TO_LEAVE)
-        for writer in self._clients:
-            writer.transport.abort()
+        """Lets every client have its answers, and hangs up on those that do not take them."""
+        serving = asyncio.all_tasks() - {asyncio.current_task()}
+        for hang_up in (asyncio.StreamWriter.close, _abort):
+            for writer in list(self._clients):
+                hang_up(writer)
+            if serving:
+                await asyncio.wait(serving, timeout=SECONDS_TO_LEAVE)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         refused = _refusal(writer) or (len(self._clients) >= MOST_CLIENTS and "too many clients")
@@ -141,8 +141,5 @@ def _refusal(writer: asyncio.StreamWriter) -> str:
     return f"only {user_name(os.getuid())}, whose run this is, may command it"
 
 
-async def _leave(writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        await writer.drain()
-        writer.close()
-        await writer.wait_closed()
+def _abort(writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
