@@ -253,7 +253,10 @@ STRANGER = """
 import socket, sys
 raw = socket.socket(socket.AF_UNIX)
 raw.connect(sys.argv[1])
-raw.sendall(b"save\\n")
+try:
+    raw.sendall(b"save\\n")
+except BrokenPipeError:
+    pass  # refused already
 sys.stdout.write(raw.makefile().readline())
 """
 
