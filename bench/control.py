@@ -21,7 +21,7 @@ def measure(steps: int, step_s: float, rounds: int) -> dict[str, float]:
     """Median seconds a step of each way, in interleaved rounds, on this rank."""
     from harness import distributed
     from harness.control.bus import Bus
-    from harness.control.commands import Grammar
+    from harness.control.grammar import Grammar
     from harness.control.signals import Signals
 
     bus = Bus(Grammar(["net"], {}), Signals(), str, None)

@@ -1,10 +1,13 @@
 """Files: state dicts as `.pt` and `.sft`, JSON and TOML; everything is written by atomic rename."""
 
+import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +15,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+log = logging.getLogger(__name__)
 
 SAFETENSORS = {".sft", ".safetensors"}
 PICKLES = {".pt", ".pth"}
@@ -149,6 +154,42 @@ def json_line(record: Mapping[str, Any], digits: int = 9) -> str:
     JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf".
     """
     return json.dumps({key: truncate(value, digits) for key, value in record.items()})
+
+
+class JsonLines:
+    """Appends JSON objects to a file, one a line; any thread may write.
+
+    What cannot be written (a full disk) is told once, and lost: one rank's history must not end the
+    run. A line that was cut off, now or by an earlier crash, is ended before the next one.
+    """
+
+    def __init__(self, path: Path):
+        """Raises OSError if the file cannot be opened."""
+        self._file = path.open("ab+", buffering=0)
+        self._lock = threading.Lock()
+        self._is_failing = False
+        self._file.seek(-1 if self._file.tell() else 0, os.SEEK_END)
+        self._is_cut = self._file.read(1) not in (b"\n", b"")
+
+    def write(self, record: Mapping[str, Any], digits: int = 9) -> None:
+        """Appends `json_line(record, digits)`."""
+        line = json_line(record, digits).encode() + b"\n"
+        with self._lock:
+            try:
+                text = b"\n" + line if self._is_cut else line
+                written = self._file.write(text)
+                self._is_cut = written < len(text) and (self._is_cut or written > 0)
+                if written < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._is_failing = False
+            except OSError as error:
+                if not self._is_failing:
+                    log.error("%s: records are lost: %s", self._file.name, error)
+                self._is_failing = True
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
 def truncate(value: Any, digits: int = 9) -> Any:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from harness.control import commands as c
 from harness.control.bus import Ticket
 from harness.control.events import Event
+from harness.control.grammar import Grammar
 from harness.control.live import Live, live_keys, value_of
 from harness.engines import Engines
 from harness.errors import CommandError
@@ -90,7 +91,7 @@ def obey(trainer: "Trainer", ticket: Ticket) -> str | None:
             raise AssertionError(command)
 
 
-def answer(query: c.Query, status: Status, live: Live, engines: Engines, grammar: c.Grammar) -> str:
+def answer(query: c.Query, status: Status, live: Live, engines: Engines, grammar: Grammar) -> str:
     """Answers a query on rank 0, from any thread."""
     match query:
         case c.Help():

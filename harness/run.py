@@ -15,7 +15,7 @@ from harness.checkpoint.save import Saver
 from harness.config import Config
 from harness.control.audit import Audit
 from harness.control.bus import Bus
-from harness.control.commands import Grammar
+from harness.control.grammar import Grammar
 from harness.control.live import Live
 from harness.control.signals import Signals
 from harness.control.socket import SocketFront

@@ -163,12 +163,13 @@ class Trainer:
     def obey_all(self) -> None:
         """Obeys the events that are due and what was heard, in order.
 
-        Once the run is to end, it can only be told to end otherwise.
+        Once the run ends, it can only be told to end otherwise.
         """
         self.obey_events()
         while self._heard:
             ticket = self._heard.popleft()
-            if self.ending is None or isinstance(ticket.command, Quit):
+            is_ending = self.finishing or self.ending is not None
+            if not is_ending or isinstance(ticket.command, Quit):
                 self.obey(ticket)
                 self.obey_events()
             else:
@@ -177,7 +178,7 @@ class Trainer:
 
     def obey_events(self) -> None:
         """Obeys the events that are due at this step."""
-        if self.ending is not None:
+        if self.finishing or self.ending is not None:
             return
         for event in self.live.events.due(self.engines.global_step):
             self._saved_step = None  # a checkpoint of this step would still hold the event

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from harness.control import commands as c
 from harness.control.events import Events
+from harness.control.grammar import Grammar
 from harness.control.live import Live, live_keys
 from harness.errors import CommandError, ConfigError
 from tests.helpers import tiny_config
 
-GRAMMAR = c.Grammar(["G", "D"], {"sample": "Writes a sample."})
+GRAMMAR = Grammar(["G", "D"], {"sample": "Writes a sample."})
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from harness import distributed
 from harness.config import Config
 from harness.control.bus import Bus, Ticket
 from harness.control.client import Client
-from harness.control.commands import Grammar, Save, SetLr
+from harness.control.commands import Save, SetLr
+from harness.control.grammar import Grammar
 from harness.control.signals import Signals
 from harness.control.wire import SOCKET
 from harness.errors import HarnessError

@@ -20,7 +20,8 @@ from harness.control import client
 from harness.control.audit import Audit
 from harness.control.bus import Bus
 from harness.control.client import Client
-from harness.control.commands import Grammar, Query, Status
+from harness.control.commands import Query, Status
+from harness.control.grammar import Grammar
 from harness.control.signals import Signals
 from harness.control.socket import MOST_CLIENTS, SocketFront
 from harness.control.wire import LONGEST_LINE, SOCKET

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 
 from harness import distributed
 from harness.control.audit import Audit
-from harness.control.commands import Command, Grammar, Interrupt, Query, Save
+from harness.control.commands import Command, Interrupt, Query, Save
+from harness.control.grammar import Grammar
 from harness.control.signals import Signals
 from harness.control.wire import LAST, Answer, State
 from harness.errors import CommandError

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.io import json_line, write_atomically
+from harness.io import JsonLines, write_atomically
 
 
 class Sink(Protocol):
@@ -32,13 +32,13 @@ class JsonlSink:
             lines = path.read_text().splitlines(keepends=True)
             kept = "".join(line for line in lines if _step_of(line) <= step)
             write_atomically(path, lambda staged: staged.write_text(kept))
-        self._file = path.open("a", buffering=1)
+        self._lines = JsonLines(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json_line(record) + "\n")
+        self._lines.write(record)
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def _step_of(line: str) -> float:
