@@ -107,16 +107,18 @@ class SocketFront:
 
 
 def _listen(path: Path) -> socket.socket:
-    """The socket at `path`, in place of one that a dead run has left."""
+    """The socket at `path`, in place of one that a dead run has left; it appears listening."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     path.parent.chmod(0o700)
-    path.unlink(missing_ok=True)
+    staged = path.with_name(f".{path.name}.tmp")
+    staged.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with short_path(path) as name:
+        with short_path(staged) as name:
             listening.bind(name)
-        path.chmod(0o600)
+        staged.chmod(0o600)
         listening.listen(MOST_CLIENTS)
+        staged.replace(path)
     except OSError:
         listening.close()
         raise
