@@ -26,17 +26,13 @@ def apollo_param_groups(
     """Parameter groups for `Apollo`: matrices of rank `rank`, stacks of matrices, and the rest.
 
     Low-rank is every trainable parameter of two or more dimensions (a convolution counts as
-    (out, in * kernel)), except embeddings, what ends a model with an embedding's vocabulary, names
-    that the regular expression `dense` finds, and matrices whose shorter side is at most `rank`,
-    which a sketch would not make smaller. Names that `low_rank` finds are low-rank in any case.
-    `settings` are those of the low-rank groups. Warns if nothing is low-rank.
+    (out, in * kernel)), except embeddings (and heads tied to them), names that the regular
+    expression `dense` finds, and matrices whose shorter side is at most `rank`, which a sketch
+    would not make smaller. Names that `low_rank` finds are low-rank in any case. `settings` are
+    those of the low-rank groups. Warns if nothing is low-rank.
     """
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     tables = {id(module.weight) for module in embeddings}
-    vocabularies = {module.num_embeddings for module in embeddings}
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.out_features in vocabularies:
-            tables.add(id(module.weight))
 
     def kind(name: str, parameter: Tensor) -> str:
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves shape (0,)

@@ -357,5 +357,5 @@ class Exchange:
         """For every tensor (any,) those of all ranks: (W, any)."""
         mine = torch.cat(list(told)).to(self._shard.device)
         heard = torch.empty(self._world, len(mine), dtype=mine.dtype, device=mine.device)
-        dist.all_gather_into_tensor(heard, mine, group=self._shard.group)
+        dist.all_gather_into_tensor(heard.view(-1), mine, group=self._shard.group)
         return list(heard.to(told[0].device).split([len(tensor) for tensor in told], dim=1))
