@@ -11,7 +11,7 @@ from torch import nn
 from harness import distributed
 from harness.config import EngineConfig
 from harness.errors import ConfigError
-from harness.optim.build import build_optimizer
+from harness.optim.build import build_optimizer, check_zero
 from harness.optim.lr import build_scheduler
 
 log = logging.getLogger(__name__)
@@ -71,10 +71,10 @@ class Engine:
             if config.optimizer is None:
                 model.requires_grad_(False).eval()
             else:
-                trainable = [p for p in model.parameters() if p.requires_grad]
-                if not trainable:
+                if not any(p.requires_grad for p in model.parameters()):
                     raise ConfigError(f"engines.{name}: the model has no trainable parameter")
-                optimizer = build_optimizer(trainable, config.optimizer)
+                check_zero(config.optimizer, config.deepspeed())
+                optimizer = build_optimizer(model, config.optimizer)
                 chosen = {"lr", *config.optimizer.args}
                 self._chosen = [
                     {key: group[key] for key in chosen & group.keys()}
@@ -92,6 +92,7 @@ class Engine:
             config={
                 "steps_per_print": 2**31,
                 "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
                 "train_micro_batch_size_per_gpu": micro_batch_size,
             }
             | config.deepspeed(),

@@ -24,7 +24,7 @@ ranks: it changes neither weights nor state, and only `calls`, which refreshes P
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -43,12 +43,15 @@ class Apollo(torch.optim.Optimizer):
     `limiter` (matrices,), `step` (), and the int `calls`.
     """
 
+    RANK: ClassVar = 256
+    """The usual rank."""
+
     def __init__(
         self,
         params: Iterable[Any],
         lr: float = 1e-3,
         *,
-        rank: int = 256,
+        rank: int = RANK,
         scale: float = 1.0,
         scale_type: Literal["channel", "tensor"] = "channel",
         scale_front: bool = False,
@@ -189,9 +192,11 @@ class Apollo(torch.optim.Optimizer):
 class ApolloMini(Apollo):
     """APOLLO of rank 1 with one scale for a whole matrix: hardly any state."""
 
+    RANK: ClassVar = 1
+
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, **settings: Any):
         """As Apollo, with other defaults: rank 1, scale 128, scale_type "tensor"."""
-        defaults = {"rank": 1, "scale": 128.0, "scale_type": "tensor"}
+        defaults = {"rank": self.RANK, "scale": 128.0, "scale_type": "tensor"}
         super().__init__(params, lr, **(defaults | settings))
 
 

@@ -17,10 +17,10 @@ STACKED = r"(^|\.)experts(\.|$)"
 def apollo_param_groups(
     model: nn.Module,
     *,
-    rank: int = 256,
+    rank: int,
+    low_rank: str = "",
     dense: str = DENSE,
     stacked: str = STACKED,
-    low_rank: str = "",
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Parameter groups for `Apollo`: matrices of rank `rank`, stacks of matrices, and the rest.
