@@ -98,9 +98,11 @@ def take_steps(engine: Any, steps: range) -> None:
             engine.step()
 
 
-def take_plain_steps(model: nn.Module, optimizer: Any, steps: range) -> None:
+def take_plain_steps(
+    model: nn.Module, optimizer: Any, steps: range, shapes: Shapes = SHAPES
+) -> None:
     for step in steps:
-        gradients = gradients_of(step)
+        gradients = gradients_of(step, shapes)
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name].to(parameter.dtype)
         optimizer.step()

@@ -23,14 +23,15 @@ A step with a gradient that is not finite (or whose square is not), on any rank,
 ranks: it changes neither weights nor state, and only `calls`, which refreshes P, counts it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from harness.optim.channels import matrices_of
-from harness.optim.parts import PROJECTIONS, Dense, Exchange, Group, LowRank, Part, Projections
+from harness.optim.lowrank import PROJECTIONS, LowRank, Projections
+from harness.optim.parts import Dense, Exchange, Group, Part
 from harness.optim.shards import Shard, locate
 
 
@@ -74,6 +75,7 @@ class Apollo(torch.optim.Optimizer):
         self._parts: dict[tuple[int, ...], Part] = {}
         self._shards: dict[tuple[int, ...], tuple[list[Tensor], list[Shard]]] = {}
         self._projections = Projections()
+        self._named: dict[str, Tensor] = {}
         settings = {
             "lr": lr,
             "rank": rank,
@@ -135,6 +137,34 @@ class Apollo(torch.optim.Optimizer):
             part.apply(everyones, well)
         return loss
 
+    def named_state(self) -> dict[str, Tensor]:
+        """The state by the names of parameters and matrices, whole and in no layout, on the CPU of
+        every rank: `NAME/exp_avg` and so on, ready for a .sft file.
+
+        Empty before the first step. Collective where parameters are sharded.
+        """
+        found = {} if self.state else dict(self._named)
+        for part in self._parts.values():
+            if all(self.state[flat] for flat in part.flats):
+                states = [self.state[flat] for flat in part.flats]
+                found |= {name: value.cpu().clone() for name, value in part.named(states)}
+        return found
+
+    def load_named_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from what `named_state` gave, on any number of ranks and at any ZeRO stage.
+
+        Each tensor takes its part when it is stepped next. `exp_avg`, `exp_avg_sq` and `step` of an
+        AdamW fit dense parameters; what does not fit a matrix is told, and its state starts anew.
+        """
+        self.state.clear()
+        self._named = dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Raises RuntimeError while a state by name has not been taken up."""
+        if self._named and not self.state:
+            raise RuntimeError("a state that was loaded by name is taken up by the next step")
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but tensors keep their dtype, also beside parameters in 16 bits."""
         super().load_state_dict(state_dict)
@@ -185,7 +215,7 @@ class Apollo(torch.optim.Optimizer):
             else:
                 self._parts[key] = Dense(flats, shards)
         part = self._parts[key]
-        part.begin(group, [self.state[flat] for flat in part.flats])
+        part.begin(group, [self.state[flat] for flat in part.flats], self._named)
         return part
 
 
