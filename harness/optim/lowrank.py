@@ -140,7 +140,12 @@ class LowRank(Part):
                 slots = slice(block.slot, block.slot + len(channels))
                 rows = projection[inner.start - needed.start : inner.stop - needed.start]
                 self._sketch[slots].addmm_(channels, rows)
-                self._squares[slots] += channels.square().sum(1)
+                if self.group["scale_type"] == "tensor":  # only their sum is asked for
+                    self._squares[block.slot] += torch.linalg.vector_norm(channels).square()
+                elif matrix.by_rows:
+                    self._squares[slots] += torch.linalg.vector_norm(channels, dim=1).square()
+                else:  # torch's norm is slow along columns
+                    self._squares[slots] += channels.square().sum(1)
         shared = [self._sketch[plan.rows_here :], self._squares[plan.rows_here :, None]]
         return torch.cat(shared, dim=1).view(plan.world, plan.chunk * (rank + 1))
 
@@ -149,11 +154,12 @@ class LowRank(Part):
         dealt = received.view(plan.chunk, rank + 1)
         self._sketch[plan.rows_here : plan.rows] = dealt[:, :rank]
         self._squares[plan.rows_here : plan.rows] = dealt[:, rank]
-        sketch = torch.where(well, self._sketch[: plan.rows], 0.0)
+        sketch = self._sketch[: plan.rows]
+        sketch.view(torch.int32).bitwise_and_(_mask(well))
         squares = self._squares[: plan.rows].double()
-        adapted = self._adam(sketch, well)
         norms = torch.linalg.vector_norm(sketch, dim=1).double()
-        adapted_norms = torch.linalg.vector_norm(adapted, dim=1).double()
+        self._adam(sketch, well)
+        adapted_norms = torch.linalg.vector_norm(sketch, dim=1).double()
         self._ratios = torch.ones_like(norms)
         if group["scale_type"] == "channel":
             self._ratios = adapted_norms / (norms + 1e-8)
@@ -176,9 +182,11 @@ class LowRank(Part):
         rate = group["lr"] * alpha * self._corrections() * scale / limit * (1 - decay)
         rate = torch.cat([rate, rate.new_zeros(1)])[self._matrix_of_slot]
         step = torch.where(well, ratios * rate, 0.0).float()
+        mask = _mask(well)
         for block in plan.blocks:
             weight = self._channels(self.weights, block)
-            gradient = torch.where(well, self._channels(self.gradients, block), 0.0)
+            bits = self._channels(self.gradients, block).view(torch.int32)
+            gradient = (bits & mask).view(torch.float32)
             if group["weight_decay"]:  # not w *= 1 - decay, whose rounding goes one way each step
                 weight.addcmul_(weight, decay, value=-1)
             step_of = step[block.slot : block.slot + len(weight), None]
@@ -189,25 +197,23 @@ class LowRank(Part):
         super().end()
         self._sketch = self._squares = self._ratios = torch.empty(0)
 
-    def _adam(self, sketch: Tensor, well: Tensor) -> Tensor:
-        """M and V brought up to date, if all is well, and N = M / (sqrt(V) + eps): (c, r)."""
+    def _adam(self, sketch: Tensor, well: Tensor) -> None:
+        """Brings M and V up to date, if all is well, and turns R, which is 0 if not, into
+        N = M / (sqrt(V) + eps): (c, r)."""
         moments = [state["exp_avg"] for state in self.states]
         squares = [state["exp_avg_sq"] for state in self.states]
-        rows = self.plan.rows_of_flat
-        for kept, new, beta in zip(
-            (moments, squares), (sketch, sketch.square()), self.group["betas"], strict=True
-        ):
-            # Unless all is well, this multiplies by 1 and adds 0.
-            foreach._foreach_mul_(kept, torch.where(well, beta, 1.0))
-            foreach._foreach_add_(kept, list((new * (1 - beta)).split(rows)))
+        sketches = list(sketch.split(self.plan.rows_of_flat))
+        beta1, beta2 = self.group["betas"]
+        foreach._foreach_mul_(moments, torch.where(well, beta1, 1.0))
+        foreach._foreach_add_(moments, sketches, alpha=1 - beta1)
+        foreach._foreach_mul_(squares, torch.where(well, beta2, 1.0))
+        foreach._foreach_addcmul_(squares, sketches, sketches, value=1 - beta2)
         for state in self.states:
             state["step"] += well
             state["calls"] += 1
-        adapted = torch.empty_like(sketch)
-        foreach._foreach_copy_(list(adapted.split(rows)), squares)
-        adapted.sqrt_().add_(self.group["eps"]).reciprocal_()
-        foreach._foreach_mul_(list(adapted.split(rows)), moments)
-        return adapted
+        foreach._foreach_copy_(sketches, squares)
+        sketch.sqrt_().add_(self.group["eps"]).reciprocal_()
+        foreach._foreach_mul_(sketches, moments)
 
     def _corrections(self) -> Tensor:
         """sqrt(1 - b2^t) / (1 - b1^t) for every matrix, where t is the steps that counted: (n,)."""
@@ -242,12 +248,18 @@ class LowRank(Part):
         return range(block.inner, block.inner + (block.width if by_rows else block.height))
 
 
+def _mask(well: Tensor) -> Tensor:
+    """For the bits of a tensor: all of them, or none, since 0 times what is not finite is not 0."""
+    return -well.to(torch.int32)
+
+
 class Projections:
     """The matrices P of an optimizer: made from their address, and kept until their refresh as long
     as there is room."""
 
     def __init__(self) -> None:
         self._kept: dict[Any, tuple[int, Tensor]] = {}
+        self._bytes = 0
 
     def get(
         self, matrix: Matrix, inner: range, calls: int, group: Group, device: torch.device
@@ -256,10 +268,15 @@ class Projections:
         variance: fp32 (inner, r). `calls`: steps before this one."""
         rank, refresh = group["rank"], calls // group["update_proj_gap"]
         address = matrix.name, inner, rank
-        made_at, projection = self._kept.pop(address, (None, None))
-        if projection is None or made_at != refresh:
-            make, key = PROJECTIONS[group["projection"]], key_of(group["seed"], matrix.name)
-            projection = make(inner, range(rank), refresh, key, device).div_(math.sqrt(rank))
-        if projection.nbytes + sum(kept.nbytes for _, kept in self._kept.values()) <= KEPT_BYTES:
+        if address in self._kept:
+            made_at, projection = self._kept[address]
+            if made_at == refresh:
+                return projection
+            del self._kept[address]
+            self._bytes -= projection.nbytes
+        make, key = PROJECTIONS[group["projection"]], key_of(group["seed"], matrix.name)
+        projection = make(inner, range(rank), refresh, key, device).div_(math.sqrt(rank))
+        if self._bytes + projection.nbytes <= KEPT_BYTES:
             self._kept[address] = refresh, projection
+            self._bytes += projection.nbytes
         return projection
