@@ -171,6 +171,11 @@ class Engine:
         # DeepSpeed's fp16 optimizers (stage 0) keep it in a config, those of ZeRO in themselves.
         return float(getattr(self.ds.optimizer, "loss_scale_config", self.ds.optimizer).cur_scale)
 
+    def optimizer_figures(self) -> dict[str, torch.Tensor]:
+        """What the optimizer tells of its last step, as APOLLO does; on the device."""
+        tell = getattr(self.ds.basic_optimizer, "telemetry", None)
+        return tell() if tell is not None else {}
+
     def gather_attribute(self, name: str, kind: type = object) -> dict[str, Any]:
         """Takes attribute `name` off every submodule that has it: `{module path: value}`.
 

@@ -105,6 +105,20 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(kind: Any, poison: float)
     assert naive(matrix(12, 5), spoiled)[-1].isnan().any()
 
 
+def test_telemetry_counts_what_was_skipped_and_limited() -> None:
+    optimizer = Apollo([matrix(12, 5)], rank=2, gamma=1.0)
+    assert optimizer.telemetry() == {}
+    limited = 0.0
+    for gradient in random_gradients((12, 5), 10):
+        drive(optimizer, [gradient])
+        told = optimizer.telemetry()
+        assert 0.1 < told["apollo/scale"] < 10 and told["apollo/skipped"] == 0
+        limited += float(told["apollo/limited"])
+    assert 0 < limited < 10
+    drive(optimizer, [torch.full((12, 5), math.inf)])
+    assert optimizer.telemetry()["apollo/skipped"] == 1
+
+
 def test_one_poisoned_parameter_holds_up_the_others() -> None:
     good, bad = matrix(12, 5), matrix(5, 12)
     optimizer = Apollo([good, bad], rank=2)

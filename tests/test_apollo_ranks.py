@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import distributed
 from harness.optim import Apollo, apollo_param_groups
+from harness.optim.memory import state_bytes
 from harness.optim.shards import ShardError, locate
 from harness.testing.pool import RankPool
 from tests.given_gradients import (
@@ -194,6 +195,28 @@ def test_what_is_unknown_is_refused() -> None:
     clone = torch.ones(4, 6)
     with pytest.raises(ShardError, match="others were found"):
         locate([clone], {"weight": nn.Parameter(torch.zeros(4, 6))})
+
+
+def measured_and_computed(stage: int, mini: bool) -> tuple[int, int]:
+    """This rank's bytes of state after a step, and what `state_bytes` says of it before."""
+    model = Given()
+    optimizer = apollo(model, mini)
+    told_before = state_bytes(optimizer.param_groups, stage, distributed.world_size())
+    engine = engine_of(model, optimizer, stage, "fp32", {})
+    take_steps(engine, range(1))
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    engine.destroy()
+    measured = sum(value.nbytes for value in values if isinstance(value, Tensor))
+    return measured, told_before[distributed.global_rank()]
+
+
+@pytest.mark.parametrize("mini", [False, True], ids=["apollo", "mini"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_state_takes_as_many_bytes_as_is_computed(
+    three_ranks: RankPool, stage: int, mini: bool
+) -> None:
+    for measured, computed in three_ranks.run(measured_and_computed, stage, mini):
+        assert measured == computed
 
 
 class Transformer(nn.Module):

@@ -17,7 +17,7 @@ from harness.optim.build import OPTIMIZERS, build_optimizer, check_zero
 from harness.optim.lr import build_scheduler
 from harness.run import train
 from harness.testing.pool import RankPool
-from tests.helpers import losses, tiny_config
+from tests.helpers import losses, records, tiny_config
 
 
 def optimizer_config(**settings: Any) -> OptimizerConfig:
@@ -183,3 +183,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(
         two_ranks.run(train, parts)
     assert losses(parts) == losses(whole)
     assert len(set(losses(whole))) == 6
+    for record in records(whole):
+        assert 0 < record["apollo/scale"] < math.inf
+        assert 0 <= record["apollo/limited"] <= 1
+        assert record["apollo/skipped"] == 0

@@ -137,6 +137,25 @@ class Apollo(torch.optim.Optimizer):
             part.apply(everyones, well)
         return loss
 
+    def telemetry(self) -> dict[str, Tensor]:
+        """Figures of the last step, on the device, over the matrices that this rank has a part of:
+        mean |N| / |R|, the share that the limiter held back, and the steps skipped so far."""
+        told = [part.telemetry() for part in self._parts.values()]
+        told = [figures for figures in told if figures]
+        if not told:
+            return {}
+        scale, limited, seen = (
+            torch.cat([figures[key] for figures in told]) for key in ("scale", "limited", "seen")
+        )
+        count = seen.sum().clamp(min=1)
+        states = [state for state in self.state.values() if "calls" in state]
+        skipped = torch.stack([state["calls"] - state["step"] for state in states]).max()
+        return {
+            "apollo/scale": torch.where(seen, scale, 0.0).sum() / count,
+            "apollo/limited": (limited & seen).sum() / count,
+            "apollo/skipped": skipped,
+        }
+
     def named_state(self) -> dict[str, Tensor]:
         """The state by the names of parameters and matrices, whole and in no layout, on the CPU of
         every rank: `NAME/exp_avg` and so on, ready for a .sft file.

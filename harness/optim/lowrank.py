@@ -60,6 +60,7 @@ class LowRank(Part):
             first, stop = min(known.start, block.inner), max(known.stop, self._inner(block).stop)
             self._inner_of[block.matrix] = range(first, stop)
         self._sketch = self._squares = self._ratios = torch.empty(0)
+        self._told: dict[str, Tensor] = {}
 
     def _first_state(self, number: int) -> State:
         shape = self.plan.rows_of_flat[number], self.group["rank"]
@@ -81,6 +82,9 @@ class LowRank(Part):
                     f"the shape {found}, expected {expected}: it was saved with another `rank`, or "
                     "on another number of ranks or ZeRO stage: load it by name (load_named_state)"
                 )
+
+    def telemetry(self) -> dict[str, Tensor]:
+        return self._told
 
     def named(self, states: Sequence[State]) -> Iterator[tuple[str, Tensor]]:
         plan, rows = self.plan, self.plan.rows_of_flat
@@ -173,11 +177,11 @@ class LowRank(Part):
         told = told.to(self.device)
         ratios = torch.cat([self._ratios[: plan.rows_here], told[:, : plan.chunk].flatten()])
         squares, norms, adapted = told[:, plan.chunk :].sum(0).view(-1, 3).unbind(1)  # (n,) each
-        scale = torch.ones_like(squares)
-        if group["scale_type"] == "tensor":
-            scale = adapted.sqrt() / (norms.sqrt() + 1e-8)
+        of_matrix = adapted.sqrt() / (norms.sqrt() + 1e-8)
+        scale = of_matrix if group["scale_type"] == "tensor" else torch.ones_like(squares)
         alpha = math.sqrt(group["scale"])
         limit = self._limit(scale * squares.sqrt() * (alpha if group["scale_front"] else 1), well)
+        self._told = {"scale": of_matrix, "limited": limit > 1, "seen": norms > 0}
         decay = torch.where(well, group["lr"] * group["weight_decay"], 0.0)
         rate = group["lr"] * alpha * self._corrections() * scale / limit * (1 - decay)
         rate = torch.cat([rate, rate.new_zeros(1)])[self._matrix_of_slot]

@@ -58,7 +58,8 @@ class Part:
         raise NotImplementedError
 
     def telemetry(self) -> dict[str, Tensor]:
-        """Figures of the last step, on the device: sums, to be added up over parts."""
+        """Of every matrix in the last step: |N| / |R| ("scale"), whether the limiter held it back
+        ("limited"), and whether this rank knows of it ("seen"): (n,) each."""
         return {}
 
     def square_sum(self) -> Tensor:
