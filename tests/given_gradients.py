@@ -112,7 +112,7 @@ def masters(optimizer: Apollo) -> dict[str, Tensor]:
     """Every parameter's fp32 master, flattened, put together from all ranks' shards. Collective."""
     mine = [
         (piece.name, piece.start, flat.detach().flatten()[piece.offset :][: piece.length].cpu())
-        for flats, shards in optimizer._shards.values()
+        for _, flats, shards in optimizer._located_groups.values()
         for flat, shard in zip(flats, shards, strict=True)
         for piece in shard.mine
     ]

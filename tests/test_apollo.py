@@ -252,6 +252,17 @@ def test_parameters_without_a_gradient_wait() -> None:
     optimizer.step()
     assert not torch.equal(other, start)
     assert [int(optimizer.state[p]["step"]) for p in (one, other)] == [2, 1]
+    one.grad = None
+    optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in (one, other)] == [2, 2]
+    assert {key.partition("/")[0] for key in optimizer.named_state()} == {"0.0", "0.1"}
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = nn.Embedding(6, 4, sparse=True)
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="a gradient is sparse"):
+        Apollo([table.weight], rank=0).step()
 
 
 def test_a_column_major_parameter() -> None:

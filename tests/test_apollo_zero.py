@@ -16,6 +16,7 @@ BOUND = 5e-7
 FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}  # DeepSpeed's BF16_Optimizer
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 STAGES = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")]
+SLOW = pytest.mark.slow
 ODD = {
     "round robin": (2, {"zero_optimization": {"round_robin_gradients": True}}),
     "alignment": (1, {"zero_optimization": {"parameter_alignment": True}}),
@@ -34,6 +35,10 @@ ODD = {
 }
 
 
+DEFAULT = ("both", "sub-groups", "offload 2", "accumulation 3")
+"""The layouts that the default suite tries; the others are slow."""
+
+
 def within_bound(pool: RankPool, *what: Any) -> None:
     for found in pool.run(difference, *what):
         assert found <= BOUND, found
@@ -46,13 +51,29 @@ def test_two_ranks(two_ranks: RankPool, stage: int, dtype: str, mini: bool) -> N
 
 
 @pytest.mark.parametrize("mini", [False, True], ids=["apollo", "mini"])
-@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        (1, "fp32"),
+        (3, "bf16"),
+        pytest.param(2, "bf16", marks=SLOW),
+        pytest.param(3, "fp32", marks=SLOW),
+    ],
+)
 def test_three_ranks(three_ranks: RankPool, stage: int, dtype: str, mini: bool) -> None:
     within_bound(three_ranks, stage, dtype, mini, {})
 
 
 @pytest.mark.parametrize("mini", [False, True], ids=["apollo", "mini"])
-@pytest.mark.parametrize(("stage", "dtype"), [(1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        (2, "fp32"),
+        (3, "fp32"),
+        pytest.param(1, "bf16", marks=SLOW),
+        pytest.param(3, "bf16", marks=SLOW),
+    ],
+)
 def test_four_ranks(four_ranks: RankPool, stage: int, dtype: str, mini: bool) -> None:
     within_bound(four_ranks, stage, dtype, mini, {})
 
@@ -64,7 +85,13 @@ def test_bf16_optimizer(two_ranks: RankPool, three_ranks: RankPool, mini: bool) 
     within_bound(three_ranks, 1, "bf16", mini, FP32_ACCUMULATION)
 
 
-@pytest.mark.parametrize("layout", ODD)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *DEFAULT,
+        *(pytest.param(name, marks=SLOW) for name in ODD if name not in DEFAULT),
+    ],
+)
 def test_odd_layouts(two_ranks: RankPool, three_ranks: RankPool, layout: str) -> None:
     stage, overrides = ODD[layout]
     within_bound(two_ranks, stage, "fp32", False, overrides)

@@ -73,7 +73,7 @@ class Apollo(torch.optim.Optimizer):
         self._parameters: dict[str, Tensor] = {}
         self._shapes: dict[str, torch.Size] = {}
         self._parts: dict[tuple[int, ...], Part] = {}
-        self._shards: dict[tuple[int, ...], tuple[list[Tensor], list[Shard]]] = {}
+        self._located_groups: dict[tuple[int, ...], tuple[Group, list[Tensor], list[Shard]]] = {}
         self._projections = Projections()
         self._named: dict[str, Tensor] = {}
         settings = {
@@ -121,7 +121,7 @@ class Apollo(torch.optim.Optimizer):
                 loss = closure()
         if not self.state and self._is_probe():
             return loss
-        parts = [part for group in self.param_groups if (part := self._part(group)) is not None]
+        parts = self._begun()
         if not parts:
             return loss
         exchange = Exchange(parts)
@@ -163,10 +163,13 @@ class Apollo(torch.optim.Optimizer):
         Empty before the first step. Collective where parameters are sharded.
         """
         found = {} if self.state else dict(self._named)
-        for part in self._parts.values():
-            if all(self.state[flat] for flat in part.flats):
-                states = [self.state[flat] for flat in part.flats]
-                found |= {name: value.cpu().clone() for name, value in part.named(states)}
+        for group, flats, shards in self._located_groups.values():
+            pairs = zip(flats, shards, strict=True)
+            kept = [(flat, shard) for flat, shard in pairs if flat in self.state]
+            if kept:
+                states = [self.state[flat] for flat, _ in kept]
+                named = self._part(group, flats, kept).named(states)
+                found |= {name: value.cpu().clone() for name, value in named}
         return found
 
     def load_named_state(self, state: Mapping[str, Tensor]) -> None:
@@ -206,36 +209,45 @@ class Apollo(torch.optim.Optimizer):
         return not any(bool(gradient.any()) for gradient in gradients if gradient is not None)
 
     def _located(self, group: Group) -> list[Shard]:
+        """What each tensor of a group holds; found out when they are seen for the first time."""
         flats = group["params"]
+        if not flats:
+            return []
         key = tuple(map(id, flats))
-        if flats and key not in self._shards:
+        if key not in self._located_groups:
             parameters = {name: self._parameters[name] for name in group["param_names"]}
-            self._shards[key] = flats, locate(flats, parameters)
-        return self._shards[key][1] if flats else []
+            self._located_groups[key] = group, list(flats), locate(flats, parameters)
+        return self._located_groups[key][2]
 
-    def _part(self, group: Group) -> Part | None:
-        """What there is to do for a group, ready to begin; None if nothing has a gradient."""
-        stepped = [
-            (flat, shard)
-            for flat, shard in zip(group["params"], self._located(group), strict=True)
-            if flat.grad is not None
-        ]
-        if not stepped:
-            return None
-        key = tuple(id(flat) for flat, _ in stepped)
-        if key not in self._parts:
-            flats, shards = [flat for flat, _ in stepped], [shard for _, shard in stepped]
-            if group["rank"]:
-                matrices = {
-                    name: matrices_of(name, self._shapes[name], group["stacked"])
-                    for name in group["param_names"]
-                }
-                self._parts[key] = LowRank(flats, shards, matrices, self._projections)
-            else:
-                self._parts[key] = Dense(flats, shards)
-        part = self._parts[key]
-        part.begin(group, [self.state[flat] for flat in part.flats], self._named)
+    def _begun(self) -> list[Part]:
+        """What there is to do for the tensors that have gradients, by group."""
+        parts = []
+        for group in self.param_groups:
+            pairs = zip(group["params"], self._located(group), strict=True)
+            stepped = [(flat, shard) for flat, shard in pairs if flat.grad is not None]
+            if stepped:
+                part = self._part(group, group["params"], stepped)
+                part.begin(group, [self.state[flat] for flat in part.flats], self._named)
+                parts.append(part)
+        return parts
+
+    def _part(self, group: Group, flats: list[Tensor], some: list[tuple[Tensor, Shard]]) -> Part:
+        """The part for some of a group's tensors; the last one of a group is kept."""
+        key = tuple(map(id, flats))
+        part = self._parts.get(key)
+        if part is None or list(map(id, part.flats)) != [id(flat) for flat, _ in some]:
+            part = self._parts[key] = self._make_part(group, some)
         return part
+
+    def _make_part(self, group: Group, some: list[tuple[Tensor, Shard]]) -> Part:
+        flats, shards = [flat for flat, _ in some], [shard for _, shard in some]
+        if not group["rank"]:
+            return Dense(flats, shards)
+        matrices = {
+            name: matrices_of(name, self._shapes[name], group["stacked"])
+            for name in group["param_names"]
+        }
+        return LowRank(flats, shards, matrices, self._projections)
 
 
 class ApolloMini(Apollo):

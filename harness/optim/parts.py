@@ -46,6 +46,8 @@ class Part:
         self.group, self.states = group, states
         self.weights = [flat.detach().float().contiguous() for flat in self.flats]
         gradients = [flat.grad for flat in self.flats if flat.grad is not None]
+        if any(gradient.is_sparse for gradient in gradients):
+            raise ValueError("a gradient is sparse, which APOLLO does not take: use sparse=False")
         self.gradients = [gradient.float().contiguous() for gradient in gradients]
         for number, state in enumerate(states):
             if "step" not in state:
