@@ -73,9 +73,7 @@ def apollo(model: nn.Module, mini: bool = False, **settings: Any) -> Apollo:
     )
 
 
-def engine_of(
-    model: nn.Module, optimizer: Any, stage: int, dtype: str, overrides: dict[str, Any]
-) -> Any:
+def config_of(stage: int, dtype: str, overrides: dict[str, Any]) -> dict[str, Any]:
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -86,8 +84,13 @@ def engine_of(
         **overrides,
         "zero_optimization": zero | overrides.get("zero_optimization", {}),
     }
-    if dtype != "fp32":
-        config[dtype] = {"enabled": True}
+    return config if dtype == "fp32" else config | {dtype: {"enabled": True}}
+
+
+def engine_of(
+    model: nn.Module, optimizer: Any, stage: int, dtype: str, overrides: dict[str, Any]
+) -> Any:
+    config = config_of(stage, dtype, overrides)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
@@ -139,10 +142,18 @@ def difference(
     steps: int = 40,
     settings: dict[str, Any] | None = None,
     make: Callable[..., Apollo] = apollo,
+    born_sharded: bool = False,
 ) -> float:
-    """How far training under DeepSpeed ends from training unsharded. Collective."""
+    """How far training under DeepSpeed ends from training unsharded. Collective.
+
+    `born_sharded`: the model is made under zero.Init, where no rank ever has a whole parameter.
+    """
     settings = settings or {}
-    model, reference = Given(), Given()
+    with deepspeed.zero.Init(
+        config_dict_or_path=config_of(stage, dtype, overrides), enabled=born_sharded
+    ):
+        model = Given()
+    reference = Given()
     optimizer = make(model, mini, **settings)
     engine = engine_of(model, optimizer, stage, dtype, overrides)
     take_steps(engine, range(steps))

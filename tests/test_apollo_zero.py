@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harness.testing.pool import RankPool
-from tests.given_gradients import difference
+from tests.given_gradients import apollo, difference
 
 BOUND = 5e-7
 
@@ -114,14 +114,17 @@ def test_settings(three_ranks: RankPool, settings: dict[str, Any]) -> None:
         within_bound(three_ranks, stage, "fp32", False, {}, 20, settings)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_model_born_sharded(two_ranks: RankPool, dtype: str) -> None:
+    within_bound(two_ranks, 3, dtype, False, {}, 40, {}, apollo, True)
+
+
 def test_the_bound_is_sharp(two_ranks: RankPool) -> None:
     """Another P alone, with all else equal, is far outside of the bound."""
     assert min(two_ranks.run(difference_with_another_seed)) > 1000 * BOUND
 
 
 def difference_with_another_seed() -> float:
-    from tests.given_gradients import apollo
-
     seeds = iter((0, 1))
 
     def make(*args: Any, **settings: Any) -> Any:
