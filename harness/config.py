@@ -83,7 +83,7 @@ class OptimizerConfig(NamedConfig):
     """[engines.NAME.optimizer] an optimizer; further keys are its own arguments."""
 
     name: str = "adamw"
-    """A registered optimizer ("adamw", "apollo", "apollo-mini", "adafactor", "prodigy",
+    """A registered optimizer ("adamw", "apollo", "apollo-mini", "muon", "adafactor", "prodigy",
     "adamw8bit"), or an import path, like "torch.optim:SGD"."""
     lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
     """Learning rate: the schedule's peak."""

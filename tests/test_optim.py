@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.config import OptimizerConfig, SchedulerConfig
 from harness.errors import ConfigError
@@ -17,7 +18,10 @@ from harness.optim.build import OPTIMIZERS, build_optimizer, check_zero
 from harness.optim.lr import build_scheduler
 from harness.run import train
 from harness.testing.pool import RankPool
+from tests.given_gradients import Given, engine_of, gradients_of
 from tests.helpers import losses, records, tiny_config
+
+dynamo: Any = torch._dynamo
 
 
 def optimizer_config(**settings: Any) -> OptimizerConfig:
@@ -81,6 +85,7 @@ ADAFACTOR = "keeps means of a matrix's rows and columns"
     ("name", "deepspeed", "told"),
     [
         ("adafactor", {"zero_optimization": {"stage": 1}}, ADAFACTOR),
+        ("muon", {"zero_optimization": {"stage": 3}}, "reduce_scatter to false"),
         ("apollo", {"fp16": {"enabled": True}}, "use stage 1, or bf16"),
         ("apollo", {"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic"),
         (
@@ -115,6 +120,37 @@ def test_what_zero_does_not_degrade_is_not(caplog: pytest.LogCaptureFixture) -> 
         with caplog.at_level(logging.WARNING):
             check_zero(optimizer_config(name=name), zero)
         assert f"{name!r} is not known to treat every element alone" in caplog.text
+
+
+def with_muon(stage: int) -> dict[str, Tensor]:
+    """Three steps of Muon; the weights after them."""
+    dynamo.config.disable = True  # its kernels are compiled, which takes a minute
+    shapes = {"matrix": (12, 8), "wide": (8, 16), "bias": (7,), "embedding": (6, 5)}
+    model = Given(shapes)
+    config = optimizer_config(name="muon", lr=0.02, adam_lr=1e-2, momentum=0.9)
+    overrides = {"zero_optimization": {"reduce_scatter": False}} if stage == 3 else {}
+    engine = engine_of(model, build_optimizer(model, config), stage, "fp32", overrides)
+    for step in range(3):
+        engine.backward(engine(gradients_of(step, shapes)))
+        engine.step()
+    found = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+            found[name] = parameter.detach().clone()
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_muon_is_the_same_at_every_stage(two_ranks: RankPool, stage: int) -> None:
+    """Matrices take Muon's steps, the rest AdamW's."""
+    whole, _ = two_ranks.run(with_muon, 0)
+    for found in two_ranks.run(with_muon, stage):
+        for name, weight in found.items():
+            assert torch.allclose(weight, whole[name], rtol=0, atol=1e-4), name
+    start = dict(Given({"matrix": (12, 8), "wide": (8, 16), "bias": (7,)}).named_parameters())
+    assert (whole["matrix"] - start["matrix"]).abs().max() > 1e-2
+    assert (whole["bias"] - start["bias"]).abs().max() > 1e-2
 
 
 def factors(name: str, steps: int = 100, **args: float) -> list[float]:

@@ -33,12 +33,51 @@ class Known:
     """What to install for it, if it does not come with harness."""
     needs_whole: str = ""
     """Why it is wrong on the shards of ZeRO stages 1 to 3; empty if it is not."""
+    make: Callable[..., Optimizer] | None = None
+    """What makes it of a model, if its constructor does not of the parameters."""
+
+
+def _muon(
+    model: nn.Module,
+    *,
+    lr: float,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    adam_lr: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+) -> Optimizer:
+    """Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
+
+    DeepSpeed's, whose ZeRO wrappers find the matrices by a mark on them; AdamW for the rest.
+    """
+    module = importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for group in apollo_param_groups(model, rank=1, stacked="$^"):
+        for parameter in group["params"]:
+            parameter.use_muon = bool(group["rank"]) and parameter.dim() == 2
+            parts[parameter.use_muon].append(parameter)
+    settings: dict[bool, dict[str, Any]] = {
+        True: {"lr": lr, "momentum": momentum},
+        False: {"lr": lr if adam_lr is None else adam_lr, "betas": tuple(betas), "eps": eps},
+    }
+    groups = [
+        {"params": parameters, "use_muon": is_muon, "weight_decay": weight_decay}
+        | settings[is_muon]
+        for is_muon, parameters in parts.items()
+        if parameters
+    ]
+    return module.MuonWithAuxAdam(groups)
 
 
 OPTIMIZERS = {
     "adamw": Known("torch.optim:AdamW"),
     "apollo": Known("harness.optim.apollo:Apollo"),
     "apollo-mini": Known("harness.optim.apollo:ApolloMini"),
+    "muon": Known(
+        "deepspeed.runtime.zero.muon.muon_optimizer:MuonWithAuxAdam",
+        make=_muon,
+    ),
     "adafactor": Known(
         "torch.optim:Adafactor",
         needs_whole="it keeps means of a matrix's rows and columns, and gets vectors",
@@ -65,9 +104,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     kind: Any = _imported(config.name)
     args: dict[str, Any] = dict(config.args)
     is_apollo = issubclass(kind, Apollo)
-    described = Apollo if is_apollo else kind  # ApolloMini passes on what Apollo takes
-    check_arguments(f"optimizer {config.name!r}", described, args, POLICY if is_apollo else ())
+    known = OPTIMIZERS.get(config.name)
+    make: Any = (known and known.make) or (Apollo if is_apollo else kind)
+    check_arguments(f"optimizer {config.name!r}", make, args, POLICY if is_apollo else ())
     try:
+        if known is not None and known.make is not None:
+            return known.make(model, lr=config.lr, **args)
         if is_apollo:
             policy = {key: args.pop(key) for key in POLICY if key in args}
             rank = args.pop("rank", kind.RANK)
@@ -86,6 +128,11 @@ def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
     zero = deepspeed.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     kind = _imported(config.name)
+    if config.name == "muon" and stage == 3 and zero.get("reduce_scatter", True):
+        raise ConfigError(
+            f"optimizer {config.name!r}: at ZeRO stage 3 it needs whole gradients: set "
+            "zero_optimization.reduce_scatter to false"
+        )
     if issubclass(kind, Apollo):
         _check_apollo(config.name, stage, zero, deepspeed)
     named = OPTIMIZERS.get(config.name)
