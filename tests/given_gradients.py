@@ -94,10 +94,10 @@ def engine_of(
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
-def take_steps(engine: Any, steps: range) -> None:
+def take_steps(engine: Any, steps: range, shapes: Shapes = SHAPES) -> None:
     for step in steps:
         for _ in range(engine.gradient_accumulation_steps()):
-            engine.backward(engine(gradients_of(step)))
+            engine.backward(engine(gradients_of(step, shapes)))
             engine.step()
 
 

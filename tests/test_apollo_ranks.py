@@ -279,7 +279,10 @@ def closed_loop(stage: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_transformer_learns_the_same(two_ranks: RankPool, stage: int) -> None:
-    for difference, fall in two_ranks.run(closed_loop, stage):
-        assert difference <= 5e-6
-        assert fall > 0.5
+def test_a_transformer_learns_the_same(
+    two_ranks: RankPool, four_ranks: RankPool, stage: int
+) -> None:
+    for pool in (two_ranks, four_ranks):
+        for difference, fall in pool.run(closed_loop, stage):
+            assert difference <= 5e-6
+            assert fall > 0.5

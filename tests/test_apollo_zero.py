@@ -8,8 +8,20 @@ from typing import Any
 
 import pytest
 
+from harness.optim import Apollo, ApolloMini
+from harness.optim.lowrank import LowRank
 from harness.testing.pool import RankPool
-from tests.given_gradients import apollo, difference
+from tests.given_gradients import (
+    Given,
+    Shapes,
+    apollo,
+    difference,
+    engine_of,
+    masters,
+    take_plain_steps,
+    take_steps,
+    worst,
+)
 
 BOUND = 5e-7
 
@@ -117,6 +129,33 @@ def test_settings(three_ranks: RankPool, settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_model_born_sharded(two_ranks: RankPool, dtype: str) -> None:
     within_bound(two_ranks, 3, dtype, False, {}, 40, {}, apollo, True)
+
+
+def cut_between_rows(stage: int, mini: bool) -> float:
+    """As `difference`, for matrices that ranks share although no row of them is cut."""
+    shapes: Shapes = {"one": (24, 16), "other": (48, 8), "third": (64, 4)}
+    model, reference = Given(shapes), Given(shapes)
+
+    def make(of: Given) -> Apollo:
+        group = {"params": list(of.parameters()), "param_names": list(shapes)}
+        return (ApolloMini if mini else Apollo)([group], lr=1e-2, rank=1 if mini else 3)
+
+    optimizer = make(model)
+    engine = engine_of(model, optimizer, stage, "fp32", {})
+    take_steps(engine, range(20), shapes)
+    take_plain_steps(reference, make(reference), range(20), shapes)
+    found = masters(optimizer)
+    (part,) = optimizer._parts.values()
+    assert isinstance(part, LowRank) and part.plan.is_cut and not part.plan.shared
+    engine.destroy()
+    return worst(found, reference)
+
+
+@pytest.mark.parametrize("mini", [False, True], ids=["apollo", "mini"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_boundaries_between_rows(two_ranks: RankPool, stage: int, mini: bool) -> None:
+    for found in two_ranks.run(cut_between_rows, stage, mini):
+        assert found <= BOUND, found
 
 
 def test_the_bound_is_sharp(two_ranks: RankPool) -> None:

@@ -60,8 +60,13 @@ def test_every_element_and_every_channel_once(shapes: Shapes, world: int, gap: i
     plans = [Plan([shard], matrices) for shard in shards]
     seen = [torch.zeros(shape) for shape in shapes]
     kept: dict[tuple[int, int], int] = {}
+    holders = [
+        sum(pieces[number].length > 0 for pieces in shards[0].pieces)
+        for number in range(len(shapes))
+    ]
     for plan, shard in zip(plans, shards, strict=True):
         assert plan.shared == plans[0].shared
+        assert plan.is_cut == (max(holders) > 1)
         assert len(plan.matrix_of_slot) == plan.slots
         for block in plan.blocks:
             matrix = plan.matrices[block.matrix]

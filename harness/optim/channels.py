@@ -107,6 +107,8 @@ class Plan:
         """The channels that lie on this rank whole."""
         self.shared: list[Run] = []
         """The channels that several ranks have elements of; the same list on all of them."""
+        self.is_cut = False
+        """Whether several ranks have elements of one matrix, if only of different channels."""
         held: list[tuple[int, int, int, Piece]] = []  # matrix, start, stop, and the piece it is in
         for flat, shard in enumerate(shards):
             assert len(shards) == 1 or len(shard.pieces) == 1
@@ -146,6 +148,7 @@ class Plan:
         number = len(self.matrices)
         start, stop = spans[self.rank]
         holders = [rank for rank, (first, last) in enumerate(spans) if first < last]
+        self.is_cut |= len(holders) > 1
         if len(holders) == 1:
             if start < stop:
                 self.local.append(Run(number, 0, matrix.channels))

@@ -45,7 +45,7 @@ class LowRank(Part):
         super().__init__(flats, shards)
         self._kept = projections
         self.plan = Plan(shards, matrices)
-        self.is_cut = bool(self.plan.shared)
+        self.is_cut = self.plan.is_cut
         count = len(self.plan.matrices)
         self._matrix_of_slot = self.plan.matrix_of_slot.to(self.device)
         self._flat_of_matrix = torch.tensor(self.plan.flat_of_matrix, device=self.device)

@@ -32,7 +32,7 @@ class Part:
         self.world = len(self.shard.pieces)
         self.device = self.flats[0].device
         self.is_cut = False
-        """Whether ranks share channels, so that there is something to gather."""
+        """Whether ranks share matrices, so that there is something to gather."""
         self.group: Group = {}
         self.states: list[State] = []
         self.weights: list[Tensor] = []
