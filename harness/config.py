@@ -86,7 +86,8 @@ class OptimizerConfig(NamedConfig):
     """[engines.NAME.optimizer] an optimizer; further keys are its own arguments."""
 
     name: str = "adamw"
-    """A registered optimizer ("adamw"), or an import path, like "torch.optim:SGD"."""
+    """A registered optimizer ("adamw", "apollo", "apollo-mini", "muon", "adafactor", "prodigy",
+    "adamw8bit"), or an import path, like "torch.optim:SGD"."""
     lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
     """Learning rate: the schedule's peak."""
 
@@ -95,7 +96,8 @@ class SchedulerConfig(NamedConfig):
     """[engines.NAME.scheduler] a learning-rate schedule; further keys are its own arguments."""
 
     name: str
-    """A registered schedule: "constant", "linear" or "cosine"."""
+    """A registered schedule: "constant", "linear", "cosine", "one-cycle", "noam" or
+    "warmup-stable-decay"."""
 
 
 class EngineConfig(Section):

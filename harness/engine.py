@@ -11,7 +11,7 @@ from torch import nn
 from harness import distributed
 from harness.config import EngineConfig
 from harness.errors import ConfigError
-from harness.optim.build import build_optimizer, is_elementwise
+from harness.optim.build import build_optimizer, check_zero, is_elementwise
 from harness.optim.lr import build_factor, build_scheduler
 
 log = logging.getLogger(__name__)
@@ -76,10 +76,10 @@ class Engine:
             if config.optimizer is None:
                 model.requires_grad_(False).eval()
             else:
-                trainable = [p for p in model.parameters() if p.requires_grad]
-                if not trainable:
+                if not any(p.requires_grad for p in model.parameters()):
                     raise ConfigError(f"engines.{name}: the model has no trainable parameter")
-                optimizer = build_optimizer(trainable, config.optimizer)
+                check_zero(config.optimizer, config.deepspeed())
+                optimizer = build_optimizer(model, config.optimizer)
                 made = type(optimizer)
                 self.optimizer = f"{made.__module__}:{made.__qualname__}"
                 chosen = {"lr", *config.optimizer.args}
@@ -99,6 +99,7 @@ class Engine:
             config={
                 "steps_per_print": 2**31,
                 "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
                 "train_micro_batch_size_per_gpu": micro_batch_size,
             }
             | config.deepspeed(),
@@ -224,6 +225,11 @@ class Engine:
         if self._clip is not None:
             found.append(f"clip {self._clip:g} (the config says {self._configured_clip:g})")
         return found
+
+    def optimizer_figures(self) -> dict[str, torch.Tensor]:
+        """What the optimizer tells of its last step, as APOLLO does; on the device."""
+        tell = getattr(self.ds.basic_optimizer, "telemetry", None)
+        return tell() if tell is not None else {}
 
     def gather_attribute(self, name: str, kind: type = object) -> dict[str, Any]:
         """Takes attribute `name` off every submodule that has it: `{module path: value}`.

@@ -104,10 +104,11 @@ class Engines(Mapping[str, Engine]):
         return report
 
     def norms(self) -> dict[str, torch.Tensor | float]:
-        """The last step's gradient norms, named for the log."""
+        """The last step's gradient norms, and what the optimizers tell of it, named for the log."""
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.trained:
-            report |= self.label(engine, {"grad_norm": engine.last_grad_norm})
+            figures = {"grad_norm": engine.last_grad_norm, **engine.optimizer_figures()}
+            report |= self.label(engine, figures)
         return report
 
     def count(self, samples: int, tokens: int) -> None:

@@ -1,1 +1,6 @@
-"""Optimizers by name, and learning-rate schedules."""
+"""Optimizers by name, learning-rate schedules, and APOLLO."""
+
+from harness.optim.apollo import Apollo, ApolloMini
+from harness.optim.groups import apollo_param_groups
+
+__all__ = ["Apollo", "ApolloMini", "apollo_param_groups"]

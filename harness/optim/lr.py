@@ -42,6 +42,49 @@ def cosine(total_steps: int, *, warmup: int = 0, floor: float = 0.0) -> Factor:
     return factor
 
 
+def one_cycle(
+    total_steps: int, *, warmup: int = 0, start: float = 0.04, floor: float = 4e-6
+) -> Factor:
+    """Half a cosine from `start` up to 1 over `warmup` steps (0: 30 % of all), and one down to
+    `floor` at the last step.
+
+    Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning
+    Rates", 2018, with the proportions of torch's OneCycleLR.
+    """
+    rise = warmup or max(1, round(0.3 * total_steps))
+
+    def factor(step: int) -> float:
+        bottom, way = start, 1 - step / rise
+        if step >= rise:
+            bottom, way = floor, _progress(step, rise, total_steps)
+        return bottom + (1 - bottom) * (1 + math.cos(math.pi * way)) / 2
+
+    return factor
+
+
+def noam(total_steps: int, *, warmup: int = 4000) -> Factor:
+    """Rises on a line to 1 over `warmup` steps, and falls with the root of the steps.
+
+    Vaswani et al., "Attention Is All You Need", 2017, with a peak of 1.
+    """
+    if warmup < 1:
+        raise ConfigError(f"scheduler 'noam': warmup = {warmup}, expected a number from 1 on")
+    return lambda step: min((step + 1) / warmup, math.sqrt(warmup / (step + 1)))
+
+
+def warmup_stable_decay(
+    total_steps: int, *, warmup: int = 0, decay: int = 0, floor: float = 0.0
+) -> Factor:
+    """1 after the warm-up, until a line falls to `floor` over the last `decay` steps (0: 10 % of
+    all).
+
+    Hu et al., "MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training
+    Strategies", 2024.
+    """
+    fall = total_steps - (decay or max(1, round(0.1 * total_steps)))
+    return lambda step: _warm(step, warmup) * (1 - (1 - floor) * _progress(step, fall, total_steps))
+
+
 def _warm(step: int, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup) if warmup else 1.0
 
@@ -54,6 +97,9 @@ SCHEDULES: dict[str, Callable[..., Factor]] = {
     "constant": constant,
     "linear": linear,
     "cosine": cosine,
+    "one-cycle": one_cycle,
+    "noam": noam,
+    "warmup-stable-decay": warmup_stable_decay,
 }
 
 

@@ -1,0 +1,87 @@
+"""Held-out loss of the default task after the same tokens: AdamW, APOLLO and APOLLO-Mini.
+
+    python bench/optimizers.py [--steps 400] [--ranks 2] [--rank 32] [--lrs 1e-3 2e-3 5e-3 1e-2]
+
+Every optimizer gets the same grid of learning rates, the same data, and no weight decay. Prints
+each run as it ends, then the best of each optimizer and its state on the fullest rank.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness.config import Config, load
+from harness.optim.groups import apollo_param_groups
+from harness.optim.memory import state_bytes
+from harness.run import train
+from harness.task import load_task
+from harness.testing.pool import RankPool
+
+TASK = Path(__file__).parent.parent / "launch/tasks/byte_lm.toml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 2e-3, 5e-3, 1e-2])
+    options = parser.parse_args()
+    optimizers: dict[str, dict[str, Any]] = {
+        "adamw": {"name": "adamw", "weight_decay": 0.0},
+        "apollo": {"name": "apollo", "rank": options.rank},
+        "apollo-mini": {"name": "apollo-mini"},
+    }
+    best: dict[str, tuple[float, float]] = {}
+    with tempfile.TemporaryDirectory() as directory, RankPool(options.ranks, 1e5) as pool:
+        for name, settings in optimizers.items():
+            for lr in options.lrs:
+                optimizer = settings | {"lr": lr, "betas": [0.9, 0.95]}
+                config = config_of(Path(directory) / f"{name}-{lr:g}", optimizer, options.steps)
+                pool.run(train, config)
+                loss = held_out_loss(config)
+                say(f"{name:>12} {lr:8g} {loss:8.4f}")
+                best[name] = min(best.get(name, (float("inf"), lr)), (loss, lr))
+    model = load_task(load(TASK)).models["lm"]
+    ranks = {"adamw": 0, "apollo": options.rank, "apollo-mini": 1}
+    say("\n| optimizer | best lr | held-out loss | / AdamW | state, MiB |\n|---|--:|--:|--:|--:|")
+    for name, (loss, lr) in best.items():
+        groups = apollo_param_groups(model, rank=ranks[name] or options.rank)
+        if not ranks[name]:
+            groups = [group | {"rank": 0} for group in groups]
+        state = max(state_bytes(groups, 2, options.ranks)) / 2**20
+        ratio = loss / best["adamw"][0]
+        say(f"| {name} | {lr:g} | {loss:.4f} | {ratio:.4f} | {state:.2f} |")
+
+
+def config_of(directory: Path, optimizer: dict[str, Any], steps: int) -> Config:
+    """The default task with another optimizer, evaluated at its end alone."""
+    overrides = {
+        "run": {"dir": str(directory), "steps": steps},
+        "engines": {"lm": {"scheduler": {"warmup": max(1, steps // 10)}}},
+        "trainer": {"save_every": 0, "eval_every": 0, "save_on_quit": False},
+        "control": {"stdin": False},
+    }
+    config = load(TASK, overrides)
+    engine = config.engines["lm"]
+    table = config.model_dump(mode="json") | {"engines": {"lm": {}}}
+    table["engines"]["lm"] = engine.model_dump(mode="json") | {"optimizer": optimizer}
+    return Config.model_validate(table)
+
+
+def held_out_loss(config: Config) -> float:
+    """The loss of the last evaluation."""
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [r["eval/loss"] for r in map(json.loads, lines) if "eval/loss" in r][-1]
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""APOLLO's low-rank parts: project, adapt, apply, for all matrices of a parameter group at once.
+
+The equations, and where they are from, stand at the top of apollo.py. Shapes: C slots of channels
+(channels.py), of which the first c carry state on this rank; r the rank; W ranks; n matrices.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.optim.channels import Block, Matrix, Plan
+from harness.optim.parts import Group, Named, Part, State
+from harness.optim.philox import gaussian, key_of, rademacher
+from harness.optim.shards import Shard
+
+log = logging.getLogger(__name__)
+
+foreach: Any = torch
+"""torch's functions on lists of tensors, which its type stubs do not tell of."""
+
+PROJECTIONS = {"gaussian": gaussian, "rademacher": rademacher}
+
+KEPT_BYTES = 64 * 2**20
+"""Bytes of projections that an optimizer keeps until their refresh; more are made at each step."""
+
+KEYS = ("exp_avg", "exp_avg_sq", "limiter", "step", "calls")
+
+
+class LowRank(Part):
+    """APOLLO, or with scale_type "tensor" APOLLO-Mini."""
+
+    def __init__(
+        self,
+        flats: Sequence[Tensor],
+        shards: Sequence[Shard],
+        matrices: Mapping[str, Sequence[Matrix]],
+        projections: "Projections",
+    ):
+        """`matrices`: those of every parameter, by its name."""
+        super().__init__(flats, shards)
+        self._kept = projections
+        self.plan = Plan(shards, matrices)
+        self.is_cut = self.plan.is_cut
+        count = len(self.plan.matrices)
+        self._matrix_of_slot = self.plan.matrix_of_slot.to(self.device)
+        self._flat_of_matrix = torch.tensor(self.plan.flat_of_matrix, device=self.device)
+        here = self._matrix_of_slot[: self.plan.rows_here]
+        first = self.plan.rows_here + self.plan.rank * self.plan.chunk
+        dealt = self._matrix_of_slot[first : first + self.plan.chunk]
+        counts = [torch.bincount(slots, minlength=count + 1) for slots in (here, dealt)]
+        self._channels_of = torch.cat(counts)  # rows of state by matrix: here whole, then dealt
+        self._inner_of: dict[int, range] = {}  # the inner indices of a matrix that are needed here
+        for block in self.plan.blocks:
+            known = self._inner_of.get(block.matrix, range(block.inner, block.inner))
+            first, stop = min(known.start, block.inner), max(known.stop, self._inner(block).stop)
+            self._inner_of[block.matrix] = range(first, stop)
+        self._sketch = self._squares = self._ratios = torch.empty(0)
+        self._told: dict[str, Tensor] = {}
+
+    def _first_state(self, number: int) -> State:
+        shape = self.plan.rows_of_flat[number], self.group["rank"]
+        matrices = self.plan.flat_of_matrix.count(number)
+        return {
+            "exp_avg": torch.zeros(shape, device=self.device),
+            "exp_avg_sq": torch.zeros(shape, device=self.device),
+            "limiter": torch.zeros(matrices, device=self.device),
+            "calls": 0,
+        }
+
+    def begin(self, group: Group, states: list[State], named: Named) -> None:
+        super().begin(group, states, named)
+        for rows, state in zip(self.plan.rows_of_flat, states, strict=True):
+            found, expected = tuple(state["exp_avg"].shape), (rows, group["rank"])
+            if found != expected:
+                raise ValueError(
+                    f"state of {self.plan.matrices[0].name!r} and what is stepped with it: found "
+                    f"the shape {found}, expected {expected}: it was saved with another `rank`, or "
+                    "on another number of ranks or ZeRO stage: load it by name (load_named_state)"
+                )
+
+    def telemetry(self) -> dict[str, Tensor]:
+        return self._told
+
+    def named(self, states: Sequence[State]) -> Iterator[tuple[str, Tensor]]:
+        plan, rows = self.plan, self.plan.rows_of_flat
+        first_rows = [sum(rows[:flat]) for flat in range(len(rows))]
+        limiters = [value for state in states for value in state["limiter"]]
+        for number, matrix in enumerate(plan.matrices):
+            flat = plan.flat_of_matrix[number]
+            for key in ("exp_avg", "exp_avg_sq"):
+                kept = states[flat][key]
+                whole = torch.zeros(matrix.channels, kept.shape[1], device=self.device)
+                for row, run in plan.owned():
+                    if run.matrix == number:
+                        here = kept.narrow(0, row - first_rows[flat], run.count)
+                        whole[run.channel : run.channel + run.count] = here
+                yield f"{matrix.name}/{key}", self._joined(whole)
+            yield f"{matrix.name}/limiter", limiters[number]
+            yield f"{matrix.name}/step", states[flat]["step"]
+            yield f"{matrix.name}/calls", torch.tensor(states[flat]["calls"])
+
+    def _adopt(self, number: int, state: State, named: Named) -> None:
+        plan = self.plan
+        first_row = sum(plan.rows_of_flat[:number])
+        mine = [k for k, flat in enumerate(plan.flat_of_matrix) if flat == number]
+        for place, matrix in enumerate(mine):
+            name, channels = plan.matrices[matrix].name, plan.matrices[matrix].channels
+            found = {key: named.pop(f"{name}/{key}") for key in KEYS if f"{name}/{key}" in named}
+            if not found:
+                continue
+            shape = (channels, self.group["rank"])
+            if len(found) < len(KEYS) or tuple(found["exp_avg"].shape) != shape:
+                log.warning(
+                    "%s: its state is not that of APOLLO at this rank; it starts anew", name
+                )
+                continue
+            for key in KEYS[:2]:
+                for row, run in plan.owned():
+                    if run.matrix == matrix:
+                        whole = found[key].narrow(0, run.channel, run.count)
+                        state[key].narrow(0, row - first_row, run.count).copy_(whole)
+            state["limiter"][place] = found["limiter"]
+            state["step"].copy_(torch.maximum(state["step"], found["step"].to(self.device)))
+            state["calls"] = max(state["calls"], int(found["calls"]))
+
+    def square_sum(self) -> Tensor:
+        return self._squares.sum(dtype=torch.float64)
+
+    def project(self) -> Tensor:
+        plan, rank = self.plan, self.group["rank"]
+        self._sketch = torch.zeros(plan.slots, rank, device=self.device)
+        self._squares = torch.zeros(plan.slots, device=self.device)
+        for number, blocks in groupby(plan.blocks, key=lambda block: block.matrix):
+            matrix, needed = plan.matrices[number], self._inner_of[number]
+            calls = self.states[plan.flat_of_matrix[number]]["calls"]
+            projection = self._kept.get(matrix, needed, calls, self.group, self.device)
+            for block in blocks:
+                channels, inner = self._channels(self.gradients, block), self._inner(block)
+                slots = slice(block.slot, block.slot + len(channels))
+                rows = projection[inner.start - needed.start : inner.stop - needed.start]
+                self._sketch[slots].addmm_(channels, rows)
+                if self.group["scale_type"] == "tensor":  # only their sum is asked for
+                    self._squares[block.slot] += torch.linalg.vector_norm(channels).square()
+                elif matrix.by_rows:
+                    self._squares[slots] += torch.linalg.vector_norm(channels, dim=1).square()
+                else:  # torch's norm is slow along columns
+                    self._squares[slots] += channels.square().sum(1)
+        shared = [self._sketch[plan.rows_here :], self._squares[plan.rows_here :, None]]
+        return torch.cat(shared, dim=1).view(plan.world, plan.chunk * (rank + 1))
+
+    def adapt(self, received: Tensor, well: Tensor) -> Tensor:
+        plan, group, rank = self.plan, self.group, self.group["rank"]
+        dealt = received.view(plan.chunk, rank + 1)
+        self._sketch[plan.rows_here : plan.rows] = dealt[:, :rank]
+        self._squares[plan.rows_here : plan.rows] = dealt[:, rank]
+        sketch = self._sketch[: plan.rows]
+        sketch.view(torch.int32).bitwise_and_(_mask(well))
+        squares = self._squares[: plan.rows].double()
+        norms = torch.linalg.vector_norm(sketch, dim=1).double()
+        self._adam(sketch, well)
+        adapted_norms = torch.linalg.vector_norm(sketch, dim=1).double()
+        self._ratios = torch.ones_like(norms)
+        if group["scale_type"] == "channel":
+            self._ratios = adapted_norms / (norms + 1e-8)
+        of_channel = torch.stack([self._ratios**2 * squares, norms**2, adapted_norms**2], dim=1)
+        sums = torch.segment_reduce(of_channel, "sum", lengths=self._channels_of, axis=0, initial=0)
+        sums = sums.view(2, -1, 3).sum(0)[:-1]
+        return torch.cat([self._ratios[plan.rows_here :], sums.flatten()])
+
+    def apply(self, told: Tensor, well: Tensor) -> None:
+        plan, group = self.plan, self.group
+        told = told.to(self.device)
+        ratios = torch.cat([self._ratios[: plan.rows_here], told[:, : plan.chunk].flatten()])
+        squares, norms, adapted = told[:, plan.chunk :].sum(0).view(-1, 3).unbind(1)  # (n,) each
+        of_matrix = adapted.sqrt() / (norms.sqrt() + 1e-8)
+        scale = of_matrix if group["scale_type"] == "tensor" else torch.ones_like(squares)
+        alpha = math.sqrt(group["scale"])
+        limit = self._limit(scale * squares.sqrt() * (alpha if group["scale_front"] else 1), well)
+        self._told = {"scale": of_matrix, "limited": limit > 1, "seen": norms > 0}
+        decay = torch.where(well, group["lr"] * group["weight_decay"], 0.0)
+        rate = group["lr"] * alpha * self._corrections() * scale / limit * (1 - decay)
+        rate = torch.cat([rate, rate.new_zeros(1)])[self._matrix_of_slot]
+        step = torch.where(well, ratios * rate, 0.0).float()
+        mask = _mask(well)
+        for block in plan.blocks:
+            weight = self._channels(self.weights, block)
+            bits = self._channels(self.gradients, block).view(torch.int32)
+            gradient = (bits & mask).view(torch.float32)
+            if group["weight_decay"]:  # not w *= 1 - decay, whose rounding goes one way each step
+                weight.addcmul_(weight, decay, value=-1)
+            step_of = step[block.slot : block.slot + len(weight), None]
+            weight.addcmul_(gradient, step_of, value=-1)
+        self.end()
+
+    def end(self) -> None:
+        super().end()
+        self._sketch = self._squares = self._ratios = torch.empty(0)
+
+    def _adam(self, sketch: Tensor, well: Tensor) -> None:
+        """Brings M and V up to date, if all is well, and turns R, which is 0 if not, into
+        N = M / (sqrt(V) + eps): (c, r)."""
+        moments = [state["exp_avg"] for state in self.states]
+        squares = [state["exp_avg_sq"] for state in self.states]
+        sketches = list(sketch.split(self.plan.rows_of_flat))
+        beta1, beta2 = self.group["betas"]
+        foreach._foreach_mul_(moments, torch.where(well, beta1, 1.0))
+        foreach._foreach_add_(moments, sketches, alpha=1 - beta1)
+        foreach._foreach_mul_(squares, torch.where(well, beta2, 1.0))
+        foreach._foreach_addcmul_(squares, sketches, sketches, value=1 - beta2)
+        for state in self.states:
+            state["step"] += well
+            state["calls"] += 1
+        foreach._foreach_copy_(sketches, squares)
+        sketch.sqrt_().add_(self.group["eps"]).reciprocal_()
+        foreach._foreach_mul_(sketches, moments)
+
+    def _corrections(self) -> Tensor:
+        """sqrt(1 - b2^t) / (1 - b1^t) for every matrix, where t is the steps that counted: (n,)."""
+        steps = torch.stack([state["step"] for state in self.states]).double()
+        beta1, beta2 = self.group["betas"]
+        return ((1 - beta2**steps).sqrt() / (1 - beta1**steps))[self._flat_of_matrix]
+
+    def _limit(self, norms: Tensor, well: Tensor) -> Tensor:
+        """L for every matrix, from the norms of U: (n,). The first norm above 0 starts the limiter:
+        one that had started at 0 would let nothing pass, ever."""
+        gamma = self.group["gamma"]
+        if gamma is None:
+            return torch.ones_like(norms)
+        limiters = [state["limiter"] for state in self.states]
+        last = torch.cat(limiters)
+        growth = (norms / (last + 1e-8)).clamp(min=gamma) / gamma
+        limit = torch.where(last > 0, growth, 1.0)
+        last = torch.where(well & (norms > 0), norms / limit, last).float()
+        foreach._foreach_copy_(limiters, list(last.split([len(one) for one in limiters])))
+        return limit
+
+    def _channels(self, flats: Sequence[Tensor], block: Block) -> Tensor:
+        """A block of some flats as (channels, inner): a view."""
+        stretch = flats[block.flat].view(-1)[
+            block.offset : block.offset + block.height * block.width
+        ]
+        rectangle = stretch.view(block.height, block.width)
+        return rectangle if self.plan.matrices[block.matrix].by_rows else rectangle.T
+
+    def _inner(self, block: Block) -> range:
+        by_rows = self.plan.matrices[block.matrix].by_rows
+        return range(block.inner, block.inner + (block.width if by_rows else block.height))
+
+
+def _mask(well: Tensor) -> Tensor:
+    """For the bits of a tensor: all of them, or none, since 0 times what is not finite is not 0."""
+    return -well.to(torch.int32)
+
+
+class Projections:
+    """The matrices P of an optimizer: made from their address, and kept until their refresh as long
+    as there is room."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, tuple[int, Tensor]] = {}
+        self._bytes = 0
+
+    def get(
+        self, matrix: Matrix, inner: range, calls: int, group: Group, device: torch.device
+    ) -> Tensor:
+        """The rows of P for some inner indices of a matrix, entries from N(0, 1/r), or of that
+        variance: fp32 (inner, r). `calls`: steps before this one."""
+        rank, refresh = group["rank"], calls // group["update_proj_gap"]
+        address = matrix.name, inner, rank
+        if address in self._kept:
+            made_at, projection = self._kept[address]
+            if made_at == refresh:
+                return projection
+            del self._kept[address]
+            self._bytes -= projection.nbytes
+        make, key = PROJECTIONS[group["projection"]], key_of(group["seed"], matrix.name)
+        projection = make(inner, range(rank), refresh, key, device).div_(math.sqrt(rank))
+        if self._bytes + projection.nbytes <= KEPT_BYTES:
+            self._kept[address] = refresh, projection
+            self._bytes += projection.nbytes
+        return projection
