@@ -32,4 +32,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	pip install --quiet --constraint constraints.txt --no-deps apollo-torch  # to be compared with
 	touch $@

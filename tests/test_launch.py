@@ -121,13 +121,14 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[Any] | None =
 
 
 def ranks_of(directory: Path) -> list[psutil.Process]:
-    """The ranks of the run below `directory`, by rank."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
+    """The ranks of the run below `directory`, by rank; without their data-loader workers."""
+    found = {}
+    for process in psutil.process_iter(["cmdline", "ppid"]):
         words = process.info["cmdline"] or []
         if str(directory / "tiny.toml") in words and str(ROOT / "launch/train.py") in words[1:3]:
-            found.append(process)
-    return sorted(found, key=lambda process: process.environ().get("RANK", "0"))
+            found[process.pid] = process
+    ranks = [process for process in found.values() if process.info["ppid"] not in found]
+    return sorted(ranks, key=lambda process: process.environ().get("RANK", "0"))
 
 
 def log_of(directory: Path) -> str:
