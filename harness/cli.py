@@ -19,7 +19,7 @@ def main() -> None:
         "ctl",
         help="commands to a running job",
         description="Sends a command to a running job, and waits for what it leads to; without a "
-        "command, a prompt. `harness ctl RUN_DIR help` lists the commands.",
+        "command, those of standard input, or a prompt. `harness ctl RUN_DIR help` lists them.",
         epilog="exit code: 0 done, 1 failed, 2 rejected, 3 no answer",
     )
     ctl.add_argument("--json", action="store_true", help="print every answer as a JSON object")
@@ -32,10 +32,12 @@ def main() -> None:
         elif args.words:
             sys.exit(tell(args.run_dir, " ".join(args.words), args.json))
         else:
-            sys.exit(talk(args.run_dir))
+            sys.exit(talk(args.run_dir, args.json))
     except HarnessError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # the reader, like `head`, has had enough
         sys.stderr.close()
 

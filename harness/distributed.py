@@ -200,8 +200,9 @@ def all_gather(value: T) -> list[T]:
 def in_unison(doing: str) -> Iterator[None]:
     """Makes a failure on some ranks a failure on all, so that none is left waiting.
 
-    The body must hold no collective. If it raised anywhere, every rank raises the error of the
-    first rank that failed: a HarnessError as it was, anything else with that rank's traceback.
+    The body must hold no collective, unless what fails in there fails on all ranks. If it raised
+    anywhere, every rank raises the error of the first rank that failed: a HarnessError as it was,
+    anything else with that rank's traceback.
     """
     failure: HarnessError | None = None
     try:

@@ -1,6 +1,7 @@
 """One model under one DeepSpeed engine."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 
 from harness import distributed
 from harness.config import EngineConfig
-from harness.errors import ConfigError
+from harness.errors import CommandError, ConfigError
 from harness.optim.build import build_optimizer, check_zero, is_elementwise
 from harness.optim.lr import build_factor, build_scheduler
 
@@ -180,7 +181,12 @@ class Engine:
         self._apply_lr()
 
     def scale_lr(self, factor: float) -> None:
-        """Multiplies the learning rate, held or scheduled, from the next step on."""
+        """Multiplies the learning rate, held or scheduled, from the next step on.
+
+        Raises CommandError if that is no finite number.
+        """
+        if not math.isfinite(factor * self._lr_factor * self.get_lr()):
+            raise CommandError(f"engine {self.name!r}: lr x{factor:g} would be infinite")
         self._lr_factor *= factor
         self._apply_lr()
 
@@ -283,14 +289,21 @@ class Engine:
         self.ds.lr_scheduler.base_lrs = [chosen["lr"] for chosen in self._chosen]
         for group, chosen in zip(self.ds.optimizer.param_groups, self._chosen, strict=True):
             group |= chosen
-        if state["schedule"] == self._schedule:
-            self._held_lr, self._lr_factor = state["held_lr"], state["lr_factor"]
-        else:
-            log.info(
-                "engine %s: optimizer or schedule were changed: lr %g", self.name, self.get_lr()
-            )
-        if state["configured_clip"] == self._configured_clip:
-            self._clip = state["clip"]
+        self._held_lr, self._lr_factor, self._clip = (
+            state[key] for key in ("held_lr", "lr_factor", "clip")
+        )
+        was = self.overrides()
+        if state["schedule"] != self._schedule:
+            self._held_lr, self._lr_factor = None, 1.0
+        if state["configured_clip"] != self._configured_clip:
+            self._clip = None
+        for text in was:
+            if text not in self.overrides():
+                log.info(
+                    "engine %s: %s, set live, is dropped: the config was changed since",
+                    self.name,
+                    text,
+                )
         self._apply_lr()
         self._apply_clip()
 
@@ -298,16 +311,24 @@ class Engine:
         """The whole model's parameters and persistent buffers, one at a time, by name.
 
         Copies on rank 0's CPU (tied tensors stay one tensor); None elsewhere. Collective: at ZeRO
-        stage 3 every parameter is gathered.
+        stage 3 every parameter is gathered. Raises HarnessError, on all ranks and after the last
+        one, if rank 0 has no room for them.
         """
         import deepspeed
 
         copies: dict[int, torch.Tensor] = {}
+        failure: Exception | None = None
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-                if distributed.is_global_leader() and id(tensor) not in copies:
-                    copies[id(tensor)] = tensor.detach().cpu().clone()
+                if distributed.is_global_leader() and id(tensor) not in copies and not failure:
+                    try:
+                        copies[id(tensor)] = tensor.detach().cpu().clone()
+                    except Exception as error:  # the others must not wait for this rank
+                        failure = error
             yield name, copies.get(id(tensor))
+        with distributed.in_unison(f"cannot gather engine {self.name!r}"):
+            if failure is not None:
+                raise failure
 
     def _apply_lr(self) -> None:
         """Writes the next step's learning rate, scheduled or held, into every parameter group."""

@@ -175,6 +175,8 @@ class JsonLines:
         """Appends `json_line(record, digits)`."""
         line = json_line(record, digits).encode() + b"\n"
         with self._lock:
+            if self._file.closed:  # a thread that comes too late
+                return
             try:
                 text = b"\n" + line if self._is_cut else line
                 written = self._file.write(text)

@@ -30,11 +30,19 @@ def obey(trainer: "Trainer", ticket: Ticket) -> str | None:
         case c.Export(format):
             return f"exported {trainer.export(format)}"
         case c.Eval():
-            return trainer.evaluate()
+            found = trainer.evaluate()
+            if found is None:
+                has_data = trainer.task.eval_data is not None
+                raise CommandError(
+                    "given up: the run is to end" if has_data else "the task has no eval_data"
+                )
+            return found
         case c.Quit() as command:
             trainer.ending = command
             return "the run ends here"
         case c.Pause():
+            if trainer.is_over():
+                raise CommandError("it came too late: this was the last step")
             trainer.paused = True
             return "paused; resume goes on"
         case c.Resume():
@@ -86,7 +94,8 @@ def obey(trainer: "Trainer", ticket: Ticket) -> str | None:
                 raise CommandError(f"there is no event {number}; event show lists them")
             return f"forgot {_listed(gone, '; ')}" if gone else "there was no event"
         case c.TaskCommand(name, args):
-            return trainer.task.commands[name](engines, *args) or "done"
+            said = trainer.task.commands[name](engines, *args)
+            return "done" if said is None else str(said)
         case command:
             raise AssertionError(command)
 
@@ -110,7 +119,7 @@ def answer(query: c.Query, status: Status, live: Live, engines: Engines, grammar
 
 def _set(trainer: "Trainer", key: str, text: str) -> str:
     """Changes a live key, and what depends on it. Raises HarnessError, with nothing changed."""
-    before, now = trainer.live.config, trainer.live.with_change(key, text)
+    before, now = trainer.live.config, trainer.live.with_changes({key: text})
     check_eval_data(trainer.task, now)
     if now.run.steps != before.run.steps:
         trainer.move_end(now.run.steps)

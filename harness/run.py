@@ -130,6 +130,7 @@ def _open_run_directory(config: Config, engines: Engines, stack: ExitStack) -> P
             clean(directory / "exports")
     with distributed.in_unison(f"run directory {directory}"):
         handler = log_to(directory / "log.txt")
+    stack.callback(handler.close)
     stack.callback(logging.getLogger("harness").removeHandler, handler)
     return checkpoint
 

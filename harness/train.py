@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 tell = distributed.global_leader_only(log.error)
 
 SECONDS_BETWEEN_POLLS = 0.05  # of a paused run
+MOST_TRACED = 1000  # steps
 
 
 class Trainer:
@@ -75,7 +76,7 @@ class Trainer:
         Returns the exit code: 0, or 128 + the number of the signal that ended the run.
         """
         if self.is_over():
-            log.info("the run is complete; a larger run.steps lets it go on")
+            log.info("the run is complete; another run.steps in the config lets it go on")
             return 0
         try:
             self.loop()
@@ -156,9 +157,13 @@ class Trainer:
                 self.obey_all()
 
     def attend(self) -> bool:
-        """Hears commands, to obey them between two works. True if the one at hand should end."""
-        self._heard.extend(self.bus.poll(self.engines.global_step))
-        return any(isinstance(ticket.command, Quit) for ticket in self._heard)
+        """Hears commands, to obey them between two works. True if the one at hand should end: for
+        a signal, and for a `quit` that came after it began."""
+        news = self.bus.poll(self.engines.global_step)
+        self._heard.extend(news)
+        return any(isinstance(ticket.command, Quit) for ticket in news) or any(
+            isinstance(ticket.command, Interrupt) for ticket in self._heard
+        )
 
     def obey_all(self) -> None:
         """Obeys the events that are due and what was heard, in order.
@@ -185,7 +190,10 @@ class Trainer:
             try:
                 self.obey(self.bus.ticket(event.command, f"event {event.id}"))
             except CommandError as error:
-                tell("%s: %s", event, error)
+                tell("%s is dropped: %s", event, error)
+                self.live.events.clear(event.id)
+            if self.ending is not None:  # the others stay pending
+                return
 
     def obey(self, ticket: Ticket) -> None:
         """Obeys a command on all ranks; what fails on any of them has failed, and the run goes on.
@@ -253,9 +261,12 @@ class Trainer:
         Returns where it stands; None if it is still being written: `ticket`, the command that asks
         for it, is answered then. Raises CheckpointError, on all ranks.
         """
-        where = str(self.saver.place(self.engines.global_step))
         if self._saved_step == self.engines.global_step and name is None:
-            return f"{where} is saved already"
+            if self.saver.is_writing and ticket is not None:
+                self._saving.append((ticket, "saved already"))
+                return None
+            return "saved already"
+        where = self.saver.place(name)
         self.settle(self.saver.wait)
         with self.status.doing("saving"):
             self.report(self.meter.drain())  # the counters must hold this step
@@ -269,13 +280,18 @@ class Trainer:
 
     def settle(self, action: Callable[[], None]) -> None:
         """Looks after the save in flight, and answers the commands that asked for it."""
-        failure = self.mind_failure(action)
-        if self.saver.is_writing:
-            return
-        for ticket, saved in self._saving:
-            state = "failed" if failure else "done"
-            self.bus.end(ticket, state, self.engines.global_step, failure or saved)
-        self._saving.clear()
+        failure = ""
+        try:
+            failure = self.mind_failure(action)
+        except CheckpointError as error:
+            failure = str(error)
+            raise
+        finally:
+            if not self.saver.is_writing:
+                for ticket, saved in self._saving:
+                    state = "failed" if failure else "done"
+                    self.bus.end(ticket, state, self.engines.global_step, failure or saved)
+                self._saving.clear()
 
     def must_save(self) -> bool:
         """Whether a failing save ends the run: the config says so, or it was the last chance."""
@@ -298,19 +314,19 @@ class Trainer:
         with self.status.doing("exporting"):
             return export(self.engines, self.live.config.run_dir / "exports", format, self.attend)
 
-    def evaluate(self) -> str:
+    def evaluate(self) -> str | None:
         """Evaluates on the held-out data, records the result as `eval/...`, and says it.
 
-        A `quit` that is heard meanwhile ends it without a result.
+        None if there are no such data, or a `quit` that was heard meanwhile has ended it.
         """
         if self.task.eval_data is None:
-            return "the task has no eval_data"
+            return None
         self.report(self.meter.drain())
         size = self.live.config.data.micro_batch_size
         with self.status.doing("evaluating"):
             found = evaluate(self.engines, self.task, size, self.attend)
         if found is None:
-            return "given up, since the run is to end"
+            return None
         step = self.engines.global_step
         text = " ".join(f"{name} {value:.4f}" for name, value in found.items())
         log.info("step %d: eval %s", step, text)
@@ -322,6 +338,8 @@ class Trainer:
         """Traces the next steps; `ticket`, who asks for it, is answered when that is written."""
         if self._tracing:
             raise CommandError("a trace is being recorded already")
+        if steps > MOST_TRACED:
+            raise CommandError(f"at most {MOST_TRACED} steps, which must fit into memory")
         directory = self.live.config.run_dir / "traces"
         self._tracing.append((Trace(directory, self.engines.global_step, steps), ticket))
 

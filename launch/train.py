@@ -9,6 +9,7 @@ import time
 from typing import NoReturn
 
 from harness.arguments import parse_args
+from harness.control import launcher
 from harness.errors import HarnessError
 
 SECONDS_FOR_THE_LEADER = 5.0
@@ -16,6 +17,7 @@ SECONDS_FOR_THE_LEADER = 5.0
 
 def main() -> None:
     """Reads the command line, trains, and turns the user's mistakes into one message."""
+    launcher.family()  # while it is whole
     try:
         config = parse_args(sys.argv[1:])
     except HarnessError as error:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from harness import distributed
 from harness.config import Config
 from harness.engines import Engines
@@ -23,6 +25,11 @@ def greet(engines: Engines, whom: str) -> str:
     return f"hello {whom}, from {', '.join(engines)}"
 
 
+def number(engines: Engines) -> Any:
+    """Says what is no text."""
+    return torch.ones(1)
+
+
 def fail(engines: Engines, rank: str) -> None:
     """Fails on one rank alone."""
     if distributed.global_rank() == int(rank):
@@ -32,5 +39,5 @@ def fail(engines: Engines, rank: str) -> None:
 def build(config: Config) -> Task:
     task = tiny_task.build(config)
     task.eval_data = Broken(10)
-    task.commands = {"greet": greet, "fail": fail}
+    task.commands = {"greet": greet, "number": number, "fail": fail}
     return task

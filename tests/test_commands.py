@@ -13,6 +13,7 @@ from harness.control.events import Events
 from harness.control.grammar import Grammar
 from harness.control.live import Live, live_keys
 from harness.errors import CommandError, ConfigError
+from harness.metrics.status import Status
 from tests.helpers import tiny_config
 
 GRAMMAR = Grammar(["G", "D"], {"sample": "Writes a sample."})
@@ -59,6 +60,9 @@ GRAMMAR = Grammar(["G", "D"], {"sample": "Writes a sample."})
         ("set trainer.save_every 50", c.Set("trainer.save_every", "50")),
         ("set", c.ShowSettings()),
         ("sample a b", c.TaskCommand("sample", ("a", "b"))),
+        ("sample me@host.org a@7", c.TaskCommand("sample", ("me@host.org", "a@7"))),
+        ("event sample a@7", c.At("sample a", 7)),
+        ("set checkpoint.best_metric a@b", c.Set("checkpoint.best_metric", "a@b")),
     ],
 )
 def test_a_line_is_a_command(line: str, command: c.Command) -> None:
@@ -98,6 +102,11 @@ def test_a_line_is_a_command(line: str, command: c.Command) -> None:
         ("set trainer.sav_every 5", "did you mean 'trainer.save_every'?"),
         ("set trainer.save_every often", "trainer.save_every: found 'often'"),
         ("set trainer.save_every -1", "trainer.save_every: found -1"),
+        ("set trainer.save_every " + "9" * 5000, "trainer.save_every: found '999"),
+        ("set trainer.save_every " + "[" * 30_000, "trainer.save_every: found '[[["),
+        ("event event COMMAND@STEP every 3", "COMMAND@STEP"),
+        ("event event COMMAND every 5 every 3", "found 'COMMAND'"),
+        ("save as x.tmp", "a name is made of"),
         ("__import__('os')", "unknown command"),
         ("", "unknown command; help lists all"),
         ("@", "unknown command"),
@@ -178,7 +187,7 @@ def test_every_live_key_can_be_set(tmp_path: Path) -> None:
     for key in live_keys():
         value: Any = {"best_metric": "eval/x", "best": "highest", "on_error": "stop"}
         name = key.partition(".")[2]
-        live.set(key, value.get(name, "true" if "quit" in name or "back" in name else "7"))
+        live.set(key, value.get(name, {"on_quit": "false", "kground": "true"}.get(name[-7:], "7")))
     assert live.config.trainer.save_every == 7 and live.config.checkpoint.best_metric == "eval/x"
     assert len(live.describe()) == len(live_keys())
 
@@ -201,3 +210,36 @@ def test_the_config_has_the_last_word_on_what_was_set_live(tmp_path: Path) -> No
     resumed.load_state_dict(live.state_dict())
     assert resumed.config.trainer.save_every == 5  # changed in the config since
     assert resumed.config.run.steps == 70
+    resumed.set("run.steps", str(tiny_config(tmp_path).run.steps))
+    assert resumed.describe() == []  # it is as the config says again
+
+
+def test_changes_of_a_section_are_made_together_or_dropped(tmp_path: Path) -> None:
+    first = tiny_config(tmp_path, checkpoint={"keep_last": 2, "keep_best": 1})
+    live = Live(first)
+    for key, text in (("keep_last", "5"), ("keep_best", "0"), ("keep_last", "0")):
+        live.set(f"checkpoint.{key}", text)
+    resumed = Live(first)
+    resumed.load_state_dict(live.state_dict())
+    assert resumed.config.checkpoint.keep_last == resumed.config.checkpoint.keep_best == 0
+    live = Live(tiny_config(tmp_path, checkpoint={"keep_last": 2}))
+    live.set("checkpoint.keep_best", "1")
+    live.set("trainer.save_every", "9")
+    other = Live(tiny_config(tmp_path))  # which keeps all, so that there is no best
+    other.load_state_dict(live.state_dict())
+    assert other.config.checkpoint.keep_best == 0 and other.config.trainer.save_every == 9
+
+
+def test_the_estimate_counts_no_pause_and_nothing_within_one() -> None:
+    status = Status(0, 100)
+    status.stepped(1)
+    with status.doing("paused"):
+        time.sleep(0.05)
+        with status.doing("evaluating"):
+            time.sleep(0.05)
+    time.sleep(0.01)
+    status.stepped(2)
+    first, last = status._ends[0][1], status._ends[-1][1]
+    assert 0.01 <= last - first < 0.05
+    assert status.time_left().startswith(("0 s", "1 s", "2 s"))
+    assert "is behind" in status.time_left(1)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness import distributed
+from harness.checkpoint.files import Snapshots
 from harness.config import Config
 from harness.control.bus import Bus, Ticket
 from harness.control.client import Client
@@ -76,6 +79,7 @@ def commanded(config: Config, text: str) -> tuple[History, str]:
 
     with recorded() as history, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "run", once_all_is_read)
+        patch.setattr("harness.control.stdin.say", messages.append)
         logging.getLogger("harness").addHandler(handler)
         try:
             train(config)
@@ -282,7 +286,7 @@ def test_a_paused_run_obeys_and_takes_no_step(two_ranks: RankPool, tmp_path: Pat
     (step,) = {step for step, _, text in found[0][0]}
     assert [record["lr"] for record in records(config)][step:] == [0.125] * (4 - step)
     results = {text: (state, result) for text, state, result in ends(config)}
-    manifest = json_read(config.run_dir / f"checkpoints/step-{step:08d}/manifest.json")
+    manifest = json_read(config.run_dir / f"checkpoints/step-{step:08d}-here/manifest.json")
     assert manifest["pinned"] == "here" and "eval/loss" in manifest["metrics"]
     assert results["profile 1"] == ("done", f"traced {config.run_dir}/traces/step-{step + 1:08d}")
     assert ("resume", "failed", "the run is not paused") in ends(config)
@@ -323,11 +327,12 @@ def test_what_fails_on_one_rank_has_failed_and_the_run_goes_on(
 ) -> None:
     task = {"path": str(ROOT / "tests/commanded_task.py")}
     config = stdin_config(tmp_path, task=task, run={"steps": 9}, trainer={"save_on_quit": False})
-    text = "greet you\nfail 1\nfail 0\ngreet\nset task.args {}\neval@2\nsave@3\nsave@4\n"
+    text = "greet you\nnumber\nfail 1\nfail 0\ngreet\nset task.args {}\neval@2\nsave@3\nsave@4\n"
     found = two_ranks.run(failing, config, text)
     assert found[0] == found[1]
     results = {text: (state, result) for text, state, result in ends(config)}
     assert results["greet you"] == ("done", "hello you, from net")
+    assert results["number"] == ("done", "tensor([1.])")
     for rank in (0, 1):
         state, result = results[f"fail {rank}"]
         assert state == "failed" and f"rank {rank}: 'fail {rank}':" in result
@@ -353,6 +358,89 @@ def failing(config: Config, text: str) -> History:
     ):
         commanded(config, text)
     return history
+
+
+def test_what_one_rank_alone_cannot_do_hangs_none(two_ranks: RankPool, tmp_path: Path) -> None:
+    """Rank 0 has no room for the weights, rank 1 none for a copy, and no profiler."""
+    config = stdin_config(
+        tmp_path,
+        run={"steps": 12},
+        checkpoint={"background": True},
+        trainer={"export_on_quit": False},
+    )
+    found = two_ranks.run(without_room, config, "export\nsave as one\nprofile 1\nlr 0.5\n")
+    assert found[0] == found[1]
+    results = {text: (state, result) for text, state, result in ends(config)}
+    for command in ("export", "save as one", "profile 1"):
+        assert results[command][0] == "failed", results
+    assert "rank 0: cannot gather engine 'net'" in results["export"][1]
+    assert "rank 1: cannot save" in results["save as one"][1]
+    assert "MemoryError: no room" in results["save as one"][1]
+    assert results["lr 0.5"][0] == "done"
+    assert len(records(config)) == 12
+    assert not list(config.run_dir.glob("checkpoints/*one*"))
+
+
+def without_room(config: Config, text: str) -> History:
+    """A commanded run with a rank 0 that cannot export, and a rank 1 that cannot save once."""
+    rank, take, exported = distributed.global_rank(), Snapshots.take, Trainer.export
+    tried: list[Any] = []
+
+    def export(*arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+                patch.setattr(torch.Tensor, "clone", no_room)
+            return exported(*arguments)
+
+    def no_room(*_: Any) -> Any:
+        raise MemoryError("no room")
+
+    def once(self: Snapshots, tree: Any) -> Any:
+        tried.append(tree)
+        return no_room() if rank == 1 and len(tried) == 1 else take(self, tree)
+
+    with recorded() as history, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Snapshots, "take", once)
+        patch.setattr(Trainer, "export", export)
+        if rank == 1:
+            patch.setattr("harness.metrics.trace.profile", no_room)
+        commanded(config, text)
+    return history
+
+
+def test_a_named_checkpoint_is_never_written_over(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = stdin_config(tmp_path, run={"steps": 90}, checkpoint={"keep_last": 1})
+    text = "pause\nsave as one\nsave as two\nlr x0.5\nquit\n"
+    two_ranks.run(commanded, config, text)
+    (end,) = (config.run_dir / "checkpoints").glob("step-????????")
+    names = {None: end, **{n: end.with_name(f"{end.name}-{n}") for n in ("one", "two")}}
+    for name, path in names.items():
+        assert json_read(path / "manifest.json")["pinned"] == name
+    longer = tiny_config(tmp_path / "other", run={"steps": 92, "resume": str(names["one"])})
+    two_ranks.run(train, longer)
+    assert records(longer)[-1]["lr"] == 1e-2  # as it was before
+    two_ranks.run(train, tiny_config(tmp_path, run={"steps": 92}))
+    assert records(config)[-1]["lr"] == 5e-3
+
+
+def test_the_end_of_a_run_is_told_truly(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = stdin_config(tmp_path / "a", run={"steps": 6}, task={"args": {"eval_samples": 0}})
+    two_ranks.run(commanded, config, "eval\npause@6\n")
+    assert ("eval", "failed", "the task has no eval_data") in ends(config)
+    assert ("pause", "failed", "it came too late: this was the last step") in ends(config)
+    config = stdin_config(tmp_path / "b", run={"steps": 60})
+    two_ranks.run(commanded, config, "quit!@5\nsave as x@5\n")
+    assert len(records(config)) == 5
+    assert not (config.run_dir / "checkpoints").exists()
+
+
+def test_a_second_save_in_the_background_is_answered_with_the_first(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    config = stdin_config(tmp_path, run={"steps": 60}, checkpoint={"background": True})
+    two_ranks.run(commanded, config, "pause\nsave\nsave\nresume\n")
+    saves = [result for text, state, result in ends(config) if text == "save" and state == "done"]
+    assert saves[0].startswith("saved /") and saves[1] == "saved already"
 
 
 def test_a_background_save_is_answered_when_it_stands(two_ranks: RankPool, tmp_path: Path) -> None:
@@ -384,11 +472,43 @@ def signalled_in_evaluation(config: Config) -> int:
         if self.engines.global_step == 3:
             if distributed.global_rank() == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            assert "given up" in self.evaluate()
+            assert self.evaluate() is None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", and_evaluate)
         return train(config)
+
+
+def test_the_launchers_death_is_no_second_stop(two_ranks: RankPool) -> None:
+    assert two_ranks.run(stopped_and_abandoned) == [[(signal.SIGTERM, False), (0, False)]] * 2
+
+
+def stopped_and_abandoned() -> list[tuple[int, bool]]:
+    """Ctrl-C and the like reach the launcher as well: it dies, and this rank is still saving."""
+    signals = Signals()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.control.signals.is_abandoned", lambda: True)
+        with signals.heard():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+            found = [signals.take()]
+            time.sleep(2.5)
+            return [*found, signals.take()]
+
+
+def test_a_signal_to_a_forked_process_is_its_own(two_ranks: RankPool) -> None:
+    assert two_ranks.run(terminate_a_fork) == [(-signal.SIGTERM, (0, False))] * 2
+
+
+def terminate_a_fork() -> tuple[int | None, tuple[int, bool]]:
+    signals = Signals()
+    with signals.heard():
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        process.start()
+        process.terminate()
+        process.join(20)
+        time.sleep(0.2)
+        return process.exitcode, signals.take()
 
 
 def test_signals_save_and_end_a_run(two_ranks: RankPool, tmp_path: Path) -> None:

@@ -114,6 +114,18 @@ def test_every_command_is_in_the_history(tmp_path: Path, desk: Desk) -> None:
     assert all(line["user"] and line["time"] > 1.7e9 for line in lines)
 
 
+def test_a_mistake_of_ours_is_told_and_ends_no_front(
+    tmp_path: Path, desk: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(query: Query) -> str:
+        raise KeyError("what was that?")
+
+    monkeypatch.setattr(desk, "_answer", broken)
+    assert states(tmp_path, "status") == ["rejected"]
+    assert "what was that?" in caplog.text
+    assert states(tmp_path, "save") == ["queued", "done"]
+
+
 def test_numbers_go_on_after_those_of_an_earlier_run(tmp_path: Path) -> None:
     path = tmp_path / "commands.jsonl"
     path.write_text('{"id": 12, "text": "save"}\n{"id": 3}\nrubbish\n{"id": 99, "te')
@@ -133,9 +145,17 @@ def test_harness_ctl_prints_the_result_and_says_it_by_its_code(tmp_path: Path, d
     assert rejected.returncode == 2 and "did you mean 'eval'" in rejected.stdout
     found = ctl(tmp_path, "lr", "x0.5", "--json")
     assert [json.loads(line)["state"] for line in found.stdout.splitlines()] == ["queued", "done"]
+    assert ctl(tmp_path, "").returncode == 2
     talked = ctl(tmp_path, stdin="save\n\nevil\nstatus\n")
-    assert talked.returncode == 0
-    assert talked.stdout.count("so it is") == 1 and "step 7 of 9" in talked.stdout
+    assert talked.returncode == 2  # the worst of all
+    assert talked.stdout.startswith("step 7: so it is\nrejected: 'evil'")
+    assert "step 7 of 9" in talked.stdout
+    talked = ctl(tmp_path, "--json", stdin="save\nstatus\n")
+    lines = [json.loads(line) for line in talked.stdout.splitlines()]
+    assert talked.returncode == 0 and [line["state"] for line in lines] == [
+        *("queued", "done"),
+        "done",
+    ]
 
 
 def test_nobody_there_is_told(tmp_path: Path) -> None:

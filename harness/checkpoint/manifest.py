@@ -84,15 +84,19 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def step_directory(parent: Path, step: int) -> Path:
-    """`parent/step-00001000`: where a step's checkpoint or export stands."""
-    return parent / f"step-{step:08d}"
+def step_directory(parent: Path, step: int, name: str | None = None) -> Path:
+    """`parent/step-00001000`, or with a name `parent/step-00001000-NAME`: where it stands."""
+    return parent / (f"step-{step:08d}" + (f"-{name}" if name else ""))
 
 
 def checkpoints_in(parent: Path) -> list[Path]:
     """The directories that hold a manifest, readable or not, the newest first."""
     directories = [path.parent for path in parent.glob(f"step-*/{NAME}")]
-    found = [path for path in directories if re.fullmatch(r"step-\d{8,}", path.name)]
+    found = [
+        path
+        for path in directories
+        if re.fullmatch(r"step-\d{8,}(-[\w.-]+)?", path.name) and path.suffix != ".tmp"
+    ]
     return sorted(found, key=lambda path: (_saved_at(path), path.name), reverse=True)
 
 

@@ -82,9 +82,9 @@ class Saver:
         """Whether a save is in flight."""
         return self._pending is not None
 
-    def place(self, step: int) -> Path:
-        """Where the checkpoint of a step stands."""
-        return step_directory(self.directory, step)
+    def place(self, pinned: str | None = None) -> Path:
+        """Where the checkpoint of this step stands, or the one of that name."""
+        return step_directory(self.directory, self._engines.global_step, pinned)
 
     def save(self, metrics: dict[str, float], pinned: str | None = None) -> None:
         """Saves this step. Raises CheckpointError, on all ranks, if it cannot be done.
@@ -94,7 +94,7 @@ class Saver:
         """
         self.wait()
         jobs = self._collect()
-        target = self.place(self._engines.global_step)
+        target = self.place(pinned)
         staged = target.with_name(f"{target.name}.tmp")
         needed = sum(distributed.all_gather(sum(map(bytes_of, jobs.values()))))
         with distributed.in_unison(f"cannot save {target}"), told_as(f"cannot save {target}"):
@@ -103,7 +103,12 @@ class Saver:
         manifest = self._manifest(metrics, pinned)
         background = self._live.config.checkpoint.background
         if background:
-            jobs = self._snapshots.take(jobs)
+            try:
+                jobs = self._copied(jobs, target)
+            except CheckpointError:
+                if distributed.is_global_leader():
+                    shutil.rmtree(staged, ignore_errors=True)
+                raise
         writing = self._thread.submit(write_files, staged, jobs)
         self._pending = _Pending(manifest, staged, target, writing)
         if not background:
@@ -154,6 +159,13 @@ class Saver:
     def close(self) -> None:
         """Ends the thread; a save in flight is given up."""
         self._thread.shutdown(cancel_futures=True)
+
+    def _copied(self, jobs: Jobs, target: Path) -> Jobs:
+        with distributed.in_unison(f"cannot save {target}"), told_as(f"cannot save {target}"):
+            try:
+                return self._snapshots.take(jobs)
+            except (MemoryError, RuntimeError) as error:  # there is no room for a copy
+                raise CheckpointError(f"{type(error).__name__}: {error}") from None
 
     def _collect(self) -> Jobs:
         jobs: Jobs = {

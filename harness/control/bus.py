@@ -88,9 +88,10 @@ class Bus:
                 self._replies[ticket.id] = (ticket, reply)
                 self._tell(ticket, "queued")
                 self._queue.put(ticket)
-        except CommandError as error:
-            self._replies[ticket.id] = (ticket, reply)
-            self._tell(ticket, "rejected", result=str(error))
+        except Exception as error:
+            if not isinstance(error, CommandError):  # a mistake of ours must not end the front
+                log.exception("command %.300r", text)
+            self._tell(ticket, "rejected", result=str(error), reply=reply)
             return False
         return True
 
@@ -149,7 +150,12 @@ class Bus:
         return tickets
 
     def _tell(
-        self, ticket: Ticket, state: State, step: int | None = None, result: str = ""
+        self,
+        ticket: Ticket,
+        state: State,
+        step: int | None = None,
+        result: str = "",
+        reply: Reply | None = None,
     ) -> None:
         """Writes down what became of a command, and tells who waits for it. Only rank 0 does."""
         if self._audit is None:
@@ -157,8 +163,9 @@ class Bus:
         answer = Answer(ticket.id, ticket.text, state, step, result)
         from_whom = {"front": ticket.front, "user": ticket.user}
         self._audit.write({"time": time.time(), **from_whom, **asdict(answer)})
-        found = self._replies.get(ticket.id)
-        if state in LAST:
-            self._replies.pop(ticket.id, None)
-        if found is not None:
-            found[1](answer)
+        if ticket.id in self._replies:
+            _, reply = self._replies[ticket.id]
+            if state in LAST:
+                del self._replies[ticket.id]
+        if reply is not None:
+            reply(answer)

@@ -50,8 +50,11 @@ class Client:
         Raises NoAnswer if the job goes away before that.
         """
         line = " ".join(command.split())
+        if not line:
+            yield Answer(0, line, "rejected", result="no command; help lists them")
+            return
         with contextlib.suppress(BrokenPipeError):  # it may have said why before it hung up
-            self._socket.sendall(line.encode() + b"\n")
+            self._socket.sendall(line.encode(errors="replace") + b"\n")
         while True:
             try:
                 received = self._lines.readline()
@@ -71,56 +74,62 @@ class Client:
 
 
 def tell(run_dir: Path, command: str, as_json: bool) -> int:
-    """Sends one command, waits, prints the result, and returns the exit code."""
+    """Sends one command, waits, prints what it leads to, and returns the exit code."""
     with contextlib.closing(Client(run_dir)) as client:
-        code = NO_ANSWER
-        for answer in client.tell(command):
-            code = EXIT_CODES.get(answer.state, NO_ANSWER)
-            if as_json:
-                sys.stdout.write(json.dumps(vars(answer)) + "\n")
-            else:
-                _show(answer)
-            sys.stdout.flush()
-        return code
+        return _tell(client, command, as_json)
 
 
-def talk(run_dir: Path) -> int:
-    """A prompt with history, and the run's status above it, kept up to date."""
-    with contextlib.suppress(ImportError):
-        import readline  # gives `input` its history and line editing
+def _tell(client: Client, command: str, as_json: bool) -> int:
+    code = NO_ANSWER
+    for answer in client.tell(command):
+        code = EXIT_CODES.get(answer.state, NO_ANSWER)
+        if as_json:
+            sys.stdout.write(json.dumps(vars(answer)) + "\n")
+        else:
+            _show(answer)
+        sys.stdout.flush()
+    return code
 
-        readline.set_history_length(1000)
+
+def talk(run_dir: Path, as_json: bool) -> int:
+    """Sends the lines of standard input one after the other; the exit code is the worst of theirs.
+
+    On a terminal that is a prompt with history, and the run's status above it, kept up to date.
+    """
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        with contextlib.closing(Client(run_dir)) as client:
+            lines = filter(str.strip, sys.stdin)
+            return max((_tell(client, line, as_json) for line in lines), default=0)
     with contextlib.closing(Client(run_dir)) as client, contextlib.closing(Client(run_dir)) as eye:
         sys.stdout.write("help lists the commands; Ctrl-D leaves, and the run goes on\n")
-        is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         while True:
             try:
-                if is_terminal:
-                    with _status_above(eye):
-                        command = input("> ")
-                else:
-                    command = input()
+                with _status_above(eye):
+                    command = input("> ")
             except (EOFError, KeyboardInterrupt):
-                sys.stdout.write("\n" if is_terminal else "")
+                sys.stdout.write("\n")
                 return 0
             if command.strip():
-                for answer in client.tell(command):
-                    _show(answer)
+                _tell(client, command, as_json)
 
 
 @contextlib.contextmanager
 def _status_above(client: Client) -> Iterator[None]:
-    """Keeps the line above the prompt up to date while the user types."""
+    """Keeps the line above the prompt up to date while the user types, up to one line."""
+    import readline  # also gives `input` its history and line editing
+
     typed = threading.Event()
+    columns = os.get_terminal_size().columns - 1
 
     def status() -> str:
         answers = list(client.tell("status"))
-        width = os.get_terminal_size().columns - 1
-        return answers[-1].result.partition("\n")[0][:width]
+        return answers[-1].result.partition("\n")[0][:columns]
 
     def redraw() -> None:
         with contextlib.suppress(NoAnswer, OSError):
             while not typed.wait(SECONDS_BETWEEN_LOOKS):
+                if len(readline.get_line_buffer()) + len("> ") >= columns:
+                    continue  # the line above is no longer the status
                 # Saves the cursor, goes to the line above, writes it anew, and comes back.
                 sys.stdout.write(f"\0337\033[1A\r\033[2K\033[2m{status()}\033[0m\0338")
                 sys.stdout.flush()

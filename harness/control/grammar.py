@@ -31,6 +31,7 @@ class Grammar:
     def __init__(self, engines: Sequence[str], task_commands: Mapping[str, str]) -> None:
         self._kinds = _kinds(engines)
         self._task_commands = task_commands
+        self._takes_any_text = {"set", *task_commands}  # what follows may hold an @
         self._forms = [(form.split(), command) for command in COMMANDS for form in command.forms]
 
     def parse(self, line: str) -> Command:
@@ -38,7 +39,7 @@ class Grammar:
         match line.split():
             case ["event", *words, "every", number]:
                 return Every(*self._event(line, "N", words, number))
-            case [*words] if "@" in line:
+            case [first, *_] if "@" in line and first not in self._takes_any_text:
                 head, _, number = line.rpartition("@")
                 words = head.split()
                 words = words[1:] if words[:1] == ["event"] else words
@@ -90,8 +91,8 @@ class Grammar:
         for depth, token in enumerate(form):
             if depth >= len(words):
                 raise _Miss(f"{token} is missing", depth, same_length)
-            if token.islower() or token.startswith("COMMAND"):
-                if words[depth] != token:
+            if token.islower() or token.startswith("COMMAND"):  # COMMAND is `parse`'s own affair
+                if words[depth] != token or not token.islower():
                     raise _Miss(f"found {_quoted(words[depth])}", depth, same_length)
                 continue
             text = " ".join(words[depth:]) if token == "VALUE" else words[depth]
@@ -145,7 +146,7 @@ def _kinds(engines: Sequence[str]) -> dict[str, Kind]:
 
 
 def _name(text: str) -> str:
-    if not re.fullmatch(r"[\w.-]{1,100}", text):
+    if not re.fullmatch(r"[\w.-]{1,100}", text) or text.endswith(".tmp"):
         raise ValueError(f"a name is made of letters, digits and .-_, found {_quoted(text)}")
     return text
 

@@ -1,6 +1,7 @@
 """What live commands have changed in the config, and the events that they left pending."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError, create_model
@@ -26,22 +27,24 @@ class Live:
         self._started = config
         self._changes: dict[str, str] = {}
 
-    def with_change(self, key: str, text: str) -> Config:
-        """The config with another value of a live key. Raises ConfigError if it cannot be."""
-        section, _, name = key.partition(".")
-        value = checked_value(key, text)
+    def with_changes(self, changes: Mapping[str, str]) -> Config:
+        """The config with other values of live keys of one section. Raises ConfigError."""
+        section = next(iter(changes)).partition(".")[0]
+        values = {key.partition(".")[2]: checked_value(key, text) for key, text in changes.items()}
         old = getattr(self.config, section)
         try:
-            new = type(old).model_validate(old.model_dump() | {name: value})
+            new = type(old).model_validate(old.model_dump() | values)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"{key}: {reason}") from None
+            raise ConfigError(f"{', '.join(changes)}: {reason}") from None
         return self.config.model_copy(update={section: new})
 
     def set(self, key: str, text: str) -> None:
         """Changes a live key. Raises ConfigError, and changes nothing, if it cannot be."""
-        self.config = self.with_change(key, text)
+        self.config = self.with_changes({key: text})
         self._changes[key] = text
+        if value_of(self.config, key) == value_of(self._started, key):
+            del self._changes[key]
 
     def describe(self) -> list[str]:
         """One line for every changed key and every pending event."""
@@ -59,11 +62,19 @@ class Live:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Makes the changes again that the config does not contradict, and says which not."""
         self.events.load_state_dict(state["events"])
+        sections: dict[str, dict[str, str]] = {}
         for key, (text, was) in state["changes"].items():
             if key in live_keys() and repr(value_of(self._started, key)) == was:
-                self.set(key, text)
+                sections.setdefault(key.partition(".")[0], {})[key] = text
             else:
                 log.info("%s = %s, set live, is dropped: the config was changed since", key, text)
+        for changes in sections.values():
+            try:
+                self.config = self.with_changes(changes)
+                self._changes |= changes
+            except ConfigError as error:
+                told = ", ".join(f"{key} = {text}" for key, text in changes.items())
+                log.warning("%s, set live, is dropped: it does not fit the config: %s", told, error)
 
 
 def live_keys() -> list[str]:
@@ -86,7 +97,10 @@ def value_of(config: Config, key: str) -> Any:
 def checked_value(key: str, text: str) -> Any:
     """A live key's value, read as on the command line. Raises ConfigError if it cannot be one."""
     section, _, name = key.partition(".")
-    found = parse_overrides([f"--{key}={text}"])[section][name]
+    try:
+        found = parse_overrides([f"--{key}={text}"])[section][name]
+    except (ValueError, RecursionError) as error:  # what no value looks like
+        raise ConfigError(f"{key}: found {text[:80]!r}: {error}") from None
     inner = section_of(Config.model_fields[section].annotation)
     assert inner is not None
     info: Any = inner.model_fields[name]

@@ -12,10 +12,10 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
+from typing import Any
 
-import psutil
+from harness.control.launcher import is_abandoned
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,6 @@ SAVING = signal.SIGUSR1
 SECONDS_OF_ONE_STOP = 1.0
 """Ctrl-C reaches a rank twice, from the terminal and from the launcher: that is one stop."""
 SECONDS_BETWEEN_LOOKS = 1.0
-LAUNCHERS = (("deepspeed.launcher.launch", "torchrun", "torch.distributed.run"), ("deepspeed",))
-"""Programs that a rank's parent may be, and that the parent's parent may be."""
 
 
 class Signals:
@@ -34,7 +32,7 @@ class Signals:
     Python runs a signal's handler only when the main thread returns to it, which a hanging
     collective never does. So a thread hears of signals, through the wake-up descriptor, and a
     second stop ends the process even then. The thread also looks after the launcher: DeepSpeed's
-    dies of SIGTERM alone and leaves its ranks behind, which is a SIGTERM to each of them here.
+    dies of SIGTERM alone and leaves its ranks behind, which is a SIGTERM to them, if the first.
     """
 
     def __init__(self) -> None:
@@ -63,10 +61,11 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        global _before
         ours = [s for s in (*STOPPING, SAVING) if signal.getsignal(s) is not signal.SIG_IGN]
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        before = {number: signal.signal(number, _noted_elsewhere) for number in ours}
+        _before = {number: signal.signal(number, _noted_elsewhere) for number in ours}
         old_descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         thread = threading.Thread(
             target=self._listen, args=(reading, set(ours)), name="signals", daemon=True
@@ -76,21 +75,18 @@ class Signals:
             yield
         finally:
             signal.set_wakeup_fd(old_descriptor)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            _restore()
             os.close(writing)
             thread.join()
             os.close(reading)
 
     def _listen(self, descriptor: int, ours: set[signal.Signals]) -> None:
-        is_abandoned = _launcher()
         while True:
             ready, _, _ = select.select([descriptor], [], [], SECONDS_BETWEEN_LOOKS)
             if not ready:
-                if is_abandoned():
+                if not self._stopped_at and is_abandoned():
                     log.warning("the launcher is gone: saving and leaving")
                     self._note(signal.SIGTERM)
-                    is_abandoned = bool  # once
                 continue
             numbers = os.read(descriptor, 1024)
             if not numbers:
@@ -113,6 +109,36 @@ class Signals:
             self._stopped_at = self._stopped_at or now
 
 
+_before: dict[signal.Signals, Any] = {}
+"""What signals did before they were heard, and do again in forked processes."""
+
+
+def _restore() -> None:
+    for number, handler in _before.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    _before.clear()
+
+
+def _hold() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, list(_before))
+
+
+def _go_on() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, list(_before))
+
+
+def _let_go() -> None:
+    """In a forked process: a signal to it is none to this rank."""
+    held = list(_before)
+    if held:
+        signal.set_wakeup_fd(-1)
+        _restore()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+
+
+os.register_at_fork(before=_hold, after_in_parent=_go_on, after_in_child=_let_go)
+
+
 def ignore_signals(worker: int = 0) -> None:
     """For data-loader workers: their rank tells them when to end."""
     for number in (*STOPPING, SAVING):
@@ -121,34 +147,3 @@ def ignore_signals(worker: int = 0) -> None:
 
 def _noted_elsewhere(number: int, frame: object) -> None:
     """A handler there must be, or the wake-up descriptor is told nothing."""
-
-
-def _launcher() -> Callable[[], bool]:
-    """Says, whenever it is asked, whether the launcher that started this rank has died.
-
-    The parent is a launcher under torchrun and DeepSpeed; DeepSpeed's is itself the child of the
-    command `deepspeed`. Any other parent, like a shell, may go.
-    """
-    chain = [psutil.Process()]
-    for kinds in LAUNCHERS:
-        parent = chain[-1].parent()
-        if parent is None or not any(_runs(parent, kind) for kind in kinds):
-            break
-        chain.append(parent)
-    family = [(child, parent.pid) for child, parent in pairwise(chain)]
-
-    def is_abandoned() -> bool:
-        try:
-            return any(child.ppid() != parent for child, parent in family)
-        except psutil.NoSuchProcess:
-            return True
-
-    return is_abandoned
-
-
-def _runs(process: psutil.Process, program: str) -> bool:
-    try:
-        words = process.cmdline()
-    except psutil.Error:
-        return False
-    return any(word.rpartition("/")[2] == program for word in words[:4])

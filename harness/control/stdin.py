@@ -8,7 +8,8 @@ import sys
 import threading
 
 from harness.control.bus import Bus
-from harness.control.wire import LONGEST_LINE, Answer
+from harness.control.wire import LAST, LONGEST_LINE, Answer
+from harness.metrics.progress import say
 from harness.utils import user_name
 
 log = logging.getLogger(__name__)
@@ -77,11 +78,12 @@ class StdinFront:
 
 
 def _show(answer: Answer) -> None:
-    """Logs what the bus does not: what was wrong with a line, and the answer to a query."""
+    """Shows what the log does not: what was wrong with a line, what a query is answered, and on
+    what level of the log ever the end of a command."""
     if answer.state == "rejected":
         log.error("command rejected: %s", answer.result)
-    elif answer.state == "done" and answer.step is None:
-        log.info("%s: %s", answer.text, answer.result)
+    elif answer.state in LAST and (answer.step is None or not log.isEnabledFor(logging.INFO)):
+        say(f"{answer.text}: {answer.result}")
 
 
 def _stdin_descriptor() -> int | None:

@@ -61,8 +61,13 @@ class _BarHandler(logging.Handler):
     """Writes log lines above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):  # a terminal that is gone must not end the run
-            tqdm.write(self.format(record), file=sys.stderr)
+        say(self.format(record))
+
+
+def say(text: str) -> None:
+    """Writes to the terminal, above the bar."""
+    with contextlib.suppress(OSError):  # a terminal that is gone must not end the run
+        tqdm.write(text, file=sys.stderr)
 
 
 def show_log() -> None:

@@ -12,7 +12,7 @@ STEPS_OF_AN_ESTIMATE = 50
 class Status:
     """Where the run is, what it is doing, and how long it will take.
 
-    The trainer writes it, threads read it: every attribute is replaced as a whole.
+    The trainer writes it, and other threads read it.
     """
 
     def __init__(self, step: int, steps: int):
@@ -43,8 +43,9 @@ class Status:
             yield
         finally:
             self.activity = before
-            took = time.monotonic() - began  # which was no time of a step
-            self._ends = deque((step, ended + took) for step, ended in self._ends)
+            if before == "training":
+                took = time.monotonic() - began  # which was no time of a step
+                self._ends = deque((step, ended + took) for step, ended in self._ends)
 
     def line(self) -> str:
         """The run on one line."""

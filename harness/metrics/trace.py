@@ -16,11 +16,12 @@ class Trace:
     """
 
     def __init__(self, directory: Path, step: int, steps: int):
-        """`step`: the last one that was taken."""
+        """`step`: the last one that was taken. Collective. Raises HarnessError on all ranks."""
         self._directory = directory
         self._last = step + steps
-        self._profiler = profile()
-        self._profiler.start()
+        with distributed.in_unison("cannot trace"):
+            self._profiler = profile()
+            self._profiler.start()
 
     def is_over(self, step: int) -> bool:
         """Whether all its steps have been taken."""
@@ -28,9 +29,9 @@ class Trace:
 
     def write(self, step: int) -> Path:
         """Ends the recording and writes it. Collective. Raises HarnessError on all ranks."""
-        self._profiler.stop()
         target = step_directory(self._directory, step)
         with distributed.in_unison(f"cannot write the trace {target}"):
+            self._profiler.stop()
             target.mkdir(parents=True, exist_ok=True)
             path = target / f"rank-{distributed.global_rank():05d}.json"
             export = self._profiler.export_chrome_trace
