@@ -4,8 +4,8 @@
 
 Two and four ranks take steps of `--step-ms` (asleep, as while a GPU works). At the end of each they
 ask for commands: by the bus, or by the blocking `broadcast_object_list` that is used elsewhere.
-Prints the time that this takes on the rank that waits longest, medians over all steps, as a part of
-the step and as a ratio in the same rounds.
+Prints the time that this takes on the rank that waits longest, means over the steps of a round and
+medians over the rounds, as a part of the step and as a ratio in the same rounds.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from harness.testing.pool import RankPool
 
 
 def measure(steps: int, step_s: float, rounds: int) -> dict[str, float]:
-    """Median seconds a step of each way, in interleaved rounds, on this rank."""
+    """Seconds a step of each way, in interleaved rounds, on this rank."""
     from harness import distributed
     from harness.control.bus import Bus
     from harness.control.grammar import Grammar
@@ -33,11 +33,13 @@ def measure(steps: int, step_s: float, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         for name, way in ways.items():
             distributed.barrier()
+            taken = 0.0
             for step in range(steps):
                 time.sleep(step_s)
                 started = time.perf_counter()
                 way(step)
-                seconds[name].append(time.perf_counter() - started)
+                taken += time.perf_counter() - started
+            seconds[name].append(taken / steps)
             bus.finish()
     bus.close()
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -114,6 +114,7 @@ def poll_often(lines: list[str], polls: int) -> list[list[Any]]:
         if distributed.is_global_leader() and number < len(lines):
             bus.submit(lines[number], "test", "", lambda answer: None)
         found.append([ticket.command for ticket in bus.poll(number)])
+        time.sleep(0.002)
     bus.finish()
     bus.close()
     return found
@@ -121,7 +122,7 @@ def poll_often(lines: list[str], polls: int) -> list[list[Any]]:
 
 def test_all_ranks_see_the_same_commands_at_the_same_poll(three_ranks: RankPool) -> None:
     lines = ["save", "nonsense", "lr 0.5", "status", "lr x"]
-    seen = three_ranks.run(poll_often, lines, 10)
+    seen = three_ranks.run(poll_often, lines, 30)
     assert seen[0] == seen[1] == seen[2]
     assert [command for poll in seen[0] for command in poll] == [Save(), SetLr(0.5)]
 

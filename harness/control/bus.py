@@ -19,6 +19,9 @@ from harness.errors import CommandError
 log = logging.getLogger(__name__)
 
 LONGEST_QUEUE = 1000
+SECONDS_BETWEEN_AGREEMENTS = 0.05
+MOST_SKIPPED = 4
+"""Polls without an agreement, however fast they follow each other: the next ones may be slow."""
 
 Reply = Callable[[Answer], None]
 
@@ -38,10 +41,11 @@ class Ticket:
 class Bus:
     """A queue on rank 0, and one small agreement a step that hides behind the step's work.
 
-    At the end of each step the ranks start to agree whether rank 0 has commands waiting and whether
+    At the end of a step the ranks start to agree whether rank 0 has commands waiting and whether
     any rank was sent a signal, and at the end of the next one they look at the answer; only if
-    there is something to send is it sent. Every command is answered exactly once, in the end, by
-    `end` or by `close`.
+    there is something to send is it sent. Where steps are faster than anybody types, rank 0 has the
+    ranks leave out some agreements. Every command is answered exactly once, in the end, by `end` or
+    by `close`.
     """
 
     def __init__(
@@ -61,7 +65,10 @@ class Bus:
         self._replies: dict[int, tuple[Ticket, Reply]] = {}  # of the commands under way
         self._lock = threading.Lock()  # ids, queue and history in one order
         self._is_open = True
-        self._agreement = distributed.Agreement(size=3)
+        self._agreement = distributed.Agreement(size=4)
+        self._skipped = 0
+        """Polls without an agreement that are still to come."""
+        self._polled_at: float | None = None
 
     @property
     def is_full(self) -> bool:
@@ -101,14 +108,30 @@ class Bus:
         `step`: the last one that was taken.
         """
         tickets: list[Ticket] = []
+        skip = self._to_skip()
         agreed = self._agreement.harvest()
-        if agreed is not None and any(agreed):
-            _, stop, save = agreed
-            tickets = distributed.broadcast(self._take(stop, save))
+        if agreed is not None:
+            *reasons, self._skipped = agreed
+            if any(reasons):
+                _, stop, save = reasons
+                tickets = distributed.broadcast(self._take(stop, save))
             for ticket in tickets:
                 self._tell(ticket, "agreed", step)
-        self._agreement.start([not self._queue.empty(), *self._signals.take()])
+        if self._skipped:
+            self._skipped -= 1
+        else:
+            self._agreement.start([not self._queue.empty(), *self._signals.take(), skip])
         return tickets
+
+    def _to_skip(self) -> int:
+        """How many polls rank 0 would leave out, as fast as they follow each other."""
+        if not distributed.is_global_leader():
+            return 0
+        now, before = time.monotonic(), self._polled_at
+        self._polled_at = now
+        if before is None:
+            return 0
+        return min(MOST_SKIPPED, int(SECONDS_BETWEEN_AGREEMENTS / max(now - before, 1e-3)))
 
     def ticket(self, text: str, front: str) -> Ticket:
         """A ticket for what every rank knows without being told, like an event that is due.
