@@ -1,10 +1,13 @@
-"""Small pure helpers that need no file of their own."""
+"""Small helpers that need no file of their own."""
 
+import contextlib
 import pwd
+import sys
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
+from tqdm import tqdm
 
 
 def to_device(tree: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
@@ -30,3 +33,9 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
+
+
+def say(text: str) -> None:
+    """Writes to the terminal, above a progress bar."""
+    with contextlib.suppress(OSError):  # a terminal that is gone must not end the run
+        tqdm.write(text, file=sys.stderr)

@@ -9,8 +9,7 @@ import threading
 
 from harness.control.bus import Bus
 from harness.control.wire import LAST, LONGEST_LINE, Answer
-from harness.metrics.progress import say
-from harness.utils import user_name
+from harness.utils import say, user_name
 
 log = logging.getLogger(__name__)
 

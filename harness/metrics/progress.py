@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from harness import distributed
+from harness.utils import say
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +63,6 @@ class _BarHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record))
-
-
-def say(text: str) -> None:
-    """Writes to the terminal, above the bar."""
-    with contextlib.suppress(OSError):  # a terminal that is gone must not end the run
-        tqdm.write(text, file=sys.stderr)
 
 
 def show_log() -> None:

@@ -7,6 +7,7 @@ A step has three phases with a collective between them, the same for every part:
 Low-rank parts have a file of their own, lowrank.py. W is the number of ranks that share.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ Named = MutableMapping[str, Tensor]
 """State in no layout: `NAME/KEY`, whole, where NAME is a parameter's or a matrix's."""
 
 
-class Part:
+class Part(ABC):
     """Some tensors of a parameter group that are stepped together."""
 
     def __init__(self, flats: Sequence[Tensor], shards: Sequence[Shard]):
@@ -55,31 +56,31 @@ class Part:
                 state |= self._first_state(number)
                 self._adopt(number, state, named)
 
+    @abstractmethod
     def named(self, states: Sequence[State]) -> Iterator[tuple[str, Tensor]]:
         """The state by name, each piece whole, on every rank. Collective where it is sharded."""
-        raise NotImplementedError
 
     def telemetry(self) -> dict[str, Tensor]:
         """Of every matrix in the last step: |N| / |R| ("scale"), whether the limiter held it back
         ("limited"), and whether this rank knows of it ("seen"): (n,) each."""
         return {}
 
+    @abstractmethod
     def square_sum(self) -> Tensor:
         """Sum of the squares of all gradients' elements here, without padding: fp64 ()."""
-        raise NotImplementedError
 
+    @abstractmethod
     def project(self) -> Tensor:
         """What the other ranks need: fp32 (W, any), a row for each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def adapt(self, received: Tensor, well: Tensor) -> Tensor:
         """Updates the state, if all is well; `received` is the sum of what the ranks sent to this
         one. What all of them need: fp64 (any,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, told: Tensor, well: Tensor) -> None:
         """Updates the weights, if all is well. `told`: what each rank gave, (W, any)."""
-        raise NotImplementedError
 
     def end(self) -> None:
         """Writes weights that had to be converted back, and lets go of everything."""
@@ -88,11 +89,11 @@ class Part:
                 flat.copy_(weight)
         self.weights, self.gradients, self.states = [], [], []
 
-    def _first_state(self, number: int) -> State:
-        raise NotImplementedError
+    @abstractmethod
+    def _first_state(self, number: int) -> State: ...
 
-    def _adopt(self, number: int, state: State, named: Named) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _adopt(self, number: int, state: State, named: Named) -> None: ...
 
     def _joined(self, mine: Tensor) -> Tensor:
         """A tensor that every rank has filled where it knows it, and left 0 elsewhere."""
