@@ -1,61 +1,19 @@
-"""Files: state dicts as `.pt` and `.sft`, JSON and TOML; everything is written by atomic rename."""
+"""State dicts as `.pt` and `.sft`, written by atomic rename."""
 
-import errno
-import fcntl
 import json
-import logging
-import math
-import os
-import socket
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-log = logging.getLogger(__name__)
+from harness.files import write_atomically
 
 SAFETENSORS = {".sft", ".safetensors"}
 PICKLES = {".pt", ".pth"}
 TIED = "tied"
 MAX_HEADER = 100_000_000  # bytes; the safetensors library allows no more
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary path beside `path`, syncs the file, and renames it to `path`.
-
-    A reader sees the old file or the new one, whole. On an error the old file stays.
-    """
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(staged)
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a lock file, which says who has it. The system lets go of it when the process ends.
-
-    Makes its directory, of mode 0700, if needed. Raises BlockingIOError if another process has it.
-    """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise BlockingIOError(f"in use by {file.read().strip() or 'another process'}") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
 
 
 def save(state: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -133,98 +91,3 @@ def _untie(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], 
         kept[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     return kept, aliases
-
-
-def json_read(path: Path) -> Any:
-    """The value in a JSON file. Raises ValueError that names the file if it is not JSON."""
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def json_write(value: Any, path: Path) -> None:
-    """Writes a value as indented JSON."""
-    write_atomically(path, lambda staged: staged.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def json_line(record: Mapping[str, Any], digits: int = 9) -> str:
-    """One compact JSON object on one line, floats cut to `digits` significant digits.
-
-    JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf".
-    """
-    return json.dumps({key: truncate(value, digits) for key, value in record.items()})
-
-
-class JsonLines:
-    """Appends JSON objects to a file, one a line; any thread may write.
-
-    What cannot be written (a full disk) is told once, and lost: one rank's history must not end the
-    run. A line that was cut off, now or by an earlier crash, is ended before the next one.
-    """
-
-    def __init__(self, path: Path):
-        """Raises OSError if the file cannot be opened."""
-        self._file = path.open("ab+", buffering=0)
-        self._lock = threading.Lock()
-        self._is_failing = False
-        self._file.seek(-1 if self._file.tell() else 0, os.SEEK_END)
-        self._is_cut = self._file.read(1) not in (b"\n", b"")
-
-    def write(self, record: Mapping[str, Any], digits: int = 9) -> None:
-        """Appends `json_line(record, digits)`."""
-        line = json_line(record, digits).encode() + b"\n"
-        with self._lock:
-            if self._file.closed:  # a thread that comes too late
-                return
-            try:
-                text = b"\n" + line if self._is_cut else line
-                written = self._file.write(text)
-                self._is_cut = written < len(text) and (self._is_cut or written > 0)
-                if written < len(text):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self._is_failing = False
-            except OSError as error:
-                if not self._is_failing:
-                    log.error("%s: records are lost: %s", self._file.name, error)
-                self._is_failing = True
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-
-def truncate(value: Any, digits: int = 9) -> Any:
-    """A float with `digits` significant digits (or its name, if it is not finite); others as is."""
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)
-
-
-def toml_write(tables: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Writes tables of plain values (None is left out), deeper tables inline."""
-    text = "\n".join(
-        f"[{name}]\n"
-        + "".join(f"{_key(k)} = {_toml(v)}\n" for k, v in table.items() if v is not None)
-        for name, table in tables.items()
-    )
-    write_atomically(path, lambda staged: staged.write_text(text))
-
-
-def _toml(value: Any) -> str:
-    match value:
-        case Mapping():
-            pairs = (f"{_key(k)} = {_toml(v)}" for k, v in value.items() if v is not None)
-            return "{" + ", ".join(pairs) + "}"
-        case list() | tuple():
-            return "[" + ", ".join(map(_toml, value)) + "]"
-        case float():
-            return repr(value)
-        case _:
-            text = json.dumps(value, ensure_ascii=False, default=str)
-            return text.replace("\x7f", "\\u007f")
-
-
-def _key(name: str) -> str:
-    bare = name.replace("_", "").replace("-", "")
-    return name if bare.isascii() and bare.isalnum() else json.dumps(name)

@@ -24,7 +24,7 @@ from harness.data import Batches, train_batches
 from harness.engines import Engines, build_engines
 from harness.errors import TaskError
 from harness.evaluate import check_eval_data
-from harness.io import locked, toml_write
+from harness.files import locked, toml_write
 from harness.metrics.progress import Progress, log_to, show_log
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
 from harness.metrics.status import Status

@@ -10,7 +10,8 @@ import torch
 
 from harness import engines as engines_module
 from harness.config import Config, merge
-from harness.io import json_read, load
+from harness.files import json_read
+from harness.io import load
 from harness.run import train
 from harness.testing.pool import RankPool
 from tests.helpers import OFFLOAD, losses, records, tiny_config, told_by

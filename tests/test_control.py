@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness import distributed
-from harness.checkpoint.files import Snapshots
+from harness.checkpoint.durable import Snapshots
 from harness.config import Config
 from harness.control.bus import Bus, Ticket
 from harness.control.client import Client
@@ -31,7 +31,8 @@ from harness.control.grammar import Grammar
 from harness.control.signals import Signals
 from harness.control.wire import SOCKET
 from harness.errors import HarnessError
-from harness.io import json_read, load
+from harness.files import json_read
+from harness.io import load
 from harness.run import train
 from harness.testing.faults import fail_at, io_error
 from harness.testing.pool import RankError, RankPool

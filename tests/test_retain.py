@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from harness.checkpoint.files import FileEntry
+from harness.checkpoint.durable import FileEntry
 from harness.checkpoint.manifest import Manifest, checkpoints_in, step_directory
 from harness.checkpoint.retain import PRUNED, REPLACED, clean, prune
 from harness.config import CheckpointConfig

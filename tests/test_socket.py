@@ -25,7 +25,7 @@ from harness.control.grammar import Grammar
 from harness.control.signals import Signals
 from harness.control.socket import MOST_CLIENTS, SocketFront
 from harness.control.wire import LONGEST_LINE, SOCKET
-from harness.io import locked
+from harness.files import locked
 from tests.helpers import ROOT
 
 HARNESS = [str(Path(sys.executable).parent / "harness")]
@@ -329,7 +329,7 @@ def test_a_long_path_is_no_obstacle(tmp_path: Path) -> None:
 
 def test_a_run_directory_has_one_run(tmp_path: Path) -> None:
     lock = f"with locked(Path({str(tmp_path / 'lock')!r})): print('has it', flush=True); input()"
-    hold = f"from pathlib import Path; from harness.io import locked\n{lock}"
+    hold = f"from pathlib import Path; from harness.files import locked\n{lock}"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

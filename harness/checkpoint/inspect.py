@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from harness.checkpoint.files import verify_file
+from harness.checkpoint.durable import verify_file
 from harness.checkpoint.manifest import NAME, Manifest, checkpoints_in, read_manifest
 from harness.errors import CheckpointError
 from harness.io import PICKLES, SAFETENSORS, sft_header, tied_names

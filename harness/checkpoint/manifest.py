@@ -17,9 +17,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from harness.checkpoint.files import FileEntry
+from harness.checkpoint.durable import FileEntry
 from harness.errors import CheckpointError
-from harness.io import json_write
+from harness.files import json_write
 
 NAME = "manifest.json"
 LATEST = "latest"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from harness import distributed
-from harness.checkpoint.files import told_as, write_file
+from harness.checkpoint.durable import told_as, write_file
 from harness.checkpoint.manifest import EngineManifest, Manifest
 from harness.checkpoint.save import collect, describe, make_room
 from harness.checkpoint.zero_layout import (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from harness import distributed
-from harness.checkpoint.files import verify_file
+from harness.checkpoint.durable import verify_file
 from harness.checkpoint.manifest import EngineManifest, checkpoints_in, digest, read_manifest
 from harness.checkpoint.relayout import in_layout_of
 from harness.checkpoint.retain import clean

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import distributed
-from harness.checkpoint.files import (
+from harness.checkpoint.durable import (
     FileEntry,
     Snapshots,
     bytes_of,
@@ -36,7 +36,7 @@ from harness.data import Batches
 from harness.engine import Engine
 from harness.engines import Engines
 from harness.errors import CheckpointError
-from harness.io import write_atomically
+from harness.files import write_atomically
 
 log = logging.getLogger(__name__)
 

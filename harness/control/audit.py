@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.io import JsonLines
+from harness.files import JsonLines
 
 
 class Audit:

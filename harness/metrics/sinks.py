@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.io import JsonLines, write_atomically
+from harness.files import JsonLines, write_atomically
 
 
 class Sink(Protocol):

@@ -6,7 +6,7 @@ from torch.profiler import profile
 
 from harness import distributed
 from harness.checkpoint.manifest import step_directory
-from harness.io import write_atomically
+from harness.files import write_atomically
 
 
 class Trace:
