@@ -16,10 +16,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from harness.errors import FormatError
 from harness.files import write_atomically
+
+SUFFIXES = {".sft", ".safetensors"}
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -91,20 +93,26 @@ def read_header(path: Path) -> Header:
     read. No more memory is used than a few times the header's bytes in the file.
     """
     if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-        raise FormatError(f"{path}: no file")
+        raise FormatError(f"{path}: no regular file")
     with path.open("rb") as file:
-        available = os.fstat(file.fileno()).st_size - 8
-        size = int.from_bytes(file.read(8), "little")
-        try:
-            if available < 0:
-                raise ValueError("fewer than 8 bytes")
-            if size > min(MAX_HEADER, available):
-                least = f"{available} bytes follow" if size > available else f"most: {MAX_HEADER}"
-                raise ValueError(f"a header of {size} bytes, but {least}")
-            header = _Parser(file.read(size).decode(), 8 + size).header()
-            _check_places(header.tensors, 8 + size, 8 + available)
-        except ValueError as error:  # also of bad UTF-8 and bad JSON
-            raise FormatError(f"{path}: no safetensors file, or damaged: {error}") from None
+        return header_of(file, path)
+
+
+def header_of(file: BinaryIO, path: Path) -> Header:
+    """The same of an open file, read from its beginning; `path` is for errors."""
+    available = os.fstat(file.fileno()).st_size - 8
+    size = int.from_bytes(file.read(8), "little")
+    try:
+        if available < 0:
+            raise ValueError("fewer than 8 bytes")
+        if size > available:
+            raise ValueError(f"a header of {size} bytes, but {available} follow")
+        if size > MAX_HEADER:
+            raise ValueError(f"a header of {size} bytes, and the format allows {MAX_HEADER}")
+        header = _Parser(file.read(size).decode(), 8 + size).header()
+        _check_places(header.tensors, 8 + size, 8 + available)
+    except ValueError as error:  # also of bad UTF-8 and bad JSON
+        raise FormatError(f"{path}: no safetensors file, or damaged: {error}") from None
     return header
 
 

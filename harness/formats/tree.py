@@ -247,7 +247,9 @@ class _Decoder:
         return complex(float(real), float(imaginary))
 
     def numbers(self, dtype: str, name: Any) -> list[Any]:
-        return memoryview(self.leaves.fetch(dtype, name)).cast(_CODES[dtype]).tolist()
+        numbers = array(_CODES[dtype])
+        numbers.frombytes(self.leaves.fetch(dtype, name))
+        return numbers.tolist()
 
 
 _CODES = {"I64": "q", "F64": "d"}
