@@ -8,6 +8,7 @@ The opcodes: Python's pickletools.py.
 
 import pickle
 import struct
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,14 @@ class StandIn:
         self.class_name = name
         self.values = values
         self.state: dict[str, Any] = {}
+
+    def set_state(self, state: Any) -> None:
+        """Takes what the pickle says of its attributes."""
+        if isinstance(state, tuple) and len(state) == 2:  # of a class with __slots__
+            state = {**(state[0] or {}), **(state[1] or {})}
+        if not isinstance(state, dict):
+            raise PickleError(f"malformed: the attributes of {self.class_name}")
+        self.state |= state
 
 
 def build(data: bytes, find: Find, persistent: Callable[[Any], Any]) -> Any:
@@ -146,11 +155,12 @@ class _Machine:
     def set_state(self) -> None:
         state = self.pop()
         target = self.top(object)
-        if isinstance(state, tuple) and len(state) == 2:  # of a class with __slots__
-            state = {**(state[0] or {}), **(state[1] or {})}
-        if isinstance(target, StandIn) and isinstance(state, dict):
-            target.state |= state
-        elif not isinstance(target, dict):  # those of an OrderedDict are of no use here
+        if isinstance(target, StandIn):
+            target.set_state(state)
+        elif isinstance(target, OrderedDict) and isinstance(state, dict):
+            if "_metadata" in state:  # what Module.state_dict() notes
+                vars(target)["_metadata"] = state["_metadata"]
+        elif not isinstance(target, dict):
             raise PickleError(f"sets attributes of {_told(target)}")
 
 
@@ -275,7 +285,7 @@ def children(node: Any) -> list[Any]:
     """What a node of a tree holds, keys left out."""
     match node:
         case dict():
-            return list(node.values())
+            return [*node.values(), getattr(node, "__dict__", None)]
         case list() | tuple() | set():
             return list(node)
         case StandIn():

@@ -204,7 +204,8 @@ def _of_type(rebuild: Any, _: Any, args: Any, __: Any) -> Any:
     return make(*args)
 
 
-def _dict(items: Any = ()) -> dict[Any, Any]:
+def mapping(items: Any = ()) -> dict[Any, Any]:
+    """A dict out of another, or out of pairs whose keys are quick to hash."""
     if isinstance(items, dict):
         return dict(items)
     return {machine.hashable(key): value for key, value in items}
@@ -283,10 +284,12 @@ _GLOBALS: dict[str, Any] = {
         Callee("torch._utils._rebuild_parameter", _parameter),
         Callee("torch._utils._rebuild_parameter_with_state", _parameter),
         Callee("torch._tensor._rebuild_from_type_v2", _of_type),
-        Callee("collections.OrderedDict", _dict),
-        Callee("collections.Counter", _dict),
+        Callee("collections.OrderedDict", mapping),
+        Callee("collections.Counter", mapping),
         Callee("collections.defaultdict", lambda _=None: {}),
         Callee("builtins.set", _set),
+        Callee("builtins.frozenset", lambda items=(): frozenset(_set(items))),
+        Callee("builtins.bytes", lambda: b""),
         Callee("builtins.complex", complex),
         Callee("builtins.bytearray", _bytearray),
         Callee("_codecs.encode", _bytes),

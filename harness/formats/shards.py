@@ -103,21 +103,16 @@ def read_index(path: Path) -> Index:
     return Index({name: known[file] for name, file in weights.items()}, metadata)
 
 
-def read_headers(path: Path, index: Index) -> dict[Path, sft.Header]:
-    """The header of every shard of an index.
-
-    Raises FormatError unless each holds exactly the tensors that the index says.
-    """
+def check(path: Path, index: Index, headers: Mapping[Path, sft.Header]) -> None:
+    """Raises FormatError unless each shard holds exactly what the index at `path` says."""
     expected: dict[Path, set[str]] = {}
     for name, file in index.files.items():
         expected.setdefault(file, set()).add(name)
-    headers = {file: sft.read_header(file) for file in expected}
-    for file, header in headers.items():
-        if missing := sorted(expected[file] - header.tensors.keys()):
+    for file, names in expected.items():
+        if missing := sorted(names - headers[file].tensors.keys()):
             raise FormatError(f"{file}: {_some(missing)} missing, which {path.name} expects in it")
-        if further := sorted(header.tensors.keys() - expected[file]):
+        if further := sorted(headers[file].tensors.keys() - names):
             raise FormatError(f"{file}: {_some(further)} in it, of which {path.name} does not know")
-    return headers
 
 
 def _some(names: Sequence[str]) -> str:

@@ -5,7 +5,7 @@
     {"items": [[key, node], ...]}         any other dict
     {"tuple": [...]}, {"float": "nan"}, {"int": "0x..."}, {"bytes": base64}, ...
     {"ints_in": name}, {"text_in": name}, ...     what is long lies outside, as an array
-    {anything else: ..., ...}             what the caller's `Leaves` stand for: tensors, dtypes
+    {anything else: ..., ...}             what the caller encodes: tensors, dtypes
 
 So a node that is a JSON object is always told by its first key.
 """
@@ -32,27 +32,31 @@ Keys = tuple[Any, ...]
 _PLAIN = (str, int, float, bool, type(None), bytes, complex)  # what keys are made of
 _DICTS: dict[str, type[dict]] = {"items": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 _SETS: dict[str, type] = {"set": set, "frozenset": frozenset}
-_DAMAGE = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
+_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 _INT64 = range(-(2**63), 2**63)
 
 
-class Leaves(Protocol):
-    """What a tree does not know itself."""
+class LeafEncoder(Protocol):
+    """What a tree does not know itself, on the way out."""
 
     def encode(self, value: Any, keys: Keys) -> dict[str, Any] | None:
         """The node of a value of another type, or None if it is of no use."""
-        ...
-
-    def decode(self, node: dict[str, Any]) -> Any:
-        """The value of such a node. Raises FormatError if it is none."""
         ...
 
     def store(self, dtype: str, data: Any) -> str:
         """Keeps a one-dimensional array ("U8", "I64", "F64"), and gives it a name."""
         ...
 
-    def fetch(self, dtype: str, name: str) -> bytes:
-        """The bytes of an array that `store` has kept. Raises FormatError if there is none."""
+
+class LeafDecoder(Protocol):
+    """The same on the way back."""
+
+    def decode(self, node: dict[str, Any]) -> Any:
+        """The value of a node that LeafEncoder made. Raises FormatError if it is none."""
+        ...
+
+    def fetch(self, dtype: str, name: Any) -> bytes:
+        """The bytes of an array that was stored. Raises FormatError if there is none."""
         ...
 
 
@@ -61,7 +65,7 @@ def joined(keys: Keys) -> str:
     return ".".join(str(key) for key in keys)
 
 
-def encode(value: Any, leaves: Leaves) -> Node:
+def encode(value: Any, leaves: LeafEncoder) -> Node:
     """The tree of a value. Raises FormatError, which names the keys, for what it cannot hold."""
     return _Encoder(leaves).node(value, ())
 
@@ -82,7 +86,7 @@ def loads(text: str) -> Node:
         raise FormatError(f"the structure is no JSON: {error}") from None
 
 
-def decode(node: Node, leaves: Leaves) -> Any:
+def decode(node: Node, leaves: LeafDecoder) -> Any:
     """The value of a tree. Raises FormatError for what is none."""
     try:
         return _Decoder(leaves).value(node, MAX_DEPTH)
@@ -91,7 +95,7 @@ def decode(node: Node, leaves: Leaves) -> Any:
 
 
 def other_nodes(node: Node) -> list[tuple[Keys, dict[str, Any]]]:
-    """The nodes that `Leaves` stand for, in order, each behind the keys that lead to it.
+    """The nodes that a LeafEncoder made, in order, each behind the keys that lead to it.
 
     Raises FormatError for what is no tree.
     """
@@ -102,7 +106,7 @@ def other_nodes(node: Node) -> list[tuple[Keys, dict[str, Any]]]:
 
 
 class _Encoder:
-    def __init__(self, leaves: Leaves):
+    def __init__(self, leaves: LeafEncoder):
         self.leaves = leaves
         self.nodes = 0
         self.open: set[int] = set()  # the containers around the value
@@ -201,7 +205,7 @@ _CONTAINERS = {list, tuple, *_DICTS.values(), *_SETS.values()}
 
 
 class _Decoder:
-    def __init__(self, leaves: Leaves):
+    def __init__(self, leaves: LeafDecoder):
         self.leaves = leaves
 
     def value(self, node: Node, depth: int) -> Any:
