@@ -3,7 +3,7 @@
 docs/files.md says what a file looks like to others, and what is refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from harness import pickled
 from harness.errors import FormatError
 from harness.formats import sft, shards, tree
 from harness.mapped import Bytes
-from harness.pack import alone, is_plain, pack, raw, unpack
+from harness.pack import alone, flat, pack, raw, unpack
 
 SAFETENSORS = sft.SUFFIXES
 PICKLES = {".pt", ".pth"}
@@ -100,13 +100,13 @@ def load(
     return pickled.read(path, device, lazy)
 
 
-def structure(path: Path, metadata: Mapping[str, Any]) -> tree.Node | None:
-    """The tree in the metadata of a file, None if it holds nothing but flat tensors.
+def structure(path: Path, metadata: Mapping[str, Any], names: Iterable[str]) -> tree.Node:
+    """The tree of a file with that metadata: a flat dict of the names, if it says nothing else.
 
     Raises FormatError if it is damaged, or of another version.
     """
     if TREE not in metadata:
-        return None
+        return flat(names)
     try:
         node = tree.loads(str(metadata[TREE]))
         if not isinstance(node, dict) or node.get("version") != 1 or "tree" not in node:
@@ -125,7 +125,7 @@ def _format(path: Path) -> str:
 
 
 def _structure(node: tree.Node, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    return {} if is_plain(node, tensors) else {TREE: tree.dumps({"version": 1, "tree": node})}
+    return {} if node == flat(tensors) else {TREE: tree.dumps({"version": 1, "tree": node})}
 
 
 def _save_sft(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -208,9 +208,7 @@ def _assemble(
     path: Path, metadata: Mapping[str, Any], files: Mapping[str, _File], device: str | torch.device
 ) -> Any:
     """The structure over tensors, each in its file."""
-    node = structure(path, metadata)
-    if node is None:
-        return {name: file.tensor(name).to(device) for name, file in files.items()}
+    node = structure(path, metadata, files)
     unused = set(files)
 
     def tensor(name: str) -> torch.Tensor:

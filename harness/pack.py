@@ -14,7 +14,7 @@ The nodes that stand in the tree for what `formats.tree` does not know itself:
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import chain
 from itertools import count as count_from
 from typing import Any
@@ -63,9 +63,9 @@ def unpack(
     return tree.decode(node, _Unpacking(tensor, torch.device(device)))
 
 
-def is_plain(node: Node, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the structure is a dict of these tensors and nothing else, told without a tree."""
-    return node == {"dict": {name: {"tensor": name} for name in tensors}}
+def flat(names: Iterable[str]) -> Node:
+    """The tree of a dict that holds these tensors, and nothing else."""
+    return {"dict": {name: {"tensor": name} for name in names}}
 
 
 class _Packing:

@@ -74,11 +74,11 @@ def _sft_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
         header = read_header(path)
         found = {n: (e.dtype, list(e.shape), e.nbytes) for n, e in header.tensors.items()}
         tied = {}
-        for keys, node in other_nodes(structure(path, header.metadata)):
+        for keys, node in other_nodes(structure(path, header.metadata, found)):
             name, kept = joined(keys), str(node.get("tensor"))
             if "view" in node:
                 tied[name] = (f"in {kept}", list(node["view"][1]), 0)
-            elif kept in found and name != kept and "view" not in node:
+            elif kept in found and name != kept:
                 tied[name] = (f"= {kept}", found[kept][1], 0)
     except FormatError as error:
         raise CheckpointError(str(error)) from None
