@@ -64,8 +64,9 @@ def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterat
 
 def _describe_tensors(path: Path, tensors: dict[str, tuple[str, list[int], int]]) -> Iterator[str]:
     yield f"{path}: {len(tensors)} tensors, {_bytes(path.stat().st_size).strip()}"
-    width = max(map(len, tensors), default=0)
-    for name, (dtype, shape, size) in tensors.items():
+    names = {name: name if name.isprintable() else repr(name) for name in tensors}
+    width = max(map(len, names.values()), default=0)
+    for name, (dtype, shape, size) in zip(names.values(), tensors.values(), strict=True):
         yield f"  {name:<{width}}  {dtype:<8}  {_bytes(size)}  {shape}"
 
 

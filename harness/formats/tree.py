@@ -250,6 +250,12 @@ class _Decoder:
         real, imaginary = _list(self.value(held, depth))
         return complex(float(real), float(imaginary))
 
+    def mutable_binary(self, held: Any, depth: int) -> bytearray:
+        content = self.value(held, depth)
+        if not isinstance(content, bytes):  # a number would be a size
+            raise TypeError("a bytearray without bytes")
+        return bytearray(content)
+
     def numbers(self, dtype: str, name: Any) -> list[Any]:
         numbers = array(_CODES[dtype])
         numbers.frombytes(self.leaves.fetch(dtype, name))
@@ -263,7 +269,7 @@ _DECODERS: dict[str, Callable[[_Decoder, Any, int], Any]] = {
     "float": lambda _, held, __: float(held),
     "complex": _Decoder.two_reals,
     "bytes": lambda _, held, __: base64.b64decode(held, validate=True),
-    "bytearray": lambda self, held, depth: bytearray(self.value(held, depth)),
+    "bytearray": _Decoder.mutable_binary,
     "bytes_in": lambda self, held, _: bytes(self.leaves.fetch("U8", held)),
     "text_in": lambda self, held, _: str(self.leaves.fetch("U8", held), "utf-8", "surrogatepass"),
     "ints_in": lambda self, held, _: self.numbers("I64", held),
