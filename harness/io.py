@@ -12,13 +12,13 @@ import torch
 
 from harness import pickled
 from harness.errors import FormatError
-from harness.formats import sft, shards, tree
+from harness.formats import sft, shards, ties, tree
 from harness.mapped import Bytes
 from harness.pack import alone, flat, pack, raw, unpack
 
 SAFETENSORS = sft.SUFFIXES
 PICKLES = {".pt", ".pth"}
-TREE = "harness"
+TREE = ties.KEY
 """The key of the metadata under which the structure stands."""
 
 _DTYPES = {

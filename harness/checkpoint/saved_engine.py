@@ -19,6 +19,11 @@ _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_state
 _EXPERT = re.compile(r"layer_\d+_expert_\d+_mp_rank_(\d+)_model_states\.pt")
 
 
+def is_engine(directory: Path) -> bool:
+    """Whether a directory holds files of an engine, as DeepSpeed names them."""
+    return directory.is_dir() and any(_MODEL.fullmatch(p.name) for p in directory.iterdir())
+
+
 class SavedEngine:
     """The files of `directory`, opened: `step-N/ENGINE/` of ours, or a tag of plain DeepSpeed's.
 

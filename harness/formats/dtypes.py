@@ -26,4 +26,29 @@ SIZES = {
 }
 """Bytes of an element."""
 
-FLOATS = {name for name in SIZES if name.startswith(("float", "bfloat"))}
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""Those that `cast` casts, each to each."""
+
+SFT = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "uint32": "U32",
+    "int32": "I32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+    "float4_e2m1fn_x2": "F4",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+}
+"""What safetensors calls them; it has no other complex dtypes."""

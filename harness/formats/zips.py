@@ -5,6 +5,7 @@ torch does not write (compression, encryption, comments, split archives) is refu
 The format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.
 """
 
+import hashlib
 import os
 import struct
 import zlib
@@ -81,6 +82,15 @@ def records(path: Path) -> dict[str, Record]:
             raise FormatError(f"{path}: record {record.name!r} overlaps another one")
         end = record.start + record.size
     return found
+
+
+def digest(path: Path) -> str:
+    """SHA-256, in hex, of names, sizes and CRCs: no bit of the records can change unseen by it.
+
+    Raises as `records` does.
+    """
+    table = [(record.name, record.size, record.crc) for record in records(path).values()]
+    return hashlib.sha256(repr(table).encode()).hexdigest()
 
 
 def _directory(path: Path, file: int, size: int) -> tuple[int, int, int]:
