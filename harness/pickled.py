@@ -169,7 +169,7 @@ class _Reading:
     def storage(self, storage: Storage) -> torch.UntypedStorage:
         if storage not in self.storages:
             record = storage.record
-            content = self.file.tensor(record.start, record.size)
+            content = self.file.tensor(record.start, record.size, alignment=16)  # for any dtype
             if self.check and zlib.crc32(content.numpy().data) != record.crc:
                 raise FormatError(f"{self.file.path}: damaged: wrong CRC of {record.name}")
             self.storages[storage] = content.to(self.device).untyped_storage()

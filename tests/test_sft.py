@@ -136,7 +136,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, make: Callable[[Path]
 def test_misaligned_tensors_of_others_are_read(tmp_path: Path) -> None:
     header = {"a": entry(0, 1), "b": entry(1, 9, "F32", [2])}
     (tmp_path / "x.sft").write_bytes(file_of(header, b"\7" + np.array([1, 2], "f4").tobytes()))
-    assert not all(e.is_aligned for e in sft.read_header(tmp_path / "x.sft").tensors.values())
+    assert sft.read_header(tmp_path / "x.sft").tensors["b"].start % 4
     for lazy in (False, True):
         found = load(tmp_path / "x.sft", lazy=lazy)
         assert found["a"].tolist() == [7] and found["b"].tolist() == [1, 2]
@@ -160,7 +160,7 @@ def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
     assert found[""].item() == 5 and found["none"].shape == (0, 3)
     header = sft.read_header(path)
     assert list(header.tensors) == list(tensors) and header.metadata == {"format": "pt"}
-    assert all(e.is_aligned for e in header.tensors.values())
+    assert header.tensors["ä"].start % 8 == header.tensors[""].start % 2 == 0
     assert min(e.start for e in header.tensors.values()) % sft.ALIGNMENT == 0
 
 

@@ -167,6 +167,8 @@ def _tensor(
     kept, dtype = storage
     if rest[1:] and isinstance(rest[1], DType):
         dtype = rest[1].name
+    if any(isinstance(flags, dict) and any(flags.values()) for flags in rest[1:]):
+        raise PickleError("a conjugated or negated tensor: resolve_conj(), resolve_neg() first")
     sizes = [offset, *size, *stride]
     if not isinstance(kept, Storage) or len(size) != len(stride) or len(size) > 64:
         raise PickleError("malformed: a tensor")

@@ -15,11 +15,14 @@ import json
 import math
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from harness.errors import FormatError
 
+KEY = "harness"
+"""The key of a file's metadata under which its structure stands."""
+VERSION = 1
 MAX_DEPTH = 100
 MAX_NODES = 5_000_000
 LONG = 64
@@ -63,6 +66,29 @@ class LeafDecoder(Protocol):
 def joined(keys: Keys) -> str:
     """The keys with dots between them: "model.layers.0.weight"."""
     return ".".join(str(key) for key in keys)
+
+
+def flat(names: Iterable[str]) -> Node:
+    """The tree of a dict that holds tensors under the names that they are stored by."""
+    return {"dict": {name: {"tensor": name} for name in names}}
+
+
+def to_metadata(node: Node, names: Iterable[str]) -> dict[str, str]:
+    """What to write into the metadata of a file of these tensors: nothing if they tell it all.
+
+    Raises FormatError if the tree is too large.
+    """
+    return {} if node == flat(names) else {KEY: dumps({"version": VERSION, "tree": node})}
+
+
+def from_metadata(metadata: Mapping[str, Any], names: Iterable[str]) -> Node:
+    """The tree of a file with that metadata. Raises FormatError if it is damaged."""
+    if KEY not in metadata:
+        return flat(names)
+    found = loads(str(metadata[KEY]))
+    if not isinstance(found, dict) or found.get("version") != VERSION or "tree" not in found:
+        raise FormatError("its structure is damaged, or of a later version of harness")
+    return found["tree"]
 
 
 def encode(value: Any, leaves: LeafEncoder) -> Node:
