@@ -17,7 +17,7 @@ from harness.formats import machine, zips
 from harness.formats.dtypes import SIZES
 from harness.formats.machine import Callee, PickleError, StandIn
 
-MAX_PICKLE = 64 << 20
+MAX_PICKLE = 256 << 20
 """Bytes of the part of a file that is not tensors."""
 
 
