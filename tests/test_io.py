@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from harness.errors import FormatError
 from harness.formats import sft
 from harness.io import load, save
+from harness.pack import unpack
 from tests.structures import assert_same
 
 SUFFIXES = [".pt", ".pth", ".sft", ".safetensors"]
@@ -161,6 +163,38 @@ def test_a_bare_tensor_is_a_file_too(tmp_path: Path) -> None:
     save(torch.ones(3), tmp_path / "x.sft")
     assert list(load_file(tmp_path / "x.sft")) == ["tensor"]
     assert load(tmp_path / "x.sft").tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".sft"])
+def test_windows_that_overlap_do_so_again(tmp_path: Path, suffix: str) -> None:
+    saved = {
+        "alone": torch.arange(6).unfold(0, 3, 1),
+        "expanded": torch.arange(3).expand(2, 3),
+        "several": [torch.arange(9)[start : start + 5] for start in (0, 2, 4)],
+    }
+    line = torch.arange(9)
+    saved["tied"] = [line[start : start + 5] for start in (0, 2, 4)]
+    save(saved, tmp_path / f"x{suffix}")
+    assert_same(load(tmp_path / f"x{suffix}"), saved)
+
+
+def test_windows_do_not_unfold_in_memory(tmp_path: Path) -> None:
+    line = torch.arange(30_000)
+    shape = (12_000, 12_000)  # 10^8 elements in no more memory than the line has
+    saved = [line.as_strided(shape, (1, 1)), line.as_strided(shape, (1, 1), 3)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    save(saved, tmp_path / "x.sft")
+    assert (tmp_path / "x.sft").stat().st_size < 300_000
+    assert load(tmp_path / "x.sft")[1][1, 1] == 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize(
+    "view", [[1, [3], [1]], [0, [2, 2], [1, 2]], [3, [], []], [0, [1], [1, 1]]]
+)
+def test_no_view_reaches_over_its_tensor(view: list[Any]) -> None:
+    with pytest.raises(FormatError, match="a view of"):
+        unpack({"tensor": "a", "view": view}, lambda _: torch.arange(10)[:3])
 
 
 def test_columns_of_one_matrix_are_no_ties(tmp_path: Path) -> None:
