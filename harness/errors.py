@@ -24,7 +24,7 @@ class CheckpointError(HarnessError):
 
 
 class FormatError(HarnessError):
-    """A file of weights that is damaged, hostile, or of another kind than it should be."""
+    """A file of weights that is damaged, hostile, or of another kind; or what none can hold."""
 
 
 class CommandError(HarnessError):

@@ -12,40 +12,15 @@ import torch
 
 from harness import pickled
 from harness.errors import FormatError
-from harness.formats import sft, shards, ties, tree
+from harness.formats import pt, sft, shards, tree
+from harness.formats.dtypes import SFT
 from harness.mapped import Bytes
-from harness.pack import alone, is_plain, pack, raw, unpack
+from harness.pack import DTYPES, alone, pack, raw, unpack
 
 SAFETENSORS = sft.SUFFIXES
-PICKLES = {".pt", ".pth"}
-TREE = ties.KEY
-"""The key of the metadata under which the structure stands."""
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-} | {
-    name: getattr(torch, dtype)
-    for name, dtype in {"F4": "float4_e2m1fn_x2", "F8_E8M0": "float8_e8m0fnu"}.items()
-    if hasattr(torch, dtype)
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+PICKLES = pt.SUFFIXES
+_DTYPES = {short: DTYPES[dtype] for dtype, short in SFT.items() if dtype in DTYPES}
+_NAMES = {dtype: short for short, dtype in _DTYPES.items()}
 
 
 def save(data: Any, path: str | Path, shard_size: int | None = None) -> None:
@@ -64,7 +39,7 @@ def save(data: Any, path: str | Path, shard_size: int | None = None) -> None:
         elif shard_size:
             _save_shards(node, tensors, path, shard_size)
         else:
-            _save_sft(tensors, path, {"format": "pt"} | _structure(node, tensors))
+            _save_sft(tensors, path, {"format": "pt"} | tree.to_metadata(node, tensors))
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None
 
@@ -100,32 +75,12 @@ def load(
     return pickled.read(path, device, lazy)
 
 
-def structure(path: Path, metadata: Mapping[str, Any]) -> tree.Node | None:
-    """The tree in the metadata of a file, None if it holds nothing but flat tensors.
-
-    Raises FormatError if it is damaged, or of another version.
-    """
-    if TREE not in metadata:
-        return None
-    try:
-        node = tree.loads(str(metadata[TREE]))
-        if not isinstance(node, dict) or node.get("version") != 1 or "tree" not in node:
-            raise FormatError("a structure of another version")
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from None
-    return node["tree"]
-
-
 def _format(path: Path) -> str:
     if path.suffix in SAFETENSORS:
         return "sft"
     if path.suffix in PICKLES:
         return "pt"
     raise FormatError(f"{path}: expected one of {', '.join(sorted(SAFETENSORS | PICKLES))}")
-
-
-def _structure(node: tree.Node, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    return {} if is_plain(node, tensors) else {TREE: tree.dumps({"version": 1, "tree": node})}
 
 
 def _save_sft(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -141,7 +96,7 @@ def _save_shards(
 ) -> None:
     sizes = {name: sft.nbytes_of(*_described(tensor)) for name, tensor in tensors.items()}
     parts = shards.split(sizes, shard_size)
-    metadata = {"total_size": sum(sizes.values())} | _structure(node, tensors)
+    metadata = {"total_size": sum(sizes.values())} | tree.to_metadata(node, tensors)
     for part in parts:
         sft.layout({name: _described(tensors[name]) for name in part}, {})  # or nothing is touched
     path.mkdir(parents=True, exist_ok=True)
@@ -192,7 +147,7 @@ class _File:
             shape = (*shape[:-1], shape[-1] // 2)
         if not entry.nbytes:
             return torch.empty(shape, dtype=dtype)
-        return self.bytes.tensor(entry.start, entry.nbytes).view(dtype).view(shape)
+        return self.bytes.tensor(entry.start, entry.nbytes, dtype.itemsize).view(dtype).view(shape)
 
 
 def _load_shards(path: Path, device: str | torch.device, lazy: bool) -> Any:
@@ -208,9 +163,6 @@ def _assemble(
     path: Path, metadata: Mapping[str, Any], files: Mapping[str, _File], device: str | torch.device
 ) -> Any:
     """The structure over tensors, each in its file."""
-    node = structure(path, metadata)
-    if node is None:
-        return {name: file.tensor(name).to(device) for name, file in files.items()}
     unused = set(files)
 
     def tensor(name: str) -> torch.Tensor:
@@ -221,7 +173,7 @@ def _assemble(
         return files[name].tensor(name)
 
     try:
-        data = unpack(node, tensor, device)
+        data = unpack(tree.from_metadata(metadata, files), tensor, device)
         if unused:
             raise FormatError(f"the structure does not name {min(unused)!r}; it is another file's")
     except FormatError as error:

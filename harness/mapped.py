@@ -7,9 +7,6 @@ import torch
 
 from harness.errors import FormatError
 
-_ALIGNED = 16
-"""Bytes; an element has no more."""
-
 
 class Bytes:
     """An open file, from which stretches are taken as tensors."""
@@ -29,13 +26,13 @@ class Bytes:
     def __exit__(self, *_: object) -> None:
         self.file.close()  # a map stays as long as tensors lie in it
 
-    def tensor(self, start: int, size: int) -> torch.Tensor:
-        """Bytes `start` to `start + size`, dtype uint8, at an address that suits every dtype.
+    def tensor(self, start: int, size: int, alignment: int) -> torch.Tensor:
+        """Bytes `start` to `start + size`, dtype uint8, at an address that has the alignment.
 
         What is written to a mapped one stays out of the file. Raises FormatError if the file is
         shorter.
         """
-        if self._lazy and size and start % _ALIGNED == 0:
+        if self._lazy and size and start % alignment == 0:
             if self._map is None:
                 self._map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
             if start + size <= len(self._map):

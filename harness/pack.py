@@ -14,7 +14,7 @@ The nodes that stand in the tree for what `formats.tree` does not know itself:
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import chain
 from itertools import count as count_from
 from typing import Any
@@ -63,11 +63,6 @@ def unpack(
     return tree.decode(node, _Unpacking(tensor, torch.device(device)))
 
 
-def is_plain(node: Node, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the structure is a dict of these tensors and nothing else, told without a tree."""
-    return node == {"dict": {name: {"tensor": name} for name in tensors}}
-
-
 class _Packing:
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
@@ -86,7 +81,10 @@ class _Packing:
                 return {"size": list(value)}
             case torch.device():
                 return {"device": str(value)}
-            case np.ndarray() if type(value) is np.ndarray and _ARRAYS.fullmatch(value.dtype.str):
+            case np.ndarray() if type(value) is np.ndarray:
+                if not _ARRAYS.fullmatch(value.dtype.str):
+                    where = joined(keys) or "the data"
+                    raise FormatError(f"{where}: cannot store a numpy array of {value.dtype}")
                 data = np.ascontiguousarray(value).tobytes()
                 name = self.store("U8", data)
                 return {"numpy": name, "dtype": value.dtype.str, "shape": list(value.shape)}

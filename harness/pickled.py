@@ -29,7 +29,11 @@ def write(data: Any, path: Path) -> None:
             torch.save(data, staged)
         except RuntimeError as error:  # how torch's zip writer reports a full disk
             raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
-        pickles.read(staged, _ALSO)
+        try:
+            pickles.read(staged, _ALSO)
+        except FormatError as error:
+            reason = str(error).removeprefix(f"{staged}: ")
+            raise FormatError(f"it could not be read again: {reason}") from None
 
     write_atomically(path, write_staged)
 
@@ -144,7 +148,9 @@ class _Reading:
                 return tuple([self.value(item) for item in node])
             case list():
                 return [self.value(item) for item in node]
-            case set() | frozenset() | bytearray():
+            case set() | frozenset():
+                return type(node)([self.value(item) for item in node])
+            case bytearray():
                 return node
         name = getattr(node, "class_name", None) or getattr(node, "name", type(node).__name__)
         raise FormatError(f"{self.file.path}: it holds a {name}, which is not loaded")
@@ -152,7 +158,7 @@ class _Reading:
     def mapping(self, node: dict[Any, Any]) -> dict[Any, Any]:
         found = type(node)()
         for key, item in node.items():
-            found[key] = self.value(item)
+            found[self.value(key)] = self.value(item)
         if isinstance(node, OrderedDict) and "_metadata" in vars(node):
             vars(found)["_metadata"] = self.value(vars(node)["_metadata"])
         return found
@@ -169,7 +175,7 @@ class _Reading:
     def storage(self, storage: Storage) -> torch.UntypedStorage:
         if storage not in self.storages:
             record = storage.record
-            content = self.file.tensor(record.start, record.size)
+            content = self.file.tensor(record.start, record.size, alignment=16)  # for any dtype
             if self.check and zlib.crc32(content.numpy().data) != record.crc:
                 raise FormatError(f"{self.file.path}: damaged: wrong CRC of {record.name}")
             self.storages[storage] = content.to(self.device).untyped_storage()

@@ -12,8 +12,8 @@ from harness.checkpoint.durable import verify_file
 from harness.checkpoint.manifest import NAME, Manifest, checkpoints_in, read_manifest
 from harness.errors import CheckpointError, FormatError
 from harness.formats.sft import read_header
-from harness.formats.tree import joined, other_nodes
-from harness.io import PICKLES, SAFETENSORS, structure
+from harness.formats.tree import from_metadata, joined, other_nodes
+from harness.io import PICKLES, SAFETENSORS
 
 
 def describe(path: Path, verify: bool = False) -> Iterator[str]:
@@ -64,8 +64,9 @@ def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterat
 
 def _describe_tensors(path: Path, tensors: dict[str, tuple[str, list[int], int]]) -> Iterator[str]:
     yield f"{path}: {len(tensors)} tensors, {_bytes(path.stat().st_size).strip()}"
-    width = max(map(len, tensors), default=0)
-    for name, (dtype, shape, size) in tensors.items():
+    names = {name: name if name.isprintable() else repr(name) for name in tensors}
+    width = max(map(len, names.values()), default=0)
+    for name, (dtype, shape, size) in zip(names.values(), tensors.values(), strict=True):
         yield f"  {name:<{width}}  {dtype:<8}  {_bytes(size)}  {shape}"
 
 
@@ -74,14 +75,15 @@ def _sft_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
         header = read_header(path)
         found = {n: (e.dtype, list(e.shape), e.nbytes) for n, e in header.tensors.items()}
         tied = {}
-        for keys, node in other_nodes(structure(path, header.metadata)):
-            name, kept = joined(keys), str(node.get("tensor"))
+        for keys, node in other_nodes(from_metadata(header.metadata, found)):
+            name, kept = joined(keys) or "tensor", str(node.get("tensor"))
             if "view" in node:
                 tied[name] = (f"in {kept}", list(node["view"][1]), 0)
-            elif kept in found and name != kept and "view" not in node:
+            elif kept in found and name != kept:
                 tied[name] = (f"= {kept}", found[kept][1], 0)
-    except FormatError as error:
-        raise CheckpointError(str(error)) from None
+    except (FormatError, LookupError, TypeError) as error:
+        text = str(error).removeprefix(f"{path}: ")
+        raise CheckpointError(f"{path}: {text}") from None
     return found | tied
 
 

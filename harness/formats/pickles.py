@@ -17,7 +17,7 @@ from harness.formats import machine, zips
 from harness.formats.dtypes import SIZES
 from harness.formats.machine import Callee, PickleError, StandIn
 
-MAX_PICKLE = 64 << 20
+MAX_PICKLE = 256 << 20
 """Bytes of the part of a file that is not tensors."""
 
 
@@ -167,6 +167,8 @@ def _tensor(
     kept, dtype = storage
     if rest[1:] and isinstance(rest[1], DType):
         dtype = rest[1].name
+    if any(isinstance(flags, dict) and any(flags.values()) for flags in rest[1:]):
+        raise PickleError("a conjugated or negated tensor: resolve_conj(), resolve_neg() first")
     sizes = [offset, *size, *stride]
     if not isinstance(kept, Storage) or len(size) != len(stride) or len(size) > 64:
         raise PickleError("malformed: a tensor")

@@ -61,11 +61,6 @@ class Entry:
         """Bytes of the data."""
         return self.end - self.start
 
-    @property
-    def is_aligned(self) -> bool:
-        """Whether the data can be viewed where it lies in a mapping of the file."""
-        return self.start % max(1, BITS[self.dtype] // 8) == 0
-
 
 @dataclass(frozen=True)
 class Header:

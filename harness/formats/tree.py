@@ -15,11 +15,14 @@ import json
 import math
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from harness.errors import FormatError
 
+KEY = "harness"
+"""The key of a file's metadata under which its structure stands."""
+VERSION = 1
 MAX_DEPTH = 100
 MAX_NODES = 5_000_000
 LONG = 64
@@ -63,6 +66,29 @@ class LeafDecoder(Protocol):
 def joined(keys: Keys) -> str:
     """The keys with dots between them: "model.layers.0.weight"."""
     return ".".join(str(key) for key in keys)
+
+
+def flat(names: Iterable[str]) -> Node:
+    """The tree of a dict that holds tensors under the names that they are stored by."""
+    return {"dict": {name: {"tensor": name} for name in names}}
+
+
+def to_metadata(node: Node, names: Iterable[str]) -> dict[str, str]:
+    """What to write into the metadata of a file of these tensors: nothing if they tell it all.
+
+    Raises FormatError if the tree is too large.
+    """
+    return {} if node == flat(names) else {KEY: dumps({"version": VERSION, "tree": node})}
+
+
+def from_metadata(metadata: Mapping[str, Any], names: Iterable[str]) -> Node:
+    """The tree of a file with that metadata. Raises FormatError if it is damaged."""
+    if KEY not in metadata:
+        return flat(names)
+    found = loads(str(metadata[KEY]))
+    if not isinstance(found, dict) or found.get("version") != VERSION or "tree" not in found:
+        raise FormatError("its structure is damaged, or of a later version of harness")
+    return found["tree"]
 
 
 def encode(value: Any, leaves: LeafEncoder) -> Node:
@@ -250,6 +276,12 @@ class _Decoder:
         real, imaginary = _list(self.value(held, depth))
         return complex(float(real), float(imaginary))
 
+    def mutable_binary(self, held: Any, depth: int) -> bytearray:
+        content = self.value(held, depth)
+        if not isinstance(content, bytes):  # a number would be a size
+            raise TypeError("a bytearray without bytes")
+        return bytearray(content)
+
     def numbers(self, dtype: str, name: Any) -> list[Any]:
         numbers = array(_CODES[dtype])
         numbers.frombytes(self.leaves.fetch(dtype, name))
@@ -263,7 +295,7 @@ _DECODERS: dict[str, Callable[[_Decoder, Any, int], Any]] = {
     "float": lambda _, held, __: float(held),
     "complex": _Decoder.two_reals,
     "bytes": lambda _, held, __: base64.b64decode(held, validate=True),
-    "bytearray": lambda self, held, depth: bytearray(self.value(held, depth)),
+    "bytearray": _Decoder.mutable_binary,
     "bytes_in": lambda self, held, _: bytes(self.leaves.fetch("U8", held)),
     "text_in": lambda self, held, _: str(self.leaves.fetch("U8", held), "utf-8", "surrogatepass"),
     "ints_in": lambda self, held, _: self.numbers("I64", held),

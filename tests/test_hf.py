@@ -1,0 +1,54 @@
+"""transformers reads what is exported, and computes the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.io import load, save
+
+transformers = pytest.importorskip("transformers", reason="needs the extra: pip install .[hf]")
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "first")
+    return opened(tmp_path / "first", request.param)
+
+
+def opened(directory: Path, dtype: torch.dtype) -> Any:
+    found, report = transformers.LlamaForCausalLM.from_pretrained(
+        directory, dtype=dtype, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    return found.eval()
+
+
+@pytest.mark.parametrize("shard_size", [None, 10_000])
+def test_a_model_of_transformers_goes_there_and_back(
+    model: Any, shard_size: int | None, tmp_path: Path
+) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    model.config.save_pretrained(ours)
+    save(model.state_dict(), ours if shard_size else ours / "model.safetensors", shard_size)
+    found = opened(ours, model.dtype)
+    words = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(found(words).logits, model(words).logits)
+    assert found.lm_head.weight.data_ptr() == found.model.embed_tokens.weight.data_ptr()
+    found.save_pretrained(theirs, max_shard_size="10kB")
+    state = load(theirs)
+    assert set(model.state_dict()) - set(state) == {"lm_head.weight"}
+    for name, tensor in state.items():
+        assert torch.equal(tensor, model.state_dict()[name])
