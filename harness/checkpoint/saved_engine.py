@@ -7,7 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.zero_layout import Flat, Segment, Tree, base_state, flats, group_shapes
+from harness.checkpoint.zero_layout import (
+    Flat,
+    Segment,
+    Shapes,
+    Tree,
+    base_state,
+    flats,
+    group_shapes,
+)
 from harness.errors import CheckpointError
 from harness.formats import pickles
 from harness.formats.machine import StandIn
@@ -78,7 +86,7 @@ class SavedEngine:
             return
         for group in base_state(self.optimizer)["param_groups"]:
             self.groups.append({key: value for key, value in group.items() if key != "params"})
-        shapes = [
+        shapes: list[Shapes] = [
             {name: Shape(size) for name, size in group.items()} for group in group_shapes(model)
         ]
         sizes: dict[str, Shape] = {name: size for group in shapes for name, size in group.items()}
