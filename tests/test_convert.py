@@ -22,7 +22,9 @@ from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.zero_layout import base_state
 from harness.errors import HarnessError
 from harness.formats import pickles
+from harness.run import train
 from harness.testing.pool import RankPool
+from tests.helpers import tiny_config
 from tests.plain_deepspeed import layouts, write_all
 
 Checkpoints = Callable[[int], Path]
@@ -356,3 +358,20 @@ def test_what_is_interrupted_leaves_no_file(tmp_path: Path, number: signal.Signa
     assert "dst.sft" not in left
     if number != signal.SIGKILL:
         assert not left and b"Traceback" not in told, told
+
+
+def test_a_run_of_ours_is_converted(two_ranks: RankPool, tmp_path: Path) -> None:
+    """Its newest checkpoint, which is what its last export holds."""
+    config = tiny_config(tmp_path, 2, run={"steps": 4}, trainer={"save_every": 2})
+    two_ranks.run(train, config)
+    exported = io.load(config.run_dir / "exports/step-00000004/net.sft")
+    checkpoints = config.run_dir / "checkpoints"
+    for src in (config.run_dir, checkpoints, checkpoints / "step-00000004"):
+        assert_same(converted(src, tmp_path / "x.sft", verify=True), exported)
+    assert_same(converted(checkpoints / "step-00000004/net", tmp_path / "x.sft"), exported)
+    with pytest.raises(HarnessError, match=r"no engine 'nte'.*did you mean 'net'"):
+        converted(config.run_dir, tmp_path / "y.sft", engine="nte")
+    old, new = (only(checkpoints / f"step-0000000{n}/net", RANK_1) for n in (2, 4))
+    shutil.copy(old, new)
+    with pytest.raises(HarnessError, match="another file than the one that was saved"):
+        converted(config.run_dir, tmp_path / "y.sft")
