@@ -1,8 +1,8 @@
 """Copies what a plan says from the files it is in to the file it goes to, by several threads.
 
 A thread gathers stretches in a buffer that fits into the processor's cache, and writes it where
-pages begin. That is faster than `copy_file_range`, which moves page after page as soon as source
-and target lie at different places within a page, and than larger buffers: see bench/convert.py.
+pages begin. That takes less of the processor than `copy_file_range`, which moves page after page as
+soon as source and target lie at different places within a page, and than larger buffers do.
 """
 
 import os

@@ -7,7 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.zero_layout import Flat, Segment, Tree, base_state, flats, group_shapes
+from harness.checkpoint.zero_layout import (
+    Flat,
+    Segment,
+    Shapes,
+    Tree,
+    base_state,
+    flats,
+    group_shapes,
+)
 from harness.errors import CheckpointError
 from harness.formats import pickles
 from harness.formats.machine import StandIn
@@ -78,7 +86,9 @@ class SavedEngine:
             return
         for group in base_state(self.optimizer)["param_groups"]:
             self.groups.append({key: value for key, value in group.items() if key != "params"})
-        shapes = group_shapes(model)
+        shapes: list[Shapes] = [
+            {name: Shape(size) for name, size in group.items()} for group in group_shapes(model)
+        ]
         sizes: dict[str, Shape] = {name: size for group in shapes for name, size in group.items()}
         for rank in sorted(states):
             for flat in flats(states[rank], model["module"], shapes, rank, self.world_size):
@@ -139,7 +149,7 @@ class SavedEngine:
         name = self.model["shared_params"].get(name, name)
         if name in self.shapes:
             return self.master(name)
-        shape = self.model["frozen_param_shapes"][name]
+        shape = Shape(self.model["frozen_param_shapes"][name])
         shards = [source(fragments[name]) for fragments in self._fragments]
         stretches: list[Stretch] = []
         left = shape.numel() * shards[0].itemsize
@@ -198,6 +208,7 @@ class SavedEngine:
                 )
         _check_same(models, ("dp_world_size", "global_steps", "param_shapes", "ds_version"))
         _check_same(states, ("zero_stage", "partition_count", "ds_version"))
+        _check_same({rank: _steps(state) for rank, state in states.items()}, ("step",))
 
     def _check_pieces(self, name: str) -> None:
         end = 0
@@ -232,6 +243,15 @@ def _check_same(trees: dict[int, Tree], keys: tuple[str, ...]) -> None:
                     f"the files of rank {rank} are of another run or step than those of rank 0: "
                     f"{key} is {here!r:.80} there, and {there!r:.80} at rank 0"
                 )
+
+
+def _steps(optimizer: Tree) -> Tree:
+    """The first count of steps in an optimizer's state; of a tensor the bytes, as their CRC."""
+    state = base_state(optimizer)["state"]
+    step = next(iter(state.values()), {}).get("step")
+    if isinstance(step, TensorRef):
+        return {"step": f"bytes of CRC {step.storage.record.crc:08x}"}
+    return {"step": step}
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,6 @@ torch.load reads it with `weights_only=True`, and with `mmap=True`. The archive:
 APPNOTE.TXT, 4.3 and 4.5.3 (64-bit sizes); the pickle: torch/serialization.py `_save`.
 """
 
-import errno
 import os
 import pickle
 import struct
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import FormatError
-from harness.files import write_atomically
+from harness.files import reserve, write_atomically
 from harness.formats import pickles
 from harness.formats.dtypes import SIZES
 
@@ -86,10 +85,7 @@ def write(
 
     def write_staged(staged: Path) -> None:
         with staged.open("wb") as file:
-            disk = os.fstatvfs(file.fileno())
-            if disk.f_bavail * disk.f_frsize < at:
-                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {at} bytes", str(path))
-            os.ftruncate(file.fileno(), at)
+            reserve(file.fileno(), at, path)
             writer = Writer(file.fileno(), entries)
             fill(writer)
             crcs = [zlib.crc32(content) for content in small.values()]

@@ -8,7 +8,6 @@ Checked here, and not by the safetensors library 0.8: duplicate keys, shapes who
 although one of them is 0, fields that the format does not know, strings that are no Unicode.
 """
 
-import errno
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from harness.errors import FormatError
-from harness.files import write_atomically
+from harness.files import reserve, write_atomically
 
 SUFFIXES = {".sft", ".safetensors"}
 
@@ -155,12 +154,9 @@ def write(
 
     def write_staged(staged: Path) -> None:
         with staged.open("wb") as file:
-            disk = os.fstatvfs(file.fileno())
-            if disk.f_bavail * disk.f_frsize < size:
-                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size} bytes", str(path))
+            reserve(file.fileno(), size, path)
             file.write(head)
             file.flush()
-            os.ftruncate(file.fileno(), size)
             fill(Writer(file.fileno(), entries))
 
     write_atomically(path, write_staged)
