@@ -12,6 +12,7 @@ from torch import nn
 from harness import distributed
 from harness.config import EngineConfig
 from harness.errors import CommandError, ConfigError
+from harness.optim.apollo import Apollo
 from harness.optim.build import build_optimizer, check_zero, is_elementwise
 from harness.optim.lr import build_factor, build_scheduler
 
@@ -136,6 +137,11 @@ class Engine:
         offloaded = self.ds.zero_use_cpu_optimizer()
         device = torch.device("cpu") if offloaded else self.device
         return is_elementwise(self._config.optimizer, device)
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the optimizer is APOLLO, whose state is known by the names of matrices."""
+        return isinstance(self.ds.basic_optimizer, Apollo)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through DeepSpeed."""

@@ -12,6 +12,8 @@ Pure arithmetic: no tensor data is touched and nothing is communicated.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -142,6 +144,16 @@ class Plan:
                 channel = run.channel + begin - slot
                 yield row + begin - first, Run(run.matrix, channel, end - begin)
             slot += run.count
+
+    @cached_property
+    def kept(self) -> list[list[tuple[int, Run]]]:
+        """For every matrix, its channels that `owned` gives, each run with its first row in the
+        state of the matrix's flat."""
+        found: list[list[tuple[int, Run]]] = [[] for _ in self.matrices]
+        firsts = [0, *accumulate(self.rows_of_flat)]
+        for row, run in self.owned():
+            found[run.matrix].append((row - firsts[self.flat_of_matrix[run.matrix]], run))
+        return found
 
     def _deal(self, matrix: Matrix, spans: list[tuple[int, int]]) -> None:
         """Adds a matrix's channels to those that are here, or shared."""
