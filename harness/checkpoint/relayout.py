@@ -239,8 +239,8 @@ def _low_rank_state(everyones: Sequence[Flat], rank: int, saved: SavedEngine) ->
         states = [flat.state for flat in old]
         if old[0].group == everyones[0].group and all(states):
             if not state:
-                r = saved.groups[old[0].group]["rank"]
-                state = named.first_state(new, 0, r) | {"step": torch.zeros(())}
+                group = saved.groups[old[0].group]
+                state = named.first_state(new, 0, group) | {"step": torch.zeros(())}
             plans = [_plan(old, number, saved) for number in range(len(old))]
             named.relay(plans, states, new, state)
     return state

@@ -17,6 +17,7 @@ from harness.optim.channels import Block, Matrix, Plan
 from harness.optim.parts import Group, Named, Part, State
 from harness.optim.philox import gaussian, key_of, rademacher
 from harness.optim.shards import Shard
+from harness.optim.spectral import refreshed
 
 foreach: Any = torch
 """torch's functions on lists of tensors, which its type stubs do not tell of."""
@@ -59,7 +60,7 @@ class LowRank(Part):
         self._told: dict[str, Tensor] = {}
 
     def _first_state(self, number: int) -> State:
-        return named_state.first_state(self.plan, number, self.group["rank"], self.device)
+        return named_state.first_state(self.plan, number, self.group, self.device)
 
     def begin(self, group: Group, states: list[State], named: Named) -> None:
         super().begin(group, states, named)
@@ -71,6 +72,43 @@ class LowRank(Part):
                     f"the shape {found}, expected {expected}: it was saved with another `rank`, or "
                     "on another number of ranks or ZeRO stage: load it by name (load_named_state)"
                 )
+        if group["projection"] == "svd":
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """Makes the P of the flats where it is due, unless a gradient is not finite."""
+        plan, rank = self.plan, self.group["rank"]
+        for flat, state in enumerate(self.states):
+            refresh = state["calls"] // self.group["update_proj_gap"]
+            if "projection" not in state:  # the config had another projection so far
+                fresh = self._first_state(flat)
+                state |= {key: fresh[key] for key in ("projection", "made")}
+            if state["made"] != refresh:
+                made = refreshed(plan, self.shard, flat, rank, self._gradient)
+                if made is not None:
+                    state["projection"].copy_(made)
+                    state["made"] = refresh
+
+    def _gradient(self, number: int) -> Tensor:
+        """What is here of a matrix's gradient, zeros elsewhere: (channels, inner)."""
+        matrix = self.plan.matrices[number]
+        whole = torch.zeros(matrix.channels, matrix.inner, device=self.device)
+        for block in self.plan.blocks:
+            if block.matrix == number:
+                here, inner = self._channels(self.gradients, block), self._inner(block)
+                channels = slice(block.channel, block.channel + len(here))
+                whole[channels, inner.start : inner.stop] = here
+        return whole
+
+    def _projection(self, number: int) -> Tensor:
+        """The rows of P that a matrix needs here."""
+        plan, needed = self.plan, self._inner_of[number]
+        state = self.states[plan.flat_of_matrix[number]]
+        if self.group["projection"] == "svd":
+            whole = state["projection"].narrow(0, *plan.projected[number])
+            return whole[needed.start : needed.stop]
+        matrix = plan.matrices[number]
+        return self._kept.get(matrix, needed, state["calls"], self.group, self.device)
 
     def telemetry(self) -> dict[str, Tensor]:
         return self._told
@@ -78,8 +116,8 @@ class LowRank(Part):
     def named(self, states: Sequence[State]) -> Iterator[tuple[str, Tensor]]:
         for number, matrix in enumerate(self.plan.matrices):
             for key, value in named_state.of_matrix(self.plan, number, states).items():
-                is_moment = key in named_state.MOMENTS
-                yield f"{matrix.name}/{key}", self._joined(value) if is_moment else value
+                is_piece = key in named_state.PIECEWISE
+                yield f"{matrix.name}/{key}", self._joined(value) if is_piece else value
 
     def _adopt(self, number: int, state: State, named: Named) -> None:
         for place, flat in enumerate(self.plan.flat_of_matrix):
@@ -99,8 +137,7 @@ class LowRank(Part):
         self._squares = torch.zeros(plan.slots, device=self.device)
         for number, blocks in groupby(plan.blocks, key=lambda block: block.matrix):
             matrix, needed = plan.matrices[number], self._inner_of[number]
-            calls = self.states[plan.flat_of_matrix[number]]["calls"]
-            projection = self._kept.get(matrix, needed, calls, self.group, self.device)
+            projection = self._projection(number)
             for block in blocks:
                 channels, inner = self._channels(self.gradients, block), self._inner(block)
                 slots = slice(block.slot, block.slot + len(channels))
