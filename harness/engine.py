@@ -151,10 +151,13 @@ class Engine:
         """Training mode; a teacher stays in eval mode."""
         if self.role == "train":
             self.ds.train()
+            getattr(self.ds.basic_optimizer, "train", lambda: None)()
 
     def eval(self) -> None:
-        """Evaluation mode."""
+        """Evaluation mode, also of an optimizer that has one (schedule-free ones)."""
         self.ds.eval()
+        if self.role == "train":
+            getattr(self.ds.basic_optimizer, "eval", lambda: None)()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Back-propagates a scalar loss of one micro-batch."""
