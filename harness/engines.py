@@ -183,7 +183,7 @@ class Engines(Mapping[str, Engine]):
 def build_engines(task: Task, config: Config) -> Engines:
     """An engine for every model of the task. Collective.
 
-    Raises TaskError if the task's models are not those of the config.
+    Raises TaskError if the task's models are not those of the config, or share a parameter.
     """
     with distributed.in_unison(f"task {config.task.path}"):
         if set(task.models) != set(config.engines):
@@ -191,6 +191,14 @@ def build_engines(task: Task, config: Config) -> Engines:
                 f"task {config.task.path} has the models {sorted(task.models)}, and the config the "
                 f"engines {sorted(config.engines)}"
             )
+        owners: dict[nn.Parameter, str] = {}
+        for name, model in task.models.items():
+            for path, parameter in model.named_parameters():
+                if (owner := owners.setdefault(parameter, name)) != name:
+                    raise TaskError(
+                        f"task {config.task.path}: the models {owner!r} and {name!r} share the "
+                        f"parameter {path!r}, which only one engine can train; give each its own"
+                    )
     trained = [engine for engine in config.engines.values() if engine.role == "train"]
     micro_batches = math.lcm(*(engine.gradient_accumulation for engine in trained))
     engines = {}
