@@ -29,7 +29,8 @@ class Plain:
         if self.settings.optimizer is None:
             self.module.requires_grad_(False).eval()
         else:
-            args = self.settings.optimizer.args | {"lr": self.settings.optimizer.lr}
+            args: dict[str, Any] = self.settings.optimizer.args
+            args["lr"] = self.settings.optimizer.lr
             self.optimizer = torch.optim.AdamW(self.module.parameters(), **args)
         average = get_ema_multi_avg_fn(self.settings.ema_decay or 0.5)
         self.average = AveragedModel(self.module, multi_avg_fn=average)

@@ -197,10 +197,10 @@ def test_what_is_unknown_is_refused() -> None:
         locate([clone], {"weight": nn.Parameter(torch.zeros(4, 6))})
 
 
-def measured_and_computed(stage: int, mini: bool) -> tuple[int, int]:
+def measured_and_computed(stage: int, mini: bool, projection: str) -> tuple[int, int]:
     """This rank's bytes of state after a step, and what `state_bytes` says of it before."""
     model = Given()
-    optimizer = apollo(model, mini)
+    optimizer = apollo(model, mini, projection=projection)
     told_before = state_bytes(optimizer.param_groups, stage, distributed.world_size())
     engine = engine_of(model, optimizer, stage, "fp32", {})
     take_steps(engine, range(1))
@@ -210,12 +210,14 @@ def measured_and_computed(stage: int, mini: bool) -> tuple[int, int]:
     return measured, told_before[distributed.global_rank()]
 
 
-@pytest.mark.parametrize("mini", [False, True], ids=["apollo", "mini"])
+@pytest.mark.parametrize(
+    ("mini", "projection"), [(False, "gaussian"), (True, "gaussian"), (False, "svd")]
+)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_state_takes_as_many_bytes_as_is_computed(
-    three_ranks: RankPool, stage: int, mini: bool
+    three_ranks: RankPool, stage: int, mini: bool, projection: str
 ) -> None:
-    for measured, computed in three_ranks.run(measured_and_computed, stage, mini):
+    for measured, computed in three_ranks.run(measured_and_computed, stage, mini, projection):
         assert measured == computed
 
 

@@ -20,6 +20,8 @@ from tests.helpers import ROOT, losses, records, tiny_config
 
 STAGES = [0, 1, 2, 3]
 DECAY = 0.8
+TWO_GROUPS = {"name": "tests.relayout_task:TwoGroups"}
+APOLLO = {"name": "apollo", "rank": 2}
 Layout = tuple[int, int]
 """`(ranks, ZeRO stage)`."""
 
@@ -99,7 +101,15 @@ def test_it_resumes_to_the_bit_and_can_be_switched_off_and_on(
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((2, 2), (2, 3)), ((2, 3), (2, 0)), ((2, 0), (2, 1)), ((2, 3), (4, 2))]
+    ("before", "after", "optimizer"),
+    [
+        ((2, 2), (2, 3), TWO_GROUPS),
+        ((2, 3), (2, 0), TWO_GROUPS),
+        ((2, 0), (2, 1), TWO_GROUPS),
+        ((2, 3), (4, 2), TWO_GROUPS),
+        ((2, 1), (2, 3), APOLLO),
+    ],
+    ids=str,
 )
 def test_it_goes_over_to_another_layout(
     two_ranks: RankPool,
@@ -107,13 +117,14 @@ def test_it_goes_over_to_another_layout(
     tmp_path: Path,
     before: Layout,
     after: Layout,
+    optimizer: dict[str, Any],
 ) -> None:
     """The task has two parameter groups, frozen parameters and odd sizes."""
     after_ranks = two_ranks if after[0] == 2 else request.getfixturevalue("four_ranks")
 
     def config(name: str, layout: Layout, steps: int) -> Config:
         engine = {
-            "optimizer": {"name": "tests.relayout_task:TwoGroups"},
+            "optimizer": optimizer,
             "ema_decay": DECAY,
             "ds_config": ROOT / f"ds_configs/zero{layout[1]}.json",
         }
@@ -138,10 +149,9 @@ def test_it_goes_over_to_another_layout(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_apollo_can_be_averaged(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
-    apollo = {"name": "apollo", "lr": 1e-2, "rank": 2}
-    config = config_of(tmp_path / "with", stage, optimizer=apollo)
+    config = config_of(tmp_path / "with", stage, optimizer=APOLLO)
     two_ranks.run(train, config)
-    without = config_of(tmp_path / "without", stage, optimizer=apollo, ema_decay=None)
+    without = config_of(tmp_path / "without", stage, optimizer=APOLLO, ema_decay=None)
     two_ranks.run(train, without)
     assert losses(config) == losses(without)
     averages: dict[str, Tensor] = {}

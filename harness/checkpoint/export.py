@@ -21,6 +21,8 @@ def export(
     """Writes every trained engine's whole weights as `parent/step-N/ENGINE.FORMAT`, and their
     average, where one is kept, as `ENGINE.ema.FORMAT`. Collective.
 
+    They are those of evaluation mode, which the engines are in meanwhile.
+
     `format`: "sft" or "pt". `between` is called, on every rank, after each tensor. Raises
     HarnessError, on all ranks, if it cannot be written.
     """
@@ -28,11 +30,15 @@ def export(
     staged = target.with_name(f"{target.name}.tmp")
     if distributed.is_global_leader():
         shutil.rmtree(staged, ignore_errors=True)
-    for engine in engines.trained:
-        _export_weights(engine, staged / f"{engine.name}.{format}", between)
-        if engine.has_ema:
-            with engine.averaged():
-                _export_weights(engine, staged / f"{engine.name}.ema.{format}", between)
+    engines.eval()
+    try:
+        for engine in engines.trained:
+            _export_weights(engine, staged / f"{engine.name}.{format}", between)
+            if engine.has_ema:
+                with engine.averaged():
+                    _export_weights(engine, staged / f"{engine.name}.ema.{format}", between)
+    finally:
+        engines.train()
     with distributed.in_unison(f"cannot export to {target}"):
         if distributed.is_global_leader():
             put_in_place(staged, target)

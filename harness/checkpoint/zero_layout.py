@@ -189,7 +189,8 @@ class SavedEngine:
     """One engine's files, `step-N/ENGINE/`, opened: everything by parameter name.
 
     `model` is rank 0's tree of model_states; `shapes` those of the parameters that the optimizer
-    steps; `groups` its parameter groups without their parameters.
+    steps; `groups` its parameter groups without their parameters; `flats` those of every rank (at
+    stage 0 of one), in the order of the optimizer's own numbering.
     """
 
     def __init__(self, directory: Path):
@@ -208,6 +209,7 @@ class SavedEngine:
             optimizers = [self.model["optimizer"]]
         self.optimizer: Tree | None = optimizers[0] if optimizers else None
         self.groups: list[Tree] = []
+        self.flats: list[list[Flat]] = []
         self.shapes: Shapes = {}
         self._pieces: dict[str, list[tuple[Segment, Flat]]] = {}
         if self.optimizer is None:
@@ -221,8 +223,9 @@ class SavedEngine:
         for group in shapes:
             self.shapes |= group
         for rank, optimizer in enumerate(optimizers):
-            for flat in flats(optimizer, self.model["module"], shapes, rank, self.world_size):
-                _check(flat)
+            found = flats(optimizer, self.model["module"], shapes, rank, self.world_size)
+            self.flats.append(found)
+            for flat in found:
                 for segment in flat.segments:
                     self._pieces.setdefault(segment.name, []).append((segment, flat))
 
@@ -247,6 +250,8 @@ class SavedEngine:
             first = max(start, segment.start)
             last = min(stop, segment.start + segment.length)
             if first < last:
+                if key is not None:
+                    _check(flat, key)
                 whole = (flat.master if key is None else flat.state[key]).detach()
                 at = segment.offset - segment.start
                 parts.append(whole.reshape(-1)[at + first : at + last])
@@ -287,14 +292,13 @@ def _is_moment(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
-def _check(flat: Flat) -> None:
-    for key, value in flat.state.items():
-        if _is_moment(value) and value.shape != flat.shape:
-            raise CheckpointError(
-                f"optimizer state {key!r} of parameter {flat.segments[0].name!r} has the shape "
-                f"{tuple(value.shape)}, and the parameter {tuple(flat.shape)}: it cannot be cut "
-                "for another number of ranks or ZeRO stage"
-            )
+def _check(flat: Flat, key: str) -> None:
+    if (found := flat.state[key].shape) != flat.shape:
+        raise CheckpointError(
+            f"optimizer state {key!r} of parameter {flat.segments[0].name!r} has the shape "
+            f"{tuple(found)}, and the parameter {tuple(flat.shape)}: it cannot be cut for another "
+            "number of ranks or ZeRO stage"
+        )
 
 
 class _Record:

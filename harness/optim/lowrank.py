@@ -4,7 +4,6 @@ The equations, and where they are from, stand at the top of apollo.py. Shapes: C
 (channels.py), of which the first c carry state on this rank; r the rank; W ranks; n matrices.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -13,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.optim import named as named_state
 from harness.optim.channels import Block, Matrix, Plan
 from harness.optim.parts import Group, Named, Part, State
 from harness.optim.philox import gaussian, key_of, rademacher
 from harness.optim.shards import Shard
-
-log = logging.getLogger(__name__)
+from harness.optim.spectral import refreshed
 
 foreach: Any = torch
 """torch's functions on lists of tensors, which its type stubs do not tell of."""
@@ -27,8 +26,6 @@ PROJECTIONS = {"gaussian": gaussian, "rademacher": rademacher}
 
 KEPT_BYTES = 64 * 2**20
 """Bytes of projections that an optimizer keeps until their refresh; more are made at each step."""
-
-KEYS = ("exp_avg", "exp_avg_sq", "limiter", "step", "calls")
 
 
 class LowRank(Part):
@@ -63,14 +60,7 @@ class LowRank(Part):
         self._told: dict[str, Tensor] = {}
 
     def _first_state(self, number: int) -> State:
-        shape = self.plan.rows_of_flat[number], self.group["rank"]
-        matrices = self.plan.flat_of_matrix.count(number)
-        return {
-            "exp_avg": torch.zeros(shape, device=self.device),
-            "exp_avg_sq": torch.zeros(shape, device=self.device),
-            "limiter": torch.zeros(matrices, device=self.device),
-            "calls": 0,
-        }
+        return named_state.first_state(self.plan, number, self.group, self.device)
 
     def begin(self, group: Group, states: list[State], named: Named) -> None:
         super().begin(group, states, named)
@@ -82,51 +72,61 @@ class LowRank(Part):
                     f"the shape {found}, expected {expected}: it was saved with another `rank`, or "
                     "on another number of ranks or ZeRO stage: load it by name (load_named_state)"
                 )
+        if group["projection"] == "svd":
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """Makes the P of the flats where it is due, unless a gradient is not finite."""
+        plan, rank = self.plan, self.group["rank"]
+        for flat, state in enumerate(self.states):
+            refresh = state["calls"] // self.group["update_proj_gap"]
+            if "projection" not in state:  # the config had another projection so far
+                fresh = self._first_state(flat)
+                state |= {key: fresh[key] for key in ("projection", "made")}
+            if state["made"] != refresh:
+                made = refreshed(plan, self.shard, flat, rank, self._gradient)
+                if made is not None:
+                    state["projection"].copy_(made)
+                    state["made"] = refresh
+
+    def _gradient(self, number: int) -> Tensor:
+        """What is here of a matrix's gradient, zeros elsewhere: (channels, inner)."""
+        matrix = self.plan.matrices[number]
+        whole = torch.zeros(matrix.channels, matrix.inner, device=self.device)
+        for block in self.plan.blocks:
+            if block.matrix == number:
+                here, inner = self._channels(self.gradients, block), self._inner(block)
+                channels = slice(block.channel, block.channel + len(here))
+                whole[channels, inner.start : inner.stop] = here
+        return whole
+
+    def _projection(self, number: int) -> Tensor:
+        """The rows of P that a matrix needs here."""
+        plan, needed = self.plan, self._inner_of[number]
+        state = self.states[plan.flat_of_matrix[number]]
+        if self.group["projection"] == "svd":
+            whole = state["projection"].narrow(0, *plan.projected[number])
+            return whole[needed.start : needed.stop]
+        matrix = plan.matrices[number]
+        return self._kept.get(matrix, needed, state["calls"], self.group, self.device)
 
     def telemetry(self) -> dict[str, Tensor]:
         return self._told
 
     def named(self, states: Sequence[State]) -> Iterator[tuple[str, Tensor]]:
-        plan, rows = self.plan, self.plan.rows_of_flat
-        first_rows = [sum(rows[:flat]) for flat in range(len(rows))]
-        limiters = [value for state in states for value in state["limiter"]]
-        for number, matrix in enumerate(plan.matrices):
-            flat = plan.flat_of_matrix[number]
-            for key in ("exp_avg", "exp_avg_sq"):
-                kept = states[flat][key]
-                whole = torch.zeros(matrix.channels, kept.shape[1], device=self.device)
-                for row, run in plan.owned():
-                    if run.matrix == number:
-                        here = kept.narrow(0, row - first_rows[flat], run.count)
-                        whole[run.channel : run.channel + run.count] = here
-                yield f"{matrix.name}/{key}", self._joined(whole)
-            yield f"{matrix.name}/limiter", limiters[number]
-            yield f"{matrix.name}/step", states[flat]["step"]
-            yield f"{matrix.name}/calls", torch.tensor(states[flat]["calls"])
+        for number, matrix in enumerate(self.plan.matrices):
+            for key, value in named_state.of_matrix(self.plan, number, states).items():
+                is_piece = key in named_state.PIECEWISE
+                yield f"{matrix.name}/{key}", self._joined(value) if is_piece else value
 
     def _adopt(self, number: int, state: State, named: Named) -> None:
-        plan = self.plan
-        first_row = sum(plan.rows_of_flat[:number])
-        mine = [k for k, flat in enumerate(plan.flat_of_matrix) if flat == number]
-        for place, matrix in enumerate(mine):
-            name, channels = plan.matrices[matrix].name, plan.matrices[matrix].channels
-            found = {key: named.pop(f"{name}/{key}") for key in KEYS if f"{name}/{key}" in named}
-            if not found:
-                continue
-            shape = (channels, self.group["rank"])
-            if len(found) < len(KEYS) or tuple(found["exp_avg"].shape) != shape:
-                log.warning(
-                    "%s: its state is not that of APOLLO at this rank; it starts anew", name
-                )
-                continue
-            for key in KEYS[:2]:
-                for row, run in plan.owned():
-                    if run.matrix == matrix:
-                        whole = found[key].narrow(0, run.channel, run.count)
-                        state[key].narrow(0, row - first_row, run.count).copy_(whole)
-            state["limiter"][place] = found["limiter"]
-            state["step"].copy_(torch.maximum(state["step"], found["step"].to(self.device)))
-            state["calls"] = max(state["calls"], int(found["calls"]))
+        for place, flat in enumerate(self.plan.flat_of_matrix):
+            name, found = self.plan.matrices[place].name, {}
+            for key in named_state.KEYS if flat == number else ():
+                if (value := named.pop(f"{name}/{key}", None)) is not None:
+                    found[key] = value
+            if found:
+                named_state.put(self.plan, place, state, found)
 
     def square_sum(self) -> Tensor:
         return self._squares.sum(dtype=torch.float64)
@@ -137,8 +137,7 @@ class LowRank(Part):
         self._squares = torch.zeros(plan.slots, device=self.device)
         for number, blocks in groupby(plan.blocks, key=lambda block: block.matrix):
             matrix, needed = plan.matrices[number], self._inner_of[number]
-            calls = self.states[plan.flat_of_matrix[number]]["calls"]
-            projection = self._kept.get(matrix, needed, calls, self.group, self.device)
+            projection = self._projection(number)
             for block in blocks:
                 channels, inner = self._channels(self.gradients, block), self._inner(block)
                 slots = slice(block.slot, block.slot + len(channels))
