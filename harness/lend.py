@@ -1,9 +1,9 @@
 """Whose turn it is among several engines, and how one of them uses the model of another.
 
 A loss may go through the model of another engine, as a generator's goes through the discriminator.
-DeepSpeed knows nothing of that: it pollutes the other engine's gradients without a word at ZeRO 0
-and 1, and fails in words that explain nothing at 2 and 3 (DeepSpeed #399, #4923). The bare module
-with frozen parameters is right at every stage; everything else is refused here.
+DeepSpeed knows nothing of that: by stage and order, it pollutes the other engine's gradients
+without a word, or fails in words that explain nothing (DeepSpeed #399, #4923). The bare module with
+frozen parameters is right at every stage; everything else is refused here.
 """
 
 from collections.abc import Iterator

@@ -110,7 +110,7 @@ def teacher_loss(student_BC: Tensor, teacher_BC: Tensor, kind: str, temperature:
 
 def teach(teacher: nn.Module, images_NP: Tensor, digits_N: Tensor) -> None:
     """Trains the teacher on all digits at once."""
-    optimizer = torch.optim.AdamW(teacher.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
     for _ in range(TEACHER_STEPS):
         optimizer.zero_grad()
         F.cross_entropy(teacher(images_NP), digits_N).backward()
