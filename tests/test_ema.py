@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.checkpoint.zero_layout import SavedEngine
+from harness.checkpoint.saved_engine import SavedEngine
+from harness.checkpoint.tensors import read
 from harness.config import Config
 from harness.io import load
 from harness.run import train
@@ -59,16 +60,16 @@ def test_it_follows_the_master_weights_and_disturbs_nothing(
     for step in range(1, 7):
         engine = saved(config, step)
         for name in engine.shapes:
-            master = engine.master(name)
+            master = read(engine.master(name))
             averages[name] = torch.lerp(averages.get(name, master), master, 1 - DECAY)
-            assert torch.equal(engine.moment(name, "ema"), averages[name])
+            assert torch.equal(read(engine.moment(name, "ema")), averages[name])
             assert averages[name].dtype == torch.float32
     weights, average = exported(config, 6, "net"), exported(config, 6, "net.ema")
     assert weights.keys() == average.keys() > averages.keys()
     last = saved(config, 6)
     for name, tensor in averages.items():
         assert torch.equal(average[name], tensor.bfloat16())
-        assert torch.equal(weights[name], last.master(name).bfloat16())
+        assert torch.equal(weights[name], read(last.master(name)).bfloat16())
     assert torch.equal(average["again.weight"], average["middle.weight"])
 
 
@@ -78,7 +79,7 @@ def test_it_resumes_to_the_bit_and_can_be_switched_off_and_on(
 ) -> None:
     config = config_of(tmp_path, stage)
     two_ranks.run(train, config)
-    whole = {name: saved(config, 6).moment(name, "ema") for name in saved(config, 6).shapes}
+    whole = {name: read(saved(config, 6).moment(name, "ema")) for name in saved(config, 6).shapes}
 
     def again(**engine: Any) -> SavedEngine:
         for step in (4, 5, 6):
@@ -87,7 +88,7 @@ def test_it_resumes_to_the_bit_and_can_be_switched_off_and_on(
         return saved(config, 6)
 
     resumed = again()
-    assert all(torch.equal(resumed.moment(name, "ema"), whole[name]) for name in whole)
+    assert all(torch.equal(read(resumed.moment(name, "ema")), whole[name]) for name in whole)
     off = again(ema_decay=None)
     assert all("ema" not in off.state_keys(name) for name in whole)
     for step in (5, 6):
@@ -95,9 +96,9 @@ def test_it_resumes_to_the_bit_and_can_be_switched_off_and_on(
     two_ranks.run(train, config)  # on again: it begins with the weights of step 5
     engine, first = saved(config, 6), saved(config, 5)
     for name in whole:
-        assert torch.equal(first.moment(name, "ema"), first.master(name))
-        expected = torch.lerp(first.master(name), engine.master(name), 1 - DECAY)
-        assert torch.equal(engine.moment(name, "ema"), expected)
+        assert torch.equal(read(first.moment(name, "ema")), read(first.master(name)))
+        expected = torch.lerp(read(first.master(name)), read(engine.master(name)), 1 - DECAY)
+        assert torch.equal(read(engine.moment(name, "ema")), expected)
 
 
 @pytest.mark.parametrize(

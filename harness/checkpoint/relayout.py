@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from harness import distributed, ema
 from harness.checkpoint.durable import told_as, write_file
 from harness.checkpoint.manifest import EngineManifest, Manifest
 from harness.checkpoint.save import collect, describe, make_room
+from harness.checkpoint.saved_engine import SavedEngine
+from harness.checkpoint.tensors import read, real
 from harness.checkpoint.zero_layout import (
     Flat,
-    SavedEngine,
     Shapes,
     Tree,
     base_state,
@@ -112,6 +113,8 @@ def write_relaid(directory: Path, engine: Engine, staged: Path) -> None:
         told_as(f"cannot re-lay checkpoint {directory}"),
     ):
         saved = SavedEngine(directory / engine.name)
+        if not engine.is_low_rank:
+            saved.check_moments()
         _check_names(saved, engine, shapes)
         for path, tree in jobs.items():
             if "module" in tree:
@@ -145,17 +148,22 @@ def _model(tree: Tree, saved: SavedEngine, engine: Engine, shapes: list[Shapes])
     module = type(tree["module"])()
     for name, tensor in tree["module"].items():
         is_placeholder = sharded and name not in tree["buffer_names"]
-        module[name] = tensor if is_placeholder else saved.weight(name)
-    changed: Tree = {key: saved.model[key] for key in _CARRIED}
+        module[name] = tensor if is_placeholder else _weight(saved, name)
+    changed: Tree = {key: real(saved.model[key]) for key in _CARRIED}
     changed["module"] = module
     if tree["frozen_param_fragments"] is not None:
         changed["frozen_param_fragments"] = {
-            name: _shard(saved.weight(name), fragment) if sharded else saved.weight(name)
+            name: _shard(_weight(saved, name), fragment) if sharded else _weight(saved, name)
             for name, fragment in tree["frozen_param_fragments"].items()
         }
     if tree["optimizer"] is not None:
         changed["optimizer"] = _optimizer(tree["optimizer"], module, saved, engine, shapes)
     return changed
+
+
+def _weight(saved: SavedEngine, name: str) -> torch.Tensor:
+    """An entry of the model's state dict, whole and in the dtype that the model computes in."""
+    return read(saved.weight(name)).to(getattr(torch, saved.model["module"][name].dtype))
 
 
 def _shard(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -185,7 +193,7 @@ def _optimizer(
     }
     groups = [
         group
-        | saved.groups[number]
+        | real(saved.groups[number])
         | {key: group[key] for key in ("params", "param_names") if key in group}
         for number, group in enumerate(base_state(tree)["param_groups"])
     ]
@@ -216,12 +224,12 @@ def _optimizer(
 def _state(flat: Flat, saved: SavedEngine) -> Tree:
     """The optimizer's state of one flat: moments cut anew, and scalars as they were.
 
-    Scalars are copies: two flats that shared a `step` tensor would count every step twice.
+    Scalars are read anew: two flats that shared a `step` tensor would count every step twice.
     """
     state: Tree = {}
     for segment in flat.segments:
-        for key, value in saved.scalars(segment.name).items():
-            if state.setdefault(key, deepcopy(value)) != value:
+        for key, value in real(saved.scalars(segment.name)).items():
+            if state.setdefault(key, value) != value:
                 raise CheckpointError(
                     f"optimizer state {key!r} of parameter {segment.name!r} is {value}, and "
                     f"{state[key]} of {flat.segments[0].name!r}, which ZeRO keeps in one group"
@@ -234,16 +242,17 @@ def _low_rank_state(everyones: Sequence[Flat], rank: int, saved: SavedEngine) ->
     """APOLLO's state of one flat of low-rank matrices, from those of the old layout that have any
     of them. `everyones`: the flat as the ranks have it."""
     new = _plan(everyones, rank, saved)
+    names = {segment.name for segment in everyones[0].segments}
     state: Tree = {}
     for old in zip(*saved.flats, strict=True):
-        states = [flat.state for flat in old]
-        if old[0].group == everyones[0].group and all(states):
-            if not state:
-                group = saved.groups[old[0].group]
-                state = named.first_state(new, 0, group) | {"step": torch.zeros(())}
-            plans = [_plan(old, number, saved) for number in range(len(old))]
-            named.relay(plans, states, new, state)
-    if any(ema.KEY in saved.state_keys(segment.name) for segment in everyones[rank].segments):
+        if names.isdisjoint(segment.name for segment in old[0].segments) or not old[0].state:
+            continue
+        if not state:
+            group = saved.groups[old[0].group]
+            state = named.first_state(new, 0, group) | {"step": torch.zeros(())}
+        plans = [_plan(old, number, saved) for number in range(len(old))]
+        named.relay(plans, [real(flat.state) for flat in old], new, state)
+    if any(ema.KEY in saved.state_keys(name) for name in names):
         state[ema.KEY] = _filled(everyones[rank], saved, ema.KEY)
     return state
 
@@ -271,7 +280,9 @@ def _filled(flat: Flat, saved: SavedEngine, key: str | None) -> torch.Tensor:
         if key is not None and key not in saved.state_keys(segment.name):
             continue  # never had a gradient
         stop = segment.start + segment.length
-        part = saved.read(segment.name, key, segment.start, stop)
+        name = segment.name
+        tensor = saved.master(name) if key is None else saved.moment(name, key)
+        part = read(tensor, segment.start, stop)
         if filled is None:
             filled = torch.zeros(flat.shape, dtype=part.dtype)
         filled.view(-1)[segment.offset : segment.offset + segment.length] = part

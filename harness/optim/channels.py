@@ -62,19 +62,24 @@ class Run:
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of a matrix that lies in one stretch of a flat."""
+    """A rectangle of a matrix that lies in one stretch of a flat. A channel that is a row is in one
+    block alone, one that is a column in many."""
 
     flat: int
     offset: int
-    height: int
-    width: int
     matrix: int
-    inner: int
-    """The first of its inner indices."""
-    channel: int
-    """The first of its channels."""
-    slot: int
-    """The slot of that one."""
+    channels: range
+    inner: range
+    slots: slice
+    """The slots of its channels."""
+    strides: tuple[int, int]
+    """From channel to channel, and along one."""
+
+    def of(self, flats: Sequence[torch.Tensor]) -> torch.Tensor:
+        """This block of contiguous flats: a view (channels, inner)."""
+        flat = flats[self.flat]
+        shape = len(self.channels), len(self.inner)
+        return flat.as_strided(shape, self.strides, flat.storage_offset() + self.offset)
 
 
 def matrices_of(name: str, shape: Sequence[int], stacked: bool) -> list[Matrix]:
@@ -201,11 +206,14 @@ class Plan:
     def _blocks(self, number: int, start: int, stop: int, piece: Piece) -> Iterator[Block]:
         matrix, flat = self.matrices[number], self.flat_of_matrix[number]
         for row, column, height, width in _rectangles(start, stop, matrix.columns):
-            channel, inner = (row, column) if matrix.by_rows else (column, row)
-            channels = height if matrix.by_rows else width
+            channels, inner = range(row, row + height), range(column, column + width)
+            strides = width, 1
+            if not matrix.by_rows:
+                channels, inner, strides = inner, channels, (1, width)
             offset = piece.offset + matrix.start + row * matrix.columns + column - piece.start
-            slot = self._slot(number, channel, channels)
-            yield Block(flat, offset, height, width, number, inner, channel, slot)
+            first = self._slot(number, channels.start, len(channels))
+            slots = slice(first, first + len(channels))
+            yield Block(flat, offset, number, channels, inner, slots, strides)
 
     def _slot(self, matrix: int, channel: int, count: int) -> int:
         """The slot of a channel; the `count` channels from it on follow."""
