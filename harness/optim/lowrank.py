@@ -228,7 +228,8 @@ class LowRank(Part):
             eps=self.group["eps"],
             maximize=False,
         )
-        foreach._foreach_add_([state["step"] for state in self.states], well.float())
+        steps = [state["step"] for state in self.states]
+        foreach._foreach_add_(steps, [well.float()] * len(steps))
         for state in self.states:
             state["calls"] += 1
         return adapted
@@ -255,10 +256,15 @@ class LowRank(Part):
 
 
 def _if_well(tensor: Tensor, well: Tensor) -> Tensor:
-    """A fp32 tensor, or zeros: without waiting for the device, since only a CPU is asked what it
-    knows. (0 times what is not finite is not 0.)"""
-    if well.device.type == "cpu":
+    """A fp32 tensor, or zeros. (0 times what is not finite is not 0.) Only on a CPU, which does not
+    wait for itself, is the flag read."""
+    if tensor.device.type == "cpu":
         return tensor if well else torch.zeros_like(tensor)
+    return _masked(tensor, well)
+
+
+def _masked(tensor: Tensor, well: Tensor) -> Tensor:
+    """All bits of a fp32 tensor, or none."""
     return (tensor.view(torch.int32) & -well.to(torch.int32)).view(torch.float32)
 
 
