@@ -4,7 +4,6 @@ test_engines.py holds them against plain PyTorch.
 """
 
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
@@ -26,14 +25,8 @@ from harness.testing.pool import RankPool
 from tests.helpers import records
 from tests.test_engines import fake_digits, train_on_fake_digits
 
-REAL = pytest.param(
-    train,
-    id="real",
-    marks=pytest.mark.skipif(
-        find_spec("sklearn") is None, reason="the real digits need scikit-learn"
-    ),
-)
-FAKE = pytest.param(train_on_fake_digits, id="fake")
+run = train if find_spec("sklearn") else train_on_fake_digits
+"""On the real digits where scikit-learn is installed."""
 
 
 def shipped(task: str, directory: Path, steps: int, *words: str) -> Config:
@@ -43,10 +36,7 @@ def shipped(task: str, directory: Path, steps: int, *words: str) -> Config:
     return parse_args(["--config", f"launch/tasks/{task}.toml", *own, *words])
 
 
-@pytest.mark.parametrize("run", [REAL, FAKE])
-def test_the_gan_learns(
-    two_ranks: RankPool, tmp_path: Path, run: Callable[[Config], object]
-) -> None:
+def test_the_gan_learns(two_ranks: RankPool, tmp_path: Path) -> None:
     config = shipped("gan", tmp_path, 150)
     two_ranks.run(run, config)
     first, last = records(config, "eval/")
@@ -55,11 +45,8 @@ def test_the_gan_learns(
     assert (config.run_dir / "exports/step-00000150/G.ema.sft").exists()
 
 
-@pytest.mark.parametrize("run", [REAL, FAKE])
 @pytest.mark.parametrize("loss_fn", ["kl", "mse"])
-def test_the_student_learns(
-    two_ranks: RankPool, tmp_path: Path, run: Callable[[Config], object], loss_fn: str
-) -> None:
+def test_the_student_learns(two_ranks: RankPool, tmp_path: Path, loss_fn: str) -> None:
     config = shipped("distill", tmp_path, 60, f"--task.args.teacher_loss_fn={loss_fn}")
     two_ranks.run(run, config)
     first, last = records(config, "eval/")

@@ -148,7 +148,7 @@ def test_it_goes_over_to_another_layout(
     assert max(float((weights[n] - whole[n]).abs().max()) for n in whole) > 1e-2
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [1, 3])
 def test_apollo_can_be_averaged(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
     config = config_of(tmp_path / "with", stage, optimizer=APOLLO)
     two_ranks.run(train, config)

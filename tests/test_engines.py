@@ -91,8 +91,7 @@ def test_a_gan_and_its_average_equal_plain_torch(
     assert told == pytest.approx(float(found), abs=1e-5)
 
 
-@pytest.mark.parametrize("stages", [(3, 0), (1, 3)], ids=str)
-@pytest.mark.parametrize("loss_fn", ["kl", "mse"])
+@pytest.mark.parametrize(("stages", "loss_fn"), [((3, 0), "kl"), ((1, 3), "mse")], ids=str)
 def test_distillation_equals_plain_torch(
     two_ranks: RankPool, tmp_path: Path, stages: tuple[int, int], loss_fn: str
 ) -> None:
