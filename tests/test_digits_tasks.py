@@ -4,6 +4,7 @@ test_engines.py holds them against plain PyTorch.
 """
 
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from harness.arguments import parse_args
 from harness.config import Config, TaskConfig
-from harness.errors import ConfigError
+from harness.errors import CommandError, ConfigError
 from harness.io import save
 from harness.run import train
 from harness.testing.pool import RankPool
@@ -85,6 +86,22 @@ def test_the_energy_distance_is_that_of_two_samples() -> None:
 
     found = gan.evaluate(3, gan.spread(real), Engine(), (real, real))["energy_distance"]
     assert found == pytest.approx(float(2 * across - sum(within)), abs=1e-5)
+
+
+def test_a_sample_is_drawn() -> None:
+    class Engine:
+        device, dtype = torch.device("cpu"), torch.float32
+        averaged = staticmethod(nullcontext)
+
+        def __call__(self, noise: Tensor) -> Tensor:
+            return torch.linspace(-1, 1, 64).expand(len(noise), -1)
+
+    rows = gan.sample(3, {"G": Engine()}, "2").splitlines()[1:]
+    assert len(rows) == 8 and all(len(row) == 2 * 16 + 2 for row in rows)
+    assert rows[0].startswith("    ") and rows[7].endswith("@@")
+    for wrong in ("0", "13", "x"):
+        with pytest.raises(CommandError, match="a number of digits from 1 to 12"):
+            gan.sample(3, {"G": Engine()}, wrong)
 
 
 def config_with(**args: object) -> Config:

@@ -17,11 +17,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from harness.config import Config, Section
+from harness.errors import CommandError
 from harness.task import Stats, Task
 
 SAMPLES = 256
 """Digits that an evaluation of G generates, always from the same noise."""
 SHADES = " .:-=+*#%@"
+MOST_DRAWN = 12  # side by side
 
 
 class GanArgs(Section):
@@ -114,6 +116,8 @@ def fixed_noise(count: int, noise: int) -> Tensor:
 
 def sample(noise: int, engines: Any, count: str = "6") -> str:
     """Draws some digits of the generator's average in characters."""
+    if not (count.isdecimal() and 1 <= int(count) <= MOST_DRAWN):
+        raise CommandError(f"found {count!r}, expected a number of digits from 1 to {MOST_DRAWN}")
     generator = engines["G"]
     noise_SZ = fixed_noise(int(count), noise).to(generator.device, generator.dtype)
     with torch.no_grad(), generator.averaged():
@@ -121,4 +125,4 @@ def sample(noise: int, engines: Any, count: str = "6") -> str:
     shades_SHW = ((made_SP.reshape(-1, 8, 8) + 1) / 2 * (len(SHADES) - 1)).round().int()
     rows = shades_SHW.permute(1, 0, 2).tolist()
     lines = ("  ".join("".join(SHADES[s] * 2 for s in row) for row in line) for line in rows)
-    return "\n".join(lines)
+    return "\n" + "\n".join(lines)
