@@ -113,6 +113,11 @@ class EngineConfig(Section):
     """Optimizer of a trained engine."""
     scheduler: SchedulerConfig | None = None
     """Learning-rate schedule; constant by default."""
+    every: int = Field(default=1, ge=1)
+    """Train it at every so-many-th step of the run: 2 leaves out every other one."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep an exponential moving average of its weights, like 0.999: evaluations use it, and
+    exports write it besides as NAME.ema."""
 
     @model_validator(mode="after")
     def _possible(self) -> "EngineConfig":
@@ -146,6 +151,14 @@ class EngineConfig(Section):
             raise ValueError("a trained engine needs an optimizer, for example {name = 'adamw'}")
         if self.role == "teacher" and (self.optimizer or self.scheduler):
             raise ValueError("a teacher is never stepped: it takes no optimizer and no scheduler")
+        if self.role == "teacher" and (self.every > 1 or self.ema_decay):
+            raise ValueError("a teacher never changes: it takes no `every` and no ema_decay")
+        offload = zero.get("offload_optimizer")
+        if self.ema_decay and isinstance(offload, Mapping) and offload.get("ratio", 1.0) != 1.0:
+            raise ValueError(
+                "ema_decay: DeepSpeed steps a part of the parameters with an optimizer of its own: "
+                "set zero_optimization.offload_optimizer.ratio to 1.0"
+            )
         if self.role == "teacher" and stage in (1, 2):
             raise ValueError(
                 f"a teacher cannot use ZeRO stage {stage}, which shards what an optimizer holds; "
@@ -295,6 +308,19 @@ class Config(Section):
         if all(engine.role == "teacher" for engine in engines.values()):
             raise ValueError("no engine has role = 'train': there is nothing to train")
         return engines
+
+    @model_validator(mode="after")
+    def _all_are_trained(self) -> "Config":
+        periods = {n: e.every for n, e in self.engines.items() if e.role == "train"}
+        if min(periods.values()) > 1:
+            raise ValueError(f"engines: none is trained at every step, found every = {periods}")
+        for name, every in periods.items():
+            if every > self.run.steps:
+                raise ValueError(
+                    f"engines.{name}.every = {every}: it would never be trained in "
+                    f"{self.run.steps} steps"
+                )
+        return self
 
     @property
     def run_dir(self) -> Path:

@@ -2,19 +2,24 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from harness import distributed
+from harness import distributed, ema
 from harness.config import EngineConfig
 from harness.errors import CommandError, ConfigError
+from harness.lend import Turn
 from harness.optim.apollo import Apollo
 from harness.optim.build import build_optimizer, check_zero, is_elementwise
 from harness.optim.lr import build_factor, build_scheduler
+
+if TYPE_CHECKING:
+    from harness.engines import Engines
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +65,12 @@ class Engine:
         self.name = name
         self.role = config.role
         self.gradient_accumulation = config.gradient_accumulation
+        self.every = config.every
         self.counters = Counters()
-        self.peers: Mapping[str, Engine] = {}
-        """The engines beside it, by name, itself included."""
+        self.peers: Engines
+        """The set that it belongs to, itself included."""
+        self.turn = Turn()
+        """Which engine of the set is at work."""
         self.last_lr = 0.0
         self.last_grad_norm: torch.Tensor | float = 0.0
         self._config = config
@@ -107,6 +115,7 @@ class Engine:
             | config.deepspeed(),
         )[0]
         self._configured_clip: float = self.ds.gradient_clipping()
+        self._ema = ema.Ema(self.ds.optimizer, config.ema_decay) if config.ema_decay else None
 
     @property
     def module(self) -> nn.Module:
@@ -144,7 +153,8 @@ class Engine:
         return isinstance(self.ds.basic_optimizer, Apollo)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, through DeepSpeed."""
+        """The model's forward, through DeepSpeed. Raises TaskError in another engine's turn."""
+        self.turn.check(self.name, "called")
         return self.ds(*args, **kwargs)
 
     def train(self) -> None:
@@ -161,10 +171,12 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Back-propagates a scalar loss of one micro-batch."""
+        self.turn.check(self.name, "back-propagated")
         self.ds.backward(loss)
 
     def step(self) -> bool:
         """Ends a micro-batch. True if it was the last of an optimizer step, which is then taken."""
+        self.turn.check(self.name, "stepped")
         boundary = self.ds.is_gradient_accumulation_boundary()
         norm = self._plain_grad_norm() if boundary else None
         lr = self.get_lr()
@@ -241,6 +253,20 @@ class Engine:
             found.append(f"clip {self._clip:g} (the config says {self._configured_clip:g})")
         return found
 
+    @property
+    def has_ema(self) -> bool:
+        """Whether an average of its weights is kept: `ema_decay` is set."""
+        return self._ema is not None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the average for its weights, if one is kept and a step was taken.
+
+        Collective, and for the time between steps only. Nothing is left of it afterwards.
+        """
+        with self._ema.in_place() if self._ema else nullcontext():
+            yield
+
     def optimizer_figures(self) -> dict[str, torch.Tensor]:
         """What the optimizer tells of its last step, as APOLLO does; on the device."""
         tell = getattr(self.ds.basic_optimizer, "telemetry", None)
@@ -295,6 +321,8 @@ class Engine:
         self.counters = Counters(**state["counters"])
         if self.role == "teacher":
             return
+        if not self.has_ema:
+            ema.forget(self.ds.optimizer)
         self.ds.lr_scheduler.base_lrs = [chosen["lr"] for chosen in self._chosen]
         for group, chosen in zip(self.ds.optimizer.param_groups, self._chosen, strict=True):
             group |= chosen

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from harness import distributed
 from harness.config import Config
 from harness.engine import Engine
-from harness.errors import TaskError
+from harness.errors import TaskError, did_you_mean
+from harness.lend import Turn
 from harness.task import Stats, Task, feed
 
 
@@ -17,15 +20,19 @@ class Engines(Mapping[str, Engine]):
     """Engines by name, in the config's order.
 
     A step of the run is as many micro-batches as it takes for every trained engine to end an
-    optimizer step together: the least common multiple of their gradient accumulations.
+    optimizer step together: the least common multiple of their gradient accumulations. An engine
+    with `every = n` is trained at the steps n, 2n, ... alone.
     """
 
     def __init__(self, engines: Mapping[str, Engine], task: Task):
         self._engines = dict(engines)
-        for engine in engines.values():
-            engine.peers = self._engines
         self._task = task
+        self._turn = Turn()
         self.trained = [engine for engine in engines.values() if engine.role == "train"]
+        for engine in engines.values():
+            engine.peers, engine.turn = self, self._turn
+        for engine in self.trained if len(self.trained) > 1 else ():
+            self._turn.guard(engine.name, engine.module)
         self.gradient_accumulation = math.lcm(*(e.gradient_accumulation for e in self.trained))
         self.global_step = 0
 
@@ -39,14 +46,15 @@ class Engines(Mapping[str, Engine]):
         return len(self._engines)
 
     def step(self, batch: Any) -> dict[str, torch.Tensor | float]:
-        """Feeds one micro-batch to every trained engine in turn. Returns their losses and stats.
+        """Feeds one micro-batch to each engine that is due, in turn. Returns losses and stats.
 
         The optimizer of an engine steps when its gradient accumulation is full.
         """
         report: dict[str, torch.Tensor | float] = {}
-        for engine in self.trained:
-            loss, stats = feed(self._task, engine, batch)
-            engine.backward(loss)
+        for engine in self.due(self.global_step + 1):
+            with self._turn.of(engine.name):
+                loss, stats = feed(self._task, engine, batch)
+                engine.backward(loss)
             engine.step()
             report |= self.label(engine, {"loss": loss.detach(), **stats})
         return report
@@ -56,13 +64,34 @@ class Engines(Mapping[str, Engine]):
         """The losses and stats of every trained engine on one held-out micro-batch."""
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.trained:
-            if self._task.evaluate is not None:
-                stats = self._task.evaluate(engine, batch)
-            else:
-                loss, others = feed(self._task, engine, batch)
-                stats = {"loss": loss, **others}
+            with self._turn.of(engine.name):
+                if self._task.evaluate is not None:
+                    stats = self._task.evaluate(engine, batch)
+                else:
+                    loss, others = feed(self._task, engine, batch)
+                    stats = {"loss": loss, **others}
             report |= self.label(engine, stats)
         return report
+
+    def lend(self, name: str) -> AbstractContextManager[nn.Module]:
+        """Another engine's bare model, frozen, for a loss that goes through it.
+
+        Right at every ZeRO stage: at stage 3 each submodule's forward and backward gather what they
+        need. In an engine's turn the model stays frozen until its backward is over; outside of one,
+        for the `with` block. Raises TaskError for an unknown engine, and in its own turn.
+        """
+        if name not in self:
+            hint = did_you_mean(name, self)
+            raise TaskError(f"there is no engine {name!r} to lend{hint}; there are {list(self)}")
+        return self._turn.lend(name, self[name].module)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Every engine that keeps an average of its weights with that average for its weights."""
+        with ExitStack() as stack:
+            for engine in self.trained:
+                stack.enter_context(engine.averaged())
+            yield
 
     def train(self) -> None:
         """Training mode for every trained engine."""
@@ -78,10 +107,14 @@ class Engines(Mapping[str, Engine]):
         """The trained engine of that name, or all of them."""
         return [engine for engine in self.trained if name in (None, engine.name)]
 
+    def due(self, step: int) -> list[Engine]:
+        """The engines that are trained at a step of the run."""
+        return [engine for engine in self.trained if step % engine.every == 0]
+
     def set_total_steps(self, steps: int) -> None:
         """Spans every schedule over that many steps of the run."""
         for engine in self.trained:
-            micro_batches = steps * self.gradient_accumulation
+            micro_batches = steps // engine.every * self.gradient_accumulation
             engine.set_total_steps(micro_batches // engine.gradient_accumulation)
 
     def overrides(self) -> list[str]:
@@ -99,21 +132,21 @@ class Engines(Mapping[str, Engine]):
     def rates(self) -> dict[str, torch.Tensor | float]:
         """Learning rate and loss scale that the last step was taken with, named for the log."""
         report: dict[str, torch.Tensor | float] = {}
-        for engine in self.trained:
+        for engine in self.due(self.global_step):
             report |= self.label(engine, {"lr": engine.last_lr, "loss_scale": engine.loss_scale})
         return report
 
     def norms(self) -> dict[str, torch.Tensor | float]:
         """The last step's gradient norms, and what the optimizers tell of it, named for the log."""
         report: dict[str, torch.Tensor | float] = {}
-        for engine in self.trained:
+        for engine in self.due(self.global_step):
             figures = {"grad_norm": engine.last_grad_norm, **engine.optimizer_figures()}
             report |= self.label(engine, figures)
         return report
 
-    def count(self, samples: int, tokens: int) -> None:
-        """Adds one step's samples and tokens of the whole world to the counters."""
-        for engine in self.trained:
+    def count(self, step: int, samples: int, tokens: int) -> None:
+        """Adds a step's samples and tokens of the whole world to the counters."""
+        for engine in self.due(step):
             engine.counters.samples += samples
             engine.counters.tokens += tokens
 
@@ -150,7 +183,7 @@ class Engines(Mapping[str, Engine]):
 def build_engines(task: Task, config: Config) -> Engines:
     """An engine for every model of the task. Collective.
 
-    Raises TaskError if the task's models are not those of the config.
+    Raises TaskError if the task's models are not those of the config, or share a parameter.
     """
     with distributed.in_unison(f"task {config.task.path}"):
         if set(task.models) != set(config.engines):
@@ -158,11 +191,19 @@ def build_engines(task: Task, config: Config) -> Engines:
                 f"task {config.task.path} has the models {sorted(task.models)}, and the config the "
                 f"engines {sorted(config.engines)}"
             )
+        owners: dict[nn.Parameter, str] = {}
+        for name, model in task.models.items():
+            for path, parameter in model.named_parameters():
+                if (owner := owners.setdefault(parameter, name)) != name:
+                    raise TaskError(
+                        f"task {config.task.path}: the models {owner!r} and {name!r} share the "
+                        f"parameter {path!r}, which only one engine can train; give each its own"
+                    )
     trained = [engine for engine in config.engines.values() if engine.role == "train"]
     micro_batches = math.lcm(*(engine.gradient_accumulation for engine in trained))
     engines = {}
     for name, settings in config.engines.items():
-        steps = config.run.steps * micro_batches // settings.gradient_accumulation
+        steps = config.run.steps // settings.every * micro_batches // settings.gradient_accumulation
         engines[name] = Engine(
             name,
             task.models[name],

@@ -18,7 +18,8 @@ def evaluate(
 ) -> dict[str, float] | None:
     """The trained engines' losses and stats on `task.eval_data`, averaged over its samples.
 
-    Collective. The engines are in evaluation mode meanwhile. The same on every rank; None if
+    Collective. The engines are in evaluation mode meanwhile, and have the average for their weights
+    where one is kept. The same on every rank; None if
     `is_stopped`, which every rank asks after each micro-batch, said so. What fails on one rank
     alone is raised on all of them, once the others have done their shares.
     """
@@ -28,16 +29,17 @@ def evaluate(
     failure: Exception | None = None
     engines.eval()
     try:
-        for share in eval_shares(len(task.eval_data or ()), micro_batch_size, rank, world_size):
-            if failure is None:
-                try:
-                    for name, mean in _means(engines, task, share).items():
-                        sums[name] = sums.get(name, 0) + mean * len(share)
-                        weights[name] = weights.get(name, 0) + len(share)
-                except Exception as error:  # the others must hear of it
-                    failure = error
-            if is_stopped():
-                return None
+        with engines.averaged():
+            for share in eval_shares(len(task.eval_data or ()), micro_batch_size, rank, world_size):
+                if failure is None:
+                    try:
+                        for name, mean in _means(engines, task, share).items():
+                            sums[name] = sums.get(name, 0) + mean * len(share)
+                            weights[name] = weights.get(name, 0) + len(share)
+                    except Exception as error:  # the others must hear of it
+                        failure = error
+                if is_stopped():
+                    return None
     finally:
         engines.train()
     with distributed.in_unison("evaluation"):

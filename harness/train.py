@@ -121,7 +121,8 @@ class Trainer:
             **self.engines.rates(),
             "step_time_s": time.perf_counter() - started,
         }
-        self.report(self.meter.push(local, reports, samples, tokens))
+        told_by = [engine.name for engine in self.engines.due(self.engines.global_step)]
+        self.report(self.meter.push(local, told_by, reports, samples, tokens))
         self.status.stepped(self.engines.global_step)
         self.end_traces()
 
@@ -358,8 +359,8 @@ class Trainer:
     def report(self, done: Sequence[StepNumbers]) -> None:
         """Counts finished steps, and on rank 0 records and shows them."""
         for numbers in done:
-            self.engines.count(numbers.samples, numbers.tokens)
-            counters = self.engines.trained[0].counters
+            self.engines.count(numbers.local["step"], numbers.samples, numbers.tokens)
+            counters = max((e.counters for e in self.engines.trained), key=lambda c: c.samples)
             record = numbers.local | numbers.means
             seconds = record.pop("step_time_s")
             record |= {

@@ -8,6 +8,7 @@ from pathlib import Path
 from harness import distributed
 from harness.checkpoint.manifest import step_directory
 from harness.checkpoint.retain import put_in_place
+from harness.engine import Engine
 from harness.engines import Engines
 from harness.io import save
 
@@ -17,7 +18,8 @@ log = logging.getLogger(__name__)
 def export(
     engines: Engines, parent: Path, format: str, between: Callable[[], object] = lambda: None
 ) -> Path:
-    """Writes every trained engine's whole weights as `parent/step-N/ENGINE.FORMAT`. Collective.
+    """Writes every trained engine's whole weights as `parent/step-N/ENGINE.FORMAT`, and their
+    average, where one is kept, as `ENGINE.ema.FORMAT`. Collective.
 
     They are those of evaluation mode, which the engines are in meanwhile.
 
@@ -31,15 +33,10 @@ def export(
     engines.eval()
     try:
         for engine in engines.trained:
-            state = {}
-            for name, tensor in engine.whole_tensors():
-                if tensor is not None:
-                    state[name] = tensor
-                between()
-            with distributed.in_unison(f"cannot export to {target}"):
-                if distributed.is_global_leader():
-                    staged.mkdir(parents=True, exist_ok=True)
-                    save(state, staged / f"{engine.name}.{format}")
+            _export_weights(engine, staged / f"{engine.name}.{format}", between)
+            if engine.has_ema:
+                with engine.averaged():
+                    _export_weights(engine, staged / f"{engine.name}.ema.{format}", between)
     finally:
         engines.train()
     with distributed.in_unison(f"cannot export to {target}"):
@@ -47,3 +44,15 @@ def export(
             put_in_place(staged, target)
     log.info("exported %s", target)
     return target
+
+
+def _export_weights(engine: Engine, path: Path, between: Callable[[], object]) -> None:
+    state = {}
+    for name, tensor in engine.whole_tensors():
+        if tensor is not None:
+            state[name] = tensor
+        between()
+    with distributed.in_unison(f"cannot export {path}"):
+        if distributed.is_global_leader():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(state, path)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from harness import distributed
+from harness import distributed, ema
 from harness.checkpoint.durable import told_as, write_file
 from harness.checkpoint.manifest import EngineManifest, Manifest
 from harness.checkpoint.save import collect, describe, make_room
@@ -252,6 +252,8 @@ def _low_rank_state(everyones: Sequence[Flat], rank: int, saved: SavedEngine) ->
             state = named.first_state(new, 0, group) | {"step": torch.zeros(())}
         plans = [_plan(old, number, saved) for number in range(len(old))]
         named.relay(plans, [real(flat.state) for flat in old], new, state)
+    if any(ema.KEY in saved.state_keys(name) for name in names):
+        state[ema.KEY] = _filled(everyones[rank], saved, ema.KEY)
     return state
 
 

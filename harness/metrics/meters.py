@@ -43,20 +43,28 @@ class StepMeter:
 
     def __init__(self) -> None:
         self._names: list[str] = []  # in the same order on every rank
+        self._asked: set[str] = set()  # whose names all ranks have heard of
         self._unheard: dict[str, None] = {}  # names that other ranks may not know
         self._copying: _Pending | None = None
         self._reducing: _Pending | None = None
 
     def push(
-        self, local: dict[str, Any], reports: Sequence[Stats], samples: int, tokens: int
+        self,
+        local: dict[str, Any],
+        told_by: Sequence[str],
+        reports: Sequence[Stats],
+        samples: int,
+        tokens: int,
     ) -> list[StepNumbers]:
         """Takes in a step (`reports`: one for each micro-batch), and gives out those that are done.
 
-        A number that appears for the first time in the middle of the run is reported from some
-        steps later on, once all ranks have heard of its name.
+        `told_by`: the engines that report, the same on every rank. When one does so for the first
+        time, the ranks tell each other the names of its numbers. Any other number that appears in
+        the middle of the run is reported from some steps later on, once all have heard of its name.
         """
         self._unheard |= {n: None for report in reports for n in report if n not in self._names}
-        if not self._names:
+        if not self._asked.issuperset(told_by):
+            self._asked.update(told_by)
             self._learn_names()
         done = self._shift()
         self._copying = self._pack(local, reports, samples, tokens)

@@ -1,0 +1,84 @@
+"""What a codebook pattern costs a batch, beside a Python loop over its timesteps.
+
+    python bench/pattern.py [--codebooks 8] [--timesteps 1500] [--batch 8] [--vocabulary 128]
+
+Both build a delayed sequence, bring its tokens back and bring logits back, in turn, in one process;
+medians. The loop copies one timestep of all samples at a time.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from harness.pattern import Pattern, delay
+
+ROUNDS = 9
+EMPTY = 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in (("codebooks", 8), ("timesteps", 1500), ("batch", 8), ("vocabulary", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    pattern = delay(given.codebooks, given.timesteps)
+    shape = (given.batch, given.codebooks, given.timesteps)
+    tokens_BKT = torch.randint(1, given.vocabulary, shape)
+    sequence_BKS, _ = pattern.build(tokens_BKT, EMPTY)
+    logits_BKSV = torch.randn(*sequence_BKS[..., 1:].shape, given.vocabulary)
+    works: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+        "build": (
+            lambda: pattern.build(tokens_BKT, EMPTY)[0],
+            lambda: loop_build(pattern, tokens_BKT),
+        ),
+        "revert": (
+            lambda: pattern.revert(sequence_BKS, EMPTY)[0],
+            lambda: loop_revert(pattern, sequence_BKS, 0),
+        ),
+        "revert_logits": (
+            lambda: pattern.revert_logits(logits_BKSV)[0],
+            lambda: loop_revert(pattern, logits_BKSV, 1),
+        ),
+    }
+    say(f"{list(shape)}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    say(f"{'':>14} {'ours, ms':>9} {'loop, ms':>9} {'ratio':>7}")
+    for name, (ours, loop) in works.items():
+        assert torch.equal(ours(), loop())
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(ROUNDS):
+            for function, found in zip((ours, loop), times, strict=True):
+                started = time.perf_counter()
+                function()
+                found.append(time.perf_counter() - started)
+        mine, theirs = map(statistics.median, times)
+        say(f"{name:>14} {mine * 1e3:9.3f} {theirs * 1e3:9.3f} {theirs / mine:7.1f}")
+
+
+def loop_build(pattern: Pattern, tokens_BKT: Tensor) -> Tensor:
+    sequence_BKS = tokens_BKT.new_full((*tokens_BKT.shape[:2], pattern.steps), EMPTY)
+    for codebook, steps in enumerate(pattern.step_KT().tolist()):
+        for timestep, step in enumerate(steps):
+            sequence_BKS[:, codebook, step] = tokens_BKT[:, codebook, timestep]
+    return sequence_BKS
+
+
+def loop_revert(pattern: Pattern, steps_BKSX: Tensor, shift: int) -> Tensor:
+    found = steps_BKSX.new_empty(*steps_BKSX.shape[:2], pattern.timesteps, *steps_BKSX.shape[3:])
+    for codebook, steps in enumerate(pattern.step_KT().tolist()):
+        for timestep, step in enumerate(steps):
+            found[:, codebook, timestep] = steps_BKSX[:, codebook, step - shift]
+    return found
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Whose turn it is among several engines, and how one of them uses the model of another.
+
+A loss may go through the model of another engine, as a generator's goes through the discriminator.
+DeepSpeed knows nothing of that: by stage and order, it pollutes the other engine's gradients
+without a word, or fails in words that explain nothing (DeepSpeed #399, #4923). The bare module with
+frozen parameters is right at every stage; everything else is refused here.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from harness.errors import TaskError
+
+
+class Turn:
+    """Which engine of a set is at work, from its forward to the end of its backward."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._loans = ExitStack()
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Makes it the turn of an engine. What is lent meanwhile stays frozen to the turn's end,
+        since a backward may run parts of a forward again (activation checkpointing)."""
+        with ExitStack() as loans:
+            self.name, self._loans = name, loans
+            try:
+                yield
+            finally:
+                self.name = None
+
+    @contextmanager
+    def lend(self, name: str, module: nn.Module) -> Iterator[nn.Module]:
+        """`module` of engine `name`, frozen. Outside of any turn, for the `with` block alone.
+
+        Raises TaskError for the engine whose turn it is: it would get no gradients.
+        """
+        if name == self.name:
+            raise TaskError(
+                f"engine {name!r} cannot be lent in its own turn: it would get no gradients; call "
+                "it, as engine(...)"
+            )
+        with ExitStack() as block:
+            loans = block if self.name is None else self._loans
+            loans.enter_context(frozen(module))
+            yield module
+
+    def check(self, name: str, verb: str) -> None:
+        """Raises TaskError if engine `name` is used (`verb`: "called") in another one's turn."""
+        if self.name not in (None, name):
+            raise TaskError(
+                f"engine {name!r} was {verb} in the turn of engine {self.name!r}: that would mix "
+                f"up their gradients. {_instead(name)}"
+            )
+
+    def guard(self, name: str, module: nn.Module) -> None:
+        """Makes every gradient that would reach a parameter of `module` in another engine's turn a
+        TaskError, before it is added to anything."""
+        for path, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(partial(self._refuse, name, path))
+
+    def _refuse(self, name: str, path: str, gradient: torch.Tensor) -> None:
+        if self.name not in (None, name):
+            raise TaskError(
+                f"the loss of engine {self.name!r} would give a gradient to {path!r} of engine "
+                f"{name!r}, whose turn it is not. {_instead(name)}"
+            )
+
+
+def _instead(name: str) -> str:
+    return (
+        "To use another engine's model in a loss: `with engine.peers.lend"
+        f"({name!r}) as model: ... model(...)`"
+    )
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """`module` without a parameter that needs gradients.
+
+    `requires_grad` and the training mode of every part are put back as they were, whatever happens.
+    """
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    modes = [(part, part.training) for part in module.modules()]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield module
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for part, is_training in modes:
+            part.training = is_training

@@ -1,0 +1,182 @@
+"""Codebook patterns: in which order a model sees the tokens of several codebooks.
+
+An audio codec gives K tokens at every timestep. A pattern says at which step of a sequence each of
+them stands, so that a language model can predict the sequence step by step. The idea, and the
+names, are from Copet et al., "Simple and Controllable Music Generation" (MusicGen), 2023; coarse
+first is the order of VALL-E (Wang et al., "Neural Codec Language Models are Zero-Shot Text to
+Speech Synthesizers", 2023).
+
+    sequence_BKS, mask_KS = delay(codebooks, timesteps).build(tokens_BKT, empty=1024)
+
+Tensor names end in their shape: B batch, K codebooks, T timesteps, S steps of the sequence, V
+vocabulary. Step 0 is empty for all codebooks: from it the first tokens are predicted.
+"""
+
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+CACHED = 256
+"""Patterns that are kept, by their arguments, since every batch asks for one."""
+
+
+class Pattern:
+    """A step for each of the tokens, given by codebook and timestep, each exactly once.
+
+    Its indices are kept on every device that it was used on.
+    """
+
+    def __init__(self, step_KT: Tensor):
+        """`step_KT`: the step of each token, int64, from 1 on.
+
+        Raises ValueError if a step is none, or holds two tokens of one codebook.
+        """
+        if step_KT.dim() != 2 or step_KT.dtype != torch.int64 or not step_KT.numel():
+            raise ValueError(
+                f"a pattern is an int64 tensor [codebooks, timesteps], found {step_KT.dtype} "
+                f"{list(step_KT.shape)}"
+            )
+        if (first := int(step_KT.min())) < 1:
+            raise ValueError(f"step {first}: the first one is 1, since 0 is empty")
+        self.codebooks, self.timesteps = step_KT.shape
+        self.steps = int(step_KT.max()) + 1
+        """The length of a whole sequence, step 0 included."""
+        counts_KS = torch.zeros(self.codebooks, self.steps, dtype=torch.int64)
+        counts_KS.scatter_add_(1, step_KT.cpu(), torch.ones_like(step_KT, device="cpu"))
+        if int(counts_KS.max()) > 1:
+            codebook, step = (counts_KS > 1).nonzero()[0].tolist()
+            raise ValueError(f"step {step} holds more than one token of codebook {codebook}")
+        self._step_KT = {torch.device("cpu"): step_KT.cpu()}
+        self._mask_KS = {torch.device("cpu"): counts_KS > 0}
+
+    def step_KT(self, device: torch.device | str = "cpu") -> Tensor:
+        """The step of each token, int64."""
+        return _on(self._step_KT, torch.device(device))
+
+    def mask_KS(self, device: torch.device | str = "cpu") -> Tensor:
+        """Where a sequence has tokens, bool; elsewhere it is empty."""
+        return _on(self._mask_KS, torch.device(device))
+
+    def build(self, tokens_BKT: Tensor, empty: int) -> tuple[Tensor, Tensor]:
+        """`(sequence_BKS, mask_KS)`: the tokens at their steps, and `empty` where there are none.
+
+        Raises ValueError for another number of codebooks or timesteps.
+        """
+        batch, *shape = tokens_BKT.shape
+        if shape != [self.codebooks, self.timesteps]:
+            raise ValueError(
+                f"this pattern is for tokens [batch, {self.codebooks}, {self.timesteps}], found "
+                f"{list(tokens_BKT.shape)}"
+            )
+        sequence_BKS = tokens_BKT.new_full((batch, self.codebooks, self.steps), empty)
+        step_1KT = self.step_KT(tokens_BKT.device)[None]
+        sequence_BKS.scatter_(2, step_1KT.expand_as(tokens_BKT), tokens_BKT)
+        return sequence_BKS, self.mask_KS(tokens_BKT.device)
+
+    def revert(self, sequence_BKS: Tensor, empty: int) -> tuple[Tensor, Tensor]:
+        """`(tokens_BKT, mask_KT)`: the inverse of `build`.
+
+        A sequence may have only the first steps of a whole one: tokens that are to come are `empty`
+        and false in the mask. Raises ValueError for another number of codebooks, or more steps.
+        """
+        return self._revert(sequence_BKS, 0, empty)
+
+    def revert_logits(self, logits_BKSV: Tensor, empty: float = 0.0) -> tuple[Tensor, Tensor]:
+        """`(logits_BKTV, mask_KT)`: of a model that predicts at each step the next one.
+
+        So it has seen all steps but the last, `sequence_BKS[..., :-1]`, or fewer: logits that are
+        to come are `empty` and false in the mask. Raises as `revert`.
+        """
+        return self._revert(logits_BKSV, 1, empty)
+
+    def _revert(self, found: Tensor, shift: int, empty: float) -> tuple[Tensor, Tensor]:
+        """What stands, at each token's step less `shift`, in `found` [B, K, steps, ...]."""
+        batch, codebooks, steps, *rest = found.shape
+        whole = self.steps - shift
+        if codebooks != self.codebooks or steps > whole:
+            raise ValueError(
+                f"this pattern is for [batch, {self.codebooks}, at most {whole}, ...], found "
+                f"{list(found.shape)}"
+            )
+        step_KT = self.step_KT(found.device) - shift
+        mask_KT = step_KT < steps
+        if steps < whole:  # what is to come is taken from one more step, which is empty
+            found = torch.cat([found, found.new_full((batch, codebooks, 1, *rest), empty)], 2)
+            step_KT = step_KT.where(mask_KT, steps)
+        row_K1 = torch.arange(codebooks, device=found.device)[:, None]
+        return found[:, row_K1, step_KT], mask_KT
+
+
+def _on(kept: dict[torch.device, Tensor], device: torch.device) -> Tensor:
+    if device not in kept:
+        kept[device] = kept[torch.device("cpu")].to(device)
+    return kept[device]
+
+
+def parallel(codebooks: int, timesteps: int) -> Pattern:
+    """All codebooks of a timestep at one step."""
+    return regular(timesteps, (0,) * codebooks)
+
+
+def delay(codebooks: int, timesteps: int, delays: Sequence[int] | None = None) -> Pattern:
+    """Codebook k at `delays[k]` steps after its timestep; by default k."""
+    delays = _checked("delays", range(codebooks) if delays is None else delays, codebooks)
+    return regular(timesteps, delays)
+
+
+def unrolled(
+    codebooks: int,
+    timesteps: int,
+    flattening: Sequence[int] | None = None,
+    delays: Sequence[int] | None = None,
+) -> Pattern:
+    """Each timestep as several steps: codebook k at its inner step `flattening[k]`, by default k,
+    and `delays[k]` timesteps late. [0, 1, 1, 1] is the paper's partial flattening."""
+    inner = range(codebooks) if flattening is None else flattening
+    inner = _checked("flattening", inner, codebooks)
+    late = _checked("delays", (0,) * codebooks if delays is None else delays, codebooks)
+    stride = max(inner) + 1
+    starts = tuple(i + stride * d for i, d in zip(inner, late, strict=True))
+    return regular(timesteps, starts, stride)
+
+
+def coarse_first(codebooks: int, timesteps: int, delays: Sequence[int] | None = None) -> Pattern:
+    """All of codebook 0, then the others side by side; codebook k is `delays[k]` steps late."""
+    late = _checked("delays", (0,) * codebooks if delays is None else delays, codebooks)
+    return regular(timesteps, (late[0], *(timesteps + d for d in late[1:])))
+
+
+@lru_cache(CACHED)
+def regular(timesteps: int, starts: tuple[int, ...], stride: int = 1) -> Pattern:
+    """Codebook k at the steps `1 + starts[k]`, and every `stride`-th after it."""
+    starts_K1 = torch.tensor(starts, dtype=torch.int64)[:, None]
+    return Pattern(1 + starts_K1 + stride * torch.arange(timesteps))
+
+
+def layout(steps: Sequence[Collection[tuple[int, int]]]) -> Pattern:
+    """Any pattern: `steps[s]` holds the `(timestep, codebook)` of the tokens at step s + 1.
+
+    Raises ValueError if a token is missing, or stands at two steps.
+    """
+    found = {}
+    for step, coordinates in enumerate(steps, start=1):
+        for timestep, codebook in coordinates:
+            if (codebook, timestep) in found:
+                raise ValueError(f"timestep {timestep} of codebook {codebook} has two steps")
+            found[codebook, timestep] = step
+    codebooks, timesteps = (1 + max(numbers) for numbers in zip(*found, strict=True))
+    step_KT = torch.zeros(codebooks, timesteps, dtype=torch.int64)
+    for (codebook, timestep), step in found.items():
+        step_KT[codebook, timestep] = step
+    if (missing := (step_KT == 0).nonzero()).numel():
+        codebook, timestep = missing[0].tolist()
+        raise ValueError(f"timestep {timestep} of codebook {codebook} has no step")
+    return Pattern(step_KT)
+
+
+def _checked(what: str, numbers: Sequence[int], codebooks: int) -> tuple[int, ...]:
+    if len(numbers) != codebooks or min(numbers, default=0) < 0:
+        raise ValueError(f"{what}: expected {codebooks} numbers from 0 on, found {list(numbers)}")
+    return tuple(numbers)
