@@ -69,7 +69,7 @@ class Plan:
             block = module.__dict__.get(_BLOCK)
             if block is not None and block.plan is self:
                 del module.__dict__[_BLOCK]
-                module.__class__ = type(module).__mro__[2]
+                module.__class__ = type(module).__bases__[1]
         self.store.drain()
 
     def drain(self) -> None:
@@ -111,7 +111,7 @@ class _Offloaded(nn.Module):
         """Hides the hook of the module's class, which is not being subclassed by its user."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        offloaded, plain = type(self), type(self).__mro__[2]
+        offloaded, plain = type(self), type(self).__bases__[1]
         make, args, state, *rest = super().__reduce_ex__(protocol)
         args = tuple(plain if arg is offloaded else arg for arg in args)
         if isinstance(state, dict):
@@ -121,7 +121,7 @@ class _Offloaded(nn.Module):
 
 @functools.cache
 def _offloaded(plain: type[nn.Module]) -> type[nn.Module]:
-    """The subclass for modules of class `plain`; in eval mode, or without gradients, no different."""
+    """The subclass for modules of a class. In eval mode, or without gradients, it is no different."""
 
     @torch.compiler.disable  # a compiled block is called from here, and stays compiled
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -148,18 +148,20 @@ def attach(
 ) -> Plan:
     """Offloads the activations of a model's blocks while it trains. Returns what can undo it.
 
-    `match` says which modules are blocks: a class, a regular expression for their whole names, or a
-    function of name and module; by default those of the class that `repeated_class` finds. `mode`:
-    "inputs" sends a block's inputs to host memory and recomputes the rest in backward; "saved" sends
-    all that it saves, and recomputes nothing: many times the bytes. `budget`: "all", a part of the
-    blocks from 0 to 1, or "auto": as much as the device's memory makes necessary. The last
-    `keep_last` blocks are not offloaded, as backward wants them at once (in "inputs" mode they are
-    recomputed all the same). Tensors below `min_bytes` stay. `host_budget`: bytes of pinned host
-    memory at most; by default half of what is available, divided by the ranks of this machine. What
-    has no room there stays on the device.
+    - `match` says which modules are blocks: a class, a regular expression for their whole names, or
+      a function of name and module; by default those of the class that `repeated_class` finds.
+    - `mode`: "inputs" sends a block's inputs to host memory and recomputes the rest in backward;
+      "saved" sends all that it saves and recomputes nothing, which moves many times the bytes.
+    - `budget`: "all", a part of the blocks from 0 to 1, or "auto": as much as the device's memory
+      makes necessary.
+    - `keep_last`: so many blocks at the end are not offloaded, as backward wants them at once (in
+      mode "inputs" they are recomputed all the same).
+    - `min_bytes`: smaller tensors stay.
+    - `host_budget`: bytes of pinned host memory at most; by default half of what is available,
+      divided by the ranks of this machine. What has no room there stays on the device.
 
-    Losses, gradients and random generators are those of the plain model, to the bit. A block must
-    not be offloaded by two plans. Raises ConfigError if nothing matches, or a setting is impossible.
+    Losses, gradients and random generators are those of the plain model, to the bit. Raises
+    ConfigError if nothing matches, a block is offloaded already, or a setting is impossible.
     """
     if mode not in ("inputs", "saved"):
         raise ConfigError(f'offload: mode = {mode!r}, expected "inputs" or "saved"')

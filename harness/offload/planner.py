@@ -1,8 +1,9 @@
 """How much to offload: everything, a fraction, or as little as the device's memory allows.
 
-`"auto"` offloads everything in the first forward passes, and looks at two numbers: the bytes that were in
-host memory at the same time, and the bytes that were free on the device at its fullest moment. What
-fits into the latter need not leave. It starts anew when inputs get larger than any that it measured.
+"auto" offloads everything in the first forward passes, and then looks at two numbers: the bytes
+that were in host memory at the same time, and those that were free on the device at its fullest
+moment. What fits into the latter need not leave. It starts anew when inputs get larger than any
+that it measured.
 """
 
 import logging
@@ -14,7 +15,7 @@ from harness.errors import ConfigError
 log = logging.getLogger(__name__)
 
 WARM_UP = 3
-"""Forward passes that are measured: the first optimizer step, which makes its state, is among them."""
+"""Forward passes that are measured. The first optimizer step, which makes its state, is in them."""
 
 Budget = Literal["auto", "all"] | float
 

@@ -39,10 +39,10 @@ class Slab:
 class Pool:
     """Slabs within a budget of bytes. Thread-safe; `give_back` may be called by a finalizer.
 
-    A lease takes the smallest idle slab that is large enough, of whatever class. That is the best
-    possible choice for slabs that only have to be large enough, so a step with the demands of an
-    earlier one never pins. Where no idle slab is large enough, a new one takes the place of the
-    largest idle one: the pool grows to the highest demand at one time, not to the sum over all sizes.
+    A lease takes the smallest idle slab that is large enough, of whatever class; there is no better
+    choice, so a step with the demands of an earlier one never pins. Where no idle slab is large
+    enough, a new one takes the place of the largest: the pool grows to the highest demand at one
+    time, not to the sum over all sizes.
     """
 
     def __init__(self, backend: Backend, budget: int):

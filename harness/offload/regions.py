@@ -1,7 +1,7 @@
 """Calls whose tensors go to host memory: recomputed from their inputs, or with all that they save.
 
-The first way is activation checkpointing (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-Cost") whose inputs wait in host memory: Daniel Han and the Unsloth team's offloaded gradient
+The first way is activation checkpointing (Chen et al. 2016, "Training Deep Nets with Sublinear
+Memory Cost") whose inputs wait in host memory: Daniel Han and the Unsloth team's offloaded gradient
 checkpointing (2024). Here torch's own non-reentrant checkpoint does the recomputing, with its care
 for random generators and autocast; a hook around it sees nothing but what it saves: its inputs.
 """
@@ -89,6 +89,6 @@ def _without_cache(cache: Any) -> None:
     if cache.get_seq_length():
         raise RuntimeError(
             f"offload: a block was called with a {type(cache).__name__} that holds "
-            f"{cache.get_seq_length()} tokens; recomputing it in backward would write to it a second "
-            'time. Train with use_cache=False, or offload with mode="saved"'
+            f"{cache.get_seq_length()} tokens; recomputing it in backward would write to it a "
+            'second time. Train with use_cache=False, or offload with mode="saved"'
         )

@@ -36,7 +36,7 @@ class Kept:
     __slots__ = ("_tensor", "_version")
 
     def __init__(self, tensor: torch.Tensor):
-        # The tensor itself would tie the graph to itself; a parameter's storage is ZeRO's to change.
+        # Else the graph might hold itself. But a parameter's storage is ZeRO's to change.
         self._tensor = tensor if tensor.is_leaf else tensor.detach()
         self._version = tensor._version
 
@@ -99,7 +99,7 @@ class Handle:
     def release(self) -> None:
         """Gives up the tensor on the device, once it has been copied.
 
-        What was written into it meanwhile may have got into the copy: then backward must not use it.
+        What was written into it meanwhile may be in the copy: then backward must not use it.
         """
         if self.copy.source is not None:
             self._version_sent = self.copy.source._version

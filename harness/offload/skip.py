@@ -54,7 +54,7 @@ def _is_cast_of_parameter(node: Any) -> bool:
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:
-    """Whether two elements may share a place: seen from the strides alone, so rather yes than no."""
+    """Whether two elements may share a place; in doubt, yes."""
     if tensor.is_contiguous():
         return False
     end = 0

@@ -1,7 +1,7 @@
 """Where copies run: on a GPU's own copy streams, or at once on a CPU.
 
-A backend knows streams, events and copies. Which copy waits for which is not its business: the rules
-are in `copies.py`, in one place, so that a simulated backend can test them.
+A backend knows streams, events and copies. Which of them waits for which is not its business: the
+rules are in `copies.py`, in one place, so that a simulated backend can test them.
 """
 
 import mmap
@@ -178,14 +178,14 @@ class CudaBackend(Backend):
         # torch's own pinned allocator rounds up to a power of two (pytorch #95823).
         memory = super().pin(size)
         assert memory is not None
-        if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)) == 0:
+        if int(_cudart().cudaHostRegister(memory.data_ptr(), size, 0)) == 0:
             return memory
         with suppress(RuntimeError):  # else the next kernel would be blamed for the refusal
             torch.zeros(1, device="cuda")
         return None
 
     def unpin(self, memory: torch.Tensor) -> None:
-        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        _cudart().cudaHostUnregister(memory.data_ptr())
 
     def stall_s(self) -> float:
         self._count_waits()
@@ -200,6 +200,10 @@ class CudaBackend(Backend):
         free, total = torch.cuda.mem_get_info(device)
         others = total - free - torch.cuda.memory_reserved(device)
         return total * (1 - MARGIN) - others - torch.cuda.max_memory_allocated(device)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()
 
 
 def default_backend() -> Backend:

@@ -1,7 +1,7 @@
 """A device with copy streams, simulated on a CPU, for tests of activation offload.
 
-Compute is eager, copies are not: each is done at a random time that the waits allow, or not before it
-must be. What has not been copied yet is NaN. Beside that, vector clocks (Mattern 1989, "Virtual
+Compute is eager, copies are not: each is done at a random time that the waits allow, or not before
+it must be. What has not been copied yet is NaN. Beside that, vector clocks (Mattern 1989, "Virtual
 Time and Global States of Distributed Systems") tell every access that no wait orders, even where it
 happened to go well.
 """
@@ -10,6 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -60,9 +61,9 @@ class Event:
 class SimBackend(Backend):
     """`eagerness`: how likely a copy is to be done, each time that it could be; 0: when it must be.
 
-    `without` names waits to be left out: who waits and for whom, and "wait" or "stall" if only those
-    are meant. Compute streams are called what `current` says; nobody but the backend's user orders
-    them. `violations` tells what no wait orders.
+    `without` names waits to be left out: who waits and for whom, and "wait" or "stall" if only
+    those are meant. The compute stream is called what `current` says; several compute streams know
+    nothing of each other. `violations` tells what no wait orders.
     """
 
     device_type = "cpu"
@@ -171,9 +172,7 @@ class SimBackend(Backend):
             return
         for earlier in (used.written, *used.read):
             if earlier is not None and not earlier.is_before(copy.after):
-                self.violations.append(
-                    f"host memory is written while a copy {earlier.stream} uses it"
-                )
+                self.violations.append(f"host memory in use by a copy {earlier.stream} is written")
         used.written, used.read = copy, []
 
     def _look(self) -> None:
