@@ -33,6 +33,7 @@ __all__ = [
     "Plan",
     "Stats",
     "attach",
+    "available_host_memory",
     "checkpoint",
     "repeated_class",
     "saved_tensors",

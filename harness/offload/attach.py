@@ -121,7 +121,7 @@ class _Offloaded(nn.Module):
 
 @functools.cache
 def _offloaded(plain: type[nn.Module]) -> type[nn.Module]:
-    """The subclass for modules of a class. In eval mode, or without gradients, it is no different."""
+    """The subclass for modules of a class; no different in eval mode, or without gradients."""
 
     @torch.compiler.disable  # a compiled block is called from here, and stays compiled
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -173,9 +173,7 @@ def attach(
         raise ConfigError(f"offload: {_unmatched(model, match)}")
     for name, module in modules.items():
         if _BLOCK in module.__dict__:
-            raise ConfigError(
-                f"offload: {name} is offloaded by another plan; detach that one first"
-            )
+            raise ConfigError(f"offload: {name} is offloaded already; detach that plan first")
     if host_budget is None:
         host_budget = available_host_memory() // 2
     store = Store(backend or default_backend(), min_bytes, host_budget)
