@@ -111,12 +111,9 @@ class _Offloaded(nn.Module):
         """Hides the hook of the module's class, which is not being subclassed by its user."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        offloaded, plain = type(self), type(self).__bases__[1]
-        make, args, state, *rest = super().__reduce_ex__(protocol)
-        args = tuple(plain if arg is offloaded else arg for arg in args)
-        if isinstance(state, dict):
-            state = {key: value for key, value in state.items() if key != _BLOCK}
-        return make, args, state, *rest
+        _, _, state, *rest = super().__reduce_ex__(protocol)
+        state = {key: value for key, value in state.items() if key != _BLOCK}
+        return object.__new__, (type(self).__bases__[1],), state, *rest
 
 
 @functools.cache
