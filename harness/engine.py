@@ -273,23 +273,15 @@ class Engine:
         self._offload_stats = stats
         return {f"offload/{name}": float(value) for name, value in found.items()}
 
+    def tell_offload(self) -> None:
+        """Logs what offloading has done in all on this rank."""
+        if self._offload is not None:
+            log.info("engine %s: offload: %s", self.name, self._offload.stats())
+
     def close(self) -> None:
         """Takes DeepSpeed and offloading off the model; the engine is of no further use."""
         if self._offload is not None:
             self._offload.detach()
-            stats = self._offload.stats()
-            log.info(
-                "engine %s: offload: %.3f GB out, %.3f GB back, %.3f s waited for copies, %d of %d "
-                "tensors prefetched, %d kept on the device, at most %.3f GB of host memory",
-                self.name,
-                stats.bytes_out / 1e9,
-                stats.bytes_in / 1e9,
-                stats.stall_s,
-                stats.prefetch_hits,
-                stats.prefetch_hits + stats.prefetch_misses,
-                stats.kept,
-                stats.pool_peak_bytes / 1e9,
-            )
         self.ds.destroy()
 
     def gather_attribute(self, name: str, kind: type = object) -> dict[str, Any]:

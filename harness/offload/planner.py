@@ -53,13 +53,12 @@ class Planner:
         return True
 
     def _watch(self, place: int, size: int) -> None:
+        if place <= self._last:  # another forward
+            self._forwards += 1
+            if self._forwards == WARM_UP:
+                self._decide()
         if size > self._largest:
             self._largest, self._forwards, self.fraction = size, 0, 1.0
-        if place > self._last:
-            return
-        self._forwards += 1
-        if self._forwards == WARM_UP:
-            self._decide()
 
     def _decide(self) -> None:
         assert self._measure is not None

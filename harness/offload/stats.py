@@ -25,6 +25,15 @@ class Stats:
     pool_peak_bytes: int = 0
     """The most host memory that was in use at one time."""
 
+    def __str__(self) -> str:
+        asked = self.prefetch_hits + self.prefetch_misses
+        return (
+            f"{self.bytes_out / 1e9:.3f} GB out, {self.bytes_in / 1e9:.3f} GB back, "
+            f"{self.stall_s:.3f} s waited for copies, {self.prefetch_hits} of {asked} tensors "
+            f"prefetched, {self.kept} kept on the device, at most "
+            f"{self.pool_peak_bytes / 1e9:.3f} GB of host memory in {self.pins} slabs"
+        )
+
     def since(self, earlier: "Stats") -> "Stats":
         """What came after `earlier`; the peak as it is."""
         now, before = asdict(self), asdict(earlier)
