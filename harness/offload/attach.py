@@ -19,7 +19,7 @@ from torch import nn
 
 from harness.errors import ConfigError
 from harness.offload.planner import Budget, Planner
-from harness.offload.regions import Inputs, call_saving
+from harness.offload.regions import Inputs, call_saving, tensor_bytes
 from harness.offload.saved import Store
 from harness.offload.stats import Stats
 from harness.offload.streams import Backend, default_backend
@@ -85,16 +85,16 @@ class Plan:
         self, place: int, is_last: bool, function: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """Makes a block's call."""
-        inputs = Inputs(function, args, kwargs)
-        size = inputs.size()
+        inputs = Inputs(function, args, kwargs) if self.mode == "inputs" else None
+        size = tensor_bytes((args, kwargs) if inputs is None else inputs.tensors)
         wanted = self.planner.wants(place, size) and not is_last
         if not wanted and size >= self.store.min_bytes:
             self._kept += 1
-        if self.mode == "inputs":
+        if inputs is not None:
             return inputs.call(self.store if wanted else None)
-        return (
-            call_saving(self.store, function, args, kwargs) if wanted else function(*args, **kwargs)
-        )
+        if wanted:
+            return call_saving(self.store, function, args, kwargs)
+        return function(*args, **kwargs)
 
 
 class _Block:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from harness.offload.saved import CHUNK, Recorder, Store
@@ -31,16 +31,18 @@ class Inputs:
         else:
             self.tensors, self._again = _taken_apart(function, args, kwargs)
 
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
-
     def call(self, store: Store | None) -> Any:
         """Makes the call, to be recomputed in backward; its inputs go to `store`, if given."""
         if store is None:
             return checkpoint(self._again, *self.tensors, use_reentrant=False)
         with saved_tensors_hooks(Recorder(store).pack, Recorder.unpack):
             return checkpoint(self._again, *self.tensors, use_reentrant=False)
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of the tensors in a nested structure."""
+    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
 
 
 def call_saving(
