@@ -1,6 +1,7 @@
 """Offloading changes nothing that can be computed, for whatever a block takes and gives."""
 
 import copy
+import gc
 import io
 import os
 import pickle
@@ -21,6 +22,11 @@ from tests.offload_models import WIDTH, Block, Model, gradients, one_thread, sam
 
 MODES: list[offload.Mode] = ["inputs", "saved"]
 ALL: dict[str, Any] = {"budget": "all", "keep_last": 0, "min_bytes": 0, "host_budget": 1 << 22}
+
+
+def but(**changes: Any) -> dict[str, Any]:
+    """`ALL` with other values."""
+    return ALL | changes
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +61,7 @@ def test_a_step_is_equal_to_the_bit(mode: offload.Mode, how: str) -> None:
         model.to(torch.bfloat16)
     if how == "frozen":  # as LoRA does: most weights, and all that the input comes from
         for block in model.blocks:
-            block.linear.weight.requires_grad_(False)
+            block.linear.weight.requires_grad_(False)  # pyright: ignore
     if how == "compile":
         for block in model.blocks:
             block.compile(backend="aot_eager")
@@ -257,7 +263,7 @@ def test_a_change_in_place_is_an_error_as_without_offloading(
     with pytest.raises(RuntimeError, match=told):
         run(lambda x: plain_checkpoint(model[0], x, use_reentrant=False))  # pyright: ignore
     for keep in (0, 2):  # also where the tensor is only kept
-        settings = ALL | {"min_bytes": 1 << 20 if keep else 0}
+        settings = but(min_bytes=1 << 20 if keep else 0)
         plan = offload.attach(model, InPlace, mode=mode, **settings)
         with pytest.raises(RuntimeError, match=told):
             run(model[0])
@@ -278,7 +284,7 @@ def test_parameters_their_views_and_casts_are_not_moved(mode: offload.Mode) -> N
             return y.sin()
 
     model = nn.ModuleDict({"blocks": nn.ModuleList([Views(), Views()])})
-    plan = offload.attach(model, Views, mode=mode, **ALL | {"min_bytes": 64 * 64 * 2})
+    plan = offload.attach(model, Views, mode=mode, **but(min_bytes=64 * 64 * 2))
     block = model["blocks"][0]  # pyright: ignore
     indices = torch.randint(64, (4,))
     block(block.embedding(indices)).sum().backward()  # its tensors are 4 x 64
@@ -334,6 +340,30 @@ def test_exceptions_and_dropped_graphs_leave_nothing(mode: offload.Mode) -> None
     plan.drain()
     assert plan.store.pool.held == 0
     assert same(step(model), expected)
+    plan.detach()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_grows_in_500_steps(mode: offload.Mode) -> None:
+    model = Model(3)
+    plan = offload.attach(model, mode=mode, **ALL)
+
+    def left_after(steps: int) -> tuple[int, ...]:
+        for seed in range(steps):
+            torch.manual_seed(seed)
+            loss = model(torch.randn(8 + seed % 4, WIDTH)).sum()
+            if seed % 5:
+                loss.backward()
+        del loss
+        gc.collect()
+        pool = plan.store.pool
+        return pool.held, pool.pins, pool.leased, len(plan.store.known), len(gc.get_objects())
+
+    left_after(100)
+    *before, objects = left_after(20)
+    *after, objects_after = left_after(400)
+    assert after == before and after[2:] == [0, 0]
+    assert objects_after <= objects + 5
     plan.detach()
 
 
@@ -433,7 +463,7 @@ def test_the_block_is_found_by_itself() -> None:
 def test_keep_last_and_match_by_function() -> None:
     model = Model(6)
     expected = step(model, rows=64)
-    settings = ALL | {"keep_last": 2}
+    settings = but(keep_last=2)
     plan = offload.attach(model, lambda name, _: name.startswith("blocks.") and "." not in name[7:])
     plan.detach()
     assert list(plan.modules) == [f"blocks.{n}" for n in range(6)]
@@ -523,7 +553,7 @@ def test_host_memory_that_is_full_keeps_tensors_on_the_device() -> None:
     model = Model()
     expected = step(model, rows=64)
     for budget in (0, 9_000, 20_000):
-        plan = offload.attach(model, **ALL | {"host_budget": budget}, backend=CpuBackend())
+        plan = offload.attach(model, **but(host_budget=budget), backend=CpuBackend())
         assert same(step(model, rows=64), expected)
         assert plan.stats().kept == 12 - plan.stats().bytes_out // (64 * WIDTH * 4)
         assert plan.store.pool.held <= budget

@@ -59,7 +59,7 @@ def trained(stage: int, precision: str, lora: bool, mode: offload.Mode | None) -
         model=model, optimizer=torch.optim.AdamW(wanted, lr=1e-2), config=config
     )[0]
     if mode is not None and plan is None:
-        plan = offload.attach(engine.module, mode=mode, **settings)
+        plan = offload.attach(model, mode=mode, **settings)
     torch.manual_seed(1 + distributed.global_rank())
     found = []
     for _ in range(4):
@@ -138,7 +138,7 @@ def piped(way: str) -> list[float]:
     ]
     torch.manual_seed(3)
     before = offload.stats().bytes_out
-    found = [engine.train_batch(iter(data[6 * n : 6 * n + 6])).item() for n in range(2)]
+    found = [engine.train_batch(iter(data[6 * n : 6 * n + 6])).item() for n in range(2)]  # pyright: ignore
     if way == "checkpoint":
         assert offload.stats().bytes_out > before  # 2 MiB each
     if plan is not None:

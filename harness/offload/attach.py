@@ -16,6 +16,7 @@ from typing import Any, Literal
 import psutil
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from harness.errors import ConfigError
 from harness.offload.planner import Budget, Planner
@@ -86,7 +87,7 @@ class Plan:
     ) -> Any:
         """Makes a block's call."""
         inputs = Inputs(function, args, kwargs) if self.mode == "inputs" else None
-        size = tensor_bytes((args, kwargs) if inputs is None else inputs.tensors)
+        size = tensor_bytes(tree_leaves((args, kwargs)) if inputs is None else inputs.tensors)
         wanted = self.planner.wants(place, size) and not is_last
         if not wanted and size >= self.store.min_bytes:
             self._kept += 1

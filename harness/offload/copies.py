@@ -48,7 +48,7 @@ class HostCopy:
         self.arriving: torch.Tensor | None = None
         self._arrived = None
         self._taken = False
-        self._host = _view(slab.memory, source)
+        self._host = slab.view(source)
         self._stream = backend.compute(self.device)
         out = backend.out(self.device)
         backend.wait(out, backend.record(self._stream))  # 1. the source is computed
@@ -110,13 +110,3 @@ class HostCopy:
         if self._slab is not None:
             self._pool.give_back(self._slab)
             self._slab = None
-
-
-def _view(memory: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The first bytes of a slab as a dense tensor; in the memory order of `like`, if that is dense,
-    so that the copy is one transfer."""
-    stride = like.stride()
-    if not like.is_contiguous():
-        stride = torch.empty_like(like, device="meta").stride()
-    flat = memory[: like.numel() * like.element_size()].view(like.dtype)
-    return flat.as_strided(like.shape, stride)

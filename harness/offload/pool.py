@@ -27,13 +27,27 @@ def size_class(size: int) -> int:
 class Slab:
     """A piece of host memory (uint8, 1-dim), and when the last copy that used it is done."""
 
-    __slots__ = ("busy", "memory", "size")
+    __slots__ = ("_like", "_view", "busy", "memory", "size")
 
     def __init__(self, memory: torch.Tensor):
         self.memory = memory
         self.size = memory.numel()
         self.busy: Any = None
         """Event of the last copy into it or out of it."""
+        self._like: tuple[Any, ...] = ()
+        self._view = memory
+
+    def view(self, like: torch.Tensor) -> torch.Tensor:
+        """Its first bytes as a dense tensor of that shape and type; in the same memory order, if
+        `like` is dense, so that a copy is one transfer."""
+        wanted = (like.shape, like.stride(), like.dtype)
+        if self._like != wanted:
+            stride = like.stride()
+            if not like.is_contiguous():
+                stride = torch.empty_like(like, device="meta").stride()
+            flat = self.memory[: like.numel() * like.element_size()].view(like.dtype)
+            self._like, self._view = wanted, flat.as_strided(like.shape, stride)
+        return self._view
 
 
 class Pool:

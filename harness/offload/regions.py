@@ -6,12 +6,12 @@ checkpointing (2024). Here torch's own non-reentrant checkpoint does the recompu
 for random generators and autocast; a hook around it sees nothing but what it saves: its inputs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from harness.offload.saved import CHUNK, Recorder, Store
@@ -39,10 +39,9 @@ class Inputs:
             return checkpoint(self._again, *self.tensors, use_reentrant=False)
 
 
-def tensor_bytes(tree: Any) -> int:
-    """Bytes of the tensors in a nested structure."""
-    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+def tensor_bytes(leaves: Iterable[Any]) -> int:
+    """Bytes of the tensors among them."""
+    return sum(t.numel() * t.element_size() for t in leaves if isinstance(t, torch.Tensor))
 
 
 def call_saving(

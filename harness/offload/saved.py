@@ -7,9 +7,11 @@ autograd owns the handles, a handle owns its copy, and all else refers to them w
 graphs and exceptions leave nothing behind.
 """
 
+import sys
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +54,7 @@ class Handle:
     __slots__ = (
         "__weakref__",
         "_asked",
+        "_key",
         "_region",
         "_store",
         "_version",
@@ -61,8 +64,11 @@ class Handle:
         "uses",
     )
 
-    def __init__(self, store: "Store", region: "Region", tensor: torch.Tensor, copy: HostCopy):
+    def __init__(
+        self, store: "Store", region: "Region", key: Any, tensor: torch.Tensor, copy: HostCopy
+    ):
         self.copy = copy
+        self._key = key
         self._version = self._version_sent = tensor._version
         self.uses = 1
         """How often autograd has saved it."""
@@ -71,7 +77,14 @@ class Handle:
         self._asked = 0
         self._store = store
         self._region = region
-        weakref.finalize(self, copy.end).atexit = False
+        ref = weakref.ref[Handle](self)
+        region.add(ref, copy.size)
+        store.known[key] = ref
+
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting():
+            self._store.known.pop(self._key, None)
+            self.copy.end()
 
     def is_in(self, region: "Region") -> bool:
         """Whether it belongs to that region."""
@@ -119,9 +132,9 @@ class Region:
         self._before = weakref.ref(before) if before is not None else None
         self._touched = False
 
-    def add(self, handle: Handle, size: int) -> None:
+    def add(self, handle: "weakref.ref[Handle]", size: int) -> None:
         """Takes in a handle of so many bytes."""
-        self._handles.append(weakref.ref(handle))
+        self._handles.append(handle)
         self.size += size
 
     def handles(self) -> list[Handle]:
@@ -158,7 +171,8 @@ class Recorder:
             return Kept(tensor)
         with store.lock:
             key = _key(tensor)
-            if (known := store.known.get(key)) is not None:
+            ref = store.known.get(key)
+            if ref is not None and (known := ref()) is not None:
                 return self._again(known, tensor)
             slab = store.pool.lease(size)
             if slab is None:
@@ -167,11 +181,8 @@ class Recorder:
             if self._region is None or self._region.size >= self._chunk:
                 self._region = store.new_region()
             copy = HostCopy(store.backend, store.pool, slab, tensor.detach())
-            handle = Handle(store, self._region, tensor, copy)
-            self._region.add(handle, size)
-            store.known[key] = handle
             store.count.bytes_out += size
-            return handle
+            return Handle(store, self._region, key, tensor, copy)
 
     def _again(self, handle: Handle, tensor: torch.Tensor) -> Handle:
         """A tensor that was packed before. Several regions that share one, like an attention mask,
@@ -196,7 +207,7 @@ class Store:
         self.min_bytes = max(1, min_bytes)
         self.pool = Pool(backend, host_budget)
         self.count = Stats()
-        self.known: weakref.WeakValueDictionary[Any, Handle] = weakref.WeakValueDictionary()
+        self.known: dict[Any, weakref.ref[Handle]] = {}
         """Handles by what they are of: a storage (held weakly, so that another one at the same
         address is another one), a place in it, and its version."""
         self.lock = threading.RLock()
