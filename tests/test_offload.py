@@ -354,7 +354,7 @@ def test_nothing_grows_in_500_steps(mode: offload.Mode) -> None:
             loss = model(torch.randn(8 + seed % 4, WIDTH)).sum()
             if seed % 5:
                 loss.backward()
-        del loss
+            del loss
         gc.collect()
         pool = plan.store.pool
         return pool.held, pool.pins, pool.leased, len(plan.store.known), len(gc.get_objects())

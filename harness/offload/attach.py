@@ -112,7 +112,8 @@ class _Offloaded(nn.Module):
         """Hides the hook of the module's class, which is not being subclassed by its user."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, state, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, state, *rest = reduced
         state = {key: value for key, value in state.items() if key != _BLOCK}
         return object.__new__, (type(self).__bases__[1],), state, *rest
 
