@@ -80,6 +80,26 @@ def test_a_step_is_equal_to_the_bit(mode: offload.Mode, how: str) -> None:
     equal_offloaded(model, run, mode)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_that_is_compiled_as_a_whole(mode: offload.Mode) -> None:
+    model = Model(2)
+    compiled = torch.compile(model, backend="aot_eager")
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(1)
+        model.zero_grad()
+        loss = compiled(torch.randn(8, WIDTH)).square().sum()
+        loss.backward()
+        return [loss.detach(), *gradients(model)]
+
+    plan = offload.attach(model, mode=mode, **ALL)
+    found = run()
+    assert plan.stats().bytes_out > 0
+    plan.detach()
+    torch.compiler.reset()
+    assert same(run(), found)
+
+
 class Nested(nn.Module):
     """Takes and gives nested things: dicts, lists, integers, None, the same tensor twice."""
 
@@ -93,7 +113,7 @@ class Nested(nn.Module):
     ) -> tuple[dict[str, Any], list[Tensor]]:
         state["seen"].append(len(state["seen"]))  # the caller sees it, once
         x = self.inner(state["x"] * self.scale + pair[0] * pair[1])
-        return {"x": x[order], "seen": state["seen"]}, [x, x.detach() + 1, x.mean(0)]
+        return {"x": x[order]}, [x, x.detach() + 1, x.mean(0)]
 
 
 class NestedModel(nn.Module):
@@ -102,13 +122,15 @@ class NestedModel(nn.Module):
         self.blocks = nn.ModuleList(Nested() for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        state: dict[str, Any] = {"x": x, "seen": []}
+        state: dict[str, Any] = {"x": x}
+        self.seen: list[int] = []
         total = x.new_zeros(())
         for block in self.blocks:
             order = torch.randperm(len(x))
-            state, outputs = block(state, (state["x"], state["x"]), order=order, nothing=None)
+            state, outputs = block(
+                state | {"seen": self.seen}, (state["x"], state["x"]), order=order, nothing=None
+            )
             total = total + sum(output.square().mean() for output in outputs)
-        assert state["seen"] == [0, 1, 2, 3]
         return total + state["x"].sum()
 
 
@@ -117,6 +139,7 @@ class NestedModel(nn.Module):
 def test_nested_arguments_outputs_and_modules(mode: offload.Mode, match: Any) -> None:
     model = NestedModel()
     equal_offloaded(model, lambda: step(model), mode, match)
+    assert model.seen == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -133,18 +156,21 @@ def test_strides_views_and_broadcasts(mode: offload.Mode) -> None:
             seen.append(tuple((t.stride(), t.dtype, t.is_conj()) for t in tensors))
             return self.linear(sum(t.real.sum() for t in tensors) + tensors[0])
 
-    model = nn.Sequential(Strides(), nn.Identity())
+    model = nn.Sequential(*(Strides() for _ in range(5)))
 
     def run() -> list[Tensor]:
         seen.clear()
         torch.manual_seed(2)
         model.zero_grad()
         x = torch.randn(WIDTH, WIDTH, requires_grad=True)
-        wide = torch.cat([x * 2, x * 3], 1)
-        complex_ = torch.complex(x * 2, x * 5)
-        parts = (x.t() * 1, wide[:, ::2], wide.chunk(2, 1)[1], x[:1].expand(WIDTH, WIDTH) * 1)
-        more = (x[:1].expand(4, -1), complex_, complex_.conj(), x[:0], x.unfold(0, 4, 1))
-        loss = model[0](*parts, *more).square().mean()
+        loss = torch.zeros(())
+        for block in model:
+            wide = torch.cat([x * 2, x * 3], 1)
+            complex_ = torch.complex(x * 2, x * 5)
+            parts = (x.t() * 1, wide[:, ::2], wide.chunk(2, 1)[1], (x * 2).t())
+            row = x[:1] * 3
+            more = (row.expand(4, -1), complex_, complex_.conj(), x[:0], (x * 4).unfold(0, 4, 1))
+            loss = loss + block(*parts, *more).square().mean()
         loss.backward()
         assert len(set(seen)) == 1  # the same in forward and recomputation
         assert x.grad is not None
@@ -232,6 +258,7 @@ def test_what_blocks_share_stays_on_the_device() -> None:
     size = 64 * WIDTH * 4
     assert stats.bytes_out == 2 * (5 + 1) * size  # in two steps: a stream of each block, a mask
     assert stats.kept == 2 * 4
+    assert stats.bytes_in == 2 * (5 - 2) * size  # two streams had not left yet
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -277,10 +304,12 @@ def test_parameters_their_views_and_casts_are_not_moved(mode: offload.Mode) -> N
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.randn(64, 64))
+            self.frozen = nn.Parameter(torch.randn(64, 64), requires_grad=False)
             self.embedding = nn.Embedding(64, 64)
 
         def forward(self, x: Tensor) -> Tensor:
             y = x @ self.weight.t() + x @ self.weight[:64].to(torch.bfloat16).float()
+            y = y @ self.frozen.t() + (x[:1, :1] * self.weight).mean()
             return y.sin()
 
     model = nn.ModuleDict({"blocks": nn.ModuleList([Views(), Views()])})
@@ -290,7 +319,7 @@ def test_parameters_their_views_and_casts_are_not_moved(mode: offload.Mode) -> N
     block(block.embedding(indices)).sum().backward()  # its tensors are 4 x 64
     assert plan.stats().bytes_out == 0
     plan.detach()
-    plan = offload.attach(model, Views, mode=mode, **ALL)
+    plan = offload.attach(model, Views, mode=mode, **but(min_bytes=128))
     block(block.embedding(torch.randint(64, (128,)))).sum().backward()
     assert plan.stats().bytes_out == (128 * 64 * 4) * (2 if mode == "saved" else 1)
     plan.detach()
@@ -344,9 +373,10 @@ def test_exceptions_and_dropped_graphs_leave_nothing(mode: offload.Mode) -> None
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_grows_in_500_steps(mode: offload.Mode) -> None:
-    model = Model(3)
-    plan = offload.attach(model, mode=mode, **ALL)
+@pytest.mark.parametrize("min_bytes", [0, 1 << 20])
+def test_nothing_grows_in_500_steps(mode: offload.Mode, min_bytes: int) -> None:
+    model = Model(2)
+    plan = offload.attach(model, mode=mode, **but(min_bytes=min_bytes))
 
     def left_after(steps: int) -> tuple[int, ...]:
         for seed in range(steps):
