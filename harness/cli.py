@@ -1,8 +1,11 @@
 """The command `harness`: tools beside a run."""
 
 import argparse
+import re
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from harness.control.client import talk, tell
 from harness.errors import HarnessError
@@ -25,10 +28,13 @@ def main() -> None:
     ctl.add_argument("--json", action="store_true", help="print every answer as a JSON object")
     ctl.add_argument("run_dir", type=Path, help="the job's run directory, on rank 0's machine")
     ctl.add_argument("words", nargs="*", metavar="COMMAND", help="like: lr x0.5")
+    _add_convert(commands)
     args = parser.parse_args()
     try:
         if args.command == "inspect":
             show(args.path, args.verify)
+        elif args.command == "convert":
+            turn(args)
         elif args.words:
             sys.exit(tell(args.run_dir, " ".join(args.words), args.json))
         else:
@@ -40,6 +46,102 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader, like `head`, has had enough
         sys.stderr.close()
+    except OSError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="a checkpoint into plain weights, or weights into another format",
+        description="Streams the weights of any DeepSpeed checkpoint, or of a file, to DST: peak "
+        "memory does not depend on their size. DST appears whole, or not at all.",
+        epilog="exit code: 0 done, 2 it cannot be done, 130 interrupted",
+    )
+    convert.add_argument(
+        "src",
+        metavar="SRC",
+        type=Path,
+        help="run directory, checkpoint directory (also of plain DeepSpeed, Accelerate, the HF "
+        "Trainer), one tag of it, a folder of Hugging Face shards, .sft or .pt",
+    )
+    convert.add_argument("dst", metavar="DST", type=Path, help=".sft, .safetensors, .pt or .pth")
+    convert.add_argument(
+        "--shard-size",
+        metavar="SIZE",
+        type=size,
+        help="like 5GB: DST is a new directory of Hugging Face shards and their index",
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16", "fp16", "keep"],
+        help="of floating-point weights; keep: what the model computes in. fp32 for a checkpoint "
+        "(its master weights, bit for bit), keep for a file",
+    )
+    convert.add_argument(
+        "--what",
+        choices=["weights", "optimizer", "all"],
+        default="weights",
+        help="optimizer: master weights and moments, as optimizer.KEY.NAME",
+    )
+    convert.add_argument("--engine", metavar="NAME", help="which engine of a checkpoint of several")
+    for option, what in (("include", "take only"), ("exclude", "leave out")):
+        convert.add_argument(
+            f"--{option}",
+            metavar="REGEX",
+            action="append",
+            default=[],
+            help=f"{what} tensors in whose name it is found; may be repeated",
+        )
+    convert.add_argument(
+        "--rename",
+        metavar="OLD=NEW",
+        action="append",
+        default=[],
+        help="replace the regular expression OLD in names, like '^module\\.='; may be repeated",
+    )
+    convert.add_argument("--dry-run", action="store_true", help="print what would be written")
+    convert.add_argument(
+        "--verify",
+        action="store_true",
+        help="check the CRCs of what is read, that the layout is understood (ZeRO 1 and 2 at 16 "
+        "bits: weights are the rounded masters), and read back what was written",
+    )
+
+
+def size(text: str) -> int:
+    """Bytes from a text like 500MB or 5GB; units are powers of 1000, of 1024 with an i (GiB)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size like 5GB")
+    unit = 1024 if match[3] else 1000
+    return int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))
+
+
+def turn(args: argparse.Namespace) -> None:
+    """Converts, and tells what came of it. SIGTERM tidies up as SIGINT does."""
+    from harness.checkpoint.convert import Options, convert
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    options = Options(
+        what=args.what,
+        dtype=args.dtype,
+        include=tuple(args.include),
+        exclude=tuple(args.exclude),
+        rename=tuple(args.rename),
+        engine=args.engine,
+        shard_size=args.shard_size,
+        dry_run=args.dry_run,
+        verify=args.verify,
+    )
+    convert(args.src, args.dst, options, print_line)
+
+
+def print_line(line: str) -> None:
+    """Writes a line to standard output at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def show(path: Path, verify: bool) -> None:
@@ -47,8 +149,7 @@ def show(path: Path, verify: bool) -> None:
     from harness.checkpoint.inspect import describe  # late: `--help` need not wait for torch
 
     for line in describe(path, verify):
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
+        print_line(line)
 
 
 if __name__ == "__main__":

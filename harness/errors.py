@@ -23,6 +23,10 @@ class CheckpointError(HarnessError):
     """A checkpoint that cannot be written, read, or used by this run."""
 
 
+class FormatError(HarnessError):
+    """A file of weights that is damaged, hostile, or of another kind than it should be."""
+
+
 class CommandError(HarnessError):
     """A control command that cannot be understood or obeyed; the run goes on."""
 

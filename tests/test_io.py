@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from harness.errors import FormatError
 from harness.io import load, save
 
 SUFFIXES = [".pt", ".pth", ".sft", ".safetensors"]
@@ -56,7 +57,7 @@ def test_an_sft_file_is_an_ordinary_one_with_ties_in_its_metadata(tmp_path: Path
 
 @pytest.mark.parametrize("name", ["x.bin", "x"])
 def test_an_unknown_format_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"expected one of \.pt"):
+    with pytest.raises(FormatError, match=r"expected one of \.pt"):
         save({}, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 

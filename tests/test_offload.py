@@ -259,6 +259,7 @@ def test_what_blocks_share_stays_on_the_device() -> None:
     assert stats.bytes_out == 2 * (5 + 1) * size  # in two steps: a stream of each block, a mask
     assert stats.kept == 2 * 4
     assert stats.bytes_in == 2 * (5 - 2) * size  # two streams had not left yet
+    assert (stats.prefetch_hits, stats.prefetch_misses) == (6, 0)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -5,10 +5,7 @@ SHA-256 of its table of contents, CRCs included: made without reading the tensor
 bit of them can change unseen.
 """
 
-import hashlib
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -19,7 +16,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.utils._pytree import tree_map
 
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, FormatError
+from harness.formats import zips
 from harness.utils import tensor_leaves
 
 
@@ -50,7 +48,7 @@ def write_file(state: Any, path: Path) -> FileEntry:
         raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return FileEntry(size=path.stat().st_size, digest=_digest(path))
+    return FileEntry(size=path.stat().st_size, digest=zips.digest(path))
 
 
 def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:
@@ -63,20 +61,12 @@ def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:
     if (size := path.stat().st_size) != entry.size:
         raise CheckpointError(f"damaged: {path} has {size} bytes, expected {entry.size}")
     try:
-        if _digest(path) != entry.digest:
+        if zips.digest(path) != entry.digest:
             raise CheckpointError(f"damaged: {path} is another file than the one that was saved")
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() if read else None
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError) as error:
-        raise CheckpointError(f"damaged: {path}: {error}") from None
-    if damaged:
-        raise CheckpointError(f"damaged: {path}: wrong CRC of {damaged}")
-
-
-def _digest(path: Path) -> str:
-    with zipfile.ZipFile(path) as archive:
-        table = [(item.filename, item.file_size, item.CRC) for item in archive.infolist()]
-    return hashlib.sha256(repr(table).encode()).hexdigest()
+        for record in zips.records(path).values() if read else ():
+            record.verify()
+    except (FormatError, OSError) as error:
+        raise CheckpointError(f"damaged: {error}") from None
 
 
 def sync_directory(path: Path) -> None:

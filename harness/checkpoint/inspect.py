@@ -10,8 +10,10 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from harness.checkpoint.durable import verify_file
 from harness.checkpoint.manifest import NAME, Manifest, checkpoints_in, read_manifest
-from harness.errors import CheckpointError
-from harness.io import PICKLES, SAFETENSORS, sft_header, tied_names
+from harness.errors import CheckpointError, FormatError
+from harness.formats.sft import read_header
+from harness.formats.tree import joined, other_nodes
+from harness.io import PICKLES, SAFETENSORS, structure
 
 
 def describe(path: Path, verify: bool = False) -> Iterator[str]:
@@ -69,16 +71,17 @@ def _describe_tensors(path: Path, tensors: dict[str, tuple[str, list[int], int]]
 
 def _sft_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
     try:
-        header = sft_header(path)
-        aliases = tied_names(header)
-        header.pop("__metadata__", None)
-        found = {
-            name: (item["dtype"], item["shape"], item["data_offsets"][1] - item["data_offsets"][0])
-            for name, item in header.items()
-        }
-        tied = {alias: (f"= {name}", found[name][1], 0) for alias, name in aliases.items()}
-    except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{path}: no safetensors file: {error!r}") from None
+        header = read_header(path)
+        found = {n: (e.dtype, list(e.shape), e.nbytes) for n, e in header.tensors.items()}
+        tied = {}
+        for keys, node in other_nodes(structure(path, header.metadata)):
+            name, kept = joined(keys), str(node.get("tensor"))
+            if "view" in node:
+                tied[name] = (f"in {kept}", list(node["view"][1]), 0)
+            elif kept in found and name != kept and "view" not in node:
+                tied[name] = (f"= {kept}", found[kept][1], 0)
+    except FormatError as error:
+        raise CheckpointError(str(error)) from None
     return found | tied
 
 

@@ -9,9 +9,9 @@ write them (rank 0 below stage 3).
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from harness import distributed
 from harness.checkpoint.durable import told_as, write_file
 from harness.checkpoint.manifest import EngineManifest, Manifest
 from harness.checkpoint.save import collect, describe, make_room
+from harness.checkpoint.saved_engine import SavedEngine
+from harness.checkpoint.tensors import read, real
 from harness.checkpoint.zero_layout import (
     Flat,
-    SavedEngine,
     Shapes,
     Tree,
     base_state,
@@ -33,6 +34,9 @@ from harness.checkpoint.zero_layout import (
 from harness.engine import Engine
 from harness.engines import Engines
 from harness.errors import CheckpointError
+from harness.optim import named
+from harness.optim.channels import Plan, matrices_of
+from harness.optim.shards import Piece, Shard
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +96,7 @@ def _told(world_size: int, engine: EngineManifest) -> str:
 
 def _check_optimizer(engine: Engine, was: str) -> None:
     """Raises CheckpointError if the optimizer's state cannot be cut. `was`: the layout to keep."""
-    if not engine.is_elementwise:
+    if not engine.is_low_rank and not engine.is_elementwise:
         raise CheckpointError(
             f"engine {engine.name!r}: the state of {engine.optimizer} depends on the parameters' "
             f"shapes, and cannot be cut for another layout: resume on {was}, as it was saved"
@@ -109,16 +113,15 @@ def write_relaid(directory: Path, engine: Engine, staged: Path) -> None:
         told_as(f"cannot re-lay checkpoint {directory}"),
     ):
         saved = SavedEngine(directory / engine.name)
+        if not engine.is_low_rank:
+            saved.check_moments()
         _check_names(saved, engine, shapes)
         for path, tree in jobs.items():
             if "module" in tree:
                 tree |= _model(tree, saved, engine, shapes)
             else:
-                tree |= {
-                    "optimizer_state_dict": _optimizer(
-                        tree["optimizer_state_dict"], {}, saved, shapes
-                    )
-                }
+                was = tree["optimizer_state_dict"]
+                tree |= {"optimizer_state_dict": _optimizer(was, {}, saved, engine, shapes)}
             write_file(tree, staged / path)
 
 
@@ -145,17 +148,22 @@ def _model(tree: Tree, saved: SavedEngine, engine: Engine, shapes: list[Shapes])
     module = type(tree["module"])()
     for name, tensor in tree["module"].items():
         is_placeholder = sharded and name not in tree["buffer_names"]
-        module[name] = tensor if is_placeholder else saved.weight(name)
-    changed: Tree = {key: saved.model[key] for key in _CARRIED}
+        module[name] = tensor if is_placeholder else _weight(saved, name)
+    changed: Tree = {key: real(saved.model[key]) for key in _CARRIED}
     changed["module"] = module
     if tree["frozen_param_fragments"] is not None:
         changed["frozen_param_fragments"] = {
-            name: _shard(saved.weight(name), fragment) if sharded else saved.weight(name)
+            name: _shard(_weight(saved, name), fragment) if sharded else _weight(saved, name)
             for name, fragment in tree["frozen_param_fragments"].items()
         }
     if tree["optimizer"] is not None:
-        changed["optimizer"] = _optimizer(tree["optimizer"], module, saved, shapes)
+        changed["optimizer"] = _optimizer(tree["optimizer"], module, saved, engine, shapes)
     return changed
+
+
+def _weight(saved: SavedEngine, name: str) -> torch.Tensor:
+    """An entry of the model's state dict, whole and in the dtype that the model computes in."""
+    return read(saved.weight(name)).to(getattr(torch, saved.model["module"][name].dtype))
 
 
 def _shard(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -167,13 +175,26 @@ def _shard(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return shard
 
 
-def _optimizer(tree: Tree, module: Tree, saved: SavedEngine, shapes: list[Shapes]) -> Tree:
+def _optimizer(
+    tree: Tree, module: Tree, saved: SavedEngine, engine: Engine, shapes: list[Shapes]
+) -> Tree:
     """DeepSpeed's optimizer state of this rank, filled. `module`: as for `zero_layout.flats`."""
-    new = flats(tree, module, shapes, distributed.global_rank(), distributed.world_size())
+    here, world = distributed.global_rank(), distributed.world_size()
+    if not engine.zero_stage:
+        here, world = 0, 1
+    everyones = [flats(tree, module, shapes, rank, world) for rank in range(world)]
+    new = everyones[here]
     masters = [_filled(flat, saved, None) for flat in new]
-    states = {number: _state(flat, saved) for number, flat in enumerate(new)}
+    states = {
+        number: _low_rank_state([flats[number] for flats in everyones], here, saved)
+        if engine.is_low_rank and saved.groups[flat.group]["rank"]
+        else _state(flat, saved)
+        for number, flat in enumerate(new)
+    }
     groups = [
-        group | saved.groups[number] | {"params": group["params"]}
+        group
+        | real(saved.groups[number])
+        | {key: group[key] for key in ("params", "param_names") if key in group}
         for number, group in enumerate(base_state(tree)["param_groups"])
     ]
     base = {"state": {k: v for k, v in states.items() if v}, "param_groups": groups}
@@ -203,18 +224,49 @@ def _optimizer(tree: Tree, module: Tree, saved: SavedEngine, shapes: list[Shapes
 def _state(flat: Flat, saved: SavedEngine) -> Tree:
     """The optimizer's state of one flat: moments cut anew, and scalars as they were.
 
-    Scalars are copies: two flats that shared a `step` tensor would count every step twice.
+    Scalars are read anew: two flats that shared a `step` tensor would count every step twice.
     """
     state: Tree = {}
     for segment in flat.segments:
-        for key, value in saved.scalars(segment.name).items():
-            if state.setdefault(key, deepcopy(value)) != value:
+        for key, value in real(saved.scalars(segment.name)).items():
+            if state.setdefault(key, value) != value:
                 raise CheckpointError(
                     f"optimizer state {key!r} of parameter {segment.name!r} is {value}, and "
                     f"{state[key]} of {flat.segments[0].name!r}, which ZeRO keeps in one group"
                 )
     keys = {key for segment in flat.segments for key in saved.state_keys(segment.name)}
     return state | {key: _filled(flat, saved, key) for key in sorted(keys)}
+
+
+def _low_rank_state(everyones: Sequence[Flat], rank: int, saved: SavedEngine) -> Tree:
+    """APOLLO's state of one flat of low-rank matrices, from those of the old layout that have any
+    of them. `everyones`: the flat as the ranks have it."""
+    new = _plan(everyones, rank, saved)
+    names = {segment.name for segment in everyones[0].segments}
+    state: Tree = {}
+    for old in zip(*saved.flats, strict=True):
+        if names.isdisjoint(segment.name for segment in old[0].segments) or not old[0].state:
+            continue
+        if not state:
+            group = saved.groups[old[0].group]
+            state = named.first_state(new, 0, group) | {"step": torch.zeros(())}
+        plans = [_plan(old, number, saved) for number in range(len(old))]
+        named.relay(plans, [real(flat.state) for flat in old], new, state)
+    return state
+
+
+def _plan(everyones: Sequence[Flat], rank: int, saved: SavedEngine) -> Plan:
+    """Which of APOLLO's channels a rank has the state of. `everyones`: a flat by rank."""
+    pieces = tuple(
+        tuple(Piece(s.name, s.start, s.length, s.offset) for s in flat.segments)
+        for flat in everyones
+    )
+    is_stacked = saved.groups[everyones[0].group]["stacked"]
+    matrices = {
+        piece.name: matrices_of(piece.name, saved.shapes[piece.name], is_stacked)
+        for piece in pieces[0]
+    }
+    return Plan([Shard(pieces, rank)], matrices)
 
 
 def _filled(flat: Flat, saved: SavedEngine, key: str | None) -> torch.Tensor:
@@ -226,7 +278,9 @@ def _filled(flat: Flat, saved: SavedEngine, key: str | None) -> torch.Tensor:
         if key is not None and key not in saved.state_keys(segment.name):
             continue  # never had a gradient
         stop = segment.start + segment.length
-        part = saved.read(segment.name, key, segment.start, stop)
+        name = segment.name
+        tensor = saved.master(name) if key is None else saved.moment(name, key)
+        part = read(tensor, segment.start, stop)
         if filled is None:
             filled = torch.zeros(flat.shape, dtype=part.dtype)
         filled.view(-1)[segment.offset : segment.offset + segment.length] = part

@@ -1,0 +1,195 @@
+"""Checkpoints into plain weights, and weights from one kind of file into another, streamed.
+
+Without torch: a plan says which bytes go where (`plan`), and threads copy them (`copy`). Only
+structures that are more than flat tensors are loaded and saved as a whole, by `harness.io`.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.checkpoint import plan as planning
+from harness.checkpoint.copy import Progress, Written, copy
+from harness.checkpoint.locate import locate
+from harness.checkpoint.plan import Plan, Planned
+from harness.checkpoint.saved_engine import SavedEngine
+from harness.checkpoint.verify import check_layout, check_output, check_sources
+from harness.errors import FormatError, HarnessError
+from harness.formats import flat, pt, sft, shards, ties
+from harness.formats.dtypes import SFT
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "keep": "keep"}
+
+Put = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `harness convert` may be asked for; see its --help."""
+
+    what: str = "weights"
+    dtype: str | None = None
+    """A key of DTYPES; None: fp32 for a checkpoint, "keep" for a file."""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rename: tuple[str, ...] = ()
+    engine: str | None = None
+    shard_size: int | None = None
+    """Bytes."""
+    dry_run: bool = False
+    verify: bool = False
+    workers: int = 0
+    """Threads; 0: as many as there are processors, at most 4."""
+
+
+def convert(src: Path, dst: Path, options: Options, put: Put) -> None:
+    """Converts `src` (see `locate`) to `dst`: `.sft`, `.pt`, or a directory of shards.
+
+    `put` gets lines for the user. Raises HarnessError if it cannot be done, OSError if the disk
+    does not play along; then there is nothing at `dst`, or what was there before.
+    """
+    _check_target(dst, options)
+    found = locate(src, options.engine)
+    plan = _plan(found, options)
+    if plan is None:
+        assert isinstance(found, Path)
+        _whole(found, dst, options, put)
+        return
+    planning.select(plan, options.include, options.exclude)
+    planning.rename(plan, options.rename)
+    planning.tie(plan)
+    for note in plan.notes:
+        put(f"note: {note}")
+    if options.dry_run:
+        planning.table(plan, put)
+        return
+    if options.verify:
+        if isinstance(found, SavedEngine):
+            check_layout(found)
+        with _bar(sum({s: s.size for s in plan.stretches()}.values()), "checking") as progress:
+            check_sources(plan.stretches(), progress)
+    started = time.perf_counter()
+    with _bar(plan.nbytes, "converting") as progress:
+        _write(plan, dst, options, progress)
+    seconds = time.perf_counter() - started
+    put(
+        f"{dst}: {len(plan.tensors)} tensors, {plan.nbytes / 1e9:.3f} GB in {seconds:.1f} s, "
+        f"{plan.nbytes / 1e9 / seconds:.2f} GB/s{', verified' if options.verify else ''}"
+    )
+
+
+def _check_target(dst: Path, options: Options) -> None:
+    if options.shard_size is not None:
+        if options.shard_size <= 0:
+            raise HarnessError("--shard-size must be above 0")
+        if dst.suffix in pt.SUFFIXES | sft.SUFFIXES:
+            raise HarnessError(f"{dst}: with --shard-size it must be a directory")
+        if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+            raise HarnessError(f"{dst} is there already: shards go into a new directory")
+    elif dst.suffix not in pt.SUFFIXES | sft.SUFFIXES:
+        known = ", ".join(sorted(pt.SUFFIXES | sft.SUFFIXES))
+        raise HarnessError(f"{dst}: expected one of {known}, or --shard-size with a directory")
+    if not dst.absolute().parent.is_dir():
+        raise HarnessError(f"{dst.parent}: no such directory")
+
+
+def _plan(found: SavedEngine | Path, options: Options) -> Plan | None:
+    """None for a file that holds more than flat tensors."""
+    if isinstance(found, SavedEngine):
+        return planning.of_engine(found, options.what, DTYPES[options.dtype or "fp32"])
+    if options.what != "weights" or options.engine is not None:
+        raise HarnessError(f"{found}: --what and --engine are for checkpoints")
+    tensors = flat.tensors(found)
+    if tensors is None:
+        return None
+    return planning.of_tensors(tensors, DTYPES[options.dtype or "keep"])
+
+
+def _whole(src: Path, dst: Path, options: Options, put: Put) -> None:
+    """A structure of more than flat tensors, through `harness.io`."""
+    asked = (options.dtype, options.include, options.exclude, options.rename, options.dry_run)
+    if any(asked):
+        raise HarnessError(
+            f"{src}: more than flat tensors: --dtype, --include, --exclude, --rename and --dry-run "
+            "do not apply"
+        )
+    from harness import io  # late: it needs torch
+
+    io.save(io.load(src, lazy=True), dst, options.shard_size)
+    put(f"{dst}: {dst.stat().st_size / 1e9:.3f} GB" if dst.is_file() else str(dst))
+
+
+def _write(plan: Plan, dst: Path, options: Options, progress: Progress) -> None:
+    workers = options.workers or min(4, os.cpu_count() or 1)
+
+    def copied(names: Mapping[str, Planned], path: Path, aliases: Mapping[str, str]) -> None:
+        written: list[Written] = []
+        is_pt = path.suffix in pt.SUFFIXES
+
+        def fill(writer: sft.Writer | pt.Writer) -> None:
+            with_crc = is_pt or options.verify
+            written[:] = copy(
+                names, writer.tensors, writer.fileno(), workers, progress, with_crc, whole=is_pt
+            )
+            if isinstance(writer, pt.Writer):
+                writer.crcs |= {part.name: part.crc for part in written}
+            if options.verify:
+                os.fsync(writer.fileno())
+                check_output(Path(f"/proc/self/fd/{writer.fileno()}"), written, lambda _: None)
+
+        described = {name: (planned.dtype, planned.shape) for name, planned in names.items()}
+        if is_pt:
+            pt.write(path, described, fill, aliases)
+        else:
+            short = {
+                name: (_short(name, dtype), shape) for name, (dtype, shape) in described.items()
+            }
+            sft.write(
+                path, short, fill, {"format": "pt"} | plan.metadata | ties.described(names, aliases)
+            )
+
+    if options.shard_size is None:
+        copied(plan.tensors, dst, plan.aliases)
+        return
+    parts = shards.split({n: p.nbytes for n, p in plan.tensors.items()}, options.shard_size)
+    with _staged(dst, plan.nbytes) as staged:
+        for number, part in enumerate(parts):
+            path = staged / shards.shard_name(number, len(parts))
+            copied({name: plan.tensors[name] for name in part}, path, {})
+        metadata = {"total_size": plan.nbytes} | plan.metadata
+        metadata |= ties.described(plan.tensors, plan.aliases)
+        shards.write_index(staged, parts, metadata)
+
+
+@contextmanager
+def _staged(dst: Path, needed: int) -> Iterator[Path]:
+    """A new directory that becomes `dst` when the context ends well."""
+    free = shutil.disk_usage(dst.absolute().parent).free
+    if needed > free:
+        raise HarnessError(f"{dst}: {needed / 1e9:.3f} GB do not fit: {free / 1e9:.3f} GB are free")
+    staged = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
+    staged.mkdir()
+    try:
+        yield staged
+        staged.replace(dst)  # also if it is there, and empty
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _short(name: str, dtype: str) -> str:
+    if dtype not in SFT or dtype == "float4_e2m1fn_x2":
+        raise FormatError(f"tensor {name!r}: safetensors files have no {dtype}; convert to .pt")
+    return SFT[dtype]
+
+
+@contextmanager
+def _bar(total: int, doing: str) -> Iterator[Progress]:
+    """A progress bar in GB/s where somebody looks."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=doing, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        yield bar.update

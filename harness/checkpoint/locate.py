@@ -1,0 +1,86 @@
+"""From the path that a user names to the engine's files, or the file of weights, that he means."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoint.saved_engine import SavedEngine, is_engine
+from harness.errors import CheckpointError, did_you_mean
+from harness.formats import pt, sft, shards, zips
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+
+
+def locate(path: Path, engine: str | None = None) -> SavedEngine | Path:
+    """What `path` means.
+
+    A run directory or one of checkpoints: the newest checkpoint. A checkpoint: its engine, or the
+    one named `engine` of several. A directory with `latest`, as plain DeepSpeed, Accelerate and the
+    HF Trainer leave it: the tag that it names. A tag. A directory of Hugging Face's: its index, or
+    its one file. A file: itself. Raises CheckpointError or FormatError.
+    """
+    if path.is_file():
+        if path.suffix not in pt.SUFFIXES | sft.SUFFIXES and not path.name.endswith(shards.SUFFIX):
+            known = ", ".join(sorted(pt.SUFFIXES | sft.SUFFIXES))
+            raise CheckpointError(f"{path}: expected a directory, or one of {known}")
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or directory")
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    if is_engine(path):
+        return SavedEngine(path)
+    if (path / MANIFEST).is_file():
+        return _of_checkpoint(path, engine)
+    if (path / LATEST).is_file():
+        tag = _latest(path)
+        return _of_checkpoint(tag, engine) if (tag / MANIFEST).is_file() else SavedEngine(tag)
+    if any(path.glob(f"*{shards.SUFFIX}")) or (path / shards.SINGLE).is_file():
+        return shards.find_index(path)
+    raise CheckpointError(
+        f"{path}: no checkpoint here: expected {LATEST}, {MANIFEST}, DeepSpeed's "
+        f"*_model_states.pt, {shards.SINGLE} or its index"
+    )
+
+
+def _latest(path: Path) -> Path:
+    with (path / LATEST).open("rb") as file:
+        tag = file.read(4096).decode(errors="replace").strip()
+    if not tag or tag in (".", "..") or Path(tag).name != tag or "\0" in tag:
+        raise CheckpointError(f"{path / LATEST}: {tag!r:.80} is not the name of a directory here")
+    if not (path / tag).is_dir():
+        raise CheckpointError(f"{path / LATEST} names {tag!r:.80}, which is not there")
+    return path / tag
+
+
+def _of_checkpoint(path: Path, engine: str | None) -> SavedEngine:
+    """One engine of a checkpoint of ours, whose files are those of its manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        engines = [name for name in manifest["engines"] if is_engine(path / name)]
+        files: dict[str, Any] = manifest["files"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from None
+    if engine is None and len(engines) != 1:
+        raise CheckpointError(f"{path}: name one with --engine: {', '.join(engines) or 'none'}")
+    if engine is not None and engine not in engines:
+        hint = did_you_mean(engine, engines)
+        raise CheckpointError(f"{path}: no engine {engine!r}, but {', '.join(engines)}{hint}")
+    name = engine or engines[0]
+    for file, entry in files.items():
+        if file.startswith(f"{name}/"):
+            check_entry(path / file, entry)
+    return SavedEngine(path / name)
+
+
+def check_entry(path: Path, entry: dict[str, Any]) -> None:
+    """Raises CheckpointError unless the file is the one that the manifest tells of."""
+    if not path.is_file():
+        raise CheckpointError(f"damaged: {path} is missing")
+    if path.stat().st_size != entry["size"]:
+        raise CheckpointError(
+            f"damaged: {path} has {path.stat().st_size} bytes, expected {entry['size']}"
+        )
+    if zips.digest(path) != entry["digest"]:
+        raise CheckpointError(f"damaged: {path} is another file than the one that was saved")

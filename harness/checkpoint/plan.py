@@ -1,0 +1,225 @@
+"""What a conversion writes: for each tensor its name, its dtype, and the bytes it is made of.
+
+Planning reads no tensor. The names are those of the model's state dict; the optimizer's state goes
+by `optimizer.KEY.NAME`, where KEY is "master" (fp32 weights), "exp_avg", "step" and so on.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.checkpoint.saved_engine import SavedEngine
+from harness.errors import CheckpointError, HarnessError, did_you_mean
+from harness.formats.dtypes import FLOATS, SIZES
+from harness.formats.pickles import TensorRef
+from harness.formats.sources import Source, Stretch, source
+
+OPTIMIZER = "optimizer"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor of the output: a source, and the dtype that it is written in."""
+
+    source: Source
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return self.source.numel() * SIZES[self.dtype]
+
+
+@dataclass
+class Plan:
+    """Tensors by name, in the order of the output."""
+
+    tensors: dict[str, Planned] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Further names of tied tensors, and the ones that they are stored under."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What the user should know: where the output is less than he may expect."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(planned.nbytes for planned in self.tensors.values())
+
+    def stretches(self) -> Iterable[Stretch]:
+        """All that is read."""
+        return (piece for planned in self.tensors.values() for piece in planned.source.stretches)
+
+
+def weights(saved: SavedEngine, dtype: str) -> Plan:
+    """The entries of the model's state dict, floating ones in `dtype`; "keep": the model's own.
+
+    Trained parameters come from their fp32 masters, except where the model's own copy already is
+    what is asked for.
+    """
+    plan = Plan()
+    shared: Mapping[str, str] = saved.model["shared_params"] or {}
+    own: Mapping[str, TensorRef] = saved.model["module"] | saved.experts
+    for name in dict.fromkeys([*own, *saved.shapes]):
+        computed = own[name].dtype if name in own else "float32"
+        target = computed if dtype == "keep" else dtype
+        kept = shared.get(name, name)
+        if kept in saved.shapes and (saved.stage == 3 or target != computed or target == "float32"):
+            found = saved.master(kept)
+        else:
+            found = saved.weight(name)
+        plan.tensors[name] = Planned(found, _target(found.dtype, target))
+    if not saved.tells_names and saved.optimizer is not None:
+        kinds = {ref.dtype for ref in own.values()} & {"float16", "bfloat16"}
+        if kinds and dtype not in ("keep", *kinds):
+            plan.notes.append(
+                "DeepSpeed names no fp32 masters at ZeRO 0: the weights are the "
+                f"{', '.join(kinds)} ones that the model computes with"
+            )
+    return plan
+
+
+def optimizer(saved: SavedEngine) -> Plan:
+    """Masters, moments and further state of every parameter; settings as JSON in the metadata.
+
+    Raises CheckpointError if there is none, it tells no names, or its state has other shapes than
+    the parameters.
+    """
+    if saved.optimizer is None:
+        raise CheckpointError(f"{saved.directory}: no state of an optimizer here")
+    if not saved.tells_names:
+        raise CheckpointError(
+            f"{saved.directory}: at ZeRO 0 DeepSpeed does not say which parameter the optimizer's "
+            "state belongs to"
+        )
+    saved.check_moments()
+    plan = Plan()
+    values: dict[str, Any] = {}
+    for name in saved.shapes:
+        found = {"master": saved.master(name)}
+        found |= {key: saved.moment(name, key) for key in saved.state_keys(name)}
+        for key, value in saved.scalars(name).items():
+            if isinstance(value, TensorRef):
+                found[key] = source(value)
+            else:
+                values.setdefault(key, {})[name] = value
+        for key, tensor in found.items():
+            plan.tensors[f"{OPTIMIZER}.{key}.{name}"] = Planned(tensor, tensor.dtype)
+    groups = [
+        group | {"params": [name for name in saved.shapes if saved.group_of(name) == number]}
+        for number, group in enumerate(saved.groups)
+    ]
+    plan.metadata[OPTIMIZER] = json.dumps({"param_groups": groups, "state": values}, default=str)
+    return plan
+
+
+def of_engine(saved: SavedEngine, what: str, dtype: str) -> Plan:
+    """`what`: "weights", "optimizer" or "all"."""
+    plan = weights(saved, dtype) if what in ("weights", "all") else Plan()
+    if what in ("optimizer", "all"):
+        further = optimizer(saved)
+        plan.tensors |= further.tensors
+        plan.metadata |= further.metadata
+    return plan
+
+
+def of_tensors(tensors: Mapping[str, Source], dtype: str) -> Plan:
+    """The tensors of files that hold nothing else."""
+    plan = Plan()
+    for name, found in tensors.items():
+        target = found.dtype if dtype == "keep" else dtype
+        plan.tensors[name] = Planned(found, _target(found.dtype, target))
+    return plan
+
+
+def _target(dtype: str, wanted: str) -> str:
+    return wanted if dtype in FLOATS and wanted in FLOATS else dtype
+
+
+def select(plan: Plan, include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Keeps the tensors whose name matches a pattern of `include`, if there is one, and none of
+    `exclude`. Raises HarnessError for a pattern that is none, or that nothing matches.
+    """
+    wanted, unwanted = [_compiled(text) for text in include], [_compiled(text) for text in exclude]
+    for pattern in wanted + unwanted:
+        if not any(pattern.search(name) for name in plan.tensors):
+            hint = did_you_mean(pattern.pattern, plan.tensors)
+            raise HarnessError(f"no tensor has a name that matches {pattern.pattern!r}{hint}")
+    plan.tensors = {
+        name: planned
+        for name, planned in plan.tensors.items()
+        if (not wanted or any(p.search(name) for p in wanted))
+        and not any(p.search(name) for p in unwanted)
+    }
+    if not plan.tensors:
+        raise HarnessError("no tensor is left to be written")
+
+
+def rename(plan: Plan, renames: Sequence[str]) -> None:
+    """Applies "OLD=NEW" to every name, in order: OLD is a pattern, of which each match becomes NEW.
+
+    Raises HarnessError for what is no pattern, changes nothing, or gives two tensors one name.
+    """
+    for text in renames:
+        old, equals, new = text.partition("=")
+        if not equals or not old:
+            raise HarnessError(f"--rename {text}: expected OLD=NEW")
+        pattern = _compiled(old)
+        try:
+            names = {name: pattern.sub(new, name) for name in plan.tensors}
+        except (re.error, IndexError) as error:
+            raise HarnessError(f"--rename {text}: {error}") from None
+        if all(name == other for name, other in names.items()):
+            raise HarnessError(f"--rename {text}: no name has {old!r} in it")
+        renamed: dict[str, Planned] = {}
+        for name, other in names.items():
+            if other in renamed:
+                raise HarnessError(f"--rename {text}: two tensors would be named {other!r}")
+            renamed[other] = plan.tensors[name]
+        plan.tensors = renamed
+
+
+def tie(plan: Plan) -> None:
+    """Keeps one of the tensors that are the same bytes; the others become its aliases."""
+    kept: dict[Any, str] = {}
+    for name, planned in list(plan.tensors.items()):
+        strided = planned.source.strided
+        view = (strided.stride, strided.offset) if strided else ()
+        key = (planned.source.stretches, planned.dtype, planned.shape, view)
+        if not planned.source.stretches:
+            continue
+        if key in kept:
+            plan.aliases[name] = kept[key]
+            del plan.tensors[name]
+        else:
+            kept[key] = name
+
+
+def _compiled(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise HarnessError(f"{text!r} is no regular expression: {error}") from None
+
+
+def table(plan: Plan, put: Callable[[str], object]) -> None:
+    """Prints what would be written, a line for each tensor."""
+    width = max(map(len, [*plan.tensors, *plan.aliases]), default=0)
+    for name, planned in plan.tensors.items():
+        files = {piece.path for piece in planned.source.stretches}
+        was = planned.source.dtype
+        change = planned.dtype if was == planned.dtype else f"{was} -> {planned.dtype}"
+        put(
+            f"{name:<{width}}  {change:<20}  {list(planned.shape)!s:<16}  "
+            f"{planned.nbytes:>14,} bytes from {len(files)} files"
+        )
+    for name, kept in plan.aliases.items():
+        put(f"{name:<{width}}  = {kept}")
+    put(f"{len(plan.tensors)} tensors, {plan.nbytes:,} bytes")

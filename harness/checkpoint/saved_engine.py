@@ -1,0 +1,249 @@
+"""One engine's files of a checkpoint, as DeepSpeed writes them: everything by parameter name.
+
+Neither torch nor DeepSpeed is needed: of the tensors, only the places in the files are looked up.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoint.zero_layout import Flat, Segment, Tree, base_state, flats, group_shapes
+from harness.errors import CheckpointError
+from harness.formats import pickles
+from harness.formats.machine import StandIn
+from harness.formats.pickles import Shape, TensorRef
+from harness.formats.sources import Source, Stretch, source
+
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_EXPERT = re.compile(r"layer_\d+_expert_\d+_mp_rank_(\d+)_model_states\.pt")
+
+
+def is_engine(directory: Path) -> bool:
+    """Whether a directory holds files of an engine, as DeepSpeed names them."""
+    return directory.is_dir() and any(_MODEL.fullmatch(p.name) for p in directory.iterdir())
+
+
+class SavedEngine:
+    """The files of `directory`, opened: `step-N/ENGINE/` of ours, or a tag of plain DeepSpeed's.
+
+    `model` is rank 0's tree of model_states, with a `TensorRef` for every tensor; `shapes` are
+    those of the parameters that the optimizer steps; `groups` its parameter groups without their
+    parameters; `flats` those of every rank (at stage 0 of one), in the optimizer's own numbering.
+    """
+
+    def __init__(self, directory: Path):
+        """Raises CheckpointError or FormatError if a file is missing, damaged, of another run, or
+        in a layout that is none of those in `zero_layout`.
+        """
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no directory")
+        self.directory = directory
+        models = self._read_ranks(_MODEL)
+        optimizers = self._read_ranks(_OPTIMIZER)
+        if 0 not in models:
+            raise CheckpointError(f"{directory}: no DeepSpeed checkpoint: no model_states.pt")
+        self.model: Tree = models[0]
+        try:
+            self._open(models, optimizers)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{directory}: not laid out as DeepSpeed does it: {error!r}"
+            ) from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{directory}: {error}") from None
+
+    def _open(self, models: dict[int, Tree], optimizers: dict[int, Tree]) -> None:
+        model = self.model
+        if "module" not in model or "dp_world_size" not in model:
+            raise CheckpointError("no DeepSpeed checkpoint: model_states hold no module")
+        self.world_size: int = model["dp_world_size"]
+        states = {rank: tree["optimizer_state_dict"] for rank, tree in optimizers.items()}
+        self.stage = _int(states[0].get("zero_stage", 1)) if states else 0
+        if len(models) > 1 or self._is_sharded():
+            self.stage = 3
+        self._check_ranks(models, states)
+        self.experts: Tree = {}
+        for path in sorted(self.directory.iterdir()):
+            if _EXPERT.fullmatch(path.name):
+                self.experts |= pickles.read(path)
+        self._fragments = [models[rank]["frozen_param_fragments"] for rank in sorted(models)]
+        if model["optimizer"] is not None:
+            states = {0: model["optimizer"]}
+        self.optimizer: Tree | None = states.get(0)
+        self.groups: list[Tree] = []
+        self.flats: list[list[Flat]] = []
+        self.shapes: dict[str, Shape] = {}
+        self._pieces: dict[str, list[tuple[Segment, Flat]]] = {}
+        if self.optimizer is None or not self.tells_names:
+            return
+        for group in base_state(self.optimizer)["param_groups"]:
+            self.groups.append({key: value for key, value in group.items() if key != "params"})
+        shapes = group_shapes(model)
+        sizes: dict[str, Shape] = {name: size for group in shapes for name, size in group.items()}
+        for rank in sorted(states):
+            found = flats(states[rank], model["module"], shapes, rank, self.world_size)
+            self.flats.append(found)
+            for flat in found:
+                for segment in flat.segments:
+                    self._pieces.setdefault(segment.name, []).append((segment, flat))
+        for name in self._pieces:
+            self.shapes[name] = sizes[name] if name in sizes else self.experts[name].shape
+            self._check_pieces(name)
+
+    @property
+    def tells_names(self) -> bool:
+        """Whether the optimizer's state says whose it is: plain DeepSpeed's at stage 0 does not."""
+        return self.model["param_shapes"] is not None or "parameter_names" in self.model
+
+    def group_of(self, name: str) -> int:
+        """The parameter group of a parameter."""
+        return self._pieces[name][0][1].group
+
+    def state_keys(self, name: str) -> list[str]:
+        """The keys of the state that has the parameter's size (`exp_avg`, ...)."""
+        state = self._pieces[name][0][1].state
+        return [key for key, value in state.items() if _is_moment(value)]
+
+    def scalars(self, name: str) -> Tree:
+        """The rest of a parameter's state (`step`, ...): plain values, or tensors of shape ()."""
+        state = next((f.state for s, f in self._pieces[name] if s.length), {})
+        return {key: value for key, value in state.items() if not _is_moment(value)}
+
+    def check_moments(self) -> None:
+        """Raises CheckpointError if the optimizer's state has other shapes than the parameters."""
+        for flat in (flat for pieces in self._pieces.values() for _, flat in pieces):
+            for key, value in flat.state.items():
+                if _is_moment(value) and value.shape != flat.shape:
+                    raise CheckpointError(
+                        f"optimizer state {key!r} of parameter {flat.segments[0].name!r} has the "
+                        f"shape {tuple(value.shape)}, and the parameter {tuple(flat.shape)}: it "
+                        "cannot be cut for another number of ranks or ZeRO stage"
+                    )
+
+    def master(self, name: str) -> Source:
+        """A parameter's whole fp32 master, in its shape."""
+        return self._joined(name, [(s, f.master) for s, f in self._pieces[name]])
+
+    def moment(self, name: str, key: str) -> Source:
+        """A parameter's whole optimizer state of its size, in its shape."""
+        return self._joined(name, [(s, f.state[key]) for s, f in self._pieces[name]])
+
+    def weight(self, name: str) -> Source:
+        """An entry of the model's state dict, whole; at stage 3 a parameter's master.
+
+        Otherwise it is in the dtype that the model computes in.
+        """
+        if name in self.experts:
+            return source(self.experts[name])
+        tensor = self.model["module"][name]
+        if self.stage < 3 or name in self.model["buffer_names"]:
+            return source(tensor)
+        name = self.model["shared_params"].get(name, name)
+        if name in self.shapes:
+            return self.master(name)
+        shape = self.model["frozen_param_shapes"][name]
+        shards = [source(fragments[name]) for fragments in self._fragments]
+        stretches: list[Stretch] = []
+        left = shape.numel() * shards[0].itemsize
+        for shard in shards:
+            for stretch in shard.cut(0, left):
+                stretches.append(stretch)
+                left -= stretch.size
+        if left:
+            raise CheckpointError(f"{self.directory}: frozen parameter {name!r} is not whole")
+        return Source(shards[0].dtype, shape, tuple(stretches))
+
+    def loss_scale(self) -> Tree:
+        """What an fp16 engine's loss scaler has come to; {} at fp32 stage 0."""
+        found = self.optimizer or {}
+        if "loss_scaler" in found:
+            found = found["loss_scaler"].state
+        keys = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        return {key: found[key] for key in keys if key in found}
+
+    def _read_ranks(self, pattern: re.Pattern[str]) -> dict[int, Tree]:
+        """The trees of one kind of file by rank."""
+        trees: dict[int, Tree] = {}
+        for path in sorted(self.directory.iterdir()):
+            match = pattern.fullmatch(path.name)
+            if match is None:
+                continue
+            if int(match[2]):
+                raise CheckpointError(
+                    f"{path}: tensor or pipeline parallelism (mp_rank above 0) cannot be read"
+                )
+            tree = pickles.read(path)
+            if not isinstance(tree, dict):
+                raise CheckpointError(f"{path}: no file of a DeepSpeed checkpoint")
+            trees[int(match[1] or 0)] = tree
+        return trees
+
+    def _is_sharded(self) -> bool:
+        return any(self.directory.glob("zero_pp_rank_*_model_states.pt"))
+
+    def _check_ranks(self, models: dict[int, Tree], states: dict[int, Tree]) -> None:
+        """Raises CheckpointError unless every rank's files are here, and of one save."""
+        for kind, trees in (("model_states", models), ("optim_states", states)):
+            is_expected = trees or self.model["param_shapes"] is not None
+            expected = set(range(self.world_size)) if is_expected else set()
+            if kind == "model_states" and self.stage < 3:
+                expected = {0}
+            if missing := sorted(expected - trees.keys()):
+                raise CheckpointError(
+                    f"{kind}.pt of ranks {', '.join(map(str, missing))} are missing: saved by "
+                    f"{self.world_size} ranks"
+                )
+            if extra := sorted(trees.keys() - expected):
+                raise CheckpointError(
+                    f"{kind}.pt of ranks {', '.join(map(str, extra))} are of another save: this "
+                    f"one is of {self.world_size} ranks"
+                )
+        _check_same(models, ("dp_world_size", "global_steps", "param_shapes", "ds_version"))
+        _check_same(states, ("zero_stage", "partition_count", "ds_version"))
+
+    def _check_pieces(self, name: str) -> None:
+        end = 0
+        for segment, _ in self._pieces[name]:
+            if segment.length and segment.start != end:
+                raise CheckpointError(f"parameter {name!r} is not whole from element {end} on")
+            end += segment.length
+        if end != self.shapes[name].numel():
+            raise CheckpointError(f"parameter {name!r} is not whole from element {end} on")
+
+    def _joined(self, name: str, pieces: list[tuple[Segment, TensorRef]]) -> Source:
+        shape = self.shapes[name]
+        if len(pieces) == 1 and pieces[0][1].shape == shape:
+            return source(pieces[0][1])
+        stretches: list[Stretch] = []
+        for segment, ref in pieces:
+            if segment.length:
+                if not ref.is_contiguous:
+                    raise CheckpointError(f"{ref.path}: the state of {name!r} is not contiguous")
+                width = ref.itemsize
+                stretches += source(ref).cut(segment.offset * width, segment.length * width)
+        return Source(pieces[0][1].dtype, shape, tuple(stretches))
+
+
+def _check_same(trees: dict[int, Tree], keys: tuple[str, ...]) -> None:
+    """Raises CheckpointError if the ranks' files disagree on what every rank writes alike."""
+    for rank, tree in trees.items():
+        for key in keys:
+            here, there = (_plain(found.get(key)) for found in (tree, trees[0]))
+            if here != there:
+                raise CheckpointError(
+                    f"the files of rank {rank} are of another run or step than those of rank 0: "
+                    f"{key} is {here!r:.80} there, and {there!r:.80} at rank 0"
+                )
+
+
+def _plain(value: Any) -> Any:
+    return _int(value) if isinstance(value, StandIn) else value
+
+
+def _int(value: Any) -> int:
+    return value.values[0] if isinstance(value, StandIn) else int(value)
+
+
+def _is_moment(value: Any) -> bool:
+    return isinstance(value, TensorRef) and value.dim() > 0

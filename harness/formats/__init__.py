@@ -1,0 +1,1 @@
+"""The files that weights lie in, read and written without torch."""

@@ -1,0 +1,41 @@
+"""Floating-point numbers in another dtype, on chunks of bytes: numpy, which has no bfloat16.
+
+Rounding is to the nearest, ties to even, as torch does it; NaN stays NaN, what is too large for
+float16 becomes infinite.
+"""
+
+import numpy as np
+
+_KINDS = {"float16": np.float16, "float32": np.float32, "float64": np.float64}
+
+
+def cast(data: memoryview | bytes, dtype: str, target: str) -> memoryview:
+    """Whole elements of `dtype` as bytes of `target`; both are of `dtypes.FLOATS`."""
+    numbers = _widened(data) if dtype == "bfloat16" else np.frombuffer(data, _KINDS[dtype])
+    if target == "bfloat16":
+        narrow = _narrowed(numbers.astype(np.float32, copy=False))
+    else:
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            narrow = numbers.astype(_KINDS[target])
+    return narrow.view(np.uint8).data
+
+
+def _widened(data: memoryview | bytes) -> np.ndarray:
+    wide = np.frombuffer(data, np.uint16).astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def _narrowed(numbers: np.ndarray) -> np.ndarray:
+    """The upper halves of float32, rounded: half of the last place is added, less 1 if even."""
+    bits = numbers.view(np.uint32)
+    half = bits >> 16
+    half &= 1
+    half += 0x7FFF
+    half += bits  # wraps around for some NaN alone
+    half >>= 16
+    narrow = half.astype(np.uint16)
+    nan = np.isnan(numbers)
+    if nan.any():
+        narrow[nan] = 0x7FC0
+    return narrow

@@ -1,0 +1,308 @@
+"""Safetensors files: a header that is checked before anything trusts it, and a streaming writer.
+
+A file is 8 bytes with the length of the header (little-endian), the header (JSON: for every tensor
+its dtype, its shape, and where its bytes lie in the data), and the data, without gap or overlap.
+The format: https://github.com/huggingface/safetensors, README.md.
+
+Checked here, and not by the safetensors library 0.8: duplicate keys, shapes whose sizes overflow
+although one of them is 0, fields that the format does not know, strings that are no Unicode.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from harness.errors import FormatError
+from harness.files import write_atomically
+
+SUFFIXES = {".sft", ".safetensors"}
+
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+"""Every dtype of the format that torch has too, and the bits of one element."""
+
+MAX_HEADER = 100_000_000
+"""Bytes; the safetensors library allows no more."""
+MAX_DIMENSIONS = 64
+METADATA = "__metadata__"
+"""The one name that a tensor cannot have."""
+ALIGNMENT = 64
+"""Bytes; where the data of a file that we write begins. Each tensor is aligned to its element."""
+
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_MAX_ENTRY = 4096  # characters: MAX_DIMENSIONS numbers, and space for blanks
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a file: its dtype (a key of `BITS`), its shape, and its bytes, row-major.
+
+    `start` and `end` count from the beginning of the file. `start` need not be a multiple of the
+    element's size in files that others wrote: such a tensor must be copied, not viewed.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return self.end - self.start
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the data can be viewed where it lies in a mapping of the file."""
+        return self.start % max(1, BITS[self.dtype] // 8) == 0
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself: its tensors in the order of the header, and its metadata."""
+
+    tensors: dict[str, Entry] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor. Raises ValueError if they are no whole number, or overflow 63 bits."""
+    if math.prod(size for size in shape if size) * BITS[dtype] >= 2**66:
+        raise ValueError(f"shape {list(shape)} overflows")
+    size, rest = divmod(math.prod(shape) * BITS[dtype], 8)
+    if rest:
+        raise ValueError(f"shape {list(shape)} of {dtype} does not fill its last byte")
+    return size
+
+
+def read_header(path: Path) -> Header:
+    """The header of a file, every word of it checked against the format and the file's size.
+
+    Tensors lie one behind the other and fill the file. Their names are any Unicode, "../x" too:
+    never use one as a path. Raises FormatError for whatever is not so, OSError if it cannot be
+    read. No more memory is used than a few times the header's bytes in the file.
+    """
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise FormatError(f"{path}: no regular file")
+    with path.open("rb") as file:
+        return header_of(file, path)
+
+
+def header_of(file: BinaryIO, path: Path) -> Header:
+    """The same of an open file, read from its beginning; `path` is for errors."""
+    available = os.fstat(file.fileno()).st_size - 8
+    size = int.from_bytes(file.read(8), "little")
+    try:
+        if available < 0:
+            raise ValueError("fewer than 8 bytes")
+        if size > available:
+            raise ValueError(f"a header of {size} bytes, but {available} follow")
+        if size > MAX_HEADER:
+            raise ValueError(f"a header of {size} bytes, and the format allows {MAX_HEADER}")
+        header = _Parser(file.read(size).decode(), 8 + size).header()
+        _check_places(header.tensors, 8 + size, 8 + available)
+    except ValueError as error:  # also of bad UTF-8 and bad JSON
+        raise FormatError(f"{path}: no safetensors file, or damaged: {error}") from None
+    return header
+
+
+class Writer:
+    """A file that is being written: its header stands, the tensors are filled in, in any order."""
+
+    def __init__(self, descriptor: int, tensors: Mapping[str, Entry]):
+        self._descriptor = descriptor
+        self.tensors = tensors
+        """Where each tensor's bytes belong."""
+
+    def fileno(self) -> int:
+        """The descriptor, for copies by the kernel to the places that `tensors` gives."""
+        return self._descriptor
+
+    def write(self, name: str, data: Any, offset: int = 0) -> None:
+        """Writes bytes (any contiguous buffer) of a tensor, from its byte `offset` on.
+
+        Any thread may call it. Raises ValueError if they reach beyond the tensor.
+        """
+        entry, view = self.tensors[name], memoryview(data).cast("B")
+        if offset < 0 or offset + len(view) > entry.nbytes:
+            raise ValueError(f"{name}: {len(view)} bytes at {offset} of {entry.nbytes}")
+        at = entry.start + offset
+        while view:
+            written = os.pwrite(self._descriptor, view, at)
+            at, view = at + written, view[written:]
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, tuple[str, Sequence[int]]],
+    fill: Callable[[Writer], object],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file whose `tensors` are `{name: (dtype, shape)}`, by atomic rename.
+
+    `fill` is called once with the Writer, and must write every byte. The header keeps the order of
+    `tensors`; the data lies in order of falling element size, so that every tensor is aligned.
+    Raises FormatError, before anything is written, for what the format cannot hold; OSError if the
+    disk is too full.
+    """
+    head, entries = layout(tensors, metadata or {})
+    size = max((entry.end for entry in entries.values()), default=len(head))
+
+    def write_staged(staged: Path) -> None:
+        with staged.open("wb") as file:
+            disk = os.fstatvfs(file.fileno())
+            if disk.f_bavail * disk.f_frsize < size:
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size} bytes", str(path))
+            file.write(head)
+            file.flush()
+            os.ftruncate(file.fileno(), size)
+            fill(Writer(file.fileno(), entries))
+
+    write_atomically(path, write_staged)
+
+
+def layout(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, Entry]]:
+    """The bytes in front of the data, and every tensor's place, as `write` lays them out.
+
+    Raises FormatError for what the format cannot hold.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    at = 0
+    for name in sorted(tensors, key=lambda name: -BITS.get(tensors[name][0], 0)):
+        dtype, shape = tensors[name]
+        try:
+            if name == METADATA:
+                raise ValueError("the format keeps this name for itself")
+            places[name] = at, at + _checked_size(dtype, shape)
+            name.encode()
+        except ValueError as error:
+            raise FormatError(f"tensor {name!r}: {error}") from None
+        at = places[name][1]
+    described: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    described |= {
+        name: {"dtype": dtype, "shape": list(shape), "data_offsets": list(places[name])}
+        for name, (dtype, shape) in tensors.items()
+    }
+    text = json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()
+    start = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
+    if start - 8 > MAX_HEADER:
+        raise FormatError(f"a header of {start - 8} bytes, and the format allows {MAX_HEADER}")
+    head = (start - 8).to_bytes(8, "little") + text.ljust(start - 8)
+    entries = {
+        name: Entry(dtype, tuple(shape), start + places[name][0], start + places[name][1])
+        for name, (dtype, shape) in tensors.items()
+    }
+    return head, entries
+
+
+class _Parser:
+    """Reads the header's JSON, which has one shape only, and so never builds what it refuses."""
+
+    def __init__(self, text: str, data_start: int):
+        self.text = text
+        self.data_start = data_start
+
+    def header(self) -> Header:
+        header = Header()
+
+        def value(name: str, at: int) -> tuple[None, int]:
+            if name == METADATA:
+                strings, at = self.object(at, lambda _, at: self.string(at))
+                header.metadata.update(strings)
+            else:
+                header.tensors[name], at = self.entry(name, at)
+            return None, at
+
+        _, at = self.object(0, value)
+        if self.blanks(at) != len(self.text):
+            raise ValueError(f"more than a JSON object, from character {at} on")
+        return header
+
+    def object(
+        self, at: int, value: Callable[[str, int], tuple[Any, int]]
+    ) -> tuple[dict[str, Any], int]:
+        """The object at `at`, and where it ends. `value(key, at)` reads one value likewise."""
+        found: dict[str, Any] = {}
+        at = self.blanks(self.expect("{", at))
+        if self.text.startswith("}", at):
+            return found, at + 1
+        while True:
+            key, at = self.string(self.blanks(at))
+            if key in found:
+                raise ValueError(f"duplicate key {key!r}")
+            found[key], at = value(key, self.blanks(self.expect(":", self.blanks(at))))
+            at = self.blanks(at)
+            if self.text.startswith("}", at):
+                return found, at + 1
+            at = self.expect(",", at)
+
+    def entry(self, name: str, at: int) -> tuple[Entry, int]:
+        end = self.text.find("}", at, at + _MAX_ENTRY) + 1
+        try:
+            fields = json.loads(self.text[at:end], object_pairs_hook=list)
+            found = dict(fields)
+            if len(fields) != 3 or found.keys() != {"dtype", "shape", "data_offsets"}:
+                raise ValueError("expected dtype, shape and data_offsets")
+            shape, offsets = _naturals(found["shape"]), _naturals(found["data_offsets"])
+            size = _checked_size(found["dtype"], shape)
+            if len(offsets) != 2 or offsets[1] - offsets[0] != size:
+                raise ValueError(f"data_offsets {list(offsets)}, but it has {size} bytes")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"tensor {name!r}: {error}") from None
+        start, stop = (self.data_start + offset for offset in offsets)
+        return Entry(found["dtype"], shape, start, stop), end
+
+    def string(self, at: int) -> tuple[str, int]:
+        if not self.text.startswith('"', at):
+            raise ValueError(f"expected a string at character {at}")
+        string, at = _DECODER.raw_decode(self.text, at)
+        string.encode()  # a half of a surrogate pair is no Unicode
+        return string, at
+
+    def expect(self, mark: str, at: int) -> int:
+        if not self.text.startswith(mark, at):
+            raise ValueError(f"expected {mark!r} at character {at}")
+        return at + 1
+
+    def blanks(self, at: int) -> int:
+        match = _BLANKS.match(self.text, at)
+        return match.end() if match else at
+
+
+def _naturals(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 2**63 for n in value):
+        raise ValueError(f"expected a list of sizes, got {value!r:.60}")
+    return tuple(value)
+
+
+def _checked_size(dtype: Any, shape: Sequence[int]) -> int:
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"unknown dtype {dtype!r:.60}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{len(shape)} dimensions, at most {MAX_DIMENSIONS}")
+    return nbytes_of(dtype, tuple(shape))
+
+
+def _check_places(tensors: Mapping[str, Entry], start: int, end: int) -> None:
+    """Raises ValueError unless the tensors fill the bytes from `start` to `end`, side by side."""
+    before = "the header"
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != start:
+            kind = "overlaps" if entry.start < start else "leaves a hole behind"
+            raise ValueError(f"tensor {name!r} {kind} {before}")
+        start, before = entry.end, f"tensor {name!r}"
+    if start != end:
+        kind = "are missing" if start > end else "follow that belong to no tensor"
+        raise ValueError(f"{abs(end - start)} bytes {kind}")
