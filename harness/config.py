@@ -254,6 +254,51 @@ class CheckpointConfig(Section):
         return self
 
 
+class OffloadConfig(Section):
+    """[optimizations.offload] which activations wait in host memory, if `unsloth` is true."""
+
+    match: str = ""
+    """Regular expression for the names of the modules that are blocks, for example
+    "model\\.layers\\.\\d+"; by default the largest list of modules of one class is taken."""
+    mode: Literal["inputs", "saved"] = "inputs"
+    """"inputs": blocks are recomputed in backward from inputs that waited in host memory; "saved":
+    nothing is recomputed, and many times the bytes are moved."""
+    budget: Literal["auto", "all"] | float = "auto"
+    """How many of the blocks are offloaded: "auto", as many as the device's memory makes necessary;
+    "all"; or a part, from 0 to 1."""
+    keep_last: int = Field(default=1, ge=0)
+    """Blocks at the end whose tensors stay on the device, as backward wants them at once."""
+    min_bytes: int = Field(default=2 * 2**20, ge=0)
+    """Smaller tensors stay on the device."""
+    host_budget: int = Field(default=0, ge=0)
+    """Bytes of pinned host memory of one rank, at most; 0: its share of half of what is free."""
+
+    @field_validator("match")
+    @classmethod
+    def _is_pattern(cls, match: str) -> str:
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ValueError(f"{match!r} is no regular expression: {error}") from None
+        return match
+
+    @field_validator("budget")
+    @classmethod
+    def _is_part(cls, budget: str | float) -> str | float:
+        if not isinstance(budget, str) and not 0 <= budget <= 1:
+            raise ValueError(f"found {budget}, expected 'auto', 'all', or a part from 0 to 1")
+        return budget
+
+
+class OptimizationsConfig(Section):
+    """[optimizations] what makes models smaller or faster without changing what they compute."""
+
+    unsloth: bool = False
+    """Activations of trained models wait in host memory until backward (docs/offload.md)."""
+    offload: OffloadConfig = OffloadConfig()
+    """How, where the defaults do not fit."""
+
+
 class ControlConfig(Section):
     """[control] live commands."""
 
@@ -294,6 +339,8 @@ class Config(Section):
     """The loop."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """The checkpoints."""
+    optimizations: OptimizationsConfig = OptimizationsConfig()
+    """The optimizations."""
     control: ControlConfig = ControlConfig()
     """The commands."""
     metrics: MetricsConfig = MetricsConfig()

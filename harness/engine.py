@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from harness import distributed, ema
-from harness.config import EngineConfig
+from harness.config import EngineConfig, OffloadConfig
 from harness.errors import CommandError, ConfigError
 from harness.lend import Turn
+from harness.offload import Plan, Stats, attach
 from harness.optim.apollo import Apollo
 from harness.optim.build import build_optimizer, check_zero, is_elementwise
 from harness.optim.lr import build_factor, build_scheduler
@@ -73,6 +74,8 @@ class Engine:
         """Which engine of the set is at work."""
         self.last_lr = 0.0
         self.last_grad_norm: torch.Tensor | float = 0.0
+        self._offload: Plan | None = None
+        self._offload_stats = Stats()
         self._config = config
         self._held_lr: float | None = None
         self._lr_factor = 1.0
@@ -271,6 +274,50 @@ class Engine:
         """What the optimizer tells of its last step, as APOLLO does; on the device."""
         tell = getattr(self.ds.basic_optimizer, "telemetry", None)
         return tell() if tell is not None else {}
+
+    def offload(self, settings: OffloadConfig, host_budget: int) -> None:
+        """Lets the activations of the model's blocks wait in host memory, of which `host_budget`
+        bytes may be used. Raises ConfigError if the model has no such blocks."""
+        self._offload = attach(
+            self.module,
+            settings.match or None,
+            mode=settings.mode,
+            budget=settings.budget,
+            keep_last=settings.keep_last,
+            min_bytes=settings.min_bytes,
+            host_budget=host_budget,
+        )
+        blocks = self._offload.modules
+        log.info(
+            "engine %s: offload (mode %s, budget %s): %d blocks of class %s, at most %.1f GB of "
+            "host memory a rank",
+            self.name,
+            settings.mode,
+            settings.budget,
+            len(blocks),
+            "/".join(sorted({type(block).__name__ for block in blocks.values()})),
+            host_budget / 1e9,
+        )
+
+    def offload_figures(self) -> dict[str, float]:
+        """What offloading has done on this rank since the last call."""
+        if self._offload is None:
+            return {}
+        stats = self._offload.stats()
+        found = asdict(stats.since(self._offload_stats))
+        self._offload_stats = stats
+        return {f"offload/{name}": float(value) for name, value in found.items()}
+
+    def tell_offload(self) -> None:
+        """Logs what offloading has done in all on this rank."""
+        if self._offload is not None:
+            log.info("engine %s: offload: %s", self.name, self._offload.stats())
+
+    def close(self) -> None:
+        """Takes DeepSpeed and offloading off the model; the engine is of no further use."""
+        if self._offload is not None:
+            self._offload.detach()
+        self.ds.destroy()
 
     def gather_attribute(self, name: str, kind: type = object) -> dict[str, Any]:
         """Takes attribute `name` off every submodule that has it: `{module path: value}`.

@@ -1,5 +1,6 @@
 """The named set of engines, stepped, saved, exported and resumed as one."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -9,11 +10,14 @@ import torch
 from torch import nn
 
 from harness import distributed
-from harness.config import Config
+from harness.config import Config, OffloadConfig
 from harness.engine import Engine
-from harness.errors import TaskError, did_you_mean
+from harness.errors import ConfigError, TaskError, did_you_mean
 from harness.lend import Turn
+from harness.offload import available_host_memory
 from harness.task import Stats, Task, feed
+
+log = logging.getLogger(__name__)
 
 
 class Engines(Mapping[str, Engine]):
@@ -137,10 +141,15 @@ class Engines(Mapping[str, Engine]):
         return report
 
     def norms(self) -> dict[str, torch.Tensor | float]:
-        """The last step's gradient norms, and what the optimizers tell of it, named for the log."""
+        """The last step's gradient norms, and what optimizers and offloading tell of it, named for
+        the log."""
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.due(self.global_step):
-            figures = {"grad_norm": engine.last_grad_norm, **engine.optimizer_figures()}
+            figures = {
+                "grad_norm": engine.last_grad_norm,
+                **engine.optimizer_figures(),
+                **engine.offload_figures(),
+            }
             report |= self.label(engine, figures)
         return report
 
@@ -164,9 +173,9 @@ class Engines(Mapping[str, Engine]):
         return sum(engine.dispatch_attribute(name, value) for engine in self.values())
 
     def close(self) -> None:
-        """Takes DeepSpeed off the models; the engines are of no further use."""
+        """Takes DeepSpeed and offloading off the models; the engines are of no further use."""
         for engine in self.values():
-            engine.ds.destroy()
+            engine.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The run's step, and each engine's own state beside DeepSpeed's."""
@@ -211,4 +220,27 @@ def build_engines(task: Task, config: Config) -> Engines:
             micro_batch_size=config.data.micro_batch_size,
             total_steps=steps,
         )
+    if config.optimizations.unsloth:
+        offload_engines(engines, config.optimizations.offload)
     return Engines(engines, task)
+
+
+def offload_engines(engines: Mapping[str, Engine], settings: OffloadConfig) -> None:
+    """Offloads the activations of the trained engines, within one budget of host memory.
+
+    Collective. An engine whose model has no blocks stays as it is; ConfigError if that is true of
+    all of them.
+    """
+    with distributed.in_unison("optimizations.unsloth"):
+        trained = [engine for engine in engines.values() if engine.role == "train"]
+        budget = settings.host_budget or available_host_memory() // 2
+        refused: list[str] = []
+        for engine in trained:
+            try:
+                engine.offload(settings, budget // len(trained))
+            except ConfigError as error:
+                refused.append(f"engine {engine.name!r}: {error}")
+        if len(refused) == len(trained):
+            raise ConfigError("optimizations.unsloth:\n" + "\n".join(refused))
+        for text in refused:
+            log.warning("%s; it is trained without", text)

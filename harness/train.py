@@ -238,6 +238,8 @@ class Trainer:
             self.save()
         self.settle(self.saver.wait)
         self.report(self.meter.drain())
+        for engine in self.engines.trained:
+            engine.tell_offload()
         self.bus.finish()
 
     def rescue(self, error: HarnessError) -> None:

@@ -1,0 +1,112 @@
+"""One tensor's copy in host memory, and the seven waits that keep it true.
+
+Copies out, copies back and compute run on three streams, which know nothing of each other. Every
+order that matters is one `wait` in this file; tests/test_offload_streams.py leaves out each in
+turn, and sees that it is missed.
+"""
+
+import torch
+
+from harness.offload.pool import Pool, Slab
+from harness.offload.streams import Backend
+
+
+class HostCopy:
+    """A tensor that goes to host memory and comes back.
+
+    It is on the device as `source` until `release`, and as `arriving` from `fetch` to `drop`.
+    """
+
+    __slots__ = (
+        "_arrived",
+        "_backend",
+        "_host",
+        "_pool",
+        "_sent",
+        "_slab",
+        "_stream",
+        "_stride",
+        "_taken",
+        "arriving",
+        "device",
+        "dtype",
+        "shape",
+        "size",
+        "source",
+    )
+
+    def __init__(self, backend: Backend, pool: Pool, slab: Slab, source: torch.Tensor):
+        """Starts the copy of `source` (detached, strided, no two elements in one place)."""
+        self._backend = backend
+        self._pool = pool
+        self._slab: Slab | None = slab
+        self.shape, self.dtype = source.shape, source.dtype
+        self._stride = source.stride()
+        self.device = source.device
+        self.size = source.numel() * source.element_size()
+        self.source: torch.Tensor | None = source
+        self.arriving: torch.Tensor | None = None
+        self._arrived = None
+        self._taken = False
+        self._host = slab.view(source)
+        self._stream = backend.compute(self.device)
+        out = backend.out(self.device)
+        backend.wait(out, backend.record(self._stream))  # 1. the source is computed
+        if slab.busy is not None:
+            backend.wait(out, slab.busy)  # 2. the slab's last user has finished
+        backend.copy(out, self._host, source)
+        self._sent = slab.busy = backend.record(out)
+
+    def release(self) -> None:
+        """Gives the source's device memory up, unless it is to be kept."""
+        if self.source is not None and self._slab is not None:
+            self._backend.stall(self._stream, self._sent)  # 3. it has been copied
+            self.source = None
+
+    def keep(self, source: torch.Tensor) -> None:
+        """Holds the source on the device from now on, and gives the host copy up."""
+        self.source = source
+        self._give_back()
+
+    def fetch(self) -> None:
+        """Starts the copy back."""
+        assert self._slab is not None
+        backend, back = self._backend, self._backend.back(self.device)
+        self._stream = backend.compute(self.device)
+        self.arriving = torch.empty_strided(
+            self.shape, self._stride, dtype=self.dtype, device=self.device
+        )
+        backend.wait(back, backend.record(self._stream))  # 4. who had this memory has finished
+        backend.wait(back, self._sent)  # 5. the copy out is complete
+        backend.copy(back, self.arriving, self._host)
+        self._arrived = self._slab.busy = backend.record(back)
+        self._taken = False
+
+    def take(self) -> torch.Tensor:
+        """The tensor that was fetched, for compute to use from now on."""
+        assert self.arriving is not None
+        compute = self._backend.compute(self.device)
+        self._backend.stall(compute, self._arrived)  # 6. the copy back is complete
+        if compute != self._stream:
+            self._backend.use(compute, self.arriving)
+        self._taken = True
+        return self.arriving
+
+    def drop(self) -> None:
+        """Gives up what was fetched."""
+        if self.arriving is not None and not self._taken:
+            self._backend.wait(self._stream, self._arrived)  # 7. nothing writes to it any more
+        self.arriving = None
+
+    def end(self) -> None:
+        """Gives up everything. May be called by a finalizer, on any thread."""
+        if self.source is not None:
+            self._backend.wait(self._stream, self._sent)  # 3. again
+            self.source = None
+        self.drop()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._slab is not None:
+            self._pool.give_back(self._slab)
+            self._slab = None

@@ -1,0 +1,74 @@
+"""How much to offload: everything, a fraction, or as little as the device's memory allows.
+
+"auto" offloads everything in the first forward passes, and then looks at two numbers: the bytes
+that were in host memory at the same time, and those that were free on the device at its fullest
+moment. What fits into the latter need not leave. It starts anew when inputs get larger than any
+that it measured.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+from harness.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 3
+"""Forward passes that are measured. The first optimizer step, which makes its state, is in them."""
+
+Budget = Literal["auto", "all"] | float
+
+
+class Planner:
+    """Says of each region whether to offload it, evenly spread: so every copy out has the time of
+    several regions to hide in."""
+
+    def __init__(self, budget: Budget, measure: Callable[[], tuple[int, float, float]]):
+        """`measure() -> (most bytes in host memory at one time, headroom in bytes, stall in s)`.
+
+        Raises ConfigError if `budget` is neither "auto" nor "all" nor a number from 0 to 1.
+        """
+        if budget not in ("auto", "all") and (isinstance(budget, str) or not 0 <= budget <= 1):
+            raise ConfigError(
+                f'offload: budget = {budget!r}, expected "auto", "all", or a part from 0 to 1'
+            )
+        self.fraction = 1.0 if isinstance(budget, str) else float(budget)
+        """Part of the regions that is offloaded now."""
+        self._measure = measure if budget == "auto" else None
+        self._forwards = 0  # since the measuring began
+        self._last = -1  # place of the latest region
+        self._largest = 0  # bytes of the largest region that was measured
+        self._due = 0.0
+
+    def wants(self, place: int, size: int) -> bool:
+        """Whether to offload the region at `place` in the model, with inputs of `size` bytes."""
+        if self._measure is not None:
+            self._watch(place, size)
+        self._last = place
+        self._due += self.fraction
+        if self._due < 1:
+            return False
+        self._due -= 1
+        return True
+
+    def _watch(self, place: int, size: int) -> None:
+        if place <= self._last:  # another forward
+            self._forwards += 1
+            if self._forwards == WARM_UP:
+                self._decide()
+        if size > self._largest:
+            self._largest, self._forwards, self.fraction = size, 0, 1.0
+
+    def _decide(self) -> None:
+        assert self._measure is not None
+        peak, headroom, stall = self._measure()
+        self.fraction = min(max(1 - headroom / peak, 0.0), 1.0) if peak else 0.0
+        log.info(
+            "offload: of %.2f GB of activations, %.2f GB have room on the device: %.0f %% of the "
+            "regions are offloaded (waits for copies so far: %.3f s)",
+            peak / 1e9,
+            max(0.0, min(headroom, peak)) / 1e9,
+            100 * self.fraction,
+            stall,
+        )

@@ -1,0 +1,279 @@
+"""What autograd holds in the place of a saved tensor, and when that tensor moves.
+
+A region is what is fetched together: the inputs of one checkpointed call, or some tensors that a
+forward saved one after another. Regions are chained in the order of the forward, so that backward,
+while it works on one, has the one before on its way. Nothing here counts or lists what is alive:
+autograd owns the handles, a handle owns its copy, and all else refers to them weakly; so dropped
+graphs and exceptions leave nothing behind.
+"""
+
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from harness.offload.copies import HostCopy
+from harness.offload.pool import Pool
+from harness.offload.skip import must_stay
+from harness.offload.stats import Stats
+from harness.offload.streams import Backend
+
+WINDOW = 2
+"""Regions whose tensors are still on the device while they are copied out. Compute waits before a
+third one."""
+
+CHUNK = 64 << 20
+"""Bytes after which `saved_tensors` begins another region."""
+
+
+class Kept:
+    """A tensor that stays on the device."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: torch.Tensor):
+        # Else the graph might hold itself. But a parameter's storage is ZeRO's to change.
+        self._tensor = tensor if tensor.is_leaf else tensor.detach()
+        self._version = tensor._version
+
+    def tensor(self) -> torch.Tensor:
+        """The tensor. Raises RuntimeError if it was modified in place since."""
+        check_version(self._tensor, self._tensor._version, self._version)
+        return self._tensor
+
+
+class Handle:
+    """A tensor that is in host memory, or on the way."""
+
+    __slots__ = (
+        "__weakref__",
+        "_asked",
+        "_key",
+        "_region",
+        "_store",
+        "_version",
+        "_version_sent",
+        "consumed",
+        "copy",
+        "uses",
+    )
+
+    def __init__(
+        self, store: "Store", region: "Region", key: Any, tensor: torch.Tensor, copy: HostCopy
+    ):
+        self.copy = copy
+        self._key = key
+        self._version = self._version_sent = tensor._version
+        self.uses = 1
+        """How often autograd has saved it."""
+        self.consumed = False
+        """Whether backward has had it as often."""
+        self._asked = 0
+        self._store = store
+        self._region = region
+        ref = weakref.ref[Handle](self)
+        region.add(ref, copy.size)
+        store.known[key] = ref
+
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting():
+            self._store.known.pop(self._key, None)
+            self.copy.end()
+
+    def is_in(self, region: "Region") -> bool:
+        """Whether it belongs to that region."""
+        return self._region is region
+
+    def tensor(self) -> torch.Tensor:
+        """The tensor, on its device. Raises RuntimeError if it was modified in place too early."""
+        store, copy = self._store, self.copy
+        with store.lock:
+            if copy.source is not None:
+                self._version_sent = copy.source._version
+            check_version(copy, self._version_sent, self._version)
+            if copy.source is not None:
+                found = copy.source
+            else:
+                store.fetch(self, ahead=False)
+                found = copy.take()
+                self._asked += 1
+                if self._asked == self.uses:
+                    self._asked, self.consumed = 0, True
+                    copy.drop()
+            self._region.prefetch()
+            return found
+
+    def release(self) -> None:
+        """Gives up the tensor on the device, once it has been copied.
+
+        What was written into it meanwhile may be in the copy: then backward must not use it.
+        """
+        if self.copy.source is not None:
+            self._version_sent = self.copy.source._version
+            self.copy.release()
+
+
+class Region:
+    """Handles that are fetched together, and the region before."""
+
+    __slots__ = ("__weakref__", "_before", "_handles", "_store", "_touched", "size")
+
+    def __init__(self, store: "Store", before: "Region | None"):
+        self.size = 0
+        """Bytes."""
+        self._store = store
+        self._handles: list[weakref.ref[Handle]] = []
+        self._before = weakref.ref(before) if before is not None else None
+        self._touched = False
+
+    def add(self, handle: "weakref.ref[Handle]", size: int) -> None:
+        """Takes in a handle of so many bytes."""
+        self._handles.append(handle)
+        self.size += size
+
+    def handles(self) -> list[Handle]:
+        """Those that are alive."""
+        return [handle for ref in self._handles if (handle := ref()) is not None]
+
+    def prefetch(self) -> None:
+        """When backward reaches this region: fetches the rest of it, and the region before."""
+        if self._touched:
+            return
+        self._touched = True
+        before = self._before() if self._before is not None else None
+        for handle in (*self.handles(), *(before.handles() if before is not None else ())):
+            if not handle.consumed and handle.copy.source is None:
+                self._store.fetch(handle, ahead=True)
+
+
+class Recorder:
+    """Packs what one call saves; `pack` and `unpack` are autograd's saved-tensor hooks."""
+
+    __slots__ = ("_chunk", "_region", "_store")
+
+    def __init__(self, store: "Store", chunk: float = float("inf")):
+        """`chunk`: bytes after which another region begins."""
+        self._store = store
+        self._chunk = chunk
+        self._region: Region | None = None
+
+    def pack(self, tensor: torch.Tensor) -> Kept | Handle:
+        """What autograd keeps in the place of a tensor."""
+        store = self._store
+        size = tensor.numel() * tensor.element_size()
+        if size < store.min_bytes or must_stay(tensor, store.backend.device_type):
+            return Kept(tensor)
+        with store.lock:
+            key = _key(tensor)
+            ref = store.known.get(key)
+            if ref is not None and (known := ref()) is not None:
+                return self._again(known, tensor)
+            slab = store.pool.lease(size)
+            if slab is None:
+                store.count.kept += 1
+                return Kept(tensor)
+            if self._region is None or self._region.size >= self._chunk:
+                self._region = store.new_region()
+            copy = HostCopy(store.backend, store.pool, slab, tensor.detach())
+            store.count.bytes_out += size
+            return Handle(store, self._region, key, tensor, copy)
+
+    def _again(self, handle: Handle, tensor: torch.Tensor) -> Handle:
+        """A tensor that was packed before. Several regions that share one, like an attention mask,
+        find it on the device."""
+        handle.uses += 1
+        if self._region is None or not handle.is_in(self._region):
+            handle.copy.keep(tensor.detach())
+            self._store.count.kept += 1
+        return handle
+
+    @staticmethod
+    def unpack(packed: Kept | Handle) -> torch.Tensor:
+        """The tensor again."""
+        return packed.tensor()
+
+
+class Store:
+    """What the regions of one plan have in common. `lock` guards all of it."""
+
+    def __init__(self, backend: Backend, min_bytes: int, host_budget: int):
+        self.backend = backend
+        self.min_bytes = max(1, min_bytes)
+        self.pool = Pool(backend, host_budget)
+        self.count = Stats()
+        self.known: dict[Any, weakref.ref[Handle]] = {}
+        """Handles by what they are of: a storage (held weakly, so that another one at the same
+        address is another one), a place in it, and its version."""
+        self.lock = threading.RLock()
+        self._window: deque[weakref.ref[Region]] = deque()
+
+    def new_region(self) -> Region:
+        """The next region of this forward. Those before the window leave the device."""
+        before = self._window[-1]() if self._window else None
+        region = Region(self, before)
+        self._window.append(weakref.ref(region))
+        while len(self._window) > WINDOW:
+            self._release(self._window.popleft())
+        return region
+
+    def fetch(self, handle: Handle, ahead: bool) -> None:
+        """Brings a tensor back, unless it is on its way."""
+        copy = handle.copy
+        if not ahead:
+            self.count.prefetch_hits += copy.arriving is not None
+            self.count.prefetch_misses += copy.arriving is None
+        if copy.arriving is None:
+            copy.fetch()
+            self.count.bytes_in += copy.size
+
+    def stats(self) -> Stats:
+        """What was done so far."""
+        return replace(
+            self.count,
+            stall_s=self.backend.stall_s(),
+            pins=self.pool.pins,
+            pool_peak_bytes=self.pool.peak,
+        )
+
+    def drain(self) -> None:
+        """Frees the device memory of regions in the window, and the host memory that is idle.
+
+        Blocks until its copies are done. What graphs still hold stays valid.
+        """
+        with self.lock:
+            while self._window:
+                self._release(self._window.popleft())
+        self.pool.trim()
+
+    @staticmethod
+    def _release(ref: "weakref.ref[Region]") -> None:
+        region = ref()
+        for handle in region.handles() if region is not None else ():
+            handle.release()
+
+
+def check_version(tensor: torch.Tensor | HostCopy, found: int, expected: int) -> None:
+    """Does what autograd leaves out where there are hooks. Raises RuntimeError."""
+    if found != expected:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: [{tensor.dtype} {list(tensor.shape)}] is at version {found}; expected "
+            f"version {expected} instead"
+        )
+
+
+def _key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (
+        StorageWeakRef(tensor.untyped_storage()),
+        tensor.storage_offset(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor._version,
+    )
