@@ -12,6 +12,7 @@ from torch import nn
 from harness import distributed
 from harness.config import EngineConfig
 from harness.errors import CommandError, ConfigError
+from harness.optim.apollo import Apollo
 from harness.optim.build import build_optimizer, check_zero, is_elementwise
 from harness.optim.lr import build_factor, build_scheduler
 
@@ -137,6 +138,11 @@ class Engine:
         device = torch.device("cpu") if offloaded else self.device
         return is_elementwise(self._config.optimizer, device)
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the optimizer is APOLLO, whose state is known by the names of matrices."""
+        return isinstance(self.ds.basic_optimizer, Apollo)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through DeepSpeed."""
         return self.ds(*args, **kwargs)
@@ -145,10 +151,13 @@ class Engine:
         """Training mode; a teacher stays in eval mode."""
         if self.role == "train":
             self.ds.train()
+            getattr(self.ds.basic_optimizer, "train", lambda: None)()
 
     def eval(self) -> None:
-        """Evaluation mode."""
+        """Evaluation mode, also of an optimizer that has one (schedule-free ones)."""
         self.ds.eval()
+        if self.role == "train":
+            getattr(self.ds.basic_optimizer, "eval", lambda: None)()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Back-propagates a scalar loss of one micro-batch."""

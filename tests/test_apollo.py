@@ -96,10 +96,10 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(kind: Any, poison: float)
     poisoned = gradients[3].clone()
     poisoned[7, 2] = poison
     spoiled = [*gradients[:3], poisoned, *gradients[3:]]
-    groups = [{"params": [matrix(12, 5)], "rank": 2}, {"params": [matrix(12, 5)], "rank": 0}]
+    groups = [{"rank": 2}, {"rank": 2, "projection": "svd", "update_proj_gap": 100}, {"rank": 0}]
     for group in groups:
         clean = drive(kind([group | {"params": [matrix(12, 5)]}], lr=1e-2), gradients)
-        places = drive(kind([group], lr=1e-2), spoiled)
+        places = drive(kind([group | {"params": [matrix(12, 5)]}], lr=1e-2), spoiled)
         assert torch.equal(places[3], places[2])
         assert torch.equal(places[-1], clean[-1])
     assert naive(matrix(12, 5), spoiled)[-1].isnan().any()
@@ -194,6 +194,7 @@ def test_state_is_plain_and_goes_on_to_the_bit(kind: Any, tmp_path: Path) -> Non
         gradients = [g.to(dtype) for g in random_gradients((12, 5), 20)]
         groups = [
             {"params": [matrix(12, 5, dtype=dtype)], "rank": 2},
+            {"params": [matrix(12, 5, dtype=dtype)], "rank": 2, "projection": "svd"},
             {"params": [matrix(12, 5, dtype=dtype)], "rank": 0},
         ]
         for group in groups:

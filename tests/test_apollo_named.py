@@ -36,10 +36,10 @@ def pools(two_ranks: RankPool, four_ranks: RankPool) -> Iterator[Pools]:
         yield {1: one_rank, 2: two_ranks, 4: four_ranks}.__getitem__
 
 
-def leave(directory: Path, stage: int, mini: bool) -> None:
+def leave(directory: Path, stage: int, mini: bool, projection: str) -> None:
     """Steps up to LEFT, and writes weights and the state by name."""
     model = Given()
-    optimizer = apollo(model, mini)
+    optimizer = apollo(model, mini, projection=projection)
     engine = engine_of(model, optimizer, stage, "fp32", {})
     take_steps(engine, range(LEFT))
     weights, state = masters(optimizer), optimizer.named_state()
@@ -50,14 +50,14 @@ def leave(directory: Path, stage: int, mini: bool) -> None:
     engine.destroy()
 
 
-def go_on(directory: Path, stage: int, mini: bool) -> tuple[float, float]:
+def go_on(directory: Path, stage: int, mini: bool, projection: str) -> tuple[float, float]:
     """Steps from there to STEPS; the difference to an unsharded run of all steps, and how far the
     state taken up is from that which was left."""
     model, reference = Given(), Given()
     weights, state = load(directory / "weights.sft"), load(directory / "moments.sft")
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name].view(parameter.shape))
-    optimizer = apollo(model, mini)
+    optimizer = apollo(model, mini, projection=projection)
     engine = engine_of(model, optimizer, stage, "fp32", {})
     optimizer.load_named_state(state)
     assert optimizer.named_state().keys() == state.keys()
@@ -70,7 +70,9 @@ def go_on(directory: Path, stage: int, mini: bool) -> tuple[float, float]:
             assert torch.equal(taken[key], value + key.endswith("/calls")), key
         optimizer.load_named_state(state)
     take_steps(engine, range(LEFT, STEPS))
-    take_plain_steps(reference, plain := apollo(reference, mini), range(STEPS))
+    take_plain_steps(
+        reference, plain := apollo(reference, mini, projection=projection), range(STEPS)
+    )
     found = masters(optimizer)
     ends = optimizer.named_state()
     engine.destroy()
@@ -81,16 +83,22 @@ def go_on(directory: Path, stage: int, mini: bool) -> tuple[float, float]:
     return worst(found, reference), max(apart)
 
 
-@pytest.mark.parametrize("mini", [False, True], ids=["apollo", "mini"])
+LAYOUTS = [((2, 1), (1, 0)), ((2, 2), (4, 2)), ((2, 1), (2, 3)), ((4, 3), (2, 1)), ((2, 3), (1, 3))]
+
+
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [((2, 1), (1, 0)), ((2, 2), (4, 2)), ((2, 1), (2, 3)), ((4, 3), (2, 1)), ((2, 3), (1, 3))],
+    ("before", "after", "mini", "projection"),
+    [
+        *((*layouts, mini, "gaussian") for layouts in LAYOUTS for mini in (False, True)),
+        ((2, 1), (4, 3), False, "svd"),
+        ((4, 3), (1, 0), False, "svd"),
+    ],
 )
 def test_state_moves_to_another_layout(
-    pools: Pools, tmp_path: Path, before: Layout, after: Layout, mini: bool
+    pools: Pools, tmp_path: Path, before: Layout, after: Layout, mini: bool, projection: str
 ) -> None:
-    pools(before[0]).run(leave, tmp_path, before[1], mini)
-    for difference, apart in pools(after[0]).run(go_on, tmp_path, after[1], mini):
+    pools(before[0]).run(leave, tmp_path, before[1], mini, projection)
+    for difference, apart in pools(after[0]).run(go_on, tmp_path, after[1], mini, projection):
         assert difference <= 5e-7
         assert apart <= 1e-5
 

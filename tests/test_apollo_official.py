@@ -112,3 +112,23 @@ def test_40_steps_are_the_same(
     for one, other in zip(mine, theirs, strict=True):
         worst = (one - other).abs().max() / other.abs().max()
         assert worst <= 1e-6, (tuple(one.shape), worst)
+
+
+def test_svd_is_the_same_until_signs_matter(official: Any) -> None:
+    """The signs of singular vectors are anybody's choice, which M remembers beyond a refresh."""
+    torch.manual_seed(0)
+    mine = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    theirs = [nn.Parameter(p.detach().clone()) for p in mine]
+    ours = Apollo(mine, lr=1e-2, rank=6, update_proj_gap=GAP, projection="svd")
+    settings = {"proj": "svd", "proj_type": "std", "update_proj_gap": GAP}
+    channels = {"rank": 6, "scale": 1, "scale_type": "channel"}
+    reference = official.optimizer([{"params": theirs} | settings | channels], lr=1e-2)
+    for _ in range(GAP):
+        for one, other in zip(mine, theirs, strict=True):
+            one.grad = torch.randn(one.shape)
+            other.grad = one.grad.clone()
+        ours.step()
+        reference.step()
+    for one, other in zip(mine, theirs, strict=True):
+        worst = (one - other).abs().max() / other.abs().max()
+        assert worst <= 1e-6, (tuple(one.shape), worst)

@@ -115,6 +115,7 @@ def test_odd_layouts(two_ranks: RankPool, three_ranks: RankPool, layout: str) ->
     [
         {"scale_front": True},
         {"projection": "rademacher"},
+        {"projection": "svd"},
         {"gamma": None},
         {"scale_type": "tensor"},
         {"update_proj_gap": 1},

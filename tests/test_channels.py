@@ -72,14 +72,18 @@ def test_every_element_and_every_channel_once(shapes: Shapes, world: int, gap: i
             matrix = plan.matrices[block.matrix]
             piece = shard.mine[block.matrix]
             first = block.offset - piece.offset + piece.start
-            assert 0 <= first - piece.start <= piece.length - block.height * block.width
+            assert first - piece.start >= 0
+            size = len(block.channels) * len(block.inner)
+            assert first - piece.start <= piece.length - size
             row, column = divmod(first, matrix.columns)
-            seen[block.matrix][row : row + block.height, column : column + block.width] += 1
-            channel, inner = (row, column) if matrix.by_rows else (column, row)
-            assert block.inner == inner
-            count = block.height if matrix.by_rows else block.width
-            for ahead in range(count):
-                assert slot_of(plan, block.matrix, channel + ahead) == block.slot + ahead
+            here = (block.channels, block.inner)
+            rows, columns = here if matrix.by_rows else here[::-1]
+            assert (rows.start, columns.start) == (row, column)
+            assert block.strides == ((len(columns), 1) if matrix.by_rows else (1, len(columns)))
+            seen[block.matrix][rows.start : rows.stop, columns.start : columns.stop] += 1
+            slots = range(block.slots.start, block.slots.stop)
+            for channel, slot in zip(block.channels, slots, strict=True):
+                assert slot_of(plan, block.matrix, channel) == slot
         for row, run in plan.owned():
             for ahead in range(run.count):
                 assert row + ahead < plan.rows

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from harness.checkpoint.saved_engine import SavedEngine
+from harness.checkpoint.tensors import read
 from harness.config import OptimizerConfig, SchedulerConfig
 from harness.errors import ConfigError
+from harness.io import load
 from harness.optim import Apollo, ApolloMini
 from harness.optim.build import OPTIMIZERS, build_optimizer, check_zero
 from harness.optim.lr import build_scheduler
@@ -68,7 +71,7 @@ def test_mistakes_are_told(settings: dict[str, Any], told: str) -> None:
     assert told in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["prodigy", "adamw8bit"])
+@pytest.mark.parametrize("name", ["prodigy", "schedulefree", "adamw8bit"])
 def test_what_is_not_installed_says_how_to(name: str) -> None:
     package = OPTIMIZERS[name].package
     if importlib.util.find_spec(package):
@@ -85,6 +88,8 @@ ADAFACTOR = "keeps means of a matrix's rows and columns"
     ("name", "deepspeed", "told"),
     [
         ("adafactor", {"zero_optimization": {"stage": 1}}, ADAFACTOR),
+        ("schedulefree", {"zero_optimization": {"stage": 1}}, "use ZeRO stage 0 in fp32"),
+        ("schedulefree", {"bf16": {"enabled": True}}, "use ZeRO stage 0 in fp32"),
         ("muon", {"zero_optimization": {"stage": 3}}, "reduce_scatter to false"),
         ("apollo", {"fp16": {"enabled": True}}, "use stage 1, or bf16"),
         ("apollo", {"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic"),
@@ -223,3 +228,30 @@ def test_a_resumed_run_is_the_same_to_the_bit(
         assert 0 < record["apollo/scale"] < math.inf
         assert 0 <= record["apollo/limited"] <= 1
         assert record["apollo/skipped"] == 0
+
+
+def test_schedule_free_exports_its_averages_and_resumes_to_the_bit(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """Lent to evaluations and exports, and taken back for the steps between them."""
+    pytest.importorskip("schedulefree")
+    overrides: dict[str, Any] = {
+        "engines": {"net": {"optimizer": {"name": "schedulefree", "lr": 1e-2}}},
+        "trainer": {"eval_every": 2, "save_every": 4, "export_every": 8},
+    }
+    whole, half, parts = (
+        tiny_config(tmp_path / name, run={"steps": steps}, **overrides)
+        for name, steps in (("whole", 8), ("parts", 4), ("parts", 8))
+    )
+    for config in (whole, half, parts):
+        two_ranks.run(train, config)
+    assert losses(whole) == losses(parts)
+    evaluated = [[r["eval/loss"] for r in records(config, "eval/")] for config in (whole, parts)]
+    assert evaluated[0] == evaluated[1]
+    saved = SavedEngine(whole.run_dir / "checkpoints/step-00000008/net")
+    exported = load(whole.run_dir / "exports/step-00000008/net.sft")
+    for name in saved.shapes:
+        stepped = read(saved.master(name))
+        average = stepped.lerp(read(saved.moment(name, "z")), 1 - 1 / 0.9)
+        assert torch.allclose(exported[name], average, rtol=0, atol=1e-6)
+        assert not torch.allclose(exported[name], stepped, rtol=0, atol=1e-5)

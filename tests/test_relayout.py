@@ -279,17 +279,54 @@ ADAFACTOR = {"optimizer": {"name": "torch.optim:Adafactor", "lr": 1e-2}}
 @pytest.mark.parametrize(
     ("before", "after"), [((2, 0), (4, 1)), ((2, 1), (2, 0)), ((2, 3), (4, 3)), ((2, 2), (2, 3))]
 )
-@pytest.mark.parametrize("name", ["torch.optim:Adafactor", "apollo-mini"])
 def test_state_that_depends_on_shapes_is_refused(
-    pools: Pools, tmp_path: Path, before: Layout, after: Layout, name: str
+    pools: Pools, tmp_path: Path, before: Layout, after: Layout
 ) -> None:
-    engine = {"optimizer": {"name": name, "lr": 1e-2}}
-    pools(before[0]).run(train, config_of(tmp_path, before, engine, steps=4))
-    config = config_of(tmp_path, after, engine)
+    pools(before[0]).run(train, config_of(tmp_path, before, ADAFACTOR, steps=4))
+    config = config_of(tmp_path, after, ADAFACTOR)
     told = pools(after[0]).run(told_by, config)
     assert all("depends on the parameters' shapes" in text for text in told), told
     assert all(f"resume on {before[0]} ranks, ZeRO {before[1]}" in text for text in told), told
     assert len(losses(config)) == 4
+
+
+APOLLO = {"rank": 2, "low_rank": "weight", "update_proj_gap": 3, "lr": 3e-2}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "name"),
+    [
+        ((2, 1), (1, 0), "apollo"),
+        ((2, 2), (4, 2), "apollo"),
+        ((2, 1), (2, 3), "apollo-mini"),
+        ((4, 3), (2, 1), "apollo"),
+    ],
+)
+def test_apollo_goes_on_in_another_layout(
+    pools: Pools, tmp_path: Path, before: Layout, after: Layout, name: str
+) -> None:
+    zero = {"sub_group_size": 50, "round_robin_gradients": True, "parameter_alignment": True}
+    engine = {
+        "optimizer": {"name": name} | APOLLO,
+        "ds_overrides": {"zero_optimization": zero},
+    }
+    whole, parts = (
+        config_of(tmp_path / directory, layout, engine, steps=28, task=ODD)
+        for directory, layout in (("whole", before), ("parts", after))
+    )
+    assert both(pools, whole, parts, before, after) < 2e-5
+    assert_low_rank_resumed(whole, parts)
+
+
+def assert_low_rank_resumed(whole: Config, parts: Config) -> None:
+    """All that APOLLO keeps of V is there, whoever has it."""
+    sums = []
+    for directory in (checkpoint(whole) / "net", parts.run_dir / "resumed/net"):
+        saved = SavedEngine(directory)
+        kept = [flat for flats in saved.flats for flat in flats if saved.groups[flat.group]["rank"]]
+        sums.append(sum(float(real(flat.state["exp_avg_sq"]).double().sum()) for flat in kept))
+    assert sums[0] == pytest.approx(sums[1], rel=1e-12)
+    assert sums[0] > 0
 
 
 @pytest.mark.parametrize("engine", [ADAFACTOR, {}])

@@ -19,6 +19,8 @@ def export(
 ) -> Path:
     """Writes every trained engine's whole weights as `parent/step-N/ENGINE.FORMAT`. Collective.
 
+    They are those of evaluation mode, which the engines are in meanwhile.
+
     `format`: "sft" or "pt". `between` is called, on every rank, after each tensor. Raises
     HarnessError, on all ranks, if it cannot be written.
     """
@@ -26,16 +28,20 @@ def export(
     staged = target.with_name(f"{target.name}.tmp")
     if distributed.is_global_leader():
         shutil.rmtree(staged, ignore_errors=True)
-    for engine in engines.trained:
-        state = {}
-        for name, tensor in engine.whole_tensors():
-            if tensor is not None:
-                state[name] = tensor
-            between()
-        with distributed.in_unison(f"cannot export to {target}"):
-            if distributed.is_global_leader():
-                staged.mkdir(parents=True, exist_ok=True)
-                save(state, staged / f"{engine.name}.{format}")
+    engines.eval()
+    try:
+        for engine in engines.trained:
+            state = {}
+            for name, tensor in engine.whole_tensors():
+                if tensor is not None:
+                    state[name] = tensor
+                between()
+            with distributed.in_unison(f"cannot export to {target}"):
+                if distributed.is_global_leader():
+                    staged.mkdir(parents=True, exist_ok=True)
+                    save(state, staged / f"{engine.name}.{format}")
+    finally:
+        engines.train()
     with distributed.in_unison(f"cannot export to {target}"):
         if distributed.is_global_leader():
             put_in_place(staged, target)

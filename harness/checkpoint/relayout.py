@@ -9,7 +9,7 @@ write them (rank 0 below stage 3).
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -34,6 +34,9 @@ from harness.checkpoint.zero_layout import (
 from harness.engine import Engine
 from harness.engines import Engines
 from harness.errors import CheckpointError
+from harness.optim import named
+from harness.optim.channels import Plan, matrices_of
+from harness.optim.shards import Piece, Shard
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +96,7 @@ def _told(world_size: int, engine: EngineManifest) -> str:
 
 def _check_optimizer(engine: Engine, was: str) -> None:
     """Raises CheckpointError if the optimizer's state cannot be cut. `was`: the layout to keep."""
-    if not engine.is_elementwise:
+    if not engine.is_low_rank and not engine.is_elementwise:
         raise CheckpointError(
             f"engine {engine.name!r}: the state of {engine.optimizer} depends on the parameters' "
             f"shapes, and cannot be cut for another layout: resume on {was}, as it was saved"
@@ -110,17 +113,15 @@ def write_relaid(directory: Path, engine: Engine, staged: Path) -> None:
         told_as(f"cannot re-lay checkpoint {directory}"),
     ):
         saved = SavedEngine(directory / engine.name)
-        saved.check_moments()
+        if not engine.is_low_rank:
+            saved.check_moments()
         _check_names(saved, engine, shapes)
         for path, tree in jobs.items():
             if "module" in tree:
                 tree |= _model(tree, saved, engine, shapes)
             else:
-                tree |= {
-                    "optimizer_state_dict": _optimizer(
-                        tree["optimizer_state_dict"], {}, saved, shapes
-                    )
-                }
+                was = tree["optimizer_state_dict"]
+                tree |= {"optimizer_state_dict": _optimizer(was, {}, saved, engine, shapes)}
             write_file(tree, staged / path)
 
 
@@ -156,7 +157,7 @@ def _model(tree: Tree, saved: SavedEngine, engine: Engine, shapes: list[Shapes])
             for name, fragment in tree["frozen_param_fragments"].items()
         }
     if tree["optimizer"] is not None:
-        changed["optimizer"] = _optimizer(tree["optimizer"], module, saved, shapes)
+        changed["optimizer"] = _optimizer(tree["optimizer"], module, saved, engine, shapes)
     return changed
 
 
@@ -174,13 +175,26 @@ def _shard(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return shard
 
 
-def _optimizer(tree: Tree, module: Tree, saved: SavedEngine, shapes: list[Shapes]) -> Tree:
+def _optimizer(
+    tree: Tree, module: Tree, saved: SavedEngine, engine: Engine, shapes: list[Shapes]
+) -> Tree:
     """DeepSpeed's optimizer state of this rank, filled. `module`: as for `zero_layout.flats`."""
-    new = flats(tree, module, shapes, distributed.global_rank(), distributed.world_size())
+    here, world = distributed.global_rank(), distributed.world_size()
+    if not engine.zero_stage:
+        here, world = 0, 1
+    everyones = [flats(tree, module, shapes, rank, world) for rank in range(world)]
+    new = everyones[here]
     masters = [_filled(flat, saved, None) for flat in new]
-    states = {number: _state(flat, saved) for number, flat in enumerate(new)}
+    states = {
+        number: _low_rank_state([flats[number] for flats in everyones], here, saved)
+        if engine.is_low_rank and saved.groups[flat.group]["rank"]
+        else _state(flat, saved)
+        for number, flat in enumerate(new)
+    }
     groups = [
-        group | real(saved.groups[number]) | {"params": group["params"]}
+        group
+        | real(saved.groups[number])
+        | {key: group[key] for key in ("params", "param_names") if key in group}
         for number, group in enumerate(base_state(tree)["param_groups"])
     ]
     base = {"state": {k: v for k, v in states.items() if v}, "param_groups": groups}
@@ -222,6 +236,37 @@ def _state(flat: Flat, saved: SavedEngine) -> Tree:
                 )
     keys = {key for segment in flat.segments for key in saved.state_keys(segment.name)}
     return state | {key: _filled(flat, saved, key) for key in sorted(keys)}
+
+
+def _low_rank_state(everyones: Sequence[Flat], rank: int, saved: SavedEngine) -> Tree:
+    """APOLLO's state of one flat of low-rank matrices, from those of the old layout that have any
+    of them. `everyones`: the flat as the ranks have it."""
+    new = _plan(everyones, rank, saved)
+    names = {segment.name for segment in everyones[0].segments}
+    state: Tree = {}
+    for old in zip(*saved.flats, strict=True):
+        if names.isdisjoint(segment.name for segment in old[0].segments) or not old[0].state:
+            continue
+        if not state:
+            group = saved.groups[old[0].group]
+            state = named.first_state(new, 0, group) | {"step": torch.zeros(())}
+        plans = [_plan(old, number, saved) for number in range(len(old))]
+        named.relay(plans, [real(flat.state) for flat in old], new, state)
+    return state
+
+
+def _plan(everyones: Sequence[Flat], rank: int, saved: SavedEngine) -> Plan:
+    """Which of APOLLO's channels a rank has the state of. `everyones`: a flat by rank."""
+    pieces = tuple(
+        tuple(Piece(s.name, s.start, s.length, s.offset) for s in flat.segments)
+        for flat in everyones
+    )
+    is_stacked = saved.groups[everyones[0].group]["stacked"]
+    matrices = {
+        piece.name: matrices_of(piece.name, saved.shapes[piece.name], is_stacked)
+        for piece in pieces[0]
+    }
+    return Plan([Shard(pieces, rank)], matrices)
 
 
 def _filled(flat: Flat, saved: SavedEngine, key: str | None) -> torch.Tensor:

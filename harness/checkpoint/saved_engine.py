@@ -37,7 +37,7 @@ class SavedEngine:
 
     `model` is rank 0's tree of model_states, with a `TensorRef` for every tensor; `shapes` are
     those of the parameters that the optimizer steps; `groups` its parameter groups without their
-    parameters.
+    parameters; `flats` those of every rank (at stage 0 of one), in the optimizer's own numbering.
     """
 
     def __init__(self, directory: Path):
@@ -80,6 +80,7 @@ class SavedEngine:
             states = {0: model["optimizer"]}
         self.optimizer: Tree | None = states.get(0)
         self.groups: list[Tree] = []
+        self.flats: list[list[Flat]] = []
         self.shapes: dict[str, Shape] = {}
         self._pieces: dict[str, list[tuple[Segment, Flat]]] = {}
         if self.optimizer is None or not self.tells_names:
@@ -91,7 +92,9 @@ class SavedEngine:
         ]
         sizes: dict[str, Shape] = {name: size for group in shapes for name, size in group.items()}
         for rank in sorted(states):
-            for flat in flats(states[rank], model["module"], shapes, rank, self.world_size):
+            found = flats(states[rank], model["module"], shapes, rank, self.world_size)
+            self.flats.append(found)
+            for flat in found:
                 for segment in flat.segments:
                     self._pieces.setdefault(segment.name, []).append((segment, flat))
         for name in self._pieces:

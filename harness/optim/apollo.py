@@ -58,7 +58,7 @@ class Apollo(torch.optim.Optimizer):
         scale_front: bool = False,
         update_proj_gap: int = 200,
         gamma: float | None = 1.01,
-        projection: Literal["gaussian", "rademacher"] = "gaussian",
+        projection: Literal["gaussian", "rademacher", "svd"] = "gaussian",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
@@ -67,7 +67,9 @@ class Apollo(torch.optim.Optimizer):
         """`scale`: alpha, whose root is applied, with `scale_front` already before the limiter.
 
         `gamma`: what the update's norm may grow by in a step; None: no limiter. `eps` counts
-        before the correction of the bias for matrices, after it for dense AdamW. Raises ValueError
+        before the correction of the bias for matrices, after it for dense AdamW. `projection`:
+        "svd" takes P from the gradient at each refresh (spectral.py), which every rank then keeps
+        for the matrices that it has elements of, as `projection` (any, rank). Raises ValueError
         for impossible settings, and for a group of rank > 0 with a parameter that is no matrix.
         """
         self._parameters: dict[str, Tensor] = {}
@@ -272,7 +274,7 @@ def _check(group: Group) -> None:
         "update_proj_gap": isinstance(group["update_proj_gap"], int)
         and group["update_proj_gap"] > 0,
         "gamma": group["gamma"] is None or group["gamma"] >= 1,
-        "projection": group["projection"] in PROJECTIONS,
+        "projection": group["projection"] in (*PROJECTIONS, "svd"),
         "betas": 0 <= beta1 < 1 and 0 <= beta2 < 1,
         "eps": group["eps"] >= 0,
         "weight_decay": group["weight_decay"] >= 0,

@@ -34,6 +34,8 @@ class Known:
     """What to install for it, if it does not come with harness."""
     needs_whole: str = ""
     """Why it is wrong on the shards of ZeRO stages 1 to 3; empty if it is not."""
+    needs_parameters: str = ""
+    """Why it has to step the model's own parameters, as it does in fp32 at stage 0 alone."""
     make: Callable[..., Optimizer] | None = None
     """What makes it of a model, if its constructor does not of the parameters."""
 
@@ -88,6 +90,11 @@ OPTIMIZERS = {
         package="prodigyopt",
         needs_whole="it estimates one step size from all parameters, and gets this rank's alone",
     ),
+    "schedulefree": Known(
+        "schedulefree:AdamWScheduleFree",
+        package="schedulefree",
+        needs_parameters="for evaluation it puts averages in the place of the weights",
+    ),
     "adamw8bit": Known("bitsandbytes.optim:AdamW8bit", package="bitsandbytes"),
 }
 
@@ -141,6 +148,12 @@ def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"optimizer {config.name!r} is wrong at ZeRO stage {stage}: {named.needs_whole}; use "
             "stage 0"
+        )
+    is_half = any(deepspeed.get(dtype, {}).get("enabled") for dtype in ("bf16", "fp16"))
+    if (stage or is_half) and named is not None and named.needs_parameters:
+        raise ConfigError(
+            f"optimizer {config.name!r}: {named.needs_parameters}, and here the model computes "
+            "with copies of those: use ZeRO stage 0 in fp32"
         )
     if stage and named is None and not _treats_elements_alone(kind):
         log.warning(
@@ -210,6 +223,7 @@ def is_elementwise(config: OptimizerConfig, device: torch.device) -> bool:
             optimizer = build_optimizer(nn.ParameterList([parameter]), config)
         except ConfigError:
             return False
+        getattr(optimizer, "train", lambda: None)()
         optimizer.step()
         state = optimizer.state[parameter]
         states.append({key: v.numel() for key, v in state.items() if torch.is_tensor(v)})

@@ -12,6 +12,8 @@ Pure arithmetic: no tensor data is touched and nothing is communicated.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -60,17 +62,24 @@ class Run:
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of a matrix that lies in one stretch of a flat."""
+    """A rectangle of a matrix that lies in one stretch of a flat. A channel that is a row is in one
+    block alone, one that is a column in many."""
 
     flat: int
     offset: int
-    height: int
-    width: int
     matrix: int
-    inner: int
-    """The first of its inner indices."""
-    slot: int
-    """The slot of its first channel."""
+    channels: range
+    inner: range
+    slots: slice
+    """The slots of its channels."""
+    strides: tuple[int, int]
+    """From channel to channel, and along one."""
+
+    def of(self, flats: Sequence[torch.Tensor]) -> torch.Tensor:
+        """This block of contiguous flats: a view (channels, inner)."""
+        flat = flats[self.flat]
+        shape = len(self.channels), len(self.inner)
+        return flat.as_strided(shape, self.strides, flat.storage_offset() + self.offset)
 
 
 def matrices_of(name: str, shape: Sequence[int], stacked: bool) -> list[Matrix]:
@@ -107,6 +116,8 @@ class Plan:
         """The channels that lie on this rank whole."""
         self.shared: list[Run] = []
         """The channels that several ranks have elements of; the same list on all of them."""
+        self.holders: list[list[int]] = []
+        """The ranks that have elements of a matrix, for every one."""
         self.is_cut = False
         """Whether several ranks have elements of one matrix, if only of different channels."""
         held: list[tuple[int, int, int, Piece]] = []  # matrix, start, stop, and the piece it is in
@@ -143,11 +154,42 @@ class Plan:
                 yield row + begin - first, Run(run.matrix, channel, end - begin)
             slot += run.count
 
+    @cached_property
+    def matrices_of_flat(self) -> list[list[int]]:
+        """The matrices of every flat."""
+        found: list[list[int]] = [[] for _ in self.rows_of_flat]
+        for number, flat in enumerate(self.flat_of_matrix):
+            found[flat].append(number)
+        return found
+
+    @cached_property
+    def projected(self) -> dict[int, tuple[int, int]]:
+        """Where the whole P of a matrix that has elements here stands, if the P of a flat's are
+        kept one below the other: first row and rows (`inner`)."""
+        found: dict[int, tuple[int, int]] = {}
+        for numbers in self.matrices_of_flat:
+            here = [number for number in numbers if self.rank in self.holders[number]]
+            sizes = [self.matrices[number].inner for number in here]
+            for number, first, size in zip(here, accumulate(sizes, initial=0), sizes, strict=False):
+                found[number] = first, size
+        return found
+
+    @cached_property
+    def kept(self) -> list[list[tuple[int, Run]]]:
+        """For every matrix, its channels that `owned` gives, each run with its first row in the
+        state of the matrix's flat."""
+        found: list[list[tuple[int, Run]]] = [[] for _ in self.matrices]
+        firsts = [0, *accumulate(self.rows_of_flat)]
+        for row, run in self.owned():
+            found[run.matrix].append((row - firsts[self.flat_of_matrix[run.matrix]], run))
+        return found
+
     def _deal(self, matrix: Matrix, spans: list[tuple[int, int]]) -> None:
         """Adds a matrix's channels to those that are here, or shared."""
         number = len(self.matrices)
         start, stop = spans[self.rank]
         holders = [rank for rank, (first, last) in enumerate(spans) if first < last]
+        self.holders.append(holders)
         self.is_cut |= len(holders) > 1
         if len(holders) == 1:
             if start < stop:
@@ -164,11 +206,14 @@ class Plan:
     def _blocks(self, number: int, start: int, stop: int, piece: Piece) -> Iterator[Block]:
         matrix, flat = self.matrices[number], self.flat_of_matrix[number]
         for row, column, height, width in _rectangles(start, stop, matrix.columns):
-            channel, inner = (row, column) if matrix.by_rows else (column, row)
-            channels = height if matrix.by_rows else width
+            channels, inner = range(row, row + height), range(column, column + width)
+            strides = width, 1
+            if not matrix.by_rows:
+                channels, inner, strides = inner, channels, (1, width)
             offset = piece.offset + matrix.start + row * matrix.columns + column - piece.start
-            slot = self._slot(number, channel, channels)
-            yield Block(flat, offset, height, width, number, inner, slot)
+            first = self._slot(number, channels.start, len(channels))
+            slots = slice(first, first + len(channels))
+            yield Block(flat, offset, number, channels, inner, slots, strides)
 
     def _slot(self, matrix: int, channel: int, count: int) -> int:
         """The slot of a channel; the `count` channels from it on follow."""

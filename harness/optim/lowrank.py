@@ -4,7 +4,6 @@ The equations, and where they are from, stand at the top of apollo.py. Shapes: C
 (channels.py), of which the first c carry state on this rank; r the rank; W ranks; n matrices.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -12,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
+from harness.optim import named as named_state
 from harness.optim.channels import Block, Matrix, Plan
 from harness.optim.parts import Group, Named, Part, State
 from harness.optim.philox import gaussian, key_of, rademacher
 from harness.optim.shards import Shard
-
-log = logging.getLogger(__name__)
+from harness.optim.spectral import refreshed
 
 foreach: Any = torch
 """torch's functions on lists of tensors, which its type stubs do not tell of."""
@@ -27,8 +27,6 @@ PROJECTIONS = {"gaussian": gaussian, "rademacher": rademacher}
 
 KEPT_BYTES = 64 * 2**20
 """Bytes of projections that an optimizer keeps until their refresh; more are made at each step."""
-
-KEYS = ("exp_avg", "exp_avg_sq", "limiter", "step", "calls")
 
 
 class LowRank(Part):
@@ -56,21 +54,14 @@ class LowRank(Part):
         self._channels_of = torch.cat(counts)  # rows of state by matrix: here whole, then dealt
         self._inner_of: dict[int, range] = {}  # the inner indices of a matrix that are needed here
         for block in self.plan.blocks:
-            known = self._inner_of.get(block.matrix, range(block.inner, block.inner))
-            first, stop = min(known.start, block.inner), max(known.stop, self._inner(block).stop)
+            known, inner = self._inner_of.get(block.matrix, block.inner), block.inner
+            first, stop = min(known.start, inner.start), max(known.stop, inner.stop)
             self._inner_of[block.matrix] = range(first, stop)
         self._sketch = self._squares = self._ratios = torch.empty(0)
         self._told: dict[str, Tensor] = {}
 
     def _first_state(self, number: int) -> State:
-        shape = self.plan.rows_of_flat[number], self.group["rank"]
-        matrices = self.plan.flat_of_matrix.count(number)
-        return {
-            "exp_avg": torch.zeros(shape, device=self.device),
-            "exp_avg_sq": torch.zeros(shape, device=self.device),
-            "limiter": torch.zeros(matrices, device=self.device),
-            "calls": 0,
-        }
+        return named_state.first_state(self.plan, number, self.group, self.device)
 
     def begin(self, group: Group, states: list[State], named: Named) -> None:
         super().begin(group, states, named)
@@ -82,51 +73,61 @@ class LowRank(Part):
                     f"the shape {found}, expected {expected}: it was saved with another `rank`, or "
                     "on another number of ranks or ZeRO stage: load it by name (load_named_state)"
                 )
+        if group["projection"] == "svd":
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """Makes the P of the flats where it is due, unless a gradient is not finite."""
+        plan, rank = self.plan, self.group["rank"]
+        for flat, state in enumerate(self.states):
+            refresh = state["calls"] // self.group["update_proj_gap"]
+            if "projection" not in state:  # the config had another projection so far
+                fresh = self._first_state(flat)
+                state |= {key: fresh[key] for key in ("projection", "made")}
+            if state["made"] != refresh:
+                made = refreshed(plan, self.shard, flat, rank, self._gradient)
+                if made is not None:
+                    state["projection"].copy_(made)
+                    state["made"] = refresh
+
+    def _gradient(self, number: int) -> Tensor:
+        """What is here of a matrix's gradient, zeros elsewhere: (channels, inner)."""
+        matrix = self.plan.matrices[number]
+        whole = torch.zeros(matrix.channels, matrix.inner, device=self.device)
+        for block in self.plan.blocks:
+            if block.matrix == number:
+                channels, inner = block.channels, block.inner
+                here = whole[channels.start : channels.stop, inner.start : inner.stop]
+                here.copy_(block.of(self.gradients))
+        return whole
+
+    def _projection(self, number: int) -> Tensor:
+        """The rows of P that a matrix needs here."""
+        plan, needed = self.plan, self._inner_of[number]
+        state = self.states[plan.flat_of_matrix[number]]
+        if self.group["projection"] == "svd":
+            whole = state["projection"].narrow(0, *plan.projected[number])
+            return whole[needed.start : needed.stop]
+        matrix = plan.matrices[number]
+        return self._kept.get(matrix, needed, state["calls"], self.group, self.device)
 
     def telemetry(self) -> dict[str, Tensor]:
         return self._told
 
     def named(self, states: Sequence[State]) -> Iterator[tuple[str, Tensor]]:
-        plan, rows = self.plan, self.plan.rows_of_flat
-        first_rows = [sum(rows[:flat]) for flat in range(len(rows))]
-        limiters = [value for state in states for value in state["limiter"]]
-        for number, matrix in enumerate(plan.matrices):
-            flat = plan.flat_of_matrix[number]
-            for key in ("exp_avg", "exp_avg_sq"):
-                kept = states[flat][key]
-                whole = torch.zeros(matrix.channels, kept.shape[1], device=self.device)
-                for row, run in plan.owned():
-                    if run.matrix == number:
-                        here = kept.narrow(0, row - first_rows[flat], run.count)
-                        whole[run.channel : run.channel + run.count] = here
-                yield f"{matrix.name}/{key}", self._joined(whole)
-            yield f"{matrix.name}/limiter", limiters[number]
-            yield f"{matrix.name}/step", states[flat]["step"]
-            yield f"{matrix.name}/calls", torch.tensor(states[flat]["calls"])
+        for number, matrix in enumerate(self.plan.matrices):
+            for key, value in named_state.of_matrix(self.plan, number, states).items():
+                is_piece = key in named_state.PIECEWISE
+                yield f"{matrix.name}/{key}", self._joined(value) if is_piece else value
 
     def _adopt(self, number: int, state: State, named: Named) -> None:
-        plan = self.plan
-        first_row = sum(plan.rows_of_flat[:number])
-        mine = [k for k, flat in enumerate(plan.flat_of_matrix) if flat == number]
-        for place, matrix in enumerate(mine):
-            name, channels = plan.matrices[matrix].name, plan.matrices[matrix].channels
-            found = {key: named.pop(f"{name}/{key}") for key in KEYS if f"{name}/{key}" in named}
-            if not found:
-                continue
-            shape = (channels, self.group["rank"])
-            if len(found) < len(KEYS) or tuple(found["exp_avg"].shape) != shape:
-                log.warning(
-                    "%s: its state is not that of APOLLO at this rank; it starts anew", name
-                )
-                continue
-            for key in KEYS[:2]:
-                for row, run in plan.owned():
-                    if run.matrix == matrix:
-                        whole = found[key].narrow(0, run.channel, run.count)
-                        state[key].narrow(0, row - first_row, run.count).copy_(whole)
-            state["limiter"][place] = found["limiter"]
-            state["step"].copy_(torch.maximum(state["step"], found["step"].to(self.device)))
-            state["calls"] = max(state["calls"], int(found["calls"]))
+        for place, flat in enumerate(self.plan.flat_of_matrix):
+            name, found = self.plan.matrices[place].name, {}
+            for key in named_state.KEYS if flat == number else ():
+                if (value := named.pop(f"{name}/{key}", None)) is not None:
+                    found[key] = value
+            if found:
+                named_state.put(self.plan, place, state, found)
 
     def square_sum(self) -> Tensor:
         return self._squares.sum(dtype=torch.float64)
@@ -136,22 +137,27 @@ class LowRank(Part):
         self._sketch = torch.zeros(plan.slots, rank, device=self.device)
         self._squares = torch.zeros(plan.slots, device=self.device)
         for number, blocks in groupby(plan.blocks, key=lambda block: block.matrix):
-            matrix, needed = plan.matrices[number], self._inner_of[number]
-            calls = self.states[plan.flat_of_matrix[number]]["calls"]
-            projection = self._kept.get(matrix, needed, calls, self.group, self.device)
+            needed, projection = self._inner_of[number], self._projection(number)
             for block in blocks:
-                channels, inner = self._channels(self.gradients, block), self._inner(block)
-                slots = slice(block.slot, block.slot + len(channels))
-                rows = projection[inner.start - needed.start : inner.stop - needed.start]
-                self._sketch[slots].addmm_(channels, rows)
-                if self.group["scale_type"] == "tensor":  # only their sum is asked for
-                    self._squares[block.slot] += torch.linalg.vector_norm(channels).square()
-                elif matrix.by_rows:
-                    self._squares[slots] += torch.linalg.vector_norm(channels, dim=1).square()
-                else:  # torch's norm is slow along columns
-                    self._squares[slots] += channels.square().sum(1)
+                self._project_block(block, projection[block.inner.start - needed.start :])
         shared = [self._sketch[plan.rows_here :], self._squares[plan.rows_here :, None]]
         return torch.cat(shared, dim=1).view(plan.world, plan.chunk * (rank + 1))
+
+    def _project_block(self, block: Block, projection: Tensor) -> None:
+        """Adds a block's share to R and to the squares. `projection`: P from its inner ones on."""
+        channels, slots = block.of(self.gradients), block.slots
+        sketch, squares = self._sketch[slots], self._squares[slots]
+        projection = projection[: len(block.inner)]
+        if self.plan.matrices[block.matrix].by_rows:  # what is here of a row is in this block
+            torch.mm(channels, projection, out=sketch)
+        else:
+            sketch.addmm_(channels, projection)
+        if self.group["scale_type"] == "tensor":  # only their sum is asked for
+            squares[0] += torch.linalg.vector_norm(channels).square()
+        elif self.plan.matrices[block.matrix].by_rows:
+            torch.linalg.vector_norm(channels, dim=1, out=squares).square_()
+        else:  # torch's norm is slow along columns
+            squares += channels.square().sum(1)
 
     def adapt(self, received: Tensor, well: Tensor) -> Tensor:
         plan, group, rank = self.plan, self.group, self.group["rank"]
@@ -159,11 +165,9 @@ class LowRank(Part):
         self._sketch[plan.rows_here : plan.rows] = dealt[:, :rank]
         self._squares[plan.rows_here : plan.rows] = dealt[:, rank]
         sketch = self._sketch[: plan.rows]
-        sketch.view(torch.int32).bitwise_and_(_mask(well))
         squares = self._squares[: plan.rows].double()
         norms = torch.linalg.vector_norm(sketch, dim=1).double()
-        self._adam(sketch, well)
-        adapted_norms = torch.linalg.vector_norm(sketch, dim=1).double()
+        adapted_norms = torch.linalg.vector_norm(self._adam(sketch, well), dim=1).double()
         self._ratios = torch.ones_like(norms)
         if group["scale_type"] == "channel":
             self._ratios = adapted_norms / (norms + 1e-8)
@@ -186,38 +190,49 @@ class LowRank(Part):
         rate = group["lr"] * alpha * self._corrections() * scale / limit * (1 - decay)
         rate = torch.cat([rate, rate.new_zeros(1)])[self._matrix_of_slot]
         step = torch.where(well, ratios * rate, 0.0).float()
-        mask = _mask(well)
         for block in plan.blocks:
-            weight = self._channels(self.weights, block)
-            bits = self._channels(self.gradients, block).view(torch.int32)
-            gradient = (bits & mask).view(torch.float32)
+            weight = block.of(self.weights)
+            gradient = _if_well(block.of(self.gradients), well)
             if group["weight_decay"]:  # not w *= 1 - decay, whose rounding goes one way each step
                 weight.addcmul_(weight, decay, value=-1)
-            step_of = step[block.slot : block.slot + len(weight), None]
-            weight.addcmul_(gradient, step_of, value=-1)
+            weight.addcmul_(gradient, step[block.slots, None], value=-1)
         self.end()
 
     def end(self) -> None:
         super().end()
         self._sketch = self._squares = self._ratios = torch.empty(0)
 
-    def _adam(self, sketch: Tensor, well: Tensor) -> None:
-        """Brings M and V up to date, if all is well, and turns R, which is 0 if not, into
-        N = M / (sqrt(V) + eps): (c, r)."""
-        moments = [state["exp_avg"] for state in self.states]
-        squares = [state["exp_avg_sq"] for state in self.states]
-        sketches = list(sketch.split(self.plan.rows_of_flat))
+    def _adam(self, sketch: Tensor, well: Tensor) -> Tensor:
+        """Brings M and V up to date, if all is well: N = M / (sqrt(V) + eps), or 0 if not: (c, r).
+
+        In one pass by torch's fused Adam, of a weight of 0 after so many steps that no bias is left
+        to be corrected.
+        """
+        adapted = torch.zeros_like(sketch)
+        rows = self.plan.rows_of_flat
         beta1, beta2 = self.group["betas"]
-        foreach._foreach_mul_(moments, torch.where(well, beta1, 1.0))
-        foreach._foreach_add_(moments, sketches, alpha=1 - beta1)
-        foreach._foreach_mul_(squares, torch.where(well, beta2, 1.0))
-        foreach._foreach_addcmul_(squares, sketches, sketches, value=1 - beta2)
+        adam(
+            list(adapted.split(rows)),
+            list(sketch.split(rows)),
+            [state["exp_avg"] for state in self.states],
+            [state["exp_avg_sq"] for state in self.states],
+            [],
+            list(torch.full((len(rows),), 1e30, device=self.device)),
+            fused=True,
+            found_inf=(~well).float(),
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=-1.0,
+            weight_decay=0.0,
+            eps=self.group["eps"],
+            maximize=False,
+        )
+        steps = [state["step"] for state in self.states]
+        foreach._foreach_add_(steps, [well.float()] * len(steps))
         for state in self.states:
-            state["step"] += well
             state["calls"] += 1
-        foreach._foreach_copy_(sketches, squares)
-        sketch.sqrt_().add_(self.group["eps"]).reciprocal_()
-        foreach._foreach_mul_(sketches, moments)
+        return adapted
 
     def _corrections(self) -> Tensor:
         """sqrt(1 - b2^t) / (1 - b1^t) for every matrix, where t is the steps that counted: (n,)."""
@@ -239,22 +254,18 @@ class LowRank(Part):
         foreach._foreach_copy_(limiters, list(last.split([len(one) for one in limiters])))
         return limit
 
-    def _channels(self, flats: Sequence[Tensor], block: Block) -> Tensor:
-        """A block of some flats as (channels, inner): a view."""
-        stretch = flats[block.flat].view(-1)[
-            block.offset : block.offset + block.height * block.width
-        ]
-        rectangle = stretch.view(block.height, block.width)
-        return rectangle if self.plan.matrices[block.matrix].by_rows else rectangle.T
 
-    def _inner(self, block: Block) -> range:
-        by_rows = self.plan.matrices[block.matrix].by_rows
-        return range(block.inner, block.inner + (block.width if by_rows else block.height))
+def _if_well(tensor: Tensor, well: Tensor) -> Tensor:
+    """A fp32 tensor, or zeros. (0 times what is not finite is not 0.) Only on a CPU, which does not
+    wait for itself, is the flag read."""
+    if tensor.device.type == "cpu":
+        return tensor if well else torch.zeros_like(tensor)
+    return _masked(tensor, well)
 
 
-def _mask(well: Tensor) -> Tensor:
-    """For the bits of a tensor: all of them, or none, since 0 times what is not finite is not 0."""
-    return -well.to(torch.int32)
+def _masked(tensor: Tensor, well: Tensor) -> Tensor:
+    """All bits of a fp32 tensor, or none."""
+    return (tensor.view(torch.int32) & -well.to(torch.int32)).view(torch.float32)
 
 
 class Projections:

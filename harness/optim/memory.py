@@ -42,6 +42,9 @@ def state_bytes(groups: Sequence[Mapping[str, Any]], stage: int, world: int) -> 
                 else:
                     plan = Plan([shard], matrices)
                     total[rank] += 2 * 4 * plan.rows * group["rank"] + 4 * len(plan.matrices)
+                    if group.get("projection") == "svd":
+                        rows = sum(size for _, size in plan.projected.values())
+                        total[rank] += 4 * rows * group["rank"]
     return total
 
 
