@@ -133,7 +133,7 @@ class _Packing:
                 if stride is not None:
                     node["stride"] = stride
                 shape, steps = tensor.shape, tensor.stride()
-                if offset or (shape, steps) != (base.tensor.shape, base.tensor.stride()):
+                if (shape, steps) != (base.tensor.shape, base.tensor.stride()):
                     node["view"] = [offset, list(shape), list(steps)]
         self.tensors |= self.bulk
 

@@ -140,6 +140,7 @@ def test_misaligned_tensors_of_others_are_read(tmp_path: Path) -> None:
     for lazy in (False, True):
         found = load(tmp_path / "x.sft", lazy=lazy)
         assert found["a"].tolist() == [7] and found["b"].tolist() == [1, 2]
+        assert found["b"].data_ptr() % 4 == 0
 
 
 def test_what_is_written_is_what_the_library_reads(tmp_path: Path) -> None:
