@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.control.client import talk, tell
 from harness.errors import HarnessError
 
 
@@ -35,10 +34,8 @@ def main() -> None:
             show(args.path, args.verify)
         elif args.command == "convert":
             turn(args)
-        elif args.words:
-            sys.exit(tell(args.run_dir, " ".join(args.words), args.json))
         else:
-            sys.exit(talk(args.run_dir, args.json))
+            sys.exit(command(args))
     except HarnessError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.code)
@@ -49,6 +46,15 @@ def main() -> None:
     except OSError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+
+
+def command(args: argparse.Namespace) -> int:
+    """Sends commands to a running job. The exit code."""
+    from harness.control.client import talk, tell  # late: conversions start faster without
+
+    if args.words:
+        return tell(args.run_dir, " ".join(args.words), args.json)
+    return talk(args.run_dir, args.json)
 
 
 def _add_convert(commands: Any) -> None:

@@ -6,6 +6,7 @@ structures that are more than flat tensors are loaded and saved as a whole, by `
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -77,7 +78,7 @@ def convert(src: Path, dst: Path, options: Options, put: Put) -> None:
         _write(plan, dst, options, progress)
     seconds = time.perf_counter() - started
     put(
-        f"{dst}: {len(plan.tensors)} tensors, {plan.nbytes / 1e9:.3f} GB in {seconds:.1f} s, "
+        f"{dst}: {len(plan.tensors)} tensors, {plan.nbytes / 1e6:,.1f} MB in {seconds:.1f} s, "
         f"{plan.nbytes / 1e9 / seconds:.2f} GB/s{', verified' if options.verify else ''}"
     )
 
@@ -189,7 +190,10 @@ def _short(name: str, dtype: str) -> str:
 @contextmanager
 def _bar(total: int, doing: str) -> Iterator[Progress]:
     """A progress bar in GB/s where somebody looks."""
-    from tqdm import tqdm
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from tqdm import tqdm  # late: nobody waits for it who does not look
 
-    with tqdm(total=total, desc=doing, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with tqdm(total=total, desc=doing, unit="B", unit_scale=True, leave=False) as bar:
         yield bar.update

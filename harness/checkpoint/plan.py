@@ -218,7 +218,7 @@ def table(plan: Plan, put: Callable[[str], object]) -> None:
         change = planned.dtype if was == planned.dtype else f"{was} -> {planned.dtype}"
         put(
             f"{name:<{width}}  {change:<20}  {list(planned.shape)!s:<16}  "
-            f"{planned.nbytes:>14,} bytes from {len(files)} files"
+            f"{planned.nbytes:>14,} bytes from {len(files)} file{'s' * (len(files) != 1)}"
         )
     for name, kept in plan.aliases.items():
         put(f"{name:<{width}}  = {kept}")
