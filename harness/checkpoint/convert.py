@@ -115,8 +115,8 @@ def _whole(src: Path, dst: Path, options: Options, put: Put) -> None:
     asked = (options.dtype, options.include, options.exclude, options.rename, options.dry_run)
     if any(asked) or options.verify:
         raise HarnessError(
-            f"{src}: more than flat tensors: --dtype, --include, --exclude, --rename, --dry-run and "
-            "--verify do not apply"
+            f"{src}: more than flat tensors: --dtype, --include, --exclude, --rename, --dry-run "
+            "and --verify do not apply"
         )
     from harness import io  # late: it needs torch
 
