@@ -276,7 +276,7 @@ class Projections:
     as there is room."""
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[int, Tensor]] = {}
+        self._kept: dict[Any, tuple[Any, Tensor]] = {}
         self._bytes = 0
 
     def get(
@@ -286,15 +286,16 @@ class Projections:
         variance: fp32 (inner, r). `calls`: steps before this one."""
         rank, refresh = group["rank"], calls // group["update_proj_gap"]
         address = matrix.name, inner, rank
+        contents = refresh, group["projection"], group["seed"]
         if address in self._kept:
-            made_at, projection = self._kept[address]
-            if made_at == refresh:
+            made_of, projection = self._kept[address]
+            if made_of == contents:
                 return projection
             del self._kept[address]
             self._bytes -= projection.nbytes
         make, key = PROJECTIONS[group["projection"]], key_of(group["seed"], matrix.name)
         projection = make(inner, range(rank), refresh, key, device).div_(math.sqrt(rank))
         if self._bytes + projection.nbytes <= KEPT_BYTES:
-            self._kept[address] = refresh, projection
+            self._kept[address] = contents, projection
             self._bytes += projection.nbytes
         return projection
