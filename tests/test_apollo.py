@@ -299,12 +299,23 @@ def test_a_column_major_parameter() -> None:
         ({"projection": "svt"}, "projection = 'svt'"),
         ({"scale_type": "row"}, "scale_type = 'row'"),
         ({"gamma": 0.5}, "gamma = 0.5"),
+        ({"eps": 0.0}, "eps = 0.0"),
         ({"update_proj_gap": 0}, "update_proj_gap = 0"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Apollo([matrix(6, 4)], **settings)
+
+
+def test_a_limiter_that_lets_everything_pass_is_none() -> None:
+    """A TOML file can say `gamma = inf`, but not None."""
+    gradients = random_gradients((12, 5), 1) + random_gradients((12, 5), 4, size=50.0)
+    found, expected = (
+        drive(Apollo([matrix(12, 5)], lr=1e-2, rank=2, gamma=gamma), gradients)
+        for gamma in (math.inf, None)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_vector_of_rank_above_0_is_refused() -> None:

@@ -66,7 +66,7 @@ class Apollo(torch.optim.Optimizer):
     ):
         """`scale`: alpha, whose root is applied, with `scale_front` already before the limiter.
 
-        `gamma`: what the update's norm may grow by in a step; None: no limiter. `eps` counts
+        `gamma`: what the update's norm may grow by in a step; None or inf: no limiter. `eps` counts
         before the correction of the bias for matrices, after it for dense AdamW. `projection`:
         "svd" takes P from the gradient at each refresh (spectral.py), which every rank then keeps
         for the matrices that it has elements of, as `projection` (any, rank). Raises ValueError
@@ -276,7 +276,7 @@ def _check(group: Group) -> None:
         "gamma": group["gamma"] is None or group["gamma"] >= 1,
         "projection": group["projection"] in (*PROJECTIONS, "svd"),
         "betas": 0 <= beta1 < 1 and 0 <= beta2 < 1,
-        "eps": group["eps"] >= 0,
+        "eps": group["eps"] > 0 or (group["eps"] == 0 and not group["rank"]),  # 0 / 0 in N
         "weight_decay": group["weight_decay"] >= 0,
     }
     for key, is_allowed in allowed.items():

@@ -247,7 +247,7 @@ class LowRank(Part):
         """L for every matrix, from the norms of U: (n,). The first norm above 0 starts the limiter:
         one that had started at 0 would let nothing pass, ever."""
         gamma = self.group["gamma"]
-        if gamma is None:
+        if gamma is None or gamma == math.inf:
             return torch.ones_like(norms)
         limiters = [state["limiter"] for state in self.states]
         last = torch.cat(limiters)
