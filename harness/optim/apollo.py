@@ -164,13 +164,13 @@ class Apollo(torch.optim.Optimizer):
 
         Empty before the first step. Collective where parameters are sharded.
         """
-        found = {} if self.state else dict(self._named)
+        found = dict(self._named)  # what has had no gradient since it was loaded
         for group, flats, shards in self._located_groups.values():
             pairs = zip(flats, shards, strict=True)
             kept = [(flat, shard) for flat, shard in pairs if flat in self.state]
             if kept:
                 states = [self.state[flat] for flat, _ in kept]
-                named = self._part(group, flats, kept).named(states)
+                named = self._make_part(group, kept).named(states)
                 found |= {name: value.cpu().clone() for name, value in named}
         return found
 
@@ -185,13 +185,18 @@ class Apollo(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Raises RuntimeError while a state by name has not been taken up."""
-        if self._named and not self.state:
-            raise RuntimeError("a state that was loaded by name is taken up by the next step")
+        names = [key.removesuffix("/exp_avg") for key in self._named if key.endswith("/exp_avg")]
+        if waiting := [n for n in names if {n, n.rpartition("[")[0]} & self._parameters.keys()]:
+            raise RuntimeError(
+                "a state that was loaded by name is taken up by the next step that has a gradient "
+                f"for it; until then save named_state(). Waiting: {', '.join(waiting)}"
+            )
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but tensors keep their dtype, also beside parameters in 16 bits."""
         super().load_state_dict(state_dict)
+        self._named = {}
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         flats = [flat for group in self.param_groups for flat in group["params"]]
         for number, flat in zip(saved, flats, strict=True):
