@@ -127,16 +127,18 @@ class Dense(Part):
     def _adopt(self, number: int, state: State, named: Named) -> None:
         shard = self.shards[number]
         for place, piece in enumerate(shard.mine):
-            keys = ("exp_avg", "exp_avg_sq", "step")
-            found = {key: named.pop(f"{piece.name}/{key}", None) for key in keys}
-            moments = {key: found[key] for key in keys[:2] if found[key] is not None}
+            found = {
+                key: named.pop(f"{piece.name}/{key}", None) for key in ("exp_avg", "exp_avg_sq")
+            }
+            step = named.pop(f"{piece.name}/step", None)
+            moments = {key: whole for key, whole in found.items() if whole is not None}
             if any(whole.numel() != _size(shard, place) for whole in moments.values()):
                 log.warning("%s: its state is not that of AdamW; it starts anew", piece.name)
                 continue
             for key, whole in moments.items():
                 here = state[key].view(-1)[piece.offset : piece.offset + piece.length]
                 here.copy_(whole.flatten()[piece.start : piece.start + piece.length])
-            if (step := found["step"]) is not None:
+            if step is not None:
                 state["step"].copy_(torch.maximum(state["step"], step.to(self.device)))
 
     def square_sum(self) -> Tensor:
