@@ -180,7 +180,10 @@ class LowRank(Part):
         if group["scale_type"] == "channel":
             self._ratios = adapted_norms / (norms + 1e-8)
         of_channel = torch.stack([self._ratios**2 * squares, norms**2, adapted_norms**2], dim=1)
-        sums = torch.segment_reduce(of_channel, "sum", lengths=self._channels_of, axis=0, initial=0)
+        lengths = self._channels_of
+        sums = torch.segment_reduce(  # whose checks of the lengths would wait for the device
+            of_channel, "sum", lengths=lengths, axis=0, unsafe=True, initial=0
+        )
         sums = sums.view(2, -1, 3).sum(0)[:-1]
         return torch.cat([self._ratios[plan.rows_here :], sums.flatten()])
 
@@ -252,7 +255,7 @@ class LowRank(Part):
         """L for every matrix, from the norms of U: (n,). The first norm above 0 starts the limiter:
         one that had started at 0 would let nothing pass, ever."""
         gamma = self.group["gamma"]
-        if gamma is None:
+        if gamma is None or gamma == math.inf:
             return torch.ones_like(norms)
         limiters = [state["limiter"] for state in self.states]
         last = torch.cat(limiters)
@@ -281,7 +284,7 @@ class Projections:
     as there is room."""
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[int, Tensor]] = {}
+        self._kept: dict[Any, tuple[Any, Tensor]] = {}
         self._bytes = 0
 
     def get(
@@ -291,15 +294,16 @@ class Projections:
         variance: fp32 (inner, r). `calls`: steps before this one."""
         rank, refresh = group["rank"], calls // group["update_proj_gap"]
         address = matrix.name, inner, rank
+        contents = refresh, group["projection"], group["seed"]
         if address in self._kept:
-            made_at, projection = self._kept[address]
-            if made_at == refresh:
+            made_of, projection = self._kept[address]
+            if made_of == contents:
                 return projection
             del self._kept[address]
             self._bytes -= projection.nbytes
         make, key = PROJECTIONS[group["projection"]], key_of(group["seed"], matrix.name)
         projection = make(inner, range(rank), refresh, key, device).div_(math.sqrt(rank))
         if self._bytes + projection.nbytes <= KEPT_BYTES:
-            self._kept[address] = refresh, projection
+            self._kept[address] = contents, projection
             self._bytes += projection.nbytes
         return projection
