@@ -57,7 +57,7 @@ class CodecLMArgs(TransformerArgs):
     """Share of the clips that is held out, evenly spread."""
     codebooks: int = Field(default=4, ge=1)
     """Tokens of a frame."""
-    codebook_size: int = Field(default=64, ge=2)
+    codebook_size: int = Field(default=16, ge=2)
     """Different tokens of each codebook."""
     pattern: Literal["parallel", "delay", "unrolled", "coarse_first"] = "delay"
     """In which order the model sees the tokens: docs/patterns.md."""
@@ -143,7 +143,7 @@ def read_sounds(path: Path | None, sample_rate: int) -> list[Tensor]:
         try:
             wave_N, found_rate = read_wav(file)
         except (wave.Error, EOFError) as error:
-            refused.append(f"; {file.relative_to(root)}: {error or 'it ends early'}")
+            refused.append(f"; {file.relative_to(root)}: {str(error) or 'it ends early'}")
         else:
             sounds.append(resample(wave_N, found_rate, sample_rate))
     if not sounds:
