@@ -210,6 +210,13 @@ def test_padding_changes_nothing_and_the_model_sees_only_the_past(name: str, sou
     assert not torch.equal(engine(seen_BKS)[:, :, 20], engine(other_BKS)[:, :, 20])
 
 
+def test_a_token_says_something_else_in_another_codebook() -> None:
+    torch.manual_seed(0)
+    model = CodecLM(CodecLMArgs(dim=32, layers=1))
+    batch_BKS = torch.randint(16, (1, 4, 9))
+    assert not torch.allclose(model(batch_BKS), model(batch_BKS.roll(1, dims=1)))
+
+
 def test_untrained_it_is_indifferent() -> None:
     torch.manual_seed(0)
     batch_BKS = torch.randint(16, (4, 4, 33))
