@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read
 from harness.config import Config, merge
 from harness.engine import Engine
+from harness.errors import ConfigError
 from harness.formats.sources import Source
 from harness.run import train
 from harness.testing.pool import RankPool
@@ -187,6 +189,14 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(
     config = config_of(tmp_path, 3, tmp_path / "nothing.sft")
     for told in two_ranks.run(told_by, config):
         assert "nothing.sft: no such file" in told
+
+
+def test_experts_are_refused(given: Path) -> None:
+    model: Any = Odd(0.0)
+    model.tilt.allreduce = False  # as DeepSpeed marks them
+    engine: Any = SimpleNamespace(name="net", module=model)
+    with pytest.raises(ConfigError, match="experts cannot be started from weights"):
+        start.fitted(engine, given)
 
 
 def started(config: Config) -> list[dict[str, Tensor]]:

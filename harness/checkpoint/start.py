@@ -46,7 +46,7 @@ def find(
     for name, config in configs.items():
         if config.init_from is not None and (config.role == "teacher" or not resumes):
             with distributed.in_unison(f"engines.{name}.init_from"):
-                found[name] = _fitted(engines[name], config.init_from)
+                found[name] = fitted(engines[name], config.init_from)
     return found
 
 
@@ -112,10 +112,14 @@ def _note_casts(engine: Engine, module: Mapping[str, torch.Tensor], weights: Wei
     log.info("engine %s: starts from %d given weights%s", engine.name, len(weights), cast)
 
 
-def _fitted(engine: Engine, path: Path) -> Weights:
+def fitted(engine: Engine, path: Path) -> Weights:
     """The weights at `path` under the names of the model. Raises as `find` does."""
     given = _given(path, engine.name)
     module = _entries(engine)
+    if any(not getattr(p, "allreduce", True) for p in module.values()):
+        raise ConfigError(
+            f"engines.{engine.name}.init_from: DeepSpeed's experts cannot be started from weights"
+        )
     names: dict[int, list[str]] = {}
     for name, tensor in module.items():
         names.setdefault(id(tensor), []).append(name)
