@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.optim import Apollo, ApolloMini, apollo_param_groups
+from harness.optim import Apollo, ApolloMini, apollo_param_groups, spectral
 from harness.optim.philox import gaussian, key_of
 
 CPU = torch.device("cpu")
@@ -393,3 +393,32 @@ def test_a_closure_and_a_scheduler_work_as_with_any_optimizer() -> None:
     scheduler.step()
     assert optimizer.step(closure) < first
     assert scheduler.get_last_lr() == [0.5]
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    adamw = torch.optim.AdamW([matrix(12, 5)])
+    with pytest.raises(ValueError, match="another optimizer than APOLLO"):
+        Apollo([matrix(12, 5)], rank=2).load_state_dict(adamw.state_dict())
+
+
+def test_complex_parameters_are_refused() -> None:
+    weight = nn.Parameter(torch.ones(12, 5, dtype=torch.complex64))
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(ValueError, match="a gradient is complex"):
+        Apollo([weight], rank=0).step()
+
+
+def test_a_projection_that_cannot_be_made_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = Apollo([weight := matrix(12, 5)], rank=2, projection="svd", update_proj_gap=1)
+    weight.grad = random_gradients((12, 5), 1)[0]
+    optimizer.step()
+    before = optimizer.state[weight]["projection"].clone()
+
+    def unable(*_: Any) -> Tensor:
+        raise spectral.LINALG_ERROR("did not converge")
+
+    monkeypatch.setattr(spectral, "singular_vectors", unable)
+    weight.grad = -weight.grad.flip(0)
+    optimizer.step()
+    assert torch.equal(optimizer.state[weight]["projection"], before)
+    assert weight.isfinite().all()

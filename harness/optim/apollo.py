@@ -194,7 +194,15 @@ class Apollo(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but tensors keep their dtype, also beside parameters in 16 bits."""
+        """As torch's, but tensors keep their dtype, also beside parameters in 16 bits.
+
+        Raises ValueError for the state of another optimizer.
+        """
+        if any("rank" not in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                "this is the state of another optimizer than APOLLO: load_named_state takes the "
+                "moments of an AdamW, by name"
+            )
         super().load_state_dict(state_dict)
         self._named = {}
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]

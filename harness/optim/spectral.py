@@ -6,6 +6,7 @@ Low-Rank Projection", ICML 2024, arXiv 2403.03507. APOLLO's authors compare it w
 refresh, and only then, each matrix goes to one of the ranks that share it, and its P comes back.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,10 @@ from torch import Tensor
 
 from harness.optim.channels import Plan
 from harness.optim.shards import Shard
+
+log = logging.getLogger(__name__)
+
+LINALG_ERROR: Any = getattr(torch.linalg, "LinAlgError")  # noqa: B009 - its stubs do not tell of it
 
 
 def singular_vectors(channels: Tensor, rank: int) -> Tensor:
@@ -30,8 +35,10 @@ def singular_vectors(channels: Tensor, rank: int) -> Tensor:
 def refreshed(
     plan: Plan, shard: Shard, flat: int, rank: int, gradient_of: Callable[[int], Tensor]
 ) -> Tensor | None:
-    """The new P of the flat's matrices that are here, one below the other: fp32 (any, rank). None,
-    on all ranks, if a gradient is not finite. Collective where ranks share; waits for the device.
+    """The new P of the flat's matrices that are here, one below the other: fp32 (any, rank).
+
+    None, on all ranks, if a gradient is not finite, or LAPACK finds no vectors. Collective where
+    ranks share; waits for the device.
 
     `gradient_of` gives what is here of a matrix's gradient, zeros elsewhere: (channels, inner).
     """
@@ -43,7 +50,10 @@ def refreshed(
         whole = _passed(dist.reduce, gradient, maker, shard)
         made = gradient.new_full((plan.matrices[number].inner, rank), torch.nan)
         if maker == plan.rank and bool(whole.isfinite().all()):
-            made = singular_vectors(whole, rank)
+            try:
+                made = singular_vectors(whole, rank)
+            except LINALG_ERROR as error:  # the others wait for an answer
+                log.warning("%s keeps its projection: %s", plan.matrices[number].name, error)
         made = _passed(dist.broadcast, made, maker, shard)
         is_well &= not bool(made.isnan().any())
         if plan.rank in plan.holders[number]:
