@@ -465,6 +465,8 @@ def test_the_class_of_a_block_does_not_notice() -> None:
         ({"budget": 1.5}, "budget = 1.5, expected"),
         ({"keep_last": -1}, "keep_last = -1, expected"),
         ({"min_bytes": -1}, "min_bytes = -1, expected"),
+        ({"host_budget": -1}, "host_budget = -1, expected"),
+        ({"match": "("}, "match = '(' is no regular expression"),
     ],
 )
 def test_wrong_settings_are_told(settings: dict[str, Any], told: str) -> None:

@@ -164,9 +164,17 @@ def attach(
     """
     if mode not in ("inputs", "saved"):
         raise ConfigError(f'offload: mode = {mode!r}, expected "inputs" or "saved"')
-    for name, value in (("keep_last", keep_last), ("min_bytes", min_bytes)):
+    counts = {"keep_last": keep_last, "min_bytes": min_bytes, "host_budget": host_budget or 0}
+    for name, value in counts.items():
         if value < 0:
             raise ConfigError(f"offload: {name} = {value}, expected a number from 0 on")
+    if isinstance(match, str):
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ConfigError(
+                f"offload: match = {match!r} is no regular expression: {error}"
+            ) from None
     modules = dict(_matching(model, match))
     if not modules:
         raise ConfigError(f"offload: {_unmatched(model, match)}")

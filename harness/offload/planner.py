@@ -15,7 +15,8 @@ from harness.errors import ConfigError
 log = logging.getLogger(__name__)
 
 WARM_UP = 3
-"""Forward passes that are measured. The first optimizer step, which makes its state, is in them."""
+"""Forward passes that are measured. With up to three micro-batches a step, the first optimizer
+step, which makes its state, is in them."""
 
 Budget = Literal["auto", "all"] | float
 

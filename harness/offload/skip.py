@@ -30,9 +30,11 @@ parent is a parameter as well, is an activation.)"""
 def must_stay(tensor: torch.Tensor, device_type: str) -> bool:
     """Whether a saved tensor is not to be moved, whatever its size.
 
-    Other devices; parameters with their views and casts (moving them frees nothing, and under ZeRO
-    3 they are the engine's to gather); subclasses, sparse, lazily conjugated and negated tensors;
-    tensors of which several elements share a place in memory.
+    Other devices; parameters with their views, and casts of those that are trained (moving them
+    frees nothing, and under ZeRO 3 they are the engine's to gather); subclasses, sparse, lazily
+    conjugated and negated tensors; tensors of which several elements share a place in memory.
+
+    The cast of a frozen parameter has no graph that tells where it came from: it is moved.
     """
     return (
         type(tensor) is not torch.Tensor
