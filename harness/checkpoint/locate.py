@@ -59,8 +59,10 @@ def _of_checkpoint(path: Path, engine: str | None) -> SavedEngine:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         engines = [name for name in manifest["engines"] if is_engine(path / name)]
-        files: dict[str, Any] = manifest["files"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        if not all({"size", "digest"} <= entry.keys() for entry in files.values()):
+            raise ValueError("a file without size or digest")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from None
     if engine is None and len(engines) != 1:
         raise CheckpointError(

@@ -3,7 +3,9 @@
 Neither torch nor DeepSpeed is needed: of the tensors, only the places in the files are looked up.
 """
 
+import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ class SavedEngine:
         self.model: Tree = models[0]
         try:
             self._open(models, optimizers)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(
                 f"{directory}: not laid out as DeepSpeed does it: {error!r}"
             ) from None
@@ -66,6 +68,8 @@ class SavedEngine:
         if "module" not in model or "dp_world_size" not in model:
             raise CheckpointError("no DeepSpeed checkpoint: model_states hold no module")
         self.world_size: int = model["dp_world_size"]
+        if type(self.world_size) is not int or self.world_size < 1:
+            raise CheckpointError(f"dp_world_size is {self.world_size!r:.80}, no number of ranks")
         states = {rank: tree["optimizer_state_dict"] for rank, tree in optimizers.items()}
         self.stage = _int(states[0].get("zero_stage", 1)) if states else 0
         if len(models) > 1 or self._is_sharded():
@@ -196,18 +200,17 @@ class SavedEngine:
         """Raises CheckpointError unless every rank's files are here, and of one save."""
         for kind, trees in (("model_states", models), ("optim_states", states)):
             is_expected = trees or self.model["param_shapes"] is not None
-            expected = set(range(self.world_size)) if is_expected else set()
+            expected = range(self.world_size if is_expected else 0)
             if kind == "model_states" and self.stage < 3:
-                expected = {0}
-            if missing := sorted(expected - trees.keys()):
+                expected = range(1)
+            if missing := _some(rank for rank in expected if rank not in trees):
                 raise CheckpointError(
-                    f"{kind}.pt of ranks {', '.join(map(str, missing))} are missing: saved by "
-                    f"{self.world_size} ranks"
+                    f"{kind}.pt of ranks {missing} are missing: saved by {self.world_size} ranks"
                 )
-            if extra := sorted(trees.keys() - expected):
+            if extra := _some(rank for rank in sorted(trees) if rank not in expected):
                 raise CheckpointError(
-                    f"{kind}.pt of ranks {', '.join(map(str, extra))} are of another save: this "
-                    f"one is of {self.world_size} ranks"
+                    f"{kind}.pt of ranks {extra} are of another save: this one is of "
+                    f"{self.world_size} ranks"
                 )
         _check_same(models, ("dp_world_size", "global_steps", "param_shapes", "ds_version"))
         _check_same(states, ("zero_stage", "partition_count", "ds_version"))
@@ -234,6 +237,12 @@ class SavedEngine:
                 width = ref.itemsize
                 stretches += source(ref).cut(segment.offset * width, segment.length * width)
         return Source(pieces[0][1].dtype, shape, tuple(stretches))
+
+
+def _some(ranks: Iterator[int]) -> str:
+    """The first few: a file may claim any number of ranks."""
+    first = list(itertools.islice(ranks, 9))
+    return ", ".join(map(str, first[:8])) + (", ..." if len(first) > 8 else "")
 
 
 def _check_same(trees: dict[int, Tree], keys: tuple[str, ...]) -> None:
