@@ -54,9 +54,12 @@ def write_checkpoint(directory: Path, stage: int, world: int, parameters: float)
     model |= {"buffer_names": [], "param_shapes": [shapes], "shared_params": {}}
     model |= {"dp_world_size": world, "global_steps": 1, "ds_version": "0", "ds_config": {}}
     model["frozen_param_fragments"] = None
-    lean = {name: torch.zeros(1, dtype=torch.bfloat16).expand(s) for name, s in shapes.items()}
-    placeholders = {name: torch.empty(0, dtype=torch.bfloat16) for name in shapes}
-    model["module"] = placeholders if stage == 3 else lean
+    flat = torch.empty(0 if stage == 3 else count, dtype=torch.bfloat16).normal_()
+    parts = flat.split([0 if stage == 3 else shape.numel() for shape in shapes.values()])
+    model["module"] = {
+        name: part if stage == 3 else part.view(shape)
+        for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
     prefix = "bf16_zero_pp_rank_"
     for rank in range(world):
         if stage == 3:

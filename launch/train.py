@@ -1,6 +1,7 @@
 """The entry point: `deepspeed launch/train.py --config FILE.toml [--section.key=value ...]`.
 
-It runs as well under `torchrun`, and as plain `python launch/train.py` in one process.
+It runs as well under `torchrun`, `srun` and `mpirun`, and as plain `python launch/train.py` in one
+process.
 """
 
 import os
@@ -8,6 +9,7 @@ import sys
 import time
 from typing import NoReturn
 
+from harness import ranks
 from harness.arguments import parse_args
 from harness.control import launcher
 from harness.errors import HarnessError
@@ -19,6 +21,7 @@ def main() -> None:
     """Reads the command line, trains, and turns the user's mistakes into one message."""
     launcher.family()  # while it is whole
     try:
+        ranks.adopt()
         config = parse_args(sys.argv[1:])
     except HarnessError as error:
         error.agreed = True  # every rank has read the same config

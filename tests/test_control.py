@@ -271,11 +271,11 @@ def test_clipping_can_be_changed_and_outlives_a_resume(
 
 
 def moved(config: Config, before: int, after: int) -> float:
-    """How far two exports are apart."""
+    """How far two exports are apart; tied weights count once."""
     one, other = (
         load(config.run_dir / f"exports/step-{step:08d}/net.sft") for step in (before, after)
     )
-    parameters = {id(one[name]): name for name in one if name != "scale"}.values()  # once if tied
+    parameters = {one[name].data_ptr(): name for name in one if name != "scale"}.values()
     squares = sum(float((one[n].double() - other[n].double()).square().sum()) for n in parameters)
     return math.sqrt(squares)
 

@@ -126,10 +126,10 @@ def _plan(found: SavedEngine | Path, options: Options) -> Plan | None:
 def _whole(src: Path, dst: Path, options: Options, put: Put) -> None:
     """A structure of more than flat tensors, through `harness.io`."""
     asked = (options.dtype, options.include, options.exclude, options.rename, options.dry_run)
-    if any(asked):
+    if any(asked) or options.verify:
         raise HarnessError(
-            f"{src}: more than flat tensors: --dtype, --include, --exclude, --rename and --dry-run "
-            "do not apply"
+            f"{src}: more than flat tensors: --dtype, --include, --exclude, --rename, --dry-run "
+            "and --verify do not apply"
         )
     from harness import io  # late: it needs torch
 

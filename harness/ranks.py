@@ -1,0 +1,122 @@
+"""Who a process is among the ranks, whatever launched it: found in the environment, without torch.
+
+`deepspeed` and `torchrun` say it in RANK, WORLD_SIZE, LOCAL_RANK and so on, which is what torch and
+DeepSpeed read. Slurm's `srun` and Open MPI's `mpirun` have names of their own: `adopt` translates.
+"""
+
+import os
+import re
+import zlib
+from collections.abc import MutableMapping
+
+from harness.errors import ConfigError
+
+Environment = MutableMapping[str, str]
+
+
+def adopt(environ: Environment = os.environ) -> None:
+    """Gives the variables of torch to a process that `srun` or `mpirun` started.
+
+    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; and MASTER_ADDR and MASTER_PORT, if they are not
+    set. Without a launcher nothing is set. Raises ConfigError where the environment contradicts
+    itself, or does not say where rank 0 is.
+    """
+    launcher, found = "srun", _slurm(environ)
+    if not found:
+        launcher, found = "mpirun", _open_mpi(environ)
+    if "RANK" not in environ and not found:
+        if environ.get("WORLD_SIZE", "1") != "1":
+            raise ConfigError(
+                f"WORLD_SIZE is {environ['WORLD_SIZE']}, and RANK is not set: unset it, or start "
+                "all ranks with deepspeed, torchrun, srun or mpirun"
+            )
+        return
+    if found and "LOCAL_WORLD_SIZE" not in environ and "LOCAL_SIZE" not in environ:
+        # No launcher of torch's or DeepSpeed's stands between: both speak of this process.
+        for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            if environ.get(key, found[key]) != found[key]:
+                raise ConfigError(
+                    f"{key} is {environ[key]}, and {launcher} says {found[key]}: unset {key}, "
+                    f"which was set before {launcher} started this process"
+                )
+        environ.update(found | {key: environ[key] for key in found.keys() & environ.keys()})
+    _check(environ)
+
+
+def _slurm(environ: Environment) -> dict[str, str]:
+    """A task of a step of Slurm's; the script of a batch job is none."""
+    if "SLURM_STEP_NUM_TASKS" not in environ:
+        return {}
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", environ["SLURM_STEP_NUM_TASKS"])
+    here = int(environ.get("SLURM_NODEID", "0"))
+    job = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '0')}"
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(_tasks_by_node(tasks)[here]),
+        "MASTER_ADDR": first_host(nodes),
+        "MASTER_PORT": _port(job),
+    }
+
+
+def _open_mpi(environ: Environment) -> dict[str, str]:
+    if "OMPI_COMM_WORLD_RANK" not in environ:
+        return {}
+    size, local_size = (environ[f"OMPI_COMM_WORLD_{key}"] for key in ("SIZE", "LOCAL_SIZE"))
+    found = {
+        "RANK": environ["OMPI_COMM_WORLD_RANK"],
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": environ["OMPI_COMM_WORLD_LOCAL_RANK"],
+        "LOCAL_WORLD_SIZE": local_size,
+        "MASTER_PORT": _port(environ.get("PMIX_NAMESPACE", "")),
+    }
+    if size == local_size:
+        found["MASTER_ADDR"] = "127.0.0.1"
+    elif "MASTER_ADDR" not in environ:
+        raise ConfigError(
+            "mpirun has started ranks on several nodes, and does not say where rank 0 is: "
+            "mpirun -x MASTER_ADDR=HOST ..."
+        )
+    return found
+
+
+def _check(environ: Environment) -> None:
+    """Raises ConfigError unless ranks are numbers below their sizes."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if rank not in environ or size not in environ:
+            continue
+        try:
+            is_well = 0 <= int(environ[rank]) < int(environ[size])
+        except ValueError:
+            is_well = False
+        if not is_well:
+            raise ConfigError(
+                f"{rank} is {environ[rank]!r} and {size} is {environ[size]!r}: expected a number "
+                "from 0 to one below the size"
+            )
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of hosts: `node[03-05,9],gpu1` is `node03`."""
+    prefix, bracket, rest = re.split(r",(?![^\[]*\])", nodes)[0].partition("[")
+    if not bracket:
+        return prefix
+    numbers, _, suffix = rest.partition("]")
+    return prefix + re.split(r"[-,]", numbers)[0] + suffix
+
+
+def _tasks_by_node(text: str) -> list[int]:
+    """Slurm's `2(x3),1` is 2, 2, 2, 1."""
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts
+
+
+def _port(job: str) -> str:
+    """The same for all ranks of a job, and most likely free: 20000 to 29999, below those that
+    systems give out themselves."""
+    return str(20000 + zlib.crc32(job.encode()) % 10000)
