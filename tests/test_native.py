@@ -13,6 +13,7 @@ from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read, real
 from harness.errors import HarnessError
 from harness.testing.pool import RankPool
+from tests.plain_deepspeed import layouts, write
 from tests.plain_resume import go_on
 
 BF16 = {"bf16": {"enabled": True}}
@@ -55,6 +56,7 @@ def assert_same_state(one: Path, other: Path) -> None:
         (at(3, sub_group_size=50), 2, at(2, round_robin_gradients=True)),
         (at(2, BF16, round_robin_gradients=True), 2, at(3, BF16)),
         (at(1, BF16), 1, at(2, BF16)),
+        (at(2, sub_group_size=50), 2, at(3, sub_group_size=50)),
     ],
     ids=str,
 )
@@ -73,6 +75,20 @@ def test_plain_deepspeed_goes_on(
     assert_same_state(last, first)
     found = pools(ranks).run(go_on, now, 4, laid)[0]
     assert found == pytest.approx(expected, abs=2e-2 if "bf16" in was else 1e-5)
+
+
+def test_the_loss_scale_of_fp16_goes_along(pools: Pools, tmp_path: Path) -> None:
+    pools(2).run(write, tmp_path / "first", layouts(2)["zero2 fp16"])
+    convert(tmp_path / "first/here", tmp_path / "laid", Options(to_zero=3), print)
+    (was,) = (tmp_path / "first/here").glob("zero_pp_rank_1_*_optim_states.pt")
+    (now,) = (tmp_path / "laid").glob("*/*_optim_states.pt")
+    scalers = [
+        torch.load(path, weights_only=False)["optimizer_state_dict"]["loss_scaler"]
+        for path in (was, now)
+    ]
+    assert type(scalers[0]) is type(scalers[1])
+    assert vars(scalers[0]) == vars(scalers[1])
+    assert vars(scalers[0])["cur_scale"] > 1
 
 
 def test_what_cannot_be_laid_out_anew_is_an_error(pools: Pools, tmp_path: Path) -> None:

@@ -85,11 +85,13 @@ class Native:
         limit = int(self._zero.get("sub_group_size", _SUB_GROUP))
         for names in self._groups:
             part: list[str] = []
+            size = 0
             for name in names:
                 part.append(name)
-                if sum(map(self._shard, part)) >= limit:
+                size += self._shard(name)
+                if size >= limit:
                     yield part
-                    part = []
+                    part, size = [], 0
             if part:
                 yield part
 
@@ -241,12 +243,12 @@ class Native:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
         if not self._is_fp16:
-            return LossScaler(scale=1.0)
+            return LossScaler(scale=1)
         was = (self.saved.optimizer or {}).get("loss_scaler")
         if was is None:
             raise CheckpointError(f"{self.saved.directory}: fp16 at ZeRO 0 cannot be laid out anew")
-        is_dynamic = was.class_name.endswith("DynamicLossScaler")
-        scaler: Any = DynamicLossScaler(1.0) if is_dynamic else LossScaler(1.0)
+        made = DynamicLossScaler if was.class_name.endswith("DynamicLossScaler") else LossScaler
+        scaler = made.__new__(made)
         vars(scaler).update(real(was.state))
         return scaler
 
