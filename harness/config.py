@@ -113,11 +113,19 @@ class EngineConfig(Section):
     """Optimizer of a trained engine."""
     scheduler: SchedulerConfig | None = None
     """Learning-rate schedule; constant by default."""
+    frozen: list[str] = []
+    """Parameters that stay as they are: regular expressions for the whole names of parameters, or
+    of modules with all that is in them, like "blocks\\.[0-3]"."""
     every: int = Field(default=1, ge=1)
     """Train it at every so-many-th step of the run: 2 leaves out every other one."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep an exponential moving average of its weights, like 0.999: evaluations use it, and
     exports write it besides as NAME.ema."""
+
+    @field_validator("frozen")
+    @classmethod
+    def _are_patterns(cls, frozen: list[str]) -> list[str]:
+        return [_pattern(pattern) for pattern in frozen]
 
     @model_validator(mode="after")
     def _possible(self) -> "EngineConfig":
@@ -151,8 +159,10 @@ class EngineConfig(Section):
             raise ValueError("a trained engine needs an optimizer, for example {name = 'adamw'}")
         if self.role == "teacher" and (self.optimizer or self.scheduler):
             raise ValueError("a teacher is never stepped: it takes no optimizer and no scheduler")
-        if self.role == "teacher" and (self.every > 1 or self.ema_decay):
-            raise ValueError("a teacher never changes: it takes no `every` and no ema_decay")
+        if self.role == "teacher" and (self.every > 1 or self.ema_decay or self.frozen):
+            raise ValueError(
+                "a teacher never changes: it takes no `every`, no ema_decay and no `frozen`"
+            )
         offload = zero.get("offload_optimizer")
         if self.ema_decay and isinstance(offload, Mapping) and offload.get("ratio", 1.0) != 1.0:
             raise ValueError(
@@ -276,11 +286,7 @@ class OffloadConfig(Section):
     @field_validator("match")
     @classmethod
     def _is_pattern(cls, match: str) -> str:
-        try:
-            re.compile(match)
-        except re.error as error:
-            raise ValueError(f"{match!r} is no regular expression: {error}") from None
-        return match
+        return _pattern(match)
 
     @field_validator("budget")
     @classmethod
@@ -290,13 +296,42 @@ class OffloadConfig(Section):
         return budget
 
 
+class ReplaceConfig(Section):
+    """[[optimizations.replace]] modules of one class, in whose place come others."""
+
+    what: str = Field(pattern=r"^[\w.]+:\w+$")
+    """Import path of the class of the modules, like "torch.nn:Linear"; its subclasses stay."""
+    by: str = Field(pattern=r"^[\w.]+:\w+$")
+    """Import path of a subclass, like "harness.bitnet:BitLinear", or of a function that makes a new
+    module from the old one."""
+    include: str = ".*"
+    """Regular expression for the whole names of the modules."""
+    exclude: str = ""
+    """Regular expression for those that stay."""
+    engine: str = ""
+    """The engine whose model it is; by default every one."""
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _is_pattern(cls, match: str) -> str:
+        return _pattern(match)
+
+
 class OptimizationsConfig(Section):
-    """[optimizations] what makes models smaller or faster without changing what they compute."""
+    """[optimizations] what makes models smaller or faster; all but `replace` leave what they
+    compute as it is."""
 
     unsloth: bool = False
     """Activations of trained models wait in host memory until backward (docs/offload.md)."""
     offload: OffloadConfig = OffloadConfig()
     """How, where the defaults do not fit."""
+    replace: list[ReplaceConfig] = []
+    """Other modules in the models' place, one entry after the other (docs/replace.md)."""
+    compile: bool | Literal["blocks"] = False
+    """torch.compile: true, each model as a whole; "blocks", its repeated blocks one by one, which
+    is compiled once for all of them."""
+    attention: Literal["any", "math", "flash", "efficient", "cudnn"] = "any"
+    """The only back end that torch's scaled_dot_product_attention may use."""
 
 
 class ControlConfig(Section):
@@ -369,6 +404,21 @@ class Config(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _can_replace(self) -> "Config":
+        folder = Path(self.task.path).parent if self.task.path.endswith(".py") else None
+        for number, entry in enumerate(self.optimizations.replace):
+            key = f"optimizations.replace.{number}"
+            if entry.engine and entry.engine not in self.engines:
+                hint = did_you_mean(entry.engine, self.engines)
+                raise ValueError(f"{key}.engine: there is no engine {entry.engine!r}{hint}")
+            for path in (entry.what, entry.by):
+                package = re.split("[.:]", path)[0]
+                beside = folder is not None and (folder / f"{package}.py").is_file()
+                if not (beside or _importable(package)):
+                    raise ValueError(f"{key}: {path!r}: package {package!r} is not installed")
+        return self
+
     @property
     def run_dir(self) -> Path:
         """The run directory."""
@@ -405,6 +455,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             value = merge(old, value)
         merged[key] = value
     return merged
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+    return text
 
 
 def _importable(module: str) -> bool:
