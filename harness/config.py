@@ -181,6 +181,11 @@ class EngineConfig(Section):
         """Micro-batches of one optimizer step."""
         return self.deepspeed().get("gradient_accumulation_steps", 1)
 
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage, 0 to 3."""
+        return self.deepspeed().get("zero_optimization", {}).get("stage", 0)
+
     def deepspeed(self) -> dict[str, Any]:
         """`ds_config` with `ds_overrides` merged in. Raises ValueError if it cannot be read."""
         try:
@@ -329,7 +334,7 @@ class OptimizationsConfig(Section):
     """Other modules in the models' place, one entry after the other (docs/replace.md)."""
     compile: bool | Literal["blocks"] = False
     """torch.compile: true, each model as a whole; "blocks", its repeated blocks one by one, which
-    is compiled once for all of them."""
+    is compiled once for all of them. Not at ZeRO stage 3."""
     attention: Literal["any", "math", "flash", "efficient", "cudnn"] = "any"
     """The only back end that torch's scaled_dot_product_attention may use."""
 
@@ -405,8 +410,14 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _can_replace(self) -> "Config":
+    def _can_optimize(self) -> "Config":
         folder = Path(self.task.path).parent if self.task.path.endswith(".py") else None
+        for name, engine in self.engines.items():
+            if self.optimizations.compile and engine.zero_stage == 3:
+                raise ValueError(
+                    f"optimizations.compile: engine {name!r} is at ZeRO stage 3, where torch would "
+                    "compile DeepSpeed's gathering as well, for minutes: use stage 0 to 2"
+                )
         for number, entry in enumerate(self.optimizations.replace):
             key = f"optimizations.replace.{number}"
             if entry.engine and entry.engine not in self.engines:

@@ -77,7 +77,9 @@ def replace(
         )
     if isinstance(by, type) and issubclass(by, what):
         if by is what or by.__init__ is not what.__init__:
-            fault = "is the very class" if by is what else "has an __init__ that would not be called"
+            fault = (
+                "is the very class" if by is what else "has an __init__ that would not be called"
+            )
             raise ConfigError(
                 f"replace: {by.__name__} {fault}: give a subclass of {what.__name__} without one, "
                 "or a function that makes a new module from the old one"
@@ -294,7 +296,7 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
     for path, tensor in theirs.items():
         if id(tensor) not in held:
             parent, _, key = path.rpartition(".")
-            owner = new.get_submodule(parent)
+            owner: Any = new.get_submodule(parent)
             (owner._parameters if key in owner._parameters else owner._buffers)[key] = tensor
     kept = {id(tensor) for tensor in theirs.values()}
     like = next((tensor for tensor in theirs.values() if tensor.is_floating_point()), None)

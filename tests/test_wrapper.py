@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from harness.bitnet import BitLinear, eight_bit, ternary
 from harness.config import Config
@@ -16,8 +17,17 @@ from harness.errors import ConfigError
 from harness.io import load
 from harness.run import train
 from harness.testing.pool import RankPool
-from harness.wrapper import Factory, attention, freeze, inject, replace, resize_modules
+from harness.wrapper import (
+    Factory,
+    attention,
+    compile_model,
+    freeze,
+    inject,
+    replace,
+    resize_modules,
+)
 from tests.helpers import ROOT, losses, tiny_config, told_by
+from tests.offload_models import Model, step
 from tests.replaced_task import Same, Twice, same_from
 from tests.tiny_task import Classifier, Points
 
@@ -27,7 +37,7 @@ LINEARS = ["first", "middle", "again", "last"]
 
 def trained(model: nn.Module, steps: int = 3) -> list[Tensor]:
     """Losses and final weights of a few steps."""
-    points, classes = Points(16)[:]
+    points, classes = default_collate([*Points(16)])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     found = []
     for _ in range(steps):
@@ -70,7 +80,7 @@ def test_hooks_go_along_and_their_handles_stay_good(by: Factory) -> None:
     handle = model.first.register_forward_hook(lambda *_: calls.append("hook"))
     replace(model, nn.Linear, by, include="first")
     assert not any(module.training for module in model.modules())
-    points, classes = Points(4)[:]
+    points, classes = default_collate([*Points(4)])
     model(points, classes)
     assert calls == ["hook"]
     handle.remove()
@@ -293,6 +303,21 @@ def test_what_is_frozen_stays_and_the_rest_resumes_exactly(
     assert losses(whole) != losses(plain_runs(stage))
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (0, 2)])
+def test_what_is_frozen_moves_to_another_stage(
+    two_ranks: RankPool, tmp_path: Path, before: int, after: int
+) -> None:
+    engines = {"net": {"frozen": ["middle", r"last\.bias"]}}
+    whole = tiny_config(tmp_path / "whole", after, engines=engines)
+    first = tiny_config(tmp_path / "cut", before, engines=engines, run={"steps": 3})
+    rest = tiny_config(tmp_path / "cut", after, engines=engines)
+    for config in (whole, first, rest):
+        two_ranks.run(train, config)
+    assert losses(rest) == pytest.approx(losses(whole), abs=1e-6)
+    for name, tensor in exported(whole).items():
+        torch.testing.assert_close(exported(rest)[name], tensor, atol=1e-6, rtol=0)
+
+
 def test_a_frozen_pattern_that_fits_nothing_is_an_error() -> None:
     model = Classifier()
     with pytest.raises(ConfigError, match=r"'mid' fits no parameter; there are: first\.weight"):
@@ -377,6 +402,39 @@ def test_a_run_with_bitnet_learns(two_ranks: RankPool, tmp_path: Path) -> None:
     two_ranks.run(train, config)
     found = losses(config)
     assert sum(found[-3:]) < 0.8 * sum(found[:3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_compiled_model_keeps_its_names_and_computes_the_same(blocks: bool) -> None:
+    plain = Model(blocks=2).eval()
+    model = copy.deepcopy(plain)
+    compile_model(model, blocks=blocks)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    compiled = [n for n, m in model.named_modules() if m._compiled_call_impl is not None]
+    assert compiled == (["blocks.0", "blocks.1"] if blocks else [""])
+    for found, expected in zip(step(model), step(plain), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_cannot_be_compiled_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Classifier has no nn\.ModuleList"):
+        compile_model(Classifier(), blocks=True)
+    with pytest.raises(ValidationError, match="engine 'net' is at ZeRO stage 3"):
+        tiny_config(tmp_path, 3, optimizations={"compile": "blocks"})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_compiled_run_has_the_same_losses(
+    tmp_path: Path, plain_runs: Callable[[int], Config], stage: int
+) -> None:
+    config = tiny_config(tmp_path, stage, optimizations={"compile": True})
+    with RankPool(2, timeout_s=300) as pool:
+        pool.run(train, config)
+    assert losses(config) == pytest.approx(losses(plain_runs(stage)), abs=1e-6)
+    assert list(exported(config)) == list(exported(plain_runs(stage)))
 
 
 def test_only_the_chosen_back_end_attends_and_an_impossible_one_is_told() -> None:
