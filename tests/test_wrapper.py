@@ -263,6 +263,15 @@ def test_a_replacement_that_fits_nothing_is_an_error(two_ranks: RankPool, tmp_pa
     assert not config.run_dir.exists()
 
 
+def test_a_back_end_that_cannot_attend_here_is_an_error(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, optimizations={"attention": "cudnn"})
+    (told, _) = two_ranks.run(told_by, config)
+    assert "attention = 'cudnn': no kernel for torch.float32 on cpu" in told
+    assert not config.run_dir.exists()
+
+
 WRONG = {
     "no package": ({"by": "nowhere.to:Be"}, "package 'nowhere' is not installed"),
     "no engine": ({"engine": "nett"}, "there is no engine 'nett' .did you mean 'net'?"),
