@@ -164,7 +164,7 @@ def resize_modules(model: nn.Module, include: str, size: int) -> list[Change]:
     one of them grows with it. Build the optimizer afterwards. Raises ConfigError, with the model as
     it was, if nothing fits, a module is of another kind, would shrink, or is sharded by ZeRO.
     """
-    holders: dict[nn.Parameter, dict[str, nn.Module]] = defaultdict(dict)
+    holders: dict[Tensor, dict[str, nn.Module]] = defaultdict(dict)
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
@@ -222,10 +222,9 @@ def attention(backend: str, dtypes: Iterable[torch.dtype], device: torch.device)
         return
     with sdpa_kernel(BACKENDS[backend]):
         for dtype in dtypes:
+            x = torch.zeros(1, 1, 8, 64, dtype=dtype, device=device)
             try:
-                nn.functional.scaled_dot_product_attention(
-                    *torch.zeros(3, 1, 1, 8, 64, dtype=dtype, device=device), is_causal=True
-                )
+                nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
             except RuntimeError as error:
                 raise ConfigError(
                     f"attention = {backend!r}: no kernel for {dtype} on {device.type}: {error}"
