@@ -91,6 +91,22 @@ def _add_convert(commands: Any) -> None:
         default="weights",
         help="optimizer: master weights and moments, as optimizer.KEY.NAME",
     )
+    convert.add_argument(
+        "--to-zero",
+        metavar="STAGE",
+        type=int,
+        choices=[1, 2, 3],
+        help="write no weights, but a checkpoint that plain DeepSpeed resumes at this ZeRO stage: "
+        "DST is a new directory. With --ranks, and --round-robin",
+    )
+    convert.add_argument(
+        "--ranks", metavar="N", type=int, default=1, help="how many ranks will resume it"
+    )
+    convert.add_argument(
+        "--round-robin",
+        choices=["true", "false"],
+        help="what round_robin_gradients is there; must be given if it was true",
+    )
     convert.add_argument("--engine", metavar="NAME", help="which engine of a checkpoint of several")
     for option, what in (("include", "take only"), ("exclude", "leave out")):
         convert.add_argument(
@@ -140,6 +156,9 @@ def turn(args: argparse.Namespace) -> None:
         shard_size=args.shard_size,
         dry_run=args.dry_run,
         verify=args.verify,
+        to_zero=args.to_zero,
+        ranks=args.ranks,
+        round_robin=None if args.round_robin is None else args.round_robin == "true",
     )
     convert(args.src, args.dst, options, print_line)
 

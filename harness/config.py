@@ -116,6 +116,9 @@ class EngineConfig(Section):
     frozen: list[str] = []
     """Parameters that stay as they are: regular expressions for the whole names of parameters, or
     of modules with all that is in them, like "blocks\\.[0-3]"."""
+    init_from: Path | None = None
+    """Weights to start from, instead of the task's: a .sft or .pt, a folder of Hugging Face's, an
+    export or a checkpoint. Not read when a run resumes, except for a teacher."""
     every: int = Field(default=1, ge=1)
     """Train it at every so-many-th step of the run: 2 leaves out every other one."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
@@ -150,6 +153,8 @@ class EngineConfig(Section):
                     f"zero_optimization.{key}.device = 'nvme': a checkpoint would lack what is "
                     "there; use 'cpu'"
                 )
+            if self.init_from is not None and on_nvme:
+                raise ValueError(f"zero_optimization.{key}.device = 'nvme': init_from needs 'cpu'")
         accumulation = ds.get("gradient_accumulation_steps", 1)
         if type(accumulation) is not int or accumulation < 1:
             raise ValueError(

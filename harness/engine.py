@@ -12,7 +12,7 @@ from torch import nn
 
 from harness import distributed, ema
 from harness.config import EngineConfig, OffloadConfig
-from harness.errors import CommandError, ConfigError
+from harness.errors import CheckpointError, CommandError, ConfigError
 from harness.lend import Turn
 from harness.offload import Plan, Stats, attach
 from harness.optim.apollo import Apollo
@@ -366,7 +366,8 @@ class Engine:
         The config has the last word: the optimizer's settings that it names are taken from it, and
         the schedule goes on at its place with the config's learning rate. What live commands have
         changed stays, unless the same thing was changed in the config since: optimizer or schedule
-        for the learning rate, `gradient_clipping` for the clipping.
+        for the learning rate, `gradient_clipping` for the clipping. Raises CheckpointError if the
+        config has another rank for APOLLO than the checkpoint.
         """
         self.counters = Counters(**state["counters"])
         if self.role == "teacher":
@@ -375,6 +376,13 @@ class Engine:
             ema.forget(self.ds.optimizer)
         self.ds.lr_scheduler.base_lrs = [chosen["lr"] for chosen in self._chosen]
         for group, chosen in zip(self.ds.optimizer.param_groups, self._chosen, strict=True):
+            here, there = (settings.get("rank") for settings in (group | chosen, group))
+            if self.is_low_rank and here != there:
+                raise CheckpointError(
+                    f"engine {self.name!r}: rank = {here} here, and {there} in the checkpoint, "
+                    "which APOLLO's state cannot follow: set it as it was, or start a new run "
+                    "under another run.name"
+                )
             group |= chosen
         self._held_lr, self._lr_factor, self._clip = (
             state[key] for key in ("held_lr", "lr_factor", "clip")

@@ -9,7 +9,7 @@ from inspect import getdoc
 from pathlib import Path
 
 from harness import distributed
-from harness.checkpoint import resume
+from harness.checkpoint import resume, start
 from harness.checkpoint.retain import clean
 from harness.checkpoint.save import Saver
 from harness.config import Config
@@ -64,9 +64,11 @@ def train(config: Config) -> int:
             backend = config.optimizations.attention
             stack.enter_context(attention(backend, dtypes, distributed.device()))
         live = Live(config)
-        checkpoint = _open_run_directory(config, engines, stack)
+        checkpoint, weights = _open_run_directory(config, engines, stack)
         rank = distributed.global_rank()
         distributed.seed_everything(config.run.seed + rank)  # other dropout on every rank
+        for name, given in weights.items():
+            start.fill(engines[name], given)
         if checkpoint is not None:
             resume.resume(checkpoint, engines, batches, live)
         with distributed.in_unison(f"run directory {config.run_dir}"):
@@ -117,8 +119,12 @@ def _build(config: Config) -> tuple[Task, Batches]:
     return task, batches
 
 
-def _open_run_directory(config: Config, engines: Engines, stack: ExitStack) -> Path | None:
-    """Makes the run directory, locks it, and logs into it. The checkpoint to resume. Collective.
+def _open_run_directory(
+    config: Config, engines: Engines, stack: ExitStack
+) -> tuple[Path | None, dict[str, start.Weights]]:
+    """Makes the run directory, locks it, and logs into it. Collective.
+
+    Returns the checkpoint to resume, and the given weights that engines start from.
 
     An earlier run's directory is locked before it is looked into, a new one once all has proved
     good.
@@ -128,6 +134,7 @@ def _open_run_directory(config: Config, engines: Engines, stack: ExitStack) -> P
         if is_known := distributed.is_global_leader() and directory.exists():
             stack.enter_context(locked(directory / "control/lock"))
     checkpoint = resume.choose(config.run.resume, directory / "checkpoints", engines)
+    weights = start.find(engines, config.engines, resumes=checkpoint is not None)
     with distributed.in_unison(f"run directory {directory}"):
         if distributed.is_global_leader():
             if not is_known:
@@ -137,7 +144,7 @@ def _open_run_directory(config: Config, engines: Engines, stack: ExitStack) -> P
         handler = log_to(directory / "log.txt")
     stack.callback(handler.close)
     stack.callback(logging.getLogger("harness").removeHandler, handler)
-    return checkpoint
+    return checkpoint, weights
 
 
 def _open_fronts(config: Config, bus: Bus, stack: ExitStack) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -51,8 +52,11 @@ class Noted(Points):
 
 
 def build(config: Config) -> Task:
-    args: dict[str, Any] = {"fill": 0.0, "notes": None, "reordered": False} | config.task.args
-    models: dict[str, nn.Module] = {name: Odd(args["fill"]) for name in config.engines}
+    args: dict[str, Any] = {"fill": 0.0, "notes": None, "reordered": False, "born_sharded": False}
+    args |= config.task.args
+    ds = config.engines["net"].deepspeed() | {"train_micro_batch_size_per_gpu": 1}
+    with deepspeed.zero.Init(config_dict_or_path=ds, enabled=args["born_sharded"]):
+        models: dict[str, nn.Module] = {name: Odd(args["fill"]) for name in config.engines}
     for parameter in models["wise"].parameters() if "wise" in models else []:
         parameter.data.fill_(args["fill"])
     if args["reordered"]:

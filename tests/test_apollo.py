@@ -187,6 +187,23 @@ def test_the_second_moment_decays_beside_bf16_weights() -> None:
     assert kept * 0.999 == kept
 
 
+@pytest.mark.parametrize("setting", [{"seed": 1}, {"projection": "rademacher"}])
+def test_a_loaded_state_takes_no_projection_of_before(setting: dict[str, Any]) -> None:
+    """An optimizer that has stepped has kept its own P for the same matrix and refresh."""
+    gradients = random_gradients((12, 5), 6)
+    saved = Apollo([matrix(12, 5)], lr=1e-2, rank=2, **setting)
+    places = drive(saved, gradients[:3])
+    state = copy.deepcopy(saved.state_dict())
+    expected = drive(saved, gradients[3:])
+    parameter = matrix(12, 5)
+    used = Apollo([parameter], lr=1e-2, rank=2)
+    drive(used, gradients[:1])
+    used.load_state_dict(state)
+    parameter.data.copy_(places[-1])
+    found = drive(used, gradients[3:])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @KINDS
 def test_state_is_plain_and_goes_on_to_the_bit(kind: Any, tmp_path: Path) -> None:
     """Also without pickled classes, also beside weights in bf16."""
@@ -282,12 +299,23 @@ def test_a_column_major_parameter() -> None:
         ({"projection": "svt"}, "projection = 'svt'"),
         ({"scale_type": "row"}, "scale_type = 'row'"),
         ({"gamma": 0.5}, "gamma = 0.5"),
+        ({"eps": 0.0}, "eps = 0.0"),
         ({"update_proj_gap": 0}, "update_proj_gap = 0"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Apollo([matrix(6, 4)], **settings)
+
+
+def test_a_limiter_that_lets_everything_pass_is_none() -> None:
+    """A TOML file can say `gamma = inf`, but not None."""
+    gradients = random_gradients((12, 5), 1) + random_gradients((12, 5), 4, size=50.0)
+    found, expected = (
+        drive(Apollo([matrix(12, 5)], lr=1e-2, rank=2, gamma=gamma), gradients)
+        for gamma in (math.inf, None)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_vector_of_rank_above_0_is_refused() -> None:

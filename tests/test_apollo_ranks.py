@@ -101,6 +101,24 @@ def test_two_collectives_and_no_wait(
         assert waits == []
 
 
+@pytest.mark.parametrize("mini", [False, True])
+def test_no_operator_waits_inside(mini: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an operator reads of a device by itself, which the profiler sees. (Fused Adam reads its
+    steps on CPUs only.)"""
+    monkeypatch.setattr(lowrank, "_if_well", lowrank._masked)
+    model = Given()
+    optimizer = apollo(model, mini)
+    take_plain_steps(model, optimizer, range(1))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    events = profile.events() or []
+    reads = [event for event in events if event.name == "aten::_local_scalar_dense"]
+    readers = {event.cpu_parent.cpu_parent.name for event in reads}
+    assert readers <= {"aten::_fused_adam_", "aten::_fused_adamw_"}
+
+
 def poisoned_on_one_rank() -> tuple[float, float]:
     """A NaN on rank 1 only, in a step that DeepSpeed does not check itself: how far the masters
     moved in it; and how far they end from a run without that step."""

@@ -20,7 +20,7 @@ from harness.optim import Apollo, ApolloMini
 from harness.optim.build import OPTIMIZERS, build_optimizer, check_zero
 from harness.optim.lr import build_scheduler
 from harness.run import train
-from harness.testing.pool import RankPool
+from harness.testing.pool import RankError, RankPool
 from tests.given_gradients import Given, engine_of, gradients_of
 from tests.helpers import losses, records, tiny_config
 
@@ -199,8 +199,10 @@ def test_warmup_stable_decay_has_three_parts() -> None:
     assert factors("warmup-stable-decay")[:91] == [1.0] * 91
 
 
-def apollo_config(directory: Path, stage: int, name: str, dtype: str, **overrides: Any) -> Any:
-    optimizer = {"name": name, "rank": 3 if name == "apollo" else 1, "update_proj_gap": 2}
+def apollo_config(
+    directory: Path, stage: int, name: str, dtype: str, rank: int = 3, **overrides: Any
+) -> Any:
+    optimizer = {"name": name, "rank": rank if name == "apollo" else 1, "update_proj_gap": 2}
     engine = {
         "optimizer": optimizer | {"low_rank": "last.weight", "lr": 1e-2, "weight_decay": 0.1},
         "ds_overrides": {"bf16": {"enabled": dtype == "bf16"}},
@@ -228,6 +230,15 @@ def test_a_resumed_run_is_the_same_to_the_bit(
         assert 0 < record["apollo/scale"] < math.inf
         assert 0 <= record["apollo/limited"] <= 1
         assert record["apollo/skipped"] == 0
+
+
+def test_another_rank_is_refused_before_the_first_step(two_ranks: RankPool, tmp_path: Path) -> None:
+    two_ranks.run(train, apollo_config(tmp_path, 1, "apollo", "fp32", run={"steps": 3}))
+    config = apollo_config(tmp_path, 1, "apollo", "fp32", rank=2, run={"steps": 6})
+    told = r"CheckpointError: engine 'net': rank = 2 here, and 3 in the checkpoint"
+    with pytest.raises(RankError, match=told):
+        two_ranks.run(train, config)
+    assert len(records(config)) == 3
 
 
 def test_schedule_free_exports_its_averages_and_resumes_to_the_bit(

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from harness.checkpoint import plan as planning
 from harness.checkpoint.copy import Progress, Written, copy
-from harness.checkpoint.locate import locate
+from harness.checkpoint.locate import LATEST, locate
 from harness.checkpoint.plan import Plan, Planned
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.verify import check_layout, check_output, check_sources
 from harness.errors import FormatError, HarnessError
+from harness.files import write_atomically
 from harness.formats import flat, pt, sft, shards, ties
 from harness.formats.dtypes import SFT
 
@@ -43,6 +44,12 @@ class Options:
     """Bytes."""
     dry_run: bool = False
     verify: bool = False
+    to_zero: int | None = None
+    """ZeRO stage of the native files that are written instead of weights."""
+    ranks: int = 1
+    """Ranks that they are for."""
+    round_robin: bool | None = None
+    """What round_robin_gradients is there; None: false."""
     workers: int = 0
     """Threads; 0: as many as there are processors, at most 4."""
 
@@ -55,6 +62,9 @@ def convert(src: Path, dst: Path, options: Options, put: Put) -> None:
     """
     _check_target(dst, options)
     found = locate(src, options.engine)
+    if options.to_zero is not None:
+        _native(found, dst, options, put)
+        return
     plan = _plan(found, options)
     if plan is None:
         assert isinstance(found, Path)
@@ -84,7 +94,10 @@ def convert(src: Path, dst: Path, options: Options, put: Put) -> None:
 
 
 def _check_target(dst: Path, options: Options) -> None:
-    if options.shard_size is not None:
+    if options.to_zero is not None:
+        if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+            raise HarnessError(f"{dst} is there already: a checkpoint goes into a new directory")
+    elif options.shard_size is not None:
         if options.shard_size <= 0:
             raise HarnessError("--shard-size must be above 0")
         if dst.suffix in pt.SUFFIXES | sft.SUFFIXES:
@@ -122,6 +135,30 @@ def _whole(src: Path, dst: Path, options: Options, put: Put) -> None:
 
     io.save(io.load(src, lazy=True), dst, options.shard_size)
     put(f"{dst}: {dst.stat().st_size / 1e9:.3f} GB" if dst.is_file() else str(dst))
+
+
+def _native(found: SavedEngine | Path, dst: Path, options: Options, put: Put) -> None:
+    """A checkpoint of plain DeepSpeed's, laid out for another ZeRO stage and number of ranks."""
+    given = (options.dtype, options.include, options.exclude, options.rename, options.shard_size)
+    if any(given) or options.what != "weights" or options.dry_run or options.verify:
+        raise HarnessError("--to-zero takes no option but --ranks, --round-robin and --engine")
+    if not isinstance(found, SavedEngine):
+        raise HarnessError(f"{found}: --to-zero needs a checkpoint: there is no optimizer's state")
+    if options.ranks < 1:
+        raise HarnessError(f"--ranks {options.ranks}: expected 1 or more")
+    from harness.checkpoint.native import Native  # late: it needs torch
+
+    assert options.to_zero is not None
+    native = Native(found, options.to_zero, options.ranks, options.round_robin)
+    tag = f"global_step{found.model['global_steps']}"
+    needed = sum(path.stat().st_size for path in found.directory.iterdir())
+    with _staged(dst, needed) as staged:
+        (staged / tag).mkdir()
+        native.write(staged / tag)
+        write_atomically(staged / LATEST, lambda path: path.write_text(tag))
+    put(f"{dst}: {tag} for {options.ranks} ranks at ZeRO {options.to_zero}")
+    for note in native.notes:
+        put(f"note: {note}")
 
 
 def _write(plan: Plan, dst: Path, options: Options, progress: Progress) -> None:

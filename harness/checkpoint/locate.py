@@ -63,7 +63,9 @@ def _of_checkpoint(path: Path, engine: str | None) -> SavedEngine:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from None
     if engine is None and len(engines) != 1:
-        raise CheckpointError(f"{path}: name one with --engine: {', '.join(engines) or 'none'}")
+        raise CheckpointError(
+            f"{path}: name one with --engine, or {path}/NAME: {', '.join(engines) or 'none'}"
+        )
     if engine is not None and engine not in engines:
         hint = did_you_mean(engine, engines)
         raise CheckpointError(f"{path}: no engine {engine!r}, but {', '.join(engines)}{hint}")

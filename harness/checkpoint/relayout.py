@@ -184,11 +184,11 @@ def _optimizer(
         here, world = 0, 1
     everyones = [flats(tree, module, shapes, rank, world) for rank in range(world)]
     new = everyones[here]
-    masters = [_filled(flat, saved, None) for flat in new]
+    masters = [filled_flat(flat, saved, None) for flat in new]
     states = {
         number: _low_rank_state([flats[number] for flats in everyones], here, saved)
         if engine.is_low_rank and saved.groups[flat.group]["rank"]
-        else _state(flat, saved)
+        else filled_state(flat, saved)
         for number, flat in enumerate(new)
     }
     groups = [
@@ -221,7 +221,7 @@ def _optimizer(
     return tree | filled | {key: scale[key] for key in scale.keys() & tree.keys()}
 
 
-def _state(flat: Flat, saved: SavedEngine) -> Tree:
+def filled_state(flat: Flat, saved: SavedEngine) -> Tree:
     """The optimizer's state of one flat: moments cut anew, and scalars as they were.
 
     Scalars are read anew: two flats that shared a `step` tensor would count every step twice.
@@ -235,7 +235,7 @@ def _state(flat: Flat, saved: SavedEngine) -> Tree:
                     f"{state[key]} of {flat.segments[0].name!r}, which ZeRO keeps in one group"
                 )
     keys = {key for segment in flat.segments for key in saved.state_keys(segment.name)}
-    return state | {key: _filled(flat, saved, key) for key in sorted(keys)}
+    return state | {key: filled_flat(flat, saved, key) for key in sorted(keys)}
 
 
 def _low_rank_state(everyones: Sequence[Flat], rank: int, saved: SavedEngine) -> Tree:
@@ -253,7 +253,7 @@ def _low_rank_state(everyones: Sequence[Flat], rank: int, saved: SavedEngine) ->
         plans = [_plan(old, number, saved) for number in range(len(old))]
         named.relay(plans, [real(flat.state) for flat in old], new, state)
     if any(ema.KEY in saved.state_keys(name) for name in names):
-        state[ema.KEY] = _filled(everyones[rank], saved, ema.KEY)
+        state[ema.KEY] = filled_flat(everyones[rank], saved, ema.KEY)
     return state
 
 
@@ -271,7 +271,7 @@ def _plan(everyones: Sequence[Flat], rank: int, saved: SavedEngine) -> Plan:
     return Plan([Shard(pieces, rank)], matrices)
 
 
-def _filled(flat: Flat, saved: SavedEngine, key: str | None) -> torch.Tensor:
+def filled_flat(flat: Flat, saved: SavedEngine, key: str | None) -> torch.Tensor:
     """A flat's master (key None) or moment from the checkpoint, on the CPU; padding is 0."""
     filled: torch.Tensor | None = None
     for segment in flat.segments:

@@ -19,20 +19,21 @@ def described(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str
 def names(metadata: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str] | None:
     """Every name of a file's tensors, and the one that it is stored under.
 
-    None if the file holds another structure than a dict of whole tensors. Raises FormatError if
-    the metadata are damaged.
+    None if the file holds another structure than a dict, or a module's state dict, of whole
+    tensors. Raises FormatError if the metadata are damaged.
     """
     match tree.from_metadata(metadata, tensors):
         case {"dict": dict(nodes), **rest} if not rest:
-            found = {name: _plain(node) for name, node in nodes.items()}
-            kept = {name for name in found.values() if name is not None}
-            if None not in found.values() and kept == set(tensors):
-                return {name: stored for name, stored in found.items() if stored is not None}
-    return None
-
-
-def _plain(node: Any) -> str | None:
-    match node:
-        case {"tensor": str(name), **rest} if not rest:
-            return name
-    return None
+            pairs = list(nodes.items())
+        case {"OrderedDict": list(pairs), **rest} if rest.keys() <= {"_metadata"}:
+            pass
+        case _:
+            return None
+    found: dict[str, str] = {}
+    for pair in pairs:
+        match pair:
+            case (str(name), {"tensor": str(kept), **rest}) if not rest and name not in found:
+                found[name] = kept
+            case _:
+                return None
+    return found if set(found.values()) == set(tensors) else None

@@ -66,7 +66,7 @@ class Apollo(torch.optim.Optimizer):
     ):
         """`scale`: alpha, whose root is applied, with `scale_front` already before the limiter.
 
-        `gamma`: what the update's norm may grow by in a step; None: no limiter. `eps` counts
+        `gamma`: what the update's norm may grow by in a step; None or inf: no limiter. `eps` counts
         before the correction of the bias for matrices, after it for dense AdamW. `projection`:
         "svd" takes P from the gradient at each refresh (spectral.py), which every rank then keeps
         for the matrices that it has elements of, as `projection` (any, rank). Raises ValueError
@@ -164,13 +164,13 @@ class Apollo(torch.optim.Optimizer):
 
         Empty before the first step. Collective where parameters are sharded.
         """
-        found = {} if self.state else dict(self._named)
+        found = dict(self._named)  # what has had no gradient since it was loaded
         for group, flats, shards in self._located_groups.values():
             pairs = zip(flats, shards, strict=True)
             kept = [(flat, shard) for flat, shard in pairs if flat in self.state]
             if kept:
                 states = [self.state[flat] for flat, _ in kept]
-                named = self._part(group, flats, kept).named(states)
+                named = self._make_part(group, kept).named(states)
                 found |= {name: value.cpu().clone() for name, value in named}
         return found
 
@@ -185,13 +185,18 @@ class Apollo(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's. Raises RuntimeError while a state by name has not been taken up."""
-        if self._named and not self.state:
-            raise RuntimeError("a state that was loaded by name is taken up by the next step")
+        names = [key.removesuffix("/exp_avg") for key in self._named if key.endswith("/exp_avg")]
+        if waiting := [n for n in names if {n, n.rpartition("[")[0]} & self._parameters.keys()]:
+            raise RuntimeError(
+                "a state that was loaded by name is taken up by the next step that has a gradient "
+                f"for it; until then save named_state(). Waiting: {', '.join(waiting)}"
+            )
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but tensors keep their dtype, also beside parameters in 16 bits."""
         super().load_state_dict(state_dict)
+        self._named = {}
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         flats = [flat for group in self.param_groups for flat in group["params"]]
         for number, flat in zip(saved, flats, strict=True):
@@ -276,7 +281,7 @@ def _check(group: Group) -> None:
         "gamma": group["gamma"] is None or group["gamma"] >= 1,
         "projection": group["projection"] in (*PROJECTIONS, "svd"),
         "betas": 0 <= beta1 < 1 and 0 <= beta2 < 1,
-        "eps": group["eps"] >= 0,
+        "eps": group["eps"] > 0 or (group["eps"] == 0 and not group["rank"]),  # 0 / 0 in N
         "weight_decay": group["weight_decay"] >= 0,
     }
     for key, is_allowed in allowed.items():

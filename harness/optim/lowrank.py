@@ -57,6 +57,8 @@ class LowRank(Part):
             known, inner = self._inner_of.get(block.matrix, block.inner), block.inner
             first, stop = min(known.start, inner.start), max(known.stop, inner.stop)
             self._inner_of[block.matrix] = range(first, stop)
+        self._is_written = not self.plan.shared and all(m.by_rows for m in self.plan.matrices)
+        """Whether every channel's R comes from one block, and none is left out."""
         self._sketch = self._squares = self._ratios = torch.empty(0)
         self._told: dict[str, Tensor] = {}
 
@@ -133,28 +135,34 @@ class LowRank(Part):
         return self._squares.sum(dtype=torch.float64)
 
     def project(self) -> Tensor:
-        plan, rank = self.plan, self.group["rank"]
-        self._sketch = torch.zeros(plan.slots, rank, device=self.device)
-        self._squares = torch.zeros(plan.slots, device=self.device)
+        plan, group = self.plan, self.group
+        rank = group["rank"]
+        is_written = self._is_written and group["scale_type"] == "channel"
+        new = torch.empty if is_written else torch.zeros
+        self._sketch = new(plan.slots, rank, device=self.device)
+        self._squares = new(plan.slots, device=self.device)
         for number, blocks in groupby(plan.blocks, key=lambda block: block.matrix):
             needed, projection = self._inner_of[number], self._projection(number)
             for block in blocks:
-                self._project_block(block, projection[block.inner.start - needed.start :])
+                first = block.inner.start - needed.start
+                is_all = len(block.inner) == len(needed)
+                rows = projection if is_all else projection[first : first + len(block.inner)]
+                self._project_block(block, rows)
         shared = [self._sketch[plan.rows_here :], self._squares[plan.rows_here :, None]]
         return torch.cat(shared, dim=1).view(plan.world, plan.chunk * (rank + 1))
 
     def _project_block(self, block: Block, projection: Tensor) -> None:
-        """Adds a block's share to R and to the squares. `projection`: P from its inner ones on."""
+        """Adds a block's share to R and to the squares. `projection`: its rows of P."""
         channels, slots = block.of(self.gradients), block.slots
         sketch, squares = self._sketch[slots], self._squares[slots]
-        projection = projection[: len(block.inner)]
-        if self.plan.matrices[block.matrix].by_rows:  # what is here of a row is in this block
+        by_rows = self.plan.matrices[block.matrix].by_rows
+        if by_rows:  # what is here of a row is in this block
             torch.mm(channels, projection, out=sketch)
         else:
             sketch.addmm_(channels, projection)
         if self.group["scale_type"] == "tensor":  # only their sum is asked for
             squares[0] += torch.linalg.vector_norm(channels).square()
-        elif self.plan.matrices[block.matrix].by_rows:
+        elif by_rows:
             torch.linalg.vector_norm(channels, dim=1, out=squares).square_()
         else:  # torch's norm is slow along columns
             squares += channels.square().sum(1)
@@ -172,7 +180,10 @@ class LowRank(Part):
         if group["scale_type"] == "channel":
             self._ratios = adapted_norms / (norms + 1e-8)
         of_channel = torch.stack([self._ratios**2 * squares, norms**2, adapted_norms**2], dim=1)
-        sums = torch.segment_reduce(of_channel, "sum", lengths=self._channels_of, axis=0, initial=0)
+        lengths = self._channels_of
+        sums = torch.segment_reduce(  # whose checks of the lengths would wait for the device
+            of_channel, "sum", lengths=lengths, axis=0, unsafe=True, initial=0
+        )
         sums = sums.view(2, -1, 3).sum(0)[:-1]
         return torch.cat([self._ratios[plan.rows_here :], sums.flatten()])
 
@@ -189,13 +200,13 @@ class LowRank(Part):
         decay = torch.where(well, group["lr"] * group["weight_decay"], 0.0)
         rate = group["lr"] * alpha * self._corrections() * scale / limit * (1 - decay)
         rate = torch.cat([rate, rate.new_zeros(1)])[self._matrix_of_slot]
-        step = torch.where(well, ratios * rate, 0.0).float()
+        step = torch.where(well, ratios * rate, 0.0).float()[:, None]
         for block in plan.blocks:
             weight = block.of(self.weights)
             gradient = _if_well(block.of(self.gradients), well)
             if group["weight_decay"]:  # not w *= 1 - decay, whose rounding goes one way each step
                 weight.addcmul_(weight, decay, value=-1)
-            weight.addcmul_(gradient, step[block.slots, None], value=-1)
+            weight.addcmul_(gradient, step[block.slots], value=-1)
         self.end()
 
     def end(self) -> None:
@@ -244,7 +255,7 @@ class LowRank(Part):
         """L for every matrix, from the norms of U: (n,). The first norm above 0 starts the limiter:
         one that had started at 0 would let nothing pass, ever."""
         gamma = self.group["gamma"]
-        if gamma is None:
+        if gamma is None or gamma == math.inf:
             return torch.ones_like(norms)
         limiters = [state["limiter"] for state in self.states]
         last = torch.cat(limiters)
@@ -273,7 +284,7 @@ class Projections:
     as there is room."""
 
     def __init__(self) -> None:
-        self._kept: dict[Any, tuple[int, Tensor]] = {}
+        self._kept: dict[Any, tuple[Any, Tensor]] = {}
         self._bytes = 0
 
     def get(
@@ -283,15 +294,16 @@ class Projections:
         variance: fp32 (inner, r). `calls`: steps before this one."""
         rank, refresh = group["rank"], calls // group["update_proj_gap"]
         address = matrix.name, inner, rank
+        contents = refresh, group["projection"], group["seed"]
         if address in self._kept:
-            made_at, projection = self._kept[address]
-            if made_at == refresh:
+            made_of, projection = self._kept[address]
+            if made_of == contents:
                 return projection
             del self._kept[address]
             self._bytes -= projection.nbytes
         make, key = PROJECTIONS[group["projection"]], key_of(group["seed"], matrix.name)
         projection = make(inner, range(rank), refresh, key, device).div_(math.sqrt(rank))
         if self._bytes + projection.nbytes <= KEPT_BYTES:
-            self._kept[address] = refresh, projection
+            self._kept[address] = contents, projection
             self._bytes += projection.nbytes
         return projection

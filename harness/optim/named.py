@@ -22,7 +22,9 @@ State = dict[str, Any]
 
 PIECEWISE = ("exp_avg", "exp_avg_sq", "projection")
 """What a rank has of a matrix for a part; the rest it has whole."""
-KEYS = (*PIECEWISE, "limiter", "step", "calls", "made")
+SPECTRAL = ("projection", "made")
+"""What only "svd" has, which makes it of the next gradient where there is none yet."""
+KEYS = ("exp_avg", "exp_avg_sq", "limiter", "step", "calls", *SPECTRAL)
 
 
 def first_state(
@@ -72,7 +74,8 @@ def put(plan: Plan, number: int, state: State, found: Mapping[str, Tensor]) -> N
     """
     matrix, flat = plan.matrices[number], plan.flat_of_matrix[number]
     shape = matrix.channels, state["exp_avg"].shape[1]
-    if any(key not in found for key in state) or tuple(found["exp_avg"].shape) != shape:
+    needed = state.keys() - SPECTRAL
+    if any(key not in found for key in needed) or tuple(found["exp_avg"].shape) != shape:
         log.warning("%s: its state is not that of APOLLO at this rank; it starts anew", matrix.name)
         return
     for key in ("exp_avg", "exp_avg_sq"):
@@ -82,7 +85,7 @@ def put(plan: Plan, number: int, state: State, found: Mapping[str, Tensor]) -> N
     state["limiter"][plan.matrices_of_flat[flat].index(number)] = found["limiter"]
     state["step"].copy_(torch.maximum(state["step"], found["step"].to(state["step"].device)))
     state["calls"] = max(state["calls"], int(found["calls"]))
-    if "projection" in state:
+    if "projection" in state and "projection" in found:
         if number in plan.projected:
             state["projection"].narrow(0, *plan.projected[number]).copy_(found["projection"])
         state["made"] = int(found["made"])

@@ -7,6 +7,7 @@ A step has three phases with a collective between them, the same for every part:
 Low-rank parts have a file of their own, lowrank.py. W is the number of ranks that share.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from harness.optim.shards import Shard, ShardError
+
+log = logging.getLogger(__name__)
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -114,21 +117,28 @@ class Dense(Part):
     def named(self, states: Sequence[State]) -> Iterator[tuple[str, Tensor]]:
         for shard, state in zip(self.shards, states, strict=True):
             for number, piece in enumerate(shard.mine):
-                size = max(pieces[number].start + pieces[number].length for pieces in shard.pieces)
                 for key in ("exp_avg", "exp_avg_sq"):
-                    whole = torch.zeros(size, device=self.device)
+                    whole = torch.zeros(_size(shard, number), device=self.device)
                     here = state[key].flatten()[piece.offset : piece.offset + piece.length]
                     whole[piece.start : piece.start + piece.length] = here
                     yield f"{piece.name}/{key}", self._joined(whole)
                 yield f"{piece.name}/step", state["step"]
 
     def _adopt(self, number: int, state: State, named: Named) -> None:
-        for piece in self.shards[number].mine:
-            for key in ("exp_avg", "exp_avg_sq"):
-                if (whole := named.pop(f"{piece.name}/{key}", None)) is not None:
-                    here = state[key].view(-1)[piece.offset : piece.offset + piece.length]
-                    here.copy_(whole.flatten()[piece.start : piece.start + piece.length])
-            if (step := named.pop(f"{piece.name}/step", None)) is not None:
+        shard = self.shards[number]
+        for place, piece in enumerate(shard.mine):
+            found = {
+                key: named.pop(f"{piece.name}/{key}", None) for key in ("exp_avg", "exp_avg_sq")
+            }
+            step = named.pop(f"{piece.name}/step", None)
+            moments = {key: whole for key, whole in found.items() if whole is not None}
+            if any(whole.numel() != _size(shard, place) for whole in moments.values()):
+                log.warning("%s: its state is not that of AdamW; it starts anew", piece.name)
+                continue
+            for key, whole in moments.items():
+                here = state[key].view(-1)[piece.offset : piece.offset + piece.length]
+                here.copy_(whole.flatten()[piece.start : piece.start + piece.length])
+            if step is not None:
                 state["step"].copy_(torch.maximum(state["step"], step.to(self.device)))
 
     def square_sum(self) -> Tensor:
@@ -165,6 +175,11 @@ class Dense(Part):
             maximize=False,
         )
         self.end()
+
+
+def _size(shard: Shard, number: int) -> int:
+    """The elements of a parameter, of which every rank has piece `number`."""
+    return max(pieces[number].start + pieces[number].length for pieces in shard.pieces)
 
 
 class Exchange:

@@ -84,7 +84,7 @@ def _block(
     """The entries at (rows, columns), where `entries` makes `width` neighbours of one counter."""
     first, stop = columns.start // width, -(-columns.stop // width)
     groups = torch.arange(first, stop, device=device)
-    high, low = (torch.tensor(word, device=device) for word in last_words)
+    high, low = (torch.full((), word, device=device) for word in last_words)  # no copy
     block = torch.empty(len(rows), stop - first, width, device=device)
     strip = max(1, _STRIP // max(1, len(groups)))
     for start in range(0, len(rows), strip):

@@ -13,7 +13,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +31,9 @@ NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "en
 page tables, whose near-copies would flatter the held-out loss."""
 
 
-class ByteLMArgs(Section):
-    """[task] args = {...} of this task."""
+class TransformerArgs(Section):
+    """The size of the transformer."""
 
-    path: Path | None = None
-    """Folder of text files to learn from; None is this Python's standard library."""
-    seq_len: int = Field(default=256, ge=1)
-    """Bytes that the model reads at once."""
     dim: int = Field(default=128, ge=1)
     """Width of the residual stream."""
     layers: int = Field(default=4, ge=1)
@@ -46,14 +42,9 @@ class ByteLMArgs(Section):
     """Attention heads; dim / heads must be a whole, even number."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability of dropping an attention weight or an element of a residual branch."""
-    eval_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the files that is held out."""
-    eval_windows: int = Field(default=256, ge=1)
-    """Windows of the held-out text, evenly spread, that one evaluation reads: with the defaults
-    about 2 s on two CPU cores."""
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> "ByteLMArgs":
+    def _heads_fit(self) -> Self:
         if self.dim % self.heads:
             raise ValueError(f"dim = {self.dim} is not divisible by heads = {self.heads}")
         if self.dim // self.heads % 2:
@@ -61,6 +52,20 @@ class ByteLMArgs(Section):
                 f"dim / heads = {self.dim // self.heads} is odd, but rotary positions turn pairs"
             )
         return self
+
+
+class ByteLMArgs(TransformerArgs):
+    """[task] args = {...} of this task."""
+
+    path: Path | None = None
+    """Folder of text files to learn from; None is this Python's standard library."""
+    seq_len: int = Field(default=256, ge=1)
+    """Bytes that the model reads at once."""
+    eval_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the files that is held out."""
+    eval_windows: int = Field(default=256, ge=1)
+    """Windows of the held-out text, evenly spread, that one evaluation reads: with the defaults
+    about 2 s on two CPU cores."""
 
 
 def build(config: Config) -> Task:
@@ -192,7 +197,7 @@ class ByteLM(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(args) for _ in range(args.layers))
         self.norm = nn.RMSNorm(args.dim)
-        self.head = _linear(args.dim, VOCABULARY)
+        self.head = linear(args.dim, VOCABULARY)
 
     def forward(self, bytes_BT: Tensor) -> Tensor:
         """Logits [B, T, V], in the weights' dtype, of the byte after each of the int64 [B, T]."""
@@ -206,7 +211,7 @@ class ByteLM(nn.Module):
 class Block(nn.Module):
     """Attention, then SwiGLU: each reads a normed stream and adds its dropped-out result to it."""
 
-    def __init__(self, args: ByteLMArgs) -> None:
+    def __init__(self, args: TransformerArgs) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(args.dim)
         self.attention = Attention(args)
@@ -223,11 +228,11 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal multi-head attention with rotary positions."""
 
-    def __init__(self, args: ByteLMArgs) -> None:
+    def __init__(self, args: TransformerArgs) -> None:
         super().__init__()
         self.heads, self.dropout = args.heads, args.dropout
-        self.qkv = _linear(args.dim, 3 * args.dim)
-        self.project = _linear(args.dim, args.dim, residuals=2 * args.layers)
+        self.qkv = linear(args.dim, 3 * args.dim)
+        self.project = linear(args.dim, args.dim, residuals=2 * args.layers)
 
     def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
         """What each position reads from itself and those before it, [B, T, D]."""
@@ -248,11 +253,11 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))`, 8/3 as wide as the stream, rounded up to a multiple of 32."""
 
-    def __init__(self, args: ByteLMArgs) -> None:
+    def __init__(self, args: TransformerArgs) -> None:
         super().__init__()
         hidden = 32 * -(-args.dim * 8 // 96)
-        self.gate_up = _linear(args.dim, 2 * hidden)
-        self.down = _linear(hidden, args.dim, residuals=2 * args.layers)
+        self.gate_up = linear(args.dim, 2 * hidden)
+        self.down = linear(hidden, args.dim, residuals=2 * args.layers)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """A new [B, T, D], position by position."""
@@ -282,7 +287,7 @@ def rotate(x_BHTK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     return torch.cat(turned, dim=-1).type_as(x_BHTK)
 
 
-def _linear(fan_in: int, fan_out: int, residuals: int = 1) -> nn.Linear:
+def linear(fan_in: int, fan_out: int, residuals: int = 1) -> nn.Linear:
     """Without bias; normal weights, smaller where `residuals` such maps add up in the stream."""
     linear = nn.Linear(fan_in, fan_out, bias=False)
     nn.init.normal_(linear.weight, std=0.02 * residuals**-0.5)
