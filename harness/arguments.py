@@ -78,8 +78,8 @@ def _help(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         key = f"{prefix}{name}"
         inner = section_of(field.annotation)
         if inner is not None:
-            is_table = get_origin(field.annotation) is dict
-            yield from _help(inner, f"{key}.NAME." if is_table else f"{key}.")
+            within = {dict: ".NAME.", list: "[]."}.get(get_origin(field.annotation), ".")
+            yield from _help(inner, key + within)
             continue
         default = "required" if field.is_required() else f"default {_plain(field.default)}"
         yield f"  --{key}  <{_type_name(field.annotation)}>  {default}"

@@ -113,6 +113,9 @@ class EngineConfig(Section):
     """Optimizer of a trained engine."""
     scheduler: SchedulerConfig | None = None
     """Learning-rate schedule; constant by default."""
+    frozen: list[str] = []
+    """Parameters that stay as they are: regular expressions for the whole names of parameters, or
+    of modules with all that is in them, like "blocks\\.[0-3]"."""
     init_from: Path | None = None
     """Weights to start from, instead of the task's: a .sft or .pt, a folder of Hugging Face's, an
     export or a checkpoint. Not read when a run resumes, except for a teacher."""
@@ -121,6 +124,11 @@ class EngineConfig(Section):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep an exponential moving average of its weights, like 0.999: evaluations use it, and
     exports write it besides as NAME.ema."""
+
+    @field_validator("frozen")
+    @classmethod
+    def _are_patterns(cls, frozen: list[str]) -> list[str]:
+        return [_pattern(pattern) for pattern in frozen]
 
     @model_validator(mode="after")
     def _possible(self) -> "EngineConfig":
@@ -156,8 +164,10 @@ class EngineConfig(Section):
             raise ValueError("a trained engine needs an optimizer, for example {name = 'adamw'}")
         if self.role == "teacher" and (self.optimizer or self.scheduler):
             raise ValueError("a teacher is never stepped: it takes no optimizer and no scheduler")
-        if self.role == "teacher" and (self.every > 1 or self.ema_decay):
-            raise ValueError("a teacher never changes: it takes no `every` and no ema_decay")
+        if self.role == "teacher" and (self.every > 1 or self.ema_decay or self.frozen):
+            raise ValueError(
+                "a teacher never changes: it takes no `every`, no ema_decay and no `frozen`"
+            )
         offload = zero.get("offload_optimizer")
         if self.ema_decay and isinstance(offload, Mapping) and offload.get("ratio", 1.0) != 1.0:
             raise ValueError(
@@ -175,6 +185,11 @@ class EngineConfig(Section):
     def gradient_accumulation(self) -> int:
         """Micro-batches of one optimizer step."""
         return self.deepspeed().get("gradient_accumulation_steps", 1)
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage, 0 to 3."""
+        return self.deepspeed().get("zero_optimization", {}).get("stage", 0)
 
     def deepspeed(self) -> dict[str, Any]:
         """`ds_config` with `ds_overrides` merged in. Raises ValueError if it cannot be read."""
@@ -281,11 +296,7 @@ class OffloadConfig(Section):
     @field_validator("match")
     @classmethod
     def _is_pattern(cls, match: str) -> str:
-        try:
-            re.compile(match)
-        except re.error as error:
-            raise ValueError(f"{match!r} is no regular expression: {error}") from None
-        return match
+        return _pattern(match)
 
     @field_validator("budget")
     @classmethod
@@ -295,13 +306,42 @@ class OffloadConfig(Section):
         return budget
 
 
+class ReplaceConfig(Section):
+    """[[optimizations.replace]] modules of one class, in whose place come others."""
+
+    what: str = Field(pattern=r"^[\w.]+:\w+$")
+    """Import path of the class of the modules, like "torch.nn:Linear"; its subclasses stay."""
+    by: str = Field(pattern=r"^[\w.]+:\w+$")
+    """Import path of a subclass, like "harness.bitnet:BitLinear", or of a function that makes a new
+    module from the old one."""
+    include: str = ".*"
+    """Regular expression for the whole names of the modules."""
+    exclude: str = ""
+    """Regular expression for those that stay."""
+    engine: str = ""
+    """The engine whose model it is; by default every one."""
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _is_pattern(cls, match: str) -> str:
+        return _pattern(match)
+
+
 class OptimizationsConfig(Section):
-    """[optimizations] what makes models smaller or faster without changing what they compute."""
+    """[optimizations] what makes models smaller or faster; all but `replace` leave what they
+    compute as it is."""
 
     unsloth: bool = False
     """Activations of trained models wait in host memory until backward (docs/offload.md)."""
     offload: OffloadConfig = OffloadConfig()
     """How, where the defaults do not fit."""
+    replace: list[ReplaceConfig] = []
+    """Other modules in the models' place, one entry after the other (docs/replace.md)."""
+    compile: bool | Literal["blocks"] = False
+    """torch.compile: true, each model as a whole; "blocks", its repeated blocks one by one, which
+    is compiled once for all of them. Not at ZeRO stage 3."""
+    attention: Literal["any", "math", "flash", "efficient", "cudnn"] = "any"
+    """The only back end that torch's scaled_dot_product_attention may use."""
 
 
 class ControlConfig(Section):
@@ -374,6 +414,27 @@ class Config(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _can_optimize(self) -> "Config":
+        folder = Path(self.task.path).parent if self.task.path.endswith(".py") else None
+        for name, engine in self.engines.items():
+            if self.optimizations.compile and engine.zero_stage == 3:
+                raise ValueError(
+                    f"optimizations.compile: engine {name!r} is at ZeRO stage 3, where torch would "
+                    "compile DeepSpeed's gathering as well, for minutes: use stage 0 to 2"
+                )
+        for number, entry in enumerate(self.optimizations.replace):
+            key = f"optimizations.replace.{number}"
+            if entry.engine and entry.engine not in self.engines:
+                hint = did_you_mean(entry.engine, self.engines)
+                raise ValueError(f"{key}.engine: there is no engine {entry.engine!r}{hint}")
+            for path in (entry.what, entry.by):
+                package = re.split("[.:]", path)[0]
+                beside = folder is not None and (folder / f"{package}.py").is_file()
+                if not (beside or _importable(package)):
+                    raise ValueError(f"{key}: {path!r}: package {package!r} is not installed")
+        return self
+
     @property
     def run_dir(self) -> Path:
         """The run directory."""
@@ -410,6 +471,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             value = merge(old, value)
         merged[key] = value
     return merged
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+    return text
 
 
 def _importable(module: str) -> bool:

@@ -18,6 +18,7 @@ from harness.offload import Plan, Stats, attach
 from harness.optim.apollo import Apollo
 from harness.optim.build import build_optimizer, check_zero, is_elementwise
 from harness.optim.lr import build_factor, build_scheduler
+from harness.wrapper import freeze
 
 if TYPE_CHECKING:
     from harness.engines import Engines
@@ -89,6 +90,8 @@ class Engine:
             if config.optimizer is None:
                 model.requires_grad_(False).eval()
             else:
+                if frozen := freeze(model, config.frozen):
+                    log.info("engine %s: frozen: %s", name, ", ".join(frozen))
                 if not any(p.requires_grad for p in model.parameters()):
                     raise ConfigError(f"engines.{name}: the model has no trainable parameter")
                 check_zero(config.optimizer, config.deepspeed())

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from harness import distributed
-from harness.config import Config, OffloadConfig
+from harness.config import Config, OffloadConfig, ReplaceConfig
 from harness.engine import Engine
 from harness.errors import ConfigError, TaskError, did_you_mean
 from harness.lend import Turn
 from harness.offload import available_host_memory
 from harness.task import Stats, Task, feed
+from harness.wrapper import compile_model, imported, replace
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +193,8 @@ class Engines(Mapping[str, Engine]):
 def build_engines(task: Task, config: Config) -> Engines:
     """An engine for every model of the task. Collective.
 
-    Raises TaskError if the task's models are not those of the config, or share a parameter.
+    Raises TaskError if the task's models are not those of the config, or share a parameter, and
+    ConfigError if they cannot be changed as the config says.
     """
     with distributed.in_unison(f"task {config.task.path}"):
         if set(task.models) != set(config.engines):
@@ -208,6 +210,10 @@ def build_engines(task: Task, config: Config) -> Engines:
                         f"task {config.task.path}: the models {owner!r} and {name!r} share the "
                         f"parameter {path!r}, which only one engine can train; give each its own"
                     )
+        replace_modules(task.models, config.optimizations.replace)
+        if config.optimizations.compile:
+            for model in task.models.values():
+                compile_model(model, blocks=config.optimizations.compile == "blocks")
     trained = [engine for engine in config.engines.values() if engine.role == "train"]
     micro_batches = math.lcm(*(engine.gradient_accumulation for engine in trained))
     engines = {}
@@ -223,6 +229,30 @@ def build_engines(task: Task, config: Config) -> Engines:
     if config.optimizations.unsloth:
         offload_engines(engines, config.optimizations.offload)
     return Engines(engines, task)
+
+
+def replace_modules(models: Mapping[str, nn.Module], entries: Sequence[ReplaceConfig]) -> None:
+    """Does what the config says, in all models or in one, and logs it.
+
+    Raises ConfigError if an entry cannot be imported, or fits no module at all.
+    """
+    for entry in entries:
+        what, by = imported(entry.what), imported(entry.by)
+        refused = []
+        chosen = [entry.engine] if entry.engine else list(models)
+        for name in chosen:
+            try:
+                changes = replace(
+                    models[name], what, by, include=entry.include, exclude=entry.exclude
+                )
+            except ConfigError as error:
+                refused.append(f"engine {name!r}: {error}")
+            else:
+                log.info("engine %s: replaced %s", name, "; ".join(map(str, changes)))
+        if len(refused) == len(chosen):
+            raise ConfigError("optimizations.replace:\n" + "\n".join(refused))
+        for text in refused:
+            log.warning("%s; it stays as it is", text)
 
 
 def offload_engines(engines: Mapping[str, Engine], settings: OffloadConfig) -> None:

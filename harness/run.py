@@ -31,6 +31,7 @@ from harness.metrics.status import Status
 from harness.obey import answer
 from harness.task import Task, load_task
 from harness.train import Trainer
+from harness.wrapper import attention
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,10 @@ def train(config: Config) -> int:
         stack.callback(batches.close)
         engines = build_engines(task, config)
         stack.callback(engines.close)
+        with distributed.in_unison("optimizations.attention"):
+            dtypes = {engine.dtype for engine in engines.values()}
+            backend = config.optimizations.attention
+            stack.enter_context(attention(backend, dtypes, distributed.device()))
         live = Live(config)
         checkpoint, weights = _open_run_directory(config, engines, stack)
         rank = distributed.global_rank()

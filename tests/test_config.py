@@ -72,7 +72,7 @@ def test_the_run_is_called_after_the_file(toml: Path) -> None:
         ("--engines.net.ds_overrides.train_batch_size=4", "'train_batch_size' is set by harness"),
         ("--engines.net.ds_overrides.optimizer.type=Adam", "use engines.NAME.optimizer"),
         ("--engines.n-t.role=train", "engines.n-t.ds_config: missing"),
-        ("--engines.net.frozen=1", "engines.net.frozen (command line): unknown key"),
+        ("--engines.net.frozn=1", "engines.net.frozn (command line): unknown key (did you mean"),
         ("--engines.net.ds_overrides.zero_optimization=3", "found 3, expected {'stage': 0 to 3}"),
         ("--engines.net.ds_overrides.zero_optimization.stage=4", "expected {'stage': 0 to 3}"),
         ("--engines.net.ds_overrides.zero_optimization.elastic_checkpoint=true", "leave it out"),
@@ -138,8 +138,8 @@ def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)
         assert field.description, f"{prefix}{name} has no docstring"
-        table = "NAME." if name == "engines" else ""
-        yield from leaves(inner, f"{prefix}{name}.{table}") if inner else [f"{prefix}{name}"]
+        within = {"engines": ".NAME.", "replace": "[]."}.get(name, ".")
+        yield from leaves(inner, f"{prefix}{name}{within}") if inner else [f"{prefix}{name}"]
 
 
 def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
