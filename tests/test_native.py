@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from harness import io
 from harness.checkpoint.convert import Options, convert
 from harness.checkpoint.locate import locate
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read, real
 from harness.errors import HarnessError
+from harness.run import train
 from harness.testing.pool import RankPool
+from tests.helpers import tiny_config
 from tests.plain_deepspeed import layouts, write
 from tests.plain_resume import go_on
 
@@ -75,6 +78,24 @@ def test_plain_deepspeed_goes_on(
     assert_same_state(last, first)
     found = pools(ranks).run(go_on, now, 4, laid)[0]
     assert found == pytest.approx(expected, abs=2e-2 if "bf16" in was else 1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_checkpoint_of_a_run_at_zero_0_is_laid_out(
+    pools: Pools, tmp_path: Path, stage: int
+) -> None:
+    config = tiny_config(tmp_path, 0, run={"steps": 2})
+    pools(2).run(train, config)
+    convert(config.run_dir, tmp_path / "laid", Options(to_zero=stage, ranks=3), print)
+    convert(config.run_dir, tmp_path / "was.sft", Options(), print)
+    convert(tmp_path / "laid", tmp_path / "now.sft", Options(), print)
+    was, now = io.load(tmp_path / "was.sft"), io.load(tmp_path / "now.sft")
+    assert was.keys() == now.keys()
+    assert all(torch.equal(was[name], now[name]) for name in was)
+    laid = locate(tmp_path / "laid")
+    assert isinstance(laid, SavedEngine)
+    assert laid.model["shared_params"] == {"again.weight": "middle.weight"}
+    assert not laid.model["frozen_param_shapes"]
 
 
 def test_the_loss_scale_of_fp16_goes_along(pools: Pools, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read, real
 from harness.checkpoint.zero_layout import Shapes, Tree, flats
 from harness.errors import CheckpointError
+from harness.formats.sources import source
 
 _LAID_OUT = ("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments")
 _ALIGNMENT = 2  # nccl_start_alignment_factor: elements by which a partition starts evenly
@@ -139,7 +140,7 @@ class Native:
     def _model(self, rank: int) -> Tree:
         saved = self.saved
         old, buffers = saved.model["module"], saved.model["buffer_names"]
-        shared = saved.model["shared_params"] or {}
+        shared = self._shared()
         module: Tree = {}
         frozen: Tree = {}
         for name, ref in old.items():
@@ -159,12 +160,23 @@ class Native:
         return kept | {
             "module": module,
             "optimizer": None,
+            "shared_params": shared,
             "param_shapes": self.shapes,
             "frozen_param_shapes": shapes if self.stage > 1 else None,
             "frozen_param_fragments": fragments if self.stage > 1 else None,
             "dp_world_size": self.ranks,
             "ds_config": self.config,
         }
+
+    def _shared(self) -> dict[str, str]:
+        """Further names of tied parameters, which ZeRO 0 does not tell, and those they go by."""
+        told = self.saved.model["shared_params"]
+        if told is not None:
+            return told
+        own = self.saved.model["module"]
+        known = {source(own[name]): name for name in self.saved.shapes if name in own}
+        places = {name: known.get(source(ref), name) for name, ref in own.items()}
+        return {name: kept for name, kept in places.items() if kept != name}
 
     def _weight(self, name: str) -> torch.Tensor:
         dtype = getattr(torch, self.saved.model["module"][name].dtype)
