@@ -173,10 +173,13 @@ class Native:
         told = self.saved.model["shared_params"]
         if told is not None:
             return told
-        own = self.saved.model["module"]
-        known = {source(own[name]): name for name in self.saved.shapes if name in own}
-        places = {name: known.get(source(ref), name) for name, ref in own.items()}
-        return {name: kept for name, kept in places.items() if kept != name}
+        own = {name: source(ref) for name, ref in self.saved.model["module"].items()}
+        known = {own[name]: name for name in self.saved.shapes if name in own}
+        return {
+            name: known[place]
+            for name, place in own.items()
+            if place in known and known[place] != name
+        }
 
     def _weight(self, name: str) -> torch.Tensor:
         dtype = getattr(torch, self.saved.model["module"][name].dtype)
