@@ -289,6 +289,7 @@ class Engine:
             keep_last=settings.keep_last,
             min_bytes=settings.min_bytes,
             host_budget=host_budget,
+            micro_batches=self.gradient_accumulation,
         )
         blocks = self._offload.modules
         log.info(

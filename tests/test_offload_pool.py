@@ -196,6 +196,11 @@ def test_auto_starts_anew_for_larger_inputs() -> None:
     assert offloaded(planner, WARM_UP + 1, size=11) == [10] * WARM_UP + [0]
 
 
+def test_auto_waits_for_the_first_optimizer_step() -> None:
+    planner = Planner("auto", lambda: (100, 1000.0, 0.0), micro_batches=4)
+    assert offloaded(planner, WARM_UP + 5) == [10] * (WARM_UP + 3) + [0, 0]
+
+
 def test_auto_on_a_device_with_some_room() -> None:
     model = Model(8)
     backend = SimBackend()

@@ -44,6 +44,7 @@ class Plan:
         store: Store,
         budget: Budget,
         keep_last: int,
+        micro_batches: int,
     ):
         self.modules = modules
         """The blocks by name, in the model's order."""
@@ -57,6 +58,7 @@ class Plan:
                 store.backend.headroom(device or torch.device(store.backend.device_type)),
                 store.backend.stall_s(),
             ),
+            micro_batches,
         )
         self._kept = 0
         for place, module in enumerate(modules.values()):
@@ -143,6 +145,7 @@ def attach(
     keep_last: int = 1,
     min_bytes: int = MIN_BYTES,
     host_budget: int | None = None,
+    micro_batches: int = 1,
     backend: Backend | None = None,
 ) -> Plan:
     """Offloads the activations of a model's blocks while it trains. Returns what can undo it.
@@ -158,16 +161,22 @@ def attach(
     - `min_bytes`: smaller tensors stay.
     - `host_budget`: bytes of pinned host memory at most; by default half of what is available,
       divided by the ranks of this machine. What has no room there stays on the device.
+    - `micro_batches`: those of an optimizer step (gradient accumulation). "auto" decides after the
+      first step, in which the optimizer makes its state.
 
     Losses, gradients and random generators are those of the plain model, to the bit. Raises
     ConfigError if nothing matches, a block is offloaded already, or a setting is impossible.
     """
     if mode not in ("inputs", "saved"):
         raise ConfigError(f'offload: mode = {mode!r}, expected "inputs" or "saved"')
-    counts = {"keep_last": keep_last, "min_bytes": min_bytes, "host_budget": host_budget or 0}
-    for name, value in counts.items():
-        if value < 0:
-            raise ConfigError(f"offload: {name} = {value}, expected a number from 0 on")
+    for name, value, least in (
+        ("keep_last", keep_last, 0),
+        ("min_bytes", min_bytes, 0),
+        ("host_budget", host_budget or 0, 0),
+        ("micro_batches", micro_batches, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"offload: {name} = {value}, expected a number from {least} on")
     if isinstance(match, str):
         try:
             re.compile(match)
@@ -184,7 +193,7 @@ def attach(
     if host_budget is None:
         host_budget = available_host_memory() // 2
     store = Store(backend or default_backend(), min_bytes, host_budget)
-    return Plan(modules, mode, store, budget, keep_last)
+    return Plan(modules, mode, store, budget, keep_last, micro_batches)
 
 
 def repeated_class(model: nn.Module) -> type[nn.Module] | None:

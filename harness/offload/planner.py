@@ -15,8 +15,8 @@ from harness.errors import ConfigError
 log = logging.getLogger(__name__)
 
 WARM_UP = 3
-"""Forward passes that are measured. With up to three micro-batches a step, the first optimizer
-step, which makes its state, is in them."""
+"""Forward passes that are measured, beyond those of the first optimizer step, which makes its
+state."""
 
 Budget = Literal["auto", "all"] | float
 
@@ -25,8 +25,14 @@ class Planner:
     """Says of each region whether to offload it, evenly spread: so every copy out has the time of
     several regions to hide in."""
 
-    def __init__(self, budget: Budget, measure: Callable[[], tuple[int, float, float]]):
+    def __init__(
+        self,
+        budget: Budget,
+        measure: Callable[[], tuple[int, float, float]],
+        micro_batches: int = 1,
+    ):
         """`measure() -> (most bytes in host memory at one time, headroom in bytes, stall in s)`.
+        `micro_batches`: forward passes of one optimizer step.
 
         Raises ConfigError if `budget` is neither "auto" nor "all" nor a number from 0 to 1.
         """
@@ -37,6 +43,7 @@ class Planner:
         self.fraction = 1.0 if isinstance(budget, str) else float(budget)
         """Part of the regions that is offloaded now."""
         self._measure = measure if budget == "auto" else None
+        self._warm_up = WARM_UP + micro_batches - 1
         self._forwards = 0  # since the measuring began
         self._last = -1  # place of the latest region
         self._largest = 0  # bytes of the largest region that was measured
@@ -56,7 +63,7 @@ class Planner:
     def _watch(self, place: int, size: int) -> None:
         if place <= self._last:  # another forward
             self._forwards += 1
-            if self._forwards == WARM_UP:
+            if self._forwards == self._warm_up:
                 self._decide()
         if size > self._largest:
             self._largest, self._forwards, self.fraction = size, 0, 1.0
