@@ -119,6 +119,24 @@ def test_telemetry_counts_what_was_skipped_and_limited() -> None:
     assert optimizer.telemetry()["apollo/skipped"] == 1
 
 
+def test_telemetry_tells_the_groups_apart() -> None:
+    groups = [
+        {"params": [matrix(12, 5)], "rank": 0},
+        {"params": [matrix(12, 5)], "rank": 2},
+        {"params": [matrix(9, 6)], "rank": 3},
+    ]
+    optimizer = Apollo(groups, lr=1e-2)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.randn(parameter.shape)
+    optimizer.step()
+    told = {key: float(value) for key, value in optimizer.telemetry().items()}
+    assert {key for key in told if "scale" in key} == {f"apollo/scale{n}" for n in ("", "/1", "/2")}
+    assert told["apollo/scale"] == pytest.approx(
+        (told["apollo/scale/1"] + told["apollo/scale/2"]) / 2
+    )
+
+
 def test_one_poisoned_parameter_holds_up_the_others() -> None:
     good, bad = matrix(12, 5), matrix(5, 12)
     optimizer = Apollo([good, bad], rank=2)

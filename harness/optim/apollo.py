@@ -74,6 +74,7 @@ class Apollo(torch.optim.Optimizer):
         """
         self._parameters: dict[str, Tensor] = {}
         self._shapes: dict[str, torch.Size] = {}
+        self._group_of: dict[str, int] = {}
         self._parts: dict[tuple[int, ...], Part] = {}
         self._located_groups: dict[tuple[int, ...], tuple[Group, list[Tensor], list[Shard]]] = {}
         self._projections = Projections()
@@ -113,6 +114,7 @@ class Apollo(torch.optim.Optimizer):
             if group["rank"]:
                 matrices_of(name, shape, group["stacked"])
             self._parameters[name], self._shapes[name] = parameter, shape
+            self._group_of[name] = len(self.param_groups) - 1
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -141,22 +143,23 @@ class Apollo(torch.optim.Optimizer):
 
     def telemetry(self) -> dict[str, Tensor]:
         """Figures of the last step, on the device, over the matrices that this rank has a part of:
-        mean |N| / |R|, the share that the limiter held back, and the steps skipped so far."""
-        told = [part.telemetry() for part in self._parts.values()]
-        told = [figures for figures in told if figures]
-        if not told:
+        mean |N| / |R|, the share that the limiter held back, and the steps skipped so far.
+
+        With several low-rank groups also for each, with the group's number behind the name.
+        """
+        groups: dict[int, list[dict[str, Tensor]]] = {}
+        for part in self._parts.values():
+            if figures := part.telemetry():
+                number = self._group_of[part.group["param_names"][0]]
+                groups.setdefault(number, []).append(figures)
+        if not groups:
             return {}
-        scale, limited, seen = (
-            torch.cat([figures[key] for figures in told]) for key in ("scale", "limited", "seen")
-        )
-        count = seen.sum().clamp(min=1)
+        found = _means([figures for told in groups.values() for figures in told])
+        for number, told in groups.items() if len(groups) > 1 else ():
+            found |= {f"{key}/{number}": mean for key, mean in _means(told).items()}
         states = [state for state in self.state.values() if "calls" in state]
         skipped = torch.stack([state["calls"] - state["step"] for state in states]).max()
-        return {
-            "apollo/scale": torch.where(seen, scale, 0.0).sum() / count,
-            "apollo/limited": (limited & seen).sum() / count,
-            "apollo/skipped": skipped,
-        }
+        return found | {"apollo/skipped": skipped}
 
     def named_state(self) -> dict[str, Tensor]:
         """The state by the names of parameters and matrices, whole and in no layout, on the CPU of
@@ -274,6 +277,18 @@ class ApolloMini(Apollo):
         """As Apollo, with other defaults: rank 1, scale 128, scale_type "tensor"."""
         defaults = {"rank": self.RANK, "scale": 128.0, "scale_type": "tensor"}
         super().__init__(params, lr, **(defaults | settings))
+
+
+def _means(told: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The telemetry of some parts, over all their matrices that this rank has a part of."""
+    scale, limited, seen = (
+        torch.cat([figures[key] for figures in told]) for key in ("scale", "limited", "seen")
+    )
+    count = seen.sum().clamp(min=1)
+    return {
+        "apollo/scale": torch.where(seen, scale, 0.0).sum() / count,
+        "apollo/limited": (limited & seen).sum() / count,
+    }
 
 
 def _check(group: Group) -> None:
