@@ -35,7 +35,7 @@ def check_layout(saved: SavedEngine) -> None:
     They lie in different files, and only the layout says what belongs together. Raises
     CheckpointError that names the first parameter of which they differ.
     """
-    from harness.formats.cast import cast  # late: it needs numpy
+    from harness.formats.cast import cast, is_same  # late: it needs numpy
 
     own = saved.model["module"] | saved.experts
     if saved.stage not in (1, 2):
@@ -51,7 +51,8 @@ def check_layout(saved: SavedEngine) -> None:
                 files.elements(master, first * master.itemsize, len(theirs), theirs)
                 mine = memoryview(bytearray(count * weight.itemsize))
                 files.elements(weight, first * weight.itemsize, len(mine), mine)
-                if cast(theirs, master.dtype, weight.dtype) != mine:
+                rounded = cast(theirs, master.dtype, weight.dtype)
+                if not is_same(rounded, mine, weight.dtype):
                     raise CheckpointError(
                         f"{saved.directory}: the {weight.dtype} weights of {name!r} are not its "
                         "master weights, rounded: files of two runs, or an unknown layout"

@@ -20,6 +20,14 @@ def cast(data: memoryview | bytes, dtype: str, target: str) -> memoryview:
     return narrow.view(np.uint8).data
 
 
+def is_same(one: memoryview, other: memoryview, dtype: str) -> bool:
+    """Whether two stretches of numbers are equal, any NaN being equal to any other."""
+    if one == other:
+        return True
+    wide = (np.frombuffer(cast(data, dtype, "float64"), np.float64) for data in (one, other))
+    return np.array_equal(*wide, equal_nan=True)
+
+
 def _widened(data: memoryview | bytes) -> np.ndarray:
     wide = np.frombuffer(data, np.uint16).astype(np.uint32)
     wide <<= 16
