@@ -31,8 +31,9 @@ def test_a_lying_world_size_is_one_short_message(tmp_path: Path, world: Any) -> 
         f'{{"engines": ["net"], "files": {{"net/{MODEL}": {{}}}}}}',
         f'{{"engines": ["net"], "files": {{"net/{MODEL}": 3}}}}',
         '{"engines": [], "files": ' + "[" * 200_000,
+        '{"engines": ["../net"], "files": {}}',
     ],
-    ids=["a list", "no size", "no object", "deep"],
+    ids=["a list", "no size", "no object", "deep", "elsewhere"],
 )
 def test_a_damaged_manifest_is_refused(tmp_path: Path, manifest: str) -> None:
     (tmp_path / "net").mkdir()

@@ -47,17 +47,24 @@ def locate(path: Path, engine: str | None = None) -> SavedEngine | Path:
 def _latest(path: Path) -> Path:
     with (path / LATEST).open("rb") as file:
         tag = file.read(4096).decode(errors="replace").strip()
-    if not tag or tag in (".", "..") or Path(tag).name != tag or "\0" in tag:
+    if not _is_plain(tag):
         raise CheckpointError(f"{path / LATEST}: {tag!r:.80} is not the name of a directory here")
     if not (path / tag).is_dir():
         raise CheckpointError(f"{path / LATEST} names {tag!r:.80}, which is not there")
     return path / tag
 
 
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of something in a directory, and leads nowhere else."""
+    return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
+
+
 def _of_checkpoint(path: Path, engine: str | None) -> SavedEngine:
     """One engine of a checkpoint of ours, whose files are those of its manifest."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
+        if odd := [name for name in manifest["engines"] if not _is_plain(name)]:
+            raise ValueError(f"{odd[0]!r:.80} cannot be the name of an engine")
         engines = [name for name in manifest["engines"] if is_engine(path / name)]
         files: dict[str, dict[str, Any]] = manifest["files"]
         if not all({"size", "digest"} <= entry.keys() for entry in files.values()):
