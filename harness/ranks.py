@@ -39,6 +39,11 @@ def adopt(environ: Environment = os.environ) -> None:
                     f"{key} is {environ[key]}, and {launcher} says {found[key]}: unset {key}, "
                     f"which was set before {launcher} started this process"
                 )
+        if "RANK" in environ and "WORLD_SIZE" not in environ:  # rank 0 cannot see that it is stale
+            raise ConfigError(
+                f"RANK was set before {launcher} started this process, and WORLD_SIZE was not: unset "
+                "RANK"
+            )
         environ.update(found | {key: environ[key] for key in found.keys() & environ.keys()})
     _check(environ)
 

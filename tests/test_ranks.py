@@ -69,6 +69,7 @@ def test_the_script_of_a_batch_job_is_no_rank() -> None:
     ("environ", "told"),
     [
         (SLURM | {"RANK": "0"}, "RANK is 0, and srun says 3"),
+        (SLURM | {"RANK": "3"}, "WORLD_SIZE was not: unset RANK"),
         (MPI | {"WORLD_SIZE": "1"}, "WORLD_SIZE is 1, and mpirun says 2"),
         ({"WORLD_SIZE": "4"}, "RANK is not set"),
         (DEEPSPEED | {"RANK": "2"}, "RANK is '2' and WORLD_SIZE is '2'"),
