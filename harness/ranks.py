@@ -41,8 +41,8 @@ def adopt(environ: Environment = os.environ) -> None:
                 )
         if "RANK" in environ and "WORLD_SIZE" not in environ:  # rank 0 cannot see that it is stale
             raise ConfigError(
-                f"RANK was set before {launcher} started this process, and WORLD_SIZE was not: unset "
-                "RANK"
+                f"RANK was set before {launcher} started this process, and WORLD_SIZE was not: "
+                "unset RANK"
             )
         environ.update(found | {key: environ[key] for key in found.keys() & environ.keys()})
     _check(environ)
