@@ -88,7 +88,7 @@ def ctl(directory: Path, *words: str) -> tuple[int, str]:
 def job(
     launcher: str, directory: Path, stdin: int = subprocess.DEVNULL
 ) -> Iterator[subprocess.Popen[str]]:
-    """A run without end, once it takes commands. Whatever is left of it is killed afterwards."""
+    """A run without end, once it takes commands and steps. What is left of it is killed at last."""
     with (
         (directory / "output").open("w") as log,
         popen(
@@ -104,6 +104,7 @@ def job(
     ):
         try:
             until(lambda: ctl(directory, "status")[0] == 0, process)
+            until(lambda: bool(steps_of(directory)), process)  # before the first, nothing is saved
             yield process
         finally:
             for rank in ranks_of(directory):
