@@ -87,7 +87,7 @@ class OptimizerConfig(NamedConfig):
 
     name: str = "adamw"
     """A registered optimizer ("adamw", "apollo", "apollo-mini", "muon", "adafactor", "prodigy",
-    "adamw8bit"), or an import path, like "torch.optim:SGD"."""
+    "schedulefree", "adamw8bit"), or an import path, like "torch.optim:SGD"."""
     lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
     """Learning rate: the schedule's peak."""
 

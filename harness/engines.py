@@ -130,10 +130,6 @@ class Engines(Mapping[str, Engine]):
         """The learning rate of the next step, by trained engine."""
         return {engine.name: engine.get_lr() for engine in self.trained}
 
-    def grad_norm(self) -> dict[str, torch.Tensor | float]:
-        """The gradient norm of the last step, before clipping, by trained engine."""
-        return {engine.name: engine.last_grad_norm for engine in self.trained}
-
     def rates(self) -> dict[str, torch.Tensor | float]:
         """Learning rate and loss scale that the last step was taken with, named for the log."""
         report: dict[str, torch.Tensor | float] = {}

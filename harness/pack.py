@@ -27,6 +27,7 @@ from harness.formats import sft, tree
 from harness.formats.dtypes import SIZES
 from harness.formats.tree import Keys, Node, joined
 from harness.overlap import is_dense, reach, shared, unexpanded
+from harness.utils import dtype_name
 
 RESERVED = "__harness__."
 """What the names of tensors begin with that stand for something else than a tensor."""
@@ -76,7 +77,7 @@ class _Packing:
             case torch.Tensor():
                 return self.tensor(value, keys)
             case torch.dtype() if value in DTYPES.values():
-                return {"dtype": str(value).removeprefix("torch.")}
+                return {"dtype": dtype_name(value)}
             case torch.Size():
                 return {"size": list(value)}
             case torch.device():

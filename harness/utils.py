@@ -27,6 +27,11 @@ def tensor_leaves(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype, like "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def user_name(uid: int) -> str:
     """The name of a user of this machine, or the number where it has none."""
     try:

@@ -56,13 +56,8 @@ def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:
 
     Raises CheckpointError that says what was found and what was expected.
     """
-    if not path.is_file():
-        raise CheckpointError(f"damaged: {path} is missing")
-    if (size := path.stat().st_size) != entry.size:
-        raise CheckpointError(f"damaged: {path} has {size} bytes, expected {entry.size}")
     try:
-        if zips.digest(path) != entry.digest:
-            raise CheckpointError(f"damaged: {path} is another file than the one that was saved")
+        zips.check(path, entry.size, entry.digest)
         for record in zips.records(path).values() if read else ():
             record.verify()
     except (FormatError, OSError) as error:

@@ -14,6 +14,7 @@ from harness.errors import CheckpointError, FormatError
 from harness.formats.sft import read_header
 from harness.formats.tree import from_metadata, joined, other_nodes
 from harness.io import PICKLES, SAFETENSORS
+from harness.utils import dtype_name
 
 
 def describe(path: Path, verify: bool = False) -> Iterator[str]:
@@ -107,7 +108,7 @@ def _pt_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
         text = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: no readable .pt file: {text}") from None
     return {
-        ".".join(keys): (str(t.dtype).removeprefix("torch."), list(t.shape), t.nbytes)
+        ".".join(keys): (dtype_name(t.dtype), list(t.shape), t.nbytes)
         for keys, t in _walk(tree, ())
     }
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.saved_engine import SavedEngine, is_engine
-from harness.errors import CheckpointError, did_you_mean
+from harness.errors import CheckpointError, FormatError, did_you_mean
 from harness.formats import pt, sft, shards, zips
 
 MANIFEST = "manifest.json"
@@ -81,17 +81,8 @@ def _of_checkpoint(path: Path, engine: str | None) -> SavedEngine:
     name = engine or engines[0]
     for file, entry in files.items():
         if file.startswith(f"{name}/"):
-            check_entry(path / file, entry)
+            try:
+                zips.check(path / file, entry["size"], entry["digest"])
+            except FormatError as error:
+                raise CheckpointError(f"damaged: {error}") from None
     return SavedEngine(path / name)
-
-
-def check_entry(path: Path, entry: dict[str, Any]) -> None:
-    """Raises CheckpointError unless the file is the one that the manifest tells of."""
-    if not path.is_file():
-        raise CheckpointError(f"damaged: {path} is missing")
-    if path.stat().st_size != entry["size"]:
-        raise CheckpointError(
-            f"damaged: {path} has {path.stat().st_size} bytes, expected {entry['size']}"
-        )
-    if zips.digest(path) != entry["digest"]:
-        raise CheckpointError(f"damaged: {path} is another file than the one that was saved")

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from harness.checkpoint.durable import write_file
-from harness.checkpoint.relayout import filled_flat, filled_state
+from harness.checkpoint.relayout import filled_flat, filled_state, shard_of, weight_of
 from harness.checkpoint.saved_engine import SavedEngine
-from harness.checkpoint.tensors import read, real
+from harness.checkpoint.tensors import real
 from harness.checkpoint.zero_layout import Shapes, Tree, flats
 from harness.errors import CheckpointError
 from harness.formats.sources import source
@@ -146,16 +146,19 @@ class Native:
         for name, ref in old.items():
             dtype = getattr(torch, ref.dtype)
             is_sharded = self.stage == 3 and name not in buffers
-            module[name] = torch.empty(0, dtype=dtype) if is_sharded else self._weight(name)
+            module[name] = torch.empty(0, dtype=dtype) if is_sharded else weight_of(saved, name)
             if name not in buffers and name not in saved.shapes and name not in shared:
-                frozen[name] = self._weight(name)
+                frozen[name] = weight_of(saved, name)
         for alias, kept in shared.items():
             if alias in module and kept in module:
                 module[alias] = module[kept]
         shapes = {name: tensor.shape for name, tensor in frozen.items()}
         fragments = frozen
         if self.stage == 3:
-            fragments = {name: self._fragment(tensor, rank) for name, tensor in frozen.items()}
+            fragments = {
+                name: shard_of(tensor, math.ceil(tensor.numel() / self.ranks), rank)
+                for name, tensor in frozen.items()
+            }
         kept = {key: real(value) for key, value in saved.model.items() if key not in _LAID_OUT}
         return kept | {
             "module": module,
@@ -180,18 +183,6 @@ class Native:
             for name, place in own.items()
             if place in known and known[place] != name
         }
-
-    def _weight(self, name: str) -> torch.Tensor:
-        dtype = getattr(torch, self.saved.model["module"][name].dtype)
-        return read(self.saved.weight(name)).to(dtype)
-
-    def _fragment(self, whole: torch.Tensor, rank: int) -> torch.Tensor:
-        """A rank's shard of a frozen parameter, padded with zeros."""
-        size = math.ceil(whole.numel() / self.ranks)
-        shard = torch.zeros(size, dtype=whole.dtype)
-        part = whole.reshape(-1)[rank * size : (rank + 1) * size]
-        shard[: part.numel()] = part
-        return shard
 
     def _optimizer(self, rank: int) -> Tree:
         """DeepSpeed's optimizer state of a rank."""

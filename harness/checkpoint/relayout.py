@@ -20,7 +20,7 @@ import torch
 from harness import distributed, ema
 from harness.checkpoint.durable import told_as, write_file
 from harness.checkpoint.manifest import EngineManifest, Manifest
-from harness.checkpoint.save import collect, describe, make_room
+from harness.checkpoint.save import collect, describe, make_room, shapes_of
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read, real
 from harness.checkpoint.zero_layout import (
@@ -29,7 +29,6 @@ from harness.checkpoint.zero_layout import (
     Tree,
     base_state,
     flats,
-    group_shapes,
 )
 from harness.engine import Engine
 from harness.engines import Engines
@@ -106,8 +105,7 @@ def _check_optimizer(engine: Engine, was: str) -> None:
 def write_relaid(directory: Path, engine: Engine, staged: Path) -> None:
     """Writes this rank's files of an engine in its new layout below `staged`. Collective."""
     jobs = collect(engine)
-    models = [tree for tree in jobs.values() if "module" in tree]
-    shapes = distributed.broadcast(group_shapes(models[0]) if models else [])
+    shapes = shapes_of(jobs)
     with (
         distributed.in_unison(f"cannot re-lay {directory}"),
         told_as(f"cannot re-lay checkpoint {directory}"),
@@ -148,12 +146,14 @@ def _model(tree: Tree, saved: SavedEngine, engine: Engine, shapes: list[Shapes])
     module = type(tree["module"])()
     for name, tensor in tree["module"].items():
         is_placeholder = sharded and name not in tree["buffer_names"]
-        module[name] = tensor if is_placeholder else _weight(saved, name)
+        module[name] = tensor if is_placeholder else weight_of(saved, name)
     changed: Tree = {key: real(saved.model[key]) for key in _CARRIED}
     changed["module"] = module
     if tree["frozen_param_fragments"] is not None:
         changed["frozen_param_fragments"] = {
-            name: _shard(_weight(saved, name), fragment) if sharded else _weight(saved, name)
+            name: shard_of(weight_of(saved, name), fragment.numel(), distributed.global_rank())
+            if sharded
+            else weight_of(saved, name)
             for name, fragment in tree["frozen_param_fragments"].items()
         }
     if tree["optimizer"] is not None:
@@ -161,17 +161,16 @@ def _model(tree: Tree, saved: SavedEngine, engine: Engine, shapes: list[Shapes])
     return changed
 
 
-def _weight(saved: SavedEngine, name: str) -> torch.Tensor:
+def weight_of(saved: SavedEngine, name: str) -> torch.Tensor:
     """An entry of the model's state dict, whole and in the dtype that the model computes in."""
     return read(saved.weight(name)).to(getattr(torch, saved.model["module"][name].dtype))
 
 
-def _shard(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a frozen parameter at stage 3, padded to the shape of `like`."""
-    shard = torch.zeros(like.shape, dtype=like.dtype)
-    start = min(distributed.global_rank() * like.numel(), weight.numel())
-    part = weight.reshape(-1)[start : start + like.numel()]
-    shard.view(-1)[: part.numel()] = part
+def shard_of(weight: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+    """A rank's shard of a frozen parameter at stage 3, padded with zeros: (size,)."""
+    shard = torch.zeros(size, dtype=weight.dtype)
+    part = weight.reshape(-1)[rank * size : (rank + 1) * size]
+    shard[: part.numel()] = part
     return shard
 
 
@@ -179,14 +178,14 @@ def _optimizer(
     tree: Tree, module: Tree, saved: SavedEngine, engine: Engine, shapes: list[Shapes]
 ) -> Tree:
     """DeepSpeed's optimizer state of this rank, filled. `module`: as for `zero_layout.flats`."""
-    here, world = distributed.global_rank(), distributed.world_size()
-    if not engine.zero_stage:
-        here, world = 0, 1
-    everyones = [flats(tree, module, shapes, rank, world) for rank in range(world)]
-    new = everyones[here]
+    rank, world = distributed.global_rank(), distributed.world_size()
+    new = flats(tree, module, shapes, rank, world)
     masters = [filled_flat(flat, saved, None) for flat in new]
+    everyones, place = [new], 0  # at stage 0 every rank has all
+    if engine.is_low_rank and engine.zero_stage:
+        everyones, place = [flats(tree, module, shapes, r, world) for r in range(world)], rank
     states = {
-        number: _low_rank_state([flats[number] for flats in everyones], here, saved)
+        number: _low_rank_state([flats[number] for flats in everyones], place, saved)
         if engine.is_low_rank and saved.groups[flat.group]["rank"]
         else filled_state(flat, saved)
         for number, flat in enumerate(new)

@@ -30,7 +30,7 @@ from harness.checkpoint.manifest import (
 )
 from harness.checkpoint.retain import prune, put_in_place
 from harness.checkpoint.rng import rng_state
-from harness.checkpoint.zero_layout import PARAMETER_NAMES, layout
+from harness.checkpoint.zero_layout import PARAMETER_NAMES, Shapes, group_shapes, layout
 from harness.control.live import Live
 from harness.data import Batches
 from harness.engine import Engine
@@ -266,6 +266,12 @@ def collect(engine: Engine) -> Jobs:
     finally:
         engine.ds.checkpoint_engine = kept
     return collector.jobs
+
+
+def shapes_of(jobs: Jobs) -> list[Shapes]:
+    """Rank 0's `zero_layout.group_shapes` of what `collect` gave, on every rank. Collective."""
+    models = [tree for tree in jobs.values() if "module" in tree]
+    return distributed.broadcast(group_shapes(models[0]) if models else [])
 
 
 class _Collector:

@@ -15,10 +15,10 @@ import torch
 from harness import distributed
 from harness.checkpoint import plan
 from harness.checkpoint.locate import locate
-from harness.checkpoint.save import collect
+from harness.checkpoint.save import collect, shapes_of
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read
-from harness.checkpoint.zero_layout import flats, group_shapes
+from harness.checkpoint.zero_layout import flats
 from harness.config import EngineConfig
 from harness.engine import Engine
 from harness.engines import Engines
@@ -26,6 +26,7 @@ from harness.errors import ConfigError, FormatError, did_you_mean
 from harness.formats import flat
 from harness.formats.dtypes import FLOATS
 from harness.formats.sources import Source
+from harness.utils import dtype_name
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,7 @@ def fill(engine: Engine, weights: Weights) -> None:
     """
     shapes = []
     if engine.role == "train":
-        models = [tree for tree in collect(engine).values() if "module" in tree]
-        shapes = distributed.broadcast(group_shapes(models[0]) if models else [])
+        shapes = shapes_of(collect(engine))
     with distributed.in_unison(f"engines.{engine.name}.init_from"), torch.no_grad():
         module = _entries(engine)
         for name, tensor in {id(t): (name, t) for name, t in module.items()}.values():
@@ -105,8 +105,8 @@ def _fill_masters(
 def _note_casts(engine: Engine, module: Mapping[str, torch.Tensor], weights: Weights) -> None:
     casts: dict[str, int] = {}
     for name, tensor in module.items():
-        if weights[name].dtype != _dtype(tensor):
-            text = f"{weights[name].dtype} to {_dtype(tensor)}"
+        if weights[name].dtype != dtype_name(tensor.dtype):
+            text = f"{weights[name].dtype} to {dtype_name(tensor.dtype)}"
             casts[text] = casts.get(text, 0) + 1
     cast = "".join(f"; {count} cast from {text}" for text, count in casts.items())
     log.info("engine %s: starts from %d given weights%s", engine.name, len(weights), cast)
@@ -179,18 +179,14 @@ def _misfit(tensor: torch.Tensor, weight: Source) -> str:
     here, there = list(getattr(tensor, "ds_shape", tensor.shape)), list(weight.shape)
     if here != there:
         return f"has the shape {there} there, and {here} here"
-    dtypes = {weight.dtype, _dtype(tensor)}
+    dtypes = {weight.dtype, dtype_name(tensor.dtype)}
     if len(dtypes) > 1 and not dtypes <= set(FLOATS):
-        return f"is of {weight.dtype} there, and of {_dtype(tensor)} here"
+        return f"is of {weight.dtype} there, and of {dtype_name(tensor.dtype)} here"
     return ""
 
 
 def _equal(one: Source, other: Source) -> bool:
     return one == other or torch.equal(read(one), read(other))
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _with_nearest(names: Iterable[str], known: Iterable[str]) -> list[str]:

@@ -93,6 +93,16 @@ def digest(path: Path) -> str:
     return hashlib.sha256(repr(table).encode()).hexdigest()
 
 
+def check(path: Path, size: int, content: str) -> None:
+    """Raises FormatError unless the file has that size, and that digest of its directory."""
+    if not path.is_file():
+        raise FormatError(f"{path} is missing")
+    if (found := path.stat().st_size) != size:
+        raise FormatError(f"{path} has {found} bytes, expected {size}")
+    if digest(path) != content:
+        raise FormatError(f"{path} is another file than the one that was saved")
+
+
 def _directory(path: Path, file: int, size: int) -> tuple[int, int, int]:
     """Where the directory starts, its bytes, and its number of records."""
     tail = os.pread(file, _END.size + _LOCATOR.size, max(0, size - _END.size - _LOCATOR.size))

@@ -48,12 +48,12 @@ class Part(ABC):
         State that is new takes what is its own from `named`, and takes it out.
         """
         self.group, self.states = group, states
-        self.weights = [flat.detach().float().contiguous() for flat in self.flats]
         gradients = [flat.grad for flat in self.flats if flat.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
             raise ValueError("a gradient is sparse, which APOLLO does not take: use sparse=False")
         if any(gradient.is_complex() for gradient in gradients):
             raise ValueError("a gradient is complex, which APOLLO does not take: use view_as_real")
+        self.weights = [flat.detach().float().contiguous() for flat in self.flats]
         self.gradients = [gradient.float().contiguous() for gradient in gradients]
         for number, state in enumerate(states):
             if "step" not in state:

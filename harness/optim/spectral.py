@@ -19,8 +19,6 @@ from harness.optim.shards import Shard
 
 log = logging.getLogger(__name__)
 
-LINALG_ERROR: Any = getattr(torch.linalg, "LinAlgError")  # noqa: B009 - its stubs do not tell of it
-
 
 def singular_vectors(channels: Tensor, rank: int) -> Tensor:
     """The top right singular vectors of a matrix (channels, inner), the largest entry of each
@@ -37,7 +35,7 @@ def refreshed(
 ) -> Tensor | None:
     """The new P of the flat's matrices that are here, one below the other: fp32 (any, rank).
 
-    None, on all ranks, if a gradient is not finite, or LAPACK finds no vectors. Collective where
+    None, on all ranks, if a gradient is not finite, or no vectors are found. Collective where
     ranks share; waits for the device.
 
     `gradient_of` gives what is here of a matrix's gradient, zeros elsewhere: (channels, inner).
@@ -52,7 +50,7 @@ def refreshed(
         if maker == plan.rank and bool(whole.isfinite().all()):
             try:
                 made = singular_vectors(whole, rank)
-            except LINALG_ERROR as error:  # the others wait for an answer
+            except RuntimeError as error:  # no memory, LAPACK gave up: the others wait
                 log.warning("%s keeps its projection: %s", plan.matrices[number].name, error)
         made = _passed(dist.broadcast, made, maker, shard)
         is_well &= not bool(made.isnan().any())
