@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness.config import Config, merge
+from harness.config import Config
+from harness.sections import merge
 from harness.testing.pool import RankPool
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from harness.config import Config, load, merge, section_of
+from harness.config import Config, load, section_of
 from harness.errors import ConfigError
+from harness.sections import merge
 
 
 def parse_args(argv: Sequence[str]) -> Config:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from harness.config import DataConfig
 from harness.control.signals import ignore_signals
 from harness.errors import ConfigError, TaskError
 from harness.sampler import (
@@ -22,6 +21,7 @@ from harness.sampler import (
     RandomSampler,
     Sampler,
 )
+from harness.sections import DataConfig
 
 log = logging.getLogger(__name__)
 

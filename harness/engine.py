@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from harness import distributed, ema
-from harness.config import EngineConfig, OffloadConfig
 from harness.errors import CheckpointError, CommandError, ConfigError
 from harness.lend import Turn
-from harness.offload import Plan, Stats, attach
+from harness.offload import Plan
 from harness.optim.apollo import Apollo
 from harness.optim.build import build_optimizer, check_zero, is_elementwise
 from harness.optim.lr import build_factor, build_scheduler
+from harness.sections import EngineConfig
 from harness.wrapper import freeze
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ class Engine:
         """Which engine of the set is at work."""
         self.last_lr = 0.0
         self.last_grad_norm: torch.Tensor | float = 0.0
-        self._offload: Plan | None = None
-        self._offload_stats = Stats()
+        self.offloading: Plan | None = None
+        """Which of its activations wait in host memory."""
         self._config = config
         self._held_lr: float | None = None
         self._lr_factor = 1.0
@@ -278,49 +278,19 @@ class Engine:
         tell = getattr(self.ds.basic_optimizer, "telemetry", None)
         return tell() if tell is not None else {}
 
-    def offload(self, settings: OffloadConfig, host_budget: int) -> None:
-        """Lets the activations of the model's blocks wait in host memory, of which `host_budget`
-        bytes may be used. Raises ConfigError if the model has no such blocks."""
-        self._offload = attach(
-            self.module,
-            settings.match or None,
-            mode=settings.mode,
-            budget=settings.budget,
-            keep_last=settings.keep_last,
-            min_bytes=settings.min_bytes,
-            host_budget=host_budget,
-            micro_batches=self.gradient_accumulation,
-        )
-        blocks = self._offload.modules
-        log.info(
-            "engine %s: offload (mode %s, budget %s): %d blocks of class %s, at most %.1f GB of "
-            "host memory a rank",
-            self.name,
-            settings.mode,
-            settings.budget,
-            len(blocks),
-            "/".join(sorted({type(block).__name__ for block in blocks.values()})),
-            host_budget / 1e9,
-        )
-
     def offload_figures(self) -> dict[str, float]:
         """What offloading has done on this rank since the last call."""
-        if self._offload is None:
-            return {}
-        stats = self._offload.stats()
-        found = asdict(stats.since(self._offload_stats))
-        self._offload_stats = stats
-        return {f"offload/{name}": float(value) for name, value in found.items()}
+        return self.offloading.figures() if self.offloading is not None else {}
 
     def tell_offload(self) -> None:
         """Logs what offloading has done in all on this rank."""
-        if self._offload is not None:
-            log.info("engine %s: offload: %s", self.name, self._offload.stats())
+        if self.offloading is not None:
+            log.info("engine %s: offload: %s", self.name, self.offloading.stats())
 
     def close(self) -> None:
         """Takes DeepSpeed and offloading off the model; the engine is of no further use."""
-        if self._offload is not None:
-            self._offload.detach()
+        if self.offloading is not None:
+            self.offloading.detach()
         self.ds.destroy()
 
     def gather_attribute(self, name: str, kind: type = object) -> dict[str, Any]:

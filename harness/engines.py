@@ -1,8 +1,7 @@
 """The named set of engines, stepped, saved, exported and resumed as one."""
 
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -10,15 +9,12 @@ import torch
 from torch import nn
 
 from harness import distributed
-from harness.config import Config, OffloadConfig, ReplaceConfig
+from harness.config import Config
 from harness.engine import Engine
-from harness.errors import ConfigError, TaskError, did_you_mean
+from harness.errors import TaskError, did_you_mean
 from harness.lend import Turn
-from harness.offload import available_host_memory
+from harness.optimizations import change_models, offload_engines
 from harness.task import Stats, Task, feed
-from harness.wrapper import compile_model, imported, replace
-
-log = logging.getLogger(__name__)
 
 
 class Engines(Mapping[str, Engine]):
@@ -206,10 +202,7 @@ def build_engines(task: Task, config: Config) -> Engines:
                         f"task {config.task.path}: the models {owner!r} and {name!r} share the "
                         f"parameter {path!r}, which only one engine can train; give each its own"
                     )
-        replace_modules(task.models, config.optimizations.replace)
-        if config.optimizations.compile:
-            for model in task.models.values():
-                compile_model(model, blocks=config.optimizations.compile == "blocks")
+        change_models(task.models, config.optimizations)
     trained = [engine for engine in config.engines.values() if engine.role == "train"]
     micro_batches = math.lcm(*(engine.gradient_accumulation for engine in trained))
     engines = {}
@@ -225,48 +218,3 @@ def build_engines(task: Task, config: Config) -> Engines:
     if config.optimizations.unsloth:
         offload_engines(engines, config.optimizations.offload)
     return Engines(engines, task)
-
-
-def replace_modules(models: Mapping[str, nn.Module], entries: Sequence[ReplaceConfig]) -> None:
-    """Does what the config says, in all models or in one, and logs it.
-
-    Raises ConfigError if an entry cannot be imported, or fits no module at all.
-    """
-    for entry in entries:
-        what, by = imported(entry.what), imported(entry.by)
-        refused = []
-        chosen = [entry.engine] if entry.engine else list(models)
-        for name in chosen:
-            try:
-                changes = replace(
-                    models[name], what, by, include=entry.include, exclude=entry.exclude
-                )
-            except ConfigError as error:
-                refused.append(f"engine {name!r}: {error}")
-            else:
-                log.info("engine %s: replaced %s", name, "; ".join(map(str, changes)))
-        if len(refused) == len(chosen):
-            raise ConfigError("optimizations.replace:\n" + "\n".join(refused))
-        for text in refused:
-            log.warning("%s; it stays as it is", text)
-
-
-def offload_engines(engines: Mapping[str, Engine], settings: OffloadConfig) -> None:
-    """Offloads the activations of the trained engines, within one budget of host memory.
-
-    Collective. An engine whose model has no blocks stays as it is; ConfigError if that is true of
-    all of them.
-    """
-    with distributed.in_unison("optimizations.unsloth"):
-        trained = [engine for engine in engines.values() if engine.role == "train"]
-        budget = settings.host_budget or available_host_memory() // 2
-        refused: list[str] = []
-        for engine in trained:
-            try:
-                engine.offload(settings, budget // len(trained))
-            except ConfigError as error:
-                refused.append(f"engine {engine.name!r}: {error}")
-        if len(refused) == len(trained):
-            raise ConfigError("optimizations.unsloth:\n" + "\n".join(refused))
-        for text in refused:
-            log.warning("%s; it is trained without", text)

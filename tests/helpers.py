@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness.config import Config, merge
+from harness.config import Config
 from harness.errors import HarnessError
 from harness.run import train
+from harness.sections import merge
 
 ROOT = Path(__file__).parent.parent
 

@@ -103,15 +103,9 @@ def test_40_steps_are_the_same(
         [group], lr=1e-2, weight_decay=weight_decay, scale_front=scale_front
     )
     for step in range(STEPS):
-        size = 1 + 4 * (step % 7 == 0)  # so that the limiter has something to limit
-        for one, other in zip(mine, theirs, strict=True):
-            one.grad = torch.randn(one.shape) * size
-            other.grad = one.grad.clone()
-        ours.step()
-        reference.step()
-    for one, other in zip(mine, theirs, strict=True):
-        worst = (one - other).abs().max() / other.abs().max()
-        assert worst <= 1e-6, (tuple(one.shape), worst)
+        # so that the limiter has something to limit
+        take_step(ours, reference, mine, theirs, 1 + 4 * (step % 7 == 0))
+    assert_same(mine, theirs)
 
 
 def test_svd_is_the_same_until_signs_matter(official: Any) -> None:
@@ -124,11 +118,19 @@ def test_svd_is_the_same_until_signs_matter(official: Any) -> None:
     channels = {"rank": 6, "scale": 1, "scale_type": "channel"}
     reference = official.optimizer([{"params": theirs} | settings | channels], lr=1e-2)
     for _ in range(GAP):
-        for one, other in zip(mine, theirs, strict=True):
-            one.grad = torch.randn(one.shape)
-            other.grad = one.grad.clone()
-        ours.step()
-        reference.step()
+        take_step(ours, reference, mine, theirs)
+    assert_same(mine, theirs)
+
+
+def take_step(ours: Any, reference: Any, mine: list[Any], theirs: list[Any], size: int = 1) -> None:
+    for one, other in zip(mine, theirs, strict=True):
+        one.grad = torch.randn(one.shape) * size
+        other.grad = one.grad.clone()
+    ours.step()
+    reference.step()
+
+
+def assert_same(mine: list[Any], theirs: list[Any]) -> None:
     for one, other in zip(mine, theirs, strict=True):
         worst = (one - other).abs().max() / other.abs().max()
         assert worst <= 1e-6, (tuple(one.shape), worst)

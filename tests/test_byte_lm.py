@@ -9,8 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from harness.config import Config, TaskConfig
+from harness.config import Config
 from harness.errors import ConfigError
+from harness.sections import TaskConfig
 from launch.tasks.byte_lm import (
     Attention,
     ByteLM,

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from harness import engines as engines_module
-from harness.config import Config, merge
+from harness.config import Config
 from harness.files import json_read
 from harness.io import load
 from harness.run import train
+from harness.sections import merge
 from harness.testing.pool import RankPool
 from tests.helpers import OFFLOAD, losses, records, tiny_config, told_by
 

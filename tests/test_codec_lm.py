@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from harness.arguments import parse_args
-from harness.config import Config, TaskConfig
+from harness.config import Config
 from harness.errors import ConfigError
 from harness.run import train
+from harness.sections import TaskConfig
 from harness.testing.pool import RankPool
 from tests.helpers import records
 

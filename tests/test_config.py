@@ -10,9 +10,10 @@ import pytest
 from pydantic import BaseModel
 
 from harness.arguments import parse_args, parse_overrides
-from harness.config import Config, load, merge, section_of
+from harness.config import Config, load, section_of
 from harness.errors import ConfigError
 from harness.run import write_config
+from harness.sections import merge
 from tests.helpers import ROOT
 
 GOOD = """

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.arguments import parse_args
-from harness.config import Config, TaskConfig
+from harness.config import Config
 from harness.errors import CommandError, ConfigError
 from harness.io import save
 from harness.run import train
+from harness.sections import TaskConfig
 from harness.testing.pool import RankPool
 from tests.helpers import records
 from tests.test_engines import fake_digits, train_on_fake_digits

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from harness.checkpoint.manifest import checkpoints_in
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read
-from harness.config import Config, merge
+from harness.config import Config
 from harness.io import load
 from harness.lend import Turn
 from harness.run import train
+from harness.sections import merge
 from harness.task import load_task
 from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool

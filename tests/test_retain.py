@@ -8,7 +8,7 @@ import pytest
 from harness.checkpoint.durable import FileEntry
 from harness.checkpoint.manifest import Manifest, checkpoints_in, step_directory
 from harness.checkpoint.retain import PRUNED, REPLACED, clean, prune
-from harness.config import CheckpointConfig
+from harness.sections import CheckpointConfig
 
 
 def make(parent: Path, step: int, loss: float | None = None, pinned: str | None = None) -> Path:

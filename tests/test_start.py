@@ -14,11 +14,12 @@ from harness import io
 from harness.checkpoint import start
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read
-from harness.config import Config, merge
+from harness.config import Config
 from harness.engine import Engine
 from harness.errors import ConfigError
 from harness.formats.sources import Source
 from harness.run import train
+from harness.sections import merge
 from harness.testing.pool import RankPool
 from tests.helpers import OFFLOAD, ROOT, tiny_config, told_by
 from tests.relayout_task import Odd

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest
-from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
+from harness.sections import CheckpointConfig
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ from typing import Any
 from pydantic import ValidationError, create_model
 
 from harness.arguments import parse_overrides
-from harness.config import LIVE, Config, section_of
+from harness.config import Config, section_of
 from harness.control.events import Events
 from harness.errors import ConfigError
+from harness.sections import LIVE
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,7 @@ class Plan:
             micro_batches,
         )
         self._kept = 0
+        self._told = Stats()
         for place, module in enumerate(modules.values()):
             is_last = place >= len(modules) - keep_last
             module.__dict__[_BLOCK] = _Block(self, place, is_last)
@@ -83,6 +84,12 @@ class Plan:
         """What was done so far."""
         found = self.store.stats()
         return replace(found, kept=found.kept + self._kept)
+
+    def figures(self) -> dict[str, float]:
+        """What was done since the last call, as `offload/...`."""
+        stats = self.stats()
+        since, self._told = stats.since(self._told), stats
+        return {f"offload/{name}": float(value) for name, value in asdict(since).items()}
 
     def run(
         self, place: int, is_last: bool, function: Callable[..., Any], args: Any, kwargs: Any

@@ -21,8 +21,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from harness.config import Config, Section
+from harness.config import Config
 from harness.errors import ConfigError
+from harness.sections import Section
 from harness.task import Stats, Task
 
 VOCABULARY = 256

@@ -17,8 +17,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from harness import io
-from harness.config import Config, Section
+from harness.config import Config
 from harness.errors import ConfigError
+from harness.sections import Section
 from harness.task import Stats, Task
 
 CLASSES = 10

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from harness.config import Config, Section
+from harness.config import Config
 from harness.errors import CommandError
+from harness.sections import Section
 from harness.task import Stats, Task
 
 SAMPLES = 256
