@@ -124,12 +124,14 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[Any] | None =
 def ranks_of(directory: Path) -> list[psutil.Process]:
     """The ranks of the run below `directory`, by rank; without their data-loader workers."""
     found = {}
-    for process in psutil.process_iter(["cmdline", "ppid"]):
+    for process in psutil.process_iter(["cmdline", "environ", "ppid"]):
         words = process.info["cmdline"] or []
-        if str(directory / "tiny.toml") in words and str(ROOT / "launch/train.py") in words[1:3]:
+        ended = process.info["environ"] is None  # between the two looks at it
+        ours = str(directory / "tiny.toml") in words
+        if ours and str(ROOT / "launch/train.py") in words[1:3] and not ended:
             found[process.pid] = process
     ranks = [process for process in found.values() if process.info["ppid"] not in found]
-    return sorted(ranks, key=lambda process: process.environ().get("RANK", "0"))
+    return sorted(ranks, key=lambda process: process.info["environ"].get("RANK", "0"))
 
 
 def log_of(directory: Path) -> str:
