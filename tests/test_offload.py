@@ -463,6 +463,8 @@ def test_the_class_of_a_block_does_not_notice() -> None:
         ({"mode": "input"}, "mode = 'input', expected"),
         ({"budget": "some"}, "budget = 'some', expected"),
         ({"budget": 1.5}, "budget = 1.5, expected"),
+        ({"budget": None}, "budget = None, expected"),
+        ({"budget": float("nan")}, "budget = nan, expected"),
         ({"keep_last": -1}, "keep_last = -1, expected"),
         ({"min_bytes": -1}, "min_bytes = -1, expected"),
         ({"host_budget": -1}, "host_budget = -1, expected"),

@@ -1,5 +1,6 @@
 """The pool of host memory, and the planner that says how much to use it."""
 
+import itertools
 import random
 import threading
 from collections.abc import Iterator
@@ -162,9 +163,16 @@ def test_host_memory_is_shared_by_the_ranks_of_a_machine(monkeypatch: pytest.Mon
     assert alone > 0 and available_host_memory() == pytest.approx(alone / 4, rel=0.2)
 
 
-def offloaded(planner: Planner, forwards: int, size: int = 1, blocks: int = 10) -> list[int]:
-    """How many blocks of each forward are offloaded."""
-    return [sum(planner.wants(n, size) for n in range(blocks)) for _ in range(forwards)]
+_unpackings = itertools.count(1)
+
+
+def offloaded(planner: Planner, passes: int, size: int = 1, blocks: int = 10) -> list[int]:
+    """How many blocks of each pass are offloaded. A backward comes before each but the first."""
+    found = []
+    for _ in range(passes):
+        unpacked = next(_unpackings)
+        found.append(sum(planner.wants(n, size, unpacked) for n in range(blocks)))
+    return found
 
 
 @pytest.mark.parametrize(("budget", "count"), [("all", 10), (1, 10), (0.5, 5), (0.3, 3), (0, 0)])
@@ -175,7 +183,7 @@ def test_a_fixed_part(budget: float, count: int) -> None:
 
 def test_a_part_is_spread_evenly() -> None:
     planner = Planner(0.5, lambda: (0, 0, 0))
-    assert [planner.wants(n, 1) for n in range(6)] == [False, True] * 3
+    assert [planner.wants(n, 1, 0) for n in range(6)] == [False, True] * 3
 
 
 @pytest.mark.parametrize(
@@ -199,6 +207,17 @@ def test_auto_starts_anew_for_larger_inputs() -> None:
 def test_auto_waits_for_the_first_optimizer_step() -> None:
     planner = Planner("auto", lambda: (100, 1000.0, 0.0), micro_batches=4)
     assert offloaded(planner, WARM_UP + 5) == [10] * (WARM_UP + 3) + [0, 0]
+
+
+def test_a_block_that_is_called_many_times_is_one_pass() -> None:
+    planner = Planner("auto", lambda: (100, 1000.0, 0.0))
+    wanted = [sum(planner.wants(0, 1, 12 * done) for _ in range(12)) for done in range(WARM_UP + 2)]
+    assert wanted == [12] * WARM_UP + [0, 0]
+
+
+def test_a_plan_that_keeps_all_its_blocks_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    offload.attach(Model(2), keep_last=2).detach()
+    assert "keep_last = 2 keeps all 2 blocks" in caplog.text
 
 
 def test_auto_on_a_device_with_some_room() -> None:

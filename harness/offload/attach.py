@@ -6,6 +6,7 @@ again when it is recomputed. Copies and pickles of a block are plain.
 """
 
 import functools
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from harness.offload.regions import Inputs, call_saving, tensor_bytes
 from harness.offload.saved import Store
 from harness.offload.stats import Stats
 from harness.offload.streams import Backend, default_backend
+
+log = logging.getLogger(__name__)
 
 MIN_BYTES = 2 << 20
 """Smaller tensors are not worth a copy."""
@@ -97,7 +100,7 @@ class Plan:
         """Makes a block's call."""
         inputs = Inputs(function, args, kwargs) if self.mode == "inputs" else None
         size = tensor_bytes(tree_leaves((args, kwargs)) if inputs is None else inputs.tensors)
-        wanted = self.planner.wants(place, size) and not is_last
+        wanted = self.planner.wants(place, size, self.store.unpacked) and not is_last
         if not wanted and size >= self.store.min_bytes:
             self._kept += 1
         if inputs is not None:
@@ -197,6 +200,10 @@ def attach(
     for name, module in modules.items():
         if _BLOCK in module.__dict__:
             raise ConfigError(f"offload: {name} is offloaded already; detach that plan first")
+    if keep_last >= len(modules):
+        log.warning(
+            "offload: keep_last = %d keeps all %d blocks on the device", keep_last, len(modules)
+        )
     if host_budget is None:
         host_budget = available_host_memory() // 2
     store = Store(backend or default_backend(), min_bytes, host_budget)

@@ -1,6 +1,6 @@
 """How much to offload: everything, a fraction, or as little as the device's memory allows.
 
-"auto" offloads everything in the first forward passes, and then looks at two numbers: the bytes
+"auto" offloads everything in the first passes, and then looks at two numbers: the bytes
 that were in host memory at the same time, and those that were free on the device at its fullest
 moment. What fits into the latter need not leave. It starts anew when inputs get larger than any
 that it measured.
@@ -15,8 +15,8 @@ from harness.errors import ConfigError
 log = logging.getLogger(__name__)
 
 WARM_UP = 3
-"""Forward passes that are measured, beyond those of the first optimizer step, which makes its
-state."""
+"""Passes, each a forward with its backward, that are measured beyond those of the first optimizer
+step, which makes its state."""
 
 Budget = Literal["auto", "all"] | float
 
@@ -32,11 +32,12 @@ class Planner:
         micro_batches: int = 1,
     ):
         """`measure() -> (most bytes in host memory at one time, headroom in bytes, stall in s)`.
-        `micro_batches`: forward passes of one optimizer step.
+        `micro_batches`: passes of one optimizer step.
 
         Raises ConfigError if `budget` is neither "auto" nor "all" nor a number from 0 to 1.
         """
-        if budget not in ("auto", "all") and (isinstance(budget, str) or not 0 <= budget <= 1):
+        is_part = isinstance(budget, int | float) and 0 <= budget <= 1
+        if budget not in ("auto", "all") and not is_part:
             raise ConfigError(
                 f'offload: budget = {budget!r}, expected "auto", "all", or a part from 0 to 1'
             )
@@ -44,15 +45,20 @@ class Planner:
         """Part of the regions that is offloaded now."""
         self._measure = measure if budget == "auto" else None
         self._warm_up = WARM_UP + micro_batches - 1
-        self._forwards = 0  # since the measuring began
+        self._passes = 0  # since the measuring began
         self._last = -1  # place of the latest region
+        self._unpacked = 0  # before the latest pass
         self._largest = 0  # bytes of the largest region that was measured
         self._due = 0.0
 
-    def wants(self, place: int, size: int) -> bool:
-        """Whether to offload the region at `place` in the model, with inputs of `size` bytes."""
+    def wants(self, place: int, size: int, unpacked: int) -> bool:
+        """Whether to offload the region at `place` in the model, with inputs of `size` bytes.
+
+        `unpacked`: tensors that backward passes have asked for so far. A model may call a block
+        many times in one forward; only where a backward came between, another pass begins.
+        """
         if self._measure is not None:
-            self._watch(place, size)
+            self._watch(place, size, unpacked)
         self._last = place
         self._due += self.fraction
         if self._due < 1:
@@ -60,13 +66,13 @@ class Planner:
         self._due -= 1
         return True
 
-    def _watch(self, place: int, size: int) -> None:
-        if place <= self._last:  # another forward
-            self._forwards += 1
-            if self._forwards == self._warm_up:
+    def _watch(self, place: int, size: int, unpacked: int) -> None:
+        if place <= self._last and unpacked > self._unpacked:
+            self._passes, self._unpacked = self._passes + 1, unpacked
+            if self._passes == self._warm_up:
                 self._decide()
         if size > self._largest:
-            self._largest, self._forwards, self.fraction = size, 0, 1.0
+            self._largest, self._passes, self.fraction = size, 0, 1.0
 
     def _decide(self) -> None:
         assert self._measure is not None

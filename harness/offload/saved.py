@@ -94,6 +94,7 @@ class Handle:
         """The tensor, on its device. Raises RuntimeError if it was modified in place too early."""
         store, copy = self._store, self.copy
         with store.lock:
+            store.unpacked += 1
             if copy.source is not None:
                 self._version_sent = copy.source._version
             check_version(copy, self._version_sent, self._version)
@@ -207,6 +208,8 @@ class Store:
         self.min_bytes = max(1, min_bytes)
         self.pool = Pool(backend, host_budget)
         self.count = Stats()
+        self.unpacked = 0
+        """Tensors that backward has asked for so far."""
         self.known: dict[Any, weakref.ref[Handle]] = {}
         """Handles by what they are of: a storage (held weakly, so that another one at the same
         address is another one), a place in it, and its version."""
