@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from harness import distributed, ema
+from harness.engine_sections import EngineConfig
 from harness.errors import CheckpointError, CommandError, ConfigError
 from harness.lend import Turn
 from harness.offload import Plan
 from harness.optim.apollo import Apollo
 from harness.optim.build import build_optimizer, check_zero, is_elementwise
 from harness.optim.lr import build_factor, build_scheduler
-from harness.sections import EngineConfig
 from harness.wrapper import freeze
 
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read
 from harness.checkpoint.zero_layout import flats
 from harness.engine import Engine
+from harness.engine_sections import EngineConfig
 from harness.engines import Engines
 from harness.errors import ConfigError, FormatError, did_you_mean
 from harness.formats import flat
 from harness.formats.dtypes import FLOATS
 from harness.formats.sources import Source
-from harness.sections import EngineConfig
 from harness.utils import dtype_name
 
 log = logging.getLogger(__name__)
