@@ -14,6 +14,7 @@ from harness import distributed, ema
 from harness.engine_sections import EngineConfig
 from harness.errors import CheckpointError, CommandError, ConfigError
 from harness.lend import Turn
+from harness.lora import adapt
 from harness.offload import Plan
 from harness.optim.apollo import Apollo
 from harness.optim.build import build_optimizer, check_zero, is_elementwise
@@ -90,6 +91,9 @@ class Engine:
             if config.optimizer is None:
                 model.requires_grad_(False).eval()
             else:
+                if config.lora is not None:
+                    adapted = adapt(model, config.lora)
+                    log.info("engine %s: adapters for %s", name, ", ".join(adapted))
                 if frozen := freeze(model, config.frozen):
                     log.info("engine %s: frozen: %s", name, ", ".join(frozen))
                 if not any(p.requires_grad for p in model.parameters()):
@@ -258,6 +262,11 @@ class Engine:
         if self._clip is not None:
             found.append(f"clip {self._clip:g} (the config says {self._configured_clip:g})")
         return found
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether adapters are trained, and nothing else."""
+        return self._config.lora is not None
 
     @property
     def has_ema(self) -> bool:

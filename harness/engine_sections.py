@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from harness.sections import Section, merge, pattern
+from harness.sections import Section, importable, merge, pattern
 
 
 class NamedConfig(BaseModel):
@@ -42,6 +42,26 @@ class SchedulerConfig(NamedConfig):
     "warmup-stable-decay"."""
 
 
+class LoraConfig(Section):
+    """[engines.NAME.lora] low-rank adapters, trained in the place of the weights (extra: lora)."""
+
+    targets: str
+    """Regular expression for the whole names of the layers, like ".*\\.(query|value)"."""
+    rank: int = Field(default=8, ge=1)
+    """Rank of what is added to a weight."""
+    alpha: float = Field(default=16, gt=0, allow_inf_nan=False)
+    """What is added is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of an adapter's input."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "LoraConfig":
+        pattern(self.targets)
+        if not importable("peft"):
+            raise ValueError("not installed: pip install 'harness[lora]'")
+        return self
+
+
 class EngineConfig(Section):
     """[engines.NAME] one model under DeepSpeed."""
 
@@ -58,6 +78,8 @@ class EngineConfig(Section):
     frozen: list[str] = Field(default=[])
     """Parameters that stay as they are: regular expressions for the whole names of parameters, or
     of modules with all that is in them, like "blocks\\.[0-3]"."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters, and leave all other parameters as they are."""
     init_from: Path | None = None
     """Weights to start from, instead of the task's: a .sft or .pt, a folder of Hugging Face's, an
     export or a checkpoint. Not read when a run resumes, except for a teacher."""
@@ -106,9 +128,10 @@ class EngineConfig(Section):
             raise ValueError("a trained engine needs an optimizer, for example {name = 'adamw'}")
         if self.role == "teacher" and (self.optimizer or self.scheduler):
             raise ValueError("a teacher is never stepped: it takes no optimizer and no scheduler")
-        if self.role == "teacher" and (self.every > 1 or self.ema_decay or self.frozen):
+        given = (self.every > 1, self.ema_decay, self.frozen, self.lora)
+        if self.role == "teacher" and any(given):
             raise ValueError(
-                "a teacher never changes: it takes no `every`, no ema_decay and no `frozen`"
+                "a teacher never changes: it takes no `every`, no ema_decay, no `frozen`, no `lora`"
             )
         offload = zero.get("offload_optimizer")
         if self.ema_decay and isinstance(offload, Mapping) and offload.get("ratio", 1.0) != 1.0:
