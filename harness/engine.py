@@ -100,6 +100,12 @@ class Engine:
                     raise ConfigError(f"engines.{name}: the model has no trainable parameter")
                 check_zero(config.optimizer, config.deepspeed())
                 optimizer = build_optimizer(model, config.optimizer)
+                if config.ema_decay and hasattr(optimizer, "eval"):
+                    raise ConfigError(
+                        f"engines.{name}.ema_decay: optimizer {config.optimizer.name!r} keeps an "
+                        "average of its own, which evaluations and exports use: leave one of them "
+                        "out"
+                    )
                 made = type(optimizer)
                 self.optimizer = f"{made.__module__}:{made.__qualname__}"
                 chosen = {"lr", *config.optimizer.args}
