@@ -481,6 +481,15 @@ def test_what_is_interrupted_leaves_no_file(tmp_path: Path, number: signal.Signa
         assert not left and b"Traceback" not in told, told
 
 
+def test_tied_masters_at_zero_0_stay_tied(two_ranks: RankPool, tmp_path: Path) -> None:
+    bf16 = {"net": {"ds_overrides": {"bf16": {"enabled": True}}}}
+    config = tiny_config(tmp_path, 0, run={"steps": 2}, engines=bf16)
+    two_ranks.run(train, config)
+    found = converted(config.run_dir, tmp_path / "x.sft")
+    assert not torch.equal(found["middle.weight"], found["middle.weight"].bfloat16().float())
+    assert found["again.weight"].data_ptr() == found["middle.weight"].data_ptr()
+
+
 def test_a_run_of_ours_is_converted(two_ranks: RankPool, tmp_path: Path) -> None:
     """Its newest checkpoint, which is what its last export holds."""
     config = tiny_config(tmp_path, 2, run={"steps": 4}, trainer={"save_every": 2})

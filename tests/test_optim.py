@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read
+from harness.engine_sections import OptimizerConfig, SchedulerConfig
 from harness.errors import ConfigError
 from harness.io import load
 from harness.optim import Apollo, ApolloMini
 from harness.optim.build import OPTIMIZERS, build_optimizer, check_zero
 from harness.optim.lr import build_scheduler
 from harness.run import train
-from harness.sections import OptimizerConfig, SchedulerConfig
 from harness.testing.pool import RankError, RankPool
 from tests.given_gradients import Given, engine_of, gradients_of
 from tests.helpers import losses, records, tiny_config

@@ -255,6 +255,19 @@ def test_a_run_with_the_same_in_their_place_is_the_same_run(
         )
 
 
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_a_model_that_is_sharded_while_it_is_built_is_the_same_run(
+    two_ranks: RankPool, tmp_path: Path, plain_runs: Any, where: str
+) -> None:
+    task = {"path": str(ROOT / "tests/replaced_task.py"), "args": {"zero_init": where}}
+    config = tiny_config(tmp_path, 3, task=task)
+    two_ranks.run(train, config)
+    assert losses(config) == losses(plain_runs(3))
+    found, expected = exported(config), exported(plain_runs(3))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_replacement_that_fits_nothing_is_an_error(two_ranks: RankPool, tmp_path: Path) -> None:
     entry = {"what": "torch.nn:Conv1d", "by": "tests.replaced_task:Twice"}
     config = tiny_config(tmp_path, optimizations={"replace": [entry]})

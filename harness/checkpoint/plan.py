@@ -18,6 +18,8 @@ from harness.formats.pickles import TensorRef
 from harness.formats.sources import Source, Stretch, source
 
 OPTIMIZER = "optimizer"
+EMA = "ema"
+"""Key of the average in the optimizer's state: `harness.ema.KEY`, which needs torch."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,11 @@ def weights(saved: SavedEngine, dtype: str) -> Plan:
     what is asked for.
     """
     plan = Plan()
-    shared: Mapping[str, str] = saved.model["shared_params"] or {}
     own: Mapping[str, TensorRef] = saved.model["module"] | saved.experts
     for name in dict.fromkeys([*own, *saved.shapes]):
         computed = own[name].dtype if name in own else "float32"
         target = computed if dtype == "keep" else dtype
-        kept = shared.get(name, name)
+        kept = saved.shared.get(name, name)
         if kept in saved.shapes and (saved.stage == 3 or target != computed or target == "float32"):
             found = saved.master(kept)
         else:
@@ -96,6 +97,26 @@ def weights(saved: SavedEngine, dtype: str) -> Plan:
                 "DeepSpeed names no fp32 masters at ZeRO 0: the weights are the "
                 f"{', '.join(kinds)} ones that the model computes with"
             )
+    return plan
+
+
+def averages(saved: SavedEngine, dtype: str) -> Plan:
+    """As `weights`, with the average of the weights where one is kept: `engines.NAME.ema_decay`.
+
+    What is not averaged, frozen parameters and buffers, is as it is. Raises CheckpointError if
+    nothing is.
+    """
+    plan = weights(saved, dtype)
+    is_kept = False
+    for name, planned in plan.tensors.items():
+        kept = saved.shared.get(name, name)
+        if kept in saved.shapes and EMA in saved.state_keys(kept):
+            plan.tensors[name] = Planned(saved.moment(kept, EMA), planned.dtype)
+            is_kept = True
+    if not is_kept:
+        raise CheckpointError(
+            f"{saved.directory}: no average of the weights here: engines.NAME.ema_decay keeps one"
+        )
     return plan
 
 
@@ -133,7 +154,9 @@ def optimizer(saved: SavedEngine) -> Plan:
 
 
 def of_engine(saved: SavedEngine, what: str, dtype: str) -> Plan:
-    """`what`: "weights", "optimizer" or "all"."""
+    """`what`: "weights", "ema", "optimizer" or "all"."""
+    if what == "ema":
+        return averages(saved, dtype)
     plan = weights(saved, dtype) if what in ("weights", "all") else Plan()
     if what in ("optimizer", "all"):
         further = optimizer(saved)

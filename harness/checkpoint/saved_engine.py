@@ -6,6 +6,7 @@ Neither torch nor DeepSpeed is needed: of the tensors, only the places in the fi
 import itertools
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,23 @@ class SavedEngine:
         """Whether the optimizer's state says whose it is: plain DeepSpeed's at stage 0 does not."""
         return self.model["param_shapes"] is not None or "parameter_names" in self.model
 
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """Further names of tied parameters, and those that their state goes by.
+
+        ZeRO 0 does not tell them: they are the names of what lies at the same place.
+        """
+        told = self.model["shared_params"]
+        if told is not None:
+            return told
+        own = {name: source(ref) for name, ref in self.model["module"].items()}
+        known = {own[name]: name for name in self.shapes if name in own}
+        return {
+            name: known[place]
+            for name, place in own.items()
+            if place in known and known[place] != name
+        }
+
     def group_of(self, name: str) -> int:
         """The parameter group of a parameter."""
         return self._pieces[name][0][1].group
@@ -151,7 +169,7 @@ class SavedEngine:
         tensor = self.model["module"][name]
         if self.stage < 3 or name in self.model["buffer_names"]:
             return source(tensor)
-        name = self.model["shared_params"].get(name, name)
+        name = self.shared.get(name, name)
         if name in self.shapes:
             return self.master(name)
         shape = Shape(self.model["frozen_param_shapes"][name])
