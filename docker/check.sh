@@ -27,7 +27,7 @@ config() { tool inspect --type image --format "{{$1}}" "$image"; }
 tidy() {
     local code=$?
     trap - EXIT
-    for pid in $(jobs -p); do kill -KILL "$pid" || true; done
+    for pid in $(jobs -p); do kill -KILL "$(first_process "$pid")" || true; done
     wait
     for name in "${names[@]}"; do ip netns delete "$name" 2>/dev/null || true; done
     tool rm --all >/dev/null || true
@@ -102,7 +102,11 @@ container() {
 }
 
 # The first process of the container that job PID runs.
-first_process() { pgrep --parent "$1"; }
+first_process() {
+    local pid=$1
+    until [ "$(cat "/proc/$pid/comm")" = tini ]; do pid=$(pgrep --parent "$pid") || return 1; done
+    echo "$pid"
+}
 
 # healthy PID: whether the health check passes in the container that job PID runs.
 healthy() {
@@ -151,7 +155,8 @@ health=("${health[@]:1}") # without the word CMD
 environment=("${environment[@]:0:${#environment[@]}-1}" HOME=/home/trainer)
 make_network
 
-container 0 sh -c 'test "$(id --user)" -gt 0 && ! command -v gcc cc g++ make' || fail "root, or a compiler"
+[ "$(container 0 id --user)" = 10001 ] || fail "it runs as $(container 0 id --user)"
+! container 0 sh -c "command -v gcc cc g++ make" || fail "it holds a compiler"
 container 0 "${command[@]}" --run.steps=20 >"$work/train.log" 2>&1 || fail "20 steps"
 step "20 steps of the default task: $(grep 'eval loss' "$work/train.log" | tail --lines=1)"
 
@@ -160,7 +165,7 @@ until_healthy $!
 kill -TERM "$(first_process $!)"
 code=0
 wait $! || code=$?
-[ "$code" = 143 ] && [ "$(checkpoints)" = 2 ] || fail "SIGTERM: exit code $code"
+[ "$code $(checkpoints)" = "143 2" ] || fail "SIGTERM: exit code $code, $(checkpoints) checkpoints"
 step "resumed, healthy, and on SIGTERM saved: exit code $code"
 
 rm --recursive "$root/harness/runs/byte_lm"
