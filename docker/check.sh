@@ -24,6 +24,8 @@ tool() { buildah --root "$work/storage" --runroot "$work/state" --storage-driver
 
 config() { tool inspect --type image --format "{{$1}}" "$image"; }
 
+list() { config "range $1}}{{println .}}{{end" | sed '/^$/d'; }
+
 tidy() {
     local code=$?
     trap - EXIT
@@ -147,12 +149,10 @@ root=$(tool mount "$(tool from "$image")")
 user=$(config .OCIv1.Config.User)
 user=${user%%:*}
 workdir=$(config .OCIv1.Config.WorkingDir)
-mapfile -t environment < <(config 'range .OCIv1.Config.Env}}{{println .}}{{end')
-read -ra entrypoint < <(config 'join .OCIv1.Config.Entrypoint " "')
-read -ra command < <(config 'join .OCIv1.Config.Cmd " "')
-read -ra health < <(config 'join .Docker.Config.Healthcheck.Test " "')
-health=("${health[@]:1}") # without the word CMD
-environment=("${environment[@]:0:${#environment[@]}-1}" HOME=/home/trainer)
+mapfile -t environment < <(list .OCIv1.Config.Env && echo HOME=/home/trainer)
+mapfile -t entrypoint < <(list .OCIv1.Config.Entrypoint)
+mapfile -t command < <(list .OCIv1.Config.Cmd)
+mapfile -t health < <(list .Docker.Config.Healthcheck.Test | sed 1d) # without the word CMD
 make_network
 
 [ "$(container 0 id --user)" = 10001 ] || fail "it runs as $(container 0 id --user)"
