@@ -29,7 +29,7 @@ list() { config "range $1}}{{println .}}{{end" | sed '/^$/d'; }
 tidy() {
     local code=$?
     trap - EXIT
-    for pid in $(jobs -p); do kill -KILL "$(first_process "$pid")" || true; done
+    for pid in $(jobs -p); do ! pid=$(first_process "$pid") || kill -KILL "$pid"; done
     wait
     for name in "${names[@]}"; do ip netns delete "$name" 2>/dev/null || true; done
     tool rm --all >/dev/null || true
@@ -106,20 +106,20 @@ container() {
 # The first process of the container that job PID runs.
 first_process() {
     local pid=$1
-    until [ "$(cat "/proc/$pid/comm")" = tini ]; do pid=$(pgrep --parent "$pid") || return 1; done
+    until [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = tini ]; do pid=$(pgrep --parent "$pid") || return 1; done
     echo "$pid"
 }
 
 # healthy PID: whether the health check passes in the container that job PID runs.
 healthy() {
-    nsenter --target "$(first_process "$1")" --all --setgid "$user" --setuid "$user" \
+    nsenter --target "$(first_process "$1")" --all --root --wd --setgid "$user" --setuid "$user" \
         env --ignore-environment "${environment[@]}" "${health[@]}" >>"$work/health.log" 2>&1
 }
 
-# until_healthy PID: waits for it, for 5 minutes at most.
-until_healthy() {
+# until_training PID LOG: waits, for 5 minutes at most, until the container is healthy and has trained.
+until_training() {
     for _ in $(seq 100); do
-        ! healthy "$1" || return 0
+        ! healthy "$1" || ! grep --quiet 'INFO step [0-9]*/' "$2" || return 0
         kill -0 "$1" 2>/dev/null || fail "a container ended before it was healthy"
         sleep 3
     done
@@ -137,8 +137,16 @@ print(*(f"{key}={value}" for key, value in node["environment"].items()), *node["
     container "$1" env "${words[@]}" "${@:2}"
 }
 
-# checkpoints: the steps that are saved.
-checkpoints() { find "$root/harness/runs/byte_lm/checkpoints" -name manifest.json | wc --lines; }
+# start_nodes WORD...: both nodes, as jobs `first` and `second`.
+start_nodes() {
+    node 0 --trainer.eval_every=0 "$@" >"$work/node0.log" 2>&1 &
+    first=$!
+    node 1 --trainer.eval_every=0 "$@" >"$work/node1.log" 2>&1 &
+    second=$!
+}
+
+# checkpoints: how many are saved.
+checkpoints() { find "$runs/byte_lm/checkpoints" -name manifest.json | wc --lines; }
 
 [ -n "${BASE_IMAGE:-}" ] || tool inspect --type image localhost/debian >/dev/null 2>&1 || make_base
 step "the base is there"
@@ -149,6 +157,7 @@ root=$(tool mount "$(tool from "$image")")
 user=$(config .OCIv1.Config.User)
 user=${user%%:*}
 workdir=$(config .OCIv1.Config.WorkingDir)
+runs=$root$workdir/runs
 mapfile -t environment < <(list .OCIv1.Config.Env && echo HOME=/home/trainer)
 mapfile -t entrypoint < <(list .OCIv1.Config.Entrypoint)
 mapfile -t command < <(list .OCIv1.Config.Cmd)
@@ -158,32 +167,36 @@ make_network
 [ "$(container 0 id --user)" = 10001 ] || fail "it runs as $(container 0 id --user)"
 ! container 0 sh -c "command -v gcc cc g++ make" || fail "it holds a compiler"
 container 0 "${command[@]}" --run.steps=20 >"$work/train.log" 2>&1 || fail "20 steps"
-step "20 steps of the default task: $(grep 'eval loss' "$work/train.log" | tail --lines=1)"
+step "the default task: $(grep --only-matching 'step 20: eval loss.*' "$work/train.log")"
 
 container 0 "${command[@]}" --run.steps=1000000 >"$work/stop.log" 2>&1 &
-until_healthy $!
+until_training $! "$work/stop.log"
+grep --quiet "no rank has begun" "$work/health.log" || fail "it was healthy before it had begun"
 kill -TERM "$(first_process $!)"
 code=0
 wait $! || code=$?
 [ "$code $(checkpoints)" = "143 2" ] || fail "SIGTERM: exit code $code, $(checkpoints) checkpoints"
 step "resumed, healthy, and on SIGTERM saved: exit code $code"
 
-rm --recursive "$root/harness/runs/byte_lm"
-node 0 --run.steps=1000000 >"$work/node0.log" 2>&1 &
-first=$!
-node 1 --run.steps=1000000 >"$work/node1.log" 2>&1 &
-second=$!
-until_healthy $first
-until_healthy $second
-kill -TERM "$(first_process $second)"
-wait $first && fail "node 0 ended as if all were well"
-wait $second && fail "node 1 ended as if all were well"
-[ "$(checkpoints)" = 1 ] || fail "two nodes: no checkpoint"
-step "two nodes: $(grep 'on 2 ranks' "$work/node0.log")"
+rm --recursive "$runs/byte_lm"
+start_nodes --run.steps=1000000
+until_training "$first" "$work/node0.log"
+until_training "$second" "$work/node0.log" # rank 0 tells
+kill -TERM "$(first_process "$second")"
+! wait "$first" || fail "node 0 ended as if all were well"
+! wait "$second" || fail "node 1 ended as if all were well"
+[ "$(checkpoints)" = 1 ] || fail "two nodes: $(checkpoints) checkpoints"
+step "two nodes, and SIGTERM to one: $(grep --only-matching 'saved .*' "$work/node0.log")"
+
+saved=$(sed 's/step-0*//' "$runs/byte_lm/checkpoints/latest")
+start_nodes --run.steps=$((saved + 2))
+wait "$first" || fail "node 0"
+wait "$second" || fail "node 1"
+step "two nodes again: $(grep --only-matching 'step .* on 2 ranks' "$work/node0.log")"
 
 python3 -m pip install --quiet --constraint constraints.txt --target "$root/opt/pytest" \
     pytest pytest-timeout >"$work/pip.log" 2>&1 || fail "pytest"
-cp --recursive tests pyproject.toml "$root/harness"
+cp --recursive tests pyproject.toml "$root$workdir"
 environment+=(PYTHONPATH=/opt/pytest PYTHONDONTWRITEBYTECODE=1)
 container 0 python -m pytest -p no:cacheprovider -q tests/test_config.py tests/test_distributed.py \
     'tests/test_launch.py::test_every_front_under_every_launcher[torchrun]' \
