@@ -112,7 +112,9 @@ first_process() {
 
 # healthy PID: whether the health check passes in the container that job PID runs.
 healthy() {
-    nsenter --target "$(first_process "$1")" --all --root --wd --setgid "$user" --setuid "$user" \
+    local pid
+    pid=$(first_process "$1") || return 1
+    nsenter --target "$pid" --all --root --wd --setgid "$user" --setuid "$user" \
         env --ignore-environment "${environment[@]}" "${health[@]}" >>"$work/health.log" 2>&1
 }
 
