@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from harness import network
 from harness.errors import HarnessError
 
 P = ParamSpec("P")
@@ -99,6 +100,8 @@ def init(timeout_s: float = 1800.0) -> None:
         torch.cuda.set_device(device())
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
+    if local_world_size() < world_size():
+        network.choose_interface()
     _deepspeed_with(timeout).init_distributed(timeout=timeout, verbose=False)
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)

@@ -26,7 +26,7 @@ SEARCHED = f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BOOT = """
 set -e
 hostname {name}
-mount --bind hosts /etc/hosts
+mount --bind {name}.hosts /etc/hosts
 mount --bind ssh_config /etc/ssh/ssh_config
 mount -t tmpfs run /run
 mkdir /run/sshd
@@ -144,8 +144,10 @@ def two_nodes(directory: Path) -> Iterator[Pair]:
         words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / key]
         subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
     addresses = {"node1": "10.0.0.1", "node2": "10.0.0.2"}
-    hosts = "".join(f"{address} {name}\n" for name, address in addresses.items())
-    (directory / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
+    for own in addresses:  # a host's own name is a loopback's, as Debian's installer has it
+        seen = {"localhost": "127.0.0.1"} | addresses | {own: "127.0.1.1"}
+        lines = [f"{address} {name}\n" for name, address in seen.items()]
+        (directory / f"{own}.hosts").write_text("".join(lines))
     (directory / "sshd_config").write_text(SSHD_CONFIG.format(directory=directory))
     (directory / "ssh_config").write_text(SSH_CONFIG.format(directory=directory))
     with ExitStack() as stack:
@@ -177,8 +179,9 @@ def boot(name: str, directory: Path, stack: ExitStack) -> subprocess.Popen[bytes
     )
 
     def end() -> None:
-        for init in psutil.Process(process.pid).children():
-            init.kill()
+        if process.poll() is None:
+            for init in psutil.Process(process.pid).children():
+                init.kill()
         process.wait(timeout=30)
 
     stack.callback(end)
