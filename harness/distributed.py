@@ -89,7 +89,8 @@ def init(timeout_s: float = 1800.0) -> None:
     """Joins the world: DeepSpeed's process group, and the control group beside it.
 
     Without a launcher this is a world of one process. `timeout_s` bounds every collective, those
-    of ZeRO included. Blocks until all ranks have joined.
+    of ZeRO included. Blocks until all ranks have joined, and ends the process a minute after
+    `timeout_s` if they have not.
     """
     global _control
     timeout = timedelta(seconds=timeout_s)
@@ -102,8 +103,12 @@ def init(timeout_s: float = 1800.0) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     if local_world_size() < world_size():
         network.choose_interface()
-    _deepspeed_with(timeout).init_distributed(timeout=timeout, verbose=False)
-    group = dist.new_group(backend="gloo", timeout=timeout)
+    deepspeed = _deepspeed_with(timeout)
+    where = f"rank 0 at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    doing = f"rank {global_rank()} on {socket.gethostname()} joins {where}"
+    with network.bounded(timeout_s + 60, doing):
+        deepspeed.init_distributed(timeout=timeout, verbose=False)
+        group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     _control = group
 

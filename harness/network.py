@@ -1,11 +1,16 @@
-"""The network between the nodes of a run. Imports no torch."""
+"""The network between the nodes: which one the ranks meet on, and what it says when one is lost."""
 
 import ipaddress
 import os
 import socket
-from collections.abc import MutableMapping
+import threading
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 
 import psutil
+from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]
+
+from harness.errors import LostRank
 
 ANYWHERE = "192.0.2.1"
 """An address that no machine has (RFC 5737): the way there is the default route."""
@@ -49,3 +54,43 @@ def _is_loopback(address: str) -> bool:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:  # a name
         return False
+
+
+@contextmanager
+def losses_told(timeout_s: float) -> Iterator[None]:
+    """Makes what a collective raises for a rank that is gone or silent a LostRank.
+
+    `timeout_s`: the bound of every collective, for the message.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and "gloo/" not in str(error):
+            raise
+        reason = str(error).rpartition("/gloo/")[2].partition("] ")[2] or str(error)
+        raise LostRank(
+            f"{socket.gethostname()} has lost a rank: its process has ended, its node or the "
+            f"network is down, or it has hung for run.timeout_s = {timeout_s:g} s. {reason}\n"
+            "If a rank failed by itself, its own output says why. Started again, on these nodes "
+            "or on those that are left, the run resumes from its newest checkpoint"
+        ) from error
+
+
+@contextmanager
+def bounded(seconds: float, doing: str) -> Iterator[None]:
+    """Ends this process with exit code 1 if the body takes longer.
+
+    For what obeys no timeout: gloo waits five times its own for a connection.
+    """
+
+    def give_up() -> None:
+        os.write(2, f"error: {doing}: not done within {seconds:g} s\n".encode())
+        os._exit(LostRank.code)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
