@@ -88,11 +88,11 @@ class Node:
 
     def processes(self) -> list[psutil.Process]:
         """All that runs on this node but its sshd and what that has forked for connections."""
-        namespace = os.readlink(f"/proc/{self.init.pid}/ns/pid")
+        namespace = Path(f"/proc/{self.init.pid}/ns/pid").readlink()
         found = []
         for process in psutil.process_iter():
             try:
-                there = os.readlink(f"/proc/{process.pid}/ns/pid") == namespace
+                there = Path(f"/proc/{process.pid}/ns/pid").readlink() == namespace
                 if there and process.name() != "sshd":
                     found.append(process)
             except (OSError, psutil.Error):  # it has ended
@@ -160,6 +160,7 @@ def two_nodes(directory: Path) -> Iterator[Pair]:
         for node in nodes:
             node.run("ip", "address", "add", f"{node.address}/24", "dev", "eth0")
             node.run("ip", "link", "set", "eth0", "up")
+            node.run("ip", "route", "add", "default", "dev", "eth0")
         for node in nodes:
             until(lambda: can_log_in(nodes[0], node.name), 20)  # noqa: B023
         yield Pair(*nodes)
