@@ -8,18 +8,17 @@ disk. They are joined by one cable, which can be cut.
 import os
 import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from tests.helpers import ROOT
+from tests.test_launch import BIN, until
 
-BIN = Path(sys.executable).parent
 PROGRAMS = ("unshare", "nsenter", "setpriv", "ip", "sshd", "ssh-keygen")
 SEARCHED = f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -65,7 +64,7 @@ class Node:
         self.name = name
         self.address = address
         self._boot = boot
-        until(lambda: bool(psutil.Process(boot.pid).children()), 10)
+        until(lambda: bool(psutil.Process(boot.pid).children()))
         (self.init,) = psutil.Process(boot.pid).children()
 
     def command(self, directory: Path, *words: str | Path) -> list[str]:
@@ -162,7 +161,7 @@ def two_nodes(directory: Path) -> Iterator[Pair]:
             node.run("ip", "link", "set", "eth0", "up")
             node.run("ip", "route", "add", "default", "dev", "eth0")
         for node in nodes:
-            until(lambda: can_log_in(nodes[0], node.name), 20)  # noqa: B023
+            until(partial(can_log_in, nodes[0], node.name))
         yield Pair(*nodes)
 
 
@@ -192,11 +191,3 @@ def boot(name: str, directory: Path, stack: ExitStack) -> subprocess.Popen[bytes
 def can_log_in(node: Node, name: str) -> bool:
     words = node.command(Path("/"), "ssh", name, "true")
     return subprocess.run(words, env=environment(), capture_output=True).returncode == 0
-
-
-def until(condition: Any, seconds: float) -> None:
-    """Waits for a condition."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"it did not come true within {seconds} s"
-        time.sleep(0.1)
