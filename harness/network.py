@@ -68,11 +68,12 @@ def losses_told(timeout_s: float) -> Iterator[None]:
         if not isinstance(error, DistError) and "gloo/" not in str(error):
             raise
         reason = str(error).rpartition("/gloo/")[2].partition("] ")[2] or str(error)
+        reason = reason.partition(" This is typically")[0].rstrip(".")
         raise LostRank(
-            f"{socket.gethostname()} has lost a rank: its process has ended, its node or the "
-            f"network is down, or it has hung for run.timeout_s = {timeout_s:g} s. {reason}\n"
-            "If a rank failed by itself, its own output says why. Started again, on these nodes "
-            "or on those that are left, the run resumes from its newest checkpoint"
+            f"{socket.gethostname()} has lost another rank: {reason}. Its process has ended, its "
+            f"node or the network is down, or it has hung for run.timeout_s = {timeout_s:g} s; "
+            "its own output may say which. Started again, on these nodes or on those that are "
+            "left, the run resumes from its newest checkpoint"
         ) from error
 
 

@@ -1,8 +1,7 @@
 """Two machines in one: nodes with a network, a host name, processes and an sshd of their own.
 
-A node is a set of Linux namespaces that ends with its first process, its sshd: then all its
-processes are killed and its network is gone, as of a machine that loses power. Nodes share the
-disk. They are joined by one cable, which can be cut.
+A node is a set of Linux namespaces. When its first process ends, its sshd, all its processes are
+killed. Nodes share the disk. They are joined by one cable, which can be cut.
 """
 
 import os
@@ -66,6 +65,8 @@ class Node:
         self._boot = boot
         until(lambda: bool(psutil.Process(boot.pid).children()))
         (self.init,) = psutil.Process(boot.pid).children()
+        self._network = os.open(f"/proc/{boot.pid}/ns/net", os.O_RDONLY)
+        """Keeps the cable's end when all processes are killed, and with it the other node's."""
 
     def command(self, directory: Path, *words: str | Path) -> list[str]:
         """A command line that runs `words` on this node, in a directory."""
@@ -102,6 +103,12 @@ class Node:
         """Kills all that runs on this node, at one blow."""
         self.init.kill()
         self._boot.wait(timeout=30)
+
+    def close(self) -> None:
+        """Takes the node away."""
+        if self._boot.poll() is None:
+            self.kill()
+        os.close(self._network)
 
 
 def environment() -> dict[str, str]:
@@ -152,7 +159,8 @@ def two_nodes(directory: Path) -> Iterator[Pair]:
     with ExitStack() as stack:
         nodes = []
         for name, address in addresses.items():
-            nodes.append(Node(name, address, boot(name, directory, stack)))
+            nodes.append(Node(name, address, boot(name, directory)))
+            stack.callback(nodes[-1].close)
         first, second = (str(node.init.pid) for node in nodes)
         link = ["ip", "link", "add", "eth0", "netns", first, "type", "veth"]
         subprocess.run([*link, "peer", "name", "eth0", "netns", second], check=True)
@@ -165,27 +173,18 @@ def two_nodes(directory: Path) -> Iterator[Pair]:
         yield Pair(*nodes)
 
 
-def boot(name: str, directory: Path, stack: ExitStack) -> subprocess.Popen[bytes]:
-    """Starts a node, which ends with `stack`, or with this process."""
-    log = stack.enter_context((directory / f"{name}.log").open("w"))
+def boot(name: str, directory: Path) -> subprocess.Popen[bytes]:
+    """Starts a node, which ends with this process at the latest."""
     apart = ["unshare", "--net", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child"]
-    process = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", *apart, "sh", "-c", BOOT.format(name=name)],
-        cwd=directory,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-    )
-
-    def end() -> None:
-        if process.poll() is None:
-            for init in psutil.Process(process.pid).children():
-                init.kill()
-        process.wait(timeout=30)
-
-    stack.callback(end)
-    return process
+    with (directory / f"{name}.log").open("w") as log:
+        return subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *apart, "sh", "-c", BOOT.format(name=name)],
+            cwd=directory,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
 
 
 def can_log_in(node: Node, name: str) -> bool:

@@ -5,6 +5,7 @@ The nodes are namespaces of this machine, each with its own sshd: `tests/nodes.p
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,10 +75,9 @@ def ended(job: subprocess.Popen[str], *nodes: Node) -> int:
 
 
 def losses_in(directory: Path) -> list[str]:
-    """Who says in the log that a rank was lost: "rank 1 ERROR node2 has lost a rank"."""
-    lines = log_of(directory).splitlines()
-    found = [line.split(maxsplit=2)[2].partition(":")[0] for line in lines if " lost a " in line]
-    return sorted(found)
+    """Who says in the log that a rank was lost: "rank 1 ERROR node2"."""
+    pattern = r"(rank . ERROR \S+) has lost another rank: .+ run\.timeout_s = 20 s"
+    return sorted(re.findall(pattern, log_of(directory)))
 
 
 @needs("pdsh")
@@ -88,27 +88,25 @@ def test_a_cut_cable_and_a_lost_node_end_the_run_and_it_goes_on(pair: Pair, tmp_
     trains_on(tmp_path, job, 12)
     pair.cable("down")
     assert ended(job, pair.first, pair.second) != 0
-    both = ["rank 0 ERROR node1 has lost a rank", "rank 1 ERROR node2 has lost a rank"]
-    assert losses_in(tmp_path) == both
-    assert "node1: error: node1 has lost a rank" in (tmp_path / "node1.output").read_text()
+    assert losses_in(tmp_path) == ["rank 0 ERROR node1", "rank 1 ERROR node2"]
+    assert "node1: error: node1 has lost another rank" in (tmp_path / "node1.output").read_text()
 
     pair.cable("up")
-    before = max(steps_of(tmp_path))
     job = start(pair.first, tmp_path, over_pdsh(tmp_path), *ENDLESS)
     until(lambda: "resumed from" in log_of(tmp_path), job)
     assert "step 0 of" not in log_of(tmp_path).rpartition("resumed from")[2]
     trains_on(tmp_path, job, 12)
     pair.second.kill()
     assert ended(job, pair.first) != 0
-    assert losses_in(tmp_path) == sorted([*both, both[0]])
-    assert "Connection closed by peer [10.0.0.2]" in log_of(tmp_path)
+    assert losses_in(tmp_path) == ["rank 0 ERROR node1"] * 2 + ["rank 1 ERROR node2"]
+    assert " [10.0.0.2]:" in log_of(tmp_path)
 
     steps = max(steps_of(tmp_path)) + 3
     alone = over_pdsh(tmp_path, "--include", "node1")
     job = start(pair.first, tmp_path, alone, f"--run.steps={steps}")
     assert ended(job, pair.first) == 0
     assert f"of {steps} on 1 ranks (cpu), rank 0 on node1" in log_of(tmp_path)
-    assert steps_of(tmp_path) == list(range(1, steps + 1)) and steps > before
+    assert steps_of(tmp_path) == list(range(1, steps + 1))
 
 
 @needs("pdsh")
@@ -191,13 +189,13 @@ def test_which_interface() -> None:
 def test_what_a_collective_raises_is_told() -> None:
     gloo = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]"
     for error, told in (
-        (RuntimeError(gloo), "for run.timeout_s = 7 s. Connection closed by peer [::1]\n"),
-        (DistStoreError("1/2 clients joined."), "for run.timeout_s = 7 s. 1/2 clients joined.\n"),
+        (RuntimeError(f"{gloo}. This is typically..."), "rank: Connection closed by peer [::1]. "),
+        (DistStoreError("1/2 clients joined."), "rank: 1/2 clients joined. "),
     ):
         with pytest.raises(LostRank) as found, losses_told(7):
             raise error
         assert told in str(found.value)
-    with pytest.raises(RuntimeError, match="^shapes differ$"), losses_told(7):
+    with pytest.raises(RuntimeError, match="shapes differ"), losses_told(7):
         raise RuntimeError("shapes differ")
 
 
