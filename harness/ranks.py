@@ -81,8 +81,9 @@ def _open_mpi(environ: Environment) -> dict[str, str]:
         found["MASTER_ADDR"] = "127.0.0.1"
     elif "MASTER_ADDR" not in environ:
         raise ConfigError(
-            "mpirun has started ranks on several nodes, and does not say where rank 0 is: "
-            "mpirun -x MASTER_ADDR=HOST ..."
+            "mpirun has started ranks on several nodes, and does not say where rank 0 is: mpirun "
+            '-x MASTER_ADDR=HOST ..., or deepspeed --launcher_args "-x MASTER_ADDR=HOST" ..., '
+            "HOST being the first of the hostfile"
         )
     return found
 
