@@ -24,14 +24,33 @@ class NamedConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+OPTIMIZER_PACKAGES = {
+    "prodigy": "prodigyopt",
+    "schedulefree": "schedulefree",
+    "adam8bit": "bitsandbytes",
+    "adamw8bit": "bitsandbytes",
+    "lion8bit": "bitsandbytes",
+}
+"""The packages of the registered optimizers that do not come with harness."""
+
+
 class OptimizerConfig(NamedConfig):
     """[engines.NAME.optimizer] an optimizer; further keys are its own arguments."""
 
     name: str = "adamw"
     """A registered optimizer ("adamw", "apollo", "apollo-mini", "muon", "adafactor", "prodigy",
-    "schedulefree", "adamw8bit"), or an import path, like "torch.optim:SGD"."""
+    "schedulefree", "adam8bit", "adamw8bit", "lion8bit"), or an import path, like
+    "torch.optim:SGD"."""
     lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
     """Learning rate: the schedule's peak."""
+
+    @field_validator("name")
+    @classmethod
+    def _installed(cls, name: str) -> str:
+        package = OPTIMIZER_PACKAGES.get(name)
+        if package and not importable(package):
+            raise ValueError(f"{name!r} is not installed: pip install {package}")
+        return name
 
 
 class SchedulerConfig(NamedConfig):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from harness.engine_sections import LoraConfig
 from harness.errors import ConfigError
 from harness.io import save
+from harness.wrapper import call_every_module
 
 ADAPTER = "default"
 """What peft calls an adapter that is the only one."""
@@ -28,8 +29,9 @@ def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
 
     A weight W [out, in] then acts as W + alpha / rank * B A, with trained A [rank, in], random at
     first, and B [out, rank], zero at first. Raises ConfigError if nothing fits, or a layer that
-    cannot be adapted does: one of a kind that peft does not know or has no `weight`, or whose
-    weight is another's as well, which merging could change for one of them only.
+    cannot be adapted does: one of a kind that peft does not know or has no `weight`, one whose
+    weight is another's as well, which merging could change for one of them only, and a part of
+    `nn.MultiheadAttention`, which computes with weights and calls no parts.
     """
     peft = _peft()
     _check_untied(model, settings.targets)
@@ -49,6 +51,12 @@ def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
         if not isinstance(layer.base_layer._parameters.get("weight"), nn.Parameter):
             kind = type(layer.base_layer).__name__
             raise ConfigError(f"lora.targets: {name!r} is a {kind}, which has no `weight`")
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise ConfigError(
+                f"lora.targets: {name!r} is a part of nn.MultiheadAttention, which computes with "
+                "its weight and does not call it: leave it out"
+            )
+    call_every_module(model)
     return list(found)
 
 

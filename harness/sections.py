@@ -154,6 +154,14 @@ class OffloadConfig(Section):
         return budget
 
 
+ADAPTERS = {
+    "harness.adapters.ao": ("torchao", "quant"),
+    "harness.adapters.bnb": ("bitsandbytes", "quant"),
+    "harness.adapters.te": ("transformer_engine", "te"),
+}
+"""Package and extra that the layers of a module need."""
+
+
 class ReplaceConfig(Section):
     """[[optimizations.replace]] modules of one class, in whose place come others."""
 
@@ -161,13 +169,21 @@ class ReplaceConfig(Section):
     """Import path of the class of the modules, like "torch.nn:Linear"; its subclasses stay."""
     by: str = Field(pattern=r"^[\w.]+:\w+$")
     """Import path of a subclass, like "harness.bitnet:BitLinear", or of a function that makes a new
-    module from the old one."""
+    module from the old one, like "harness.adapters.ao:float8_linear"."""
     include: str = ".*"
     """Regular expression for the whole names of the modules."""
     exclude: str = ""
     """Regular expression for those that stay."""
     engine: str = ""
     """The engine whose model it is; by default every one."""
+
+    @field_validator("by")
+    @classmethod
+    def _installed(cls, by: str) -> str:
+        package, extra = ADAPTERS.get(by.partition(":")[0], ("", ""))
+        if package and not importable(package):
+            raise ValueError(f"{package} is not installed: pip install 'harness[{extra}]'")
+        return by
 
     @field_validator("include", "exclude")
     @classmethod

@@ -151,12 +151,25 @@ def test_every_kind_of_layer_is_merged_and_loaded_to_the_same_outputs(
     assert (plain(tokens) - expected).abs().max() > 0.1
 
 
+def test_adapters_are_called_in_the_evaluation_of_torchs_own_encoder(peft: Any) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    adapt(layer, LoraConfig(targets=r"linear\d"))
+    for name, parameter in layer.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(parameter)
+    x = torch.randn(2, 5, 8)
+    trained = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), trained)
+
+
 @pytest.mark.parametrize(
     ("kind", "targets", "message"),
     [
         (Mixed, "nothing", "lora.targets = 'nothing': Target modules nothing not found"),
         (Mixed, "body", "ModuleList.* is not supported"),
         (Mixed, "attention", "'attention' is a MultiheadAttention, which has no `weight`"),
+        (Mixed, r"attention\.out_proj", "'attention.out_proj' is a part of nn.MultiheadAttention"),
         (Classifier, "again", "'again.weight' is tied: middle.weight, again.weight are one"),
     ],
 )

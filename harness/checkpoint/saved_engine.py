@@ -141,9 +141,16 @@ class SavedEngine:
         return {key: value for key, value in state.items() if not _is_moment(value)}
 
     def check_moments(self) -> None:
-        """Raises CheckpointError if the optimizer's state has other shapes than the parameters."""
+        """Raises CheckpointError if the optimizer's state has other shapes than the parameters, or
+        is in 8 bits, with scales beside it."""
         for flat in (flat for pieces in self._pieces.values() for _, flat in pieces):
             for key, value in flat.state.items():
+                if isinstance(value, dict):
+                    raise CheckpointError(
+                        f"optimizer state {key!r} of parameter {flat.segments[0].name!r} is a "
+                        "table of tensors, as of 8-bit optimizers: it cannot be cut for another "
+                        "number of ranks or ZeRO stage, nor taken out"
+                    )
                 if _is_moment(value) and value.shape != flat.shape:
                     raise CheckpointError(
                         f"optimizer state {key!r} of parameter {flat.segments[0].name!r} has the "
