@@ -132,9 +132,8 @@ def _open_run_directory(
     """
     directory = config.run_dir
     disks = find_disks(directory / "checkpoints")
-    if not disks.is_shared:
-        found = ", ".join(map(str, sorted(set(disks.leaders))))
-        log.info("%s lies on several disks, one for each of rank %s", directory, found)
+    if disks.count > 1:
+        log.info("%s lies on %d disks: each keeps what its ranks write", directory, disks.count)
     with distributed.in_unison(f"run directory {directory}"):
         if is_known := disks.is_leader and directory.exists():
             stack.enter_context(locked(directory / "control/lock"))

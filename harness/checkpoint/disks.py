@@ -24,16 +24,16 @@ class Disks:
         """Whether this rank acts for its disk."""
         return self.leaders[distributed.global_rank()] == distributed.global_rank()
 
+    @property
+    def count(self) -> int:
+        """How many there are; 1 if all ranks share one."""
+        return len(set(self.leaders))
+
     def sum(self, number: int) -> int:
         """The sum of a number over the ranks that write to this rank's disk. Collective."""
         mine = self.leaders[distributed.global_rank()]
         shares = zip(distributed.all_gather(number), self.leaders, strict=True)
         return sum(share for share, leader in shares if leader == mine)
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether all ranks write to one."""
-        return len(set(self.leaders)) == 1
 
 
 def find_disks(directory: Path) -> Disks:

@@ -8,7 +8,7 @@ MOST = 6  # files, writers or hosts that are named
 
 def writer(rank: int, hosts: Sequence[str]) -> str:
     """Who wrote a file. `hosts`: by rank, as the manifest has them."""
-    return f"rank {rank} on host {hosts[rank] if 0 <= rank < len(hosts) else 'unknown'}"
+    return f"rank {rank} on host {hosts[rank]}" if 0 <= rank < len(hosts) else "an unknown rank"
 
 
 def told(directory: Path, files: Mapping[str, str], hosts: Iterable[str]) -> str:
