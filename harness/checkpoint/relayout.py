@@ -106,19 +106,20 @@ def _told(world_size: int, engine: EngineManifest) -> str:
 
 def _check_files(directory: Path, manifest: Manifest, engines: Collection[str]) -> None:
     """Raises CheckpointError, on all ranks, unless every node has all files of these engines."""
-    host = socket.gethostname()
     with distributed.in_unison(f"cannot re-lay {directory}"):
         files = {
             name: manifest.writer(name)
             for name in manifest.files
             if name.partition("/")[0] in engines and not (directory / name).is_file()
         }
-    lack = missing.told(directory, files, [host]) if files else ""
-    if told := sorted(filter(None, set(distributed.all_gather(lack)))):
-        raise CheckpointError(
-            "in another layout than the checkpoint's, every node reads all of its files, on a disk "
-            "of its own or one that all share:\n  " + "\n  ".join(told)
-        )
+    lack = missing.told(directory, files, [socket.gethostname()]) if files else ""
+    everyones = sorted(set(distributed.all_gather(lack)) - {""})
+    with distributed.in_unison(f"cannot re-lay {directory}"):
+        if everyones:
+            raise CheckpointError(
+                "in another layout than the checkpoint's, every node reads all of its files, on a "
+                "disk of its own or one that all share:\n  " + "\n  ".join(everyones)
+            )
 
 
 def _check_optimizer(engine: Engine, was: str) -> None:

@@ -9,12 +9,12 @@ import torch
 
 from harness import distributed
 from harness.checkpoint.disks import Disks, survey
-from harness.checkpoint.manifest import EngineManifest, digest
+from harness.checkpoint.manifest import EngineManifest, Manifest, digest
 from harness.checkpoint.relayout import in_layout_of
 from harness.checkpoint.retain import clean
 from harness.checkpoint.rng import set_rng_state
 from harness.checkpoint.save import rank_file
-from harness.checkpoint.whole import check, common_manifest
+from harness.checkpoint.whole import common_manifest, verified
 from harness.control.live import Live
 from harness.data import Batches
 from harness.engine import Engine
@@ -38,42 +38,36 @@ def choose(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | 
         if disks.is_leader:
             clean(parent, set(found) - everywhere)
     found, _ = survey(parent, disks)
-    if found and wanted == "none":
-        raise CheckpointError(
-            f"run.resume = 'none', but {parent} holds {len(found)} checkpoints of an earlier run: "
-            "choose another run.name, or move that run away"
-        )
+    with distributed.in_unison(f"cannot start over in {parent}"):
+        if found and wanted == "none":
+            raise CheckpointError(
+                f"run.resume = 'none', but {parent} holds {len(found)} checkpoints of an earlier "
+                "run: choose another run.name, or move that run away"
+            )
     if wanted not in ("latest", "none"):
-        verify(Path(wanted), engines)
+        check_fit(Path(wanted), verified(Path(wanted)), engines)
         return Path(wanted)
     failures = []
     for directory in [parent / name for name in found]:
         try:
-            verify(directory, engines)
-            return directory
-        except _Damaged as error:
+            manifest = verified(directory)
+        except CheckpointError as error:
             failures.append(str(error))
             tell("passed over: %s", error)
-    if failures:
-        raise CheckpointError("no checkpoint is whole:\n  " + "\n  ".join(failures))
+        else:
+            check_fit(directory, manifest, engines)
+            return directory
+    with distributed.in_unison(f"cannot resume from {parent}"):
+        if failures:
+            raise CheckpointError("no checkpoint is whole:\n  " + "\n  ".join(failures))
     return None
 
 
-class _Damaged(CheckpointError):
-    """A checkpoint that is not whole, as opposed to one that does not fit this run."""
+def check_fit(directory: Path, manifest: Manifest, engines: Engines) -> None:
+    """Checks that a checkpoint was made for these engines, in whatever layout. Collective.
 
-
-def verify(directory: Path, engines: Engines) -> None:
-    """Checks that a checkpoint is whole and made for these engines. Collective; loads nothing.
-
-    The layout may be another one. The ranks share the reading. Raises CheckpointError, on all ranks
-    together.
+    Raises CheckpointError, on all ranks.
     """
-    try:
-        manifest = common_manifest(directory)
-        check(directory, manifest)
-    except CheckpointError as error:
-        raise _Damaged(str(error)) from None
     with distributed.in_unison(f"cannot read checkpoint {directory}"):
         saved = _identity(manifest.engines)
         for what, found in _identity(engines).items():

@@ -7,7 +7,7 @@ Each node may have a disk of its own, with the files that its ranks wrote. What 
 import os
 import re
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -27,7 +27,7 @@ _OF_A_RANK = re.compile(r"(?:^rank-|zero_pp_rank_)(\d+)(?:_mp_rank_\d+_\w+)?\.pt
 
 
 def common_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint, on ranks whose disk does not have it too. Collective.
+    """The manifest of a checkpoint, also on ranks whose disk does not have it. Collective.
 
     Raises CheckpointError, on all ranks, if it is damaged, nowhere, or of two saves.
     """
@@ -38,52 +38,63 @@ def common_manifest(directory: Path) -> Manifest:
             found = read_manifest(directory)
     saves = distributed.all_gather(found and found.saved_at)
     known = [saved for saved in saves if saved is not None]
-    if not known:
-        raise CheckpointError(f"{directory} is no checkpoint: there is no {NAME}")
-    if len(set(known)) > 1:
-        raise CheckpointError(
-            f"checkpoint {directory}: not of one save on all nodes: a kill came between them"
-        )
+    with distributed.in_unison(doing):
+        if not known:
+            raise CheckpointError(f"{directory} is no checkpoint: there is no {NAME}")
+        if len(set(known)) > 1:
+            raise CheckpointError(
+                f"checkpoint {directory}: not of one save on all nodes: a kill came between them"
+            )
     if None in saves:
         found = distributed.broadcast(found, saves.index(known[0]))
     assert found is not None
     return found
 
 
-def check(directory: Path, manifest: Manifest) -> None:
-    """Reads all files of a checkpoint and checks every CRC, the ranks sharing the work. Collective.
+def verified(directory: Path) -> Manifest:
+    """Reads all files of a checkpoint, on whichever disk, and checks every CRC. Collective.
 
-    A file may lie on the disk of any rank. What a rank itself would read is checked as well, where
-    it is another copy. Raises CheckpointError, on all ranks, for what is damaged or nowhere.
+    The ranks share the work. Raises CheckpointError, on all ranks, for what is damaged or nowhere.
     """
+    manifest = common_manifest(directory)
     doing = f"cannot read checkpoint {directory}"
     rank, world_size = distributed.global_rank(), distributed.world_size()
     share = list(manifest.files)[rank::world_size]
     if manifest.world_size == world_size:  # where each node has its own disk, they are here
         share = [name for name, entry in manifest.files.items() if entry.rank == rank]
     with distributed.in_unison(doing):
-        absent = {name for name in share if not (directory / name).is_file()}
-        checked = {
-            name: _checked(directory / name, manifest.files[name])
-            for name in share
-            if name not in absent
-        }
-    shares = distributed.all_gather((checked, absent))
-    known = {name: which for each, _ in shares for name, which in each.items()}
-    absent = {name for _, each in shares for name in each}
+        here = [name for name in share if (directory / name).is_file()]
+        for name in here:
+            verify_file(directory / name, manifest.files[name])
+        checked = {name: _identity(directory / name) for name in here}
+        disk = _identity(directory) if directory.is_dir() else None
+    answers = distributed.all_gather((socket.gethostname(), disk, checked))
+    hosts, disks, everyones = zip(*answers, strict=True)
+    found = {name: identity for checked in everyones for name, identity in checked.items()}
+    if len(set(disks)) > 1:
+        found |= dict.fromkeys(_copies_verified(directory, manifest, disks, found))
     with distributed.in_unison(doing):
-        others = {
+        if files := {n: manifest.writer(n) for n in manifest.files if n not in found}:
+            raise CheckpointError(missing.told(directory, files, hosts))
+    return manifest
+
+
+def _copies_verified(
+    directory: Path, manifest: Manifest, disks: Sequence[object], checked: Mapping[str, object]
+) -> set[str]:
+    """Checks what the ranks find on their disks beside the files that were checked already, and
+    says what that is. `disks`: by rank the same for those that share one. Collective."""
+    rank = distributed.global_rank()
+    with distributed.in_unison(f"cannot read checkpoint {directory}"):
+        others = [
             name
-            for name in absent | set(read_by(rank, manifest.files))
-            if (directory / name).is_file() and _which(directory / name) != known.get(name)
-        }
-        for name in others:
-            _checked(directory / name, manifest.files[name])
-    absent -= set().union(*distributed.all_gather(others))
-    if absent:
-        files = {name: manifest.writer(name) for name in manifest.files if name in absent}
-        hosts = distributed.all_gather(socket.gethostname())
-        raise CheckpointError(missing.told(directory, files, hosts))
+            for name in manifest.files
+            if (directory / name).is_file() and _identity(directory / name) != checked.get(name)
+        ]
+        mates = [mate for mate, disk in enumerate(disks) if disk == disks[rank]]
+        for name in others[mates.index(rank) :: len(mates)]:
+            verify_file(directory / name, manifest.files[name])
+    return set().union(*distributed.all_gather(others))
 
 
 def read_by(rank: int, files: Iterable[str]) -> list[str]:
@@ -94,13 +105,14 @@ def read_by(rank: int, files: Iterable[str]) -> list[str]:
 
 
 def bring(directory: Path, manifest: Manifest, wanted: Iterable[str]) -> None:
-    """Makes a checked checkpoint's wanted files, and its manifest, lie on this rank's disk.
-    Collective. Raises CheckpointError, on all ranks, if they cannot be written."""
-    with distributed.in_unison(doing := f"cannot complete {directory}"), told_as(doing):
-        lacks = not (directory / NAME).exists()
+    """Makes a verified checkpoint's wanted files, and its manifest, lie on this rank's disk.
+
+    Collective. Raises CheckpointError, on all ranks, if they cannot be written.
+    """
+    lacks = not (directory / NAME).exists()
     if any(distributed.all_gather(lacks)):
         disks = find_disks(directory)
-        with distributed.in_unison(doing), told_as(doing):
+        with distributed.in_unison(f"cannot complete {directory}"):
             if lacks and disks.is_leader:
                 directory.mkdir(parents=True, exist_ok=True)
                 manifest.write(directory)
@@ -159,13 +171,7 @@ def _send(path: Path, entry: FileEntry, source: int, receivers: set[int]) -> Non
                 sync_directory(path.parent)
 
 
-def _checked(path: Path, entry: FileEntry) -> tuple[int, int]:
-    """Which file it is that was checked."""
-    verify_file(path, entry)
-    return _which(path)
-
-
-def _which(path: Path) -> tuple[int, int]:
-    """The same for two ranks that see one file, also over a network: inode, time of its change."""
+def _identity(path: Path) -> tuple[int, int]:
+    """Equal where two ranks see one file, also over a network: inode, and time of its change."""
     found = path.stat()
     return found.st_ino, found.st_ctime_ns
