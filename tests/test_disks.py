@@ -17,10 +17,12 @@ import torch
 
 from harness.checkpoint.convert import Options, convert
 from harness.checkpoint.disks import Disks, find_disks
+from harness.checkpoint.durable import write_file
 from harness.checkpoint.inspect import describe
 from harness.checkpoint.manifest import read_manifest
+from harness.checkpoint.whole import fetch
 from harness.config import Config
-from harness.distributed import global_rank
+from harness.distributed import broadcast, global_rank
 from harness.errors import CheckpointError
 from harness.io import load
 from harness.run import train
@@ -103,10 +105,26 @@ def root(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "root")
 
 
-@pytest.mark.parametrize("hosts", ["aaa", "aba", "abb", "abc"])
-def test_who_shares_a_disk_is_found_out(three_ranks: RankPool, tmp_path: Path, hosts: str) -> None:
-    found = three_ranks.run(on, hosts, tmp_path, find_disks, Path("runs/tiny"))
-    assert found == [Disks(tuple(hosts.index(host) for host in hosts))] * 3
+def disks_and_sum() -> tuple[Disks, int]:
+    disks = find_disks(Path("runs/tiny"))
+    return disks, disks.sum(10 ** global_rank())
+
+
+@pytest.mark.parametrize(
+    ("hosts", "sums"),
+    [
+        ("aaa", [111, 111, 111]),
+        ("aba", [101, 10, 101]),
+        ("abb", [1, 110, 110]),
+        ("abc", [1, 10, 100]),
+    ],
+)
+def test_who_shares_a_disk_is_found_out(
+    three_ranks: RankPool, tmp_path: Path, hosts: str, sums: list[int]
+) -> None:
+    found = three_ranks.run(on, hosts, tmp_path, disks_and_sum)
+    disks = Disks(tuple(hosts.index(host) for host in hosts))
+    assert found == [(disks, number) for number in sums]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -138,9 +156,34 @@ def test_each_node_writes_and_resumes_its_own_files(
 def test_nodes_that_have_changed_places(two_ranks: RankPool, root: Path, whole: Path) -> None:
     remove(root, 6)
     shutil.copy(root / "a/runs/tiny/metrics.jsonl", root / "b/runs/tiny")
-    two_ranks.run(on, "ba", root, train, config_of())
+    two_ranks.run(on, "ba", root, train_in_small_chunks, config_of())
     assert losses(tiny_config(root / "b/runs")) == losses_of(whole)
     assert tensors(root) == tensors(whole)
+
+
+def train_in_small_chunks(config: Config) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.checkpoint.whole.CHUNK", 1000)
+        train(config)
+
+
+def test_what_comes_otherwise_than_it_was_is_refused(two_ranks: RankPool, tmp_path: Path) -> None:
+    told = two_ranks.run(on, "ab", tmp_path, fetch_what_was_changed)
+    assert all("x/.y.pt.tmp is another file than the one that was saved" in text for text in told)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["y.pt"]
+
+
+def fetch_what_was_changed() -> str:
+    directory, files = Path("x"), {}
+    if global_rank() == 0:
+        directory.mkdir()
+        files["y.pt"] = write_file({"a": torch.zeros(9)}, directory / "y.pt")
+        write_file({"a": torch.ones(9)}, directory / "y.pt")
+    try:
+        fetch(directory, broadcast(files), ["y.pt"])
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 # Kills and failures between two nodes
