@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.manifest import step_directory
-from harness.checkpoint.retain import put_in_place
+from harness.checkpoint.retain import forget_replaced, put_in_place
 from harness.engine import Engine
 from harness.engines import Engines
 from harness.io import save
@@ -44,6 +44,7 @@ def export(
     with distributed.in_unison(f"cannot export to {target}"):
         if distributed.is_global_leader():
             put_in_place(staged, target)
+            forget_replaced(target)
     log.info("exported %s", target)
     return target
 
