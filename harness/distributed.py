@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from harness import network
 from harness.errors import HarnessError
 
 P = ParamSpec("P")
@@ -88,7 +89,8 @@ def init(timeout_s: float = 1800.0) -> None:
     """Joins the world: DeepSpeed's process group, and the control group beside it.
 
     Without a launcher this is a world of one process. `timeout_s` bounds every collective, those
-    of ZeRO included. Blocks until all ranks have joined.
+    of ZeRO included. Blocks until all ranks have joined, and ends the process a minute after
+    `timeout_s` if they have not.
     """
     global _control
     timeout = timedelta(seconds=timeout_s)
@@ -99,8 +101,14 @@ def init(timeout_s: float = 1800.0) -> None:
         torch.cuda.set_device(device())
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
-    _deepspeed_with(timeout).init_distributed(timeout=timeout, verbose=False)
-    group = dist.new_group(backend="gloo", timeout=timeout)
+    if local_world_size() < world_size():
+        network.choose_interface()
+    deepspeed = _deepspeed_with(timeout)
+    where = f"rank 0 at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    doing = f"rank {global_rank()} on {socket.gethostname()} joins {where}"
+    with network.bounded(timeout_s + 60, doing):
+        deepspeed.init_distributed(timeout=timeout, verbose=False)
+        group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     _control = group
 

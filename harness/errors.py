@@ -37,6 +37,12 @@ class TaskError(HarnessError):
     code = 1
 
 
+class LostRank(HarnessError):
+    """Another rank is gone or does not answer: its process, its node or the network."""
+
+    code = 1
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" (did you mean 'steps'?)"` for the known word nearest to `word`, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1)

@@ -2,8 +2,9 @@
 
 import logging
 import socket
-from collections.abc import Mapping
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import getdoc
 from pathlib import Path
@@ -22,12 +23,13 @@ from harness.control.socket import SocketFront
 from harness.control.stdin import StdinFront
 from harness.data import Batches, train_batches
 from harness.engines import Engines, build_engines
-from harness.errors import TaskError
+from harness.errors import HarnessError, TaskError
 from harness.evaluate import check_eval_data
 from harness.files import locked, toml_write
 from harness.metrics.progress import Progress, log_to, show_log
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
 from harness.metrics.status import Status
+from harness.network import losses_told
 from harness.obey import answer
 from harness.task import Task, load_task
 from harness.train import Trainer
@@ -43,11 +45,12 @@ def run(config: Config) -> int:
     HarnessError, on all ranks, for what the user can mend; until the models, the data and the
     checkpoint have proved good, nothing is written.
     """
-    distributed.init(config.run.timeout_s)
-    try:
-        return train(config)
-    finally:
-        distributed.shutdown()
+    with losses_told(config.run.timeout_s):
+        distributed.init(config.run.timeout_s)
+        try:
+            return train(config)
+        finally:
+            distributed.shutdown()
 
 
 def train(config: Config) -> int:
@@ -144,7 +147,20 @@ def _open_run_directory(
         handler = log_to(directory / "log.txt")
     stack.callback(handler.close)
     stack.callback(logging.getLogger("harness").removeHandler, handler)
+    stack.enter_context(_errors_told_to(handler))
+    stack.enter_context(losses_told(config.run.timeout_s))
     return checkpoint, weights
+
+
+@contextmanager
+def _errors_told_to(handler: logging.Handler) -> Iterator[None]:
+    """Has log.txt say why the run ended: the terminal may be lost together with a node."""
+    try:
+        yield
+    except Exception as error:
+        trace = None if isinstance(error, HarnessError) else sys.exc_info()
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error), (), trace))
+        raise
 
 
 def _open_fronts(config: Config, bus: Bus, stack: ExitStack) -> None:

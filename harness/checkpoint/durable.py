@@ -64,15 +64,6 @@ def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:
         raise CheckpointError(f"damaged: {error}") from None
 
 
-def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def bytes_of(tree: Any) -> int:
     """Bytes of all tensors of a tree, shared memory counted once."""
     storages = [tensor.untyped_storage() for tensor in tensor_leaves(tree)]

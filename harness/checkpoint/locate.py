@@ -1,6 +1,7 @@
 """From the path that a user names to the engine's files, or the file of weights, that he means."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ def locate(path: Path, engine: str | None = None) -> SavedEngine | Path:
 
     A run directory or one of checkpoints: the newest checkpoint. A checkpoint: its engine, or the
     one named `engine` of several. A directory with `latest`, as plain DeepSpeed, Accelerate and the
-    HF Trainer leave it: the tag that it names. A tag. A directory of Hugging Face's: its index, or
-    its one file. A file: itself. Raises CheckpointError or FormatError.
+    HF Trainer leave it: the tag that it names. The Trainer's directory of such: the newest. A tag.
+    A directory of Hugging Face's: its index, or its one file. A file: itself. Raises
+    CheckpointError or FormatError.
     """
     if path.is_file():
         if path.suffix not in pt.SUFFIXES | sft.SUFFIXES and not path.name.endswith(shards.SUFFIX):
@@ -29,6 +31,8 @@ def locate(path: Path, engine: str | None = None) -> SavedEngine | Path:
         raise CheckpointError(f"{path}: no such file or directory")
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
+    elif not (path / LATEST).is_file() and (of_trainer := _of_trainer(path)):
+        path = path / f"checkpoint-{max(of_trainer)}"
     if is_engine(path):
         return SavedEngine(path)
     if (path / MANIFEST).is_file():
@@ -52,6 +56,12 @@ def _latest(path: Path) -> Path:
     if not (path / tag).is_dir():
         raise CheckpointError(f"{path / LATEST} names {tag!r:.80}, which is not there")
     return path / tag
+
+
+def _of_trainer(path: Path) -> list[int]:
+    """The steps of the checkpoints with DeepSpeed's files that the HF Trainer has left here."""
+    names = (latest.parent.name for latest in path.glob(f"checkpoint-*/{LATEST}"))
+    return [int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d{1,18}", name)]
 
 
 def _is_plain(name: str) -> bool:

@@ -17,7 +17,6 @@ from harness.checkpoint.durable import (
     FileEntry,
     Snapshots,
     bytes_of,
-    sync_directory,
     told_as,
     write_file,
 )
@@ -36,7 +35,7 @@ from harness.data import Batches
 from harness.engine import Engine
 from harness.engines import Engines
 from harness.errors import CheckpointError
-from harness.files import write_atomically
+from harness.files import sync_directory, write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from harness.formats.sources import Source, Stretch, source
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_EXPERT = re.compile(r"layer_\d+_expert_\d+_mp_rank_(\d+)_model_states\.pt")
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 
 
 def is_engine(directory: Path) -> bool:
@@ -77,9 +77,7 @@ class SavedEngine:
             self.stage = 3
         self._check_ranks(models, states)
         self.experts: Tree = {}
-        for path in sorted(self.directory.iterdir()):
-            if _EXPERT.fullmatch(path.name):
-                self.experts |= pickles.read(path)
+        self._read_experts()
         self._fragments = [models[rank]["frozen_param_fragments"] for rank in sorted(models)]
         if model["optimizer"] is not None:
             states = {0: model["optimizer"]}
@@ -217,6 +215,20 @@ class SavedEngine:
                 raise CheckpointError(f"{path}: no file of a DeepSpeed checkpoint")
             trees[int(match[1] or 0)] = tree
         return trees
+
+    def _read_experts(self) -> None:
+        """DeepSpeed's experts, each with a file of its own, beside the other weights."""
+        found: set[tuple[int, int]] = set()
+        for path in sorted(self.directory.iterdir()):
+            if match := _EXPERT.fullmatch(path.name):
+                found.add((int(match[1]), int(match[2])))
+                self.experts |= pickles.read(path)
+        for layer, count in enumerate(self.model.get("num_experts") or ()):
+            if missing := _some(n for n in range(count) if (layer, n) not in found):
+                raise CheckpointError(
+                    f"layer_{layer}_expert_N_..._model_states.pt are missing for N = {missing}: "
+                    f"the layer has {count} experts"
+                )
 
     def _is_sharded(self) -> bool:
         return any(self.directory.glob("zero_pp_rank_*_model_states.pt"))

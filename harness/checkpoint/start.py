@@ -164,10 +164,10 @@ def _given(path: Path, engine: str) -> Weights:
         return {
             name: planned.source for name, planned in plan.weights(found, "fp32").tensors.items()
         }
-    tensors = flat.tensors(found)
-    if tensors is None:
+    content = flat.read(found)
+    if content is None:
         raise FormatError(f"{found}: expected weights by name, and there is more than that in it")
-    return tensors
+    return content.tensors
 
 
 def _entries(engine: Engine) -> dict[str, torch.Tensor]:

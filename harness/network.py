@@ -1,0 +1,97 @@
+"""The network between the nodes: which one the ranks meet on, and what it says when one is lost."""
+
+import ipaddress
+import os
+import socket
+import threading
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+
+import psutil
+from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]
+
+from harness.errors import LostRank
+
+ANYWHERE = "192.0.2.1"
+"""An address that no machine has (RFC 5737): the way there is the default route."""
+
+
+def choose_interface(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Has gloo listen where the other nodes come in; for a world of several nodes.
+
+    Gloo by itself asks for the address of the host's own name, which is a loopback's on many
+    machines (Debian's /etc/hosts), or nobody's. So GLOO_SOCKET_IFNAME becomes the interface that
+    leads to MASTER_ADDR, or the default route's where that is a name for the node itself. It is
+    left alone if it is set, or if there is no such interface.
+    """
+    master = environ.get("MASTER_ADDR", "localhost")
+    if "GLOO_SOCKET_IFNAME" in environ or master == "localhost" or _is_loopback(master):
+        return
+    name = _interface_to(master) or _interface_to(ANYWHERE)
+    if name:
+        environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _interface_to(host: str) -> str:
+    """The interface that packets to a host leave by; empty if none, or if it is this machine."""
+    try:
+        family, kind, *_, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(there)  # sends nothing: it asks for the route
+            here = probe.getsockname()[0]
+    except OSError:
+        return ""
+    if _is_loopback(here):
+        return ""
+    for name, addresses in psutil.net_if_addrs().items():
+        if here in (address.address.partition("%")[0] for address in addresses):
+            return name
+    return ""
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+@contextmanager
+def losses_told(timeout_s: float) -> Iterator[None]:
+    """Makes what a collective raises for a rank that is gone or silent a LostRank.
+
+    `timeout_s`: the bound of every collective, for the message.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and "gloo/" not in str(error):
+            raise
+        reason = str(error).rpartition("/gloo/")[2].partition("] ")[2] or str(error)
+        reason = reason.partition(" This is typically")[0].rstrip(".")
+        raise LostRank(
+            f"{socket.gethostname()} has lost another rank: {reason}. Its process has ended, its "
+            f"node or the network is down, or it has hung for run.timeout_s = {timeout_s:g} s; "
+            "its own output may say which. Started again, on these nodes or on those that are "
+            "left, the run resumes from its newest checkpoint"
+        ) from error
+
+
+@contextmanager
+def bounded(seconds: float, doing: str) -> Iterator[None]:
+    """Ends this process with exit code 1 if the body takes longer.
+
+    For what obeys no timeout: gloo waits five times its own for a connection.
+    """
+
+    def give_up() -> None:
+        os.write(2, f"error: {doing}: not done within {seconds:g} s\n".encode())
+        os._exit(LostRank.code)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
