@@ -48,7 +48,7 @@ LOSSES = {1: 9.0, 2: 1.0, 3: 2.0, 4: 8.0, 5: 7.0, 6: None, 7: 5.0}
 def test_rules(tmp_path: Path, settings: dict[str, Any], left: list[int]) -> None:
     for step, loss in LOSSES.items():
         make(tmp_path, step, loss, pinned="mine" if step == 4 else None)
-    prune(tmp_path, CheckpointConfig(**settings), [path.name for path in tmp_path.iterdir()])
+    prune(tmp_path, CheckpointConfig(**settings))
     assert checkpoints_in(tmp_path) == [step_directory(tmp_path, step) for step in left]
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_left_alone(tmp_path: Path) -> None:
     make(tmp_path, 1)
     make(tmp_path, 2)
     (make(tmp_path, 3) / "manifest.json").write_text("{")
-    prune(tmp_path, CheckpointConfig(keep_last=1), [path.name for path in tmp_path.iterdir()])
+    prune(tmp_path, CheckpointConfig(keep_last=1))
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000003"}
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import distributed
+from harness.checkpoint.durable import told_as
 from harness.checkpoint.manifest import checkpoints_in, saved_at
 
 
@@ -67,9 +68,10 @@ def find_disks(directory: Path) -> Disks:
 
 def survey(directory: Path, disks: Disks) -> tuple[list[str], set[str]]:
     """The names of all checkpoints in `directory` on any disk, the newest first; and of those that
-    are on every disk, of one and the same save. Collective. Raises HarnessError on all ranks."""
+    are on every disk, of one and the same save. Collective. Raises CheckpointError on all ranks."""
     here: dict[str, float] = {}
-    with distributed.in_unison(f"cannot look into {directory}"):
+    doing = f"cannot look into {directory}"
+    with distributed.in_unison(doing), told_as(doing):
         if disks.is_leader:
             here = {path.name: saved_at(path) for path in checkpoints_in(directory)}
     shares = distributed.all_gather(here)

@@ -15,11 +15,13 @@ REPLACED = ".replaced.tmp"
 PRUNED = ".pruned.tmp"
 
 
-def prune(directory: Path, settings: CheckpointConfig, everywhere: Collection[str]) -> None:
+def prune(
+    directory: Path, settings: CheckpointConfig, everywhere: Collection[str] | None = None
+) -> None:
     """Removes the checkpoints that no rule keeps; with `keep_last = 0` none.
 
-    `everywhere`: those that are on every disk, of one and the same save. The rules count them
-    alone, so that all disks keep the same; what else is on this one goes when it is as old.
+    `everywhere`: of several disks, the names that stand for the same save on all. The rules choose
+    among them, so that all disks keep the same; what else is on this one goes when it is as old.
     Called after a commit only, so that the newest checkpoint is a good one. What cannot be removed
     is told and left.
     """
@@ -31,8 +33,10 @@ def prune(directory: Path, settings: CheckpointConfig, everywhere: Collection[st
             manifests[path] = read_manifest(path)
         except CheckpointError as error:
             log.warning("left alone: %s", error)
-    whole = {path: found for path, found in manifests.items() if path.name in everywhere}
-    for path in manifests.keys() - kept(whole, settings) - kept(manifests, settings):
+    common = manifests
+    if everywhere is not None:
+        common = {path: found for path, found in manifests.items() if path.name in everywhere}
+    for path in manifests.keys() - kept(common, settings) - kept(manifests, settings):
         try:
             remove(path)
         except OSError as error:

@@ -155,7 +155,8 @@ class Saver:
             self._discard(pending.staged)
         log.info("saved %s", pending.target)
         if self._live.config.checkpoint.keep_last:
-            _, everywhere = survey(self.directory, self._disks)
+            several = self._disks.count > 1
+            everywhere = survey(self.directory, self._disks)[1] if several else None
             if self._disks.is_leader:
                 prune(self.directory, self._live.config.checkpoint, everywhere)
 
