@@ -39,12 +39,14 @@ def export(
             if engine.has_ema:
                 with engine.averaged():
                     _export_weights(engine, staged / f"{engine.name}.ema.{format}", between)
+        with distributed.in_unison(f"cannot export to {target}"):
+            if distributed.is_global_leader():
+                put_in_place(staged, target)
+                forget_replaced(target)
     finally:
         engines.train()
-    with distributed.in_unison(f"cannot export to {target}"):
-        if distributed.is_global_leader():
-            put_in_place(staged, target)
-            forget_replaced(target)
+        if distributed.is_global_leader():  # a save may need the room
+            shutil.rmtree(staged, ignore_errors=True)
     log.info("exported %s", target)
     return target
 
