@@ -87,9 +87,10 @@ def _add_convert(commands: Any) -> None:
     )
     convert.add_argument(
         "--what",
-        choices=["weights", "optimizer", "all"],
+        choices=["weights", "ema", "optimizer", "all"],
         default="weights",
-        help="optimizer: master weights and moments, as optimizer.KEY.NAME",
+        help="ema: the average that ema_decay keeps, in the weights' place; optimizer: master "
+        "weights and moments, as optimizer.KEY.NAME",
     )
     convert.add_argument(
         "--to-zero",

@@ -11,12 +11,12 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from harness.engine_sections import EngineConfig
 from harness.errors import ConfigError, did_you_mean
 from harness.sections import (
     CheckpointConfig,
     ControlConfig,
     DataConfig,
-    EngineConfig,
     MetricsConfig,
     OptimizationsConfig,
     RunConfig,

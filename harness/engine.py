@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from harness import distributed, ema
+from harness.engine_sections import EngineConfig
 from harness.errors import CheckpointError, CommandError, ConfigError
 from harness.lend import Turn
+from harness.lora import adapt
 from harness.offload import Plan
 from harness.optim.apollo import Apollo
 from harness.optim.build import build_optimizer, check_zero, is_elementwise
 from harness.optim.lr import build_factor, build_scheduler
-from harness.sections import EngineConfig
 from harness.wrapper import freeze
 
 if TYPE_CHECKING:
@@ -90,12 +91,21 @@ class Engine:
             if config.optimizer is None:
                 model.requires_grad_(False).eval()
             else:
+                if config.lora is not None:
+                    adapted = adapt(model, config.lora)
+                    log.info("engine %s: adapters for %s", name, ", ".join(adapted))
                 if frozen := freeze(model, config.frozen):
                     log.info("engine %s: frozen: %s", name, ", ".join(frozen))
                 if not any(p.requires_grad for p in model.parameters()):
                     raise ConfigError(f"engines.{name}: the model has no trainable parameter")
                 check_zero(config.optimizer, config.deepspeed())
                 optimizer = build_optimizer(model, config.optimizer)
+                if config.ema_decay and hasattr(optimizer, "eval"):
+                    raise ConfigError(
+                        f"engines.{name}.ema_decay: optimizer {config.optimizer.name!r} keeps an "
+                        "average of its own, which evaluations and exports use: leave one of them "
+                        "out"
+                    )
                 made = type(optimizer)
                 self.optimizer = f"{made.__module__}:{made.__qualname__}"
                 chosen = {"lr", *config.optimizer.args}
@@ -258,6 +268,11 @@ class Engine:
         if self._clip is not None:
             found.append(f"clip {self._clip:g} (the config says {self._configured_clip:g})")
         return found
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether adapters are trained, and nothing else."""
+        return self._config.lora is not None
 
     @property
     def has_ema(self) -> bool:

@@ -32,6 +32,15 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         staged.unlink(missing_ok=True)
 
 
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def reserve(file: int, size: int, path: Path) -> None:
     """Gives a new file (a descriptor) its size and, where the file system can, room on the disk.
 

@@ -10,7 +10,7 @@ from harness.engine import Engine
 from harness.errors import ConfigError
 from harness.offload import attach, available_host_memory
 from harness.sections import OffloadConfig, OptimizationsConfig, ReplaceConfig
-from harness.wrapper import compile_model, imported, replace
+from harness.wrapper import call_every_module, compile_model, imported, replace
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 def change_models(models: Mapping[str, nn.Module], settings: OptimizationsConfig) -> None:
     """Replaces modules and compiles, before there are engines. Raises ConfigError."""
     _replace(models, settings.replace)
+    for model in models.values():
+        call_every_module(model)  # a task may have replaced some by itself
     for model in models.values() if settings.compile else ():
         compile_model(model, blocks=settings.compile == "blocks")
 

@@ -4,10 +4,11 @@
 DeepSpeed read. Slurm's `srun` and Open MPI's `mpirun` have names of their own: `adopt` translates.
 """
 
+import itertools
 import os
 import re
 import zlib
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 
 from harness.errors import ConfigError
 
@@ -21,9 +22,9 @@ def adopt(environ: Environment = os.environ) -> None:
     set. Without a launcher nothing is set. Raises ConfigError where the environment contradicts
     itself, or does not say where rank 0 is.
     """
-    launcher, found = "srun", _slurm(environ)
+    launcher, found = "mpirun", _open_mpi(environ)  # which in an allocation is itself a step
     if not found:
-        launcher, found = "mpirun", _open_mpi(environ)
+        launcher, found = "srun", _slurm(environ)
     if "RANK" not in environ and not found:
         if environ.get("WORLD_SIZE", "1") != "1":
             raise ConfigError(
@@ -52,18 +53,31 @@ def _slurm(environ: Environment) -> dict[str, str]:
     """A task of a step of Slurm's; the script of a batch job is none."""
     if "SLURM_STEP_NUM_TASKS" not in environ:
         return {}
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
-    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", environ["SLURM_STEP_NUM_TASKS"])
-    here = int(environ.get("SLURM_NODEID", "0"))
+    nodes = hosts(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
+    is_arbitrary = environ.get("SLURM_DISTRIBUTION") == "arbitrary" and len(nodes) > 1
+    if is_arbitrary and "MASTER_ADDR" not in environ:
+        raise ConfigError(
+            "srun --distribution=arbitrary does not say where rank 0 is: MASTER_ADDR=HOST srun ..."
+        )
     job = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '0')}"
     return {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": environ["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(_tasks_by_node(tasks)[here]),
-        "MASTER_ADDR": first_host(nodes),
+        "LOCAL_WORLD_SIZE": str(len(environ["SLURM_GTIDS"].split(","))),
+        "MASTER_ADDR": _first_host(nodes, environ),
         "MASTER_PORT": _port(job),
     }
+
+
+def _first_host(nodes: list[str], environ: Environment) -> str:
+    """Where rank 0 of a step is that has these nodes: in a heterogeneous job on the first of its
+    first component, while the step's list is sorted by name."""
+    for group in range(int(environ.get("SLURM_HET_SIZE", "0"))):
+        for host in hosts(environ.get(f"SLURM_JOB_NODELIST_HET_GROUP_{group}", "")):
+            if host in nodes:
+                return host
+    return nodes[0]
 
 
 def _open_mpi(environ: Environment) -> dict[str, str]:
@@ -104,22 +118,25 @@ def _check(environ: Environment) -> None:
             )
 
 
-def first_host(nodes: str) -> str:
-    """The first of Slurm's list of hosts: `node[03-05,9],gpu1` is `node03`."""
-    prefix, bracket, rest = re.split(r",(?![^\[]*\])", nodes)[0].partition("[")
-    if not bracket:
-        return prefix
-    numbers, _, suffix = rest.partition("]")
-    return prefix + re.split(r"[-,]", numbers)[0] + suffix
+def hosts(nodes: str) -> list[str]:
+    """Slurm's list of hosts, one by one: `node[08-10,3],a1` is node08, node09, node10, node3, a1.
+
+    Several brackets in a name count like digits, the last one fastest.
+    """
+    found: list[str] = []
+    for name in re.split(r",(?![^\[]*\])", nodes):
+        text_and_numbers = enumerate(re.split(r"\[(.*?)\]", name))
+        parts = [_numbers(part) if place % 2 else [part] for place, part in text_and_numbers]
+        found += map("".join, itertools.product(*parts))
+    return found
 
 
-def _tasks_by_node(text: str) -> list[int]:
-    """Slurm's `2(x3),1` is 2, 2, 2, 1."""
-    counts: list[int] = []
-    for part in text.split(","):
-        count, _, times = part.partition("(x")
-        counts += [int(count)] * int(times.rstrip(")") or 1)
-    return counts
+def _numbers(ranges: str) -> Iterator[str]:
+    """`08-10,3` is 08, 09, 10, 3."""
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        for number in range(int(first), int(last or first) + 1):
+            yield f"{number:0{len(first)}}"
 
 
 def _port(job: str) -> str:

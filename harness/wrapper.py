@@ -86,6 +86,7 @@ def replace(
             )
         for module in places:
             module.__class__ = by
+        call_every_module(model)
         return [Change(names[0], what.__name__, by.__name__) for names in places.values()]
     _check_apart(places)
     made = {old: _made(names[0], old, by) for old, names in places.items()}
@@ -94,6 +95,7 @@ def replace(
         for name in places[old]:
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent)._modules[child] = new
+    call_every_module(model)
     return [
         Change(names[0], what.__name__, type(made[old]).__name__) for old, names in places.items()
     ]
@@ -127,6 +129,21 @@ def inject(what: type[nn.Module], by: type[nn.Module]) -> Iterator[None]:
             del what.__init__
         else:
             what.__init__ = own
+
+
+def call_every_module(model: nn.Module) -> None:
+    """Keeps torch's transformer encoder from passing over modules that are not torch's own.
+
+    In evaluation `nn.TransformerEncoderLayer` takes a fast path, which computes with the weights of
+    its parts and calls none of them. A layer with other parts than torch's gets a hook, which does
+    nothing: with one, torch takes the other path. `replace` does it; do it after `inject`.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and _has_others(module):
+            module.use_nested_tensor = False  # which only the fast path understands
+        is_layer = isinstance(module, nn.TransformerEncoderLayer)
+        if is_layer and _has_others(module) and not module._forward_pre_hooks:
+            module.register_forward_pre_hook(_nothing)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -239,6 +256,15 @@ def imported(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{path!r}: {error}") from None
+
+
+def _has_others(encoder: nn.Module) -> bool:
+    parts = [part for child in encoder.children() for part in child.modules()]
+    return any(not type(part).__module__.startswith("torch.nn.") for part in parts)
+
+
+def _nothing(*_: Any) -> None:
+    pass
 
 
 def _places(

@@ -1,8 +1,13 @@
 """What several test files need: a tiny run's config, and how to read what a run left."""
 
 import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from harness.config import Config
 from harness.errors import HarnessError
@@ -54,3 +59,16 @@ def told_by(config: Config) -> str:
     except HarnessError as error:
         return str(error)
     return ""
+
+
+@contextmanager
+def small_disk(place: Path, size: str) -> Iterator[None]:
+    """A file system of that size, like "60m", at `place`."""
+    place.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a tmpfs can be mounted by root only")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)

@@ -1,5 +1,9 @@
 """The tiny task with modules of its own, and a task whose models are built in the context."""
 
+from contextlib import ExitStack
+from typing import Any
+
+import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -37,8 +41,22 @@ def changed(model: nn.Module) -> list[Change]:
 
 
 def build(config: Config) -> Task:
-    with inject(nn.Linear, Same):
+    """`zero_init`: whether ZeRO 3 shards each module as it is built, "inside" of the context or
+    "around" it."""
+    (engine,) = config.engines.values()
+    contexts: list[Any] = [inject(nn.Linear, Same)]
+    if where := config.task.args.get("zero_init"):
+        batch = {"train_micro_batch_size_per_gpu": config.data.micro_batch_size}
+        sharded = deepspeed.zero.Init(config_dict_or_path=engine.deepspeed() | batch)
+        contexts.insert(0 if where == "around" else 1, sharded)
+    plain = nn.Linear.__init__
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
         task = tiny_task.build(config)
-    kinds = {type(m) for model in task.models.values() for m in model.modules()}
+    (model,) = task.models.values()
+    kinds = {type(module) for module in model.modules()}
     assert Same in kinds and nn.Linear not in kinds
+    assert nn.Linear.__init__ is plain and "__init__" not in vars(Same)
+    assert all(hasattr(p, "ds_id") == bool(where) for p in model.parameters())
     return task

@@ -1,6 +1,8 @@
 """`harness convert` of checkpoints that plain DeepSpeed wrote, and of files."""
 
+import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,9 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 
 from harness import io
 from harness.checkpoint.convert import Options, convert
@@ -24,7 +29,7 @@ from harness.errors import HarnessError
 from harness.formats import pickles
 from harness.run import train
 from harness.testing.pool import RankPool
-from tests.helpers import tiny_config
+from tests.helpers import small_disk, tiny_config
 from tests.plain_deepspeed import layouts, write_all
 
 Checkpoints = Callable[[int], Path]
@@ -153,6 +158,93 @@ def test_names_are_chosen_and_changed(checkpoints: Checkpoints, tmp_path: Path) 
         rename=("^(inner|outer)=layers.\\1", "weight$=w"),
     )
     assert set(found) == {"words.w", "head.w", "layers.inner.w", "layers.outer.w", "tilt"}
+
+
+def test_the_settings_of_the_optimizer_go_by_the_names_of_its_tensors(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    directory = checkpoints(2) / "zero2 bf16 odd groups"
+    chosen = {"what": "all", "exclude": ("inner", "fixed"), "rename": ("^tilt$=slope", "^=m.")}
+    found = converted(directory, tmp_path / "x.sft", **chosen)
+    with safe_open(tmp_path / "x.sft", "pt") as file:
+        settings = json.loads(file.metadata()["optimizer"])
+    groups = [group["params"] for group in settings["param_groups"]]
+    assert groups == [["m.words.weight", "m.outer.weight"], ["m.slope"]]
+    for name in ("m.words.weight", "m.outer.weight", "m.slope"):
+        assert f"optimizer.exp_avg.{name}" in found and name in found
+    told: list[str] = []
+    convert(directory, tmp_path / "x.pt", Options(what="optimizer"), told.append)
+    assert told[0] == "note: a .pt has no place for the metadata: optimizer"
+
+
+def test_the_words_of_others_are_kept(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(3), "v": torch.ones(2)}, tmp_path / "a.sft", {"author": "somebody"})
+    converted(tmp_path / "a.sft", tmp_path / "shards", shard_size=10)
+    converted(tmp_path / "shards", tmp_path / "b.sft", dtype="bf16")
+    with safe_open(tmp_path / "b.sft", "pt") as file:
+        assert file.metadata() == {"format": "pt", "author": "somebody"}
+
+
+def test_a_weight_that_is_named_like_state_of_the_optimizer(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    two_ranks.run(write_clash, tmp_path / "clash")
+    with pytest.raises(HarnessError, match=r"'optimizer.master.w' is both a weight and state"):
+        converted(tmp_path / "clash", tmp_path / "x.sft", what="all")
+    assert set(converted(tmp_path / "clash", tmp_path / "x.sft")) == {"optimizer.master.w", "w"}
+
+
+class Clash(nn.Module):
+    """Its one buffer has the name that the other one's master gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+        self.optimizer = nn.Module()
+        self.optimizer.master = nn.Module()
+        self.optimizer.master.register_buffer("w", torch.zeros(2))
+
+
+def write_clash(directory: Path) -> None:
+    """Collective."""
+    config = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1}
+    model = Clash()
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        config=config | {"zero_allow_untested_optimizer": True},
+    )
+    engine.save_checkpoint(str(directory), tag="here")
+    engine.destroy()
+
+
+def test_tensors_in_another_order_are_brought_in_order(tmp_path: Path) -> None:
+    """Also one of a few elements that is read many times: memory is not taken for all of it."""
+    data = {
+        "turned": torch.arange(600_000.0).view(600, 1000).t(),
+        "wide": torch.arange(9.0)[:, None].expand(9, 4_000_000),
+        "some": torch.arange(90)[10:80:7],
+    }
+    torch.save(data, tmp_path / "a.pt")
+    code = (
+        "import numpy, psutil, resource\n"
+        "from harness.cli import main\n"
+        "most = psutil.Process().memory_info().data + (100 << 20)\n"  # less than `wide` takes
+        "resource.setrlimit(resource.RLIMIT_DATA, (most, most))\n"
+        "main()"
+    )
+    args = ["convert", str(tmp_path / "a.pt"), str(tmp_path / "b.sft")]
+    subprocess.run([sys.executable, "-c", code, *args], check=True)
+    assert_same(io.load(tmp_path / "b.sft"), data)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_missing_expert_is_noticed(checkpoints: Checkpoints, tmp_path: Path, stage: int) -> None:
+    shutil.copytree(checkpoints(2) / f"zero{stage} bf16 experts", tmp_path / "harmed")
+    only(tmp_path / "harmed/here", "layer_1_expert_2_*").unlink()
+    with pytest.raises(HarnessError, match=r"layer_1_expert_N.* are missing for N = 2: .* has 4 "):
+        converted(tmp_path / "harmed", tmp_path / "x.sft")
 
 
 @pytest.mark.parametrize(
@@ -350,6 +442,19 @@ def test_a_full_disk_is_one_message(checkpoints: Checkpoints, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["x.sft", "x.pt", "shards"])
+def test_a_disk_without_room_is_one_message(tmp_path: Path, name: str) -> None:
+    torch.save({f"w{n}": torch.zeros(1 << 20) for n in range(3)}, tmp_path / "src.pt")
+    args = command(tmp_path / "src.pt", tmp_path / "disk" / name)
+    with small_disk(tmp_path / "disk", "8m"):
+        args += ["--shard-size", "4MB"] if name == "shards" else []
+        done = subprocess.run(args, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+        assert str(tmp_path / "disk" / name) in done.stderr
+        assert re.search("No space left on device: 12583|0.008 GB are free", done.stderr)
+        assert not list((tmp_path / "disk").iterdir())
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_what_is_interrupted_leaves_no_file(tmp_path: Path, number: signal.Signals) -> None:
     torch.save({f"w{n}": torch.zeros(1 << 20) for n in range(64)}, tmp_path / "src.pt")
@@ -374,6 +479,15 @@ def test_what_is_interrupted_leaves_no_file(tmp_path: Path, number: signal.Signa
     assert "dst.sft" not in left
     if number != signal.SIGKILL:
         assert not left and b"Traceback" not in told, told
+
+
+def test_tied_masters_at_zero_0_stay_tied(two_ranks: RankPool, tmp_path: Path) -> None:
+    bf16 = {"net": {"ds_overrides": {"bf16": {"enabled": True}}}}
+    config = tiny_config(tmp_path, 0, run={"steps": 2}, engines=bf16)
+    two_ranks.run(train, config)
+    found = converted(config.run_dir, tmp_path / "x.sft")
+    assert not torch.equal(found["middle.weight"], found["middle.weight"].bfloat16().float())
+    assert found["again.weight"].data_ptr() == found["middle.weight"].data_ptr()
 
 
 def test_a_run_of_ours_is_converted(two_ranks: RankPool, tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.checkpoint.convert import Options, convert
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read
 from harness.config import Config
+from harness.errors import CheckpointError
 from harness.io import load
 from harness.run import train
 from harness.testing.pool import RankPool
-from tests.helpers import ROOT, losses, records, tiny_config
+from tests.helpers import ROOT, losses, records, tiny_config, told_by
 
 STAGES = [0, 1, 2, 3]
 DECAY = 0.8
@@ -70,6 +72,16 @@ def test_it_follows_the_master_weights_and_disturbs_nothing(
     for name, tensor in averages.items():
         assert torch.equal(average[name], tensor.bfloat16())
         assert torch.equal(weights[name], read(last.master(name)).bfloat16())
+    convert(config.run_dir, tmp_path / "x.sft", Options(what="ema", verify=True), print)
+    converted = load(tmp_path / "x.sft")
+    assert converted.keys() == average.keys()
+    averages |= {"again.weight": averages["middle.weight"], "scale": weights["scale"].float()}
+    assert all(torch.equal(converted[name], averages[name]) for name in converted)
+    convert(config.run_dir, tmp_path / "y.sft", Options(what="ema", dtype="keep"), print)
+    kept = load(tmp_path / "y.sft")
+    assert all(torch.equal(kept[name], average[name]) for name in average)
+    with pytest.raises(CheckpointError, match="no average of the weights here"):
+        convert(without.run_dir, tmp_path / "z.sft", Options(what="ema"), print)
     assert torch.equal(average["again.weight"], average["middle.weight"])
 
 
@@ -146,6 +158,16 @@ def test_it_goes_over_to_another_layout(
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, atol=1e-5, rtol=0)
     assert max(float((weights[n] - whole[n]).abs().max()) for n in whole) > 1e-2
+
+
+def test_an_optimizer_with_an_average_of_its_own_is_refused(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    pytest.importorskip("schedulefree")
+    config = config_of(tmp_path, 0, optimizer={"name": "schedulefree"})
+    (told, _) = two_ranks.run(told_by, config)
+    assert "engines.net.ema_decay: optimizer 'schedulefree' keeps an average of its own" in told
+    assert not config.run_dir.exists()
 
 
 @pytest.mark.parametrize("stage", [1, 3])

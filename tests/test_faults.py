@@ -3,8 +3,7 @@
 import random
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from harness.io import load
 from harness.run import train
 from harness.testing.faults import die_during_save, fail_at, io_error
 from harness.testing.pool import RankError, RankPool
-from tests.helpers import losses, tiny_config, told_by
+from tests.helpers import losses, small_disk, tiny_config, told_by
 
 WIDE = {"args": {"width": 2100}}
 """17.7 MB of weights: with AdamW's moments a checkpoint of about 71 MB."""
@@ -163,19 +162,6 @@ def test_the_last_save_must_not_fail(two_ranks: RankPool, tmp_path: Path) -> Non
         two_ranks.run(train_with, config, [("file", {"rank": 1, "step": 6, "how": io_error})])
 
 
-@contextmanager
-def small_disk(place: Path) -> Iterator[None]:
-    """A file system of 60 MB."""
-    place.mkdir(parents=True, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(place)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a tmpfs can be mounted by root only")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 @pytest.mark.parametrize("foreseen", [True, False])
 def test_a_full_disk(two_ranks: RankPool, tmp_path: Path, foreseen: bool) -> None:
     """38 MB a checkpoint: the first one fits into 60 MB, the second does not."""
@@ -185,7 +171,7 @@ def test_a_full_disk(two_ranks: RankPool, tmp_path: Path, foreseen: bool) -> Non
         task={"args": {"width": 1500}},
         trainer={"save_every": 2, "export_on_quit": False},
     )
-    with small_disk(tmp_path):
+    with small_disk(tmp_path, "60m"):
         two_ranks.run(told_by_blind if not foreseen else told_by, config)
         text = (config.run_dir / "log.txt").read_text()
         reason = "MB are free" if foreseen else "OSError"
@@ -212,7 +198,7 @@ def test_a_disk_that_becomes_read_only(
     disk = config.run_dir / "checkpoints"
     locks = {"step": 4, "rank": 0, "how": partial(remount, disk, "ro")}
     unlocks = {"step": 6, "rank": 0, "how": partial(remount, disk, "rw")}
-    with small_disk(disk):
+    with small_disk(disk, "60m"):
         two_ranks.run(train_with, config, [(phase, locks), ("room", unlocks)])
         text = (config.run_dir / "log.txt").read_text()
         place = disk / "step-00000004"

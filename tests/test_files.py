@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from harness.files import (
     truncate,
     write_atomically,
 )
+from tests.helpers import small_disk
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -57,10 +57,7 @@ def test_lines_are_appended_after_one_that_was_cut_off(tmp_path: Path) -> None:
 def test_a_full_disk_loses_lines_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a tmpfs can be mounted by root only")
-    try:
+    with small_disk(tmp_path, "64k"):
         (tmp_path / "ballast").write_bytes(b"x" * 32_768)
         lines = JsonLines(tmp_path / "x.jsonl")
         for number in range(20):
@@ -69,8 +66,6 @@ def test_a_full_disk_loses_lines_and_says_so_once(
         lines.write({"number": 20})
         lines.close()
         *first, cut, last = (tmp_path / "x.jsonl").read_text().splitlines()
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
     assert [json.loads(line)["number"] for line in first] == list(range(len(first)))
     assert 1 < len(first) < 20 and not cut.endswith("}") and json.loads(last) == {"number": 20}
     (message,) = [record.getMessage() for record in caplog.records]

@@ -3,7 +3,7 @@
 import pytest
 
 from harness.errors import ConfigError
-from harness.ranks import adopt, first_host
+from harness.ranks import adopt, hosts
 
 SLURM = {
     "SLURM_JOB_ID": "71",
@@ -11,9 +11,8 @@ SLURM = {
     "SLURM_PROCID": "3",
     "SLURM_STEP_NUM_TASKS": "5",
     "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1",
+    "SLURM_GTIDS": "2,3",
     "SLURM_STEP_NODELIST": "node[07-08,12]",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
 }
 MPI = {
     "OMPI_COMM_WORLD_RANK": "1",
@@ -60,6 +59,25 @@ def test_a_launcher_inside_a_step_has_the_word() -> None:
     assert adopted(SLURM | inside) == ["6", "8", "0", "", ""]
 
 
+def test_mpirun_inside_a_step_has_the_word() -> None:
+    """In an allocation mpirun starts its daemons by srun, a task a node, and they the ranks."""
+    inside = MPI | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    assert adopted(SLURM | inside) == ["1", "2", "1", "2", "127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("a[1-4]", "a3"), ("a[1-3]", "a3"), ("a[1-2]", "a1"), ("a2", "a2")]
+)
+def test_a_heterogeneous_job_begins_with_its_first_component(nodes: str, first: str) -> None:
+    job = SLURM | {
+        "SLURM_HET_SIZE": "2",
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "a[3-4]",
+        "SLURM_JOB_NODELIST_HET_GROUP_1": "a[1-2]",
+        "SLURM_STEP_NODELIST": nodes,
+    }
+    assert adopted(job)[4] == first
+
+
 def test_the_script_of_a_batch_job_is_no_rank() -> None:
     batch = {"SLURM_JOB_ID": "71", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
     assert adopted(batch) == [""] * 5
@@ -74,6 +92,7 @@ def test_the_script_of_a_batch_job_is_no_rank() -> None:
         ({"WORLD_SIZE": "4"}, "RANK is not set"),
         (DEEPSPEED | {"RANK": "2"}, "RANK is '2' and WORLD_SIZE is '2'"),
         (DEEPSPEED | {"RANK": "one"}, "expected a number"),
+        (SLURM | {"SLURM_DISTRIBUTION": "arbitrary"}, "MASTER_ADDR=HOST srun"),
         (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "mpirun -x MASTER_ADDR=HOST"),
     ],
 )
@@ -84,14 +103,16 @@ def test_contradictions_are_told(environ: dict[str, str], told: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
+    ("nodes", "spelled_out"),
     [
         ("node1", "node1"),
-        ("a,b", "a"),
-        ("node[03-05,9],gpu1", "node03"),
-        ("rack[1-2]-gpu", "rack1-gpu"),
-        ("n[7],n[9]", "n7"),
+        ("a,b", "a b"),
+        ("node[08-10,3],gpu1", "node08 node09 node10 node3 gpu1"),
+        ("rack[1-2]-gpu", "rack1-gpu rack2-gpu"),
+        ("r[1-2]n[0,9]", "r1n0 r1n9 r2n0 r2n9"),
+        ("n[7],n[9]", "n7 n9"),
+        ("10.0.0.[1-2]", "10.0.0.1 10.0.0.2"),
     ],
 )
-def test_the_first_host_of_slurms_list(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
+def test_slurms_list_of_hosts(nodes: str, spelled_out: str) -> None:
+    assert hosts(nodes) == spelled_out.split()

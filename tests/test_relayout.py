@@ -14,9 +14,10 @@ from harness.checkpoint.save import collect, write_files
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read, real
 from harness.config import Config
+from harness.engine_sections import OptimizerConfig
 from harness.optim.build import is_elementwise
 from harness.run import train
-from harness.sections import OptimizerConfig, merge
+from harness.sections import merge
 from harness.testing.pool import RankPool
 from tests.helpers import OFFLOAD, ROOT, records, tiny_config, told_by
 from tests.tiny_task import SAMPLES

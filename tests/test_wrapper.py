@@ -20,6 +20,7 @@ from harness.testing.pool import RankPool
 from harness.wrapper import (
     Factory,
     attention,
+    call_every_module,
     compile_model,
     freeze,
     inject,
@@ -112,6 +113,30 @@ def test_a_module_around_the_old_one_gets_its_dtype() -> None:
     assert model.first.gain.dtype == torch.bfloat16
     assert type(model.first.inner) is nn.Linear
     trained(model)
+
+
+@pytest.mark.parametrize("by", [BitLinear, Twice, "inject"])
+def test_torchs_own_encoder_calls_what_is_replaced_in_evaluation_too(by: Any) -> None:
+    def build() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        return nn.TransformerEncoder(layer, 2)
+
+    if by == "inject":
+        with inject(nn.Linear, BitLinear):
+            model = build()
+        call_every_module(model)
+    else:
+        model = build()
+        replace(model, nn.Linear, by)
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 4 + [True]])
+    for padding in (None, mask):
+        trained = model.train()(x, src_key_padding_mask=padding)
+        with torch.no_grad():
+            evaluated = model.eval()(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(evaluated, trained)
+    plain = build().eval()
+    call_every_module(plain)
+    assert not any(module._forward_pre_hooks for module in plain.modules())
 
 
 class Own(nn.Linear):
@@ -253,6 +278,19 @@ def test_a_run_with_the_same_in_their_place_is_the_same_run(
         assert (
             "replaced first: Linear -> Same; middle: " in (config.run_dir / "log.txt").read_text()
         )
+
+
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_a_model_that_is_sharded_while_it_is_built_is_the_same_run(
+    two_ranks: RankPool, tmp_path: Path, plain_runs: Any, where: str
+) -> None:
+    task = {"path": str(ROOT / "tests/replaced_task.py"), "args": {"zero_init": where}}
+    config = tiny_config(tmp_path, 3, task=task)
+    two_ranks.run(train, config)
+    assert losses(config) == losses(plain_runs(3))
+    found, expected = exported(config), exported(plain_runs(3))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_replacement_that_fits_nothing_is_an_error(two_ranks: RankPool, tmp_path: Path) -> None:

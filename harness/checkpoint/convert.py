@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness.checkpoint import plan as planning
 from harness.checkpoint.copy import Progress, Written, copy
@@ -20,7 +21,7 @@ from harness.checkpoint.plan import Plan, Planned
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.verify import check_layout, check_output, check_sources
 from harness.errors import FormatError, HarnessError
-from harness.files import write_atomically
+from harness.files import sync_directory, write_atomically
 from harness.formats import flat, pt, sft, shards, ties
 from harness.formats.dtypes import SFT
 
@@ -73,6 +74,9 @@ def convert(src: Path, dst: Path, options: Options, put: Put) -> None:
     planning.select(plan, options.include, options.exclude)
     planning.rename(plan, options.rename)
     planning.tie(plan)
+    metadata = planning.metadata(plan)
+    if metadata and dst.suffix in pt.SUFFIXES:
+        plan.notes.append(f"a {dst.suffix} has no place for the metadata: {', '.join(metadata)}")
     for note in plan.notes:
         put(f"note: {note}")
     if options.dry_run:
@@ -85,7 +89,7 @@ def convert(src: Path, dst: Path, options: Options, put: Put) -> None:
             check_sources(plan.stretches(), progress)
     started = time.perf_counter()
     with _bar(plan.nbytes, "converting") as progress:
-        _write(plan, dst, options, progress)
+        _write(plan, metadata, dst, options, progress)
     seconds = time.perf_counter() - started
     put(
         f"{dst}: {len(plan.tensors)} tensors, {plan.nbytes / 1e6:,.1f} MB in {seconds:.1f} s, "
@@ -117,10 +121,10 @@ def _plan(found: SavedEngine | Path, options: Options) -> Plan | None:
         return planning.of_engine(found, options.what, DTYPES[options.dtype or "fp32"])
     if options.what != "weights" or options.engine is not None:
         raise HarnessError(f"{found}: --what and --engine are for checkpoints")
-    tensors = flat.tensors(found)
-    if tensors is None:
+    content = flat.read(found)
+    if content is None:
         return None
-    return planning.of_tensors(tensors, DTYPES[options.dtype or "keep"])
+    return planning.of_file(content, DTYPES[options.dtype or "keep"])
 
 
 def _whole(src: Path, dst: Path, options: Options, put: Put) -> None:
@@ -161,7 +165,9 @@ def _native(found: SavedEngine | Path, dst: Path, options: Options, put: Put) ->
         put(f"note: {note}")
 
 
-def _write(plan: Plan, dst: Path, options: Options, progress: Progress) -> None:
+def _write(
+    plan: Plan, metadata: dict[str, str], dst: Path, options: Options, progress: Progress
+) -> None:
     workers = options.workers or min(4, os.cpu_count() or 1)
 
     def copied(names: Mapping[str, Planned], path: Path, aliases: Mapping[str, str]) -> None:
@@ -187,7 +193,7 @@ def _write(plan: Plan, dst: Path, options: Options, progress: Progress) -> None:
                 name: (_short(name, dtype), shape) for name, (dtype, shape) in described.items()
             }
             sft.write(
-                path, short, fill, {"format": "pt"} | plan.metadata | ties.described(names, aliases)
+                path, short, fill, {"format": "pt"} | metadata | ties.described(names, aliases)
             )
 
     if options.shard_size is None:
@@ -198,9 +204,9 @@ def _write(plan: Plan, dst: Path, options: Options, progress: Progress) -> None:
         for number, part in enumerate(parts):
             path = staged / shards.shard_name(number, len(parts))
             copied({name: plan.tensors[name] for name in part}, path, {})
-        metadata = {"total_size": plan.nbytes} | plan.metadata
-        metadata |= ties.described(plan.tensors, plan.aliases)
-        shards.write_index(staged, parts, metadata)
+        described = ties.described(plan.tensors, plan.aliases)
+        total: dict[str, Any] = {"total_size": plan.nbytes}
+        shards.write_index(staged, parts, total | metadata | described)
 
 
 @contextmanager
@@ -214,6 +220,7 @@ def _staged(dst: Path, needed: int) -> Iterator[Path]:
     try:
         yield staged
         staged.replace(dst)  # also if it is there, and empty
+        sync_directory(dst.absolute().parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -94,8 +94,9 @@ class Files:
             self.read(stretch.path, buffer[: stretch.size], stretch.start)
             buffer = buffer[stretch.size :]
 
-    def row_major(self, source: Source) -> memoryview:
-        """All bytes of a source whose elements lie in another order, brought in order."""
+    def row_major(self, source: Source) -> Iterator[memoryview]:
+        """The bytes of a source whose elements lie in another order, in order, about BUFFER at a
+        time. All that lies in the file is in memory meanwhile."""
         import numpy as np  # late: few tensors need it
 
         ref = source.strided
@@ -105,8 +106,14 @@ class Files:
         self.read(whole.path, content, whole.start)
         flat = np.frombuffer(content, f"V{ref.itemsize}")
         strides = [step * ref.itemsize for step in ref.stride]
-        ordered = np.lib.stride_tricks.as_strided(flat, ref.shape, strides)
-        return memoryview(ordered.tobytes())
+        elements = np.nditer(
+            np.lib.stride_tricks.as_strided(flat, ref.shape, strides),
+            ["external_loop", "buffered", "zerosize_ok"],
+            order="C",
+            buffersize=BUFFER // ref.itemsize,
+        )
+        for chunk in elements:
+            yield memoryview(np.asarray(chunk).tobytes())
 
 
 def copy(
@@ -184,9 +191,8 @@ class _Task:
             source = part.planned.source
             if source.strided is not None:
                 self.flush()
-                ordered = self.files.row_major(source)
-                for at in range(0, len(ordered), BUFFER):
-                    self.put(self.converted(part.planned, ordered[at : at + BUFFER]))
+                for content in self.files.row_major(source):
+                    self.put(self.converted(part.planned, content))
             elif source.dtype == part.planned.dtype:
                 self.gather(part)
             else:

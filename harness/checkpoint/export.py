@@ -7,10 +7,11 @@ from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.manifest import step_directory
-from harness.checkpoint.retain import put_in_place
+from harness.checkpoint.retain import forget_replaced, put_in_place
 from harness.engine import Engine
 from harness.engines import Engines
 from harness.io import save
+from harness.lora import merged, save_adapters
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,8 @@ def export(
     """Writes every trained engine's whole weights as `parent/step-N/ENGINE.FORMAT`, and their
     average, where one is kept, as `ENGINE.ema.FORMAT`. Collective.
 
-    They are those of evaluation mode, which the engines are in meanwhile.
+    They are those of evaluation mode, which the engines are in meanwhile. Where adapters are
+    trained, the weights have them worked in, and `ENGINE.lora/` has them alone, as peft loads them.
 
     `format`: "sft" or "pt". `between` is called, on every rank, after each tensor. Raises
     HarnessError, on all ranks, if it cannot be written.
@@ -42,6 +44,7 @@ def export(
     with distributed.in_unison(f"cannot export to {target}"):
         if distributed.is_global_leader():
             put_in_place(staged, target)
+            forget_replaced(target)
     log.info("exported %s", target)
     return target
 
@@ -55,4 +58,7 @@ def _export_weights(engine: Engine, path: Path, between: Callable[[], object]) -
     with distributed.in_unison(f"cannot export {path}"):
         if distributed.is_global_leader():
             path.parent.mkdir(parents=True, exist_ok=True)
+            if engine.has_lora:
+                save_adapters(engine.module, state, path.with_suffix(".lora"))
+                state = merged(engine.module, state)
             save(state, path)

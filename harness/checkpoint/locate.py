@@ -1,9 +1,12 @@
 """From the path that a user names to the engine's files, or the file of weights, that he means."""
 
 import json
+import re
+import socket
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint import missing
 from harness.checkpoint.saved_engine import SavedEngine, is_engine
 from harness.errors import CheckpointError, FormatError, did_you_mean
 from harness.formats import pt, sft, shards, zips
@@ -17,8 +20,9 @@ def locate(path: Path, engine: str | None = None) -> SavedEngine | Path:
 
     A run directory or one of checkpoints: the newest checkpoint. A checkpoint: its engine, or the
     one named `engine` of several. A directory with `latest`, as plain DeepSpeed, Accelerate and the
-    HF Trainer leave it: the tag that it names. A tag. A directory of Hugging Face's: its index, or
-    its one file. A file: itself. Raises CheckpointError or FormatError.
+    HF Trainer leave it: the tag that it names. The Trainer's directory of such: the newest. A tag.
+    A directory of Hugging Face's: its index, or its one file. A file: itself. Raises
+    CheckpointError or FormatError.
     """
     if path.is_file():
         if path.suffix not in pt.SUFFIXES | sft.SUFFIXES and not path.name.endswith(shards.SUFFIX):
@@ -29,6 +33,8 @@ def locate(path: Path, engine: str | None = None) -> SavedEngine | Path:
         raise CheckpointError(f"{path}: no such file or directory")
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
+    elif not (path / LATEST).is_file() and (of_trainer := _of_trainer(path)):
+        path = path / f"checkpoint-{max(of_trainer)}"
     if is_engine(path):
         return SavedEngine(path)
     if (path / MANIFEST).is_file():
@@ -54,6 +60,12 @@ def _latest(path: Path) -> Path:
     return path / tag
 
 
+def _of_trainer(path: Path) -> list[int]:
+    """The steps of the checkpoints with DeepSpeed's files that the HF Trainer has left here."""
+    names = (latest.parent.name for latest in path.glob(f"checkpoint-*/{LATEST}"))
+    return [int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d{1,18}", name)]
+
+
 def _is_plain(name: str) -> bool:
     """Whether a name is that of something in a directory, and leads nowhere else."""
     return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
@@ -65,10 +77,15 @@ def _of_checkpoint(path: Path, engine: str | None) -> SavedEngine:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if odd := [name for name in manifest["engines"] if not _is_plain(name)]:
             raise ValueError(f"{odd[0]!r:.80} cannot be the name of an engine")
-        engines = [name for name in manifest["engines"] if is_engine(path / name)]
         files: dict[str, dict[str, Any]] = manifest["files"]
+        saved = {file.partition("/")[0] for file in files}
+        engines = [name for name in manifest["engines"] if name in saved]
         if not all({"size", "digest"} <= entry.keys() for entry in files.values()):
             raise ValueError("a file without size or digest")
+        hosts = [str(host) for host in manifest.get("hosts", ())]  # not in older formats
+        writers = {
+            file: missing.writer(int(entry.get("rank", -1)), hosts) for file, entry in files.items()
+        }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from None
     if engine is None and len(engines) != 1:
@@ -79,10 +96,12 @@ def _of_checkpoint(path: Path, engine: str | None) -> SavedEngine:
         hint = did_you_mean(engine, engines)
         raise CheckpointError(f"{path}: no engine {engine!r}, but {', '.join(engines)}{hint}")
     name = engine or engines[0]
+    files = {file: entry for file, entry in files.items() if file.startswith(f"{name}/")}
+    if absent := {file: writers[file] for file in files if not (path / file).is_file()}:
+        raise CheckpointError(missing.told(path, absent, [socket.gethostname()]))
     for file, entry in files.items():
-        if file.startswith(f"{name}/"):
-            try:
-                zips.check(path / file, entry["size"], entry["digest"])
-            except FormatError as error:
-                raise CheckpointError(f"damaged: {error}") from None
+        try:
+            zips.check(path / file, entry["size"], entry["digest"])
+        except FormatError as error:
+            raise CheckpointError(f"damaged: {error}") from None
     return SavedEngine(path / name)

@@ -19,7 +19,6 @@ from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import real
 from harness.checkpoint.zero_layout import Shapes, Tree, flats
 from harness.errors import CheckpointError
-from harness.formats.sources import source
 
 _LAID_OUT = ("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments")
 _ALIGNMENT = 2  # nccl_start_alignment_factor: elements by which a partition starts evenly
@@ -140,7 +139,7 @@ class Native:
     def _model(self, rank: int) -> Tree:
         saved = self.saved
         old, buffers = saved.model["module"], saved.model["buffer_names"]
-        shared = self._shared()
+        shared = saved.shared
         module: Tree = {}
         frozen: Tree = {}
         for name, ref in old.items():
@@ -169,19 +168,6 @@ class Native:
             "frozen_param_fragments": fragments if self.stage > 1 else None,
             "dp_world_size": self.ranks,
             "ds_config": self.config,
-        }
-
-    def _shared(self) -> dict[str, str]:
-        """Further names of tied parameters, which ZeRO 0 does not tell, and those they go by."""
-        told = self.saved.model["shared_params"]
-        if told is not None:
-            return told
-        own = {name: source(ref) for name, ref in self.saved.model["module"].items()}
-        known = {own[name]: name for name in self.saved.shapes if name in own}
-        return {
-            name: known[place]
-            for name, place in own.items()
-            if place in known and known[place] != name
         }
 
     def _optimizer(self, rank: int) -> Tree:

@@ -13,10 +13,13 @@ from typing import Any
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.errors import CheckpointError, HarnessError, did_you_mean
 from harness.formats.dtypes import FLOATS, SIZES
+from harness.formats.flat import FlatFile
 from harness.formats.pickles import TensorRef
 from harness.formats.sources import Source, Stretch, source
 
 OPTIMIZER = "optimizer"
+EMA = "ema"
+"""Key of the average in the optimizer's state: `harness.ema.KEY`, which needs torch."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,13 @@ class Planned:
 
     source: Source
     dtype: str
+    key: str = ""
+    """What of a parameter's optimizer state it is: "master", "exp_avg" ... Of weights empty."""
+
+    @property
+    def prefix(self) -> str:
+        """What comes before the parameter's name in its own."""
+        return f"{OPTIMIZER}.{self.key}." if self.key else ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,7 +54,12 @@ class Plan:
     tensors: dict[str, Planned] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     """Further names of tied tensors, and the ones that they are stored under."""
+    groups: list[Any] = field(default_factory=list)
+    """Of the optimizer: settings, and `params`, the names of the group's parameters."""
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """State of the optimizer that is no tensor, by key and parameter."""
     metadata: dict[str, str] = field(default_factory=dict)
+    """What the source says of itself."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: where the output is less than he may expect."""
 
@@ -65,12 +80,11 @@ def weights(saved: SavedEngine, dtype: str) -> Plan:
     what is asked for.
     """
     plan = Plan()
-    shared: Mapping[str, str] = saved.model["shared_params"] or {}
     own: Mapping[str, TensorRef] = saved.model["module"] | saved.experts
     for name in dict.fromkeys([*own, *saved.shapes]):
         computed = own[name].dtype if name in own else "float32"
         target = computed if dtype == "keep" else dtype
-        kept = shared.get(name, name)
+        kept = saved.shared.get(name, name)
         if kept in saved.shapes and (saved.stage == 3 or target != computed or target == "float32"):
             found = saved.master(kept)
         else:
@@ -86,8 +100,28 @@ def weights(saved: SavedEngine, dtype: str) -> Plan:
     return plan
 
 
+def averages(saved: SavedEngine, dtype: str) -> Plan:
+    """As `weights`, with the average of the weights where one is kept: `engines.NAME.ema_decay`.
+
+    What is not averaged, frozen parameters and buffers, is as it is. Raises CheckpointError if
+    nothing is.
+    """
+    plan = weights(saved, dtype)
+    is_kept = False
+    for name, planned in plan.tensors.items():
+        kept = saved.shared.get(name, name)
+        if kept in saved.shapes and EMA in saved.state_keys(kept):
+            plan.tensors[name] = Planned(saved.moment(kept, EMA), planned.dtype)
+            is_kept = True
+    if not is_kept:
+        raise CheckpointError(
+            f"{saved.directory}: no average of the weights here: engines.NAME.ema_decay keeps one"
+        )
+    return plan
+
+
 def optimizer(saved: SavedEngine) -> Plan:
-    """Masters, moments and further state of every parameter; settings as JSON in the metadata.
+    """Masters, moments and further state of every parameter, and settings of the groups.
 
     Raises CheckpointError if there is none, it tells no names, or its state has other shapes than
     the parameters.
@@ -101,7 +135,6 @@ def optimizer(saved: SavedEngine) -> Plan:
         )
     saved.check_moments()
     plan = Plan()
-    values: dict[str, Any] = {}
     for name in saved.shapes:
         found = {"master": saved.master(name)}
         found |= {key: saved.moment(name, key) for key in saved.state_keys(name)}
@@ -109,31 +142,38 @@ def optimizer(saved: SavedEngine) -> Plan:
             if isinstance(value, TensorRef):
                 found[key] = source(value)
             else:
-                values.setdefault(key, {})[name] = value
+                plan.values.setdefault(key, {})[name] = value
         for key, tensor in found.items():
-            plan.tensors[f"{OPTIMIZER}.{key}.{name}"] = Planned(tensor, tensor.dtype)
-    groups = [
+            planned = Planned(tensor, tensor.dtype, key)
+            plan.tensors[planned.prefix + name] = planned
+    plan.groups = [
         group | {"params": [name for name in saved.shapes if saved.group_of(name) == number]}
         for number, group in enumerate(saved.groups)
     ]
-    plan.metadata[OPTIMIZER] = json.dumps({"param_groups": groups, "state": values}, default=str)
     return plan
 
 
 def of_engine(saved: SavedEngine, what: str, dtype: str) -> Plan:
-    """`what`: "weights", "optimizer" or "all"."""
+    """`what`: "weights", "ema", "optimizer" or "all"."""
+    if what == "ema":
+        return averages(saved, dtype)
     plan = weights(saved, dtype) if what in ("weights", "all") else Plan()
     if what in ("optimizer", "all"):
         further = optimizer(saved)
+        if twice := sorted(plan.tensors.keys() & further.tensors.keys()):
+            raise CheckpointError(
+                f"{saved.directory}: {twice[0]!r} is both a weight and state of the optimizer: "
+                "convert them one by one, with --what weights and --what optimizer"
+            )
         plan.tensors |= further.tensors
-        plan.metadata |= further.metadata
+        plan.groups, plan.values = further.groups, further.values
     return plan
 
 
-def of_tensors(tensors: Mapping[str, Source], dtype: str) -> Plan:
+def of_file(content: FlatFile, dtype: str) -> Plan:
     """The tensors of files that hold nothing else."""
-    plan = Plan()
-    for name, found in tensors.items():
+    plan = Plan(metadata=dict(content.metadata))
+    for name, found in content.tensors.items():
         target = found.dtype if dtype == "keep" else dtype
         plan.tensors[name] = Planned(found, _target(found.dtype, target))
     return plan
@@ -145,7 +185,8 @@ def _target(dtype: str, wanted: str) -> str:
 
 def select(plan: Plan, include: Sequence[str], exclude: Sequence[str]) -> None:
     """Keeps the tensors whose name matches a pattern of `include`, if there is one, and none of
-    `exclude`. Raises HarnessError for a pattern that is none, or that nothing matches.
+    `exclude`; of the optimizer's settings, the parameters that have a tensor left. Raises
+    HarnessError for a pattern that is none, or that nothing matches.
     """
     wanted, unwanted = [_compiled(text) for text in include], [_compiled(text) for text in exclude]
     for pattern in wanted + unwanted:
@@ -160,11 +201,14 @@ def select(plan: Plan, include: Sequence[str], exclude: Sequence[str]) -> None:
     }
     if not plan.tensors:
         raise HarnessError("no tensor is left to be written")
+    kept = {name.removeprefix(p.prefix): name.removeprefix(p.prefix) for name, p in _states(plan)}
+    _name_parameters(plan, kept)
 
 
 def rename(plan: Plan, renames: Sequence[str]) -> None:
     """Applies "OLD=NEW" to every name, in order: OLD is a pattern, of which each match becomes NEW.
 
+    Of the optimizer's state the name is that of the parameter, so both go by the same names.
     Raises HarnessError for what is no pattern, changes nothing, or gives two tensors one name.
     """
     for text in renames:
@@ -173,7 +217,10 @@ def rename(plan: Plan, renames: Sequence[str]) -> None:
             raise HarnessError(f"--rename {text}: expected OLD=NEW")
         pattern = _compiled(old)
         try:
-            names = {name: pattern.sub(new, name) for name in plan.tensors}
+            names = {
+                name: p.prefix + pattern.sub(new, name.removeprefix(p.prefix))
+                for name, p in plan.tensors.items()
+            }
         except (re.error, IndexError) as error:
             raise HarnessError(f"--rename {text}: {error}") from None
         if all(name == other for name, other in names.items()):
@@ -183,7 +230,32 @@ def rename(plan: Plan, renames: Sequence[str]) -> None:
             if other in renamed:
                 raise HarnessError(f"--rename {text}: two tensors would be named {other!r}")
             renamed[other] = plan.tensors[name]
+        prefixes = [(name, names[name], p.prefix) for name, p in _states(plan)]
         plan.tensors = renamed
+        _name_parameters(
+            plan, {old.removeprefix(p): new.removeprefix(p) for old, new, p in prefixes}
+        )
+
+
+def _states(plan: Plan) -> list[tuple[str, Planned]]:
+    """What belongs to the optimizer."""
+    return [(name, planned) for name, planned in plan.tensors.items() if planned.key]
+
+
+def _name_parameters(plan: Plan, names: Mapping[str, str]) -> None:
+    """Gives the parameters in the optimizer's settings their new names; others are left out."""
+    for group in plan.groups:
+        group["params"] = [names[name] for name in group["params"] if name in names]
+    for key, values in plan.values.items():
+        plan.values[key] = {names[name]: v for name, v in values.items() if name in names}
+
+
+def metadata(plan: Plan) -> dict[str, str]:
+    """What is written beside the tensors: the settings of the optimizer are JSON."""
+    if not plan.groups:
+        return plan.metadata
+    settings = json.dumps({"param_groups": plan.groups, "state": plan.values}, default=str)
+    return plan.metadata | {OPTIMIZER: settings}
 
 
 def tie(plan: Plan) -> None:

@@ -6,6 +6,7 @@ Neither torch nor DeepSpeed is needed: of the tensors, only the places in the fi
 import itertools
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from harness.formats.sources import Source, Stretch, source
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_EXPERT = re.compile(r"layer_\d+_expert_\d+_mp_rank_(\d+)_model_states\.pt")
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 
 
 def is_engine(directory: Path) -> bool:
@@ -76,9 +77,7 @@ class SavedEngine:
             self.stage = 3
         self._check_ranks(models, states)
         self.experts: Tree = {}
-        for path in sorted(self.directory.iterdir()):
-            if _EXPERT.fullmatch(path.name):
-                self.experts |= pickles.read(path)
+        self._read_experts()
         self._fragments = [models[rank]["frozen_param_fragments"] for rank in sorted(models)]
         if model["optimizer"] is not None:
             states = {0: model["optimizer"]}
@@ -110,6 +109,23 @@ class SavedEngine:
         """Whether the optimizer's state says whose it is: plain DeepSpeed's at stage 0 does not."""
         return self.model["param_shapes"] is not None or "parameter_names" in self.model
 
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """Further names of tied parameters, and those that their state goes by.
+
+        ZeRO 0 does not tell them: they are the names of what lies at the same place.
+        """
+        told = self.model["shared_params"]
+        if told is not None:
+            return told
+        own = {name: source(ref) for name, ref in self.model["module"].items()}
+        known = {own[name]: name for name in self.shapes if name in own}
+        return {
+            name: known[place]
+            for name, place in own.items()
+            if place in known and known[place] != name
+        }
+
     def group_of(self, name: str) -> int:
         """The parameter group of a parameter."""
         return self._pieces[name][0][1].group
@@ -125,9 +141,16 @@ class SavedEngine:
         return {key: value for key, value in state.items() if not _is_moment(value)}
 
     def check_moments(self) -> None:
-        """Raises CheckpointError if the optimizer's state has other shapes than the parameters."""
+        """Raises CheckpointError if the optimizer's state has other shapes than the parameters, or
+        is in 8 bits, with scales beside it."""
         for flat in (flat for pieces in self._pieces.values() for _, flat in pieces):
             for key, value in flat.state.items():
+                if isinstance(value, dict):
+                    raise CheckpointError(
+                        f"optimizer state {key!r} of parameter {flat.segments[0].name!r} is a "
+                        "table of tensors, as of 8-bit optimizers: it cannot be cut for another "
+                        "number of ranks or ZeRO stage, nor taken out"
+                    )
                 if _is_moment(value) and value.shape != flat.shape:
                     raise CheckpointError(
                         f"optimizer state {key!r} of parameter {flat.segments[0].name!r} has the "
@@ -153,7 +176,7 @@ class SavedEngine:
         tensor = self.model["module"][name]
         if self.stage < 3 or name in self.model["buffer_names"]:
             return source(tensor)
-        name = self.model["shared_params"].get(name, name)
+        name = self.shared.get(name, name)
         if name in self.shapes:
             return self.master(name)
         shape = Shape(self.model["frozen_param_shapes"][name])
@@ -192,6 +215,20 @@ class SavedEngine:
                 raise CheckpointError(f"{path}: no file of a DeepSpeed checkpoint")
             trees[int(match[1] or 0)] = tree
         return trees
+
+    def _read_experts(self) -> None:
+        """DeepSpeed's experts, each with a file of its own, beside the other weights."""
+        found: set[tuple[int, int]] = set()
+        for path in sorted(self.directory.iterdir()):
+            if match := _EXPERT.fullmatch(path.name):
+                found.add((int(match[1]), int(match[2])))
+                self.experts |= pickles.read(path)
+        for layer, count in enumerate(self.model.get("num_experts") or ()):
+            if missing := _some(n for n in range(count) if (layer, n) not in found):
+                raise CheckpointError(
+                    f"layer_{layer}_expert_N_..._model_states.pt are missing for N = {missing}: "
+                    f"the layer has {count} experts"
+                )
 
     def _is_sharded(self) -> bool:
         return any(self.directory.glob("zero_pp_rank_*_model_states.pt"))

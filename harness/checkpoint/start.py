@@ -20,12 +20,13 @@ from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read
 from harness.checkpoint.zero_layout import flats
 from harness.engine import Engine
+from harness.engine_sections import EngineConfig
 from harness.engines import Engines
 from harness.errors import ConfigError, FormatError, did_you_mean
 from harness.formats import flat
 from harness.formats.dtypes import FLOATS
 from harness.formats.sources import Source
-from harness.sections import EngineConfig
+from harness.lora import base_weights
 from harness.utils import dtype_name
 
 log = logging.getLogger(__name__)
@@ -57,13 +58,14 @@ def fill(engine: Engine, weights: Weights) -> None:
     Raises FormatError or HarnessError, on all ranks, if a file cannot be read.
     """
     shapes = []
-    if engine.role == "train":
+    has_masters = engine.role == "train" and not engine.has_lora  # adapters are not among them
+    if has_masters:
         shapes = shapes_of(collect(engine))
     with distributed.in_unison(f"engines.{engine.name}.init_from"), torch.no_grad():
         module = _entries(engine)
         for name, tensor in {id(t): (name, t) for name, t in module.items()}.values():
             _fill_weight(tensor, weights[name])
-        if engine.role == "train":
+        if has_masters:
             _fill_masters(engine, module, shapes, weights)
     _note_casts(engine, module, weights)
 
@@ -162,16 +164,17 @@ def _given(path: Path, engine: str) -> Weights:
         return {
             name: planned.source for name, planned in plan.weights(found, "fp32").tensors.items()
         }
-    tensors = flat.tensors(found)
-    if tensors is None:
+    content = flat.read(found)
+    if content is None:
         raise FormatError(f"{found}: expected weights by name, and there is more than that in it")
-    return tensors
+    return content.tensors
 
 
 def _entries(engine: Engine) -> dict[str, torch.Tensor]:
-    """The parameters and persistent buffers by name; tied ones are one tensor."""
-    entries = engine.module.state_dict(keep_vars=True)
-    return {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
+    """The parameters and persistent buffers by name, adapters aside; tied ones are one tensor."""
+    state = engine.module.state_dict(keep_vars=True)
+    entries = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return base_weights(engine.module, entries) if engine.has_lora else entries
 
 
 def _misfit(tensor: torch.Tensor, weight: Source) -> str:

@@ -1,5 +1,6 @@
 """Whether a conversion may be believed: sources unharmed, layout understood, output as meant."""
 
+import bisect
 import os
 import zlib
 from collections.abc import Iterable
@@ -22,9 +23,10 @@ def check_sources(stretches: Iterable[Stretch], progress: Progress) -> None:
         if stretch.path.suffix in pt.SUFFIXES:
             used.setdefault(stretch.path, []).append(stretch)
     for path, pieces in used.items():
-        starts = {piece.start for piece in pieces}
+        starts = sorted({piece.start for piece in pieces})
         for record in zips.records(path).values():
-            if any(record.start <= start < record.start + record.size for start in starts):
+            first = bisect.bisect_left(starts, record.start)
+            if first < len(starts) and starts[first] < record.start + record.size:
                 record.verify()
                 progress(record.size)
 

@@ -1,11 +1,13 @@
 """Files of flat tensors and nothing else, as sources: `.pt`, `.sft`, Hugging Face shards."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness.errors import FormatError
-from harness.formats import pickles, sft, shards, ties
+from harness.formats import pickles, sft, shards, ties, tree
 from harness.formats.dtypes import SFT
 from harness.formats.pickles import TensorRef
 from harness.formats.sources import Source, Stretch, source
@@ -13,8 +15,21 @@ from harness.formats.sources import Source, Stretch, source
 _DTYPES = {short: dtype for dtype, short in SFT.items() if short != "F4"}
 
 
-def tensors(path: Path) -> dict[str, Source] | None:
-    """The tensors by name, tied ones under all of theirs; None if there is more than that.
+_OURS = {tree.KEY, "format", "total_size"}
+
+
+@dataclass(frozen=True)
+class FlatFile:
+    """What a file, or an index of shards, holds."""
+
+    tensors: dict[str, Source]
+    """By name; tied ones under all of theirs."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """What others have written beside them."""
+
+
+def read(path: Path) -> FlatFile | None:
+    """The tensors of a file; None if there is more in it than that.
 
     Raises FormatError if a file is damaged, OSError if it cannot be read.
     """
@@ -31,17 +46,23 @@ def tensors(path: Path) -> dict[str, Source] | None:
         header = sft.read_header(path)
         stored = {name: _source(path, name, entry) for name, entry in header.tensors.items()}
         return _named(stored, header.metadata)
-    tree = pickles.read(path)
-    if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
+    found = pickles.read(path)
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         return None
-    if not all(isinstance(value, TensorRef) for value in tree.values()):
+    if not all(isinstance(value, TensorRef) for value in found.values()):
         return None
-    return {name: source(ref) for name, ref in tree.items()}
+    return FlatFile({name: source(ref) for name, ref in found.items()})
 
 
-def _named(stored: dict[str, Source], metadata: Mapping[str, Any]) -> dict[str, Source] | None:
+def _named(stored: dict[str, Source], metadata: Mapping[str, Any]) -> FlatFile | None:
     names = ties.names(metadata, stored)
-    return None if names is None else {name: stored[kept] for name, kept in names.items()}
+    if names is None:
+        return None
+    further = {key: value for key, value in metadata.items() if key not in _OURS}
+    return FlatFile(
+        {name: stored[kept] for name, kept in names.items()},
+        {key: v if isinstance(v, str) else json.dumps(v) for key, v in further.items()},
+    )
 
 
 def _source(path: Path, name: str, entry: sft.Entry) -> Source:

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from harness.engine_sections import OptimizerConfig
 from harness.errors import ConfigError, did_you_mean
 from harness.optim.apollo import Apollo
 from harness.optim.groups import apollo_param_groups
-from harness.sections import OptimizerConfig
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ class Known:
 
     path: str
     """Its import path."""
-    package: str = ""
-    """What to install for it, if it does not come with harness."""
     needs_whole: str = ""
     """Why it is wrong on the shards of ZeRO stages 1 to 3; empty if it is not."""
     needs_parameters: str = ""
@@ -87,15 +85,15 @@ OPTIMIZERS = {
     ),
     "prodigy": Known(
         "prodigyopt:Prodigy",
-        package="prodigyopt",
         needs_whole="it estimates one step size from all parameters, and gets this rank's alone",
     ),
     "schedulefree": Known(
         "schedulefree:AdamWScheduleFree",
-        package="schedulefree",
         needs_parameters="for evaluation it puts averages in the place of the weights",
     ),
-    "adamw8bit": Known("bitsandbytes.optim:AdamW8bit", package="bitsandbytes"),
+    "adam8bit": Known("bitsandbytes.optim:Adam8bit"),
+    "adamw8bit": Known("bitsandbytes.optim:AdamW8bit"),
+    "lion8bit": Known("bitsandbytes.optim:Lion8bit"),
 }
 
 
@@ -107,7 +105,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer that the config names, over the trainable parameters of a model.
 
     APOLLO also takes the arguments of `apollo_param_groups`. Raises ConfigError for an unknown
-    name, for arguments that the optimizer does not take, and for a package that is missing.
+    name, and for arguments that the optimizer does not take.
     """
     kind: Any = _imported(config.name)
     args: dict[str, Any] = dict(config.args)
@@ -200,8 +198,7 @@ def _imported(name: str) -> type[Optimizer]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        hint = f"not installed: pip install {known.package}" if known.package else str(error)
-        raise ConfigError(f"optimizer {name!r}: {hint}") from None
+        raise ConfigError(f"optimizer {name!r}: {error}") from None
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
         raise ConfigError(f"optimizer {name!r} is no torch.optim.Optimizer")
     return found

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from harness.engine_sections import SchedulerConfig
 from harness.errors import ConfigError, did_you_mean
 from harness.optim.build import check_arguments
-from harness.sections import SchedulerConfig
 
 Factor = Callable[[int], float]
 

@@ -1,0 +1,1 @@
+"""Layers of other packages for `optimizations.replace`, a file for each package."""

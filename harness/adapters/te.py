@@ -1,0 +1,49 @@
+"""Linear layers of NVIDIA's TransformerEngine that multiply in fp8 (extra: te). GPUs only."""
+
+import importlib
+from typing import Any
+
+from torch import Tensor, nn
+
+from harness import distributed
+from harness.errors import ConfigError
+
+_te: Any = importlib.import_module("transformer_engine.pytorch")
+_recipe: Any = importlib.import_module("transformer_engine.common.recipe")
+
+
+class Float8Linear(_te.Linear):
+    """`transformer_engine.pytorch.Linear` under its own fp8 context.
+
+    Scales come from the tensors at hand, not from those of earlier steps; so there is no state
+    beside the weights, and a resumed run goes on exactly.
+    """
+
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]; the other sizes multiply to 8, 16, 24 ..."""
+        with _te.autocast(enabled=True, recipe=_recipe.Float8CurrentScaling()):
+            return super().forward(input)
+
+
+def float8_linear(old: nn.Linear) -> Float8Linear:
+    """Raises ConfigError where TransformerEngine says that there is no fp8, and for sizes that are
+    no multiple of 16."""
+    has_gpu = distributed.device().type == "cuda"
+    available, reason = _te.is_fp8_available(return_reason=True) if has_gpu else (False, "no GPU")
+    if not available:
+        raise ConfigError(f"te.float8_linear: no fp8 on this machine: {reason}")
+    if old.in_features % 16 or old.out_features % 16:
+        raise ConfigError(
+            f"te.float8_linear: the sizes must be multiples of 16, found [{old.out_features}, "
+            f"{old.in_features}]: exclude this layer"
+        )
+    return Float8Linear(
+        old.in_features,
+        old.out_features,
+        bias=old.bias is not None,
+        params_dtype=old.weight.dtype,
+        device=old.weight.device,
+    )
