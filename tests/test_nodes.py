@@ -72,9 +72,10 @@ def trains_on(directory: Path, job: subprocess.Popen[str], steps: int) -> None:
 
 
 def ended(job: subprocess.Popen[str], *nodes: Node) -> int:
-    """The exit code of a launcher, once nothing is left of the run on these nodes."""
+    """The exit code of a launcher, once it has ended and nothing of the run is left on nodes."""
+    code = job.wait(timeout=90)
     until(lambda: not any(node.processes() for node in nodes))
-    return job.wait(timeout=10)
+    return code
 
 
 def losses_in(directory: Path) -> list[str]:
