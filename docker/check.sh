@@ -196,6 +196,13 @@ wait "$first" || fail "node 0"
 wait "$second" || fail "node 1"
 step "two nodes again: $(grep --only-matching 'step .* on 2 ranks' "$work/node0.log")"
 
+start_nodes --run.steps=1000000 --run.timeout_s=60
+until_training "$first" "$work/node0.log"
+kill -KILL "$(first_process "$second")"
+! wait "$first" || fail "node 0 ended as if all were well without node 1"
+! wait "$second" || fail "node 1 was not killed"
+step "two nodes, one of them killed: the other one has ended"
+
 python3 -m pip install --quiet --constraint constraints.txt --target "$root/opt/pytest" \
     pytest pytest-timeout >"$work/pip.log" 2>&1 || fail "pytest"
 cp --recursive tests pyproject.toml "$root$workdir"
