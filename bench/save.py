@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of every way, in interleaved rounds; on one rank of several."""
     from harness import distributed
+    from harness.checkpoint.disks import find_disks
     from harness.checkpoint.save import Saver
     from harness.control.live import Live
     from harness.data import train_batches
@@ -48,8 +49,9 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     engines = build_engines(task, config)
     engines.step(next(batches))
     seconds: dict[str, list[float]] = {}
-    saver = Saver(engines, batches, Live(config))
-    background = Saver(engines, batches, Live(behind))
+    disks = find_disks(directory)
+    saver = Saver(engines, batches, Live(config), disks)
+    background = Saver(engines, batches, Live(behind), disks)
     target = directory / "bench/checkpoints/step-00000000"
 
     def ours() -> None:

@@ -190,10 +190,10 @@ def barrier() -> None:
     agree([0])
 
 
-def broadcast(value: T) -> T:
-    """Rank 0's value (any picklable object), on every rank."""
+def broadcast(value: T, source: int = 0) -> T:
+    """The value that rank `source` has (any picklable object), on every rank."""
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=control_group())
+    dist.broadcast_object_list(box, src=source, group=control_group())
     return box[0]
 
 

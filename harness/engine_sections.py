@@ -128,6 +128,12 @@ class EngineConfig(Section):
                 "zero_optimization.elastic_checkpoint: leave it out; without it, too, a run "
                 "resumes on any number of ranks"
             )
+        checkpoint = ds.get("checkpoint", {})
+        if isinstance(checkpoint, Mapping) and checkpoint.get("use_node_local_storage"):
+            raise ValueError(
+                "checkpoint.use_node_local_storage: leave it out; whether each node has a disk of "
+                "its own is found out"
+            )
         for key in ("offload_optimizer", "offload_param"):
             place = zero.get(key)
             on_nvme = isinstance(place, Mapping) and place.get("device") == "nvme"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint import resume, start
+from harness.checkpoint.disks import Disks, find_disks
 from harness.checkpoint.retain import clean
 from harness.checkpoint.save import Saver
 from harness.config import Config
@@ -67,7 +68,7 @@ def train(config: Config) -> int:
             backend = config.optimizations.attention
             stack.enter_context(attention(backend, dtypes, distributed.device()))
         live = Live(config)
-        checkpoint, weights = _open_run_directory(config, engines, stack)
+        checkpoint, weights, disks = _open_run_directory(config, engines, stack)
         rank = distributed.global_rank()
         distributed.seed_everything(config.run.seed + rank)  # other dropout on every rank
         for name, given in weights.items():
@@ -78,7 +79,7 @@ def train(config: Config) -> int:
             if distributed.is_global_leader():
                 write_config(config)
         _greet(live, engines)
-        saver = Saver(engines, batches, live)
+        saver = Saver(engines, batches, live, disks)
         stack.callback(saver.close)
         step, steps = engines.global_step, live.config.run.steps
         status = Status(step, steps)
@@ -124,22 +125,25 @@ def _build(config: Config) -> tuple[Task, Batches]:
 
 def _open_run_directory(
     config: Config, engines: Engines, stack: ExitStack
-) -> tuple[Path | None, dict[str, start.Weights]]:
-    """Makes the run directory, locks it, and logs into it. Collective.
+) -> tuple[Path | None, dict[str, start.Weights], Disks]:
+    """Makes the run directory, on every disk, locks it, and logs into it. Collective.
 
-    Returns the checkpoint to resume, and the given weights that engines start from.
+    Returns the checkpoint to resume, the given weights that engines start from, and the disks.
 
     An earlier run's directory is locked before it is looked into, a new one once all has proved
     good.
     """
     directory = config.run_dir
+    disks = find_disks(directory / "checkpoints")
+    if disks.count > 1:
+        log.info("%s lies on %d disks: each keeps what its ranks write", directory, disks.count)
     with distributed.in_unison(f"run directory {directory}"):
-        if is_known := distributed.is_global_leader() and directory.exists():
+        if is_known := disks.is_leader and directory.exists():
             stack.enter_context(locked(directory / "control/lock"))
-    checkpoint = resume.choose(config.run.resume, directory / "checkpoints", engines)
+    checkpoint = resume.choose(config.run.resume, directory / "checkpoints", engines, disks)
     weights = start.find(engines, config.engines, resumes=checkpoint is not None)
     with distributed.in_unison(f"run directory {directory}"):
-        if distributed.is_global_leader():
+        if disks.is_leader:
             if not is_known:
                 stack.enter_context(locked(directory / "control/lock"))
             clean(directory / "exports")
@@ -149,7 +153,7 @@ def _open_run_directory(
     stack.callback(logging.getLogger("harness").removeHandler, handler)
     stack.enter_context(_errors_told_to(handler))
     stack.enter_context(losses_told(config.run.timeout_s))
-    return checkpoint, weights
+    return checkpoint, weights, disks
 
 
 @contextmanager

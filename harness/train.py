@@ -101,7 +101,7 @@ class Trainer:
             if self.is_due(self.live.config.trainer.save_every):
                 self.mind_failure(self.save)
             if self.is_due(self.live.config.trainer.export_every):
-                self.export()
+                self.try_to_export()
 
     def step(self) -> None:
         """One step: all its micro-batches, through every engine."""
@@ -316,6 +316,15 @@ class Trainer:
         """Writes the plain weights of this step, and says where."""
         with self.status.doing("exporting"):
             return export(self.engines, self.live.config.run_dir / "exports", format, self.attend)
+
+    def try_to_export(self) -> None:
+        """Exports; where that fails on all ranks alike, it tells so, and the run goes on."""
+        try:
+            self.export()
+        except HarnessError as error:
+            if not error.agreed:
+                raise
+            tell("%s; the run goes on, and the next export tries again", error)
 
     def evaluate(self) -> str | None:
         """Evaluates on the held-out data, records the result as `eval/...`, and says it.

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ PidFile none
 StrictModes no
 UsePAM no
 AuthenticationMethods publickey
+SetEnv DS_ACCELERATOR=cpu
 ClientAliveInterval 2
 ClientAliveCountMax 2
 """
@@ -63,7 +64,7 @@ class Node:
         self.name = name
         self.address = address
         self._boot = boot
-        until(lambda: bool(psutil.Process(boot.pid).children()))
+        until(lambda: bool(psutil.Process(boot.pid).children()), boot)
         (self.init,) = psutil.Process(boot.pid).children()
         self._network = os.open(f"/proc/{boot.pid}/ns/net", os.O_RDONLY)
         """Keeps the cable's end when all processes are killed, and with it the other node's."""
@@ -99,6 +100,11 @@ class Node:
                 continue
         return found
 
+    def connect(self) -> None:
+        """Brings the network up."""
+        self.run("ip", "link", "set", "eth0", "up")
+        self.run("ip", "route", "replace", "default", "dev", "eth0")
+
     def kill(self) -> None:
         """Kills all that runs on this node, at one blow."""
         self.init.kill()
@@ -112,11 +118,12 @@ class Node:
 
 
 def environment() -> dict[str, str]:
-    """What a user's shell on a node has set: no other launcher's variables."""
+    """What a user's shell on a node has set, and no launcher: two nodes cannot share a GPU."""
     kept = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "TMPDIR")}
-    return kept | {"PATH": SEARCHED, "PYTHONPATH": str(ROOT)}
+    return kept | {"PATH": SEARCHED, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
 
 
+@cache
 def why_not(*programs: str) -> str:
     """Why there can be no nodes here that have these programs; empty if there can."""
     if os.geteuid() != 0:
@@ -137,9 +144,13 @@ class Pair:
         self.first = first
         self.second = second
 
-    def cable(self, state: str) -> None:
-        """Cuts the cable ("down"), or mends it ("up")."""
-        self.second.run("ip", "link", "set", "eth0", state)
+    def cut(self) -> None:
+        """Cuts the cable: nothing gets through, and neither node is told."""
+        self.second.run("ip", "link", "set", "eth0", "down")
+
+    def mend(self) -> None:
+        """Mends the cable."""
+        self.second.connect()
 
 
 @contextmanager
@@ -163,11 +174,11 @@ def two_nodes(directory: Path) -> Iterator[Pair]:
             stack.callback(nodes[-1].close)
         first, second = (str(node.init.pid) for node in nodes)
         link = ["ip", "link", "add", "eth0", "netns", first, "type", "veth"]
-        subprocess.run([*link, "peer", "name", "eth0", "netns", second], check=True)
+        link += ["peer", "name", "eth0", "netns", second]
+        subprocess.run(link, env=environment(), check=True)
         for node in nodes:
             node.run("ip", "address", "add", f"{node.address}/24", "dev", "eth0")
-            node.run("ip", "link", "set", "eth0", "up")
-            node.run("ip", "route", "add", "default", "dev", "eth0")
+            node.connect()
         for node in nodes:
             until(partial(can_log_in, nodes[0], node.name))
         yield Pair(*nodes)

@@ -103,6 +103,15 @@ def test_sizes_that_have_no_fp8_are_told() -> None:
         replace(nn.Sequential(nn.Linear(6, 16)), nn.Linear, imported(f"{AO}:float8_linear"))
 
 
+def test_a_gpu_without_fp8_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs(AO)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(ConfigError, match=r"capability \(8, 9\) or more is needed, found \(8, 0\)"):
+        replace(nn.Sequential(nn.Linear(16, 16)), nn.Linear, imported(f"{AO}:float8_linear"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_stable_embedding_is_normed_in_fp32(dtype: torch.dtype) -> None:
     needs(BNB)

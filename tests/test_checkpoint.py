@@ -136,9 +136,9 @@ def damage_dtype(directory: Path) -> str:
 
 
 def damage_format(directory: Path) -> str:
-    manifest = json_read(directory / "manifest.json") | {"format": 2}
+    manifest = json_read(directory / "manifest.json") | {"format": 3}
     (directory / "manifest.json").write_text(json.dumps(manifest))
-    return "format 2, and this version of harness reads 3"
+    return "format 3, and this version of harness reads 4"
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_the_run_is_called_after_the_file(toml: Path) -> None:
         ("--engines.net.ds_overrides.zero_optimization=3", "found 3, expected {'stage': 0 to 3}"),
         ("--engines.net.ds_overrides.zero_optimization.stage=4", "expected {'stage': 0 to 3}"),
         ("--engines.net.ds_overrides.zero_optimization.elastic_checkpoint=true", "leave it out"),
+        ("--engines.net.ds_overrides.checkpoint.use_node_local_storage=true", "leave it out"),
         (
             "--engines.net.ds_overrides.zero_optimization.offload_optimizer.device=nvme",
             "zero_optimization.offload_optimizer.device = 'nvme': a checkpoint would lack",

@@ -181,6 +181,22 @@ def test_a_full_disk(two_ranks: RankPool, tmp_path: Path, foreseen: bool) -> Non
         assert names == ["step-00000002"]
 
 
+def test_an_export_that_fails_costs_no_step(two_ranks: RankPool, tmp_path: Path) -> None:
+    """9 MB of weights do not fit into 4 MB; what was begun does not stay there."""
+    config = tiny_config(
+        tmp_path,
+        2,
+        task={"args": {"width": 1500}},
+        trainer={"export_every": 2, "export_on_quit": False},
+    )
+    exports = config.run_dir / "exports"
+    with small_disk(exports, "4m"):
+        assert two_ranks.run(told_by, config) == ["", ""]
+        text = (config.run_dir / "log.txt").read_text()
+        assert text.count("cannot export") == text.count("the next export tries again") == 2
+        assert len(losses(config)) == 6 and not list(exports.iterdir())
+
+
 def told_by_blind(config: Config) -> str:
     """`told_by` on a system that says that it has room."""
     with pytest.MonkeyPatch.context() as patch:

@@ -17,8 +17,9 @@ from harness.errors import ConfigError
 from harness.io import load, save
 from harness.lora import adapt, merged, save_adapters
 from harness.run import train
+from harness.sections import TaskConfig
 from harness.testing.pool import RankPool
-from tests.helpers import losses, tiny_config, told_by
+from tests.helpers import ROOT, losses, tiny_config, told_by
 from tests.tiny_task import Classifier, Points
 
 STAGES = [0, 1, 2, 3]
@@ -98,6 +99,35 @@ def test_a_run_with_adapters_resumes_to_the_bit(
     one, other = (load(exports(whole) / f"net{of}.sft") for of in ("", ".ema"))
     assert not torch.equal(one["last.weight"], other["last.weight"])
     assert one["middle.weight"].dtype == (torch.bfloat16 if stage == 3 else torch.float32)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 0)])
+def test_adapters_move_to_another_stage(
+    peft: Any, two_ranks: RankPool, tmp_path: Path, before: int, after: int
+) -> None:
+    whole = config_of(tmp_path / "whole", after)
+    parts = [config_of(tmp_path / "cut", before, 3), config_of(tmp_path / "cut", after)]
+    for config in (whole, *parts):
+        two_ranks.run(train, config)
+    assert losses(parts[1]) == pytest.approx(losses(whole), abs=1e-6)
+    found, expected = (load(exports(config) / "net.sft") for config in (parts[1], whole))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
+
+
+def test_a_model_that_is_sharded_while_it_is_built_is_adapted(
+    peft: Any, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    plain = config_of(tmp_path / "plain", 3)
+    task = {"path": str(ROOT / "tests/replaced_task.py"), "args": {"zero_init": "inside"}}
+    sharded = config_of(tmp_path / "sharded", 3)
+    sharded = sharded.model_copy(update={"task": TaskConfig.model_validate(task)})
+    for config in (plain, sharded):
+        two_ranks.run(train, config)
+    assert losses(sharded) == pytest.approx(losses(plain), abs=1e-6)
+    found, expected = (load(exports(config) / "net.sft") for config in (sharded, plain))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(

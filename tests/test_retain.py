@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from harness.checkpoint.durable import FileEntry
-from harness.checkpoint.manifest import Manifest, checkpoints_in, step_directory
+from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest, step_directory
 from harness.checkpoint.retain import PRUNED, REPLACED, clean, prune
 from harness.sections import CheckpointConfig
 
@@ -20,7 +20,8 @@ def make(parent: Path, step: int, loss: float | None = None, pinned: str | None 
         step=step,
         world_size=1,
         engines={},
-        files={"net/shard.pt": FileEntry(size=1, digest="")},
+        files={"net/shard.pt": FileEntry(size=1, digest="", rank=0)},
+        hosts=["a"],
         config_digest="",
         pinned=pinned,
         metrics={} if loss is None else {"eval/loss": loss},
@@ -52,6 +53,20 @@ def test_rules(tmp_path: Path, settings: dict[str, Any], left: list[int]) -> Non
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize(
+    ("here_only", "left"),
+    [((7,), [7, 6, 5]), ((5, 7), [7, 6, 4]), ((1, 5), [7, 6]), ((3, 4, 5, 6), [7, 6, 2])],
+)
+def test_what_is_on_one_disk_only_counts_for_nothing_and_goes_when_it_is_old(
+    tmp_path: Path, here_only: tuple[int, ...], left: list[int]
+) -> None:
+    everywhere = [make(tmp_path, step).name for step in LOSSES]
+    for step in here_only:
+        everywhere.remove(step_directory(tmp_path, step).name)
+    prune(tmp_path, CheckpointConfig(keep_last=2), everywhere)
+    assert checkpoints_in(tmp_path) == [step_directory(tmp_path, step) for step in left]
+
+
 def test_the_newest_is_the_one_that_was_saved_last(tmp_path: Path) -> None:
     for step in (9, 3, 5):
         directory = make(tmp_path, step)
@@ -79,3 +94,14 @@ def test_what_a_crash_left_is_cleared_away(tmp_path: Path) -> None:
     make(tmp_path, 1 + 4).rename(tmp_path / f"step-00000001{REPLACED}")  # its successor is there
     clean(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000002"}
+
+
+def test_what_replaced_another_on_one_disk_only_is_taken_back(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path, step).rename(tmp_path / f"step-{step:08d}{REPLACED}")
+    for step, loss in ((1, 1.0), (2, 2.0)):
+        make(tmp_path, step, loss)
+    clean(tmp_path, unfinished={"step-00000002", "step-00000009"})
+    assert {path.name for path in tmp_path.iterdir()} == {f"step-{n:08d}" for n in (1, 2, 3)}
+    metrics = [read_manifest(step_directory(tmp_path, step)).metrics for step in (1, 2)]
+    assert metrics == [{"eval/loss": 1.0}, {}]

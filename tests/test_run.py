@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from harness.run import train
 from harness.sampler import RandomSampler
 from harness.task import Task, feed, load_task
 from harness.testing.pool import RankPool
+from harness.train import Trainer
 from tests.helpers import losses, records, tiny_config, told_by
 
 STAGES = [0, 1, 2, 3]
@@ -231,6 +233,27 @@ def test_a_mistake_is_told_on_all_ranks_before_anything_is_written(
     told = two_ranks.run(told_by, tiny_config(tmp_path, **overrides))
     assert all(message in text for text in told)
     assert list(tmp_path.iterdir()) == []
+
+
+def train_until(config: Config, error: type[Exception]) -> None:
+    """A run whose loop fails on every rank."""
+    with (
+        patch.object(Trainer, "loop", side_effect=error("it is unwell")),
+        pytest.raises(error, match="it is unwell"),
+    ):
+        train(config)
+
+
+@pytest.mark.parametrize("error", [TaskError, ZeroDivisionError])
+def test_the_log_says_on_which_ranks_and_why_a_run_ended(
+    two_ranks: RankPool, tmp_path: Path, error: type[Exception]
+) -> None:
+    """With a traceback, unless the message is addressed to the user."""
+    config = tiny_config(tmp_path)
+    two_ranks.run(train_until, config, error)
+    text = (config.run_dir / "log.txt").read_text()
+    assert [f"rank {rank} ERROR it is unwell" in text for rank in range(2)] == [True, True]
+    assert text.count("ZeroDivisionError: it is unwell") == 2 * (error is ZeroDivisionError)
 
 
 @pytest.mark.parametrize(

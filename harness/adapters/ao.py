@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness import distributed
 from harness.errors import ConfigError
 
 _float8: Any = importlib.import_module("torchao.float8")
@@ -25,8 +26,9 @@ def float8_linear(old: nn.Linear) -> nn.Module:
 
     Raises ConfigError on a GPU without fp8, and for sizes that are no multiple of 16.
     """
-    if torch.cuda.is_available():
-        found = torch.cuda.get_device_capability()
+    device = distributed.device()
+    if device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
         if found < FLOAT8_CAPABILITY:
             raise ConfigError(
                 f"float8_linear: a GPU of compute capability {FLOAT8_CAPABILITY} or more is "

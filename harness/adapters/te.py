@@ -3,30 +3,37 @@
 import importlib
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from harness import distributed
 from harness.errors import ConfigError
 
 _te: Any = importlib.import_module("transformer_engine.pytorch")
+_recipe: Any = importlib.import_module("transformer_engine.common.recipe")
 
 
 class Float8Linear(_te.Linear):
-    """`transformer_engine.pytorch.Linear` under its own fp8 context, with its default recipe."""
+    """`transformer_engine.pytorch.Linear` under its own fp8 context.
+
+    Scales come from the tensors at hand, not from those of earlier steps; so there is no state
+    beside the weights, and a resumed run goes on exactly.
+    """
+
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]; all but the last size a multiple of 8."""
-        with _te.fp8_autocast(enabled=True):
+        """[..., in_features] -> [..., out_features]; the other sizes multiply to 8, 16, 24 ..."""
+        with _te.autocast(enabled=True, recipe=_recipe.Float8CurrentScaling()):
             return super().forward(input)
 
 
 def float8_linear(old: nn.Linear) -> Float8Linear:
     """Raises ConfigError where TransformerEngine says that there is no fp8, and for sizes that are
     no multiple of 16."""
-    is_available, reason = (
-        _te.fp8.check_fp8_support() if torch.cuda.is_available() else (False, "no GPU")
-    )
-    if not is_available:
+    has_gpu = distributed.device().type == "cuda"
+    available, reason = _te.is_fp8_available(return_reason=True) if has_gpu else (False, "no GPU")
+    if not available:
         raise ConfigError(f"te.float8_linear: no fp8 on this machine: {reason}")
     if old.in_features % 16 or old.out_features % 16:
         raise ConfigError(

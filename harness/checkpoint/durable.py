@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.utils._pytree import tree_map
 
+from harness import distributed
 from harness.errors import CheckpointError, FormatError
 from harness.formats import zips
 from harness.utils import tensor_leaves
@@ -38,6 +39,8 @@ class FileEntry(BaseModel):
     """Bytes."""
     digest: str
     """SHA-256 of the archive's table of contents, in hex."""
+    rank: int
+    """Who wrote it."""
 
 
 def write_file(state: Any, path: Path) -> FileEntry:
@@ -48,7 +51,8 @@ def write_file(state: Any, path: Path) -> FileEntry:
         raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return FileEntry(size=path.stat().st_size, digest=zips.digest(path))
+    size, digest = path.stat().st_size, zips.digest(path)
+    return FileEntry(size=size, digest=digest, rank=distributed.global_rank())
 
 
 def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:

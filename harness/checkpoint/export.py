@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.manifest import step_directory
-from harness.checkpoint.retain import put_in_place
+from harness.checkpoint.retain import forget_replaced, put_in_place
 from harness.engine import Engine
 from harness.engines import Engines
 from harness.io import save
@@ -39,11 +39,14 @@ def export(
             if engine.has_ema:
                 with engine.averaged():
                     _export_weights(engine, staged / f"{engine.name}.ema.{format}", between)
+        with distributed.in_unison(f"cannot export to {target}"):
+            if distributed.is_global_leader():
+                put_in_place(staged, target)
+                forget_replaced(target)
     finally:
         engines.train()
-    with distributed.in_unison(f"cannot export to {target}"):
-        if distributed.is_global_leader():
-            put_in_place(staged, target)
+        if distributed.is_global_leader():  # a save may need the room
+            shutil.rmtree(staged, ignore_errors=True)
     log.info("exported %s", target)
     return target
 

@@ -1,5 +1,6 @@
 """What a checkpoint, an `.sft` or a `.pt` holds: no weights loaded, no pickled code run."""
 
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from harness.checkpoint import missing
 from harness.checkpoint.durable import verify_file
 from harness.checkpoint.manifest import NAME, Manifest, checkpoints_in, read_manifest
 from harness.errors import CheckpointError, FormatError
@@ -42,7 +44,7 @@ def _describe_run(path: Path, verify: bool) -> Iterator[str]:
         try:
             yield from _describe_checkpoint(directory, read_manifest(directory), verify)
         except CheckpointError as error:
-            yield f"{directory}: {error}"
+            yield f"  {error}"
 
 
 def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
@@ -55,10 +57,15 @@ def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterat
         yield f"  engine {name}: ZeRO stage {engine.zero_stage}, {kind}"
     for name, value in manifest.metrics.items():
         yield f"  {name} {value:.6g}"
+    absent = {n: manifest.writer(n) for n in manifest.files if not (path / n).is_file()}
     for name, entry in manifest.files.items():
-        yield f"  {_bytes(entry.size)}  {name}"
+        where = f"  missing, written by {absent[name]}" if name in absent else ""
+        yield f"  {_bytes(entry.size)}  {name}{where}"
     for name, entry in manifest.files.items():
-        verify_file(path / name, entry, read=verify)
+        if name not in absent:
+            verify_file(path / name, entry, read=verify)
+    if absent:
+        raise CheckpointError(missing.told(path, absent, [socket.gethostname()]))
     total = sum(entry.size for entry in manifest.files.values())
     yield f"  {_bytes(total)}  in all, {'every CRC checked' if verify else 'sizes checked'}: whole"
 

@@ -2,9 +2,11 @@
 
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint import missing
 from harness.checkpoint.saved_engine import SavedEngine, is_engine
 from harness.errors import CheckpointError, FormatError, did_you_mean
 from harness.formats import pt, sft, shards, zips
@@ -75,10 +77,15 @@ def _of_checkpoint(path: Path, engine: str | None) -> SavedEngine:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if odd := [name for name in manifest["engines"] if not _is_plain(name)]:
             raise ValueError(f"{odd[0]!r:.80} cannot be the name of an engine")
-        engines = [name for name in manifest["engines"] if is_engine(path / name)]
         files: dict[str, dict[str, Any]] = manifest["files"]
+        saved = {file.partition("/")[0] for file in files}
+        engines = [name for name in manifest["engines"] if name in saved]
         if not all({"size", "digest"} <= entry.keys() for entry in files.values()):
             raise ValueError("a file without size or digest")
+        hosts = [str(host) for host in manifest.get("hosts", ())]  # not in older formats
+        writers = {
+            file: missing.writer(int(entry.get("rank", -1)), hosts) for file, entry in files.items()
+        }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from None
     if engine is None and len(engines) != 1:
@@ -89,10 +96,12 @@ def _of_checkpoint(path: Path, engine: str | None) -> SavedEngine:
         hint = did_you_mean(engine, engines)
         raise CheckpointError(f"{path}: no engine {engine!r}, but {', '.join(engines)}{hint}")
     name = engine or engines[0]
+    files = {file: entry for file, entry in files.items() if file.startswith(f"{name}/")}
+    if absent := {file: writers[file] for file in files if not (path / file).is_file()}:
+        raise CheckpointError(missing.told(path, absent, [socket.gethostname()]))
     for file, entry in files.items():
-        if file.startswith(f"{name}/"):
-            try:
-                zips.check(path / file, entry["size"], entry["digest"])
-            except FormatError as error:
-                raise CheckpointError(f"damaged: {error}") from None
+        try:
+            zips.check(path / file, entry["size"], entry["digest"])
+        except FormatError as error:
+            raise CheckpointError(f"damaged: {error}") from None
     return SavedEngine(path / name)

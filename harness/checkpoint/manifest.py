@@ -3,7 +3,7 @@
 checkpoints/
   latest                  the name of the newest checkpoint, for people and other tools
   step-00001000/
-    manifest.json         what is here, and a digest of every file
+    manifest.json         what it holds, a digest of every file, and who wrote it
     rank-00000.pt         each rank's own state
     ENGINE/               DeepSpeed's own files
 """
@@ -17,6 +17,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from harness.checkpoint import missing
 from harness.checkpoint.durable import FileEntry
 from harness.errors import CheckpointError
 from harness.files import json_write
@@ -41,12 +42,15 @@ class Manifest(BaseModel):
     """What a checkpoint holds."""
 
     model_config = ConfigDict(extra="forbid")
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     step: int
     world_size: int
     engines: dict[str, EngineManifest]
     files: dict[str, FileEntry]
-    """By path below the checkpoint."""
+    """By path below the checkpoint. Where each node has a disk of its own, a node has those that
+    its ranks wrote."""
+    hosts: list[str]
+    """The host of every rank."""
     config_digest: str
     """SHA-256 of the resolved config."""
     pinned: str | None = None
@@ -58,6 +62,10 @@ class Manifest(BaseModel):
     versions: dict[str, str] = Field(
         default_factory=lambda: {name: version(name) for name in ("harness", "torch", "deepspeed")}
     )
+
+    def writer(self, name: str) -> str:
+        """Who wrote a file."""
+        return missing.writer(self.files[name].rank, self.hosts)
 
     def write(self, directory: Path) -> None:
         """Makes the directory a checkpoint."""
@@ -75,7 +83,7 @@ def read_manifest(directory: Path) -> Manifest:
         where = "format" if "format" in mistakes else next(iter(mistakes))
         reason = f"{NAME} is damaged: {where} {mistakes[where]['msg']}"
         if where == "format":
-            reason = f"format {mistakes[where]['input']}, and this version of harness reads 3"
+            reason = f"format {mistakes[where]['input']}, and this version of harness reads 4"
         raise CheckpointError(f"checkpoint {directory}: {reason}") from None
 
 
@@ -97,10 +105,11 @@ def checkpoints_in(parent: Path) -> list[Path]:
         for path in directories
         if re.fullmatch(r"step-\d{8,}(-[\w.-]+)?", path.name) and path.suffix != ".tmp"
     ]
-    return sorted(found, key=lambda path: (_saved_at(path), path.name), reverse=True)
+    return sorted(found, key=lambda path: (saved_at(path), path.name), reverse=True)
 
 
-def _saved_at(directory: Path) -> float:
+def saved_at(directory: Path) -> float:
+    """When a checkpoint was saved; if its manifest cannot be read, when that was written."""
     try:
         return read_manifest(directory).saved_at
     except CheckpointError:

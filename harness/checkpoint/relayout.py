@@ -9,7 +9,8 @@ write them (rank 0 below stage 3).
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -18,11 +19,14 @@ from typing import Any
 import torch
 
 from harness import distributed, ema
-from harness.checkpoint.durable import told_as, write_file
+from harness.checkpoint import missing
+from harness.checkpoint.disks import find_disks
+from harness.checkpoint.durable import FileEntry, told_as, write_file
 from harness.checkpoint.manifest import EngineManifest, Manifest
 from harness.checkpoint.save import collect, describe, make_room, shapes_of
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read, real
+from harness.checkpoint.whole import bring, fetch, read_by
 from harness.checkpoint.zero_layout import (
     Flat,
     Shapes,
@@ -55,42 +59,67 @@ def in_layout_of(
     """
     described = {engine.name: describe(engine) for engine in engines.trained}
     foreign = [engines[n] for n, here in described.items() if manifest.engines[n] != here]
+    if foreign:
+        _check_files(directory, manifest, [engine.name for engine in foreign])
+    rank, world_size = distributed.global_rank(), distributed.world_size()
+    same_world = manifest.world_size == world_size
+    bring(directory, manifest, read_by(rank if same_world else 0, manifest.files))
     if not foreign:
         yield dict.fromkeys(engines, directory)
         return
     staged = directory.with_name(f"{directory.name}.relayout.tmp")
     needed = sum(entry.size for entry in manifest.files.values())
+    is_leader = find_disks(directory).is_leader
     with (
         distributed.in_unison(f"cannot re-lay {directory}"),
         told_as(f"cannot re-lay checkpoint {directory}"),
     ):
         for engine in foreign:
             _check_optimizer(engine, _told(manifest.world_size, manifest.engines[engine.name]))
-        if distributed.is_global_leader():
+        if is_leader:
             make_room(staged, needed)
             for engine in foreign:
                 (staged / engine.name).mkdir()
     try:
         places = dict.fromkeys(engines, directory)
         for engine in foreign:
-            write_relaid(directory, engine, staged)
+            written = write_relaid(directory, engine, staged)
+            fetch(staged, written, read_by(rank, written))
             places[engine.name] = staged
             log.info(
                 "re-laid %s/%s from %s to %s",
                 directory.name,
                 engine.name,
                 _told(manifest.world_size, manifest.engines[engine.name]),
-                _told(distributed.world_size(), described[engine.name]),
+                _told(world_size, described[engine.name]),
             )
         yield places
         distributed.barrier()
     finally:
-        if distributed.is_global_leader():
+        if is_leader:
             shutil.rmtree(staged, ignore_errors=True)
 
 
 def _told(world_size: int, engine: EngineManifest) -> str:
     return f"{world_size} ranks, ZeRO {engine.zero_stage}, layout {engine.layout[:6]}"
+
+
+def _check_files(directory: Path, manifest: Manifest, engines: Collection[str]) -> None:
+    """Raises CheckpointError, on all ranks, unless every node has all files of these engines."""
+    with distributed.in_unison(f"cannot re-lay {directory}"):
+        files = {
+            name: manifest.writer(name)
+            for name in manifest.files
+            if name.partition("/")[0] in engines and not (directory / name).is_file()
+        }
+    lack = missing.told(directory, files, [socket.gethostname()]) if files else ""
+    everyones = sorted(set(distributed.all_gather(lack)) - {""})
+    with distributed.in_unison(f"cannot re-lay {directory}"):
+        if everyones:
+            raise CheckpointError(
+                "in another layout than the checkpoint's, every node reads all of its files, on a "
+                "disk of its own or one that all share:\n  " + "\n  ".join(everyones)
+            )
 
 
 def _check_optimizer(engine: Engine, was: str) -> None:
@@ -102,9 +131,12 @@ def _check_optimizer(engine: Engine, was: str) -> None:
         )
 
 
-def write_relaid(directory: Path, engine: Engine, staged: Path) -> None:
-    """Writes this rank's files of an engine in its new layout below `staged`. Collective."""
-    jobs = collect(engine)
+def write_relaid(directory: Path, engine: Engine, staged: Path) -> dict[str, FileEntry]:
+    """Writes this rank's files of an engine in its new layout below `staged`. Collective.
+
+    Returns those of all ranks.
+    """
+    jobs, written = collect(engine), {}
     shapes = shapes_of(jobs)
     with (
         distributed.in_unison(f"cannot re-lay {directory}"),
@@ -120,7 +152,8 @@ def write_relaid(directory: Path, engine: Engine, staged: Path) -> None:
             else:
                 was = tree["optimizer_state_dict"]
                 tree |= {"optimizer_state_dict": _optimizer(was, {}, saved, engine, shapes)}
-            write_file(tree, staged / path)
+            written[path] = write_file(tree, staged / path)
+    return {path: e for share in distributed.all_gather(written) for path, e in share.items()}
 
 
 def _check_names(saved: SavedEngine, engine: Engine, shapes: list[Shapes]) -> None:

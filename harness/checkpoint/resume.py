@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from harness import distributed
-from harness.checkpoint.durable import verify_file
-from harness.checkpoint.manifest import EngineManifest, checkpoints_in, digest, read_manifest
+from harness.checkpoint.disks import Disks, survey
+from harness.checkpoint.manifest import EngineManifest, Manifest, digest
 from harness.checkpoint.relayout import in_layout_of
 from harness.checkpoint.retain import clean
 from harness.checkpoint.rng import set_rng_state
 from harness.checkpoint.save import rank_file
+from harness.checkpoint.whole import common_manifest, verified
 from harness.control.live import Live
 from harness.data import Batches
 from harness.engine import Engine
@@ -24,58 +25,50 @@ log = logging.getLogger(__name__)
 tell = distributed.global_leader_only(log.warning)
 
 
-def choose(wanted: str, parent: Path, engines: Engines) -> Path | None:
+def choose(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | None:
     """The checkpoint that `run.resume` asks for, verified; None to start over. Collective.
 
-    "latest" is the newest one in `parent` that is whole; those that are not are named and passed
-    over. Raises CheckpointError, on all ranks, if there are some and none is whole, if the one that
-    was asked for is not, or if "none" is asked for where an earlier run has left checkpoints.
+    "latest" is the newest one in `parent` that is whole over all `disks` together; those that are
+    not are named and passed over. Raises CheckpointError, on all ranks, if there are some and none
+    is whole, if the one that was asked for is not, or if "none" is asked for where an earlier run
+    has left checkpoints.
     """
-    found: list[Path] = []
+    found, everywhere = survey(parent, disks)
     with distributed.in_unison(f"cannot look into {parent}"):
-        if distributed.is_global_leader():
-            clean(parent)
-            found = checkpoints_in(parent)
-            if found and wanted == "none":
-                raise CheckpointError(
-                    f"run.resume = 'none', but {parent} holds {len(found)} checkpoints of an "
-                    "earlier run: choose another run.name, or move that run away"
-                )
-    found = distributed.broadcast(found)
+        if disks.is_leader:
+            clean(parent, set(found) - everywhere)
+    found, _ = survey(parent, disks)
+    with distributed.in_unison(f"cannot start over in {parent}"):
+        if found and wanted == "none":
+            raise CheckpointError(
+                f"run.resume = 'none', but {parent} holds {len(found)} checkpoints of an earlier "
+                "run: choose another run.name, or move that run away"
+            )
     if wanted not in ("latest", "none"):
-        verify(Path(wanted), engines)
+        check_fit(Path(wanted), verified(Path(wanted)), engines)
         return Path(wanted)
     failures = []
-    for directory in found:
+    for directory in [parent / name for name in found]:
         try:
-            verify(directory, engines)
-            return directory
-        except _Damaged as error:
+            manifest = verified(directory)
+        except CheckpointError as error:
             failures.append(str(error))
             tell("passed over: %s", error)
-    if failures:
-        raise CheckpointError("no checkpoint is whole:\n  " + "\n  ".join(failures))
+        else:
+            check_fit(directory, manifest, engines)
+            return directory
+    with distributed.in_unison(f"cannot resume from {parent}"):
+        if failures:
+            raise CheckpointError("no checkpoint is whole:\n  " + "\n  ".join(failures))
     return None
 
 
-class _Damaged(CheckpointError):
-    """A checkpoint that is not whole, as opposed to one that does not fit this run."""
+def check_fit(directory: Path, manifest: Manifest, engines: Engines) -> None:
+    """Checks that a checkpoint was made for these engines, in whatever layout. Collective.
 
-
-def verify(directory: Path, engines: Engines) -> None:
-    """Checks that a checkpoint is whole and made for these engines. Collective; loads nothing.
-
-    The layout may be another one. The ranks share the reading. Raises CheckpointError, on all ranks
-    together.
+    Raises CheckpointError, on all ranks.
     """
     with distributed.in_unison(f"cannot read checkpoint {directory}"):
-        try:
-            manifest = read_manifest(directory)
-            rank, world_size = distributed.global_rank(), distributed.world_size()
-            for name, entry in list(manifest.files.items())[rank::world_size]:
-                verify_file(directory / name, entry)
-        except CheckpointError as error:
-            raise _Damaged(str(error)) from None
         saved = _identity(manifest.engines)
         for what, found in _identity(engines).items():
             if saved[what] != found:
@@ -103,13 +96,12 @@ def resume(directory: Path, engines: Engines, batches: Batches, live: Live) -> N
     from the run's seed, the step and its rank. Raises CheckpointError, on all ranks, for other
     data, and for an optimizer's state that does not fit another layout.
     """
-    with distributed.in_unison(f"cannot read checkpoint {directory}"):
-        manifest = read_manifest(directory)
+    manifest = common_manifest(directory)
+    same_world = manifest.world_size == distributed.world_size()
+    rank = distributed.global_rank()
     with in_layout_of(engines, directory, manifest) as places:
         for engine in engines.trained:
             engine.ds.load_checkpoint(str(places[engine.name]), tag=engine.name)
-    same_world = manifest.world_size == distributed.world_size()
-    rank = distributed.global_rank()
     with distributed.in_unison(f"cannot resume from {directory}"):
         # Engines' and data's states are the same on every rank.
         mine = torch.load(directory / rank_file(rank if same_world else 0), weights_only=True)

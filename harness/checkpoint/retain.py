@@ -1,7 +1,8 @@
-"""How directories come and go, and which checkpoints stay. Only rank 0 calls this."""
+"""How directories come and go, and which checkpoints stay. One rank for each disk calls this."""
 
 import logging
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest
@@ -14,9 +15,13 @@ REPLACED = ".replaced.tmp"
 PRUNED = ".pruned.tmp"
 
 
-def prune(directory: Path, settings: CheckpointConfig) -> None:
+def prune(
+    directory: Path, settings: CheckpointConfig, everywhere: Collection[str] | None = None
+) -> None:
     """Removes the checkpoints that no rule keeps; with `keep_last = 0` none.
 
+    `everywhere`: of several disks, the names that stand for the same save on all. The rules choose
+    among them, so that all disks keep the same; what else is on this one goes when it is as old.
     Called after a commit only, so that the newest checkpoint is a good one. What cannot be removed
     is told and left.
     """
@@ -28,7 +33,10 @@ def prune(directory: Path, settings: CheckpointConfig) -> None:
             manifests[path] = read_manifest(path)
         except CheckpointError as error:
             log.warning("left alone: %s", error)
-    for path in manifests.keys() - kept(manifests, settings):
+    common = manifests
+    if everywhere is not None:
+        common = {path: found for path, found in manifests.items() if path.name in everywhere}
+    for path in manifests.keys() - kept(common, settings) - kept(manifests, settings):
         try:
             remove(path)
         except OSError as error:
@@ -58,25 +66,47 @@ def remove(path: Path) -> None:
 
 
 def put_in_place(staged: Path, target: Path) -> None:
-    """Renames a staging directory to `target`, in place of one that may stand there."""
-    if not target.exists():
-        staged.rename(target)
-        return
-    # The same step again. A crash between the renames is mended by `clean`.
-    replaced = target.with_name(f"{target.name}{REPLACED}")
-    shutil.rmtree(replaced, ignore_errors=True)
-    target.rename(replaced)
+    """Renames a staging directory to `target`. One that stands there is put aside until
+    `forget_replaced`, or `take_back`, or a crash, which `clean` mends."""
+    if target.exists():  # the same step again
+        replaced = _replaced(target)
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
     staged.rename(target)
-    shutil.rmtree(replaced)
 
 
-def clean(directory: Path) -> None:
-    """Clears away what a killed run left: half-made, half-removed and replaced directories."""
-    for path in directory.glob(f"step-*{REPLACED}"):
-        target = path.with_name(path.name.removesuffix(REPLACED))
+def take_back(staged: Path, target: Path) -> None:
+    """Undoes `put_in_place`, however far it came."""
+    if not staged.exists():
+        target.rename(staged)
+    if _replaced(target).exists():
+        _replaced(target).rename(target)
+
+
+def forget_replaced(target: Path) -> None:
+    """Removes what `put_in_place` has put aside, if anything."""
+    if _replaced(target).exists():
+        shutil.rmtree(_replaced(target))
+
+
+def clean(directory: Path, unfinished: Collection[str] = ()) -> None:
+    """Clears away what a killed run left: half-made, half-removed and replaced directories.
+
+    `unfinished`: names that do not stand for the same on all disks. Where one of these has replaced
+    another here, that one comes back.
+    """
+    for replaced in directory.glob(f"step-*{REPLACED}"):
+        target = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if target.name in unfinished and target.exists():
+            target.rename(target.with_name(f"{target.name}.tmp"))
         if not target.exists():
-            path.rename(target)
+            replaced.rename(target)
             log.warning("restored %s, which a crash had cut off from its replacement", target)
     for path in directory.glob("step-*.tmp"):
         shutil.rmtree(path)
         log.warning("removed %s, which a crash left unfinished", path)
+
+
+def _replaced(target: Path) -> Path:
+    """Where a directory is put aside while another takes its place."""
+    return target.with_name(f"{target.name}{REPLACED}")

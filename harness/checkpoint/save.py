@@ -1,18 +1,22 @@
 """Saving: one atomic commit across all engines and ranks, or nothing at all.
 
 All files are staged in `step-N.tmp/` and synced; the ranks agree that every write succeeded; rank 0
-writes the manifest, renames the directory, and points `latest` at it. Whatever fails, on any rank,
-fails the save on all ranks together, and the older checkpoints stay as they are.
+writes the manifest, renames the directory, and points `latest` at it. Where each node has a disk of
+its own, the first rank of each does so, and they agree after every step. Whatever fails, on any
+rank, fails the save on all ranks together, and the older checkpoints stay as they are.
 """
 
 import logging
 import shutil
+import socket
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness import distributed
+from harness.checkpoint.disks import Disks, survey
 from harness.checkpoint.durable import (
     FileEntry,
     Snapshots,
@@ -27,7 +31,7 @@ from harness.checkpoint.manifest import (
     digest,
     step_directory,
 )
-from harness.checkpoint.retain import prune, put_in_place
+from harness.checkpoint.retain import forget_replaced, prune, put_in_place, take_back
 from harness.checkpoint.rng import rng_state
 from harness.checkpoint.zero_layout import PARAMETER_NAMES, Shapes, group_shapes, layout
 from harness.control.live import Live
@@ -63,9 +67,14 @@ class Saver:
     a later step. At most one save is in flight.
     """
 
-    def __init__(self, engines: Engines, batches: Batches, live: Live):
-        """Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved."""
+    def __init__(self, engines: Engines, batches: Batches, live: Live, disks: Disks):
+        """`disks`: those behind the run directory.
+
+        Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved.
+        """
         self.directory = live.config.run_dir / "checkpoints"
+        self._disks = disks
+        self._hosts = distributed.all_gather(socket.gethostname())
         self._engines = engines
         self._batches = batches
         self._live = live
@@ -95,19 +104,18 @@ class Saver:
         jobs = self._collect()
         target = self.place(pinned)
         staged = target.with_name(f"{target.name}.tmp")
-        needed = sum(distributed.all_gather(sum(map(bytes_of, jobs.values()))))
-        with distributed.in_unison(f"cannot save {target}"), told_as(f"cannot save {target}"):
-            if distributed.is_global_leader():
-                make_room(staged, needed)
-        manifest = self._manifest(metrics, pinned)
+        needed = self._disks.sum(sum(map(bytes_of, jobs.values())))
+        manifest = distributed.broadcast(self._manifest(metrics, pinned))
         background = self._live.config.checkpoint.background
-        if background:
-            try:
+        try:
+            with distributed.in_unison(f"cannot save {target}"), told_as(f"cannot save {target}"):
+                if self._disks.is_leader:
+                    make_room(staged, needed)
+            if background:
                 jobs = self._copied(jobs, target)
-            except CheckpointError:
-                if distributed.is_global_leader():
-                    shutil.rmtree(staged, ignore_errors=True)
-                raise
+        except CheckpointError:
+            self._discard(staged)
+            raise
         writing = self._thread.submit(write_files, staged, jobs)
         self._pending = _Pending(manifest, staged, target, writing)
         if not background:
@@ -137,27 +145,29 @@ class Saver:
             failure = f"rank {distributed.global_rank()}: {type(error).__name__}: {error}"
         shares = distributed.all_gather((entries, failure))
         failures = [text for _, text in shares if text]
-        with (
-            distributed.in_unison(f"cannot save {pending.target}"),
-            told_as(f"cannot save {pending.target}"),
-        ):
-            if distributed.is_global_leader():
-                files = {path: entry for share, _ in shares for path, entry in share.items()}
-                manifest = pending.manifest.model_copy(update={"files": files})
-                try:
-                    if not failures:
-                        commit(manifest, pending.staged, pending.target)
-                finally:  # what was not committed must not fill the disk
-                    shutil.rmtree(pending.staged, ignore_errors=True)
-        if failures:
-            raise CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
+        try:
+            if failures:
+                raise CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
+            files = {path: entry for share, _ in shares for path, entry in share.items()}
+            manifest = pending.manifest.model_copy(update={"files": files})
+            commit(manifest, pending.staged, pending.target, self._disks.is_leader)
+        finally:  # what was not committed must not fill the disk
+            self._discard(pending.staged)
         log.info("saved %s", pending.target)
-        if distributed.is_global_leader():
-            prune(self.directory, self._live.config.checkpoint)
+        if self._live.config.checkpoint.keep_last:
+            several = self._disks.count > 1
+            everywhere = survey(self.directory, self._disks)[1] if several else None
+            if self._disks.is_leader:
+                prune(self.directory, self._live.config.checkpoint, everywhere)
 
     def close(self) -> None:
         """Ends the thread; a save in flight is given up."""
         self._thread.shutdown(cancel_futures=True)
+
+    def _discard(self, staged: Path) -> None:
+        """Removes a staging directory, where it still is one."""
+        if self._disks.is_leader:
+            shutil.rmtree(staged, ignore_errors=True)
 
     def _copied(self, jobs: Jobs, target: Path) -> Jobs:
         with distributed.in_unison(f"cannot save {target}"), told_as(f"cannot save {target}"):
@@ -185,6 +195,7 @@ class Saver:
             world_size=distributed.world_size(),
             engines=self._described,
             files={},
+            hosts=self._hosts,
             config_digest=self._config_digest,
             metrics=metrics,
             pinned=pinned,
@@ -217,13 +228,32 @@ def write_files(staged: Path, jobs: Jobs) -> Entries:
     return entries
 
 
-def commit(manifest: Manifest, staged: Path, target: Path) -> None:
-    """Turns the staging directory into a checkpoint. Raises OSError."""
-    manifest.write(staged)
-    sync_directory(staged)
-    put_in_place(staged, target)
-    sync_directory(target.parent)
-    point_latest(target)
+def commit(manifest: Manifest, staged: Path, target: Path, is_leader: bool) -> None:
+    """Turns the staging directory into a checkpoint, on all disks or on none. Collective.
+
+    `is_leader`: whether this rank does it for its disk. A kill between two disks leaves something
+    that is not whole on all, and what it has replaced comes back (`retain.clean`). Raises
+    CheckpointError on all ranks.
+    """
+    doing = f"cannot save {target}"
+    with distributed.in_unison(doing), told_as(doing):
+        if is_leader:
+            manifest.write(staged)
+            sync_directory(staged)
+    try:
+        with distributed.in_unison(doing), told_as(doing):
+            if is_leader:
+                put_in_place(staged, target)
+                sync_directory(target.parent)
+    except CheckpointError:
+        if is_leader:
+            with suppress(OSError):  # a broken disk: `clean` does it when the run starts again
+                take_back(staged, target)
+        raise
+    with distributed.in_unison(doing), told_as(doing):
+        if is_leader:
+            point_latest(target)
+            forget_replaced(target)
 
 
 def point_latest(target: Path) -> None:

@@ -1,0 +1,178 @@
+"""Whether a checkpoint is whole, on one disk or over several; and its files where they are read.
+
+Each node may have a disk of its own, with the files that its ranks wrote. What every rank reads
+(below ZeRO 3 the model states, which rank 0 wrote) is sent to the other nodes when a run resumes.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from harness import distributed
+from harness.checkpoint import missing
+from harness.checkpoint.disks import find_disks
+from harness.checkpoint.durable import FileEntry, told_as, verify_file
+from harness.checkpoint.manifest import NAME, Manifest, read_manifest
+from harness.errors import CheckpointError
+from harness.files import sync_directory
+
+CHUNK = 64 << 20  # bytes that are sent at once
+
+_OF_A_RANK = re.compile(r"(?:^rank-|zero_pp_rank_)(\d+)(?:_mp_rank_\d+_\w+)?\.pt")
+
+
+def common_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint, also on ranks whose disk does not have it. Collective.
+
+    Raises CheckpointError, on all ranks, if it is damaged, nowhere, or of two saves.
+    """
+    doing = f"cannot read checkpoint {directory}"
+    found: Manifest | None = None
+    with distributed.in_unison(doing):
+        if (directory / NAME).exists():
+            found = read_manifest(directory)
+    saves = distributed.all_gather(found and found.saved_at)
+    known = [saved for saved in saves if saved is not None]
+    with distributed.in_unison(doing):
+        if not known:
+            raise CheckpointError(f"{directory} is no checkpoint: there is no {NAME}")
+        if len(set(known)) > 1:
+            raise CheckpointError(
+                f"checkpoint {directory}: not of one save on all nodes: a kill came between them"
+            )
+    if None in saves:
+        found = distributed.broadcast(found, saves.index(known[0]))
+    assert found is not None
+    return found
+
+
+def verified(directory: Path) -> Manifest:
+    """Reads all files of a checkpoint, on whichever disk, and checks every CRC. Collective.
+
+    The ranks share the work. Raises CheckpointError, on all ranks, for what is damaged or nowhere.
+    """
+    manifest = common_manifest(directory)
+    doing = f"cannot read checkpoint {directory}"
+    rank, world_size = distributed.global_rank(), distributed.world_size()
+    share = list(manifest.files)[rank::world_size]
+    if manifest.world_size == world_size:  # where each node has its own disk, they are here
+        share = [name for name, entry in manifest.files.items() if entry.rank == rank]
+    with distributed.in_unison(doing):
+        here = [name for name in share if (directory / name).is_file()]
+        for name in here:
+            verify_file(directory / name, manifest.files[name])
+        checked = {name: _identity(directory / name) for name in here}
+        disk = _identity(directory) if directory.is_dir() else None
+    answers = distributed.all_gather((socket.gethostname(), disk, checked))
+    hosts, disks, everyones = zip(*answers, strict=True)
+    found = {name: identity for checked in everyones for name, identity in checked.items()}
+    if len(set(disks)) > 1:
+        found |= dict.fromkeys(_copies_verified(directory, manifest, disks, found))
+    with distributed.in_unison(doing):
+        if files := {n: manifest.writer(n) for n in manifest.files if n not in found}:
+            raise CheckpointError(missing.told(directory, files, hosts))
+    return manifest
+
+
+def _copies_verified(
+    directory: Path, manifest: Manifest, disks: Sequence[object], checked: Mapping[str, object]
+) -> set[str]:
+    """Checks what the ranks find on their disks beside the files that were checked already, and
+    says what that is. `disks`: by rank the same for those that share one. Collective."""
+    rank = distributed.global_rank()
+    with distributed.in_unison(f"cannot read checkpoint {directory}"):
+        others = [
+            name
+            for name in manifest.files
+            if (directory / name).is_file() and _identity(directory / name) != checked.get(name)
+        ]
+        mates = [mate for mate, disk in enumerate(disks) if disk == disks[rank]]
+        for name in others[mates.index(rank) :: len(mates)]:
+            verify_file(directory / name, manifest.files[name])
+    return set().union(*distributed.all_gather(others))
+
+
+def read_by(rank: int, files: Iterable[str]) -> list[str]:
+    """The files that a rank reads when it resumes in the layout of the checkpoint: its own, and
+    those that name no rank."""
+    found = {name: _OF_A_RANK.search(name) for name in files}
+    return [name for name, match in found.items() if match is None or int(match[1]) == rank]
+
+
+def bring(directory: Path, manifest: Manifest, wanted: Iterable[str]) -> None:
+    """Makes a verified checkpoint's wanted files, and its manifest, lie on this rank's disk.
+
+    Collective. Raises CheckpointError, on all ranks, if they cannot be written.
+    """
+    lacks = not (directory / NAME).exists()
+    if any(distributed.all_gather(lacks)):
+        disks = find_disks(directory)
+        with distributed.in_unison(f"cannot complete {directory}"):
+            if lacks and disks.is_leader:
+                directory.mkdir(parents=True, exist_ok=True)
+                manifest.write(directory)
+    fetch(directory, manifest.files, wanted)
+
+
+def fetch(directory: Path, files: Mapping[str, FileEntry], wanted: Iterable[str]) -> None:
+    """Makes the wanted ones of the files lie on this rank's disk: what is not there is sent by the
+    first rank that has it, chunk by chunk. Collective.
+
+    Raises CheckpointError, on all ranks, if that cannot be done, or what came is not as it was.
+    """
+    absent = {name for name in wanted if not (directory / name).is_file()}
+    shares = distributed.all_gather(absent)
+    everyones = sorted(set().union(*shares))
+    if not everyones:
+        return
+    disks = find_disks(directory)
+    has = distributed.all_gather([(directory / name).is_file() for name in everyones])
+    for number, name in enumerate(everyones):
+        source = [answers[number] for answers in has].index(True)
+        lacking = {disks.leaders[rank] for rank, share in enumerate(shares) if name in share}
+        _send(directory / name, files[name], source, lacking)
+
+
+def _send(path: Path, entry: FileEntry, source: int, receivers: set[int]) -> None:
+    """Sends a file from rank `source`; each receiver writes it under the same path. Collective."""
+    doing = f"cannot fetch {path} from rank {source}"
+    receives = distributed.global_rank() in receivers
+    staged = path.with_name(f".{path.name}.tmp")
+    buffer = torch.empty(min(CHUNK, entry.size), dtype=torch.uint8)
+    with ExitStack() as stack:
+        with distributed.in_unison(doing), told_as(doing):
+            file = None
+            if distributed.global_rank() == source:
+                file = stack.enter_context(path.open("rb"))
+            elif receives:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.callback(staged.unlink, missing_ok=True)
+                file = stack.enter_context(staged.open("wb"))
+        for start in range(0, entry.size, CHUNK):
+            chunk = buffer[: min(CHUNK, entry.size - start)]
+            with distributed.in_unison(doing), told_as(doing):
+                if file is not None and not receives:
+                    file.readinto(chunk.numpy().data)
+            dist.broadcast(chunk, src=source, group=distributed.control_group())
+            with distributed.in_unison(doing), told_as(doing):
+                if file is not None and receives:
+                    file.write(chunk.numpy().data)
+        with distributed.in_unison(doing), told_as(doing):
+            if file is not None and receives:
+                file.flush()
+                os.fsync(file.fileno())
+                verify_file(staged, entry)
+                staged.replace(path)
+                sync_directory(path.parent)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Equal where two ranks see one file, also over a network: inode, and time of its change."""
+    found = path.stat()
+    return found.st_ino, found.st_ctime_ns
