@@ -99,8 +99,6 @@ def init(timeout_s: float = 1800.0) -> None:
         os.environ.update(alone, MASTER_PORT=str(free_port()))
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size()))
     if local_world_size() < world_size():
         network.choose_interface()
     deepspeed = _deepspeed_with(timeout)
@@ -111,6 +109,14 @@ def init(timeout_s: float = 1800.0) -> None:
         group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     _control = group
+    if device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(_own_threads())
+
+
+def _own_threads() -> int:
+    """This rank's share of the processors that it may run on. Collective."""
+    mine = (socket.gethostname(), os.sched_getaffinity(0))
+    return max(1, len(mine[1]) // all_gather(mine).count(mine))
 
 
 def _deepspeed_with(timeout: timedelta) -> Any:

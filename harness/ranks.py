@@ -26,11 +26,12 @@ def adopt(environ: Environment = os.environ) -> None:
     if not found:
         launcher, found = "srun", _slurm(environ)
     if "RANK" not in environ and not found:
-        if environ.get("WORLD_SIZE", "1") != "1":
-            raise ConfigError(
-                f"WORLD_SIZE is {environ['WORLD_SIZE']}, and RANK is not set: unset it, or start "
-                "all ranks with deepspeed, torchrun, srun or mpirun"
-            )
+        for key in ("WORLD_SIZE", "PMI_SIZE"):  # the latter is set by MPICH's and Intel's mpirun
+            if environ.get(key, "1") != "1":
+                raise ConfigError(
+                    f"{key} is {environ[key]}, and RANK is not set: unset it, or start all ranks "
+                    "with deepspeed, torchrun, srun or Open MPI's mpirun"
+                )
         return
     if found and "LOCAL_WORLD_SIZE" not in environ and "LOCAL_SIZE" not in environ:
         # No launcher of torch's or DeepSpeed's stands between: both speak of this process.

@@ -24,7 +24,7 @@ from harness.control.socket import SocketFront
 from harness.control.stdin import StdinFront
 from harness.data import Batches, train_batches
 from harness.engines import Engines, build_engines
-from harness.errors import HarnessError, TaskError
+from harness.errors import ConfigError, HarnessError, TaskError
 from harness.evaluate import check_eval_data
 from harness.files import locked, toml_write
 from harness.metrics.progress import Progress, log_to, show_log
@@ -34,6 +34,7 @@ from harness.network import losses_told
 from harness.obey import answer
 from harness.task import Task, load_task
 from harness.train import Trainer
+from harness.utils import flattened
 from harness.wrapper import attention
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def run(config: Config) -> int:
 def train(config: Config) -> int:
     """What `run` does once all ranks have joined the world."""
     show_log()
+    _compare(config)
     signals = Signals()
     with signals.heard(), ExitStack() as stack:
         task, batches = _build(config)
@@ -101,6 +103,26 @@ def train(config: Config) -> int:
             _open_fronts(config, bus, stack)
         trainer = Trainer(live, task, engines, batches, saver, bus, sinks, progress, status)
         return trainer.run()
+
+
+def _compare(config: Config) -> None:
+    """Raises ConfigError if the ranks were given different configs, but for paths. Collective.
+
+    Each node may have read a file of its own; and DeepSpeed's JSON is another one.
+    """
+    mine = dict(flattened(config.model_dump()))
+    for name, engine in config.engines.items():
+        mine |= flattened(engine.deepspeed(), f"engines.{name}.ds_config ")
+    every_rank = distributed.all_gather(mine)
+    with distributed.in_unison("config"):
+        for key in sorted(set().union(*every_rank)):
+            found = [given.get(key) for given in every_rank]
+            for rank, value in enumerate(found):
+                if value != found[0] and not isinstance(value, Path):
+                    raise ConfigError(
+                        f"the ranks were given different configs: {key} is {value!r} on rank "
+                        f"{rank}, and {found[0]!r} on rank 0"
+                    )
 
 
 def _build(config: Config) -> tuple[Task, Batches]:

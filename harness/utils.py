@@ -3,6 +3,7 @@
 import contextlib
 import pwd
 import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,15 @@ def to_device(tree: Any, device: torch.device, dtype: torch.dtype | None = None)
 def tensor_leaves(tree: Any) -> list[torch.Tensor]:
     """The tensors of a nested structure of dicts, lists and tuples, in order."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts with string keys, by their keys, joined with dots."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def dtype_name(dtype: torch.dtype) -> str:

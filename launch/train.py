@@ -24,7 +24,8 @@ def main() -> None:
         ranks.adopt()
         config = parse_args(sys.argv[1:])
     except HarnessError as error:
-        error.agreed = True  # every rank has read the same config
+        if not is_leader():  # it has most likely found the same, and its launcher ends the others
+            time.sleep(SECONDS_FOR_THE_LEADER)
         leave(error)
     from harness.run import run  # late: a mistake in the config need not wait for torch
 
@@ -38,14 +39,18 @@ def main() -> None:
 
 def leave(error: HarnessError) -> NoReturn:
     """Says what is wrong: rank 0 for all if they agree, before the launcher ends the others."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
+    if is_leader():
         sys.stderr.write(f"error: {error}\n")
     elif error.agreed:
         time.sleep(SECONDS_FOR_THE_LEADER)
     else:
-        sys.stderr.write(f"error on rank {rank}: {error}\n")
+        sys.stderr.write(f"error on rank {os.environ['RANK']}: {error}\n")
     sys.exit(error.code)
+
+
+def is_leader() -> bool:
+    """Whether this is rank 0, also where the environment says nonsense."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

@@ -308,6 +308,22 @@ def test_on_a_terminal(tmp_path: Path) -> None:
     assert (tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json").exists()
 
 
+@pytest.mark.parametrize("rank", ["1", "5", "one"])
+def test_a_mistake_of_one_rank_is_told(tmp_path: Path, rank: str) -> None:
+    """Also where rank 0 has found nothing, and where it is nobody."""
+    world = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    done = subprocess.run(
+        [*PYTHON, ROOT / "launch/train.py", "--config", tmp_path / "missing.toml"],
+        env=os.environ | world,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error on rank {rank}: "), done.stderr
+
+
 @pytest.mark.parametrize(
     ("launcher", "word", "code", "told"),
     [

@@ -195,6 +195,7 @@ def test_what_a_collective_raises_is_told() -> None:
     gloo = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]"
     for error, told in (
         (RuntimeError(f"{gloo}. This is typically..."), "rank: Connection closed by peer [::1]. "),
+        (RuntimeError("Application timeout caused pair closure"), "timeout caused pair closure. "),
         (DistStoreError("1/2 clients joined."), "rank: 1/2 clients joined. "),
     ):
         with pytest.raises(LostRank) as found, losses_told(7):

@@ -90,6 +90,7 @@ def test_the_script_of_a_batch_job_is_no_rank() -> None:
         (SLURM | {"RANK": "3"}, "WORLD_SIZE was not: unset RANK"),
         (MPI | {"WORLD_SIZE": "1"}, "WORLD_SIZE is 1, and mpirun says 2"),
         ({"WORLD_SIZE": "4"}, "RANK is not set"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "PMI_SIZE is 2, and RANK is not set"),
         (DEEPSPEED | {"RANK": "2"}, "RANK is '2' and WORLD_SIZE is '2'"),
         (DEEPSPEED | {"RANK": "one"}, "expected a number"),
         (SLURM | {"SLURM_DISTRIBUTION": "arbitrary"}, "MASTER_ADDR=HOST srun"),

@@ -1,5 +1,6 @@
 """Whole runs on two real ranks, at every ZeRO stage, against a plain PyTorch loop."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from harness.io import load
 from harness.optim.lr import build_scheduler
 from harness.run import train
 from harness.sampler import RandomSampler
+from harness.sections import merge
 from harness.task import Task, feed, load_task
 from harness.testing.pool import RankPool
 from harness.train import Trainer
@@ -288,3 +290,30 @@ def test_a_config_attribute_called_loss_is_left_alone() -> None:
     assert engine.gather_attribute("loss", torch.Tensor) == {"": torch.ones(())}
     assert model[0].loss == "ce" and not hasattr(model, "loss")
     assert engine.dispatch_attribute("loss", "mse") == 2 and model[1].loss == "mse"
+
+
+def told_by_another_config(config: Config) -> str:
+    """Rank 1 was given other settings."""
+    if distributed.global_rank() == 1:
+        optimizer = {"optimizer": {"lr": 0.5}}
+        config = Config.model_validate(merge(config.model_dump(), {"engines": {"net": optimizer}}))
+    return told_by(config)
+
+
+def told_by_another_json(config: Config, path: Path) -> str:
+    """Rank 1's file for DeepSpeed says something else."""
+    if distributed.global_rank() == 1:
+        settings = json.loads(config.engines["net"].ds_config.read_text())
+        path.write_text(json.dumps(settings | {"gradient_clipping": 0.5}))
+        changed = {"engines": {"net": {"ds_config": path}}}
+        config = Config.model_validate(merge(config.model_dump(), changed))
+    return told_by(config)
+
+
+def test_ranks_with_different_configs_are_told(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, 2)
+    told = two_ranks.run(told_by_another_config, config)
+    assert all("engines.net.optimizer.lr is 0.5 on rank 1, and 0.01 on rank 0" in t for t in told)
+    told = two_ranks.run(told_by_another_json, config, tmp_path / "other.json")
+    assert all("engines.net.ds_config gradient_clipping is 0.5 on rank 1" in t for t in told)
+    assert not config.run_dir.exists()
