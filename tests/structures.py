@@ -55,7 +55,7 @@ def _assert_equal(found: Any, saved: Any) -> None:
             assert found.dtype == saved.dtype and found.shape == saved.shape
             assert found.tobytes() == saved.tobytes()
         case dict():
-            assert list(map(repr, found)) == list(map(repr, saved))  # the order, and nan
+            assert list(map(_text, found)) == list(map(_text, saved))  # the order, and nan
             for ours, theirs in zip(found.values(), saved.values(), strict=True):
                 _assert_equal(ours, theirs)
             attributes = getattr(found, "__dict__", None), getattr(saved, "__dict__", None)
@@ -65,9 +65,20 @@ def _assert_equal(found: Any, saved: Any) -> None:
             for ours, theirs in zip(found, saved, strict=True):
                 _assert_equal(ours, theirs)
         case float() | complex() | set() | frozenset():
-            assert sorted(map(repr, [found])) == sorted(map(repr, [saved])) or found == saved
+            assert _text(found) == _text(saved)
         case _:
             assert found == saved
+
+
+def _text(value: Any) -> str:
+    """`repr`, which tells all numbers apart; of a set in one order, which nan leaves to chance."""
+    match value:
+        case set() | frozenset():
+            return f"{type(value)} {sorted(map(_text, value))}"
+        case tuple():
+            return f"({', '.join(map(_text, value))})"
+        case _:
+            return repr(value)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -93,7 +93,7 @@ def test_killed_in_a_phase(
 
 
 @pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("rounds", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.timeout(1800)
 def test_killed_at_random_moments(
     two_ranks: RankPool, tmp_path: Path, rounds: int, background: bool

@@ -201,9 +201,9 @@ def launcher_is_killed(process: subprocess.Popen[str], directory: Path) -> None:
     ("launcher", "way"),
     [
         ("deepspeed", the_command),
-        ("deepspeed", the_launcher),
+        pytest.param("deepspeed", the_launcher, marks=pytest.mark.slow),
         ("deepspeed", ctrl_c),
-        ("torchrun", the_command),
+        pytest.param("torchrun", the_command, marks=pytest.mark.slow),
         ("torchrun", launcher_is_killed),
         ("python", whole_group),
     ],
