@@ -3,6 +3,7 @@
 import contextlib
 import pwd
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,21 @@ def to_device(tree: Any, device: torch.device, dtype: torch.dtype | None = None)
 def tensor_leaves(tree: Any) -> list[torch.Tensor]:
     """The tensors of a nested structure of dicts, lists and tuples, in order."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def torch_write(value: Any, path: Path) -> None:
+    """Writes with torch.save. Raises OSError, which names `path`, if the disk does not take it.
+
+    A file that torch's zip writer opens by itself hides why: a full disk is an "unexpected pos".
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
 def dtype_name(dtype: torch.dtype) -> str:
