@@ -38,7 +38,7 @@ def main() -> None:
             sys.exit(command(args))
     except HarnessError as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.code)
+        sys.exit(error.code if args.command == "ctl" else 2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, like `head`, has had enough

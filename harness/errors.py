@@ -10,13 +10,15 @@ from collections.abc import Iterable
 class HarnessError(Exception):
     """What the user can mend: the entry point prints the message and exits with `code`."""
 
-    code = 2
+    code = 1
     agreed = False
     """Whether every rank has raised the same error."""
 
 
 class ConfigError(HarnessError):
-    """A wrong, missing or impossible setting."""
+    """A wrong, missing or impossible setting: the same start again fails in the same way."""
+
+    code = 2
 
 
 class CheckpointError(HarnessError):
@@ -34,13 +36,9 @@ class CommandError(HarnessError):
 class TaskError(HarnessError):
     """The user's own task failed or broke its contract."""
 
-    code = 1
-
 
 class LostRank(HarnessError):
     """Another rank is gone or does not answer: its process, its node or the network."""
-
-    code = 1
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from harness.formats.machine import StandIn
 from harness.formats.pickles import DType, Shape, Storage, TensorRef
 from harness.mapped import Bytes
 from harness.pack import DTYPES, array_of
+from harness.utils import torch_write
 
 
 def write(data: Any, path: Path) -> None:
@@ -25,10 +26,7 @@ def write(data: Any, path: Path) -> None:
     """
 
     def write_staged(staged: Path) -> None:
-        try:
-            torch.save(data, staged)
-        except RuntimeError as error:  # how torch's zip writer reports a full disk
-            raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
+        torch_write(data, staged)
         try:
             pickles.read(staged, _ALSO)
         except FormatError as error:

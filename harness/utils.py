@@ -4,6 +4,7 @@ import contextlib
 import pwd
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,21 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flattened(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def torch_write(value: Any, path: Path) -> None:
+    """Writes with torch.save. Raises OSError, which names `path`, if the disk does not take it.
+
+    A file that torch's zip writer opens by itself hides why: a full disk is an "unexpected pos".
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from harness.arguments import parse_args
+from harness.errors import ConfigError, HarnessError
 from tests.helpers import ROOT
 
 MANIFESTS = sorted((ROOT / "launch/k8s").glob("*.yaml"))
@@ -111,6 +112,13 @@ def check(document: dict[str, Any]) -> None:
     jsonschema.validate(document, JOBSET)
     for job in jobs(document):
         check(job)
+
+
+def test_only_a_mistake_in_the_config_ends_a_job_for_good() -> None:
+    (job,) = documents(ROOT / "launch/k8s/job.yaml")
+    (rule,) = [r for r in job["spec"]["podFailurePolicy"]["rules"] if r["action"] == "FailJob"]
+    errors = [HarnessError, *HarnessError.__subclasses__()]
+    assert [e for e in errors if e.code in rule["onExitCodes"]["values"]] == [ConfigError]
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)

@@ -1,7 +1,9 @@
 """Jobs of a real Slurm: saved and requeued before their time is over, talked to, cancelled."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import ROOT
 from tests.slurm_cluster import NODES, Cluster, cluster, why_not
 from tests.test_launch import ctl, log_of, steps_of, until, written_config
 
@@ -23,6 +26,25 @@ from harness.ranks import adopt
 adopt()
 keys = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 print(json.dumps({key: os.environ[key] for key in (*keys, "SLURMD_NODENAME")}))
+"""
+
+AWAY = """#!/bin/bash
+# Stands for Slurm's commands, whose controller is away at first: the second try is heard.
+name=${0##*/}
+echo "$name" >>calls
+tries=$(grep --count "^$name$" calls)
+case $name in
+srun)
+    trap 'told=yes' TERM
+    echo $$ >ranks
+    until [[ $told && -e saved ]]; do /bin/sleep 0.1; kill -0 $PPID || exit; done
+    exit 143
+    ;;
+sleep) ;;
+*) ((tries > 1)) || exit 1 ;;&
+scancel) kill -TERM "$(cat ranks)" ;;
+squeue) echo RUNNING ;;
+esac
 """
 
 
@@ -105,6 +127,34 @@ def test_a_mistake_is_not_tried_again(slurm: Cluster, tmp_path: Path) -> None:
         assert slurm.job(number)["ExitCode"] == "2:0"
     output = (tmp_path / "output").read_text()
     assert output.count("run.stesp (command line): unknown key") == 1, output
+
+
+def test_a_controller_that_is_away_costs_no_requeue(tmp_path: Path) -> None:
+    """A USR1 that reached the ranks is the last; one that did not is not."""
+    for name in ("srun", "scancel", "squeue", "scontrol", "sleep"):
+        (tmp_path / name).write_text(AWAY)
+        (tmp_path / name).chmod(0o755)
+    calls = tmp_path / "calls"
+    with subprocess.Popen(
+        ["bash", ROOT / "launch/slurm/train.sbatch"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "1"},
+    ) as script:
+
+        def times_told() -> int:
+            script.send_signal(signal.SIGUSR1)
+            return calls.read_text().count("scancel")
+
+        try:
+            until((tmp_path / "ranks").exists, script)
+            until(lambda: times_told() == 2, script)
+            times_told()
+            (tmp_path / "saved").touch()
+            assert script.wait(timeout=60) == 143
+        finally:
+            script.kill()
+    again = ["squeue", "sleep", "squeue", "scontrol", "sleep", "scontrol"]
+    assert calls.read_text().split() == ["srun", "scancel", "scancel", *again]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from harness import distributed
 from harness.errors import CheckpointError, FormatError
 from harness.formats import zips
-from harness.utils import tensor_leaves
+from harness.utils import tensor_leaves, torch_write
 
 
 @contextmanager
@@ -44,11 +44,11 @@ class FileEntry(BaseModel):
 
 
 def write_file(state: Any, path: Path) -> FileEntry:
-    """Writes a tree of tensors and plain values with torch.save, and syncs it to the disk."""
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:  # how torch's zip writer reports a full disk
-        raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
+    """Writes a tree of tensors and plain values with torch.save, and syncs it to the disk.
+
+    Raises OSError, which names `path`.
+    """
+    torch_write(state, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     size, digest = path.stat().st_size, zips.digest(path)

@@ -19,7 +19,7 @@ from harness.control.live import Live
 from harness.data import Batches
 from harness.engine import Engine
 from harness.engines import Engines
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 tell = distributed.global_leader_only(log.warning)
@@ -29,9 +29,9 @@ def choose(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | 
     """The checkpoint that `run.resume` asks for, verified; None to start over. Collective.
 
     "latest" is the newest one in `parent` that is whole over all `disks` together; those that are
-    not are named and passed over. Raises CheckpointError, on all ranks, if there are some and none
-    is whole, if the one that was asked for is not, or if "none" is asked for where an earlier run
-    has left checkpoints.
+    not are named and passed over. Raises, on all ranks, CheckpointError if there are some and none
+    is whole, or if the one that was asked for is not; ConfigError if it is another run's, or if
+    "none" is asked for where an earlier run has left checkpoints.
     """
     found, everywhere = survey(parent, disks)
     with distributed.in_unison(f"cannot look into {parent}"):
@@ -40,7 +40,7 @@ def choose(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | 
     found, _ = survey(parent, disks)
     with distributed.in_unison(f"cannot start over in {parent}"):
         if found and wanted == "none":
-            raise CheckpointError(
+            raise ConfigError(
                 f"run.resume = 'none', but {parent} holds {len(found)} checkpoints of an earlier "
                 "run: choose another run.name, or move that run away"
             )
@@ -66,13 +66,13 @@ def choose(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | 
 def check_fit(directory: Path, manifest: Manifest, engines: Engines) -> None:
     """Checks that a checkpoint was made for these engines, in whatever layout. Collective.
 
-    Raises CheckpointError, on all ranks.
+    Raises ConfigError, on all ranks.
     """
     with distributed.in_unison(f"cannot read checkpoint {directory}"):
         saved = _identity(manifest.engines)
         for what, found in _identity(engines).items():
             if saved[what] != found:
-                raise CheckpointError(
+                raise ConfigError(
                     f"checkpoint {directory} does not fit this run: {what} is {found} here, and "
                     f"{saved[what]} in the checkpoint: set it as it was, or start a new run under "
                     "another run.name"
