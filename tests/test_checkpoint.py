@@ -252,7 +252,7 @@ def test_an_abandoned_branch_is_not_taken_up_again(two_ranks: RankPool, tmp_path
 
 
 def test_a_clock_that_was_put_back_costs_no_checkpoint(two_ranks: RankPool, tmp_path: Path) -> None:
-    keep = {"trainer": {"save_every": 2}, "checkpoint": {"keep_last": 2}}
+    keep: Any = {"trainer": {"save_every": 2}, "checkpoint": {"keep_last": 2}}
     two_ranks.run(train, tiny_config(tmp_path, run={"steps": 4}, **keep))
     config = tiny_config(tmp_path, run={"steps": 8}, **keep)
     for step in (2, 4):

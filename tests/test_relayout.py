@@ -331,6 +331,20 @@ def assert_low_rank_resumed(whole: Config, parts: Config) -> None:
     assert sums[0] > 0
 
 
+def test_nothing_is_written_beside_the_checkpoint(pools: Pools, tmp_path: Path) -> None:
+    """Another run may be re-laying it as well."""
+    whole = config_of(tmp_path / "whole", (2, 1), steps=4)
+    pools(2).run(train, whole)
+    its = checkpoint(whole).with_name("step-00000004.relayout.tmp")
+    its.mkdir()
+    looks = [path.stat().st_mtime_ns for path in (its, its.parent)]
+    parts = config_of(tmp_path / "parts", (2, 2), run={"resume": str(checkpoint(whole))})
+    pools(2).run(train, parts)
+    assert "re-laid step-00000004/net" in (parts.run_dir / "log.txt").read_text()
+    assert [path.stat().st_mtime_ns for path in (its, its.parent)] == looks
+    assert not list(parts.run_dir.glob("checkpoints/*.tmp"))
+
+
 @pytest.mark.parametrize("engine", [ADAFACTOR, {}])
 def test_nothing_is_cut_at_stage_0(pools: Pools, tmp_path: Path, engine: Any) -> None:
     """Every rank has it all: the checkpoint is loaded as it is, whatever the optimizer's state."""
