@@ -161,6 +161,8 @@ def test_a_damaged_checkpoint_is_named_and_refused(
     message = damage(checkpoint(config, 6))
     told = two_ranks.run(told_by, config)
     assert all(message in text and str(checkpoint(config, 6)) in text for text in told), told
+    errors = (config.run_dir / "log.txt").read_text().partition(" rank 0 ERROR ")[2]
+    assert message in errors
 
 
 @pytest.mark.parametrize(
