@@ -45,7 +45,7 @@ def run(config: Config) -> int:
 
     Returns the exit code: 0, or 128 + the number of the signal that ended the run. Raises
     HarnessError, on all ranks, for what the user can mend; until the models, the data and the
-    checkpoint have proved good, nothing is written.
+    checkpoint have proved good, nothing is written but an earlier run's log.
     """
     with losses_told(config.run.timeout_s):
         distributed.init(config.run.timeout_s)
@@ -152,16 +152,20 @@ def _open_run_directory(
 
     Returns the checkpoint to resume, the given weights that engines start from, and the disks.
 
-    An earlier run's directory is locked before it is looked into, a new one once all has proved
-    good.
+    An earlier run's directory is locked before it is looked into, and its log says why it cannot be
+    resumed; a new one is made once all has proved good.
     """
     directory = config.run_dir
     disks = find_disks(directory / "checkpoints")
     if disks.count > 1:
         log.info("%s lies on %d disks: each keeps what its ranks write", directory, disks.count)
     with distributed.in_unison(f"run directory {directory}"):
-        if is_known := disks.is_leader and directory.exists():
+        is_known = directory.exists()
+        if is_known and disks.is_leader:
             stack.enter_context(locked(directory / "control/lock"))
+    with distributed.in_unison(f"run directory {directory}"):
+        if is_known:
+            _log_into(directory, config, stack)
     checkpoint = resume.choose(config.run.resume, directory / "checkpoints", engines, disks)
     weights = start.find(engines, config.engines, resumes=checkpoint is not None)
     with distributed.in_unison(f"run directory {directory}"):
@@ -170,12 +174,18 @@ def _open_run_directory(
                 stack.enter_context(locked(directory / "control/lock"))
             clean(directory / "exports")
     with distributed.in_unison(f"run directory {directory}"):
-        handler = log_to(directory / "log.txt")
+        if not is_known:
+            _log_into(directory, config, stack)
+    return checkpoint, weights, disks
+
+
+def _log_into(directory: Path, config: Config, stack: ExitStack) -> None:
+    """Logs into the run directory while the stack is open, in the end why the run ended."""
+    handler = log_to(directory / "log.txt")
     stack.callback(handler.close)
     stack.callback(logging.getLogger("harness").removeHandler, handler)
     stack.enter_context(_errors_told_to(handler))
     stack.enter_context(losses_told(config.run.timeout_s))
-    return checkpoint, weights, disks
 
 
 @contextmanager

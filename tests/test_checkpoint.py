@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from harness import engines as engines_module
+from harness.checkpoint.manifest import checkpoints_in
 from harness.config import Config
 from harness.files import json_read
 from harness.io import load
@@ -160,6 +161,8 @@ def test_a_damaged_checkpoint_is_named_and_refused(
     message = damage(checkpoint(config, 6))
     told = two_ranks.run(told_by, config)
     assert all(message in text and str(checkpoint(config, 6)) in text for text in told), told
+    errors = (config.run_dir / "log.txt").read_text().partition(" rank 0 ERROR ")[2]
+    assert message in errors
 
 
 @pytest.mark.parametrize(
@@ -248,6 +251,20 @@ def test_an_abandoned_branch_is_not_taken_up_again(two_ranks: RankPool, tmp_path
     assert len(losses(config)) == 3
     two_ranks.run(train, Config.model_validate(merge(config.model_dump(), {"run": {"steps": 8}})))
     assert [record["step"] for record in records(config)] == [*range(1, 9)]
+
+
+def test_a_clock_that_was_put_back_costs_no_checkpoint(two_ranks: RankPool, tmp_path: Path) -> None:
+    keep: Any = {"trainer": {"save_every": 2}, "checkpoint": {"keep_last": 2}}
+    two_ranks.run(train, tiny_config(tmp_path, run={"steps": 4}, **keep))
+    config = tiny_config(tmp_path, run={"steps": 8}, **keep)
+    for step in (2, 4):
+        manifest = json_read(checkpoint(config, step) / "manifest.json")
+        manifest["saved_at"] += 86400
+        (checkpoint(config, step) / "manifest.json").write_text(json.dumps(manifest))
+    two_ranks.run(train, config)
+    parent = config.run_dir / "checkpoints"
+    assert checkpoints_in(parent) == [checkpoint(config, 8), checkpoint(config, 6)]
+    assert (parent / "latest").read_text() == "step-00000008\n"
 
 
 def test_a_refused_resume_leaves_the_config_as_it_was(two_ranks: RankPool, tmp_path: Path) -> None:

@@ -84,4 +84,9 @@ def test_damage_is_told(run: Config, tmp_path: Path) -> None:
     path.write_bytes(data[:-1])
     with pytest.raises(CheckpointError, match=r"rank-00000\.pt has \d+ bytes, expected"):
         list(describe(whole))
+    told: list[str] = []
+    with pytest.raises(CheckpointError, match=r"tiny: not whole here: step-00000003$"):
+        told.extend(describe(run.run_dir))
     path.write_bytes(data)
+    assert sum("sizes checked: whole" in line for line in told) == 1
+    assert sum("rank-00000.pt has" in line for line in told) == 1

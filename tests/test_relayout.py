@@ -331,12 +331,30 @@ def assert_low_rank_resumed(whole: Config, parts: Config) -> None:
     assert sums[0] > 0
 
 
+def test_nothing_is_written_beside_the_checkpoint(pools: Pools, tmp_path: Path) -> None:
+    """Another run may be re-laying it as well."""
+    whole = config_of(tmp_path / "whole", (2, 1), steps=4)
+    pools(2).run(train, whole)
+    its = checkpoint(whole).with_name("step-00000004.relayout.tmp")
+    its.mkdir()
+    looks = [path.stat().st_mtime_ns for path in (its, its.parent)]
+    parts = config_of(tmp_path / "parts", (2, 2), run={"resume": str(checkpoint(whole))})
+    pools(2).run(train, parts)
+    assert "re-laid step-00000004/net" in (parts.run_dir / "log.txt").read_text()
+    assert [path.stat().st_mtime_ns for path in (its, its.parent)] == looks
+    assert not list(parts.run_dir.glob("checkpoints/*.tmp"))
+
+
 @pytest.mark.parametrize("engine", [ADAFACTOR, {}])
 def test_nothing_is_cut_at_stage_0(pools: Pools, tmp_path: Path, engine: Any) -> None:
     """Every rank has it all: the checkpoint is loaded as it is, whatever the optimizer's state."""
     whole, parts = (config_of(tmp_path / name, (2, 0), engine) for name in ("whole", "parts"))
     other = config_of(tmp_path / "parts", (4, 0), engine)
-    assert both(pools, whole, other, (2, 0), (4, 0)) < 1e-5
+    pools(2).run(train, whole)
+    hand_over(whole, parts)
+    (checkpoint(parts) / "rank-00001.pt").unlink()  # random generators that nobody can go on with
+    pools(4).run(train_and_look, other)
+    assert losses(other) == pytest.approx(losses(whole)[4:], abs=1e-5)
     assert "re-laid" not in (parts.run_dir / "log.txt").read_text()
 
 

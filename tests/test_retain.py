@@ -78,6 +78,14 @@ def test_the_newest_is_the_one_that_was_saved_last(tmp_path: Path) -> None:
     assert [path.name[-1] for path in checkpoints_in(tmp_path)] == ["3", "5", "9"]
 
 
+def test_what_latest_names_stays(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    (tmp_path / "latest").write_text("step-00000001\n")
+    prune(tmp_path, CheckpointConfig(keep_last=1))
+    assert checkpoints_in(tmp_path) == [step_directory(tmp_path, step) for step in (3, 1)]
+
+
 def test_a_damaged_checkpoint_is_left_alone(tmp_path: Path) -> None:
     make(tmp_path, 1)
     make(tmp_path, 2)

@@ -23,7 +23,8 @@ def describe(path: Path, verify: bool = False) -> Iterator[str]:
     """Lines that describe a run directory, a checkpoint, an `.sft` or a `.pt`.
 
     `verify` reads the files of a checkpoint and checks every CRC; otherwise their sizes are
-    checked. Raises CheckpointError for what is none of these, or is not whole.
+    checked. Raises CheckpointError for what is none of these, or is not whole; for a run directory
+    after all its checkpoints have been described.
     """
     if path.suffix in SAFETENSORS and path.is_file():
         yield from _describe_tensors(path, _sft_tensors(path))
@@ -40,11 +41,15 @@ def _describe_run(path: Path, verify: bool) -> Iterator[str]:
     found = checkpoints_in(parent)
     if not found:
         raise CheckpointError(f"{path}: no run directory, no checkpoint, no .sft and no .pt")
+    broken = []
     for directory in found:
         try:
             yield from _describe_checkpoint(directory, read_manifest(directory), verify)
         except CheckpointError as error:
             yield f"  {error}"
+            broken.append(directory.name)
+    if broken:
+        raise CheckpointError(f"{path}: not whole here: {', '.join(broken)}")
 
 
 def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterator[str]:

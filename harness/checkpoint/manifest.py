@@ -58,7 +58,8 @@ class Manifest(BaseModel):
     metrics: dict[str, float] = {}
     """The evaluation at this step, if there was one."""
     saved_at: float = Field(default_factory=time.time)
-    """Seconds since 1970; the newest checkpoint is the one that was saved last."""
+    """Seconds since 1970; the newest checkpoint is the one that was saved last. Where a clock was
+    put back, a moment after the one before."""
     versions: dict[str, str] = Field(
         default_factory=lambda: {name: version(name) for name in ("harness", "torch", "deepspeed")}
     )

@@ -22,7 +22,7 @@ from harness import distributed, ema
 from harness.checkpoint import missing
 from harness.checkpoint.disks import find_disks
 from harness.checkpoint.durable import FileEntry, told_as, write_file
-from harness.checkpoint.manifest import EngineManifest, Manifest
+from harness.checkpoint.manifest import EngineManifest, Manifest, step_directory
 from harness.checkpoint.save import collect, describe, make_room, shapes_of
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read, real
@@ -49,13 +49,14 @@ _CARRIED = ("lr_scheduler", "global_steps", "global_samples", "skipped_steps")
 
 @contextmanager
 def in_layout_of(
-    engines: Engines, directory: Path, manifest: Manifest
+    engines: Engines, directory: Path, manifest: Manifest, parent: Path
 ) -> Iterator[dict[str, Path]]:
     """Where to load each engine from: `directory`, or a copy in its own layout. Collective.
 
-    The copy stands in `step-N.relayout.tmp` while the context lasts. Raises CheckpointError, on all
-    ranks, if the engine's optimizer cannot be cut anew, its parameters are others, or the copy
-    cannot be written.
+    The copy stands in `parent/step-N.relayout.tmp` while the context lasts, among the run's own
+    checkpoints: other runs may read the same checkpoint. Raises CheckpointError, on all ranks, if
+    the engine's optimizer cannot be cut anew, its parameters are others, or the copy cannot be
+    written.
     """
     described = {engine.name: describe(engine) for engine in engines.trained}
     foreign = [engines[n] for n, here in described.items() if manifest.engines[n] != here]
@@ -67,9 +68,9 @@ def in_layout_of(
     if not foreign:
         yield dict.fromkeys(engines, directory)
         return
-    staged = directory.with_name(f"{directory.name}.relayout.tmp")
+    staged = step_directory(parent, manifest.step).with_suffix(".relayout.tmp")
     needed = sum(entry.size for entry in manifest.files.values())
-    is_leader = find_disks(directory).is_leader
+    is_leader = find_disks(parent).is_leader
     with (
         distributed.in_unison(f"cannot re-lay {directory}"),
         told_as(f"cannot re-lay checkpoint {directory}"),

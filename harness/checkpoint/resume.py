@@ -99,7 +99,8 @@ def resume(directory: Path, engines: Engines, batches: Batches, live: Live) -> N
     manifest = common_manifest(directory)
     same_world = manifest.world_size == distributed.world_size()
     rank = distributed.global_rank()
-    with in_layout_of(engines, directory, manifest) as places:
+    parent = live.config.run_dir / "checkpoints"
+    with in_layout_of(engines, directory, manifest, parent) as places:
         for engine in engines.trained:
             engine.ds.load_checkpoint(str(places[engine.name]), tag=engine.name)
     with distributed.in_unison(f"cannot resume from {directory}"):

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest
+from harness.checkpoint.manifest import LATEST, Manifest, checkpoints_in, read_manifest
 from harness.errors import CheckpointError
 from harness.sections import CheckpointConfig
 
@@ -22,8 +22,8 @@ def prune(
 
     `everywhere`: of several disks, the names that stand for the same save on all. The rules choose
     among them, so that all disks keep the same; what else is on this one goes when it is as old.
-    Called after a commit only, so that the newest checkpoint is a good one. What cannot be removed
-    is told and left.
+    Called after a commit only, so that the newest checkpoint is a good one; what `latest` names
+    stays in any case. What cannot be removed is told and left.
     """
     if not settings.keep_last:
         return
@@ -36,7 +36,8 @@ def prune(
     common = manifests
     if everywhere is not None:
         common = {path: found for path, found in manifests.items() if path.name in everywhere}
-    for path in manifests.keys() - kept(common, settings) - kept(manifests, settings):
+    named = {directory / path.read_text().strip() for path in directory.glob(LATEST)}
+    for path in manifests.keys() - kept(common, settings) - kept(manifests, settings) - named:
         try:
             remove(path)
         except OSError as error:

@@ -9,6 +9,7 @@ rank, fails the save on all ranks together, and the older checkpoints stay as th
 import logging
 import shutil
 import socket
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ from harness.checkpoint.manifest import (
     LATEST,
     EngineManifest,
     Manifest,
+    checkpoints_in,
     digest,
+    saved_at,
     step_directory,
 )
 from harness.checkpoint.retain import forget_replaced, prune, put_in_place, take_back
@@ -80,6 +83,11 @@ class Saver:
         self._live = live
         self._config_digest = digest(live.config.model_dump_json())
         self._described = {name: describe(engine) for name, engine in engines.items()}
+        self._saved_at = 0.0  # of the newest checkpoint; what counts is what rank 0 knows
+        doing = f"cannot look into {self.directory}"
+        with distributed.in_unison(doing), told_as(doing):
+            if distributed.is_global_leader():
+                self._saved_at = max(map(saved_at, checkpoints_in(self.directory)), default=0.0)
         self._pending: _Pending | None = None
         self._all_written = distributed.Agreement()
         self._snapshots = Snapshots()
@@ -106,6 +114,7 @@ class Saver:
         staged = target.with_name(f"{target.name}.tmp")
         needed = self._disks.sum(sum(map(bytes_of, jobs.values())))
         manifest = distributed.broadcast(self._manifest(metrics, pinned))
+        self._saved_at = manifest.saved_at
         background = self._live.config.checkpoint.background
         try:
             with distributed.in_unison(f"cannot save {target}"), told_as(f"cannot save {target}"):
@@ -199,6 +208,7 @@ class Saver:
             config_digest=self._config_digest,
             metrics=metrics,
             pinned=pinned,
+            saved_at=max(time.time(), self._saved_at + 1e-3),  # clocks step back
         )
 
 

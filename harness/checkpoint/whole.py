@@ -53,48 +53,56 @@ def common_manifest(directory: Path) -> Manifest:
 
 
 def verified(directory: Path) -> Manifest:
-    """Reads all files of a checkpoint, on whichever disk, and checks every CRC. Collective.
+    """Reads all files that a resume needs, on whichever disk, and checks every CRC. Collective.
 
-    The ranks share the work. Raises CheckpointError, on all ranks, for what is damaged or nowhere.
+    The ranks share the work. Of the ranks' own files another number of ranks needs only rank 0's.
+    Raises CheckpointError, on all ranks, for what is damaged or nowhere.
     """
     manifest = common_manifest(directory)
     doing = f"cannot read checkpoint {directory}"
     rank, world_size = distributed.global_rank(), distributed.world_size()
-    share = list(manifest.files)[rank::world_size]
-    if manifest.world_size == world_size:  # where each node has its own disk, they are here
-        share = [name for name, entry in manifest.files.items() if entry.rank == rank]
+    if manifest.world_size == world_size:
+        files = manifest.files  # where each node has its own disk, a rank's own are here
+        share = [name for name, entry in files.items() if entry.rank == rank]
+    else:
+        files = {n: e for n, e in manifest.files.items() if "/" in n or e.rank == 0}
+        share = list(files)[rank::world_size]
     with distributed.in_unison(doing):
         here = [name for name in share if (directory / name).is_file()]
         for name in here:
-            verify_file(directory / name, manifest.files[name])
+            verify_file(directory / name, files[name])
         checked = {name: _identity(directory / name) for name in here}
         disk = _identity(directory) if directory.is_dir() else None
     answers = distributed.all_gather((socket.gethostname(), disk, checked))
     hosts, disks, everyones = zip(*answers, strict=True)
     found = {name: identity for checked in everyones for name, identity in checked.items()}
     if len(set(disks)) > 1:
-        found |= dict.fromkeys(_copies_verified(directory, manifest, disks, found))
+        found |= dict.fromkeys(_copies_verified(directory, files, disks, found))
     with distributed.in_unison(doing):
-        if files := {n: manifest.writer(n) for n in manifest.files if n not in found}:
-            raise CheckpointError(missing.told(directory, files, hosts))
+        if lost := {name: manifest.writer(name) for name in files if name not in found}:
+            raise CheckpointError(missing.told(directory, lost, hosts))
     return manifest
 
 
 def _copies_verified(
-    directory: Path, manifest: Manifest, disks: Sequence[object], checked: Mapping[str, object]
+    directory: Path,
+    files: Mapping[str, FileEntry],
+    disks: Sequence[object],
+    checked: Mapping[str, object],
 ) -> set[str]:
-    """Checks what the ranks find on their disks beside the files that were checked already, and
-    says what that is. `disks`: by rank the same for those that share one. Collective."""
+    """Checks which of the files the ranks find on their disks beside those that were checked
+    already, and says what that is. `disks`: by rank the same for those that share one.
+    Collective."""
     rank = distributed.global_rank()
     with distributed.in_unison(f"cannot read checkpoint {directory}"):
         others = [
             name
-            for name in manifest.files
+            for name in files
             if (directory / name).is_file() and _identity(directory / name) != checked.get(name)
         ]
         mates = [mate for mate, disk in enumerate(disks) if disk == disks[rank]]
         for name in others[mates.index(rank) :: len(mates)]:
-            verify_file(directory / name, manifest.files[name])
+            verify_file(directory / name, files[name])
     return set().union(*distributed.all_gather(others))
 
 
