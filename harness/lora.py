@@ -81,7 +81,9 @@ def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     plain = base_weights(model, state)
     for name, layer in _layers(model).items():
-        own = {f"layer.{key}": state[f"{name}.{key}"].float() for key in layer.state_dict()}
+        own = {
+            f"layer.{key}": state[f"{name}.{key}"].float() for key, _ in layer.named_parameters()
+        }
         delta = torch.func.functional_call(_Delta(layer), own, ())
         weight = plain[f"{name}.weight"]
         plain[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)

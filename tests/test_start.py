@@ -195,7 +195,7 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(
 def test_experts_are_refused(given: Path) -> None:
     model: Any = Odd(0.0)
     model.tilt.allreduce = False  # as DeepSpeed marks them
-    engine: Any = SimpleNamespace(name="net", module=model)
+    engine: Any = SimpleNamespace(name="net", module=model, has_lora=False)
     with pytest.raises(ConfigError, match="experts cannot be started from weights"):
         start.fitted(engine, given)
 
