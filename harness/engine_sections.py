@@ -76,6 +76,11 @@ class LoraConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> "LoraConfig":
         pattern(self.targets)
+        if self.targets.lower() == "all-linear":
+            raise ValueError(
+                f"targets = {self.targets!r} is a word of peft's: give a regular expression for "
+                "the names of the layers"
+            )
         if not importable("peft"):
             raise ValueError("not installed: pip install 'harness[lora]'")
         return self
