@@ -389,9 +389,10 @@ class Engine:
         self._apply_clip()
 
     def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """The whole model's parameters and persistent buffers, one at a time, by name.
+        """The whole model's parameters, persistent buffers and extra state, one at a time, by name.
 
-        Copies on rank 0's CPU (tied tensors stay one tensor); None elsewhere. Collective: at ZeRO
+        Copies on rank 0's CPU (tied tensors stay one tensor); None elsewhere. Extra state
+        (`Module.get_extra_state`) that is no tensor is logged, and left out. Collective: at ZeRO
         stage 3 every parameter is gathered. Raises HarnessError, on all ranks and after the last
         one, if rank 0 has no room for them.
         """
@@ -399,7 +400,11 @@ class Engine:
 
         copies: dict[int, torch.Tensor] = {}
         failure: Exception | None = None
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
+        state = self.module.state_dict(keep_vars=True)
+        tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
+        if others := sorted(state.keys() - tensors.keys()):
+            log.info("engine %s: no tensor, and left out: %s", self.name, ", ".join(others))
+        for name, tensor in tensors.items():
             with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
                 if distributed.is_global_leader() and id(tensor) not in copies and not failure:
                     try:

@@ -76,6 +76,11 @@ class LoraConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> "LoraConfig":
         pattern(self.targets)
+        if self.targets.lower() == "all-linear":
+            raise ValueError(
+                f"targets = {self.targets!r} is a word of peft's: give a regular expression for "
+                "the names of the layers"
+            )
         if not importable("peft"):
             raise ValueError("not installed: pip install 'harness[lora]'")
         return self
@@ -119,6 +124,19 @@ class EngineConfig(Section):
         for key, instead in _OURS.items():
             if key in ds:
                 raise ValueError(f"{self.ds_config}: {key!r} is set by harness: {instead}")
+        for table in ("bf16", "bfloat16", "fp16"):
+            found = ds.get(table, {})
+            if not isinstance(found, Mapping):
+                raise ValueError(
+                    f"{self.ds_config}: {table}: found {found!r}, expected a table, like "
+                    "{'enabled': true}"
+                )
+            for key in _ROUNDED if self.ema_decay else ():
+                if found.get(key):
+                    raise ValueError(
+                        f"{self.ds_config}: {table}.{key}: with ema_decay it must be false: "
+                        "rounded to 16 bits, an average hardly moves"
+                    )
         zero = ds.get("zero_optimization", {})
         stage = zero.get("stage", 0) if isinstance(zero, Mapping) else None
         if stage not in (0, 1, 2, 3):
@@ -200,3 +218,10 @@ _OURS = {
     "train_batch_size": "it follows from data.micro_batch_size and gradient_accumulation_steps",
     "train_micro_batch_size_per_gpu": "use data.micro_batch_size",
 }
+
+_ROUNDED = (
+    "bf16_master_weights_and_grads",
+    "bf16_optimizer_states",
+    "fp16_master_weights_and_grads",
+)
+"""DeepSpeed's keys that keep masters or the optimizer's state in 16 bits."""

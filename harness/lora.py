@@ -5,7 +5,6 @@ put into the model in place: its class, its forward and what it leaves on itself
 """
 
 import importlib
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,11 +29,14 @@ def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
     A weight W [out, in] then acts as W + alpha / rank * B A, with trained A [rank, in], random at
     first, and B [out, rank], zero at first. Raises ConfigError if nothing fits, or a layer that
     cannot be adapted does: one of a kind that peft does not know or has no `weight`, one whose
-    weight is another's as well, which merging could change for one of them only, and a part of
-    `nn.MultiheadAttention`, which computes with weights and calls no parts.
+    weight is another's as well, which merging could change for one of them only, a part of
+    `nn.MultiheadAttention`, which computes with weights and calls no parts, and a convolution or
+    embedding with a setting that peft's adapter (tuners/lora/layer.py) does not take over.
     """
     peft = _peft()
-    _check_untied(model, settings.targets)
+    names: dict[Tensor, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -48,14 +50,9 @@ def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
         raise ConfigError(f"lora.targets = {settings.targets!r}: {text:.400}") from None
     found = _layers(model)
     for name, layer in found.items():
-        if not isinstance(layer.base_layer._parameters.get("weight"), nn.Parameter):
-            kind = type(layer.base_layer).__name__
-            raise ConfigError(f"lora.targets: {name!r} is a {kind}, which has no `weight`")
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-            raise ConfigError(
-                f"lora.targets: {name!r} is a part of nn.MultiheadAttention, which computes with "
-                "its weight and does not call it: leave it out"
-            )
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if reason := _unfit(layer.base_layer, parent, names):
+            raise ConfigError(f"lora.targets: {name!r} {reason}")
     call_every_module(model)
     return list(found)
 
@@ -81,7 +78,9 @@ def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     plain = base_weights(model, state)
     for name, layer in _layers(model).items():
-        own = {f"layer.{key}": state[f"{name}.{key}"].float() for key in layer.state_dict()}
+        own = {
+            f"layer.{key}": state[f"{name}.{key}"].float() for key, _ in layer.named_parameters()
+        }
         delta = torch.func.functional_call(_Delta(layer), own, ())
         weight = plain[f"{name}.weight"]
         plain[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
@@ -123,14 +122,28 @@ def _peft() -> Any:
     return importlib.import_module("peft")  # late: it takes seconds
 
 
-def _check_untied(model: nn.Module, targets: str) -> None:
-    names: dict[Tensor, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[parameter].append(name)
-    for tied in names.values():
-        for name in tied if len(tied) > 1 else ():
-            if re.fullmatch(targets, name.rpartition(".")[0]):
-                raise ConfigError(
-                    f"lora.targets = {targets!r}: {name!r} is tied: {', '.join(tied)} are one "
-                    "tensor, and an adapter would make them differ: leave them out"
-                )
+def _unfit(layer: nn.Module, parent: nn.Module, names: Mapping[Tensor, list[str]]) -> str:
+    """Why a layer cannot be adapted; an empty string if it can. `names`: of all parameters."""
+    weight = layer._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
+        return f"is a {type(layer).__name__}, which has no `weight`"
+    if isinstance(parent, nn.MultiheadAttention):
+        return (
+            "is a part of nn.MultiheadAttention, which computes with its weight and does not call "
+            "it: leave it out"
+        )
+    if len(names[weight]) > 1:
+        return (
+            f"is tied: {', '.join(names[weight])} are one tensor, and an adapter would make them "
+            "differ: leave it out"
+        )
+    expected: dict[str, Any] = {}
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        ones = (1,) * len(layer.kernel_size)
+        expected = {"groups": 1, "dilation": ones, "padding_mode": "zeros"}
+    elif isinstance(layer, nn.Embedding):
+        expected = {"max_norm": None}
+    for key, value in expected.items():
+        if (found := getattr(layer, key)) != value:
+            return f"has {key} = {found!r}, which peft's adapter would not do alike: leave it out"
+    return ""

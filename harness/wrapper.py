@@ -7,6 +7,7 @@ with inject(nn.Linear, BitLinear):
 
 import importlib
 import re
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,20 +107,28 @@ def inject(what: type[nn.Module], by: type[nn.Module]) -> Iterator[None]:
     """In the block, whoever builds a `what` gets a `by`, under whatever name they imported it.
 
     `by` is a subclass of `what`, and is built with the same arguments. Building a subclass of
-    `what` by its own name is no different. Afterwards `what` is as it was, after an exception too;
-    what was built keeps its class. One thread at a time. Raises ConfigError if `by` is no subclass.
+    `what` by its own name is no different, and what a `by` builds as its parts is plain. Afterwards
+    `what` is as it was, after an exception too; what was built keeps its class. One thread at a
+    time. Raises ConfigError if `by` is no subclass.
     """
     if not issubclass(by, what) or by is what:
         raise ConfigError(f"inject: {by.__name__} is no subclass of {what.__name__}")
     own = vars(what).get("__init__")
     plain: Any = what.__init__
 
+    is_inside = False
+
     def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if type(self) is what:
+        nonlocal is_inside
+        if type(self) is not what or is_inside:
+            plain(self, *args, **kwargs)
+            return
+        is_inside = True
+        try:
             self.__class__ = by
             by.__init__(self, *args, **kwargs)
-        else:
-            plain(self, *args, **kwargs)
+        finally:
+            is_inside = False
 
     what.__init__ = build
     try:
@@ -177,9 +186,10 @@ def resize_modules(model: nn.Module, include: str, size: int) -> list[Change]:
     `include`: a regular expression for whole names. Weights [rows, width] and biases [rows] become
     [size, ...]. Old rows stay to the bit; new ones are the mean of the old ones, so that a new
     token starts out as no better a guess than an average one (Hewitt, "Initializing New Word
-    Embeddings for Pretrained Language Models", 2021). Tied weights stay tied, and what else holds
-    one of them grows with it. Build the optimizer afterwards. Raises ConfigError, with the model as
-    it was, if nothing fits, a module is of another kind, would shrink, or is sharded by ZeRO.
+    Embeddings for Pretrained Language Models", 2021). Tied weights and biases stay tied, and what
+    else holds one of them grows with it. Build the optimizer afterwards. Raises ConfigError, with
+    the model as it was, if nothing fits, a module is of another kind, would shrink, or is sharded
+    by ZeRO.
     """
     holders: dict[Tensor, dict[str, nn.Module]] = defaultdict(dict)
     for name, module in model.named_modules():
@@ -189,9 +199,15 @@ def resize_modules(model: nn.Module, include: str, size: int) -> list[Change]:
     chosen = {n: m for n, m in model.named_modules() if re.fullmatch(include, n)}
     if not chosen:
         raise ConfigError(f"resize: {include!r} fits no module of {type(model).__name__}")
-    for module in list(chosen.values()):
+    waiting = [*chosen.values()]
+    while waiting:
+        module = waiting.pop()
         if isinstance(module, nn.Embedding | nn.Linear):
-            chosen |= holders[module.weight]
+            tied = dict(holders[module.weight])
+            if (bias := module._parameters.get("bias")) is not None:
+                tied |= {n: m for n, m in holders[bias].items() if isinstance(m, nn.Linear)}
+            waiting += [tied[name] for name in tied.keys() - chosen.keys()]
+            chosen |= tied
     for name, module in chosen.items():
         if not isinstance(module, nn.Embedding | nn.Linear):
             raise ConfigError(f"resize: {name!r} is a {type(module).__name__}, no Embedding/Linear")
@@ -202,13 +218,17 @@ def resize_modules(model: nn.Module, include: str, size: int) -> list[Change]:
     grown: dict[nn.Parameter, nn.Parameter] = {}
     changes = []
     for name, module in chosen.items():
-        for key, old in module._parameters.items():
+        for old in module._parameters.values():
             if old is not None and old not in grown:
                 grown[old] = _grown(old, size)
-            module._parameters[key] = None if old is None else grown[old]
         rows = "num_embeddings" if isinstance(module, nn.Embedding) else "out_features"
         changes.append(Change(name, f"{getattr(module, rows)} rows", f"{size} rows"))
         setattr(module, rows, size)
+    for old, new in grown.items():
+        for holder in holders[old].values():
+            for key, parameter in holder._parameters.items():
+                if parameter is old:
+                    holder._parameters[key] = new
     return changes
 
 
@@ -337,6 +357,9 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
         return
     for key, hooks in vars(old).items():
         if "_hooks" in key and isinstance(hooks, dict):  # shared, so that handles stay good
+            for hook in hooks.values():
+                if getattr(hook, "with_module", False):  # load_state_dict's know their module
+                    hook.module = weakref.ref(new)
             hooks.update(vars(new).get(key) or {})
             new.__dict__[key] = hooks
 

@@ -28,6 +28,25 @@ class Odd(Classifier):
         return super().forward(points * self.tilt[:6], classes)
 
 
+class Counting(nn.Module):
+    """Counts its calls in its extra state, a tensor or a table."""
+
+    def __init__(self, as_tensor: bool):
+        super().__init__()
+        self.calls = 0
+        self.as_tensor = as_tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+    def get_extra_state(self) -> Any:
+        return torch.tensor(float(self.calls)) if self.as_tensor else {"calls": self.calls}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.calls = int(state if self.as_tensor else state["calls"])
+
+
 class TwoGroups(torch.optim.AdamW):
     """Decays the matrices alone, and steps the vectors half as far."""
 
@@ -53,10 +72,13 @@ class Noted(Points):
 
 def build(config: Config) -> Task:
     args: dict[str, Any] = {"fill": 0.0, "notes": None, "reordered": False, "born_sharded": False}
+    args |= {"counts": False}
     args |= config.task.args
     ds = config.engines["net"].deepspeed() | {"train_micro_batch_size_per_gpu": 1}
     with deepspeed.zero.Init(config_dict_or_path=ds, enabled=args["born_sharded"]):
         models: dict[str, nn.Module] = {name: Odd(args["fill"]) for name in config.engines}
+    if args["counts"]:
+        models["net"].dropout = nn.Sequential(Counting(True), Counting(False))
     for parameter in models["wise"].parameters() if "wise" in models else []:
         parameter.data.fill_(args["fill"])
     if args["reordered"]:

@@ -75,6 +75,7 @@ def test_the_run_is_called_after_the_file(toml: Path) -> None:
         ("--engines.n-t.role=train", "engines.n-t.ds_config: missing"),
         ("--engines.net.frozn=1", "engines.net.frozn (command line): unknown key (did you mean"),
         ("--engines.net.ds_overrides.zero_optimization=3", "found 3, expected {'stage': 0 to 3}"),
+        ("--engines.net.ds_overrides.bf16=true", "zero1.json: bf16: found True, expected a table"),
         ("--engines.net.ds_overrides.zero_optimization.stage=4", "expected {'stage': 0 to 3}"),
         ("--engines.net.ds_overrides.zero_optimization.elastic_checkpoint=true", "leave it out"),
         ("--engines.net.ds_overrides.checkpoint.use_node_local_storage=true", "leave it out"),
@@ -124,6 +125,21 @@ def test_a_teacher_fits_only_some_stages(toml: Path) -> None:
                 load(toml, parse_overrides(words))
         else:
             assert load(toml, parse_overrides(words)).engines["wise"].role == "teacher"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "bf16.bf16_master_weights_and_grads",
+        "bfloat16.bf16_optimizer_states",
+        "fp16.fp16_master_weights_and_grads",
+    ],
+)
+def test_an_average_is_not_kept_in_16_bits(toml: Path, key: str) -> None:
+    words = [f"--engines.net.ds_overrides.{key}=true"]
+    load(toml, parse_overrides(words))
+    with pytest.raises(ConfigError, match=rf"zero1\.json: {key}: with ema_decay it must be false"):
+        load(toml, parse_overrides([*words, "--engines.net.ema_decay=0.9"]))
 
 
 def test_the_resolved_config_can_be_run_again(toml: Path, tmp_path: Path) -> None:

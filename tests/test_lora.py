@@ -193,6 +193,18 @@ def test_adapters_are_called_in_the_evaluation_of_torchs_own_encoder(peft: Any) 
         torch.testing.assert_close(layer.eval()(x), trained)
 
 
+class Unfit(nn.Sequential):
+    """Layers with settings that an adapter of peft's has not."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv1d(8, 8, 3, groups=2),
+            nn.Conv2d(8, 8, 3, dilation=(1, 2)),
+            nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular"),
+            nn.Embedding(8, 8, max_norm=1.0),
+        )
+
+
 @pytest.mark.parametrize(
     ("kind", "targets", "message"),
     [
@@ -200,7 +212,11 @@ def test_adapters_are_called_in_the_evaluation_of_torchs_own_encoder(peft: Any) 
         (Mixed, "body", "ModuleList.* is not supported"),
         (Mixed, "attention", "'attention' is a MultiheadAttention, which has no `weight`"),
         (Mixed, r"attention\.out_proj", "'attention.out_proj' is a part of nn.MultiheadAttention"),
-        (Classifier, "again", "'again.weight' is tied: middle.weight, again.weight are one"),
+        (Classifier, "again", "'again' is tied: middle.weight, again.weight are one tensor"),
+        (Unfit, "0", "'0' has groups = 2, which peft's adapter would not do alike"),
+        (Unfit, "1", r"'1' has dilation = \(1, 2\)"),
+        (Unfit, "2", "'2' has padding_mode = 'circular'"),
+        (Unfit, "3", "'3' has max_norm = 1.0"),
     ],
 )
 def test_what_cannot_be_adapted_is_told(
@@ -208,6 +224,11 @@ def test_what_cannot_be_adapted_is_told(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         adapt(kind(), LoraConfig(targets=targets))
+
+
+def test_a_word_of_peft_is_no_regular_expression(peft: Any) -> None:
+    with pytest.raises(ValidationError, match="'All-Linear' is a word of peft's"):
+        LoraConfig(targets="All-Linear")
 
 
 def test_without_peft_it_is_an_error_of_the_config(

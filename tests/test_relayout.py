@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from harness import io
 from harness.checkpoint import resume
+from harness.checkpoint.convert import Options, convert
 from harness.checkpoint.save import collect, write_files
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read, real
@@ -265,6 +267,34 @@ def test_another_order_of_the_parameters_is_noticed(
     parts = config_of(tmp_path / "parts", (2, stage), task=ODD | {"args": {"reordered": True}})
     assert both(pools, whole, parts, (2, stage), (2, stage)) < 1e-5
     assert_resumed(whole, parts)
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 2), (2, 3)), ((2, 3), (2, 0))])
+def test_extra_state_moves_is_exported_and_converted(
+    pools: Pools, tmp_path: Path, before: Layout, after: Layout
+) -> None:
+    task = {"path": TASK, "args": {"counts": True}}
+    settings: Any = {"steps": 4, "task": task, "trainer": {"export_on_quit": True, "eval_every": 0}}
+    pools(before[0]).run(train, config_of(tmp_path, before, **settings))
+    config = config_of(tmp_path, after, **settings | {"steps": 8})
+    pools(after[0]).run(train, config)
+    told: list[str] = []
+    convert(config.run_dir, tmp_path / "weights.sft", Options(dtype="bf16"), told.append)
+    exported = io.load(config.run_dir / "exports/step-00000008/net.sft")
+    for found in (exported, io.load(tmp_path / "weights.sft")):
+        assert found["dropout.0._extra_state"] == torch.tensor(8.0)
+        assert "dropout.1._extra_state" not in found
+    assert told[0] == "note: 'dropout.1._extra_state' is no tensor, and is left out: a dict"
+    log = (config.run_dir / "log.txt").read_text()
+    assert "engine net: no tensor, and left out: dropout.1._extra_state" in log
+    convert(checkpoint(config, 8), tmp_path / "native", Options(to_zero=1, ranks=2), told.append)
+    native = real(SavedEngine(tmp_path / "native/global_step8").extra)
+    assert native["dropout.1._extra_state"] == {"calls": 8}
+    init = {"init_from": tmp_path / "weights.sft"}
+    started = config_of(tmp_path / "new", after, init, **settings | {"steps": 1})
+    pools(after[0]).run(train, started)
+    log = (started.run_dir / "log.txt").read_text()
+    assert "engine net: extra state is not taken: dropout.0._extra_state" in log
 
 
 def test_no_sample_is_lost_or_repeated(pools: Pools, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Replacing modules, freezing and growing them, alone and in runs at every ZeRO stage."""
 
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,17 @@ def test_hooks_go_along_and_their_handles_stay_good(by: Factory) -> None:
     handle.remove()
     model(points, classes)
     assert calls == ["hook"]
+
+
+def test_a_hook_that_knows_its_module_gets_the_new_one() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    seen: list[nn.Module] = []
+    model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    state = model.state_dict()
+    replace(model, nn.Linear, same_from)
+    gc.collect()
+    model.load_state_dict(state)
+    assert seen == [model[0]]
 
 
 def test_include_and_exclude_are_for_whole_names() -> None:
@@ -206,6 +218,19 @@ def test_the_replacement_may_have_an_init_of_its_own() -> None:
     with inject(nn.Linear, Own):
         layer: Any = nn.Linear(2, 3, bias=False)
     assert (type(layer), layer.more, layer.bias) == (Own, 1, None)
+
+
+class Gated(nn.Linear):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        self.gate = nn.Linear(inputs, 1)
+
+
+def test_what_a_replacement_builds_inside_is_plain() -> None:
+    with inject(nn.Linear, Gated):
+        models = [nn.Linear(3, 2) for _ in range(2)]
+    assert [type(model) for model in models] == [Gated, Gated]
+    assert [type(model.gate) for model in models] == [nn.Linear, nn.Linear]
 
 
 def test_a_class_without_an_init_of_its_own_is_left_without_one() -> None:
@@ -404,6 +429,25 @@ def test_a_vocabulary_grows_with_its_head(tied: bool, include: str) -> None:
     assert torch.equal(model.embed.weight[10:], rows.float().mean(0).bfloat16().expand(3, 4))
     assert (model.embed.num_embeddings, model.head.out_features) == (13, 13)
     model(torch.tensor([12])).sum().backward()
+
+
+class SharedBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(4, 6)
+        self.other = nn.Linear(3, 6)
+        self.bias = self.other.bias = self.decoder.bias
+
+
+def test_a_shared_bias_stays_shared() -> None:
+    model = SharedBias()
+    changes = resize_modules(model, "decoder", 8)
+    assert list(map(str, changes)) == [
+        "decoder: 6 rows -> 8 rows",
+        "other: 6 rows -> 8 rows",
+    ]
+    assert model.bias is model.decoder.bias is model.other.bias
+    assert (model.bias.shape, model.other.weight.shape) == ((8,), (8, 3))
 
 
 @pytest.mark.parametrize(

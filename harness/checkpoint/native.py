@@ -148,6 +148,7 @@ class Native:
             module[name] = torch.empty(0, dtype=dtype) if is_sharded else weight_of(saved, name)
             if name not in buffers and name not in saved.shapes and name not in shared:
                 frozen[name] = weight_of(saved, name)
+        module |= real(saved.extra)
         for alias, kept in shared.items():
             if alias in module and kept in module:
                 module[alias] = module[kept]

@@ -77,7 +77,7 @@ def weights(saved: SavedEngine, dtype: str) -> Plan:
     """The entries of the model's state dict, floating ones in `dtype`; "keep": the model's own.
 
     Trained parameters come from their fp32 masters, except where the model's own copy already is
-    what is asked for.
+    what is asked for. Extra state that is a tensor stays as it is; other is noted, and left out.
     """
     plan = Plan()
     own: Mapping[str, TensorRef] = saved.model["module"] | saved.experts
@@ -90,6 +90,11 @@ def weights(saved: SavedEngine, dtype: str) -> Plan:
         else:
             found = saved.weight(name)
         plan.tensors[name] = Planned(found, _target(found.dtype, target))
+    for name, value in saved.extra.items():
+        if isinstance(value, TensorRef):
+            plan.tensors[name] = Planned(source(value), value.dtype)
+        else:
+            plan.notes.append(f"{name!r} is no tensor, and is left out: a {type(value).__name__}")
     if not saved.tells_names and saved.optimizer is not None:
         kinds = {ref.dtype for ref in own.values()} & {"float16", "bfloat16"}
         if kinds and dtype not in ("keep", *kinds):

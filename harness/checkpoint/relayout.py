@@ -33,6 +33,7 @@ from harness.checkpoint.zero_layout import (
     Tree,
     base_state,
     flats,
+    is_extra_state,
 )
 from harness.engine import Engine
 from harness.engines import Engines
@@ -178,9 +179,12 @@ def _model(tree: Tree, saved: SavedEngine, engine: Engine, shapes: list[Shapes])
     """What changes in a tree of model_states."""
     sharded = engine.zero_stage == 3
     module = type(tree["module"])()
-    for name, tensor in tree["module"].items():
-        is_placeholder = sharded and name not in tree["buffer_names"]
-        module[name] = tensor if is_placeholder else weight_of(saved, name)
+    for name, value in tree["module"].items():
+        if is_extra_state(name):
+            module[name] = real(saved.extra[name])
+        else:
+            is_placeholder = sharded and name not in tree["buffer_names"]
+            module[name] = value if is_placeholder else weight_of(saved, name)
     changed: Tree = {key: real(saved.model[key]) for key in _CARRIED}
     changed["module"] = module
     if tree["frozen_param_fragments"] is not None:

@@ -18,6 +18,7 @@ from harness.checkpoint.zero_layout import (
     base_state,
     flats,
     group_shapes,
+    is_extra_state,
 )
 from harness.errors import CheckpointError
 from harness.formats import pickles
@@ -38,9 +39,11 @@ def is_engine(directory: Path) -> bool:
 class SavedEngine:
     """The files of `directory`, opened: `step-N/ENGINE/` of ours, or a tag of plain DeepSpeed's.
 
-    `model` is rank 0's tree of model_states, with a `TensorRef` for every tensor; `shapes` are
-    those of the parameters that the optimizer steps; `groups` its parameter groups without their
-    parameters; `flats` those of every rank (at stage 0 of one), in the optimizer's own numbering.
+    `model` is rank 0's tree of model_states, with a `TensorRef` for every tensor; `extra` what the
+    modules' `get_extra_state` gave, tensors or anything else, by its name in the state dict;
+    `shapes` are those of the parameters that the optimizer steps; `groups` its parameter groups
+    without their parameters; `flats` those of every rank (at stage 0 of one), in the optimizer's
+    own numbering.
     """
 
     def __init__(self, directory: Path):
@@ -68,6 +71,8 @@ class SavedEngine:
         model = self.model
         if "module" not in model or "dp_world_size" not in model:
             raise CheckpointError("no DeepSpeed checkpoint: model_states hold no module")
+        module: Tree = model["module"]
+        self.extra: Tree = {name: module.pop(name) for name in [*module] if is_extra_state(name)}
         self.world_size: int = model["dp_world_size"]
         if type(self.world_size) is not int or self.world_size < 1:
             raise CheckpointError(f"dp_world_size is {self.world_size!r:.80}, no number of ranks")

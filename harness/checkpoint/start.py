@@ -18,7 +18,7 @@ from harness.checkpoint.locate import locate
 from harness.checkpoint.save import collect, shapes_of
 from harness.checkpoint.saved_engine import SavedEngine
 from harness.checkpoint.tensors import read
-from harness.checkpoint.zero_layout import flats
+from harness.checkpoint.zero_layout import flats, is_extra_state
 from harness.engine import Engine
 from harness.engine_sections import EngineConfig
 from harness.engines import Engines
@@ -118,6 +118,9 @@ def fitted(engine: Engine, path: Path) -> Weights:
     """The weights at `path` under the names of the model. Raises as `find` does."""
     given = _given(path, engine.name)
     module = _entries(engine)
+    if extra := [name for name in given if is_extra_state(name)]:
+        log.info("engine %s: extra state is not taken: %s", engine.name, ", ".join(extra))
+        given = {name: weight for name, weight in given.items() if name not in extra}
     if any(not getattr(p, "allreduce", True) for p in module.values()):
         raise ConfigError(
             f"engines.{engine.name}.init_from: DeepSpeed's experts cannot be started from weights"
@@ -173,7 +176,7 @@ def _given(path: Path, engine: str) -> Weights:
 def _entries(engine: Engine) -> dict[str, torch.Tensor]:
     """The parameters and persistent buffers by name, adapters aside; tied ones are one tensor."""
     state = engine.module.state_dict(keep_vars=True)
-    entries = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    entries = {name: value for name, value in state.items() if not is_extra_state(name)}
     return base_weights(engine.module, entries) if engine.has_lora else entries
 
 

@@ -19,6 +19,9 @@ from harness.errors import CheckpointError
 PARAMETER_NAMES = "parameter_names"
 """Key of a model file: names by parameter group, in the optimizer's order. Stage 0 tells none."""
 
+EXTRA_STATE = "_extra_state"
+"""Last part of the name that torch gives to `Module.get_extra_state`, which is of any kind."""
+
 Tree = dict[str, Any]
 
 
@@ -58,6 +61,11 @@ class Flat:
         """The shape of the moments: the parameter's own at stage 0, (elements,) above it."""
         shape = self.master.shape
         return shape if shape.numel() == self.size else type(shape)([self.size])
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether an entry of a state dict is what a module's `get_extra_state` gave."""
+    return name.rpartition(".")[2] == EXTRA_STATE
 
 
 def base_state(optimizer: Tree) -> Tree:
