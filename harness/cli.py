@@ -101,7 +101,7 @@ def _add_convert(commands: Any) -> None:
         "DST is a new directory. With --ranks, and --round-robin",
     )
     convert.add_argument(
-        "--ranks", metavar="N", type=int, default=1, help="how many ranks will resume it"
+        "--ranks", metavar="N", type=int, help="how many ranks will resume it; 1 by default"
     )
     convert.add_argument(
         "--round-robin",

@@ -275,6 +275,10 @@ class Engine:
         return self._config.lora is not None
 
     @property
+    def _lora_alpha(self) -> float | None:
+        return self._config.lora.alpha if self._config.lora is not None else None
+
+    @property
     def has_ema(self) -> bool:
         """Whether an average of its weights is kept: `ema_decay` is set."""
         return self._ema is not None
@@ -344,6 +348,7 @@ class Engine:
             "schedule": self._schedule,
             "clip": self._clip,
             "configured_clip": self._configured_clip,
+            "lora_alpha": self._lora_alpha,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -353,11 +358,18 @@ class Engine:
         the schedule goes on at its place with the config's learning rate. What live commands have
         changed stays, unless the same thing was changed in the config since: optimizer or schedule
         for the learning rate, `gradient_clipping` for the clipping. Raises CheckpointError if the
-        config has another rank for APOLLO than the checkpoint.
+        config has another rank for APOLLO, or alpha for adapters, than the checkpoint.
         """
         self.counters = Counters(**state["counters"])
         if self.role == "teacher":
             return
+        alpha = state.get("lora_alpha", self._lora_alpha)
+        if alpha != self._lora_alpha:
+            raise CheckpointError(
+                f"engine {self.name!r}: lora.alpha = {self._lora_alpha} here, and {alpha} in the "
+                "checkpoint: other weights: set it as it was, or start a new run under another "
+                "run.name"
+            )
         if not self.has_ema:
             ema.forget(self.ds.optimizer)
         self.ds.lr_scheduler.base_lrs = [chosen["lr"] for chosen in self._chosen]

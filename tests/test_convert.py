@@ -256,6 +256,9 @@ def test_a_missing_expert_is_noticed(checkpoints: Checkpoints, tmp_path: Path, s
         ({"rename": ("inner",)}, "expected OLD=NEW"),
         ({"rename": ("weight|bias=x",)}, "two tensors would be named 'fixed.x'"),
         ({"rename": ("nothing=x",)}, "no name has 'nothing' in it"),
+        ({"rename": ("^tilt$=",)}, "nothing would be left of 'tilt'"),
+        ({"ranks": 2}, "--ranks and --round-robin are for --to-zero"),
+        ({"round_robin": False}, "--ranks and --round-robin are for --to-zero"),
         ({"shard_size": 9}, "must be a directory"),
     ],
 )

@@ -136,6 +136,8 @@ def test_a_checkpoint_of_other_adapters_is_refused(
     two_ranks.run(train, config_of(tmp_path, 2, steps=2))
     (told, _) = two_ranks.run(told_by, config_of(tmp_path, 2, lora=LORA | {"rank": 4}))
     assert "'first.lora_A.default.weight' has the shape (4, 6) here, and (3, 6) in the" in told
+    (told, _) = two_ranks.run(told_by, config_of(tmp_path, 2, lora=LORA | {"alpha": 24}))
+    assert "engine 'net': lora.alpha = 24.0 here, and 12.0 in the checkpoint" in told
 
 
 class Mixed(nn.Module):

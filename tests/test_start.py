@@ -164,6 +164,22 @@ def test_weights_may_lie_in_any_kind_of_file(
     assert ("10 cast from bfloat16 to float32" in told) == (kind == "bf16")
 
 
+def test_of_several_engines_it_is_the_one_of_the_same_name(
+    two_ranks: RankPool, tmp_path: Path, weights: dict[str, Tensor], given: Path
+) -> None:
+    other = {"ds_config": ROOT / "ds_configs/zero1.json", "optimizer": STILL}
+    first = config_of(tmp_path / "first", 1, given, engines={"other": other})
+    two_ranks.run(train, first)
+    config = config_of(tmp_path, 1, first.run_dir)
+    two_ranks.run(train, config)
+    assert_starts_from(config, weights, torch.float32)
+    elsewhere = {"ds_config": other["ds_config"], "optimizer": STILL, "init_from": first.run_dir}
+    config = config_of(tmp_path / "third", 1, given, engines={"third": elsewhere})
+    for told in two_ranks.run(told_by, config):
+        assert "step-00000001: name one: " in told
+        assert "step-00000001/NAME: net, other" in told
+
+
 def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(
     two_ranks: RankPool, tmp_path: Path, weights: dict[str, Tensor]
 ) -> None:

@@ -47,8 +47,8 @@ class Options:
     verify: bool = False
     to_zero: int | None = None
     """ZeRO stage of the native files that are written instead of weights."""
-    ranks: int = 1
-    """Ranks that they are for."""
+    ranks: int | None = None
+    """Ranks that they are for; None: 1."""
     round_robin: bool | None = None
     """What round_robin_gradients is there; None: false."""
     workers: int = 0
@@ -98,6 +98,9 @@ def convert(src: Path, dst: Path, options: Options, put: Put) -> None:
 
 
 def _check_target(dst: Path, options: Options) -> None:
+    for_zero = (options.ranks, options.round_robin)
+    if options.to_zero is None and any(given is not None for given in for_zero):
+        raise HarnessError("--ranks and --round-robin are for --to-zero")
     if options.to_zero is not None:
         if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
             raise HarnessError(f"{dst} is there already: a checkpoint goes into a new directory")
@@ -148,19 +151,20 @@ def _native(found: SavedEngine | Path, dst: Path, options: Options, put: Put) ->
         raise HarnessError("--to-zero takes no option but --ranks, --round-robin and --engine")
     if not isinstance(found, SavedEngine):
         raise HarnessError(f"{found}: --to-zero needs a checkpoint: there is no optimizer's state")
-    if options.ranks < 1:
-        raise HarnessError(f"--ranks {options.ranks}: expected 1 or more")
+    ranks = 1 if options.ranks is None else options.ranks
+    if ranks < 1:
+        raise HarnessError(f"--ranks {ranks}: expected 1 or more")
     from harness.checkpoint.native import Native  # late: it needs torch
 
     assert options.to_zero is not None
-    native = Native(found, options.to_zero, options.ranks, options.round_robin)
+    native = Native(found, options.to_zero, ranks, options.round_robin)
     tag = f"global_step{found.model['global_steps']}"
     needed = sum(path.stat().st_size for path in found.directory.iterdir())
     with _staged(dst, needed) as staged:
         (staged / tag).mkdir()
         native.write(staged / tag)
         write_atomically(staged / LATEST, lambda path: path.write_text(tag))
-    put(f"{dst}: {tag} for {options.ranks} ranks at ZeRO {options.to_zero}")
+    put(f"{dst}: {tag} for {ranks} ranks at ZeRO {options.to_zero}")
     for note in native.notes:
         put(f"note: {note}")
 

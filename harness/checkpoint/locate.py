@@ -15,14 +15,14 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 
 
-def locate(path: Path, engine: str | None = None) -> SavedEngine | Path:
+def locate(path: Path, engine: str | None = None, own: str | None = None) -> SavedEngine | Path:
     """What `path` means.
 
     A run directory or one of checkpoints: the newest checkpoint. A checkpoint: its engine, or the
-    one named `engine` of several. A directory with `latest`, as plain DeepSpeed, Accelerate and the
-    HF Trainer leave it: the tag that it names. The Trainer's directory of such: the newest. A tag.
-    A directory of Hugging Face's: its index, or its one file. A file: itself. Raises
-    CheckpointError or FormatError.
+    one named `engine`; of several, without a name, `own` if it is there. A directory with `latest`,
+    as plain DeepSpeed, Accelerate and the HF Trainer leave it: the tag that it names. The Trainer's
+    directory of such: the newest. A tag. A directory of Hugging Face's: its index, or its one file.
+    A file: itself. Raises CheckpointError or FormatError.
     """
     if path.is_file():
         if path.suffix not in pt.SUFFIXES | sft.SUFFIXES and not path.name.endswith(shards.SUFFIX):
@@ -38,10 +38,10 @@ def locate(path: Path, engine: str | None = None) -> SavedEngine | Path:
     if is_engine(path):
         return SavedEngine(path)
     if (path / MANIFEST).is_file():
-        return _of_checkpoint(path, engine)
+        return _of_checkpoint(path, engine, own)
     if (path / LATEST).is_file():
         tag = _latest(path)
-        return _of_checkpoint(tag, engine) if (tag / MANIFEST).is_file() else SavedEngine(tag)
+        return _of_checkpoint(tag, engine, own) if (tag / MANIFEST).is_file() else SavedEngine(tag)
     if any(path.glob(f"*{shards.SUFFIX}")) or (path / shards.SINGLE).is_file():
         return shards.find_index(path)
     raise CheckpointError(
@@ -71,7 +71,7 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 
 
-def _of_checkpoint(path: Path, engine: str | None) -> SavedEngine:
+def _of_checkpoint(path: Path, engine: str | None, own: str | None) -> SavedEngine:
     """One engine of a checkpoint of ours, whose files are those of its manifest."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -88,10 +88,11 @@ def _of_checkpoint(path: Path, engine: str | None) -> SavedEngine:
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from None
+    if engine is None and own in engines:
+        engine = own
     if engine is None and len(engines) != 1:
-        raise CheckpointError(
-            f"{path}: name one with --engine, or {path}/NAME: {', '.join(engines) or 'none'}"
-        )
+        name_one = "name one:" if own is not None else "name one with --engine, or"
+        raise CheckpointError(f"{path}: {name_one} {path}/NAME: {', '.join(engines) or 'none'}")
     if engine is not None and engine not in engines:
         hint = did_you_mean(engine, engines)
         raise CheckpointError(f"{path}: no engine {engine!r}, but {', '.join(engines)}{hint}")

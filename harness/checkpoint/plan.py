@@ -214,7 +214,8 @@ def rename(plan: Plan, renames: Sequence[str]) -> None:
     """Applies "OLD=NEW" to every name, in order: OLD is a pattern, of which each match becomes NEW.
 
     Of the optimizer's state the name is that of the parameter, so both go by the same names.
-    Raises HarnessError for what is no pattern, changes nothing, or gives two tensors one name.
+    Raises HarnessError for what is no pattern, changes nothing, or gives two tensors one name or a
+    tensor none.
     """
     for text in renames:
         old, equals, new = text.partition("=")
@@ -232,6 +233,8 @@ def rename(plan: Plan, renames: Sequence[str]) -> None:
             raise HarnessError(f"--rename {text}: no name has {old!r} in it")
         renamed: dict[str, Planned] = {}
         for name, other in names.items():
+            if other == plan.tensors[name].prefix:
+                raise HarnessError(f"--rename {text}: nothing would be left of {name!r}")
             if other in renamed:
                 raise HarnessError(f"--rename {text}: two tensors would be named {other!r}")
             renamed[other] = plan.tensors[name]

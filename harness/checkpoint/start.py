@@ -157,12 +157,12 @@ def fitted(engine: Engine, path: Path) -> Weights:
 
 
 def _given(path: Path, engine: str) -> Weights:
-    """All weights at `path` by name; of a directory of exports, those of this engine."""
+    """All weights at `path` by name; of several engines, those of this one."""
     for suffix in ("sft", "pt"):
         if (path / f"{engine}.{suffix}").is_file():
             path = path / f"{engine}.{suffix}"
             break
-    found = locate(path)
+    found = locate(path, own=engine)
     if isinstance(found, SavedEngine):
         return {
             name: planned.source for name, planned in plan.weights(found, "fp32").tensors.items()
