@@ -308,7 +308,7 @@ def test_on_a_terminal(tmp_path: Path) -> None:
     assert (tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json").exists()
 
 
-@pytest.mark.parametrize("rank", ["1", "5", "one"])
+@pytest.mark.parametrize("rank", ["1", "one"])
 def test_a_mistake_of_one_rank_is_told(tmp_path: Path, rank: str) -> None:
     """Also where rank 0 has found nothing, and where it is nobody."""
     world = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
