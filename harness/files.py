@@ -28,6 +28,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         with staged.open("rb") as file:
             os.fsync(file.fileno())
         staged.replace(path)
+    except OSError as error:
+        if str(error.filename) == str(staged):  # of which its user knows nothing
+            error.filename = str(path)
+        raise
     finally:
         staged.unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.files import (
     JsonLines,
@@ -14,6 +15,7 @@ from harness.files import (
     truncate,
     write_atomically,
 )
+from harness.io import save
 from tests.helpers import small_disk
 
 
@@ -70,3 +72,9 @@ def test_a_full_disk_loses_lines_and_says_so_once(
     assert 1 < len(first) < 20 and not cut.endswith("}") and json.loads(last) == {"number": 20}
     (message,) = [record.getMessage() for record in caplog.records]
     assert "x.jsonl: records are lost: " in message and "No space left" in message
+
+
+def test_an_error_names_the_file_that_was_meant(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k"), pytest.raises(OSError, match="No space") as error:
+        save(torch.zeros(100_000), tmp_path / "disk/x.pt")
+    assert error.value.filename == str(tmp_path / "disk/x.pt")

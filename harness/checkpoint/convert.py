@@ -73,8 +73,8 @@ def convert(src: Path, dst: Path, options: Options, put: Put) -> None:
         return
     planning.select(plan, options.include, options.exclude)
     planning.rename(plan, options.rename)
-    planning.tie(plan)
     metadata = planning.metadata(plan)
+    planning.tie(plan)
     if metadata and dst.suffix in pt.SUFFIXES:
         plan.notes.append(f"a {dst.suffix} has no place for the metadata: {', '.join(metadata)}")
     for note in plan.notes:

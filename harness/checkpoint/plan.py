@@ -30,6 +30,8 @@ class Planned:
     dtype: str
     key: str = ""
     """What of a parameter's optimizer state it is: "master", "exp_avg" ... Of weights empty."""
+    parameter: str = ""
+    """Whose state it is, by the name in the checkpoint."""
 
     @property
     def prefix(self) -> str:
@@ -149,7 +151,7 @@ def optimizer(saved: SavedEngine) -> Plan:
             else:
                 plan.values.setdefault(key, {})[name] = value
         for key, tensor in found.items():
-            planned = Planned(tensor, tensor.dtype, key)
+            planned = Planned(tensor, tensor.dtype, key, name)
             plan.tensors[planned.prefix + name] = planned
     plan.groups = [
         group | {"params": [name for name in saved.shapes if saved.group_of(name) == number]}
@@ -190,8 +192,7 @@ def _target(dtype: str, wanted: str) -> str:
 
 def select(plan: Plan, include: Sequence[str], exclude: Sequence[str]) -> None:
     """Keeps the tensors whose name matches a pattern of `include`, if there is one, and none of
-    `exclude`; of the optimizer's settings, the parameters that have a tensor left. Raises
-    HarnessError for a pattern that is none, or that nothing matches.
+    `exclude`. Raises HarnessError for a pattern that is none, or that nothing matches.
     """
     wanted, unwanted = [_compiled(text) for text in include], [_compiled(text) for text in exclude]
     for pattern in wanted + unwanted:
@@ -206,8 +207,6 @@ def select(plan: Plan, include: Sequence[str], exclude: Sequence[str]) -> None:
     }
     if not plan.tensors:
         raise HarnessError("no tensor is left to be written")
-    kept = {name.removeprefix(p.prefix): name.removeprefix(p.prefix) for name, p in _states(plan)}
-    _name_parameters(plan, kept)
 
 
 def rename(plan: Plan, renames: Sequence[str]) -> None:
@@ -238,31 +237,25 @@ def rename(plan: Plan, renames: Sequence[str]) -> None:
             if other in renamed:
                 raise HarnessError(f"--rename {text}: two tensors would be named {other!r}")
             renamed[other] = plan.tensors[name]
-        prefixes = [(name, names[name], p.prefix) for name, p in _states(plan)]
         plan.tensors = renamed
-        _name_parameters(
-            plan, {old.removeprefix(p): new.removeprefix(p) for old, new, p in prefixes}
-        )
-
-
-def _states(plan: Plan) -> list[tuple[str, Planned]]:
-    """What belongs to the optimizer."""
-    return [(name, planned) for name, planned in plan.tensors.items() if planned.key]
-
-
-def _name_parameters(plan: Plan, names: Mapping[str, str]) -> None:
-    """Gives the parameters in the optimizer's settings their new names; others are left out."""
-    for group in plan.groups:
-        group["params"] = [names[name] for name in group["params"] if name in names]
-    for key, values in plan.values.items():
-        plan.values[key] = {names[name]: v for name, v in values.items() if name in names}
 
 
 def metadata(plan: Plan) -> dict[str, str]:
-    """What is written beside the tensors: the settings of the optimizer are JSON."""
+    """What is written beside the tensors. The settings of the optimizer are JSON, with the names
+    that the parameters have come to have; those that have no tensor left are not in it."""
     if not plan.groups:
         return plan.metadata
-    settings = json.dumps({"param_groups": plan.groups, "state": plan.values}, default=str)
+    states = [(name, planned) for name, planned in plan.tensors.items() if planned.key]
+    names = {planned.parameter: name.removeprefix(planned.prefix) for name, planned in states}
+    groups = [
+        group | {"params": [names[name] for name in group["params"] if name in names]}
+        for group in plan.groups
+    ]
+    values = {
+        key: {names[name]: value for name, value in found.items() if name in names}
+        for key, found in plan.values.items()
+    }
+    settings = json.dumps({"param_groups": groups, "state": values}, default=str)
     return plan.metadata | {OPTIMIZER: settings}
 
 

@@ -13,9 +13,8 @@ from harness.formats.pickles import TensorRef
 from harness.formats.sources import Source, Stretch, source
 
 _DTYPES = {short: dtype for dtype, short in SFT.items() if short != "F4"}
-
-
 _OURS = {tree.KEY, "format", "total_size"}
+"""Metadata of ours, or of what lies where."""
 
 
 @dataclass(frozen=True)
