@@ -13,9 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness.config import Config, load
-from harness.optim.groups import apollo_param_groups
-from harness.optim.memory import state_bytes
+from harness.config import Config
+from harness.config.config import load
+from harness.optim.apollo.groups import apollo_param_groups
+from harness.optim.apollo.memory import state_bytes
 from harness.run import train
 from harness.task import load_task
 from harness.testing.pool import RankPool

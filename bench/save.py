@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from harness.config import Config
-from harness.sections import merge
+from harness.config.sections import merge
 from harness.testing.pool import RankPool
 
 ROOT = Path(__file__).parent.parent
@@ -29,13 +29,13 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     from harness.checkpoint.disks import find_disks
     from harness.checkpoint.save import Saver
     from harness.control.live import Live
-    from harness.data import train_batches
-    from harness.engines import build_engines
+    from harness.data.loader import train_batches
+    from harness.engine.engines import build_engines
     from harness.task import load_task
 
     table = {
         "run": {"name": "bench", "dir": directory},
-        "task": {"path": str(ROOT / "tests/tiny_task.py"), "args": {"width": width}},
+        "task": {"path": str(ROOT / "tests/tasks/tiny_task.py"), "args": {"width": width}},
         "engines": {
             "net": {"ds_config": ROOT / "ds_configs/zero1.json", "optimizer": {"name": "adamw"}}
         },

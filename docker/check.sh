@@ -207,7 +207,7 @@ python3 -m pip install --quiet --constraint constraints.txt --target "$root/opt/
     pytest pytest-timeout >"$work/pip.log" 2>&1 || fail "pytest"
 cp --recursive tests pyproject.toml "$root$workdir"
 environment+=(PYTHONPATH=/opt/pytest PYTHONDONTWRITEBYTECODE=1)
-container 0 python -m pytest -p no:cacheprovider -q tests/test_config.py tests/test_distributed.py \
-    'tests/test_launch.py::test_every_front_under_every_launcher[torchrun]' \
+container 0 python -m pytest -p no:cacheprovider -q tests/config/test_config.py tests/distributed/test_distributed.py \
+    'tests/launch/test_launch.py::test_every_front_under_every_launcher[torchrun]' \
     >"$work/pytest.log" 2>&1 || fail "the tests"
 step "the tests: $(tail --lines=1 "$work/pytest.log")"

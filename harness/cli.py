@@ -144,7 +144,7 @@ def size(text: str) -> int:
 
 def turn(args: argparse.Namespace) -> None:
     """Converts, and tells what came of it. SIGTERM tidies up as SIGINT does."""
-    from harness.checkpoint.convert import Options, convert
+    from harness.convert.convert import Options, convert
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = Options(

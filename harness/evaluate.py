@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 
 from harness import distributed
-from harness.config import Config
-from harness.data import eval_shares
-from harness.engines import Engines
+from harness.config.config import Config
+from harness.data.loader import eval_shares
+from harness.engine.engines import Engines
 from harness.errors import ConfigError, TaskError
 from harness.task import Task
 from harness.utils import to_device

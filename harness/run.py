@@ -10,11 +10,11 @@ from inspect import getdoc
 from pathlib import Path
 
 from harness import distributed
-from harness.checkpoint import resume, start
+from harness.checkpoint import init_weights, resume
 from harness.checkpoint.disks import Disks, find_disks
-from harness.checkpoint.retain import clean
+from harness.checkpoint.retention import clean
 from harness.checkpoint.save import Saver
-from harness.config import Config
+from harness.config.config import Config
 from harness.control.audit import Audit
 from harness.control.bus import Bus
 from harness.control.grammar import Grammar
@@ -22,20 +22,20 @@ from harness.control.live import Live
 from harness.control.signals import Signals
 from harness.control.socket import SocketFront
 from harness.control.stdin import StdinFront
-from harness.data import Batches, train_batches
-from harness.engines import Engines, build_engines
+from harness.data.loader import Batches, train_batches
+from harness.distributed.network import losses_told
+from harness.engine.engines import Engines, build_engines
 from harness.errors import ConfigError, HarnessError, TaskError
 from harness.evaluate import check_eval_data
+from harness.execute import answer
 from harness.files import locked, toml_write
 from harness.metrics.progress import Progress, log_to, show_log
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
 from harness.metrics.status import Status
-from harness.network import losses_told
-from harness.obey import answer
 from harness.task import Task, load_task
-from harness.train import Trainer
+from harness.trainer import Trainer
 from harness.utils import flattened
-from harness.wrapper import attention
+from harness.wrapper.wrapper import attention
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def train(config: Config) -> int:
         rank = distributed.global_rank()
         distributed.seed_everything(config.run.seed + rank)  # other dropout on every rank
         for name, given in weights.items():
-            start.fill(engines[name], given)
+            init_weights.fill(engines[name], given)
         if checkpoint is not None:
             resume.resume(checkpoint, engines, batches, live)
         with distributed.in_unison(f"run directory {config.run_dir}"):
@@ -147,7 +147,7 @@ def _build(config: Config) -> tuple[Task, Batches]:
 
 def _open_run_directory(
     config: Config, engines: Engines, stack: ExitStack
-) -> tuple[Path | None, dict[str, start.Weights], Disks]:
+) -> tuple[Path | None, dict[str, init_weights.Weights], Disks]:
     """Makes the run directory, on every disk, locks it, and logs into it. Collective.
 
     Returns the checkpoint to resume, the given weights that engines start from, and the disks.
@@ -167,7 +167,7 @@ def _open_run_directory(
         if is_known:
             _log_into(directory, config, stack)
     checkpoint = resume.choose(config.run.resume, directory / "checkpoints", engines, disks)
-    weights = start.find(engines, config.engines, resumes=checkpoint is not None)
+    weights = init_weights.find(engines, config.engines, resumes=checkpoint is not None)
     with distributed.in_unison(f"run directory {directory}"):
         if disks.is_leader:
             if not is_known:

@@ -22,8 +22,8 @@ from harness.errors import ConfigError, HarnessError, TaskError
 from harness.utils import tensor_leaves, to_device
 
 if TYPE_CHECKING:
-    from harness.config import Config
-    from harness.engine import Engine
+    from harness.config.config import Config
+    from harness.engine.engine import Engine
 
 Stats = Mapping[str, torch.Tensor | float]
 

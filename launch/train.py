@@ -9,19 +9,18 @@ import sys
 import time
 from typing import NoReturn
 
-from harness import ranks
-from harness.arguments import parse_args
-from harness.control import launcher
+from harness.config.command_line import parse_args
 from harness.errors import HarnessError
+from harness.launcher import environment, parent
 
 SECONDS_FOR_THE_LEADER = 5.0
 
 
 def main() -> None:
     """Reads the command line, trains, and turns the user's mistakes into one message."""
-    launcher.family()  # while it is whole
+    parent.family()  # while it is whole
     try:
-        ranks.adopt()
+        environment.adopt()
         config = parse_args(sys.argv[1:])
     except HarnessError as error:
         if not is_leader():  # it has most likely found the same, and its launcher ends the others

@@ -7,16 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.files import (
-    JsonLines,
-    json_line,
-    json_read,
-    json_write,
-    truncate,
-    write_atomically,
-)
+from harness.files import JsonLines, json_line, json_read, json_write, truncate, write_atomically
 from harness.io import save
-from tests.helpers import small_disk
+from tests.support.helpers import small_disk
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:

@@ -12,19 +12,19 @@ import torch
 from torch import nn
 
 from harness import distributed
-from harness.arguments import parse_args
 from harness.config import Config
-from harness.engine import Engine
+from harness.config.command_line import parse_args
+from harness.config.sections import merge
+from harness.data.sampler import RandomSampler
+from harness.engine.engine import Engine
 from harness.errors import TaskError
 from harness.io import load
-from harness.optim.lr import build_scheduler
+from harness.optim.schedules import build_scheduler
 from harness.run import train
-from harness.sampler import RandomSampler
-from harness.sections import merge
 from harness.task import Task, feed, load_task
 from harness.testing.pool import RankPool
-from harness.train import Trainer
-from tests.helpers import losses, records, tiny_config, told_by
+from harness.trainer import Trainer
+from tests.support.helpers import losses, records, tiny_config, told_by
 
 STAGES = [0, 1, 2, 3]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.manifest import step_directory
-from harness.checkpoint.retain import forget_replaced, put_in_place
-from harness.engine import Engine
-from harness.engines import Engines
+from harness.checkpoint.retention import forget_replaced, put_in_place
+from harness.engine.engine import Engine
+from harness.engine.engines import Engines
+from harness.engine.lora import merged, save_adapters
 from harness.io import save
-from harness.lora import merged, save_adapters
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from harness.checkpoint import missing
 from harness.checkpoint.durable import verify_file
 from harness.checkpoint.manifest import NAME, Manifest, checkpoints_in, read_manifest
 from harness.errors import CheckpointError, FormatError
-from harness.formats.sft import read_header
-from harness.formats.tree import from_metadata, joined, other_nodes
-from harness.io import PICKLES, SAFETENSORS
+from harness.formats.json_tree import from_metadata, joined, other_nodes
+from harness.formats.safetensors import read_header
+from harness.io.save_load import PICKLES, SAFETENSORS
 from harness.utils import dtype_name
 
 

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 from harness import distributed
+from harness.checkpoint.completeness import common_manifest, verified
 from harness.checkpoint.disks import Disks, survey
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest
-from harness.checkpoint.relayout import in_layout_of
-from harness.checkpoint.retain import clean
-from harness.checkpoint.rng import set_rng_state
+from harness.checkpoint.reshard import in_layout_of
+from harness.checkpoint.retention import clean
 from harness.checkpoint.save import rank_file
-from harness.checkpoint.whole import common_manifest, verified
 from harness.control.live import Live
-from harness.data import Batches
-from harness.engine import Engine
-from harness.engines import Engines
+from harness.data.loader import Batches
+from harness.distributed.rng import set_rng_state
+from harness.engine.engine import Engine
+from harness.engine.engines import Engines
 from harness.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)

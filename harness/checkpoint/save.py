@@ -18,13 +18,7 @@ from typing import Any
 
 from harness import distributed
 from harness.checkpoint.disks import Disks, survey
-from harness.checkpoint.durable import (
-    FileEntry,
-    Snapshots,
-    bytes_of,
-    told_as,
-    write_file,
-)
+from harness.checkpoint.durable import FileEntry, Snapshots, bytes_of, told_as, write_file
 from harness.checkpoint.manifest import (
     LATEST,
     EngineManifest,
@@ -34,15 +28,15 @@ from harness.checkpoint.manifest import (
     saved_at,
     step_directory,
 )
-from harness.checkpoint.retain import forget_replaced, prune, put_in_place, take_back
-from harness.checkpoint.rng import rng_state
-from harness.checkpoint.zero_layout import PARAMETER_NAMES, Shapes, group_shapes, layout
+from harness.checkpoint.retention import forget_replaced, prune, put_in_place, take_back
 from harness.control.live import Live
-from harness.data import Batches
-from harness.engine import Engine
-from harness.engines import Engines
+from harness.data.loader import Batches
+from harness.distributed.rng import rng_state
+from harness.engine.engine import Engine
+from harness.engine.engines import Engines
 from harness.errors import CheckpointError
 from harness.files import sync_directory, write_atomically
+from harness.zero.layout import PARAMETER_NAMES, Shapes, group_shapes, layout
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import ValidationError, create_model
 
-from harness.arguments import parse_overrides
-from harness.config import Config, section_of
+from harness.config.command_line import parse_overrides
+from harness.config.config import Config, section_of
+from harness.config.sections import LIVE
 from harness.control.events import Events
 from harness.errors import ConfigError
-from harness.sections import LIVE
 
 log = logging.getLogger(__name__)
 

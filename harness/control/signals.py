@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from harness.control.launcher import is_abandoned
+from harness.launcher.parent import is_abandoned
 
 log = logging.getLogger(__name__)
 

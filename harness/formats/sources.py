@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.formats.dtypes import SIZES
-from harness.formats.pickles import TensorRef
+from harness.formats.pt_reader import TensorRef
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """One tensor's copy in host memory, and the seven waits that keep it true.
 
 Copies out, copies back and compute run on three streams, which know nothing of each other. Every
-order that matters is one `wait` in this file; tests/test_offload_streams.py leaves out each in
+order that matters is one `wait` in this file; tests/offload/test_streams.py leaves out each in
 turn, and sees that it is missed.
 """
 

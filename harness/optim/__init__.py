@@ -1,6 +1,5 @@
 """Optimizers by name, learning-rate schedules, and APOLLO."""
 
-from harness.optim.apollo import Apollo, ApolloMini
-from harness.optim.groups import apollo_param_groups
+from harness.optim.apollo import Apollo, ApolloMini, apollo_param_groups
 
 __all__ = ["Apollo", "ApolloMini", "apollo_param_groups"]

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from harness.engine_sections import OptimizerConfig
+from harness.config.engine_sections import OptimizerConfig
 from harness.errors import ConfigError, did_you_mean
-from harness.optim.apollo import Apollo
-from harness.optim.groups import apollo_param_groups
+from harness.optim.apollo.groups import apollo_param_groups
+from harness.optim.apollo.optimizer import Apollo
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 from harness import distributed
-from harness.checkpoint import manifest, retain, save
+from harness.checkpoint import manifest, retention, save
 
 PHASES: dict[str, tuple[Any, str]] = {
     "room": (save, "make_room"),
@@ -26,8 +26,8 @@ PHASES: dict[str, tuple[Any, str]] = {
     "manifest": (manifest.Manifest, "write"),
     "rename": (save, "put_in_place"),
     "latest": (save, "point_latest"),
-    "prune": (retain, "remove"),
-    "pruning": (retain.shutil, "rmtree"),
+    "prune": (retention, "remove"),
+    "pruning": (retention.shutil, "rmtree"),
 }
 
 

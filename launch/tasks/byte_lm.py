@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from harness.config import Config
+from harness.config.sections import Section
 from harness.errors import ConfigError
-from harness.sections import Section
 from harness.task import Stats, Task
 
 VOCABULARY = 256

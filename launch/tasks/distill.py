@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from harness import io
 from harness.config import Config
+from harness.config.sections import Section
 from harness.errors import ConfigError
-from harness.sections import Section
 from harness.task import Stats, Task
 
 CLASSES = 10

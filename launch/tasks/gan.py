@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from harness.config import Config
+from harness.config.sections import Section
 from harness.errors import CommandError
-from harness.sections import Section
 from harness.task import Stats, Task
 
 SAMPLES = 256

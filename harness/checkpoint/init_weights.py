@@ -1,0 +1,205 @@
+"""Weights from files as an engine's starting point, at every ZeRO stage: `init_from`.
+
+A freshly built engine is filled in place, one tensor after the other: the model's own weights, and
+the fp32 masters beside them, which are read too, so that they are not the rounded weights. Of what
+ZeRO shards a rank reads the stretches that it keeps.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import distributed
+from harness.checkpoint.save import collect, shapes_of
+from harness.config.engine_sections import EngineConfig
+from harness.convert import plan
+from harness.convert.resolve_source import locate
+from harness.engine.engine import Engine
+from harness.engine.engines import Engines
+from harness.engine.lora import base_weights
+from harness.errors import ConfigError, FormatError, did_you_mean
+from harness.formats import tensor_file
+from harness.formats.dtypes import FLOATS
+from harness.formats.sources import Source
+from harness.io.stored import read
+from harness.utils import dtype_name
+from harness.zero.layout import flats, is_extra_state
+from harness.zero.reader import SavedEngine
+
+log = logging.getLogger(__name__)
+
+Weights = dict[str, Source]
+"""A source for every entry of a model's state dict."""
+
+
+def find(
+    engines: Engines, configs: Mapping[str, EngineConfig], resumes: bool
+) -> dict[str, Weights]:
+    """The weights that engines start from, by engine: checked, none of them read. Collective.
+
+    Of a run that resumes they are the teachers', which no checkpoint holds. Raises ConfigError,
+    on all ranks, if a file does not have exactly the weights of its model; CheckpointError or
+    FormatError if it cannot be read.
+    """
+    found: dict[str, Weights] = {}
+    for name, config in configs.items():
+        if config.init_from is not None and (config.role == "teacher" or not resumes):
+            with distributed.in_unison(f"engines.{name}.init_from"):
+                found[name] = fitted(engines[name], config.init_from)
+    return found
+
+
+def fill(engine: Engine, weights: Weights) -> None:
+    """Overwrites the engine's weights, and their masters, with those found for it. Collective.
+
+    Raises FormatError or HarnessError, on all ranks, if a file cannot be read.
+    """
+    shapes = []
+    has_masters = engine.role == "train" and not engine.has_lora  # adapters are not among them
+    if has_masters:
+        shapes = shapes_of(collect(engine))
+    with distributed.in_unison(f"engines.{engine.name}.init_from"), torch.no_grad():
+        module = _entries(engine)
+        for name, tensor in {id(t): (name, t) for name, t in module.items()}.values():
+            _fill_weight(tensor, weights[name])
+        if has_masters:
+            _fill_masters(engine, module, shapes, weights)
+    _note_casts(engine, module, weights)
+
+
+def _fill_weight(tensor: torch.Tensor, weight: Source) -> None:
+    """Fills a parameter or buffer; at ZeRO 3 this rank's shard of the parameter."""
+    whole: Any = tensor
+    if not hasattr(whole, "ds_tensor"):
+        tensor.copy_(read(weight))
+        return
+    shard = whole.ds_tensor
+    start = min(distributed.global_rank() * shard.ds_numel, weight.numel())
+    stop = min(start + shard.ds_numel, weight.numel())
+    shard.view(-1)[: stop - start].copy_(read(weight, start, stop).view(-1))
+    if tensor.shape == whole.ds_shape:  # also held whole: small ones persist
+        tensor.copy_(read(weight))
+
+
+def _fill_masters(
+    engine: Engine, module: Mapping[str, torch.Tensor], shapes: list[Any], weights: Weights
+) -> None:
+    """Fills this rank's fp32 masters where they are others than the parameters."""
+    rank, world = distributed.global_rank(), distributed.world_size()
+    parameters = {id(tensor) for tensor in module.values()}
+    state = engine.ds.optimizer.state_dict()
+    for kept in flats(state, dict(module), shapes, rank, world):
+        if id(kept.master) in parameters:
+            continue
+        for segment in kept.segments:
+            weight = weights[segment.name]
+            if kept.master.shape == weight.shape:
+                kept.master.copy_(read(weight))
+            elif segment.length:
+                part = read(weight, segment.start, segment.start + segment.length)
+                place = kept.master.view(-1)[segment.offset : segment.offset + segment.length]
+                place.copy_(part.view(-1))
+
+
+def _note_casts(engine: Engine, module: Mapping[str, torch.Tensor], weights: Weights) -> None:
+    casts: dict[str, int] = {}
+    for name, tensor in module.items():
+        if weights[name].dtype != dtype_name(tensor.dtype):
+            text = f"{weights[name].dtype} to {dtype_name(tensor.dtype)}"
+            casts[text] = casts.get(text, 0) + 1
+    cast = "".join(f"; {count} cast from {text}" for text, count in casts.items())
+    log.info("engine %s: starts from %d given weights%s", engine.name, len(weights), cast)
+
+
+def fitted(engine: Engine, path: Path) -> Weights:
+    """The weights at `path` under the names of the model. Raises as `find` does."""
+    given = _given(path, engine.name)
+    module = _entries(engine)
+    if extra := [name for name in given if is_extra_state(name)]:
+        log.info("engine %s: extra state is not taken: %s", engine.name, ", ".join(extra))
+        given = {name: weight for name, weight in given.items() if name not in extra}
+    if any(not getattr(p, "allreduce", True) for p in module.values()):
+        raise ConfigError(
+            f"engines.{engine.name}.init_from: DeepSpeed's experts cannot be started from weights"
+        )
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.items():
+        names.setdefault(id(tensor), []).append(name)
+    fitted: Weights = {}
+    missing, wrong = [], []
+    for tied in names.values():
+        there = [name for name in tied if name in given]
+        if not there:
+            missing.append(tied[0])
+            continue
+        fitted |= dict.fromkeys(tied, given[there[0]])
+        for name in there:
+            if text := _misfit(module[name], given[name]):
+                wrong.append(f"{name!r} {text}")
+            elif not _equal(given[there[0]], given[name]):
+                wrong.append(f"{name!r} differs from {there[0]!r}: tied here, and not there")
+    unexpected = [name for name in given if name not in module]
+    report = [
+        *_listed("missing", _with_nearest(missing, unexpected or given)),
+        *_listed("unexpected", _with_nearest(unexpected, missing or module)),
+        *_listed("wrong", wrong),
+    ]
+    if report:
+        raise ConfigError(
+            f"engines.{engine.name}.init_from: {path} does not have the weights of the model:\n"
+            + "\n".join(report)
+            + "\n`harness convert` writes a file that fits: --rename OLD=NEW, --exclude REGEX"
+        )
+    return fitted
+
+
+def _given(path: Path, engine: str) -> Weights:
+    """All weights at `path` by name; of several engines, those of this one."""
+    for suffix in ("sft", "pt"):
+        if (path / f"{engine}.{suffix}").is_file():
+            path = path / f"{engine}.{suffix}"
+            break
+    found = locate(path, own=engine)
+    if isinstance(found, SavedEngine):
+        return {
+            name: planned.source for name, planned in plan.weights(found, "fp32").tensors.items()
+        }
+    content = tensor_file.read(found)
+    if content is None:
+        raise FormatError(f"{found}: expected weights by name, and there is more than that in it")
+    return content.tensors
+
+
+def _entries(engine: Engine) -> dict[str, torch.Tensor]:
+    """The parameters and persistent buffers by name, adapters aside; tied ones are one tensor."""
+    state = engine.module.state_dict(keep_vars=True)
+    entries = {name: value for name, value in state.items() if not is_extra_state(name)}
+    return base_weights(engine.module, entries) if engine.has_lora else entries
+
+
+def _misfit(tensor: torch.Tensor, weight: Source) -> str:
+    """What is wrong with the shape or dtype of a weight; an empty string if nothing is."""
+    here, there = list(getattr(tensor, "ds_shape", tensor.shape)), list(weight.shape)
+    if here != there:
+        return f"has the shape {there} there, and {here} here"
+    dtypes = {weight.dtype, dtype_name(tensor.dtype)}
+    if len(dtypes) > 1 and not dtypes <= set(FLOATS):
+        return f"is of {weight.dtype} there, and of {dtype_name(tensor.dtype)} here"
+    return ""
+
+
+def _equal(one: Source, other: Source) -> bool:
+    return one == other or torch.equal(read(one), read(other))
+
+
+def _with_nearest(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    return [f"{name!r}{did_you_mean(name, known)}" for name in names]
+
+
+def _listed(what: str, texts: list[str], most: int = 10) -> list[str]:
+    """Lines for the first of them, and how many more there are."""
+    more = [f"  ... and {len(texts) - most} more {what}"] if len(texts) > most else []
+    return [f"  {what}: {text}" for text in texts[:most]] + more

@@ -1,0 +1,5 @@
+"""The typed configuration, checked before torch is imported."""
+
+from harness.config.config import Config
+
+__all__ = ["Config"]

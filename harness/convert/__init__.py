@@ -1,0 +1,1 @@
+"""Checkpoints and files of weights, rewritten as plain weights."""

@@ -1,0 +1,1 @@
+"""DeepSpeed engines: one model under one engine, and the named set of them."""

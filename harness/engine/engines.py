@@ -1,0 +1,220 @@
+"""The named set of engines, stepped, saved, exported and resumed as one."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness import distributed
+from harness.config.config import Config
+from harness.engine.engine import Engine
+from harness.engine.optimizations import change_models, offload_engines
+from harness.engine.turns import Turn
+from harness.errors import TaskError, did_you_mean
+from harness.task import Stats, Task, feed
+
+
+class Engines(Mapping[str, Engine]):
+    """Engines by name, in the config's order.
+
+    A step of the run is as many micro-batches as it takes for every trained engine to end an
+    optimizer step together: the least common multiple of their gradient accumulations. An engine
+    with `every = n` is trained at the steps n, 2n, ... alone.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], task: Task):
+        self._engines = dict(engines)
+        self._task = task
+        self._turn = Turn()
+        self.trained = [engine for engine in engines.values() if engine.role == "train"]
+        for engine in engines.values():
+            engine.peers, engine.turn = self, self._turn
+        for engine in self.trained if len(self.trained) > 1 else ():
+            self._turn.guard(engine.name, engine.module)
+        self.gradient_accumulation = math.lcm(*(e.gradient_accumulation for e in self.trained))
+        self.global_step = 0
+
+    def __getitem__(self, name: str) -> Engine:
+        return self._engines[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._engines)
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def step(self, batch: Any) -> dict[str, torch.Tensor | float]:
+        """Feeds one micro-batch to each engine that is due, in turn. Returns losses and stats.
+
+        The optimizer of an engine steps when its gradient accumulation is full.
+        """
+        report: dict[str, torch.Tensor | float] = {}
+        for engine in self.due(self.global_step + 1):
+            with self._turn.of(engine.name):
+                loss, stats = feed(self._task, engine, batch)
+                engine.backward(loss)
+            engine.step()
+            report |= self.label(engine, {"loss": loss.detach(), **stats})
+        return report
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any) -> dict[str, torch.Tensor | float]:
+        """The losses and stats of every trained engine on one held-out micro-batch."""
+        report: dict[str, torch.Tensor | float] = {}
+        for engine in self.trained:
+            with self._turn.of(engine.name):
+                if self._task.evaluate is not None:
+                    stats = self._task.evaluate(engine, batch)
+                else:
+                    loss, others = feed(self._task, engine, batch)
+                    stats = {"loss": loss, **others}
+            report |= self.label(engine, stats)
+        return report
+
+    def lend(self, name: str) -> AbstractContextManager[nn.Module]:
+        """Another engine's bare model, frozen, for a loss that goes through it.
+
+        Right at every ZeRO stage: at stage 3 each submodule's forward and backward gather what they
+        need. In an engine's turn the model stays frozen until its backward is over; outside of one,
+        for the `with` block. Raises TaskError for an unknown engine, and in its own turn.
+        """
+        if name not in self:
+            hint = did_you_mean(name, self)
+            raise TaskError(f"there is no engine {name!r} to lend{hint}; there are {list(self)}")
+        return self._turn.lend(name, self[name].module)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Every engine that keeps an average of its weights with that average for its weights."""
+        with ExitStack() as stack:
+            for engine in self.trained:
+                stack.enter_context(engine.averaged())
+            yield
+
+    def train(self) -> None:
+        """Training mode for every trained engine."""
+        for engine in self.values():
+            engine.train()
+
+    def eval(self) -> None:
+        """Evaluation mode for every engine."""
+        for engine in self.values():
+            engine.eval()
+
+    def chosen(self, name: str | None) -> list[Engine]:
+        """The trained engine of that name, or all of them."""
+        return [engine for engine in self.trained if name in (None, engine.name)]
+
+    def due(self, step: int) -> list[Engine]:
+        """The engines that are trained at a step of the run."""
+        return [engine for engine in self.trained if step % engine.every == 0]
+
+    def set_total_steps(self, steps: int) -> None:
+        """Spans every schedule over that many steps of the run."""
+        for engine in self.trained:
+            micro_batches = steps // engine.every * self.gradient_accumulation
+            engine.set_total_steps(micro_batches // engine.gradient_accumulation)
+
+    def overrides(self) -> list[str]:
+        """What live commands have changed, in words."""
+        return [f"{e.name}: {text}" for e in self.trained for text in e.overrides()]
+
+    def get_lr(self) -> dict[str, float]:
+        """The learning rate of the next step, by trained engine."""
+        return {engine.name: engine.get_lr() for engine in self.trained}
+
+    def rates(self) -> dict[str, torch.Tensor | float]:
+        """Learning rate and loss scale that the last step was taken with, named for the log."""
+        report: dict[str, torch.Tensor | float] = {}
+        for engine in self.due(self.global_step):
+            report |= self.label(engine, {"lr": engine.last_lr, "loss_scale": engine.loss_scale})
+        return report
+
+    def norms(self) -> dict[str, torch.Tensor | float]:
+        """The last step's gradient norms, and what optimizers and offloading tell of it, named for
+        the log."""
+        report: dict[str, torch.Tensor | float] = {}
+        for engine in self.due(self.global_step):
+            figures = {
+                "grad_norm": engine.last_grad_norm,
+                **engine.optimizer_figures(),
+                **engine.offload_figures(),
+            }
+            report |= self.label(engine, figures)
+        return report
+
+    def count(self, step: int, samples: int, tokens: int) -> None:
+        """Adds a step's samples and tokens of the whole world to the counters."""
+        for engine in self.due(step):
+            engine.counters.samples += samples
+            engine.counters.tokens += tokens
+
+    def label(self, engine: Engine, stats: Stats) -> dict[str, torch.Tensor | float]:
+        """The stats under the names of the log: prefixed `NAME/` if there are several engines."""
+        prefix = f"{engine.name}/" if len(self) > 1 else ""
+        return {f"{prefix}{key}": value for key, value in stats.items()}
+
+    def gather_attribute(self, name: str) -> dict[str, dict[str, Any]]:
+        """`Engine.gather_attribute` of every engine."""
+        return {engine.name: engine.gather_attribute(name) for engine in self.values()}
+
+    def dispatch_attribute(self, name: str, value: Any) -> int:
+        """`Engine.dispatch_attribute` on every engine; the number of submodules that were set."""
+        return sum(engine.dispatch_attribute(name, value) for engine in self.values())
+
+    def close(self) -> None:
+        """Takes DeepSpeed and offloading off the models; the engines are of no further use."""
+        for engine in self.values():
+            engine.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run's step, and each engine's own state beside DeepSpeed's."""
+        engines = {engine.name: engine.state_dict() for engine in self.values()}
+        return {"global_step": self.global_step, "engines": engines}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        self.global_step = state["global_step"]
+        for name, engine in self.items():
+            engine.load_state_dict(state["engines"][name])
+
+
+def build_engines(task: Task, config: Config) -> Engines:
+    """An engine for every model of the task. Collective.
+
+    Raises TaskError if the task's models are not those of the config, or share a parameter, and
+    ConfigError if they cannot be changed as the config says.
+    """
+    with distributed.in_unison(f"task {config.task.path}"):
+        if set(task.models) != set(config.engines):
+            raise TaskError(
+                f"task {config.task.path} has the models {sorted(task.models)}, and the config the "
+                f"engines {sorted(config.engines)}"
+            )
+        owners: dict[nn.Parameter, str] = {}
+        for name, model in task.models.items():
+            for path, parameter in model.named_parameters():
+                if (owner := owners.setdefault(parameter, name)) != name:
+                    raise TaskError(
+                        f"task {config.task.path}: the models {owner!r} and {name!r} share the "
+                        f"parameter {path!r}, which only one engine can train; give each its own"
+                    )
+        change_models(task.models, config.optimizations)
+    trained = [engine for engine in config.engines.values() if engine.role == "train"]
+    micro_batches = math.lcm(*(engine.gradient_accumulation for engine in trained))
+    engines = {}
+    for name, settings in config.engines.items():
+        steps = config.run.steps // settings.every * micro_batches // settings.gradient_accumulation
+        engines[name] = Engine(
+            name,
+            task.models[name],
+            settings,
+            micro_batch_size=config.data.micro_batch_size,
+            total_steps=steps,
+        )
+    if config.optimizations.unsloth:
+        offload_engines(engines, config.optimizations.offload)
+    return Engines(engines, task)

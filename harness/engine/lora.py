@@ -1,0 +1,149 @@
+"""Low-rank adapters beside a model's frozen weights, by peft (extra: lora).
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. The layers are peft's own,
+put into the model in place: its class, its forward and what it leaves on itself stay.
+"""
+
+import importlib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.config.engine_sections import LoraConfig
+from harness.errors import ConfigError
+from harness.io import save
+from harness.wrapper.wrapper import call_every_module
+
+ADAPTER = "default"
+"""What peft calls an adapter that is the only one."""
+
+
+def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
+    """Freezes the model, and puts adapters beside the layers that fit. Returns their names.
+
+    A weight W [out, in] then acts as W + alpha / rank * B A, with trained A [rank, in], random at
+    first, and B [out, rank], zero at first. Raises ConfigError if nothing fits, or a layer that
+    cannot be adapted does: one of a kind that peft does not know or has no `weight`, one whose
+    weight is another's as well, which merging could change for one of them only, a part of
+    `nn.MultiheadAttention`, which computes with weights and calls no parts, and a convolution or
+    embedding with a setting that peft's adapter (tuners/lora/layer.py) does not take over.
+    """
+    peft = _peft()
+    names: dict[Tensor, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=settings.targets,
+        lora_dropout=settings.dropout,
+    )
+    try:
+        peft.inject_adapter_in_model(config, model, ADAPTER)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"lora.targets = {settings.targets!r}: {text:.400}") from None
+    found = _layers(model)
+    for name, layer in found.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if reason := _unfit(layer.base_layer, parent, names):
+            raise ConfigError(f"lora.targets: {name!r} {reason}")
+    call_every_module(model)
+    return list(found)
+
+
+def base_weights(model: nn.Module, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an adapted model's state dict has of the model itself, under the names from before."""
+    names = {f"{name}.base_layer.": f"{name}." for name in _layers(model)}
+    found = {}
+    for key, tensor in entries.items():
+        inner = next((name for name in names if key.startswith(name)), None)
+        if inner is not None:
+            found[names[inner] + key.removeprefix(inner)] = tensor
+        elif not any(key.startswith(outer) for outer in names.values()):
+            found[key] = tensor
+    return found
+
+
+@torch.no_grad()
+def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Plain weights under the names from before, with the adapters worked in.
+
+    `state`: the whole state dict of the adapted model, which `model` itself need not have.
+    """
+    plain = base_weights(model, state)
+    for name, layer in _layers(model).items():
+        own = {
+            f"layer.{key}": state[f"{name}.{key}"].float() for key, _ in layer.named_parameters()
+        }
+        delta = torch.func.functional_call(_Delta(layer), own, ())
+        weight = plain[f"{name}.weight"]
+        plain[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+    return plain
+
+
+def save_adapters(model: nn.Module, state: Mapping[str, Tensor], directory: Path) -> None:
+    """Writes the adapters alone, as `peft.PeftModel.from_pretrained` loads them.
+
+    `state`: as of `merged`. Raises OSError.
+    """
+    adapted: Any = model
+    found = _peft().get_peft_model_state_dict(
+        adapted, state_dict=dict(state), adapter_name=ADAPTER, save_embedding_layers=False
+    )
+    replace(adapted.peft_config[ADAPTER], inference_mode=True).save_pretrained(str(directory))
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in found.items()}
+    save(tensors, directory / "adapter_model.safetensors")
+
+
+class _Delta(nn.Module):
+    """What an adapter adds to the weight of its layer."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        return self.layer.get_delta_weight(ADAPTER)
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """The adapted layers by name."""
+    kind = importlib.import_module("peft.tuners.lora").LoraLayer
+    return {name: m for name, m in model.named_modules() if isinstance(m, kind)}
+
+
+def _peft() -> Any:
+    return importlib.import_module("peft")  # late: it takes seconds
+
+
+def _unfit(layer: nn.Module, parent: nn.Module, names: Mapping[Tensor, list[str]]) -> str:
+    """Why a layer cannot be adapted; an empty string if it can. `names`: of all parameters."""
+    weight = layer._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
+        return f"is a {type(layer).__name__}, which has no `weight`"
+    if isinstance(parent, nn.MultiheadAttention):
+        return (
+            "is a part of nn.MultiheadAttention, which computes with its weight and does not call "
+            "it: leave it out"
+        )
+    if len(names[weight]) > 1:
+        return (
+            f"is tied: {', '.join(names[weight])} are one tensor, and an adapter would make them "
+            "differ: leave it out"
+        )
+    expected: dict[str, Any] = {}
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        ones = (1,) * len(layer.kernel_size)
+        expected = {"groups": 1, "dilation": ones, "padding_mode": "zeros"}
+    elif isinstance(layer, nn.Embedding):
+        expected = {"max_norm": None}
+    for key, value in expected.items():
+        if (found := getattr(layer, key)) != value:
+            return f"has {key} = {found!r}, which peft's adapter would not do alike: leave it out"
+    return ""

@@ -1,0 +1,95 @@
+"""What [optimizations] asks for, done to the models and their engines."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from harness import distributed
+from harness.config.sections import OffloadConfig, OptimizationsConfig, ReplaceConfig
+from harness.engine.engine import Engine
+from harness.errors import ConfigError
+from harness.offload import attach, available_host_memory
+from harness.wrapper.wrapper import call_every_module, compile_model, imported, replace
+
+log = logging.getLogger(__name__)
+
+
+def change_models(models: Mapping[str, nn.Module], settings: OptimizationsConfig) -> None:
+    """Replaces modules and compiles, before there are engines. Raises ConfigError."""
+    _replace(models, settings.replace)
+    for model in models.values():
+        call_every_module(model)  # a task may have replaced some by itself
+    for model in models.values() if settings.compile else ():
+        compile_model(model, blocks=settings.compile == "blocks")
+
+
+def _replace(models: Mapping[str, nn.Module], entries: Sequence[ReplaceConfig]) -> None:
+    """Does what the config says, in all models or in one, and logs it.
+
+    Raises ConfigError if an entry cannot be imported, or fits no module at all.
+    """
+    for entry in entries:
+        what, by = imported(entry.what), imported(entry.by)
+        refused = []
+        chosen = [entry.engine] if entry.engine else list(models)
+        for name in chosen:
+            try:
+                changes = replace(
+                    models[name], what, by, include=entry.include, exclude=entry.exclude
+                )
+            except ConfigError as error:
+                refused.append(f"engine {name!r}: {error}")
+            else:
+                log.info("engine %s: replaced %s", name, "; ".join(map(str, changes)))
+        if len(refused) == len(chosen):
+            raise ConfigError("optimizations.replace:\n" + "\n".join(refused))
+        for text in refused:
+            log.warning("%s; it stays as it is", text)
+
+
+def offload_engines(engines: Mapping[str, Engine], settings: OffloadConfig) -> None:
+    """Offloads the activations of the trained engines, within one budget of host memory.
+
+    Collective. An engine whose model has no blocks stays as it is; ConfigError if that is true of
+    all of them.
+    """
+    with distributed.in_unison("optimizations.unsloth"):
+        trained = [engine for engine in engines.values() if engine.role == "train"]
+        budget = settings.host_budget or available_host_memory() // 2
+        refused: list[str] = []
+        for engine in trained:
+            try:
+                _offload(engine, settings, budget // len(trained))
+            except ConfigError as error:
+                refused.append(f"engine {engine.name!r}: {error}")
+        if len(refused) == len(trained):
+            raise ConfigError("optimizations.unsloth:\n" + "\n".join(refused))
+        for text in refused:
+            log.warning("%s; it is trained without", text)
+
+
+def _offload(engine: Engine, settings: OffloadConfig, host_budget: int) -> None:
+    """Lets the activations of an engine's blocks wait in host memory, of which `host_budget` bytes
+    may be used. Raises ConfigError if the model has no such blocks."""
+    engine.offloading = attach(
+        engine.module,
+        settings.match or None,
+        mode=settings.mode,
+        budget=settings.budget,
+        keep_last=settings.keep_last,
+        min_bytes=settings.min_bytes,
+        host_budget=host_budget,
+        micro_batches=engine.gradient_accumulation,
+    )
+    blocks = engine.offloading.modules
+    log.info(
+        "engine %s: offload (mode %s, budget %s): %d blocks of class %s, at most %.1f GB of host "
+        "memory a rank",
+        engine.name,
+        settings.mode,
+        settings.budget,
+        len(blocks),
+        "/".join(sorted({type(block).__name__ for block in blocks.values()})),
+        host_budget / 1e9,
+    )

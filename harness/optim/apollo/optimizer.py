@@ -1,0 +1,312 @@
+"""APOLLO: AdamW's step sizes from a low-rank sketch of the gradient, exact under every ZeRO stage.
+
+Zhu, Zhang, Cong, Liu, Park, Chandra, Long, Pan, Wang and Lee, "APOLLO: SGD-like Memory, AdamW-level
+Performance", MLSys 2025, arXiv 2412.05270. The norm-growth limiter is that of Chen, Feng, Li, Lai,
+Yue, Yuan and Wang, "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",
+arXiv 2410.01623.
+
+For a gradient G whose channels (rows or columns, along the longer side) are g_c, at step t:
+
+    R_c = g_c P                          P: inner x r, entries from N(0, 1/r), new every `gap` steps
+    M <- b1 M + (1 - b1) R,   V <- b2 V + (1 - b2) R^2,   N = M / (sqrt(V) + eps)
+    s_c = |N_c| / |R_c|                  (Mini: r = 1, and one s = |N| / |R| for the whole matrix)
+    U_c = s_c g_c
+    U <- U / L,   L = max(|U| / n, gamma) / gamma,   n <- |U|        (the limiter; n: |U| of before)
+    W <- (W - lr sqrt(scale) sqrt(1 - b2^t) / (1 - b1^t) U) (1 - lr weight_decay)
+
+A rank keeps M and V of its own channels only (channels.py), and P is made where it is needed
+(philox.py). Channels that a shard's boundary cuts are completed by one reduce-scatter of (R_c,
+|g_c|^2), and s_c comes back in one all-gather. |U|^2 = sum s_c^2 |g_c|^2, so the limiter costs no
+further one. Arithmetic and state are fp32, sums over channels fp64; nothing waits for the device.
+
+A step with a gradient that is not finite (or whose square is not), on any rank, is skipped by all
+ranks: it changes neither weights nor state, and only `calls`, which refreshes P, counts it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from harness.optim.apollo.channels import matrices_of
+from harness.optim.apollo.lowrank import PROJECTIONS, LowRank, Projections
+from harness.optim.apollo.parts import Dense, Exchange, Group, Part
+from harness.zero.shards import Shard, locate
+
+
+class Apollo(torch.optim.Optimizer):
+    """APOLLO for matrices, AdamW for the rest; with plain tensors, or as DeepSpeed's client.
+
+    A parameter group with `rank = 0` is dense AdamW; `apollo_param_groups` makes the groups of a
+    model. A group may say `stacked = True`: its parameters are stacks of matrices, one per expert.
+    State is by tensor that is stepped: `exp_avg` and `exp_avg_sq` of shape (channels here, rank),
+    `limiter` (matrices,), `step` (), and the int `calls`.
+    """
+
+    RANK: ClassVar = 256
+    """The usual rank."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        rank: int = RANK,
+        scale: float = 1.0,
+        scale_type: Literal["channel", "tensor"] = "channel",
+        scale_front: bool = False,
+        update_proj_gap: int = 200,
+        gamma: float | None = 1.01,
+        projection: Literal["gaussian", "rademacher", "svd"] = "gaussian",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ):
+        """`scale`: alpha, whose root is applied, with `scale_front` already before the limiter.
+
+        `gamma`: what the update's norm may grow by in a step; None or inf: no limiter. `eps` counts
+        before the correction of the bias for matrices, after it for dense AdamW. `projection`:
+        "svd" takes P from the gradient at each refresh (spectral.py), which every rank then keeps
+        for the matrices that it has elements of, as `projection` (any, rank). Raises ValueError
+        for impossible settings, and for a group of rank > 0 with a parameter that is no matrix.
+        """
+        self._parameters: dict[str, Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        self._group_of: dict[str, int] = {}
+        self._parts: dict[tuple[int, ...], Part] = {}
+        self._located_groups: dict[tuple[int, ...], tuple[Group, list[Tensor], list[Shard]]] = {}
+        self._projections = Projections()
+        self._named: dict[str, Tensor] = {}
+        settings = {
+            "lr": lr,
+            "rank": rank,
+            "scale": scale,
+            "scale_type": scale_type,
+            "scale_front": scale_front,
+            "update_proj_gap": update_proj_gap,
+            "gamma": gamma,
+            "projection": projection,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "seed": seed,
+            "stacked": False,
+        }
+        super().__init__(params, settings)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As torch's. Parameters without names get `GROUP.INDEX`, which P then depends on."""
+        given = param_group["params"]
+        given = [given] if isinstance(given, Tensor) else list(given)
+        if not any(isinstance(parameter, tuple) for parameter in given):
+            number = len(self.param_groups)
+            names = [f"{number}.{index}" for index in range(len(given))]
+            param_group = {"param_names": names} | param_group
+        super().add_param_group(param_group | {"params": given})
+        group = self.param_groups[-1]
+        _check(group)
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            if name in self._parameters:
+                raise ValueError(f"two parameters are called {name!r}")
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves shape (0,)
+            if group["rank"]:
+                matrices_of(name, shape, group["stacked"])
+            self._parameters[name], self._shapes[name] = parameter, shape
+            self._group_of[name] = len(self.param_groups) - 1
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. Collective where parameters are sharded; raises ShardError at the first one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.state and self._is_probe():
+            return loss
+        parts = self._begun()
+        if not parts:
+            return loss
+        exchange = Exchange(parts)
+        sent = [part.project() for part in parts]
+        failed = ~torch.stack([part.square_sum() for part in parts]).sum().isfinite()
+        sent.append(failed.float().expand(parts[0].world, 1))
+        *received, failures = exchange.reduce_scatter(sent)
+        well = (failures == 0).squeeze()
+        told = [part.adapt(mine, well) for part, mine in zip(parts, received, strict=True)]
+        is_cut = any(part.is_cut for part in parts)
+        heard = exchange.all_gather(told) if is_cut else [mine[None] for mine in told]
+        for part, everyones in zip(parts, heard, strict=True):
+            part.apply(everyones, well)
+        return loss
+
+    def telemetry(self) -> dict[str, Tensor]:
+        """Figures of the last step, on the device, over the matrices that this rank has a part of:
+        mean |N| / |R|, the share that the limiter held back, and the steps skipped so far.
+
+        With several low-rank groups also for each, with the group's number behind the name.
+        """
+        groups: dict[int, list[dict[str, Tensor]]] = {}
+        for part in self._parts.values():
+            if figures := part.telemetry():
+                number = self._group_of[part.group["param_names"][0]]
+                groups.setdefault(number, []).append(figures)
+        if not groups:
+            return {}
+        found = _means([figures for told in groups.values() for figures in told])
+        for number, told in groups.items() if len(groups) > 1 else ():
+            found |= {f"{key}/{number}": mean for key, mean in _means(told).items()}
+        states = [state for state in self.state.values() if "calls" in state]
+        skipped = torch.stack([state["calls"] - state["step"] for state in states]).max()
+        return found | {"apollo/skipped": skipped}
+
+    def named_state(self) -> dict[str, Tensor]:
+        """The state by the names of parameters and matrices, whole and in no layout, on the CPU of
+        every rank: `NAME/exp_avg` and so on, ready for a .sft file.
+
+        Empty before the first step. Collective where parameters are sharded.
+        """
+        found = dict(self._named)  # what has had no gradient since it was loaded
+        for group, flats, shards in self._located_groups.values():
+            pairs = zip(flats, shards, strict=True)
+            kept = [(flat, shard) for flat, shard in pairs if flat in self.state]
+            if kept:
+                states = [self.state[flat] for flat, _ in kept]
+                named = self._make_part(group, kept).named(states)
+                found |= {name: value.cpu().clone() for name, value in named}
+        return found
+
+    def load_named_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from what `named_state` gave, on any number of ranks and at any ZeRO stage.
+
+        Each tensor takes its part when it is stepped next. `exp_avg`, `exp_avg_sq` and `step` of an
+        AdamW fit dense parameters; what does not fit a matrix is told, and its state starts anew.
+        """
+        self.state.clear()
+        self._named = dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Raises RuntimeError while a state by name has not been taken up."""
+        names = [key.removesuffix("/exp_avg") for key in self._named if key.endswith("/exp_avg")]
+        if waiting := [n for n in names if {n, n.rpartition("[")[0]} & self._parameters.keys()]:
+            raise RuntimeError(
+                "a state that was loaded by name is taken up by the next step that has a gradient "
+                f"for it; until then save named_state(). Waiting: {', '.join(waiting)}"
+            )
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but tensors keep their dtype, also beside parameters in 16 bits.
+
+        Raises ValueError for the state of another optimizer.
+        """
+        if any("rank" not in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                "this is the state of another optimizer than APOLLO: load_named_state takes the "
+                "moments of an AdamW, by name"
+            )
+        super().load_state_dict(state_dict)
+        self._named = {}
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        flats = [flat for group in self.param_groups for flat in group["params"]]
+        for number, flat in zip(saved, flats, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[flat][key] = value.to(flat.device, copy=True)
+
+    def _is_probe(self) -> bool:
+        """Whether this is no step at all: DeepSpeed's FP16_UnfusedOptimizer calls `step` when it is
+        built, with zeros for gradients, so that state is allocated."""
+        gradients = []
+        for group in self.param_groups:
+            for flat, shard in zip(group["params"], self._located(group), strict=True):
+                if shard.group is not None or self._parameters[shard.mine[0].name] is flat:
+                    return False
+                gradients.append(flat.grad)
+        return not any(bool(gradient.any()) for gradient in gradients if gradient is not None)
+
+    def _located(self, group: Group) -> list[Shard]:
+        """What each tensor of a group holds; found out when they are seen for the first time."""
+        flats = group["params"]
+        if not flats:
+            return []
+        key = tuple(map(id, flats))
+        if key not in self._located_groups:
+            parameters = {name: self._parameters[name] for name in group["param_names"]}
+            self._located_groups[key] = group, list(flats), locate(flats, parameters)
+        return self._located_groups[key][2]
+
+    def _begun(self) -> list[Part]:
+        """What there is to do for the tensors that have gradients, by group."""
+        parts = []
+        for group in self.param_groups:
+            pairs = zip(group["params"], self._located(group), strict=True)
+            stepped = [(flat, shard) for flat, shard in pairs if flat.grad is not None]
+            if stepped:
+                part = self._part(group, group["params"], stepped)
+                part.begin(group, [self.state[flat] for flat in part.flats], self._named)
+                parts.append(part)
+        return parts
+
+    def _part(self, group: Group, flats: list[Tensor], some: list[tuple[Tensor, Shard]]) -> Part:
+        """The part for some of a group's tensors; the last one of a group is kept."""
+        key = tuple(map(id, flats))
+        part = self._parts.get(key)
+        if part is None or list(map(id, part.flats)) != [id(flat) for flat, _ in some]:
+            part = self._parts[key] = self._make_part(group, some)
+        return part
+
+    def _make_part(self, group: Group, some: list[tuple[Tensor, Shard]]) -> Part:
+        flats, shards = [flat for flat, _ in some], [shard for _, shard in some]
+        if not group["rank"]:
+            return Dense(flats, shards)
+        matrices = {
+            name: matrices_of(name, self._shapes[name], group["stacked"])
+            for name in group["param_names"]
+        }
+        return LowRank(flats, shards, matrices, self._projections)
+
+
+class ApolloMini(Apollo):
+    """APOLLO of rank 1 with one scale for a whole matrix: hardly any state."""
+
+    RANK: ClassVar = 1
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, **settings: Any):
+        """As Apollo, with other defaults: rank 1, scale 128, scale_type "tensor"."""
+        defaults = {"rank": self.RANK, "scale": 128.0, "scale_type": "tensor"}
+        super().__init__(params, lr, **(defaults | settings))
+
+
+def _means(told: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The telemetry of some parts, over all their matrices that this rank has a part of."""
+    scale, limited, seen = (
+        torch.cat([figures[key] for figures in told]) for key in ("scale", "limited", "seen")
+    )
+    count = seen.sum().clamp(min=1)
+    return {
+        "apollo/scale": torch.where(seen, scale, 0.0).sum() / count,
+        "apollo/limited": (limited & seen).sum() / count,
+    }
+
+
+def _check(group: Group) -> None:
+    """Raises ValueError for impossible settings of a parameter group."""
+    beta1, beta2 = group["betas"]
+    allowed = {
+        "lr": group["lr"] >= 0,
+        "rank": type(group["rank"]) is int and group["rank"] >= 0,
+        "scale": group["scale"] > 0,
+        "scale_type": group["scale_type"] in ("channel", "tensor"),
+        "update_proj_gap": isinstance(group["update_proj_gap"], int)
+        and group["update_proj_gap"] > 0,
+        "gamma": group["gamma"] is None or group["gamma"] >= 1,
+        "projection": group["projection"] in (*PROJECTIONS, "svd"),
+        "betas": 0 <= beta1 < 1 and 0 <= beta2 < 1,
+        "eps": group["eps"] > 0 or (group["eps"] == 0 and not group["rank"]),  # 0 / 0 in N
+        "weight_decay": group["weight_decay"] >= 0,
+    }
+    for key, is_allowed in allowed.items():
+        if not is_allowed:
+            raise ValueError(f"{key} = {group[key]!r} is impossible")

@@ -1,0 +1,320 @@
+"""One engine's files of a checkpoint, as DeepSpeed writes them: everything by parameter name.
+
+Neither torch nor DeepSpeed is needed: of the tensors, only the places in the files are looked up.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from harness.errors import CheckpointError
+from harness.formats import pt_reader
+from harness.formats.pt_reader import Shape, TensorRef
+from harness.formats.sources import Source, Stretch, source
+from harness.formats.unpickler import StandIn
+from harness.zero.layout import (
+    Flat,
+    Segment,
+    Shapes,
+    Tree,
+    base_state,
+    flats,
+    group_shapes,
+    is_extra_state,
+)
+
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+
+
+def is_engine(directory: Path) -> bool:
+    """Whether a directory holds files of an engine, as DeepSpeed names them."""
+    return directory.is_dir() and any(_MODEL.fullmatch(p.name) for p in directory.iterdir())
+
+
+class SavedEngine:
+    """The files of `directory`, opened: `step-N/ENGINE/` of ours, or a tag of plain DeepSpeed's.
+
+    `model` is rank 0's tree of model_states, with a `TensorRef` for every tensor; `extra` what the
+    modules' `get_extra_state` gave, tensors or anything else, by its name in the state dict;
+    `shapes` are those of the parameters that the optimizer steps; `groups` its parameter groups
+    without their parameters; `flats` those of every rank (at stage 0 of one), in the optimizer's
+    own numbering.
+    """
+
+    def __init__(self, directory: Path):
+        """Raises CheckpointError or FormatError if a file is missing, damaged, of another run, or
+        in a layout that is none of those in `zero_layout`.
+        """
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no directory")
+        self.directory = directory
+        models = self._read_ranks(_MODEL)
+        optimizers = self._read_ranks(_OPTIMIZER)
+        if 0 not in models:
+            raise CheckpointError(f"{directory}: no DeepSpeed checkpoint: no model_states.pt")
+        self.model: Tree = models[0]
+        try:
+            self._open(models, optimizers)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"{directory}: not laid out as DeepSpeed does it: {error!r}"
+            ) from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{directory}: {error}") from None
+
+    def _open(self, models: dict[int, Tree], optimizers: dict[int, Tree]) -> None:
+        model = self.model
+        if "module" not in model or "dp_world_size" not in model:
+            raise CheckpointError("no DeepSpeed checkpoint: model_states hold no module")
+        module: Tree = model["module"]
+        self.extra: Tree = {name: module.pop(name) for name in [*module] if is_extra_state(name)}
+        self.world_size: int = model["dp_world_size"]
+        if type(self.world_size) is not int or self.world_size < 1:
+            raise CheckpointError(f"dp_world_size is {self.world_size!r:.80}, no number of ranks")
+        states = {rank: tree["optimizer_state_dict"] for rank, tree in optimizers.items()}
+        self.stage = _int(states[0].get("zero_stage", 1)) if states else 0
+        if len(models) > 1 or self._is_sharded():
+            self.stage = 3
+        self._check_ranks(models, states)
+        self.experts: Tree = {}
+        self._read_experts()
+        self._fragments = [models[rank]["frozen_param_fragments"] for rank in sorted(models)]
+        if model["optimizer"] is not None:
+            states = {0: model["optimizer"]}
+        self.optimizer: Tree | None = states.get(0)
+        self.groups: list[Tree] = []
+        self.flats: list[list[Flat]] = []
+        self.shapes: dict[str, Shape] = {}
+        self._pieces: dict[str, list[tuple[Segment, Flat]]] = {}
+        if self.optimizer is None or not self.tells_names:
+            return
+        for group in base_state(self.optimizer)["param_groups"]:
+            self.groups.append({key: value for key, value in group.items() if key != "params"})
+        shapes: list[Shapes] = [
+            {name: Shape(size) for name, size in group.items()} for group in group_shapes(model)
+        ]
+        sizes: dict[str, Shape] = {name: size for group in shapes for name, size in group.items()}
+        for rank in sorted(states):
+            found = flats(states[rank], model["module"], shapes, rank, self.world_size)
+            self.flats.append(found)
+            for flat in found:
+                for segment in flat.segments:
+                    self._pieces.setdefault(segment.name, []).append((segment, flat))
+        for name in self._pieces:
+            self.shapes[name] = sizes[name] if name in sizes else self.experts[name].shape
+            self._check_pieces(name)
+
+    @property
+    def tells_names(self) -> bool:
+        """Whether the optimizer's state says whose it is: plain DeepSpeed's at stage 0 does not."""
+        return self.model["param_shapes"] is not None or "parameter_names" in self.model
+
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """Further names of tied parameters, and those that their state goes by.
+
+        ZeRO 0 does not tell them: they are the names of what lies at the same place.
+        """
+        told = self.model["shared_params"]
+        if told is not None:
+            return told
+        own = {name: source(ref) for name, ref in self.model["module"].items()}
+        known = {own[name]: name for name in self.shapes if name in own}
+        return {
+            name: known[place]
+            for name, place in own.items()
+            if place in known and known[place] != name
+        }
+
+    def group_of(self, name: str) -> int:
+        """The parameter group of a parameter."""
+        return self._pieces[name][0][1].group
+
+    def state_keys(self, name: str) -> list[str]:
+        """The keys of the state that has the parameter's size (`exp_avg`, ...)."""
+        state = self._pieces[name][0][1].state
+        return [key for key, value in state.items() if _is_moment(value)]
+
+    def scalars(self, name: str) -> Tree:
+        """The rest of a parameter's state (`step`, ...): plain values, or tensors of shape ()."""
+        state = next((f.state for s, f in self._pieces[name] if s.length), {})
+        return {key: value for key, value in state.items() if not _is_moment(value)}
+
+    def check_moments(self) -> None:
+        """Raises CheckpointError if the optimizer's state has other shapes than the parameters, or
+        is in 8 bits, with scales beside it."""
+        for flat in (flat for pieces in self._pieces.values() for _, flat in pieces):
+            for key, value in flat.state.items():
+                if isinstance(value, dict):
+                    raise CheckpointError(
+                        f"optimizer state {key!r} of parameter {flat.segments[0].name!r} is a "
+                        "table of tensors, as of 8-bit optimizers: it cannot be cut for another "
+                        "number of ranks or ZeRO stage, nor taken out"
+                    )
+                if _is_moment(value) and value.shape != flat.shape:
+                    raise CheckpointError(
+                        f"optimizer state {key!r} of parameter {flat.segments[0].name!r} has the "
+                        f"shape {tuple(value.shape)}, and the parameter {tuple(flat.shape)}: it "
+                        "cannot be cut for another number of ranks or ZeRO stage"
+                    )
+
+    def master(self, name: str) -> Source:
+        """A parameter's whole fp32 master, in its shape."""
+        return self._joined(name, [(s, f.master) for s, f in self._pieces[name]])
+
+    def moment(self, name: str, key: str) -> Source:
+        """A parameter's whole optimizer state of its size, in its shape."""
+        return self._joined(name, [(s, f.state[key]) for s, f in self._pieces[name]])
+
+    def weight(self, name: str) -> Source:
+        """An entry of the model's state dict, whole; at stage 3 a parameter's master.
+
+        Otherwise it is in the dtype that the model computes in.
+        """
+        if name in self.experts:
+            return source(self.experts[name])
+        tensor = self.model["module"][name]
+        if self.stage < 3 or name in self.model["buffer_names"]:
+            return source(tensor)
+        name = self.shared.get(name, name)
+        if name in self.shapes:
+            return self.master(name)
+        shape = Shape(self.model["frozen_param_shapes"][name])
+        shards = [source(fragments[name]) for fragments in self._fragments]
+        stretches: list[Stretch] = []
+        left = shape.numel() * shards[0].itemsize
+        for shard in shards:
+            for stretch in shard.cut(0, left):
+                stretches.append(stretch)
+                left -= stretch.size
+        if left:
+            raise CheckpointError(f"{self.directory}: frozen parameter {name!r} is not whole")
+        return Source(shards[0].dtype, shape, tuple(stretches))
+
+    def loss_scale(self) -> Tree:
+        """What an fp16 engine's loss scaler has come to; {} at fp32 stage 0."""
+        found = self.optimizer or {}
+        if "loss_scaler" in found:
+            found = found["loss_scaler"].state
+        keys = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        return {key: found[key] for key in keys if key in found}
+
+    def _read_ranks(self, pattern: re.Pattern[str]) -> dict[int, Tree]:
+        """The trees of one kind of file by rank."""
+        trees: dict[int, Tree] = {}
+        for path in sorted(self.directory.iterdir()):
+            match = pattern.fullmatch(path.name)
+            if match is None:
+                continue
+            if int(match[2]):
+                raise CheckpointError(
+                    f"{path}: tensor or pipeline parallelism (mp_rank above 0) cannot be read"
+                )
+            tree = pt_reader.read(path)
+            if not isinstance(tree, dict):
+                raise CheckpointError(f"{path}: no file of a DeepSpeed checkpoint")
+            trees[int(match[1] or 0)] = tree
+        return trees
+
+    def _read_experts(self) -> None:
+        """DeepSpeed's experts, each with a file of its own, beside the other weights."""
+        found: set[tuple[int, int]] = set()
+        for path in sorted(self.directory.iterdir()):
+            if match := _EXPERT.fullmatch(path.name):
+                found.add((int(match[1]), int(match[2])))
+                self.experts |= pt_reader.read(path)
+        for layer, count in enumerate(self.model.get("num_experts") or ()):
+            if missing := _some(n for n in range(count) if (layer, n) not in found):
+                raise CheckpointError(
+                    f"layer_{layer}_expert_N_..._model_states.pt are missing for N = {missing}: "
+                    f"the layer has {count} experts"
+                )
+
+    def _is_sharded(self) -> bool:
+        return any(self.directory.glob("zero_pp_rank_*_model_states.pt"))
+
+    def _check_ranks(self, models: dict[int, Tree], states: dict[int, Tree]) -> None:
+        """Raises CheckpointError unless every rank's files are here, and of one save."""
+        for kind, trees in (("model_states", models), ("optim_states", states)):
+            is_expected = trees or self.model["param_shapes"] is not None
+            expected = range(self.world_size if is_expected else 0)
+            if kind == "model_states" and self.stage < 3:
+                expected = range(1)
+            if missing := _some(rank for rank in expected if rank not in trees):
+                raise CheckpointError(
+                    f"{kind}.pt of ranks {missing} are missing: saved by {self.world_size} ranks"
+                )
+            if extra := _some(rank for rank in sorted(trees) if rank not in expected):
+                raise CheckpointError(
+                    f"{kind}.pt of ranks {extra} are of another save: this one is of "
+                    f"{self.world_size} ranks"
+                )
+        _check_same(models, ("dp_world_size", "global_steps", "param_shapes", "ds_version"))
+        _check_same(states, ("zero_stage", "partition_count", "ds_version"))
+        _check_same({rank: _steps(state) for rank, state in states.items()}, ("step",))
+
+    def _check_pieces(self, name: str) -> None:
+        end = 0
+        for segment, _ in self._pieces[name]:
+            if segment.length and segment.start != end:
+                raise CheckpointError(f"parameter {name!r} is not whole from element {end} on")
+            end += segment.length
+        if end != self.shapes[name].numel():
+            raise CheckpointError(f"parameter {name!r} is not whole from element {end} on")
+
+    def _joined(self, name: str, pieces: list[tuple[Segment, TensorRef]]) -> Source:
+        shape = self.shapes[name]
+        if len(pieces) == 1 and pieces[0][1].shape == shape:
+            return source(pieces[0][1])
+        stretches: list[Stretch] = []
+        for segment, ref in pieces:
+            if segment.length:
+                if not ref.is_contiguous:
+                    raise CheckpointError(f"{ref.path}: the state of {name!r} is not contiguous")
+                width = ref.itemsize
+                stretches += source(ref).cut(segment.offset * width, segment.length * width)
+        return Source(pieces[0][1].dtype, shape, tuple(stretches))
+
+
+def _some(ranks: Iterator[int]) -> str:
+    """The first few: a file may claim any number of ranks."""
+    first = list(itertools.islice(ranks, 9))
+    return ", ".join(map(str, first[:8])) + (", ..." if len(first) > 8 else "")
+
+
+def _check_same(trees: dict[int, Tree], keys: tuple[str, ...]) -> None:
+    """Raises CheckpointError if the ranks' files disagree on what every rank writes alike."""
+    for rank, tree in trees.items():
+        for key in keys:
+            here, there = (_plain(found.get(key)) for found in (tree, trees[0]))
+            if here != there:
+                raise CheckpointError(
+                    f"the files of rank {rank} are of another run or step than those of rank 0: "
+                    f"{key} is {here!r:.80} there, and {there!r:.80} at rank 0"
+                )
+
+
+def _steps(optimizer: Tree) -> Tree:
+    """The first count of steps in an optimizer's state; of a tensor the bytes, as their CRC."""
+    state = base_state(optimizer)["state"]
+    step = next(iter(state.values()), {}).get("step")
+    if isinstance(step, TensorRef):
+        return {"step": f"bytes of CRC {step.storage.record.crc:08x}"}
+    return {"step": step}
+
+
+def _plain(value: Any) -> Any:
+    return _int(value) if isinstance(value, StandIn) else value
+
+
+def _int(value: Any) -> int:
+    return value.values[0] if isinstance(value, StandIn) else int(value)
+
+
+def _is_moment(value: Any) -> bool:
+    return isinstance(value, TensorRef) and value.dim() > 0

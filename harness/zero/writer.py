@@ -1,0 +1,252 @@
+"""An engine's files laid out anew outside of a run, for plain DeepSpeed to resume.
+
+`relayout` does it for an engine that is there, and whose trees say where everything belongs. Here
+the trees are made as DeepSpeed would make them for the same parameters at a ZeRO stage and a number
+of ranks (runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py), and filled by the same functions.
+"""
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.checkpoint.durable import write_file
+from harness.checkpoint.reshard import filled_flat, filled_state, shard_of, weight_of
+from harness.errors import CheckpointError
+from harness.io.stored import real
+from harness.zero.layout import Shapes, Tree, flats
+from harness.zero.reader import SavedEngine
+
+_LAID_OUT = ("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments")
+_ALIGNMENT = 2  # nccl_start_alignment_factor: elements by which a partition starts evenly
+_SUB_GROUP = 1_000_000_000  # DeepSpeed's default of sub_group_size
+
+
+class Native:
+    """A checkpoint for `ranks` ranks at ZeRO `stage` 1, 2 or 3, made of a saved engine.
+
+    `round_robin`: the setting round_robin_gradients of the engine that will load it; None: false,
+    if the saved one had it so too.
+    """
+
+    def __init__(self, saved: SavedEngine, stage: int, ranks: int, round_robin: bool | None):
+        """Raises CheckpointError for what cannot be laid out anew."""
+        where = saved.directory
+        if saved.optimizer is None or not saved.tells_names:
+            raise CheckpointError(f"{where}: no optimizer's state that tells whose it is")
+        if saved.experts:
+            raise CheckpointError(f"{where}: experts cannot be laid out for other ranks")
+        saved.check_moments()
+        self.saved, self.stage, self.ranks = saved, stage, ranks
+        self.config: Tree = deepcopy(real(saved.model["ds_config"]))
+        self._zero: Tree = self.config.setdefault("zero_optimization", {})
+        self._is_fp16 = bool(self.config.get("fp16", {}).get("enabled"))
+        self._is_bf16 = bool(self.config.get("bf16", {}).get("enabled"))
+        if self._zero.get("parameter_alignment") and stage < 3:
+            raise CheckpointError(
+                f"{where}: parameter_alignment is on: only --to-zero 3 keeps to it"
+            )
+        was_round_robin = bool(self._zero.get("round_robin_gradients"))
+        if was_round_robin and round_robin is None and stage < 3:
+            raise CheckpointError(
+                f"{where}: saved with round_robin_gradients = true, which orders the parameters by "
+                "the number of ranks. DeepSpeed does not check it, and mixes them up where it is "
+                "set differently: give --round-robin true or false, as the engine has it that will "
+                "load it"
+            )
+        self._groups = self._ordered(was_round_robin)
+        self._zero["stage"] = stage
+        if stage < 3:
+            self._zero["round_robin_gradients"] = bool(round_robin)
+            if round_robin:
+                self._groups = [_dealt(names, ranks) for names in self._groups]
+        self._parts = self._groups if stage < 3 else list(self._sub_groups())
+
+    def _ordered(self, was_round_robin: bool) -> list[list[str]]:
+        """The names by parameter group, in the order that the optimizer was given."""
+        saved = self.saved
+        groups = [
+            [name for name in saved.shapes if saved.group_of(name) == number]
+            for number in range(len(saved.groups))
+        ]
+        if was_round_robin and saved.stage in (1, 2):
+            dealt = [_dealt(list(range(len(names))), saved.world_size) for names in groups]
+            groups = [
+                [name for _, name in sorted(zip(places, names, strict=True))]
+                for places, names in zip(dealt, groups, strict=True)
+            ]
+        return groups
+
+    def _sub_groups(self) -> Iterator[list[str]]:
+        """ZeRO 3: a parameter group in parts that are full with sub_group_size elements a rank."""
+        limit = int(self._zero.get("sub_group_size", _SUB_GROUP))
+        for names in self._groups:
+            part: list[str] = []
+            size = 0
+            for name in names:
+                part.append(name)
+                size += self._shard(name)
+                if size >= limit:
+                    yield part
+                    part, size = [], 0
+            if part:
+                yield part
+
+    def _shard(self, name: str) -> int:
+        return math.ceil(self.saved.shapes[name].numel() / self.ranks)
+
+    @property
+    def notes(self) -> list[str]:
+        """What DeepSpeed does not check when it loads the files, and would do wrong."""
+        found = []
+        if self.stage < 3:
+            setting = str(self._zero["round_robin_gradients"]).lower()
+            found.append(
+                f"for round_robin_gradients = {setting}: DeepSpeed does not check it, and an "
+                "engine that has it otherwise gets the weights of other parameters"
+            )
+        elif "sub_group_size" in self._zero:
+            found.append(f"for sub_group_size = {self._zero['sub_group_size']}")
+        return found
+
+    @property
+    def shapes(self) -> list[Shapes]:
+        """The shapes by name of each (sub-)group, as model_states tell them."""
+        sizes = self.saved.shapes
+        return [{name: torch.Size(sizes[name]) for name in part} for part in self._parts]
+
+    def write(self, directory: Path) -> None:
+        """Writes the files of a tag, those of one rank after the other, into `directory`."""
+        prefix = "bf16_" if self._is_bf16 else ""
+        for rank in range(self.ranks):
+            if self.stage == 3:
+                write_file(
+                    self._model(rank),
+                    directory / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt",
+                )
+            elif rank == 0:
+                write_file(self._model(rank), directory / "mp_rank_00_model_states.pt")
+            tree = {
+                "optimizer_state_dict": self._optimizer(rank),
+                "ds_config": self.config,
+                "ds_version": self.saved.model["ds_version"],
+            }
+            write_file(tree, directory / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+
+    def _model(self, rank: int) -> Tree:
+        saved = self.saved
+        old, buffers = saved.model["module"], saved.model["buffer_names"]
+        shared = saved.shared
+        module: Tree = {}
+        frozen: Tree = {}
+        for name, ref in old.items():
+            dtype = getattr(torch, ref.dtype)
+            is_sharded = self.stage == 3 and name not in buffers
+            module[name] = torch.empty(0, dtype=dtype) if is_sharded else weight_of(saved, name)
+            if name not in buffers and name not in saved.shapes and name not in shared:
+                frozen[name] = weight_of(saved, name)
+        module |= real(saved.extra)
+        for alias, kept in shared.items():
+            if alias in module and kept in module:
+                module[alias] = module[kept]
+        shapes = {name: tensor.shape for name, tensor in frozen.items()}
+        fragments = frozen
+        if self.stage == 3:
+            fragments = {
+                name: shard_of(tensor, math.ceil(tensor.numel() / self.ranks), rank)
+                for name, tensor in frozen.items()
+            }
+        kept = {key: real(value) for key, value in saved.model.items() if key not in _LAID_OUT}
+        return kept | {
+            "module": module,
+            "optimizer": None,
+            "shared_params": shared,
+            "param_shapes": self.shapes,
+            "frozen_param_shapes": shapes if self.stage > 1 else None,
+            "frozen_param_fragments": fragments if self.stage > 1 else None,
+            "dp_world_size": self.ranks,
+            "ds_config": self.config,
+        }
+
+    def _optimizer(self, rank: int) -> Tree:
+        """DeepSpeed's optimizer state of a rank."""
+        tree = self._partitions(rank) if self.stage < 3 else self._shards()
+        laid = flats(tree, {}, self.shapes, rank, self.ranks)
+        masters = [filled_flat(flat, self.saved, None) for flat in laid]
+        states = {number: filled_state(flat, self.saved) for number, flat in enumerate(laid)}
+        key = "base_optimizer_state" if self.stage < 3 else "optimizer_state_dict"
+        tree[key]["state"] = {number: state for number, state in states.items() if state}
+        if self.stage < 3:
+            lean = [m[: m.numel() - flat.padding] for m, flat in zip(masters, laid, strict=True)]
+            tree["single_partition_of_fp32_groups"] = [master.clone() for master in lean]
+        else:
+            tree["fp32_flat_groups"] = masters
+        was = self.saved.optimizer or {}
+        return tree | {
+            "loss_scaler": self._loss_scaler(),
+            "dynamic_loss_scale": was.get("dynamic_loss_scale", False),
+            "overflow": was.get("overflow", False),
+            "zero_stage": self.stage,
+            "ds_version": self.saved.model["ds_version"],
+        }
+
+    def _partitions(self, rank: int) -> Tree:
+        """ZeRO 1 and 2: what says how every group is cut."""
+        masters, paddings = [], []
+        for names in self._parts:
+            total = sum(self.saved.shapes[name].numel() for name in names)
+            size = math.ceil(total / (_ALIGNMENT * self.ranks)) * _ALIGNMENT
+            padding = min(max((rank + 1) * size - total, 0), size)
+            masters.append(torch.empty(size - padding, device="meta"))
+            paddings.append(padding)
+        return {
+            "single_partition_of_fp32_groups": masters,
+            "group_paddings": paddings,
+            "param_alignment_paddings": [[0] * len(names) for names in self._parts],
+            "partition_count": [self.ranks] * len(self._parts),
+            "base_optimizer_state": self._base([[n] for n in range(len(self._parts))]),
+        }
+
+    def _shards(self) -> Tree:
+        """ZeRO 3: the same."""
+        sizes = [sum(map(self._shard, part)) for part in self._parts]
+        owners = [self.saved.group_of(part[0]) for part in self._parts]
+        numbers = [
+            [n for n, owner in enumerate(owners) if owner == group]
+            for group in range(len(self._groups))
+        ]
+        return {
+            "fp32_flat_groups": [torch.empty(size, device="meta") for size in sizes],
+            "partition_count": self.ranks,
+            "optimizer_state_dict": self._base(numbers),
+        }
+
+    def _base(self, numbers: list[list[int]]) -> Tree:
+        groups = [
+            {**real(group), "params": places}
+            for group, places in zip(self.saved.groups, numbers, strict=True)
+        ]
+        return {"state": {}, "param_groups": groups}
+
+    def _loss_scaler(self) -> Any:
+        """DeepSpeed's own object, in the state that it was in."""
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+        if not self._is_fp16:
+            return LossScaler(scale=1)
+        was = (self.saved.optimizer or {}).get("loss_scaler")
+        if was is None:
+            raise CheckpointError(f"{self.saved.directory}: fp16 at ZeRO 0 cannot be laid out anew")
+        made = DynamicLossScaler if was.class_name.endswith("DynamicLossScaler") else LossScaler
+        scaler = made.__new__(made)
+        vars(scaler).update(real(was.state))
+        return scaler
+
+
+def _dealt(items: list[Any], ranks: int) -> list[Any]:
+    """The order of round_robin_gradients: dealt out to the ranks, and then one rank's after
+    another's."""
+    return [item for rank in range(ranks) for item in items[rank::ranks]]

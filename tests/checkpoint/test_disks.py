@@ -1,0 +1,352 @@
+"""Checkpoints where each node has only its own disk.
+
+A node is here a rank with a host name of its own, and a working directory of its own, in which the
+run directory `runs/tiny` lies.
+"""
+
+import os
+import shutil
+import socket
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.checkpoint.completeness import fetch
+from harness.checkpoint.disks import Disks, find_disks
+from harness.checkpoint.durable import write_file
+from harness.checkpoint.inspect import describe
+from harness.checkpoint.manifest import read_manifest
+from harness.config import Config
+from harness.convert.convert import Options, convert
+from harness.distributed import broadcast, global_rank
+from harness.errors import CheckpointError
+from harness.io import load
+from harness.run import train
+from harness.testing.faults import fail_at, io_error
+from harness.testing.pool import RankError, RankPool
+from tests.support.helpers import losses, tiny_config, told_by
+
+MODEL = "mp_rank_00_model_states.pt"
+SHARD = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+
+
+def config_of(stage: int = 2, **overrides: Any) -> Config:
+    table = {"trainer": {"save_every": 2}, "task": {"args": {"dropout": 0.2}}} | overrides
+    return tiny_config(Path("runs"), stage, **table)
+
+
+def on(hosts: str, root: Path, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls the function on this rank as on the node that `hosts` has in its place: in `root/a`,
+    for instance."""
+    host = hosts[global_rank()]
+    was = Path.cwd()
+    (root / host).mkdir(parents=True, exist_ok=True)
+    os.chdir(root / host)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(socket, "gethostname", lambda: host)
+            return function(*args)
+    finally:
+        os.chdir(was)
+
+
+def place(root: Path, host: str, step: int) -> Path:
+    return root / host / f"runs/tiny/checkpoints/step-{step:08d}"
+
+
+def names(root: Path, host: str) -> list[str]:
+    """What lies beside the checkpoints on a node's disk."""
+    return sorted(path.name for path in place(root, host, 0).parent.iterdir())
+
+
+def files(root: Path, host: str, step: int = 6) -> set[str]:
+    """The files of a checkpoint on a node's disk."""
+    directory = place(root, host, step)
+    return {str(path.relative_to(directory)) for path in directory.rglob("*.pt")}
+
+
+def log_of(root: Path) -> str:
+    return (root / "a/runs/tiny/log.txt").read_text()
+
+
+def losses_of(root: Path) -> list[float]:
+    return losses(tiny_config(root / "a/runs"))
+
+
+def tensors(root: Path) -> dict[str, list[int]]:
+    """The CRC-32 of every tensor in step 6, on whichever disk."""
+    found = {}
+    for path in (path for host in "ab" for path in place(root, host, 6).rglob("*.pt")):
+        with zipfile.ZipFile(path) as archive:
+            found[path.name] = [i.CRC for i in archive.infolist() if "/data/" in i.filename]
+    return found
+
+
+def remove(root: Path, step: int) -> None:
+    for host in "ab":
+        shutil.rmtree(place(root, host, step))
+
+
+@pytest.fixture(scope="module")
+def whole(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two nodes that nothing disturbed."""
+    root = tmp_path_factory.mktemp("whole")
+    two_ranks.run(on, "ab", root, train, config_of())
+    return root
+
+
+@pytest.fixture
+def root(whole: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return shutil.copytree(whole, tmp_path / "root")
+
+
+def disks_and_sum() -> tuple[Disks, int]:
+    disks = find_disks(Path("runs/tiny"))
+    return disks, disks.sum(10 ** global_rank())
+
+
+@pytest.mark.parametrize(
+    ("hosts", "sums"),
+    [
+        ("aaa", [111, 111, 111]),
+        ("aba", [101, 10, 101]),
+        ("abb", [1, 110, 110]),
+        ("abc", [1, 10, 100]),
+    ],
+)
+def test_who_shares_a_disk_is_found_out(
+    three_ranks: RankPool, tmp_path: Path, hosts: str, sums: list[int]
+) -> None:
+    found = three_ranks.run(on, hosts, tmp_path, disks_and_sum)
+    disks = Disks(tuple(hosts.index(host) for host in hosts))
+    assert found == [(disks, number) for number in sums]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(("stage", "background"), [(0, True), (1, False), (2, True), (3, False)])
+def test_each_node_writes_and_resumes_its_own_files(
+    two_ranks: RankPool, tmp_path: Path, stage: int, background: bool
+) -> None:
+    config = config_of(stage, checkpoint={"background": background})
+    shared = tiny_config(tmp_path / "shared", stage, task={"args": config.task.args})
+    two_ranks.run(train, shared)
+    two_ranks.run(on, "ab", tmp_path, train, config)
+    mine, others = files(tmp_path, "a"), files(tmp_path, "b")
+    assert "rank-00000.pt" in mine and "rank-00001.pt" in others and not mine & others
+    before = tensors(tmp_path)
+    remove(tmp_path, 6)
+    two_ranks.run(on, "ab", tmp_path, train, config)
+    assert "resumed from runs/tiny/checkpoints/step-00000004" in log_of(tmp_path)
+    assert losses_of(tmp_path) == losses(shared)
+    assert tensors(tmp_path) == before
+    every_rank_reads = {f"net/{MODEL}"} if stage < 3 else set()
+    assert files(tmp_path, "b", 4) == others | every_rank_reads
+    for host in "ab":
+        assert names(tmp_path, host) == ["latest", *(f"step-0000000{n}" for n in (2, 4, 6))]
+        left = {path.name for path in (tmp_path / host / "runs/tiny").iterdir()}
+        assert {"log.txt", "checkpoints"} <= left
+        assert ({"metrics.jsonl", "config.toml", "exports"} <= left) == (host == "a")
+
+
+def test_nodes_that_have_changed_places(two_ranks: RankPool, root: Path, whole: Path) -> None:
+    remove(root, 6)
+    shutil.copy(root / "a/runs/tiny/metrics.jsonl", root / "b/runs/tiny")
+    two_ranks.run(on, "ba", root, train_in_small_chunks, config_of())
+    assert losses(tiny_config(root / "b/runs")) == losses_of(whole)
+    assert tensors(root) == tensors(whole)
+
+
+def train_in_small_chunks(config: Config) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.checkpoint.completeness.CHUNK", 1000)
+        train(config)
+
+
+def test_what_comes_otherwise_than_it_was_is_refused(two_ranks: RankPool, tmp_path: Path) -> None:
+    told = two_ranks.run(on, "ab", tmp_path, fetch_what_was_changed)
+    assert all("x/.y.pt.tmp is another file than the one that was saved" in text for text in told)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["y.pt"]
+
+
+def fetch_what_was_changed() -> str:
+    directory, files = Path("x"), {}
+    if global_rank() == 0:
+        directory.mkdir()
+        files["y.pt"] = write_file({"a": torch.zeros(9)}, directory / "y.pt")
+        write_file({"a": torch.ones(9)}, directory / "y.pt")
+    try:
+        fetch(directory, broadcast(files), ["y.pt"])
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+# Kills and failures between two nodes
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_kill_between_the_commits_of_two_nodes(
+    two_ranks: RankPool, tmp_path: Path, whole: Path, rank: int
+) -> None:
+    with pytest.raises(RankError, match="died with exit code -9"):
+        two_ranks.run(on, "ab", tmp_path, killed_at_step_4, config_of(), rank)
+    committed = ["step-00000004" in names(tmp_path, host) for host in "ab"]
+    assert committed == [rank == 1, rank == 0]
+    two_ranks.run(on, "ab", tmp_path, train, config_of())
+    assert "resumed from runs/tiny/checkpoints/step-00000002" in log_of(tmp_path)
+    assert losses_of(tmp_path) == losses_of(whole)
+    assert tensors(tmp_path) == tensors(whole)
+    assert names(tmp_path, "a") == names(tmp_path, "b") == names(whole, "a")
+
+
+def killed_at_step_4(config: Config, rank: int) -> None:
+    with fail_at("rename", step=4, rank=rank):
+        train(config)
+
+
+@pytest.mark.parametrize("how", ["kill", "error"])
+def test_what_a_half_made_commit_has_replaced_comes_back(
+    two_ranks: RankPool, root: Path, whole: Path, how: str
+) -> None:
+    """Step 6, then the only one, is saved once more: rank 0 commits, and rank 1 does not."""
+    remove(root, 4)
+    remove(root, 2)
+    again = config_of(run={"steps": 8}, trainer={"save_every": 6}, checkpoint={"on_error": "stop"})
+    if how == "kill":
+        with pytest.raises(RankError, match="died with exit code -9"):
+            two_ranks.run(on, "ab", root, save_again, again, {"rank": 1})
+        assert "step-00000006.replaced.tmp" in names(root, "a")
+    else:
+        details = {"rank": 1, "how": io_error}
+        told = two_ranks.run(on, "ab", root, save_again, again, details)
+        assert all("cannot save" in text and "(injected)" in text for text in told), told
+    assert told_on(two_ranks, "ab", root, config_of()) == ["", ""]
+    assert "passed over" not in log_of(root)
+    for host in "ab":
+        assert names(root, host) == ["latest", "step-00000006"]
+        assert read_manifest(place(root, host, 6)) == read_manifest(place(whole, host, 6))
+
+
+def save_again(config: Config, details: dict[str, Any]) -> str:
+    """Resumes, and takes no step before the next save, which fails."""
+    with pytest.MonkeyPatch.context() as patch, fail_at("rename", **details):
+        patch.setattr("harness.trainer.Trainer.step", lambda self: None)
+        return told_by(config)
+
+
+# What is missing is told by name
+
+
+def told_on(pool: RankPool, hosts: str, root: Path, config: Config) -> list[str]:
+    return pool.run(on, hosts, root, told_by, config)
+
+
+def lose_a_shard(root: Path) -> str:
+    (place(root, "b", 6) / "net" / SHARD.format(1)).unlink()
+    return f"net/{SHARD.format(1)} is missing, written by rank 1 on host b"
+
+
+def lose_a_step(root: Path) -> str:
+    shutil.rmtree(place(root, "b", 6))
+    lost = f"rank-00001.pt, net/{SHARD.format(1)}"
+    return f"step-00000006 on hosts a, b: {lost} are missing, written by rank 1 on host b"
+
+
+def damage_a_copy(root: Path) -> str:
+    """What a node would read is damaged there, and whole where it was written."""
+    path = place(root, "b", 6) / "net" / MODEL
+    path.write_bytes((place(root, "a", 6) / "net" / MODEL).read_bytes()[:-1])
+    return f"rank 1: damaged: runs/tiny/checkpoints/step-00000006/net/{MODEL}"
+
+
+def mix_saves(root: Path) -> str:
+    path = place(root, "b", 6) / "manifest.json"
+    path.write_text(path.read_text().replace('"saved_at": ', '"saved_at": 1'))
+    return "step-00000006: not of one save on all nodes"
+
+
+@pytest.mark.parametrize("damage", [lose_a_shard, lose_a_step, damage_a_copy, mix_saves])
+def test_a_step_that_is_not_whole_over_all_nodes_is_passed_over(
+    two_ranks: RankPool, root: Path, whole: Path, damage: Callable[[Path], str]
+) -> None:
+    message = damage(root)
+    two_ranks.run(on, "ab", root, train, config_of())
+    (passed,) = [line for line in log_of(root).splitlines() if "passed over" in line]
+    assert message in passed
+    assert "resumed from runs/tiny/checkpoints/step-00000004" in log_of(root)
+    assert losses_of(root) == losses_of(whole)
+    assert tensors(root) == tensors(whole)
+
+
+def test_other_layouts_need_all_files_in_one_place(
+    two_ranks: RankPool, root: Path, whole: Path
+) -> None:
+    theirs = f"net/{SHARD.format(1)}"
+    alone = told_on(two_ranks, "aa", root, config_of())
+    lost = f"rank-00001.pt, {theirs} are missing, written by rank 1 on host b"
+    for step in (2, 4, 6):
+        assert all(f"step-0000000{step} on host a: {lost}" in text for text in alone), alone
+    assert all("no checkpoint is whole" in text for text in alone)
+
+    remove(root, 6)
+    other = told_on(two_ranks, "ab", root, config_of(stage=1))
+    mine = f"net/{MODEL}, net/{SHARD.format(0)}"
+    for lost in (
+        f"step-00000004 on host a: {theirs} is missing, written by rank 1 on host b",
+        f"step-00000004 on host b: {mine} are missing, written by rank 0 on host a",
+    ):
+        assert all(lost in text for text in other), other
+
+    shutil.copytree(place(root, "b", 4), place(root, "a", 4), dirs_exist_ok=True)
+    shutil.copytree(place(root, "a", 4), place(root, "b", 4), dirs_exist_ok=True)
+    two_ranks.run(on, "ab", root, train, config_of(stage=1))
+    assert log_of(root).count("re-laid") == 1
+    assert losses_of(root) == pytest.approx(losses_of(whole), abs=1e-5)
+
+
+def test_one_rank_goes_on_where_all_files_are(root: Path) -> None:
+    remove(root, 6)
+    shutil.copytree(place(root, "b", 4), place(root, "a", 4), dirs_exist_ok=True)
+    with RankPool(1) as one:
+        config = config_of(3, data={"micro_batch_size": 8})
+        assert one.run(on, "a", root, told_by, config) == [""]
+    assert "passed over" not in log_of(root)
+    assert "resumed from runs/tiny/checkpoints/step-00000004" in log_of(root)
+    assert read_manifest(place(root, "a", 6)).hosts == ["a"]
+
+
+def test_inspect_and_convert_say_where_the_rest_lies(root: Path) -> None:
+    mine, theirs = f"net/{SHARD.format(0)}", f"net/{SHARD.format(1)}"
+    told: list[str] = []
+    with pytest.raises(CheckpointError, match="not whole here: step-00000006, step-00000004, step"):
+        told.extend(describe(root / "b/runs/tiny"))
+    assert sum(f"{mine}  missing, written by rank 0 on host a" in line for line in told) == 3
+    assert sum(line.endswith(theirs) for line in told) == 3
+    lost = f"rank-00000.pt, net/{MODEL}, {mine} are missing, written by rank 0 on host a"
+    with pytest.raises(CheckpointError, match=lost):
+        list(describe(place(root, "b", 6)))
+    target = root / "x.sft"
+    for host, lost in (
+        ("a", f"{theirs} is missing, written by rank 1 on host b"),
+        ("b", f"net/{MODEL}, {mine} are missing, written by rank 0 on host a"),
+    ):
+        with pytest.raises(CheckpointError, match=lost):
+            convert(root / host / "runs/tiny", target, Options(), print)
+    shutil.copytree(place(root, "b", 6), place(root, "a", 6), dirs_exist_ok=True)
+    assert "whole" in list(describe(place(root, "a", 6), verify=True))[-1]
+    convert(root / "a/runs/tiny", target, Options(), print)
+    exported = load(root / "a/runs/tiny/exports/step-00000006/net.sft")
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in load(target).items())
+
+
+def test_retention_clears_up_on_every_node(two_ranks: RankPool, root: Path) -> None:
+    shutil.rmtree(place(root, "a", 2))  # a kill has come between two removals
+    config = config_of(run={"steps": 8}, checkpoint={"keep_last": 2})
+    two_ranks.run(on, "ab", root, train, config)
+    for host in "ab":
+        assert names(root, host) == ["latest", "step-00000006", "step-00000008"]

@@ -1,0 +1,251 @@
+"""`init_from`: a run that starts from given weights, at every ZeRO stage."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness import io
+from harness.checkpoint import init_weights
+from harness.config import Config
+from harness.config.sections import merge
+from harness.engine.engine import Engine
+from harness.errors import ConfigError
+from harness.formats.sources import Source
+from harness.io.stored import read
+from harness.run import train
+from harness.testing.pool import RankPool
+from harness.zero.reader import SavedEngine
+from tests.support.helpers import OFFLOAD, ROOT, tiny_config, told_by
+from tests.tasks.reshard_task import Odd
+
+BF16 = {"bf16": {"enabled": True}}
+ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
+SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+STILL = {"name": "adamw", "lr": 0.0, "weight_decay": 0.0}
+TWO_GROUPS = {"name": "tests.tasks.reshard_task:TwoGroups", "lr": 0.0, "weight_decay": 0.0}
+
+
+def config_of(
+    directory: Path, stage: int, given: Path, engine: dict[str, Any] | None = None, **overrides: Any
+) -> Config:
+    """A run of one step that changes no weight, and exports what it started from."""
+    table = {
+        "run": {"steps": 1},
+        "task": {"path": str(ROOT / "tests/tasks/reshard_task.py")},
+        "engines": {"net": merge({"init_from": given, "optimizer": STILL}, engine or {})},
+    }
+    return tiny_config(directory, stage, **merge(table, overrides))
+
+
+@pytest.fixture
+def weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    model = Odd(0.0)
+    for tensor in model.state_dict().values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return model.state_dict()
+
+
+@pytest.fixture
+def given(weights: dict[str, Tensor], tmp_path: Path) -> Path:
+    io.save(weights, tmp_path / "given.sft")
+    return tmp_path / "given.sft"
+
+
+def assert_starts_from(config: Config, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """The model's weights are those, rounded; the fp32 masters are those themselves."""
+    found = io.load(config.run_dir / "exports/step-00000001/net.sft")
+    assert found.keys() == weights.keys()
+    for name, tensor in weights.items():
+        expected = tensor.to(found[name].dtype if name == "scale" else dtype)
+        assert torch.equal(found[name], expected), name  # buffers may stay what they were
+    saved = SavedEngine(config.run_dir / "checkpoints/step-00000001/net")
+    assert len(saved.shapes) == 6
+    for name in saved.shapes:
+        assert torch.equal(read(saved.master(name)), weights[name]), name
+
+
+@pytest.mark.parametrize(
+    ("stage", "ds", "optimizer", "args"),
+    [
+        (0, {}, STILL, {}),
+        (0, BF16, TWO_GROUPS, {}),
+        (1, BF16 | ROUND_ROBIN, TWO_GROUPS, {}),
+        (1, BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}, STILL, {}),
+        (2, merge(BF16 | OFFLOAD, ROUND_ROBIN), STILL, {}),
+        (3, BF16, TWO_GROUPS, {}),
+        (3, merge(BF16 | OFFLOAD, SHARDED), STILL, {}),
+        (3, BF16 | SHARDED, STILL, {"born_sharded": True}),
+    ],
+)
+def test_a_run_starts_from_the_weights_and_their_masters(
+    two_ranks: RankPool,
+    tmp_path: Path,
+    weights: dict[str, Tensor],
+    given: Path,
+    stage: int,
+    ds: Any,
+    optimizer: Any,
+    args: Any,
+) -> None:
+    engine = {"ds_overrides": ds, "optimizer": optimizer}
+    config = config_of(tmp_path, stage, given, engine, task={"args": args})
+    two_ranks.run(train, config)
+    assert_starts_from(config, weights, torch.bfloat16 if "bf16" in ds else torch.float32)
+
+
+def train_and_count(config: Config) -> int:
+    """Trains. Returns the bytes that this rank read of the given weights."""
+    counts = []
+
+    def counted(weight: Source, *place: Any) -> Tensor:
+        part = read(weight, *place)
+        counts.append(part.nbytes)
+        return part
+
+    with patch.object(init_weights, "read", counted):
+        train(config)
+    return sum(counts)
+
+
+def test_a_rank_reads_only_what_it_keeps(
+    two_ranks: RankPool, tmp_path: Path, weights: dict[str, Tensor], given: Path
+) -> None:
+    del weights["again.weight"]
+    engine = {"ds_overrides": BF16 | SHARDED}
+    config = config_of(tmp_path, 3, given, engine, task={"args": {"born_sharded": True}})
+    size = sum(tensor.nbytes for tensor in weights.values())
+    frozen = weights["frozen.weight"].nbytes + weights["frozen.bias"].nbytes
+    buffers = weights["scale"].nbytes
+    once, twice = frozen, size - frozen - buffers  # trained weights have masters beside them
+    counts = two_ranks.run(train_and_count, config)
+    assert sum(counts) == once + 2 * twice + 2 * buffers
+    assert max(counts) < 1.1 * sum(counts) / 2
+
+
+@pytest.mark.parametrize("kind", ["pt", "shards", "single", "export", "run", "bf16"])
+def test_weights_may_lie_in_any_kind_of_file(
+    two_ranks: RankPool, tmp_path: Path, weights: dict[str, Tensor], given: Path, kind: str
+) -> None:
+    there = tmp_path / kind
+    match kind:
+        case "pt":
+            there = tmp_path / "given.pt"
+            torch.save(weights, there)
+        case "shards":
+            io.save(weights, there, shard_size=300)
+            assert len(list(there.glob("*.safetensors"))) > 2
+        case "single":
+            there.mkdir()
+            shutil.copy(given, there / "model.safetensors")
+        case "export":
+            there.mkdir()
+            shutil.copy(given, there / "net.sft")
+        case "run":
+            first = config_of(tmp_path, 2, given, {"ds_overrides": BF16}, run={"name": "first"})
+            two_ranks.run(train, first)
+            there = first.run_dir
+            for name in ("frozen.weight", "frozen.bias"):  # which have no masters
+                weights[name] = weights[name].bfloat16().float()
+        case "bf16":
+            there = tmp_path / "bf16.sft"
+            io.save({name: tensor.bfloat16() for name, tensor in weights.items()}, there)
+            weights = {name: tensor.bfloat16().float() for name, tensor in weights.items()}
+    config = config_of(tmp_path, 1, there)
+    two_ranks.run(train, config)
+    assert_starts_from(config, weights, torch.float32)
+    told = (config.run_dir / "log.txt").read_text()
+    assert ("10 cast from bfloat16 to float32" in told) == (kind == "bf16")
+
+
+def test_of_several_engines_it_is_the_one_of_the_same_name(
+    two_ranks: RankPool, tmp_path: Path, weights: dict[str, Tensor], given: Path
+) -> None:
+    other = {"ds_config": ROOT / "ds_configs/zero1.json", "optimizer": STILL}
+    first = config_of(tmp_path / "first", 1, given, engines={"other": other})
+    two_ranks.run(train, first)
+    config = config_of(tmp_path, 1, first.run_dir)
+    two_ranks.run(train, config)
+    assert_starts_from(config, weights, torch.float32)
+    elsewhere = {"ds_config": other["ds_config"], "optimizer": STILL, "init_from": first.run_dir}
+    config = config_of(tmp_path / "third", 1, given, engines={"third": elsewhere})
+    for told in two_ranks.run(told_by, config):
+        assert "step-00000001: name one: " in told
+        assert "step-00000001/NAME: net, other" in told
+
+
+def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(
+    two_ranks: RankPool, tmp_path: Path, weights: dict[str, Tensor]
+) -> None:
+    wrong = {name: tensor.clone() for name, tensor in weights.items()}
+    wrong["last.wieght"] = wrong.pop("last.weight")
+    wrong["first.weight"] = wrong["first.weight"].t().contiguous()
+    wrong["tilt"] = torch.ones(7, dtype=torch.int64)
+    wrong["again.weight"] = wrong["again.weight"] + 1
+    torch.save(wrong, tmp_path / "wrong.pt")
+    config = config_of(tmp_path, 3, tmp_path / "wrong.pt")
+    for told in two_ranks.run(told_by, config):
+        for text in (
+            "engines.net.init_from",
+            "missing: 'last.weight' (did you mean 'last.wieght'?)",
+            "unexpected: 'last.wieght' (did you mean 'last.weight'?)",
+            "wrong: 'first.weight' has the shape [6, 16] there, and [16, 6] here",
+            "wrong: 'tilt' is of int64 there, and of float32 here",
+            "wrong: 'again.weight' differs from 'middle.weight': tied here, and not there",
+            "harness convert",
+        ):
+            assert text in told, told
+        assert "rank" not in told  # it is the same on all
+    assert not config.run_dir.exists()
+    config = config_of(tmp_path, 3, tmp_path / "nothing.sft")
+    for told in two_ranks.run(told_by, config):
+        assert "nothing.sft: no such file" in told
+
+
+def test_experts_are_refused(given: Path) -> None:
+    model: Any = Odd(0.0)
+    model.tilt.allreduce = False  # as DeepSpeed marks them
+    engine: Any = SimpleNamespace(name="net", module=model, has_lora=False)
+    with pytest.raises(ConfigError, match="experts cannot be started from weights"):
+        init_weights.fitted(engine, given)
+
+
+def started(config: Config) -> list[dict[str, Tensor]]:
+    """Trains. Returns the whole weights of each engine that was filled, as they were then."""
+    found = []
+    fill = init_weights.fill
+
+    def and_look(engine: Engine, weights: init_weights.Weights) -> None:
+        fill(engine, weights)
+        found.append(dict(engine.whole_tensors()))
+
+    with patch.object(init_weights, "fill", and_look):
+        train(config)
+    return found
+
+
+def test_a_resumed_run_goes_on_and_its_teacher_starts_anew(
+    two_ranks: RankPool, tmp_path: Path, weights: dict[str, Tensor], given: Path
+) -> None:
+    teacher = {
+        "ds_config": ROOT / "ds_configs/zero3.json",
+        "role": "teacher",
+        "init_from": given,
+    }
+    net = {"optimizer": {"lr": 0.01}}
+    config = config_of(tmp_path, 2, given, net, engines={"wise": teacher})
+    assert len(two_ranks.run(started, config)[0]) == 2
+    trained = io.load(config.run_dir / "exports/step-00000001/net.sft")
+    assert not torch.equal(trained["tilt"], weights["tilt"])
+    gone = tmp_path / "gone.sft"
+    config = config_of(tmp_path, 2, gone, engines={"wise": teacher}, run={"steps": 2})
+    (wise,) = two_ranks.run(started, config)[0]
+    assert all(torch.equal(wise[name], weights[name]) for name in weights)
+    again = io.load(config.run_dir / "exports/step-00000002/net.sft")
+    assert all(torch.equal(again[name], trained[name]) for name in trained)

@@ -1,0 +1,115 @@
+"""Which checkpoints stay: the newest, the best, every N-th, and those with a name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.checkpoint.durable import FileEntry
+from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest, step_directory
+from harness.checkpoint.retention import PRUNED, REPLACED, clean, prune
+from harness.config.sections import CheckpointConfig
+
+
+def make(parent: Path, step: int, loss: float | None = None, pinned: str | None = None) -> Path:
+    directory = step_directory(parent, step)
+    directory.mkdir(parents=True)
+    (directory / "net").mkdir()
+    (directory / "net/shard.pt").write_text("x")
+    Manifest(
+        step=step,
+        world_size=1,
+        engines={},
+        files={"net/shard.pt": FileEntry(size=1, digest="", rank=0)},
+        hosts=["a"],
+        config_digest="",
+        pinned=pinned,
+        metrics={} if loss is None else {"eval/loss": loss},
+        saved_at=float(step),
+    ).write(directory)
+    return directory
+
+
+LOSSES = {1: 9.0, 2: 1.0, 3: 2.0, 4: 8.0, 5: 7.0, 6: None, 7: 5.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        ({}, [7, 6, 5, 4, 3, 2, 1]),
+        ({"keep_last": 1}, [7, 4]),
+        ({"keep_last": 3}, [7, 6, 5, 4]),
+        ({"keep_last": 1, "keep_best": 2}, [7, 4, 3, 2]),
+        ({"keep_last": 1, "keep_best": 1, "best": "highest"}, [7, 4, 1]),
+        ({"keep_last": 1, "keep_best": 1, "best_metric": "eval/other"}, [7, 4]),
+        ({"keep_last": 2, "keep_every": 3}, [7, 6, 4, 3]),
+    ],
+)
+def test_rules(tmp_path: Path, settings: dict[str, Any], left: list[int]) -> None:
+    for step, loss in LOSSES.items():
+        make(tmp_path, step, loss, pinned="mine" if step == 4 else None)
+    prune(tmp_path, CheckpointConfig(**settings))
+    assert checkpoints_in(tmp_path) == [step_directory(tmp_path, step) for step in left]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("here_only", "left"),
+    [((7,), [7, 6, 5]), ((5, 7), [7, 6, 4]), ((1, 5), [7, 6]), ((3, 4, 5, 6), [7, 6, 2])],
+)
+def test_what_is_on_one_disk_only_counts_for_nothing_and_goes_when_it_is_old(
+    tmp_path: Path, here_only: tuple[int, ...], left: list[int]
+) -> None:
+    everywhere = [make(tmp_path, step).name for step in LOSSES]
+    for step in here_only:
+        everywhere.remove(step_directory(tmp_path, step).name)
+    prune(tmp_path, CheckpointConfig(keep_last=2), everywhere)
+    assert checkpoints_in(tmp_path) == [step_directory(tmp_path, step) for step in left]
+
+
+def test_the_newest_is_the_one_that_was_saved_last(tmp_path: Path) -> None:
+    for step in (9, 3, 5):
+        directory = make(tmp_path, step)
+        text = (directory / "manifest.json").read_text()
+        order = {9: 1.0, 3: 3.0, 5: 2.0}[step]
+        (directory / "manifest.json").write_text(
+            text.replace(f'"saved_at": {step}.0', f'"saved_at": {order}')
+        )
+    assert [path.name[-1] for path in checkpoints_in(tmp_path)] == ["3", "5", "9"]
+
+
+def test_what_latest_names_stays(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    (tmp_path / "latest").write_text("step-00000001\n")
+    prune(tmp_path, CheckpointConfig(keep_last=1))
+    assert checkpoints_in(tmp_path) == [step_directory(tmp_path, step) for step in (3, 1)]
+
+
+def test_a_damaged_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    make(tmp_path, 2)
+    (make(tmp_path, 3) / "manifest.json").write_text("{")
+    prune(tmp_path, CheckpointConfig(keep_last=1))
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000003"}
+
+
+def test_what_a_crash_left_is_cleared_away(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    make(tmp_path, 2).rename(tmp_path / f"step-00000002{REPLACED}")  # its successor never came
+    make(tmp_path, 3).rename(tmp_path / f"step-00000003{PRUNED}")
+    make(tmp_path, 4).rename(tmp_path / "step-00000004.tmp")
+    make(tmp_path, 1 + 4).rename(tmp_path / f"step-00000001{REPLACED}")  # its successor is there
+    clean(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000002"}
+
+
+def test_what_replaced_another_on_one_disk_only_is_taken_back(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path, step).rename(tmp_path / f"step-{step:08d}{REPLACED}")
+    for step, loss in ((1, 1.0), (2, 2.0)):
+        make(tmp_path, step, loss)
+    clean(tmp_path, unfinished={"step-00000002", "step-00000009"})
+    assert {path.name for path in tmp_path.iterdir()} == {f"step-{n:08d}" for n in (1, 2, 3)}
+    metrics = [read_manifest(step_directory(tmp_path, step)).metrics for step in (1, 2)]
+    assert metrics == [{"eval/loss": 1.0}, {}]

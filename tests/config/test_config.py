@@ -1,0 +1,188 @@
+"""The config: what it accepts, how it explains what it does not, and that it can be read back."""
+
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from harness.config import Config
+from harness.config.command_line import parse_args, parse_overrides
+from harness.config.config import load, section_of
+from harness.config.sections import merge
+from harness.errors import ConfigError
+from harness.run import write_config
+from tests.support.helpers import ROOT
+
+GOOD = """
+[run]
+steps = 7
+[task]
+path = "TASK"
+[engines.net]
+ds_config = "ZERO"
+optimizer = { name = "adamw", lr = 1e-3, betas = [0.9, 0.95] }
+"""
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    text = GOOD.replace("TASK", str(ROOT / "tests/tasks/tiny_task.py"))
+    path.write_text(text.replace("ZERO", str(ROOT / "ds_configs/zero1.json")))
+    return path
+
+
+def test_a_file_and_overrides_make_a_config(toml: Path) -> None:
+    words = [
+        "--run.steps=9",
+        "--run.name",
+        "2024",
+        "--engines.net.optimizer.lr=2",
+        "--task.args.a={b=[1]}",
+    ]
+    config = parse_args(["--config", str(toml), "--local_rank=1", *words])
+    assert (config.run.steps, config.run.name, config.run_dir) == (9, "2024", Path("runs/2024"))
+    optimizer = config.engines["net"].optimizer
+    assert optimizer is not None
+    assert (optimizer.lr, optimizer.args) == (2.0, {"betas": [0.9, 0.95]})
+    assert config.task.args == {"a": {"b": [1]}}
+    assert config.engines["net"].deepspeed()["zero_optimization"]["stage"] == 1
+
+
+def test_the_run_is_called_after_the_file(toml: Path) -> None:
+    assert load(toml).run.name == "small"
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("--run.stesp=1", "run.stesp (command line): unknown key (did you mean 'steps'?); known: "),
+        ("--rum.steps=1", "rum (command line): unknown key (did you mean 'run'?)"),
+        ("--run.steps=many", "run.steps (command line): found 'many' (str): input should be a"),
+        ("--run.steps=0", "run.steps (command line): found 0 (int): input should be greater"),
+        ("--run.name=a/b", "run.name (command line): found 'a/b'"),
+        ("--task.path=no.py", "task.path (command line): no such file: "),
+        ("--task.path=no.such", "neither a .py file nor an importable module"),
+        ("--data.sampler=radnom", "data.sampler (command line): found 'radnom'"),
+        ("--data.max_tokens=5", "max_tokens needs sampler = 'batched', found 'random'"),
+        ("--engines.net.ds_config=no.json", "ds_config no.json: No such file"),
+        ("--engines.net.role=teacher", "a teacher is never stepped"),
+        ("--engines.net.ds_overrides.train_batch_size=4", "'train_batch_size' is set by harness"),
+        ("--engines.net.ds_overrides.optimizer.type=Adam", "use engines.NAME.optimizer"),
+        ("--engines.n-t.role=train", "engines.n-t.ds_config: missing"),
+        ("--engines.net.frozn=1", "engines.net.frozn (command line): unknown key (did you mean"),
+        ("--engines.net.ds_overrides.zero_optimization=3", "found 3, expected {'stage': 0 to 3}"),
+        ("--engines.net.ds_overrides.bf16=true", "zero1.json: bf16: found True, expected a table"),
+        ("--engines.net.ds_overrides.zero_optimization.stage=4", "expected {'stage': 0 to 3}"),
+        ("--engines.net.ds_overrides.zero_optimization.elastic_checkpoint=true", "leave it out"),
+        ("--engines.net.ds_overrides.checkpoint.use_node_local_storage=true", "leave it out"),
+        (
+            "--engines.net.ds_overrides.zero_optimization.offload_optimizer.device=nvme",
+            "zero_optimization.offload_optimizer.device = 'nvme': a checkpoint would lack",
+        ),
+        ("--engines.net.ds_overrides.gradient_accumulation_steps=0", "expected a number from 1 on"),
+        ("--engines.net.optimizer.lr=inf", "found inf (float): input should be a finite number"),
+        ("--run.name=..", "run.name (command line): found '..'"),
+        ("--run.timeout_s=inf", "run.timeout_s (command line): found inf"),
+        ("--engines=1", "command line: found '--engines=1', expected --section.key=value"),
+        ("run.steps=1", "command line: found 'run.steps=1', expected --section.key=value"),
+        ("--run.steps", "command line: --run.steps has no value"),
+    ],
+)
+def test_a_mistake_is_explained(toml: Path, word: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(["--config", str(toml), word])
+    assert told in str(caught.value)
+
+
+def test_every_mistake_is_told_at_once(toml: Path) -> None:
+    toml.write_text(toml.read_text() + "[trainer]\nsave_evry = 1\n[data]\nworkers = -1\n")
+    with pytest.raises(ConfigError) as caught:
+        load(toml)
+    assert f"config {toml}:" in str(caught.value)
+    assert "trainer.save_evry: unknown key (did you mean 'save_every'?)" in str(caught.value)
+    assert "data.workers: found -1 (int)" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[run", "run = 3"])
+def test_what_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.toml"):
+        load(tmp_path / "bad.toml")
+    with pytest.raises(ConfigError, match="No such file"):
+        load(tmp_path / "missing.toml")
+
+
+def test_a_teacher_fits_only_some_stages(toml: Path) -> None:
+    for stage in range(4):
+        ds = ROOT / f"ds_configs/zero{stage}.json"
+        words = ["--engines.wise.role=teacher", f"--engines.wise.ds_config={ds}"]
+        if stage in (1, 2):
+            with pytest.raises(ConfigError, match=f"a teacher cannot use ZeRO stage {stage}"):
+                load(toml, parse_overrides(words))
+        else:
+            assert load(toml, parse_overrides(words)).engines["wise"].role == "teacher"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "bf16.bf16_master_weights_and_grads",
+        "bfloat16.bf16_optimizer_states",
+        "fp16.fp16_master_weights_and_grads",
+    ],
+)
+def test_an_average_is_not_kept_in_16_bits(toml: Path, key: str) -> None:
+    words = [f"--engines.net.ds_overrides.{key}=true"]
+    load(toml, parse_overrides(words))
+    with pytest.raises(ConfigError, match=rf"zero1\.json: {key}: with ema_decay it must be false"):
+        load(toml, parse_overrides([*words, "--engines.net.ema_decay=0.9"]))
+
+
+def test_the_resolved_config_can_be_run_again(toml: Path, tmp_path: Path) -> None:
+    words = ["--task.args.text='''it's \"odd\"\n\\ é'''", "--task.args.t.u=inf", "--task.args.f=no"]
+    over = parse_overrides([*words, f"--run.dir={tmp_path}"])
+    config = load(toml, over)
+    config.run_dir.mkdir()
+    write_config(config)
+    assert load(config.run_dir / "config.toml") == config
+    assert tomllib.loads((config.run_dir / "config.toml").read_text())["run"]["seed"] == 0
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        assert field.description, f"{prefix}{name} has no docstring"
+        within = {"engines": ".NAME.", "replace": "[]."}.get(name, ".")
+        yield from leaves(inner, f"{prefix}{name}{within}") if inner else [f"{prefix}{name}"]
+
+
+def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse_args(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    for key in leaves(Config):
+        assert f"  --{key}  <" in text
+    assert "--run.steps  <int>  default 1000" in text
+    assert "--task.path  <str>  required" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)
+def test_the_shipped_deepspeed_configs_are_usable(toml: Path, path: Path) -> None:
+    config = load(toml, {"engines": {"net": {"ds_config": str(path)}}})
+    assert config.engines["net"].gradient_accumulation == 1
+    assert json.loads(path.read_text())["gradient_clipping"] == 1.0
+
+
+def test_merge_goes_table_by_table() -> None:
+    base: dict[str, Any] = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert merge(base, {"a": {"c": {"d": 4}}, "e": {"f": 5}}) == {
+        "a": {"b": 1, "c": {"d": 4}},
+        "e": {"f": 5},
+    }
+    assert base["a"]["c"]["d"] == 2

@@ -1,0 +1,510 @@
+"""`harness convert` of checkpoints that plain DeepSpeed wrote, and of files."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from harness import io
+from harness.convert.convert import Options, convert
+from harness.errors import HarnessError
+from harness.formats import pt_reader
+from harness.run import train
+from harness.testing.pool import RankPool
+from harness.zero.layout import base_state
+from harness.zero.reader import SavedEngine
+from tests.support.helpers import small_disk, tiny_config
+from tests.support.plain_deepspeed import layouts, write_all
+
+Checkpoints = Callable[[int], Path]
+QUICK = {
+    1: {"zero0 fp32", "zero1 bf16", "zero2 bf16 odd groups", "zero3 bf16 many"},
+    2: set(layouts(2)),
+    3: {"zero1 fp32 groups", "zero2 bf16 odd groups", "zero3 fp32 groups"},
+    4: {"zero0 bf16", "zero2 bf16 odd groups", "zero2 bf16 experts", "zero3 bf16 many"},
+}
+"""By world size, the layouts that are not slow: all of them once, and what ranks change."""
+CASES = [
+    pytest.param(world, name, marks=[] if name in QUICK[world] else pytest.mark.slow)
+    for world in (1, 2, 3, 4)
+    for name in layouts(world)
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(
+    two_ranks: RankPool,
+    three_ranks: RankPool,
+    four_ranks: RankPool,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[Checkpoints]:
+    """Where the checkpoints of all layouts are that so many ranks wrote; the slow ones if asked."""
+    is_slow = request.config.getoption("--slow")
+    written: dict[int, Path] = {}
+    with RankPool(1) as one_rank:
+        pools = {1: one_rank, 2: two_ranks, 3: three_ranks, 4: four_ranks}
+
+        def of(world: int) -> Path:
+            if world not in written:
+                written[world] = tmp_path_factory.mktemp(f"world{world}")
+                names = [n for n in layouts(world) if is_slow or n in QUICK[world]]
+                pools[world].run(write_all, written[world], names)
+            return written[world]
+
+        yield of
+
+
+def converted(src: Path, dst: Path, **options: Any) -> dict[str, torch.Tensor]:
+    told: list[str] = []
+    convert(src, dst, Options(**options), told.append)
+    assert str(dst) in told[-1]
+    return io.load(dst)
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(("world", "name"), CASES)
+def test_weights_are_those_of_zero_to_fp32_and_of_the_engine(
+    checkpoints: Checkpoints, tmp_path: Path, world: int, name: str
+) -> None:
+    directory = checkpoints(world) / name
+    live = torch.load(directory / "live.pt")
+    found = converted(directory, tmp_path / "fp32.sft", verify=True)
+    assert found.keys() == live.keys()
+    if (directory / "fp32.pt").exists():
+        expected = torch.load(directory / "fp32.pt")
+        for missed in live.keys() - expected.keys():  # by zero_to_fp32, at stage 1
+            assert missed.startswith("fixed."), missed
+        frozen = {key: live[key] for key in live if key.startswith("fixed.")}
+        assert_same(
+            found,
+            {key: as_fp32(value) for key, value in (live | expected | frozen).items()},
+        )
+    assert_same(converted(directory, tmp_path / "keep.sft", dtype="keep"), live)
+
+
+def as_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+@pytest.mark.parametrize(
+    ("world", "name"), [case for case in CASES if "zero0" not in str(case.values[1])]
+)
+def test_masters_and_moments_are_those_of_the_engine(
+    checkpoints: Checkpoints, tmp_path: Path, world: int, name: str
+) -> None:
+    directory = checkpoints(world) / name
+    found = converted(directory, tmp_path / "state.sft", what="optimizer")
+    expected = torch.load(directory / "state.pt")
+    steps = {key: value for key, value in found.items() if key.startswith("optimizer.step.")}
+    assert steps and all(value == 2 for value in steps.values())
+    if expected:
+        assert_same({key: found[key] for key in found.keys() - steps.keys()}, expected)
+    saved = SavedEngine(directory / "here")
+    for key in saved.shapes:  # where nothing is known to be right, at least it belongs together
+        rounded = found[f"optimizer.master.{key}"].to(torch.load(directory / "live.pt")[key].dtype)
+        assert torch.equal(rounded, torch.load(directory / "live.pt")[key])
+        moments = (found[f"optimizer.{k}.{key}"] for k in ("exp_avg", "exp_avg_sq"))
+        assert all(moment.shape == saved.shapes[key] for moment in moments)
+
+
+def test_both_formats_and_shards_hold_the_same(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    directory = checkpoints(2) / "zero3 bf16 many"
+    expected = converted(directory, tmp_path / "single.sft")
+    assert expected["head.weight"].data_ptr() == expected["words.weight"].data_ptr()
+    assert_same(converted(directory, tmp_path / "weights.pt", verify=True), expected)
+    assert_same(torch.load(tmp_path / "weights.pt", mmap=True), expected)
+    assert_same(converted(directory, tmp_path / "shards", shard_size=400), expected)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert_same(converted(tmp_path / "shards", tmp_path / "again.pt"), expected)
+    assert_same(converted(tmp_path / "weights.pt", tmp_path / "again.sft"), expected)
+    assert (tmp_path / "again.sft").read_bytes() == (tmp_path / "single.sft").read_bytes()
+    with safe_open(tmp_path / "single.sft", "pt") as file:
+        assert set(file.keys()) == expected.keys() - {"head.weight"}
+    rounded = {key: as_fp32(value).bfloat16() for key, value in expected.items() if key != "seen"}
+    found = converted(directory, tmp_path / "bf16.sft", dtype="bf16", exclude=("^seen$",))
+    assert_same(found, rounded)
+
+
+def test_names_are_chosen_and_changed(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    directory = checkpoints(2) / "zero2 bf16 odd groups"
+    found = converted(
+        directory,
+        tmp_path / "x.sft",
+        include=("weight$", "tilt"),
+        exclude=("^fixed",),
+        rename=("^(inner|outer)=layers.\\1", "weight$=w"),
+    )
+    assert set(found) == {"words.w", "head.w", "layers.inner.w", "layers.outer.w", "tilt"}
+
+
+def test_the_settings_of_the_optimizer_go_by_the_names_of_its_tensors(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    directory = checkpoints(2) / "zero2 bf16 odd groups"
+    chosen = {"what": "all", "exclude": ("inner", "fixed"), "rename": ("^tilt$=slope", "^=m.")}
+    found = converted(directory, tmp_path / "x.sft", **chosen)
+    with safe_open(tmp_path / "x.sft", "pt") as file:
+        settings = json.loads(file.metadata()["optimizer"])
+    groups = [group["params"] for group in settings["param_groups"]]
+    assert groups == [["m.words.weight", "m.outer.weight"], ["m.slope"]]
+    for name in ("m.words.weight", "m.outer.weight", "m.slope"):
+        assert f"optimizer.exp_avg.{name}" in found and name in found
+    told: list[str] = []
+    convert(directory, tmp_path / "x.pt", Options(what="optimizer"), told.append)
+    assert told[0] == "note: a .pt has no place for the metadata: optimizer"
+
+
+def test_the_words_of_others_are_kept(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(3), "v": torch.ones(2)}, tmp_path / "a.sft", {"author": "somebody"})
+    converted(tmp_path / "a.sft", tmp_path / "shards", shard_size=10)
+    converted(tmp_path / "shards", tmp_path / "b.sft", dtype="bf16")
+    with safe_open(tmp_path / "b.sft", "pt") as file:
+        assert file.metadata() == {"format": "pt", "author": "somebody"}
+
+
+def test_a_weight_that_is_named_like_state_of_the_optimizer(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    two_ranks.run(write_clash, tmp_path / "clash")
+    with pytest.raises(HarnessError, match=r"'optimizer.master.w' is both a weight and state"):
+        converted(tmp_path / "clash", tmp_path / "x.sft", what="all")
+    assert set(converted(tmp_path / "clash", tmp_path / "x.sft")) == {"optimizer.master.w", "w"}
+
+
+class Clash(nn.Module):
+    """Its one buffer has the name that the other one's master gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+        self.optimizer = nn.Module()
+        self.optimizer.master = nn.Module()
+        self.optimizer.master.register_buffer("w", torch.zeros(2))
+
+
+def write_clash(directory: Path) -> None:
+    """Collective."""
+    config = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1}
+    model = Clash()
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        config=config | {"zero_allow_untested_optimizer": True},
+    )
+    engine.save_checkpoint(str(directory), tag="here")
+    engine.destroy()
+
+
+def test_tensors_in_another_order_are_brought_in_order(tmp_path: Path) -> None:
+    """Also one of a few elements that is read many times: memory is not taken for all of it."""
+    data = {
+        "turned": torch.arange(600_000.0).view(600, 1000).t(),
+        "wide": torch.arange(9.0)[:, None].expand(9, 4_000_000),
+        "some": torch.arange(90)[10:80:7],
+    }
+    torch.save(data, tmp_path / "a.pt")
+    code = (
+        "import numpy, psutil, resource\n"
+        "from harness.cli import main\n"
+        "most = psutil.Process().memory_info().data + (100 << 20)\n"  # less than `wide` takes
+        "resource.setrlimit(resource.RLIMIT_DATA, (most, most))\n"
+        "main()"
+    )
+    args = ["convert", str(tmp_path / "a.pt"), str(tmp_path / "b.sft")]
+    subprocess.run([sys.executable, "-c", code, *args], check=True)
+    assert_same(io.load(tmp_path / "b.sft"), data)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_missing_expert_is_noticed(checkpoints: Checkpoints, tmp_path: Path, stage: int) -> None:
+    shutil.copytree(checkpoints(2) / f"zero{stage} bf16 experts", tmp_path / "harmed")
+    only(tmp_path / "harmed/here", "layer_1_expert_2_*").unlink()
+    with pytest.raises(HarnessError, match=r"layer_1_expert_N.* are missing for N = 2: .* has 4 "):
+        converted(tmp_path / "harmed", tmp_path / "x.sft")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include": ("wrods",)}, "no tensor has a name that matches 'wrods'"),
+        ({"include": ("(",)}, "no regular expression"),
+        ({"exclude": (".",)}, "no tensor is left"),
+        ({"rename": ("inner",)}, "expected OLD=NEW"),
+        ({"rename": ("weight|bias=x",)}, "two tensors would be named 'fixed.x'"),
+        ({"rename": ("nothing=x",)}, "no name has 'nothing' in it"),
+        ({"rename": ("^tilt$=",)}, "nothing would be left of 'tilt'"),
+        ({"ranks": 2}, "--ranks and --round-robin are for --to-zero"),
+        ({"round_robin": False}, "--ranks and --round-robin are for --to-zero"),
+        ({"shard_size": 9}, "must be a directory"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(
+    checkpoints: Checkpoints, tmp_path: Path, options: Any, message: str
+) -> None:
+    with pytest.raises(HarnessError, match=message):
+        converted(checkpoints(2) / "zero1 bf16", tmp_path / "x.sft", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_tells_and_writes_nothing(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    told: list[str] = []
+    directory = checkpoints(4) / "zero3 bf16 many"
+    convert(directory, tmp_path / "x.sft", Options(dtype="bf16", dry_run=True), told.append)
+    lines = [line.split() for line in told]
+    assert ["words.weight", "float32", "->", "bfloat16", "[11,", "7]", "154"] in [
+        line[:7] for line in lines
+    ]
+    assert ["head.weight", "=", "words.weight"] in lines
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_masters_of_zero_0_have_no_names(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    told: list[str] = []
+    directory = checkpoints(2) / "zero0 bf16"
+    convert(directory, tmp_path / "x.sft", Options(), told.append)
+    assert "note: DeepSpeed names no fp32 masters at ZeRO 0" in told[0]
+    with pytest.raises(HarnessError, match="does not say which parameter"):
+        convert(directory, tmp_path / "y.sft", Options(what="optimizer"), told.append)
+
+
+Damage = Callable[[Path], object]
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def in_a_master(path: Path) -> int:
+    """A byte of the first fp32 master in a file of optim_states."""
+    optimizer = pt_reader.read(path)["optimizer_state_dict"]
+    key = "single_partition_of_fp32_groups"
+    (first, *_) = optimizer[key] if key in optimizer else optimizer["fp32_flat_groups"]
+    return first.start + 1
+
+
+def changed(path: Path, act: Callable[[torch.Tensor], object], key: str = "step") -> None:
+    """Rewrites a rank's file with the first optimizer state of this key (or the master) changed."""
+    tree = torch.load(path, weights_only=False)
+    optimizer = tree["optimizer_state_dict"]
+    if key == "master":
+        act(optimizer["single_partition_of_fp32_groups"][0].detach())
+    else:
+        act(base_state(optimizer)["state"][0][key])
+    torch.save(tree, path)
+
+
+def only(directory: Path, pattern: str) -> Path:
+    (path,) = directory.glob(pattern)
+    return path
+
+
+def hostile(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x/data.pkl", b"\x80\x02cos\nsystem\nX\x05\x00\x00\x00false\x85R.")
+
+
+def bomb(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x/data.pkl", bytes(10**7))
+
+
+RANK_2 = "zero_pp_rank_2_mp_rank_00_optim_states.pt"
+RANK_1 = "*zero_pp_rank_1_*optim_states.pt"
+HARMED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "missing": (lambda d, _: only(d, RANK_1).unlink(), "optim_states.pt of ranks 1 are missing"),
+    "all missing": (
+        lambda d, _: [path.unlink() for path in d.glob("*optim_states.pt")],
+        "optim_states.pt of ranks 0, 1 are missing",
+    ),
+    "model missing": (
+        lambda d, _: [path.unlink() for path in d.glob("*mp_rank_00_model_states.pt")],
+        "no checkpoint here: expected",
+    ),
+    "truncated": (
+        lambda d, _: os.truncate(only(d, RANK_1), only(d, RANK_1).stat().st_size - 99),
+        "no zip archive, as torch.save writes it, or cut off",
+    ),
+    "code": (lambda d, _: hostile(only(d, RANK_1)), "it names os.system"),
+    "bomb": (lambda d, _: bomb(only(d, RANK_1)), "is compressed"),
+    "flipped": (lambda d, _: flip(only(d, RANK_1), in_a_master(only(d, RANK_1))), "wrong CRC of"),
+    "more ranks": (
+        lambda d, other: shutil.copy(only(other, RANK_1), d / RANK_2),
+        "optim_states.pt of ranks 2 are of another save: this one is of 2 ranks",
+    ),
+    "another layout": (
+        lambda d, other: shutil.copy(only(other, RANK_1), only(d, RANK_1)),
+        "rank 1 are of another run|do not belong to each other|the state of",
+    ),
+    "another step": (
+        lambda d, _: changed(only(d, RANK_1), lambda step: step.add_(1)),
+        "the files of rank 1 are of another run or step than those of rank 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", HARMED)
+@pytest.mark.parametrize("name", ["zero2 bf16 odd groups", "zero3 bf16 many"])
+def test_harmed_rank_files_are_refused(
+    checkpoints: Checkpoints, tmp_path: Path, name: str, harm: str
+) -> None:
+    directory = shutil.copytree(checkpoints(2) / name, tmp_path / "harmed") / "here"
+    other = checkpoints(2) / ("zero1 bf16" if "zero2" in name else "zero3 bf16 offloaded") / "here"
+    act, message = HARMED[harm]
+    act(directory, other)
+    with pytest.raises(HarnessError, match=message) as caught:
+        converted(directory, tmp_path / "x.sft", verify=True)
+    assert str(directory) in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["harmed"]
+
+
+def test_weights_that_are_not_the_rounded_masters_are_noticed(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """A rank's file of another run may fit in every respect but this one."""
+    directory = shutil.copytree(checkpoints(2) / "zero1 bf16", tmp_path / "mixed") / "here"
+    changed(only(directory, RANK_1), lambda master: master.add_(1), "master")
+    converted(directory, tmp_path / "x.sft")
+    with pytest.raises(HarnessError, match="are not its master weights, rounded"):
+        converted(directory, tmp_path / "x.sft", verify=True)
+
+
+@pytest.mark.parametrize("tag", ["../here", "", "/etc", "nowhere", "x\0y", "."])
+def test_a_hostile_latest_is_refused(checkpoints: Checkpoints, tmp_path: Path, tag: str) -> None:
+    directory = shutil.copytree(checkpoints(1) / "zero0 fp32", tmp_path / "harmed")
+    (directory / "latest").write_text(tag)
+    with pytest.raises(HarnessError, match="latest"):
+        converted(directory, tmp_path / "x.sft")
+
+
+def command(*args: Any) -> list[str]:
+    return [sys.executable, "-m", "harness.cli", "convert", *map(str, args)]
+
+
+def test_neither_torch_nor_deepspeed_is_imported(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    script = (
+        "import sys; from harness.cli import main; main(); "
+        "print(sorted({'torch', 'deepspeed', 'numpy', 'pydantic'} & sys.modules.keys()))"
+    )
+    src = checkpoints(2) / "zero2 fp32 offloaded"
+    for options, heavy in (([], []), (["--what", "all"], []), (["--dtype", "bf16"], ["numpy"])):
+        args = ["convert", src, tmp_path / "x.sft", *options]
+        found = subprocess.run(
+            [sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True
+        )
+        assert found.returncode == 0, found.stderr
+        assert found.stdout.splitlines()[-1] == str(heavy)
+
+
+def test_the_command_line(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(checkpoints(2) / "zero3 fp32 groups", tmp_path / "x.sft", "--verify"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.endswith("verified\n"), done
+    failed = subprocess.run(
+        command(tmp_path / "nothing", tmp_path / "y.sft"), capture_output=True, text=True
+    )
+    assert failed.returncode == 2
+    assert failed.stderr == f"error: {tmp_path / 'nothing'}: no such file or directory\n"
+
+
+def test_a_full_disk_is_one_message(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    limited = (
+        f"ulimit -f 1; {shlex.join(command(checkpoints(2) / 'zero1 bf16', tmp_path / 'x.sft'))}"
+    )
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+    assert "File too large" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.sft", "x.pt", "shards"])
+def test_a_disk_without_room_is_one_message(tmp_path: Path, name: str) -> None:
+    torch.save({f"w{n}": torch.zeros(1 << 20) for n in range(3)}, tmp_path / "src.pt")
+    args = command(tmp_path / "src.pt", tmp_path / "disk" / name)
+    with small_disk(tmp_path / "disk", "8m"):
+        args += ["--shard-size", "4MB"] if name == "shards" else []
+        done = subprocess.run(args, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+        assert str(tmp_path / "disk" / name) in done.stderr
+        assert re.search("No space left on device: 12583|0.008 GB are free", done.stderr)
+        assert not list((tmp_path / "disk").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_what_is_interrupted_leaves_no_file(tmp_path: Path, number: signal.Signals) -> None:
+    torch.save({f"w{n}": torch.zeros(1 << 20) for n in range(64)}, tmp_path / "src.pt")
+    # Each buffer waits, so that the signal comes in the middle.
+    slow = (
+        "import os, time; write = os.pwrite\n"
+        "os.pwrite = lambda *args: (time.sleep(0.02), write(*args))[1]\n"
+        "from harness.cli import main; main()"
+    )
+    args = ["convert", str(tmp_path / "src.pt"), str(tmp_path / "dst.sft")]
+    process = subprocess.Popen([sys.executable, "-c", slow, *args], stderr=subprocess.PIPE)
+    for _ in range(1000):
+        if list(tmp_path.glob(".dst.sft.*.tmp")):
+            break
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=30)
+    expected = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
+    assert process.returncode == expected[number], told
+    left = {path.name for path in tmp_path.iterdir()} - {"src.pt"}
+    assert "dst.sft" not in left
+    if number != signal.SIGKILL:
+        assert not left and b"Traceback" not in told, told
+
+
+def test_tied_masters_at_zero_0_stay_tied(two_ranks: RankPool, tmp_path: Path) -> None:
+    bf16 = {"net": {"ds_overrides": {"bf16": {"enabled": True}}}}
+    config = tiny_config(tmp_path, 0, run={"steps": 2}, engines=bf16)
+    two_ranks.run(train, config)
+    found = converted(config.run_dir, tmp_path / "x.sft")
+    assert not torch.equal(found["middle.weight"], found["middle.weight"].bfloat16().float())
+    assert found["again.weight"].data_ptr() == found["middle.weight"].data_ptr()
+
+
+def test_a_run_of_ours_is_converted(two_ranks: RankPool, tmp_path: Path) -> None:
+    """Its newest checkpoint, which is what its last export holds."""
+    config = tiny_config(tmp_path, 2, run={"steps": 4}, trainer={"save_every": 2})
+    two_ranks.run(train, config)
+    exported = io.load(config.run_dir / "exports/step-00000004/net.sft")
+    checkpoints = config.run_dir / "checkpoints"
+    for src in (config.run_dir, checkpoints, checkpoints / "step-00000004"):
+        assert_same(converted(src, tmp_path / "x.sft", verify=True), exported)
+    assert_same(converted(checkpoints / "step-00000004/net", tmp_path / "x.sft"), exported)
+    with pytest.raises(HarnessError, match=r"no engine 'nte'.*did you mean 'net'"):
+        converted(config.run_dir, tmp_path / "y.sft", engine="nte")
+    old, new = (only(checkpoints / f"step-0000000{n}/net", RANK_1) for n in (2, 4))
+    shutil.copy(old, new)
+    with pytest.raises(HarnessError, match="another file than the one that was saved"):
+        converted(config.run_dir, tmp_path / "y.sft")

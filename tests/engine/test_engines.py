@@ -1,0 +1,276 @@
+"""Several engines in one loop, at every ZeRO stage, against plain PyTorch."""
+
+import re
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import digits
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from harness.checkpoint.manifest import checkpoints_in
+from harness.config import Config
+from harness.config.sections import merge
+from harness.engine.turns import Turn
+from harness.io import load
+from harness.io.stored import read
+from harness.run import train
+from harness.task import load_task
+from harness.testing.faults import fail_at
+from harness.testing.pool import RankError, RankPool
+from harness.zero.reader import SavedEngine
+from tests.checkpoint.test_resume_table import tensors
+from tests.control.test_control import commanded
+from tests.support.helpers import ROOT, records, tiny_config, told_by
+from tests.support.plain_engines import plain_loop
+
+STAGES = [0, 1, 2, 3]
+EXACT: dict[str, Any] = {"atol": 1e-6, "rtol": 0}
+
+
+def config_of(directory: Path, path: str, engines: dict[str, Any], **overrides: Any) -> Config:
+    """A run of some steps with these engines and AdamW for those that are trained."""
+    optimizer = {"name": "adamw", "lr": 1e-3, "betas": [0.5, 0.99], "weight_decay": 0.1}
+    for settings in engines.values():
+        settings["ds_config"] = ROOT / f"ds_configs/zero{settings.pop('stage')}.json"
+        if settings.get("role") != "teacher":
+            settings.setdefault("optimizer", optimizer)
+    table = tiny_config(directory).model_dump()
+    table |= {"engines": engines, "task": {"path": str(ROOT / path), "args": {}}}
+    return Config.model_validate(merge(table, {"run": {"steps": 10}} | overrides))
+
+
+def fake_digits() -> tuple[Tensor, Tensor]:
+    """Blobs in ten places, in the stead of scikit-learn's digits."""
+    generator = torch.Generator().manual_seed(0)
+    digits_N = torch.randint(10, (digits.HELD_OUT + 200,), generator=generator)
+    blobs_CP = torch.randn(10, digits.PIXELS, generator=generator)
+    noise_NP = torch.randn(len(digits_N), digits.PIXELS, generator=generator)
+    return torch.tanh(blobs_CP[digits_N] + 0.3 * noise_NP), digits_N
+
+
+def train_on_fake_digits(config: Config) -> None:
+    with patch.object(digits, "read", fake_digits):
+        train(config)
+
+
+def compare(config: Config, expected: list[dict[str, float]], models: dict[str, nn.Module]) -> None:
+    """Compares losses and exported weights: `models` by the stem of their file."""
+    for record, losses in zip(records(config), expected, strict=True):
+        told = {k.partition("/")[0]: v for k, v in record.items() if k.endswith("/loss")}
+        assert told == pytest.approx(losses, abs=1e-6, rel=1e-6)
+    for name, model in models.items():
+        found = load(config.run_dir / f"exports/step-{config.run.steps:08d}/{name}.sft")
+        for path, tensor in model.state_dict().items():
+            torch.testing.assert_close(found[path], tensor, **EXACT)
+
+
+# ------------------------------------------------------------------------------ a loss through both
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gan_and_its_average_equal_plain_torch(
+    two_ranks: RankPool, tmp_path: Path, stage: int
+) -> None:
+    engines = {"D": {"stage": stage}, "G": {"stage": stage, "ema_decay": 0.8}}
+    config = config_of(tmp_path, "launch/tasks/gan.py", engines, trainer={"eval_every": 3})
+    two_ranks.run(train_on_fake_digits, config)
+    with patch.object(digits, "read", fake_digits):
+        expected, plain = plain_loop(config, world_size=2)
+        task = load_task(config)
+    average = plain["G"].average.module
+    models = {name: engine.module for name, engine in plain.items()} | {"G.ema": average}
+    compare(config, expected, models)
+    assert task.eval_data is not None and task.evaluate is not None
+    plain["G"].module = average
+    found = task.evaluate(plain["G"], task.eval_data[:])["energy_distance"]
+    told = records(config, "eval/")[-1]["eval/G/energy_distance"]
+    assert told == pytest.approx(float(found), abs=1e-5)
+
+
+@pytest.mark.parametrize(("stages", "loss_fn"), [((3, 0), "kl"), ((1, 3), "mse")], ids=str)
+def test_distillation_equals_plain_torch(
+    two_ranks: RankPool, tmp_path: Path, stages: tuple[int, int], loss_fn: str
+) -> None:
+    engines = {"student": {"stage": stages[0]}, "teacher": {"stage": stages[1], "role": "teacher"}}
+    args = {"teacher_loss_fn": loss_fn, "teacher_alpha": 0.7}
+    config = config_of(tmp_path, "launch/tasks/distill.py", engines, task={"args": args})
+    two_ranks.run(train_on_fake_digits, config)
+    with patch.object(digits, "read", fake_digits):
+        expected, plain = plain_loop(config, world_size=2)
+    compare(config, expected, {"student": plain["student"].module})
+
+
+@pytest.mark.parametrize(("stages", "way"), [((0, 2), "lend"), ((3, 1), "lend a part")], ids=str)
+def test_engines_of_their_own_stage_accumulation_and_frequency(
+    two_ranks: RankPool, tmp_path: Path, stages: tuple[int, int], way: str
+) -> None:
+    twice = {"gradient_accumulation_steps": 2}
+    engines = {
+        "D": {"stage": stages[0], "ds_overrides": twice},
+        "G": {"stage": stages[1], "every": 3},
+    }
+    config = config_of(
+        tmp_path, "tests/tasks/engines_task.py", engines, task={"args": {"way": way}}
+    )
+    two_ranks.run(train, config)
+    expected, plain = plain_loop(config, world_size=2)
+    assert ["G" in losses for losses in expected] == [step % 3 == 0 for step in range(1, 11)]
+    compare(config, expected, {name: engine.module for name, engine in plain.items()})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_lent_stays_frozen_while_the_backward_computes_it_again(
+    two_ranks: RankPool, tmp_path: Path, stage: int
+) -> None:
+    engines = {"D": {"stage": stage}, "G": {"stage": stage}}
+    args = {"reentrant": True}
+    config = config_of(tmp_path, "tests/tasks/engines_task.py", engines, task={"args": args})
+    two_ranks.run(train, config)
+    expected, plain = plain_loop(config, world_size=2)
+    compare(config, expected, {name: engine.module for name, engine in plain.items()})
+
+
+LEND = re.escape("with engine.peers.lend('D') as model")
+REFUSED = {
+    "engine": f"engine 'D' was called in the turn of engine 'G'.*{LEND}",
+    "engine, lent": f"engine 'D' was called in the turn of engine 'G'.*{LEND}",
+    "module": f"the loss of engine 'G' would give a gradient to '.*' of engine 'D'.*{LEND}",
+    "part of the module": "the loss of engine 'G' would give a gradient to '0.(weight|bias)'",
+    "after the loan": "the loss of engine 'G' would give a gradient to '.*' of engine 'D'",
+    "backward": "engine 'D' was back-propagated in the turn of engine 'G'",
+    "itself": "engine 'G' cannot be lent in its own turn",
+    "E": r"no engine 'E' to lend.*; there are \['D', 'G'\]",
+}
+
+
+AT_EVERY_STAGE = ["engine", "module"]
+WRONG = [(way, stage) for way in AT_EVERY_STAGE for stage in STAGES] + [
+    (way, 1 + 2 * (number % 2)) for number, way in enumerate(REFUSED) if way not in AT_EVERY_STAGE
+]
+
+
+@pytest.mark.parametrize(("way", "stage"), WRONG)
+def test_the_wrong_way_is_an_error_that_says_the_right_one(
+    two_ranks: RankPool, tmp_path: Path, way: str, stage: int
+) -> None:
+    engines = {"D": {"stage": stage}, "G": {"stage": stage}}
+    config = config_of(
+        tmp_path, "tests/tasks/engines_task.py", engines, task={"args": {"way": way}}
+    )
+    for told in two_ranks.run(told_by, config):
+        assert re.search(REFUSED[way], told, re.DOTALL), told
+
+
+@pytest.mark.parametrize("way", ["block", "turn", "broken turn"])
+def test_what_was_lent_is_as_it_was_before(way: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2)).requires_grad_(False)
+    model[2].requires_grad_(True)
+    model[1].eval()
+    state = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
+    turn = Turn()
+    with suppress(ZeroDivisionError), turn.of("G") if "turn" in way else nullcontext():
+        with turn.lend("D", model) as lent, turn.lend("D", model) as again:
+            assert lent is again is model
+            model.eval()
+        assert any(p.requires_grad for p in model.parameters()) == (way == "block")
+        if way == "broken turn":
+            _ = 1 / 0
+    turn.check("D", "called")
+    assert state == (
+        [p.requires_grad for p in model.parameters()],
+        [m.training for m in model.modules()],
+    )
+
+
+def test_a_parameter_of_two_engines_is_refused(two_ranks: RankPool, tmp_path: Path) -> None:
+    engines = {"D": {"stage": 1}, "G": {"stage": 1}}
+    config = config_of(
+        tmp_path, "tests/tasks/engines_task.py", engines, task={"args": {"shared": True}}
+    )
+    for told in two_ranks.run(told_by, config):
+        assert "the models 'D' and 'G' share the parameter '0.weight'" in told
+
+
+@pytest.mark.parametrize(
+    ("engines", "told"),
+    [
+        ({"net": {"every": 2}}, "none is trained at every step, found every = {'net': 2}"),
+        ({"net": {}, "slow": {"every": 7}}, "every = 7: it would never be trained in 6 steps"),
+        ({"net": {"every": 0}}, "greater than or equal to 1"),
+        ({"net": {"ema_decay": 1.0}}, "less than 1"),
+        ({"net": {}, "wise": {"role": "teacher", "ema_decay": 0.9}}, "a teacher never changes"),
+    ],
+)
+def test_impossible_settings_are_told(tmp_path: Path, engines: dict[str, Any], told: str) -> None:
+    known = tiny_config(tmp_path).model_dump()
+    trained = known["engines"]["net"]
+    taught = {"ds_config": trained["ds_config"]}
+    tables = {
+        name: (taught if "role" in settings else trained) | settings
+        for name, settings in engines.items()
+    }
+    with pytest.raises(ValidationError, match=re.escape(told)):
+        Config.model_validate(known | {"engines": tables})
+
+
+# ------------------------------------------------------------------------------------- going on
+
+
+def train_and_die(config: Config, step: int) -> None:
+    with fail_at("manifest", step=step):
+        train_on_fake_digits(config)
+
+
+@pytest.mark.parametrize("stages", [(3, 1)], ids=str)
+def test_a_gan_that_is_killed_goes_on_to_the_bit(
+    two_ranks: RankPool, tmp_path: Path, stages: tuple[int, int]
+) -> None:
+    def config(name: str) -> Config:
+        engines = {
+            "D": {"stage": stages[0], "ema_decay": 0.9},
+            "G": {"stage": stages[1], "every": 2, "scheduler": {"name": "cosine"}},
+        }
+        trainer = {"save_every": 3, "eval_every": 4}
+        run = {"steps": 12, "name": name}
+        return config_of(tmp_path, "launch/tasks/gan.py", engines, trainer=trainer, run=run)
+
+    whole, killed = config("whole"), config("killed")
+    two_ranks.run(train_on_fake_digits, whole)
+    with pytest.raises(RankError, match="died with exit code -9"):
+        two_ranks.run(train_and_die, killed, 9)
+    assert "00000006" in checkpoints_in(killed.run_dir / "checkpoints")[0].name
+    two_ranks.run(train_on_fake_digits, killed)
+    times = {"step_time_s", "tokens_per_s"}
+    for prefix in ("", "eval/"):
+        one, two = (
+            [{k: v for k, v in record.items() if k not in times} for record in found]
+            for found in (records(whole, prefix), records(killed, prefix))
+        )
+        assert one == two
+    ends = [c.run_dir / "checkpoints/step-00000012" for c in (whole, killed)]
+    assert tensors(ends[0] / "rank-00001.pt") == tensors(ends[1] / "rank-00001.pt")
+    for name in killed.engines:
+        one, two = (SavedEngine(end / name) for end in ends)
+        for path in one.shapes:
+            keys = one.state_keys(path)
+            assert torch.equal(read(one.master(path)), read(two.master(path)))
+            assert all(
+                torch.equal(read(one.moment(path, k)), read(two.moment(path, k))) for k in keys
+            )
+            assert ("ema" in keys) == (name == "D")
+
+
+def test_a_command_can_mean_one_engine(two_ranks: RankPool, tmp_path: Path) -> None:
+    engines = {"D": {"stage": 2}, "G": {"stage": 3, "every": 2}}
+    config = config_of(tmp_path, "tests/tasks/engines_task.py", engines, control={"stdin": True})
+    two_ranks.run(commanded, config, "lr G 1e-4@3\nclip D 0.5@4\n")
+    found = records(config)
+    assert [record["D/lr"] for record in found] == [1e-3] * 10
+    rates = [record.get("G/lr") for record in found]
+    assert rates == [None, 1e-3, None, 1e-4, None, 1e-4, None, 1e-4, None, 1e-4]
+    assert [record["samples"] for record in found] == [8 * step for step in range(1, 11)]

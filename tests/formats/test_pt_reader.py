@@ -1,0 +1,300 @@
+"""Reading `.pt` files without torch, and whatever pretends to be one."""
+
+import io
+import os
+import pickle
+import random
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from harness.errors import FormatError
+from harness.formats import pt_reader
+from harness.formats.pt_reader import DType, Shape, TensorRef
+from harness.formats.unpickler import StandIn
+
+
+def values(ref: TensorRef) -> torch.Tensor:
+    """A tensor from the bytes that its reference names."""
+    dtype = getattr(torch, ref.dtype)
+    record = ref.storage.record
+    if not record.size:
+        return torch.empty(ref.shape, dtype=dtype)
+    flat = torch.frombuffer(bytearray(record.read()), dtype=torch.uint8).view(dtype)
+    return flat.as_strided(ref.shape, ref.stride, ref.offset)
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of its elements, so that all dtypes can be compared."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def saved(tree: Any, directory: Path, **options: Any) -> Path:
+    path = directory / "saved.pt"
+    torch.save(tree, path, **options)
+    return path
+
+
+def test_every_tensor_is_found_where_it_lies(tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.randn(4, 3))
+    marked = torch.arange(5.0)
+    marked.ds_id = 3  # type: ignore[attr-defined]
+    tree = {
+        "parameter": weight,
+        "tied": weight,
+        "with attributes": marked,
+        "transposed": torch.randn(3, 4).t()[1:],
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(2.5),
+        "expanded": torch.ones(1).expand(3),
+        **{str(dtype): torch.ones(3).to(dtype) for dtype in DTYPES},
+    }
+    found = pt_reader.read(saved(tree, tmp_path))
+    assert list(found) == list(tree)
+    for name, tensor in tree.items():
+        ref = found[name]
+        assert ref.dtype == str(tensor.dtype).removeprefix("torch.")
+        assert ref.shape == tensor.shape and ref.numel() == tensor.numel()
+        assert ref.is_contiguous == tensor.is_contiguous() or not tensor.numel()
+        assert raw(values(ref)).equal(raw(tensor)), name
+    assert found["parameter"].storage is found["tied"].storage
+    assert [keys for keys, _ in pt_reader.tensors(found)] == [(name,) for name in tree]
+
+
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int64,
+    torch.uint16,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.complex64,
+]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_plain_values_come_back(tmp_path: Path, protocol: int) -> None:
+    tree = {
+        1: [None, True, 2**70, -3, 1.5, float("inf"), "ä\udc80"],
+        "nested": {"tuple": (1, (2,)), ("a", 1): b"bytes", "set": {1, 2}, "j": 1 + 2j},
+        "bytearray": bytearray(b"12"),
+        "ordered": OrderedDict(a=1),
+    }
+    assert pt_reader.read(saved(tree, tmp_path, pickle_protocol=protocol)) == tree
+
+
+def test_torch_s_own_values_have_stand_ins(tmp_path: Path) -> None:
+    model = nn.BatchNorm1d(3).state_dict()  # has attributes
+    tree = {"s": torch.Size([2, 3]), "d": torch.bfloat16, "on": torch.device("cpu"), "m": model}
+    found = pt_reader.read(saved(tree, tmp_path))
+    assert found["s"] == (2, 3) and isinstance(found["s"], Shape) and found["s"].numel() == 6
+    assert found["d"] == DType("bfloat16")
+    assert isinstance(found["on"], StandIn) and found["on"].values == ("cpu",)
+    assert list(found["m"]) == list(model)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch executed",)
+
+
+def archive(path: Path, pickled: bytes, how: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", how) as file:
+        file.writestr("x/data.pkl", pickled)
+        file.writestr("x/data/0", bytes(16))
+    return path
+
+
+def laughs() -> bytes:
+    """A list of ten lists of ten lists ..., which share everything."""
+    steps = (b"0]q%c(" % (n + 1) + (b"h%c" % n) * 10 + b"e" for n in range(30))
+    return b"\x80\x02]q\x00" + b"".join(steps) + b"."
+
+
+HASH_BOMB = b"\x80\x02}K\x01\x85" + b"q\x000h\x00h\x00\x86" * 40 + b"K\x01s."
+STORAGE = (
+    b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
+)
+
+
+def tensor_of(offset: int, size: int, stride: int) -> bytes:
+    """The pickle of a tensor of one dimension on the four floats of `archive`."""
+    numbers = (pickle.dumps(n, 2)[2:-1] for n in (offset, (size,), (stride,)))
+    rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n("
+    return b"\x80\x02" + rebuild + STORAGE + b"".join(numbers) + b"\x89}tR."
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "code": (lambda p: archive(p, pickle.dumps(Evil(), 2)), "names posix.system"),
+    "code by name": (lambda p: archive(p, b"\x80\x02cbuiltins\neval\n."), "names builtins.eval"),
+    "stack global": (
+        lambda p: archive(p, b"\x80\x04\x8c\x02os\x8c\x06system\x93."),
+        "names os.system",
+    ),
+    "extension": (lambda p: archive(p, b"\x80\x02\x82\x01."), "opcode"),
+    "inst": (lambda p: archive(p, b"\x80\x02(ios\nsystem\n."), "opcode"),
+    "bomb": (
+        lambda p: archive(p, bytes(10**7), zipfile.ZIP_DEFLATED),
+        "is compressed",
+    ),
+    "laughs": (lambda p: archive(p, laughs()), "more than"),
+    "deep": (lambda p: archive(p, b"\x80\x02" + b"]" * 200_001 + b"a" * 200_000 + b"."), "deep"),
+    "cycle": (lambda p: archive(p, b"\x80\x02]q\x00h\x00a."), "holds itself"),
+    "hash": (lambda p: archive(p, HASH_BOMB), "a key of type"),
+    "memo": (lambda p: archive(p, b"\x80\x02]r\xff\xff\xff\xffj\xff\xff\xff\xfe."), "malformed"),
+    "size": (
+        lambda p: archive(p, b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x70\x85R."),
+        "malformed",
+    ),
+    "attributes": (
+        lambda p: archive(p, b"\x80\x02ctorch\nSize\n}X\x04\x00\x00\x00makeK\x01sb."),
+        "sets attributes of torch.Size",
+    ),
+    "called": (lambda p: archive(p, b"\x80\x02ctorch\nTensor\n)R."), "calls torch.Tensor"),
+    "out of range": (lambda p: archive(p, tensor_of(0, 5, 1)), "over the end of its data"),
+    "far out": (lambda p: archive(p, tensor_of(2**61, 2, 2**61)), "over the end of its data"),
+    "negative": (lambda p: archive(p, tensor_of(0, 2, -1)), "the shape of a tensor"),
+    "empty": (lambda p: (p.write_bytes(b"") and p) or p, "no zip archive"),
+    "text": (lambda p: (p.write_text("hello, " * 99) and p) or p, "no zip archive"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_files_are_refused(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, message = HOSTILE[kind]
+    with pytest.raises(FormatError, match=message) as caught:
+        pt_reader.read(make(tmp_path / "hostile.pt"))
+    assert str(tmp_path / "hostile.pt") in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hostile.pt"]
+
+
+def test_what_reaches_exactly_to_the_end_is_read(tmp_path: Path) -> None:
+    ref = pt_reader.read(archive(tmp_path / "x.pt", tensor_of(1, 3, 1)))
+    assert ref.shape == (3,) and values(ref).tolist() == [0, 0, 0]
+
+
+def test_records_of_one_name_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as file, pytest.warns(UserWarning):
+        file.writestr("x/data.pkl", b"\x80\x02N.")
+        file.writestr("x/data.pkl", b"\x80\x02N.")
+    with pytest.raises(FormatError, match="two records are named"):
+        pt_reader.read(tmp_path / "x.pt")
+
+
+def test_records_over_each_other_are_refused(tmp_path: Path) -> None:
+    path = saved({"a": torch.ones(4), "b": torch.zeros(4)}, tmp_path)
+    data = bytearray(path.read_bytes())
+    first, second = (data.rindex(b"saved/data/%d" % n) - 4 for n in (0, 1))
+    data[second : second + 4] = data[first : first + 4]  # the offset of its header
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=r"overlaps|damaged"):
+        pt_reader.read(path)
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = saved({"a": torch.ones(400)}, tmp_path)
+    storage = pt_reader.read(path)["a"].storage
+    storage.record.verify()
+    data = bytearray(path.read_bytes())
+    data[storage.record.start + 77] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="wrong CRC of saved/data/0"):
+        pt_reader.read(path)["a"].storage.record.verify()
+
+
+def test_archives_above_4_gb_are_read(tmp_path: Path) -> None:
+    """Sparse: 5 GB of nothing before the first tensor."""
+    path = tmp_path / "large.pt"
+    with path.open("wb") as file, zipfile.ZipFile(file, "w") as zipped:
+        zipped.writestr("x/data.pkl", tensor_of(1, 3, 1))
+        zipped.start_dir = 5 << 30  # type: ignore[attr-defined]
+        zipped.writestr("x/data/0", struct.pack("<4f", 1, 2, 3, 4))
+    ref = pt_reader.read(path)
+    assert ref.start > 5 << 30 and ref.nbytes == 12
+    assert ref.storage.record.read() == struct.pack("<4f", 1, 2, 3, 4)
+
+
+def seeds() -> list[bytes]:
+    """Small files of every make, to be damaged."""
+    weight = nn.Parameter(torch.randn(3, 2))
+    marked = torch.arange(5.0)
+    marked.ds_id = 3  # type: ignore[attr-defined]
+    trees: list[Any] = [
+        {"w": weight, "tied": weight, "m": marked, "t": torch.randn(2, 2).t()},
+        {"plain": [1, 2.5, None, True, b"x", "y", (1,), {2}], "s": torch.Size([2]), 3: 1j},
+        OrderedDict(f8=torch.zeros(3, dtype=torch.float8_e4m3fn), d=torch.int8, e=torch.empty(0)),
+    ]
+    found = []
+    for tree in trees:
+        buffer = io.BytesIO()
+        torch.save(tree, buffer)
+        found.append(buffer.getvalue())
+    return found
+
+
+def damaged(random_: random.Random, files: list[bytes]) -> bytes:
+    """A file with a few bytes changed, cut, doubled or filled in from another one."""
+    data = bytearray(random_.choice(files))
+    for _ in range(random_.randint(1, 4)):
+        at = random_.randrange(len(data))
+        # Most bytes are padding: the pickle and the directory are what is read.
+        if random_.random() < 0.7:
+            at = random_.choice((64, len(data) - 700)) + random_.randrange(700)
+            at = min(max(at, 0), len(data) - 1)
+        match random_.randrange(6):
+            case 0:
+                data[at] ^= 1 << random_.randrange(8)
+            case 1:
+                data[at] = random_.randrange(256)
+            case 2:
+                data[at : at + random_.randint(1, 8)] = random_.randbytes(random_.randint(0, 8))
+            case 3:
+                data[at : at + 4] = struct.pack("<I", random_.choice((0, 1, 2**31, 2**32 - 1)))
+            case 4:
+                other = random_.choice(files)
+                start = random_.randrange(len(other))
+                data[at : at + 16] = other[start : start + 16]
+            case 5:
+                del data[at : at + random_.randint(1, 64)]
+        if not data:
+            break
+    return bytes(data)
+
+
+def fuzz(path: Path, rounds: int, seed: int) -> int:
+    """Reads damaged files: each loads, or is refused. How many were refused."""
+    random_ = random.Random(seed)
+    files, refused = seeds(), 0
+    for _ in range(rounds):
+        path.write_bytes(damaged(random_, files))
+        try:
+            for _, ref in pt_reader.tensors(pt_reader.read(path)):
+                record = ref.storage.record
+                assert record.start + record.size <= path.stat().st_size
+        except FormatError as error:
+            assert str(path) in str(error)
+            refused += 1
+    return refused
+
+
+def test_damaged_files_load_or_are_refused(tmp_path: Path) -> None:
+    assert 500 < fuzz(tmp_path / "x.pt", 1500, 1) < 1500
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_many_damaged_files_load_or_are_refused(tmp_path: Path) -> None:
+    assert 50_000 < fuzz(tmp_path / "x.pt", 120_000, 2) < 120_000

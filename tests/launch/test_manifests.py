@@ -1,0 +1,226 @@
+"""What Kubernetes, Compose, shells and image builders are given: well-formed, and in agreement."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from harness.config.command_line import parse_args
+from harness.errors import ConfigError, HarnessError
+from tests.support.helpers import ROOT
+
+MANIFESTS = sorted((ROOT / "launch/k8s").glob("*.yaml"))
+SCRIPTS = sorted(
+    path
+    for folder in ("docker", "launch", "tests", "bench")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".sh", ".sbatch")
+)
+DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
+COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
+
+JOBSET = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+        "kind": {"const": "JobSet"},
+        "metadata": {"type": "object", "required": ["name"]},
+        "spec": {
+            "type": "object",
+            "required": ["replicatedJobs"],
+            "additionalProperties": False,
+            "properties": {
+                "network": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "enableDNSHostnames": {"type": "boolean"},
+                        "subdomain": {
+                            "type": "string",
+                            "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
+                        },
+                    },
+                },
+                "failurePolicy": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {"maxRestarts": {"type": "integer", "minimum": 0}},
+                },
+                "replicatedJobs": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "required": ["name", "template"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "name": {"type": "string"},
+                            "replicas": {"type": "integer", "minimum": 0},
+                            "template": {
+                                "type": "object",
+                                "required": ["spec"],
+                                "additionalProperties": False,
+                                "properties": {"metadata": {}, "spec": {"type": "object"}},
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+"""What we use of JobSet's v1alpha2 (jobset.x-k8s.io_jobsets.yaml in kubernetes-sigs/jobset)."""
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+def jobs(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The Jobs that a manifest leads to."""
+    if document["kind"] == "Job":
+        return [document]
+    return [
+        {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": f"{document['metadata']['name']}-{job['name']}-0"},
+            "spec": job["template"]["spec"],
+        }
+        for job in document["spec"].get("replicatedJobs", [])
+    ]
+
+
+ALL_JOBS = [job for path in MANIFESTS for document in documents(path) for job in jobs(document)]
+
+
+def check(document: dict[str, Any]) -> None:
+    """Raises ValidationError of its own kind unless the document is what Kubernetes accepts."""
+    if document["kind"] != "JobSet":
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+        return
+    jsonschema.validate(document, JOBSET)
+    for job in jobs(document):
+        check(job)
+
+
+def test_only_a_mistake_in_the_config_ends_a_job_for_good() -> None:
+    (job,) = documents(ROOT / "launch/k8s/job.yaml")
+    (rule,) = [r for r in job["spec"]["podFailurePolicy"]["rules"] if r["action"] == "FailJob"]
+    errors = [HarnessError, *HarnessError.__subclasses__()]
+    assert [e for e in errors if e.code in rule["onExitCodes"]["values"]] == [ConfigError]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_a_manifest_is_valid(path: Path) -> None:
+    for document in documents(path):
+        check(document)
+
+
+def test_a_mistake_in_a_manifest_is_found() -> None:
+    """Also deep in the Job of a JobSet."""
+    for spoil in ("imgae", "terminationGracePeriod"):
+        (document,) = documents(ROOT / "launch/k8s/jobset.yaml")
+        pod = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        pod["containers"][0][spoil] = "x"
+        with pytest.raises(kubernetes_validate.ValidationError, match=spoil):
+            check(document)
+    document["spec"]["replicas"] = 2
+    with pytest.raises(jsonschema.ValidationError, match="replicas"):
+        check(document)
+
+
+@pytest.mark.parametrize("job", ALL_JOBS, ids=lambda job: job["metadata"]["name"])
+def test_a_pod_suits_the_image(job: dict[str, Any]) -> None:
+    """Its user, its runs, its health check; shared memory, and time to save."""
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    uid = re.search(r"^USER (\d+):", DOCKERFILE, re.MULTILINE)
+    assert uid and pod["securityContext"]["fsGroup"] == int(uid[1])
+    assert f"CMD {container['readinessProbe']['exec']['command']}".replace("'", '"') in DOCKERFILE
+    (claim,) = documents(ROOT / "launch/k8s/runs.yaml")
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+    runs = mounts["/harness/runs"]["persistentVolumeClaim"]
+    assert runs["claimName"] == claim["metadata"]["name"]
+    assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+    assert pod["terminationGracePeriodSeconds"] > save_seconds(command(job))
+
+
+def command(job: dict[str, Any]) -> list[str]:
+    """What the second pod of a Job runs."""
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    return [word.replace("$(JOB_COMPLETION_INDEX)", "1") for word in container["args"]]
+
+
+def save_seconds(words: list[str]) -> int:
+    """What torchrun leaves its ranks after a signal; DeepSpeed's launcher, or none, 30."""
+    return torchrun(words).shutdown_timeout if words[0] == "torchrun" else 30
+
+
+def torchrun(words: list[str]) -> Any:
+    """torchrun's own reading of its command line."""
+    return get_args_parser().parse_args(words[1:])
+
+
+COMMANDS = [command(job) for job in ALL_JOBS]
+COMMANDS += [service["command"] for service in COMPOSE["services"].values()]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
+def test_a_command_is_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the launcher, and by the entry point, whose config it leads to."""
+    monkeypatch.chdir(ROOT)
+    if words[0] == "torchrun":
+        torchrun(words)
+    entry = words.index("launch/train.py")
+    assert parse_args(words[entry + 1 :]).run_dir.parts[0] == "runs"
+
+
+def test_the_jobset_meets() -> None:
+    """As many nodes as pods, at the name that JobSet gives the first one."""
+    (document,) = documents(ROOT / "launch/k8s/jobset.yaml")
+    (job,) = jobs(document)
+    words = torchrun(command(job))
+    assert words.nnodes == str(job["spec"]["completions"]) == str(job["spec"]["parallelism"])
+    assert job["spec"]["completionMode"] == "Indexed"
+    first_pod = f"{job['metadata']['name']}-0"
+    assert words.master_addr == f"{first_pod}.{document['spec']['network']['subdomain']}"
+
+
+def test_the_containers_of_compose_meet() -> None:
+    nodes = COMPOSE["services"]
+    for number, node in enumerate(nodes.values()):
+        words = torchrun(node["command"])
+        assert words.nnodes == str(len(nodes))
+        assert words.master_addr == next(iter(nodes.values()))["hostname"]
+        assert node["environment"]["PET_NODE_RANK"] == number
+        assert node["stop_grace_period"] == "2m" and words.shutdown_timeout < 120
+        assert node["volumes"] == [f"{next(iter(COMPOSE['volumes']))}:/harness/runs"]
+
+
+def run(tool: str, *words: str | Path) -> None:
+    """Runs a linter of the dev extra; what it finds is the failure."""
+    path = shutil.which(tool, path=Path(sys.executable).parent) or shutil.which(tool)
+    assert path, f"{tool} is not installed: pip install '.[dev]'"
+    done = subprocess.run([path, *words], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"{shlex.join(map(str, words))}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shellcheck_finds_nothing(path: Path) -> None:
+    run("shellcheck", path)
+
+
+def test_hadolint_finds_nothing() -> None:
+    run("hadolint", ROOT / "docker/Dockerfile")

@@ -1,0 +1,218 @@
+"""Two nodes: every launcher starts on them, and a lost cable or node ends the run, which resumes.
+
+The nodes are namespaces of this machine, each with its own sshd: `tests/support/nodes.py`.
+"""
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from torch.distributed import DistStoreError  # pyright: ignore[reportPrivateImportUsage]
+
+from harness.distributed.network import bounded, choose_interface, losses_told
+from harness.errors import LostRank
+from tests.launch.test_launch import log_of, steps_of, until, written_config
+from tests.support.helpers import ROOT
+from tests.support.nodes import Node, Pair, environment, two_nodes, why_not
+
+pytestmark = pytest.mark.timeout(400)
+
+TIMEOUT_S = 20
+ENDLESS = ["--run.steps=1000000", "--trainer.save_every=5", "--data.workers=1"]
+AS_ROOT = ["env", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"]
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(bool(why_not(program)), reason=why_not(program))
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
+    with two_nodes(tmp_path / "nodes") as nodes:
+        yield nodes
+
+
+def start(
+    node: Node, directory: Path, launcher: Sequence[str | Path], *words: str
+) -> subprocess.Popen[str]:
+    """Starts the tiny task by a launcher's command on a node; its output is a file."""
+    config = ["--config", written_config(directory), f"--run.timeout_s={TIMEOUT_S}"]
+    with (directory / f"{node.name}.output").open("w") as output:
+        return node.popen(
+            ROOT,
+            *launcher,
+            "launch/train.py",
+            *config,
+            *words,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+
+
+def over_pdsh(directory: Path, *options: str) -> list[str | Path]:
+    return ["deepspeed", "--hostfile", directory / "hostfile", *options]
+
+
+def trains_on(directory: Path, job: subprocess.Popen[str], steps: int) -> None:
+    """Waits until a run is that many steps further."""
+    metrics = directory / "runs/tiny/metrics.jsonl"
+    until(metrics.exists, job)
+    goal = max(steps_of(directory), default=0) + steps
+    until(lambda: max(steps_of(directory), default=0) >= goal, job)
+
+
+def ended(job: subprocess.Popen[str], *nodes: Node) -> int:
+    """The exit code of a launcher, once it has ended and nothing of the run is left on nodes."""
+    code = job.wait(timeout=90)
+    until(lambda: not any(node.processes() for node in nodes))
+    return code
+
+
+def losses_in(directory: Path) -> list[str]:
+    """Who says in the log that a rank was lost: "rank 1 ERROR node2"."""
+    pattern = r"(rank . ERROR \S+) has lost another rank: .+ run\.timeout_s = 20 s"
+    return sorted(re.findall(pattern, log_of(directory)))
+
+
+@needs("pdsh")
+def test_a_cut_cable_and_a_lost_node_end_the_run_and_it_goes_on(pair: Pair, tmp_path: Path) -> None:
+    """Twice on both nodes, then on the one that is left."""
+    job = start(pair.first, tmp_path, over_pdsh(tmp_path), *ENDLESS)
+    trains_on(tmp_path, job, 12)
+    pair.cut()
+    assert ended(job, pair.first, pair.second) != 0
+    assert losses_in(tmp_path) == ["rank 0 ERROR node1", "rank 1 ERROR node2"]
+    assert "node1: error: node1 has lost another rank" in (tmp_path / "node1.output").read_text()
+
+    pair.mend()
+    job = start(pair.first, tmp_path, over_pdsh(tmp_path), *ENDLESS)
+    until(lambda: "resumed from" in log_of(tmp_path), job)
+    assert "step 0 of" not in log_of(tmp_path).rpartition("resumed from")[2]
+    trains_on(tmp_path, job, 12)
+    pair.second.kill()
+    assert ended(job, pair.first) != 0
+    assert losses_in(tmp_path) == ["rank 0 ERROR node1"] * 2 + ["rank 1 ERROR node2"]
+    assert " [10.0.0.2]:" in log_of(tmp_path)
+
+    steps = max(steps_of(tmp_path)) + 3
+    alone = over_pdsh(tmp_path, "--include", "node1")
+    job = start(pair.first, tmp_path, alone, f"--run.steps={steps}")
+    assert ended(job, pair.first) == 0
+    assert f"of {steps} on 1 ranks (cpu), rank 0 on node1" in log_of(tmp_path)
+    assert steps_of(tmp_path) == list(range(1, steps + 1))
+
+
+@needs("pdsh")
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_deepspeed_is_told_to_stop(pair: Pair, tmp_path: Path, number: signal.Signals) -> None:
+    """By Ctrl-C, which all in the terminal's foreground get, or by one SIGTERM."""
+    job = start(pair.first, tmp_path, over_pdsh(tmp_path), *ENDLESS)
+    trains_on(tmp_path, job, 7)
+    (command,) = [p for p in pair.first.processes() if p.name() == "deepspeed"]
+    others = command.children(recursive=True) if number == signal.SIGINT else []
+    for process in [command, *others]:
+        process.send_signal(number)
+    assert ended(job, pair.first, pair.second) != 0
+    last = max(steps_of(tmp_path))
+    assert f"saved {tmp_path}/runs/tiny/checkpoints/step-{last:08d}\n" in log_of(tmp_path)
+    assert "SIGTERM: done: the run ends here" in log_of(tmp_path)
+
+
+@needs("pdsh")
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["no_ssh", "torchrun", "c10d"])
+def test_a_launcher_started_on_each_node(pair: Pair, tmp_path: Path, launcher: str) -> None:
+    """With rank 0's node named as it names itself: by a loopback address."""
+    jobs = []
+    for rank, node in enumerate((pair.first, pair.second)):
+        here = ["--node_rank", str(rank), "--master_addr", "node1"]
+        torchrun = ["torchrun", "--nnodes=2", "--nproc_per_node=1"]
+        command = {
+            "no_ssh": [*over_pdsh(tmp_path), "--no_ssh", *here],
+            "torchrun": [*torchrun, *here],
+            "c10d": [*torchrun, "--rdzv_backend=c10d", "--rdzv_endpoint=node1:29500"],
+        }[launcher]
+        jobs.append(start(node, tmp_path, command))
+    assert [job.wait(timeout=200) for job in jobs] == [0, 0], (
+        tmp_path / "node1.output"
+    ).read_text()
+    assert "step 0 of 4 on 2 ranks (cpu), rank 0 on node" in log_of(tmp_path)
+
+
+@needs("mpirun")
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["mpirun", "deepspeed"])
+def test_open_mpi_over_ssh(pair: Pair, tmp_path: Path, launcher: str) -> None:
+    mpirun = ["mpirun", "-np", "2", "--hostfile", tmp_path / "hostfile", "-x", "PYTHONPATH"]
+    command = {
+        "mpirun": [*mpirun, "-x", "MASTER_ADDR=node1", sys.executable],
+        "deepspeed": over_pdsh(
+            tmp_path, "--launcher", "openmpi", "--launcher_args", "-x MASTER_ADDR=node1"
+        ),
+    }[launcher]
+    job = start(pair.first, tmp_path, [*AS_ROOT, *command])
+    assert job.wait(timeout=200) == 0, (tmp_path / "node1.output").read_text()
+    assert "step 0 of 4 on 2 ranks (cpu), rank 0 on node1" in log_of(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+def test_open_mpi_on_one_machine(tmp_path: Path) -> None:
+    mpirun = [*AS_ROOT, "mpirun", "-np", "2", "--oversubscribe", sys.executable]
+    words = ["launch/train.py", "--config", str(written_config(tmp_path))]
+    done = subprocess.run(
+        [*mpirun, *words], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 0 of 4 on 2 ranks (cpu)" in log_of(tmp_path)
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
+
+
+def test_which_interface() -> None:
+    def chosen(**environ: str) -> str | None:
+        choose_interface(environ)
+        return environ.get("GLOO_SOCKET_IFNAME")
+
+    assert chosen() is chosen(MASTER_ADDR="localhost") is chosen(MASTER_ADDR="127.0.0.1") is None
+    assert chosen(MASTER_ADDR="192.0.2.7", GLOO_SOCKET_IFNAME="ib0") == "ib0"
+    for name, addresses in psutil.net_if_addrs().items():
+        for address in addresses:
+            if address.family.name == "AF_INET" and not address.address.startswith("127."):
+                assert chosen(MASTER_ADDR=address.address) == name
+
+
+def test_what_a_collective_raises_is_told() -> None:
+    gloo = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]"
+    for error, told in (
+        (RuntimeError(f"{gloo}. This is typically..."), "rank: Connection closed by peer [::1]. "),
+        (RuntimeError("Application timeout caused pair closure"), "timeout caused pair closure. "),
+        (DistStoreError("1/2 clients joined."), "rank: 1/2 clients joined. "),
+    ):
+        with pytest.raises(LostRank) as found, losses_told(7):
+            raise error
+        assert told in str(found.value)
+    with pytest.raises(RuntimeError, match="shapes differ"), losses_told(7):
+        raise RuntimeError("shapes differ")
+
+
+def join_for_ever() -> None:
+    with bounded(0.1, "joining"):
+        os.read(os.pipe()[0], 1)
+
+
+def test_what_obeys_no_timeout_ends_the_process() -> None:
+    with bounded(30, "nothing"):
+        process = multiprocessing.get_context("fork").Process(target=join_for_ever)
+        process.start()
+    process.join(timeout=30)
+    assert process.exitcode == LostRank.code

@@ -1,0 +1,191 @@
+"""Jobs of a real Slurm: saved and requeued before their time is over, talked to, cancelled."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.launch.test_launch import ctl, log_of, steps_of, until, written_config
+from tests.support.helpers import ROOT
+from tests.support.slurm_cluster import NODES, Cluster, cluster, why_not
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+]
+
+ADOPT = """
+import json, os
+from harness.ranks import adopt
+adopt()
+keys = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+print(json.dumps({key: os.environ[key] for key in (*keys, "SLURMD_NODENAME")}))
+"""
+
+AWAY = """#!/bin/bash
+# Stands for Slurm's commands, whose controller is away at first: the second try is heard.
+name=${0##*/}
+echo "$name" >>calls
+tries=$(grep --count "^$name$" calls)
+case $name in
+srun)
+    trap 'told=yes' TERM
+    echo $$ >ranks
+    until [[ $told && -e saved ]]; do /bin/sleep 0.1; kill -0 $PPID || exit; done
+    exit 143
+    ;;
+sleep) ;;
+*) ((tries > 1)) || exit 1 ;;&
+scancel) kill -TERM "$(cat ranks)" ;;
+squeue) echo RUNNING ;;
+esac
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("slurm")) as ours:
+        until(lambda: is_up(ours))
+        yield ours
+
+
+def is_up(slurm: Cluster) -> bool:
+    try:
+        return slurm.run("sinfo", "--noheader", "--format=%D %T").split() == ["2", "idle"]
+    except subprocess.CalledProcessError:  # no controller yet
+        return False
+
+
+@contextmanager
+def job(slurm: Cluster, directory: Path, *words: str, stdin: str = "") -> Iterator[str]:
+    """The number of a job that trains the tiny task below `directory`; cancelled at last."""
+    (directory / "stdin").write_text(stdin)
+    files = [f"--output={directory}/output", f"--input={directory}/stdin"]
+    config = ["--config", str(written_config(directory))]
+    script = "launch/slurm/train.sbatch"
+    number = slurm.run("sbatch", "--parsable", *files, script, *config, *words).strip()
+    try:
+        yield number
+    finally:
+        slurm.run("scancel", number)
+        until(lambda: not runs(slurm, number))
+
+
+def runs(slurm: Cluster, number: str) -> bool:
+    """Whether anything of a job is left, its script included."""
+    left = [process.info["environ"].get("SLURM_JOB_ID") for process in slurm.processes()]
+    return number in left
+
+
+def is_training(directory: Path) -> bool:
+    """Whether it takes commands, and has taken a step."""
+    return ctl(directory, "status")[0] == 0 and bool(steps_of(directory))
+
+
+def test_a_job_that_is_to_end_saves_and_resumes_by_itself(slurm: Cluster, tmp_path: Path) -> None:
+    """It hears standard input and `harness ctl` as well; and once it has finished, that is all."""
+    stdin = "lr 1e-4\nsave as told\n"
+    with job(slurm, tmp_path, "--run.steps=1000000", stdin=stdin) as number:
+        until(lambda: is_training(tmp_path) and "save as told: done" in log_of(tmp_path))
+        assert "on 2 ranks" in log_of(tmp_path)
+        assert "net: lr held at 0.0001" in ctl(tmp_path, "status")[1]
+        slurm.run("scancel", "--signal=USR1", "--batch", number)
+        until(lambda: slurm.job(number)["Restarts"] == "1")
+        saved = f"{tmp_path}/runs/tiny/checkpoints/step-{steps_of(tmp_path)[-1]:08d}"
+        assert re.search(f"SIGTERM: done: the run ends here\n.* saved {saved}\n", log_of(tmp_path))
+
+        until(lambda: f"resumed from {saved}" in log_of(tmp_path))
+        until(lambda: is_training(tmp_path))
+        assert ctl(tmp_path, "quit")[0] == 0
+        until(lambda: not runs(slurm, number))
+        until(lambda: slurm.job(number)["JobState"] == "COMPLETED")
+        assert slurm.job(number)["ExitCode"] == "0:0" and slurm.job(number)["Restarts"] == "1"
+    steps = steps_of(tmp_path)
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_job_that_is_cancelled_saves_and_stays_so(slurm: Cluster, tmp_path: Path) -> None:
+    with job(slurm, tmp_path, "--run.steps=1000000") as number:
+        until(lambda: is_training(tmp_path))
+        slurm.run("scancel", number)
+        until(lambda: not runs(slurm, number))
+        until(lambda: slurm.job(number)["JobState"] == "CANCELLED")
+        assert slurm.job(number)["Restarts"] == "0"
+    last = steps_of(tmp_path)[-1]
+    assert f"saved {tmp_path}/runs/tiny/checkpoints/step-{last:08d}\n" in log_of(tmp_path)
+
+
+def test_a_mistake_is_not_tried_again(slurm: Cluster, tmp_path: Path) -> None:
+    with job(slurm, tmp_path, "--run.stesp=1") as number:
+        until(lambda: slurm.job(number)["JobState"] == "FAILED")
+        assert slurm.job(number)["ExitCode"] == "2:0"
+    output = (tmp_path / "output").read_text()
+    assert output.startswith("error: config "), output  # and later rank 1, which srun lets go on
+    assert "run.stesp (command line): unknown key" in output.partition("rank 1")[0], output
+
+
+def test_a_controller_that_is_away_costs_no_requeue(tmp_path: Path) -> None:
+    """A USR1 that reached the ranks is the last; one that did not is not."""
+    for name in ("srun", "scancel", "squeue", "scontrol", "sleep"):
+        (tmp_path / name).write_text(AWAY)
+        (tmp_path / name).chmod(0o755)
+    calls = tmp_path / "calls"
+    with subprocess.Popen(
+        ["bash", ROOT / "launch/slurm/train.sbatch"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "1"},
+    ) as script:
+
+        def times_told() -> int:
+            script.send_signal(signal.SIGUSR1)
+            return calls.read_text().count("scancel")
+
+        try:
+            until((tmp_path / "ranks").exists, script)
+            until(lambda: times_told() == 2, script)
+            times_told()
+            (tmp_path / "saved").touch()
+            assert script.wait(timeout=60) == 143
+        finally:
+            script.kill()
+    again = ["squeue", "sleep", "squeue", "scontrol", "sleep", "scontrol"]
+    assert calls.read_text().split() == ["srun", "scancel", "scancel", *again]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "srun --nodes=2 --ntasks=3",
+        "srun --ntasks=4 --distribution=cyclic",
+        "salloc --nodes=2 --ntasks=4 srun --nodes=1 --relative=1 --ntasks=2",
+        f"salloc -n2 -w {NODES[1]} : -n1 -w {NODES[0]} srun --het-group=0,1",
+        f"salloc -n1 -w {NODES[1]} : -n2 -w {NODES[0]} srun --het-group=1",
+    ],
+)
+def test_ranks_find_each_other(slurm: Cluster, words: str) -> None:
+    printed = slurm.run(*words.split(), "python", "-c", ADOPT).splitlines()
+    ranks = sorted(map(json.loads, printed), key=lambda rank: int(rank["RANK"]))
+    nodes = [rank["SLURMD_NODENAME"] for rank in ranks]
+    assert len({rank["MASTER_PORT"] for rank in ranks}) == 1
+    for number, rank in enumerate(ranks):
+        assert rank["RANK"] == str(number) and rank["WORLD_SIZE"] == str(len(ranks))
+        assert rank["MASTER_ADDR"] == nodes[0]
+        assert rank["LOCAL_RANK"] == str(nodes[:number].count(nodes[number]))
+        assert rank["LOCAL_WORLD_SIZE"] == str(nodes.count(nodes[number]))
+
+
+def test_where_rank_0_is_may_have_to_be_said(slurm: Cluster, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(f"{NODES[1]}\n{NODES[0]}\n")
+    words = ["srun", "--distribution=arbitrary", f"--nodelist={hosts}", "--ntasks=2"]
+    with pytest.raises(subprocess.CalledProcessError):
+        slurm.run(*words, "python", "-c", ADOPT)
+    printed = slurm.run("env", f"MASTER_ADDR={NODES[1]}", *words, "python", "-c", ADOPT)
+    (first,) = [rank for rank in map(json.loads, printed.splitlines()) if rank["RANK"] == "0"]
+    assert first["SLURMD_NODENAME"] == first["MASTER_ADDR"] == NODES[1]

@@ -1,0 +1,311 @@
+"""APOLLO on several ranks: what it sends, what it refuses, and that all ranks do the same."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from harness import distributed
+from harness.optim import Apollo, apollo_param_groups
+from harness.optim.apollo import lowrank
+from harness.optim.apollo.memory import state_bytes
+from harness.testing.pool import RankPool
+from harness.zero.shards import ShardError, locate
+from tests.support.given_gradients import (
+    Given,
+    apollo,
+    engine_of,
+    gradients_of,
+    masters,
+    take_plain_steps,
+    take_steps,
+    worst,
+)
+
+COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.partition(".")[0] in ("_local_scalar_dense", "is_nonzero", "nonzero"):
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def what_a_step_does(stage: int, overrides: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
+    """The collectives in each call of step(), and the waits, once the layout is known: on the way
+    that devices go."""
+    model = Given()
+    optimizer = apollo(model)
+    engine = engine_of(model, optimizer, stage, "bf16" if overrides else "fp32", overrides)
+    take_steps(engine, range(2))
+    calls: list[list[str]] = []
+    waits = Waits()
+    step = Apollo.step
+
+    def watched(self: Apollo) -> None:
+        calls.append([])
+        with waits:
+            step(self)
+
+    def counted(name: str, collective: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[-1].append(name)
+            return collective(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowrank, "_if_well", lowrank._masked)
+        patch.setattr(optimizer, "step", watched.__get__(optimizer))
+        engine.backward(engine(gradients_of(2)))
+        for name in COLLECTIVES:
+            patch.setattr(dist, name, counted(name, getattr(dist, name)))
+        calls.append([])  # for DeepSpeed's own, ahead of the first call
+        engine.step()
+    engine.destroy()
+    return calls[1:], waits.found
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "calls"),
+    [
+        (1, {}, 4),
+        (2, {}, 4),
+        (3, {}, 4),
+        (1, {"data_types": {"grad_accum_dtype": "fp32"}}, 1),
+    ],
+)
+def test_two_collectives_and_no_wait(
+    two_ranks: RankPool, stage: int, overrides: dict[str, Any], calls: int
+) -> None:
+    for seen, waits in two_ranks.run(what_a_step_does, stage, overrides):
+        assert len(seen) == calls
+        for ours in seen:
+            found = [name for name in ours if name in COLLECTIVES[1:3]][:2]
+            assert ours[: len(found)] == found
+            assert found in (
+                ["reduce_scatter_tensor", "all_gather_into_tensor"],
+                ["reduce_scatter_tensor"],
+            )
+            assert ours.count("reduce_scatter_tensor") == 1
+        assert waits == []
+
+
+@pytest.mark.parametrize("mini", [False, True])
+def test_no_operator_waits_inside(mini: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an operator reads of a device by itself, which the profiler sees. (Fused Adam reads its
+    steps on CPUs only.)"""
+    monkeypatch.setattr(lowrank, "_if_well", lowrank._masked)
+    model = Given()
+    optimizer = apollo(model, mini)
+    take_plain_steps(model, optimizer, range(1))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    events = profile.events() or []
+    reads = [event for event in events if event.name == "aten::_local_scalar_dense"]
+    readers = {event.cpu_parent.cpu_parent.name for event in reads}
+    assert readers <= {"aten::_fused_adam_", "aten::_fused_adamw_"}
+
+
+def poisoned_on_one_rank() -> tuple[float, float]:
+    """A NaN on rank 1 only, in a step that DeepSpeed does not check itself: how far the masters
+    moved in it; and how far they end from a run without that step."""
+    unchecked = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    model, reference = Given(), Given()
+    optimizer = apollo(model, update_proj_gap=100)
+    engine = engine_of(model, optimizer, 1, "fp32", unchecked)
+    take_steps(engine, range(3))
+    before = masters(optimizer)
+    gradients = gradients_of(3)
+    for group in ("tall", "kernel", "experts", "table"):
+        gradients[group] = gradients[group].clone()
+        gradients[group].view(-1)[5] = torch.nan if distributed.global_rank() == 1 else 0.0
+    engine.backward(engine(gradients))
+    engine.step()
+    after = masters(optimizer)
+    take_steps(engine, range(4, 8))
+    plain = apollo(reference, update_proj_gap=100)
+    take_plain_steps(reference, plain, range(3))
+    take_plain_steps(reference, plain, range(4, 8))
+    found = masters(optimizer)
+    engine.destroy()
+    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+    return moved, worst(found, reference)
+
+
+def test_a_rank_with_a_bad_gradient_holds_up_all(two_ranks: RankPool) -> None:
+    for moved, difference in two_ranks.run(poisoned_on_one_rank):
+        assert moved == 0.0
+        assert difference <= 5e-7
+
+
+def told(stage: int, overrides: dict[str, Any], spoil: bool) -> str:
+    """What the first step says, after rank 1 has changed weights without their masters."""
+    shapes = {"a": (4, 6), "b": (5, 3)}
+    model = Given(shapes)
+    group = {"params": list(model.parameters()), "param_names": list(shapes)}
+    optimizer = Apollo([group], rank=2)
+    engine = engine_of(model, optimizer, stage, "bf16", overrides)
+    if spoil and distributed.global_rank() == 1:
+        weights = [engine.optimizer.lp_param_buffer] if stage == 3 else model.parameters()
+        for weight in weights:
+            weight.data += 1
+    engine.backward(engine({name: torch.ones(shape) for name, shape in shapes.items()}))
+    try:
+        engine.step()
+    except ShardError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_weights_that_are_not_those_of_the_masters_are_refused_by_all(stage: int) -> None:
+    with RankPool(2) as pool:  # of its own, since DeepSpeed is left in mid-step
+        first, second = pool.run(told, stage, {}, True)
+    assert first == "another rank cannot tell the layout of its shards; its own message says why"
+    assert second.startswith("parameter 'a': elements ")
+
+
+def test_elastic_checkpoints_are_refused_by_all() -> None:
+    offload = {"elastic_checkpoint": True, "offload_optimizer": {"device": "cpu"}}
+    with RankPool(2) as pool:
+        messages = pool.run(told, 1, {"zero_optimization": offload}, False)
+    assert all("elastic_checkpoint can only save" in message for message in messages)
+
+
+def located_in_another_order() -> str:
+    """A layout as ZeRO-1 makes it, but for the order of the parameters, which is the rank's own."""
+    buffer, at = torch.zeros(40), 0
+    parameters = {"a": nn.Parameter(torch.zeros(4, 6)), "b": nn.Parameter(torch.zeros(5, 3))}
+    for name in sorted(parameters, reverse=distributed.global_rank() == 1):
+        parameter: Any = parameters[name]
+        parameter.data = buffer[at : at + parameter.numel()].view(parameter.shape)
+        parameter._dp_group = dist.group.WORLD
+        at += parameter.numel()
+    try:
+        locate([torch.zeros(20)], parameters)
+    except ShardError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_disagree_are_refused_by_all(two_ranks: RankPool) -> None:
+    expected = "the ranks disagree on the layout of their shards: did they build the same model?"
+    assert two_ranks.run(located_in_another_order) == [expected] * 2
+
+
+def test_what_is_unknown_is_refused() -> None:
+    parameter = nn.Parameter(torch.zeros(4, 6, dtype=torch.float16))
+    with pytest.raises(ShardError, match=r"fp16 at ZeRO stage 0 .* use stage 1, or bf16"):
+        locate([torch.zeros(4, 6)], {"weight": parameter})
+    with pytest.raises(ShardError, match=r"'weight': .* shape \(24,\) .* in none of the layouts"):
+        locate([torch.zeros(24)], {"weight": parameter})
+    clone = torch.ones(4, 6)
+    with pytest.raises(ShardError, match="others were found"):
+        locate([clone], {"weight": nn.Parameter(torch.zeros(4, 6))})
+
+
+def measured_and_computed(stage: int, mini: bool, projection: str) -> tuple[int, int]:
+    """This rank's bytes of state after a step, and what `state_bytes` says of it before."""
+    model = Given()
+    optimizer = apollo(model, mini, projection=projection)
+    told_before = state_bytes(optimizer.param_groups, stage, distributed.world_size())
+    engine = engine_of(model, optimizer, stage, "fp32", {})
+    take_steps(engine, range(1))
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    engine.destroy()
+    measured = sum(value.nbytes for value in values if isinstance(value, Tensor))
+    return measured, told_before[distributed.global_rank()]
+
+
+@pytest.mark.parametrize(
+    ("mini", "projection"), [(False, "gaussian"), (True, "gaussian"), (False, "svd")]
+)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_state_takes_as_many_bytes_as_is_computed(
+    three_ranks: RankPool, stage: int, mini: bool, projection: str
+) -> None:
+    for measured, computed in three_ranks.run(measured_and_computed, stage, mini, projection):
+        assert measured == computed
+
+
+class Transformer(nn.Module):
+    """Two causal layers on 32 tokens, without biases: the keys' has no true gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embedding = nn.Embedding(32, 48)
+        names = ["query", "key", "value", "out", "up", "down", "norm1", "norm2"]
+        layers = [dict(zip(names, layer(), strict=True)) for _ in range(2)]
+        self.layers = nn.ModuleList(map(nn.ModuleDict, layers))
+        self.lm_head = nn.Linear(48, 32, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens[:, :-1])
+        for block in self.layers:
+            assert isinstance(block, nn.ModuleDict)
+            y = block["norm1"](x)
+            heads = (block[name](y).unflatten(-1, (4, 12)) for name in ("query", "key", "value"))
+            q, k, v = (head.transpose(1, 2) for head in heads)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            x = x + block["out"](y)
+            x = x + block["down"](F.gelu(block["up"](block["norm2"](x))))
+        return F.cross_entropy(self.lm_head(x).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def layer() -> list[nn.Module]:
+    square = [nn.Linear(48, 48, bias=False) for _ in range(4)]
+    mlp = [nn.Linear(48, 112, bias=False), nn.Linear(112, 48, bias=False)]
+    return [*square, *mlp, nn.LayerNorm(48), nn.LayerNorm(48)]
+
+
+def batch(step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 32, (8, 17), generator=generator) // 2 * 2  # something to learn
+
+
+def closed_loop(stage: int) -> tuple[float, float]:
+    """30 steps of a transformer, each rank on its share of the data, against one process: the
+    worst difference, and how much the loss fell."""
+    model, reference = Transformer(), Transformer()
+    settings: dict[str, Any] = {"lr": 2e-3, "weight_decay": 0.01}
+    optimizer = Apollo(apollo_param_groups(model, rank=8, update_proj_gap=10), **settings)
+    engine = engine_of(model, optimizer, stage, "fp32", {})
+    plain = Apollo(apollo_param_groups(reference, rank=8, update_proj_gap=10), **settings)
+    world, rank = distributed.world_size(), distributed.global_rank()
+    losses = []
+    for step in range(30):
+        engine.backward(engine(batch(step)[rank::world]))
+        engine.step()
+        plain.zero_grad()
+        loss = reference(batch(step))
+        loss.backward()
+        losses.append(loss.item())
+        plain.step()
+    found = masters(optimizer)
+    engine.destroy()
+    return worst(found, reference), losses[0] - losses[-1]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_transformer_learns_the_same(
+    two_ranks: RankPool, four_ranks: RankPool, stage: int
+) -> None:
+    for pool in (two_ranks, four_ranks):
+        for difference, fall in pool.run(closed_loop, stage):
+            assert difference <= 5e-6
+            assert fall > 0.5

@@ -1,0 +1,269 @@
+"""Optimizers and schedules by name, and what ZeRO does not let them do."""
+
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from harness.config.engine_sections import OPTIMIZER_PACKAGES, OptimizerConfig, SchedulerConfig
+from harness.errors import ConfigError
+from harness.io import load
+from harness.io.stored import read
+from harness.optim import Apollo, ApolloMini
+from harness.optim.build import build_optimizer, check_zero
+from harness.optim.schedules import build_scheduler
+from harness.run import train
+from harness.testing.pool import RankError, RankPool
+from harness.zero.reader import SavedEngine
+from tests.support.given_gradients import Given, engine_of, gradients_of
+from tests.support.helpers import losses, records, tiny_config
+
+dynamo: Any = torch._dynamo
+
+
+def optimizer_config(**settings: Any) -> OptimizerConfig:
+    return OptimizerConfig.model_validate(settings)
+
+
+def built(**settings: Any) -> torch.optim.Optimizer:
+    return build_optimizer(nn.Linear(24, 20), optimizer_config(**settings))
+
+
+def test_apollo_gets_its_groups_and_its_settings() -> None:
+    optimizer = built(name="apollo", rank=8, scale=4.0, betas=[0.8, 0.9], lr=0.5)
+    assert type(optimizer) is Apollo
+    low_rank, dense = optimizer.param_groups
+    assert (low_rank["rank"], low_rank["param_names"]) == (8, ["weight"])
+    assert (dense["rank"], dense["param_names"]) == (0, ["bias"])
+    assert all(group["lr"] == 0.5 and group["scale"] == 4 for group in optimizer.param_groups)
+    mini = built(name="apollo-mini")
+    assert type(mini) is ApolloMini
+    assert [mini.param_groups[0][key] for key in ("rank", "scale", "scale_type")] == [
+        1,
+        128.0,
+        "tensor",
+    ]
+    frozen = nn.Linear(24, 20).requires_grad_(False)
+    adamw = build_optimizer(nn.ModuleList([nn.Linear(24, 20), frozen]), optimizer_config())
+    assert len(adamw.param_groups[0]["params"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"name": "apolo"}, "did you mean 'apollo'"),
+        ({"name": "apollo", "scal": 1}, "unknown key 'scal' (did you mean 'scale'?)"),
+        ({"name": "apollo-mini", "gama": 1}, "unknown key 'gama' (did you mean 'gamma'?)"),
+        ({"name": "apollo", "gamma": 0.1}, "gamma = 0.1 is impossible"),
+        ({"name": "adamw", "rank": 3}, "unknown key 'rank'"),
+        ({"name": "torch.optim:Nothing"}, "Nothing"),
+    ],
+)
+def test_mistakes_are_told(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        built(**settings)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_PACKAGES)
+def test_what_is_not_installed_is_an_error_of_the_config(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = OPTIMIZER_PACKAGES[name]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValidationError, match=f"not installed: pip install {package}"):
+        optimizer_config(name=name)
+
+
+ADAFACTOR = "keeps means of a matrix's rows and columns"
+
+
+@pytest.mark.parametrize(
+    ("name", "deepspeed", "told"),
+    [
+        ("adafactor", {"zero_optimization": {"stage": 1}}, ADAFACTOR),
+        ("schedulefree", {"zero_optimization": {"stage": 1}}, "use ZeRO stage 0 in fp32"),
+        ("schedulefree", {"bf16": {"enabled": True}}, "use ZeRO stage 0 in fp32"),
+        ("muon", {"zero_optimization": {"stage": 3}}, "reduce_scatter to false"),
+        ("apollo", {"fp16": {"enabled": True}}, "use stage 1, or bf16"),
+        ("apollo", {"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic"),
+        (
+            "apollo-mini",
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "offload_optimizer.device to 'cpu'",
+        ),
+        (
+            "apollo",
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "cpu", "ratio": 0.3},
+                }
+            },
+            "offload_optimizer.ratio to 1.0",
+        ),
+    ],
+)
+def test_what_zero_would_degrade_is_refused(name: str, deepspeed: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check_zero(optimizer_config(name=name), deepspeed)
+
+
+def test_what_zero_does_not_degrade_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    zero = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    for name in ("adamw", "apollo", "apollo-mini", "torch.optim:SGD", "torch.optim:RMSprop"):
+        check_zero(optimizer_config(name=name), zero)
+    check_zero(optimizer_config(name="adafactor"), {"zero_optimization": {"stage": 0}})
+    assert not caplog.records
+    for name in ("tests.tasks.reshard_task:TwoGroups", "torch.optim:Adafactor"):
+        with caplog.at_level(logging.WARNING):
+            check_zero(optimizer_config(name=name), zero)
+        assert f"{name!r} is not known to treat every element alone" in caplog.text
+
+
+def with_muon(stage: int) -> dict[str, Tensor]:
+    """Three steps of Muon; the weights after them."""
+    dynamo.config.disable = True  # its kernels are compiled, which takes a minute
+    shapes = {"matrix": (12, 8), "wide": (8, 16), "bias": (7,), "embedding": (6, 5)}
+    model = Given(shapes)
+    config = optimizer_config(name="muon", lr=0.02, adam_lr=1e-2, momentum=0.9)
+    overrides = {"zero_optimization": {"reduce_scatter": False}} if stage == 3 else {}
+    engine = engine_of(model, build_optimizer(model, config), stage, "fp32", overrides)
+    for step in range(3):
+        engine.backward(engine(gradients_of(step, shapes)))
+        engine.step()
+    found = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+            found[name] = parameter.detach().clone()
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_muon_is_the_same_at_every_stage(two_ranks: RankPool, stage: int) -> None:
+    """Matrices take Muon's steps, the rest AdamW's."""
+    whole, _ = two_ranks.run(with_muon, 0)
+    for found in two_ranks.run(with_muon, stage):
+        for name, weight in found.items():
+            assert torch.allclose(weight, whole[name], rtol=0, atol=1e-4), name
+    start = dict(Given({"matrix": (12, 8), "wide": (8, 16), "bias": (7,)}).named_parameters())
+    assert (whole["matrix"] - start["matrix"]).abs().max() > 1e-2
+    assert (whole["bias"] - start["bias"]).abs().max() > 1e-2
+
+
+def factors(name: str, steps: int = 100, **args: float) -> list[float]:
+    config = SchedulerConfig.model_validate({"name": name, **args})
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_scheduler(optimizer, config, steps)
+    found = []
+    for _ in range(steps + 1):
+        found.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_one_cycle_is_torchs() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    torchs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=101, pct_start=0.31)
+    # Theirs reaches its peak at 0.31 * 101 - 1 = 30.31 steps: with so few steps, nearly ours.
+    for ours in factors("one-cycle"):
+        assert ours == pytest.approx(torchs.get_last_lr()[0], abs=0.02)
+        optimizer.step()
+        if torchs.last_epoch < 100:
+            torchs.step()
+    found = factors("one-cycle", warmup=20)
+    assert (found[0], found[20], found[100]) == pytest.approx((0.04, 1.0, 4e-6))
+
+
+def test_noam_rises_on_a_line_and_falls_with_the_root() -> None:
+    found = factors("noam", warmup=10)
+    assert found[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert found[39] == pytest.approx(math.sqrt(10 / 40))
+    with pytest.raises(ConfigError, match="expected a number from 1 on"):
+        factors("noam", warmup=0)
+
+
+def test_warmup_stable_decay_has_three_parts() -> None:
+    found = factors("warmup-stable-decay", warmup=10, decay=20, floor=0.1)
+    assert found[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert found[10:81] == [1.0] * 71
+    assert (found[90], found[100]) == pytest.approx((0.55, 0.1))
+    assert factors("warmup-stable-decay")[:91] == [1.0] * 91
+
+
+def apollo_config(
+    directory: Path, stage: int, name: str, dtype: str, rank: int = 3, **overrides: Any
+) -> Any:
+    optimizer = {"name": name, "rank": rank if name == "apollo" else 1, "update_proj_gap": 2}
+    engine = {
+        "optimizer": optimizer | {"low_rank": "last.weight", "lr": 1e-2, "weight_decay": 0.1},
+        "ds_overrides": {"bf16": {"enabled": dtype == "bf16"}},
+    }
+    return tiny_config(directory, stage, engines={"net": engine}, **overrides)
+
+
+@pytest.mark.parametrize("name", ["apollo", "apollo-mini"])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")],
+)
+def test_a_resumed_run_is_the_same_to_the_bit(
+    two_ranks: RankPool, tmp_path: Path, name: str, stage: int, dtype: str
+) -> None:
+    """Saved after 3 of 6 steps, with P refreshed every 2."""
+    whole = apollo_config(tmp_path / "whole", stage, name, dtype)
+    two_ranks.run(train, whole)
+    for steps in (3, 6):
+        parts = apollo_config(tmp_path / "parts", stage, name, dtype, run={"steps": steps})
+        two_ranks.run(train, parts)
+    assert losses(parts) == losses(whole)
+    assert len(set(losses(whole))) == 6
+    for record in records(whole):
+        assert 0 < record["apollo/scale"] < math.inf
+        assert 0 <= record["apollo/limited"] <= 1
+        assert record["apollo/skipped"] == 0
+
+
+def test_another_rank_is_refused_before_the_first_step(two_ranks: RankPool, tmp_path: Path) -> None:
+    two_ranks.run(train, apollo_config(tmp_path, 1, "apollo", "fp32", run={"steps": 3}))
+    config = apollo_config(tmp_path, 1, "apollo", "fp32", rank=2, run={"steps": 6})
+    told = r"CheckpointError: engine 'net': rank = 2 here, and 3 in the checkpoint"
+    with pytest.raises(RankError, match=told):
+        two_ranks.run(train, config)
+    assert len(records(config)) == 3
+
+
+def test_schedule_free_exports_its_averages_and_resumes_to_the_bit(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """Lent to evaluations and exports, and taken back for the steps between them."""
+    pytest.importorskip("schedulefree")
+    overrides: dict[str, Any] = {
+        "engines": {"net": {"optimizer": {"name": "schedulefree", "lr": 1e-2}}},
+        "trainer": {"eval_every": 2, "save_every": 4, "export_every": 8},
+    }
+    whole, half, parts = (
+        tiny_config(tmp_path / name, run={"steps": steps}, **overrides)
+        for name, steps in (("whole", 8), ("parts", 4), ("parts", 8))
+    )
+    for config in (whole, half, parts):
+        two_ranks.run(train, config)
+    assert losses(whole) == losses(parts)
+    evaluated = [[r["eval/loss"] for r in records(config, "eval/")] for config in (whole, parts)]
+    assert evaluated[0] == evaluated[1]
+    saved = SavedEngine(whole.run_dir / "checkpoints/step-00000008/net")
+    exported = load(whole.run_dir / "exports/step-00000008/net.sft")
+    for name in saved.shapes:
+        stepped = read(saved.master(name))
+        average = stepped.lerp(read(saved.moment(name, "z")), 1 - 1 / 0.9)
+        assert torch.allclose(exported[name], average, rtol=0, atol=1e-6)
+        assert not torch.allclose(exported[name], stepped, rtol=0, atol=1e-5)
