@@ -17,7 +17,7 @@ from harness.config import Config
 from harness.config.config import load
 from harness.optim.apollo.groups import apollo_param_groups
 from harness.optim.apollo.memory import state_bytes
-from harness.run import train
+from harness.run import run_in_world
 from harness.task import load_task
 from harness.testing.pool import RankPool
 
@@ -42,7 +42,7 @@ def main() -> None:
             for lr in options.lrs:
                 optimizer = settings | {"lr": lr, "betas": [0.9, 0.95]}
                 config = config_of(Path(directory) / f"{name}-{lr:g}", optimizer, options.steps)
-                pool.run(train, config)
+                pool.run(run_in_world, config)
                 loss = held_out_loss(config)
                 say(f"{name:>12} {lr:8g} {loss:8.4f}")
                 best[name] = min(best.get(name, (float("inf"), lr)), (loss, lr))

@@ -1,6 +1,6 @@
 """Errors that are addressed to the user: one readable message, an exit code, no traceback.
 
-Where the ranks have agreed on an error (`distributed.in_unison`), rank 0 speaks for all.
+Where the ranks have agreed on an error (`distributed.raise_on_all_ranks`), rank 0 speaks for all.
 """
 
 import difflib

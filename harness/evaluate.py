@@ -42,7 +42,7 @@ def evaluate(
                     return None
     finally:
         engines.train()
-    with distributed.in_unison("evaluation"):
+    with distributed.raise_on_all_ranks("evaluation"):
         if failure is not None:
             raise failure
     totals: dict[str, float] = {}

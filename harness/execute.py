@@ -11,14 +11,14 @@ from harness.control.live import Live, live_keys, value_of
 from harness.engine.engines import Engines
 from harness.errors import CommandError
 from harness.evaluate import check_eval_data
-from harness.metrics.progress import show_from
+from harness.metrics.progress import set_log_level
 from harness.metrics.status import Status
 
 if TYPE_CHECKING:
     from harness.trainer import Trainer
 
 
-def obey(trainer: "Trainer", ticket: Ticket) -> str | None:
+def execute(trainer: "Trainer", ticket: Ticket) -> str | None:
     """Obeys a command, on every rank alike. Returns what to answer, or None if that is to follow.
 
     Raises HarnessError if it cannot be obeyed.
@@ -80,7 +80,7 @@ def obey(trainer: "Trainer", ticket: Ticket) -> str | None:
         case c.Profile(n):
             return trainer.trace(n, ticket)
         case c.SetLog(level):
-            show_from(level)
+            set_log_level(level)
             return f"logging from {level} on"
         case c.At(text, step):
             if step < engines.global_step:

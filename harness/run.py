@@ -23,13 +23,13 @@ from harness.control.signals import Signals
 from harness.control.socket import SocketFront
 from harness.control.stdin import StdinFront
 from harness.data.loader import Batches, train_batches
-from harness.distributed.network import losses_told
+from harness.distributed.network import raise_lost_rank
 from harness.engine.engines import Engines, build_engines
 from harness.errors import ConfigError, HarnessError, TaskError
 from harness.evaluate import check_eval_data
 from harness.execute import answer
 from harness.files import locked, toml_write
-from harness.metrics.progress import Progress, log_to, show_log
+from harness.metrics.progress import Progress, configure_logging, log_to_file
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
 from harness.metrics.status import Status
 from harness.task import Task, load_task
@@ -47,17 +47,17 @@ def run(config: Config) -> int:
     HarnessError, on all ranks, for what the user can mend; until the models, the data and the
     checkpoint have proved good, nothing is written but an earlier run's log.
     """
-    with losses_told(config.run.timeout_s):
+    with raise_lost_rank(config.run.timeout_s):
         distributed.init(config.run.timeout_s)
         try:
-            return train(config)
+            return run_in_world(config)
         finally:
             distributed.shutdown()
 
 
-def train(config: Config) -> int:
+def run_in_world(config: Config) -> int:
     """What `run` does once all ranks have joined the world."""
-    show_log()
+    configure_logging()
     _compare(config)
     signals = Signals()
     with signals.heard(), ExitStack() as stack:
@@ -65,7 +65,7 @@ def train(config: Config) -> int:
         stack.callback(batches.close)
         engines = build_engines(task, config)
         stack.callback(engines.close)
-        with distributed.in_unison("optimizations.attention"):
+        with distributed.raise_on_all_ranks("optimizations.attention"):
             dtypes = {engine.dtype for engine in engines.values()}
             backend = config.optimizations.attention
             stack.enter_context(attention(backend, dtypes, distributed.device()))
@@ -77,7 +77,7 @@ def train(config: Config) -> int:
             init_weights.fill(engines[name], given)
         if checkpoint is not None:
             resume.resume(checkpoint, engines, batches, live)
-        with distributed.in_unison(f"run directory {config.run_dir}"):
+        with distributed.raise_on_all_ranks(f"run directory {config.run_dir}"):
             if distributed.is_global_leader():
                 write_config(config)
         _greet(live, engines)
@@ -89,7 +89,7 @@ def train(config: Config) -> int:
         grammar = Grammar([engine.name for engine in engines.trained], helps)
         sinks: list[Sink] = []
         audit = None
-        with distributed.in_unison(f"run directory {config.run_dir}"):
+        with distributed.raise_on_all_ranks(f"run directory {config.run_dir}"):
             if distributed.is_global_leader():
                 sinks = _open_sinks(config, step if checkpoint else -1)
                 audit = Audit(config.run_dir / "commands.jsonl")
@@ -102,7 +102,7 @@ def train(config: Config) -> int:
         if distributed.is_global_leader():
             _open_fronts(config, bus, stack)
         trainer = Trainer(live, task, engines, batches, saver, bus, sinks, progress, status)
-        return trainer.run()
+        return trainer.train()
 
 
 def _compare(config: Config) -> None:
@@ -114,7 +114,7 @@ def _compare(config: Config) -> None:
     for name, engine in config.engines.items():
         mine |= flattened(engine.deepspeed(), f"engines.{name}.ds_config ")
     every_rank = distributed.all_gather(mine)
-    with distributed.in_unison("config"):
+    with distributed.raise_on_all_ranks("config"):
         for key in sorted(set().union(*every_rank)):
             found = [given.get(key) for given in every_rank]
             for rank, value in enumerate(found):
@@ -128,7 +128,7 @@ def _compare(config: Config) -> None:
 def _build(config: Config) -> tuple[Task, Batches]:
     """The task, and this rank's training data. Collective."""
     rank, world_size = distributed.global_rank(), distributed.world_size()
-    with distributed.in_unison(f"task {config.task.path}"):
+    with distributed.raise_on_all_ranks(f"task {config.task.path}"):
         distributed.seed_everything(config.run.seed)  # the same initial weights on every rank
         task = load_task(config)
         batches = train_batches(
@@ -137,7 +137,7 @@ def _build(config: Config) -> tuple[Task, Batches]:
         check_eval_data(task, config)
         lengths = {"train_data": len(task.train_data), "eval_data": len(task.eval_data or ())}
     every_rank = distributed.all_gather(lengths)
-    with distributed.in_unison(f"task {config.task.path}"):
+    with distributed.raise_on_all_ranks(f"task {config.task.path}"):
         for what in lengths:
             found = [lengths[what] for lengths in every_rank]
             if len(set(found)) > 1:
@@ -159,21 +159,21 @@ def _open_run_directory(
     disks = find_disks(directory / "checkpoints")
     if disks.count > 1:
         log.info("%s lies on %d disks: each keeps what its ranks write", directory, disks.count)
-    with distributed.in_unison(f"run directory {directory}"):
+    with distributed.raise_on_all_ranks(f"run directory {directory}"):
         is_known = directory.exists()
         if is_known and disks.is_leader:
             stack.enter_context(locked(directory / "control/lock"))
-    with distributed.in_unison(f"run directory {directory}"):
+    with distributed.raise_on_all_ranks(f"run directory {directory}"):
         if is_known:
             _log_into(directory, config, stack)
     checkpoint = resume.choose(config.run.resume, directory / "checkpoints", engines, disks)
     weights = init_weights.find(engines, config.engines, resumes=checkpoint is not None)
-    with distributed.in_unison(f"run directory {directory}"):
+    with distributed.raise_on_all_ranks(f"run directory {directory}"):
         if disks.is_leader:
             if not is_known:
                 stack.enter_context(locked(directory / "control/lock"))
             clean(directory / "exports")
-    with distributed.in_unison(f"run directory {directory}"):
+    with distributed.raise_on_all_ranks(f"run directory {directory}"):
         if not is_known:
             _log_into(directory, config, stack)
     return checkpoint, weights, disks
@@ -181,11 +181,11 @@ def _open_run_directory(
 
 def _log_into(directory: Path, config: Config, stack: ExitStack) -> None:
     """Logs into the run directory while the stack is open, in the end why the run ended."""
-    handler = log_to(directory / "log.txt")
+    handler = log_to_file(directory / "log.txt")
     stack.callback(handler.close)
     stack.callback(logging.getLogger("harness").removeHandler, handler)
     stack.enter_context(_errors_told_to(handler))
-    stack.enter_context(losses_told(config.run.timeout_s))
+    stack.enter_context(raise_lost_rank(config.run.timeout_s))
 
 
 @contextmanager

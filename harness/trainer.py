@@ -17,7 +17,7 @@ from harness.data.loader import Batches
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, CommandError, HarnessError
 from harness.evaluate import evaluate
-from harness.execute import obey
+from harness.execute import execute
 from harness.metrics.meters import StepMeter, StepNumbers
 from harness.metrics.progress import Progress
 from harness.metrics.sinks import Sink
@@ -70,7 +70,7 @@ class Trainer:
         self._saved_step: int | None = None
         self._evaluation: dict[str, float] = {}  # at this step, if there was one
 
-    def run(self) -> int:
+    def train(self) -> int:
         """Trains up to `run.steps`, or to a `quit`; then evaluates, exports and saves.
 
         Returns the exit code: 0, or 128 + the number of the signal that ended the run.
@@ -91,13 +91,13 @@ class Trainer:
         self.engines.train()
         if self.live.config.trainer.eval_every and self.engines.global_step == 0:
             self.evaluate()  # where it starts from; and a broken evaluation is known now
-        self.mind_commands()
+        self.handle_commands()
         while not self.is_over():
             self.step()
             self.settle(self.saver.poll)
             if self.is_due(self.live.config.trainer.eval_every):
                 self.evaluate()
-            self.mind_commands()
+            self.handle_commands()
             if self.is_due(self.live.config.trainer.save_every):
                 self.mind_failure(self.save)
             if self.is_due(self.live.config.trainer.export_every):
@@ -114,15 +114,15 @@ class Trainer:
             reports.append(self.engines.step(to_device(batch, distributed.device())))
         self.engines.global_step += 1
         self._evaluation = {}
-        reports.append(self.engines.norms())
+        reports.append(self.engines.step_metrics())
         local = {
             "step": self.engines.global_step,
             "epoch": self.batches.epoch,
             **self.engines.rates(),
             "step_time_s": time.perf_counter() - started,
         }
-        told_by = [engine.name for engine in self.engines.due(self.engines.global_step)]
-        self.report(self.meter.push(local, told_by, reports, samples, tokens))
+        reported_by = [engine.name for engine in self.engines.due(self.engines.global_step)]
+        self.report(self.meter.push(local, reported_by, reports, samples, tokens))
         self.status.stepped(self.engines.global_step)
         self.end_traces()
 
@@ -144,20 +144,20 @@ class Trainer:
 
     # Commands
 
-    def mind_commands(self) -> None:
+    def handle_commands(self) -> None:
         """Obeys the events that are due and the commands that were heard; waits while paused."""
-        self.attend()
-        self.obey_all()
+        self.poll_commands()
+        self.execute_all()
         if not self.paused:
             return
         with self.status.doing("paused"):
             while self.paused and not self.is_over():
                 time.sleep(SECONDS_BETWEEN_POLLS)
                 self.settle(self.saver.poll)
-                self.attend()
-                self.obey_all()
+                self.poll_commands()
+                self.execute_all()
 
-    def attend(self) -> bool:
+    def poll_commands(self) -> bool:
         """Hears commands, to obey them between two works. True if the one at hand should end: for
         a signal, and for a `quit` that came after it began."""
         news = self.bus.poll(self.engines.global_step)
@@ -166,37 +166,37 @@ class Trainer:
             isinstance(ticket.command, Interrupt) for ticket in self._heard
         )
 
-    def obey_all(self) -> None:
+    def execute_all(self) -> None:
         """Obeys the events that are due and what was heard, in order.
 
         Once the run ends, it can only be told to end otherwise.
         """
-        self.obey_events()
+        self.execute_events()
         while self._heard:
             ticket = self._heard.popleft()
             is_ending = self.finishing or self.ending is not None
             if not is_ending or isinstance(ticket.command, Quit):
-                self.obey(ticket)
-                self.obey_events()
+                self.execute(ticket)
+                self.execute_events()
             else:
                 step = self.engines.global_step
                 self.bus.end(ticket, "failed", step, "it came too late: the run ends here")
 
-    def obey_events(self) -> None:
+    def execute_events(self) -> None:
         """Obeys the events that are due at this step."""
         if self.finishing or self.ending is not None:
             return
         for event in self.live.events.due(self.engines.global_step):
             self._saved_step = None  # a checkpoint of this step would still hold the event
             try:
-                self.obey(self.bus.ticket(event.command, f"event {event.id}"))
+                self.execute(self.bus.ticket(event.command, f"event {event.id}"))
             except CommandError as error:
                 tell("%s is dropped: %s", event, error)
                 self.live.events.clear(event.id)
             if self.ending is not None:  # the others stay pending
                 return
 
-    def obey(self, ticket: Ticket) -> None:
+    def execute(self, ticket: Ticket) -> None:
         """Obeys a command on all ranks; what fails on any of them has failed, and the run goes on.
 
         A save that fails ends the run if `checkpoint.on_error` says so.
@@ -204,11 +204,11 @@ class Trainer:
         step = self.engines.global_step
         log.info("step %d: %s: %s", step, ticket.front, ticket.text)
         try:
-            with distributed.in_unison(f"{ticket.text!r}"):
-                result = obey(self, ticket)
+            with distributed.raise_on_all_ranks(f"{ticket.text!r}"):
+                result = execute(self, ticket)
         except HarnessError as error:
             self.bus.end(ticket, "failed", step, str(error))
-            if isinstance(error, CheckpointError) and self.must_save():
+            if isinstance(error, CheckpointError) and self.save_failure_is_fatal():
                 raise
         else:
             if result is not None:
@@ -228,7 +228,7 @@ class Trainer:
         self.finishing = True
         if self.ending is None or isinstance(self.ending, EvalQuit):
             self.evaluate()
-            self.obey_all()
+            self.execute_all()
         settings = self.live.config.trainer
         if settings.export_on_quit and not isinstance(self.ending, QuitUnsaved | Interrupt):
             self.export()
@@ -239,7 +239,7 @@ class Trainer:
         self.settle(self.saver.wait)
         self.report(self.meter.drain())
         for engine in self.engines.trained:
-            engine.tell_offload()
+            engine.log_offload_stats()
         self.bus.finish()
 
     def rescue(self, error: HarnessError) -> None:
@@ -296,7 +296,7 @@ class Trainer:
                     self.bus.end(ticket, state, self.engines.global_step, failure or saved)
                 self._saving.clear()
 
-    def must_save(self) -> bool:
+    def save_failure_is_fatal(self) -> bool:
         """Whether a failing save ends the run: the config says so, or it was the last chance."""
         return self.finishing or self.live.config.checkpoint.on_error == "stop"
 
@@ -306,7 +306,7 @@ class Trainer:
             action()
         except CheckpointError as error:
             self._saved_step = None
-            if self.must_save():
+            if self.save_failure_is_fatal():
                 raise
             tell("%s; the run goes on, and the next save tries again", error)
             return str(error)
@@ -315,7 +315,9 @@ class Trainer:
     def export(self, format: str = "sft") -> Path:
         """Writes the plain weights of this step, and says where."""
         with self.status.doing("exporting"):
-            return export(self.engines, self.live.config.run_dir / "exports", format, self.attend)
+            return export(
+                self.engines, self.live.config.run_dir / "exports", format, self.poll_commands
+            )
 
     def try_to_export(self) -> None:
         """Exports; where that fails on all ranks alike, it tells so, and the run goes on."""
@@ -336,7 +338,7 @@ class Trainer:
         self.report(self.meter.drain())
         size = self.live.config.data.micro_batch_size
         with self.status.doing("evaluating"):
-            found = evaluate(self.engines, self.task, size, self.attend)
+            found = evaluate(self.engines, self.task, size, self.poll_commands)
         if found is None:
             return None
         step = self.engines.global_step

@@ -20,11 +20,11 @@ from harness.engine.engine import Engine
 from harness.errors import TaskError
 from harness.io import load
 from harness.optim.schedules import build_scheduler
-from harness.run import train
+from harness.run import run_in_world
 from harness.task import Task, feed, load_task
 from harness.testing.pool import RankPool
 from harness.trainer import Trainer
-from tests.support.helpers import losses, records, tiny_config, told_by
+from tests.support.helpers import error_of, losses, records, tiny_config
 
 STAGES = [0, 1, 2, 3]
 
@@ -94,7 +94,7 @@ def test_the_default_task_equals_a_plain_loop(
     two_ranks: RankPool, tmp_path: Path, stage: int, byte_lm_losses: list[float]
 ) -> None:
     config = byte_lm_config(tmp_path, stage)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     assert len(byte_lm_losses) == 20
     assert losses(config) == pytest.approx(byte_lm_losses, abs=1e-5, rel=0)
 
@@ -104,7 +104,7 @@ def test_losses_and_weights_equal_a_plain_loop(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
     config = tiny_config(tmp_path, stage, run={"steps": 20})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     expected, model = plain_loop(config, world_size=2)
     assert losses(config) == pytest.approx(expected, abs=1e-5, rel=0)
     exported = load(config.run_dir / "exports/step-00000020/net.sft")
@@ -120,7 +120,7 @@ def test_gradient_accumulation_equals_larger_batches(
 ) -> None:
     engine = {"ds_overrides": {"gradient_accumulation_steps": 3}}
     config = tiny_config(tmp_path, stage, engines={"net": engine})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     expected, _ = plain_loop(config, world_size=2, accumulation=3)
     assert losses(config) == pytest.approx(expected, abs=1e-5, rel=0)
     last = records(config)[-1]
@@ -131,7 +131,7 @@ def test_gradient_accumulation_equals_larger_batches(
 def test_bf16_learns(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
     engine = {"ds_overrides": {"bf16": {"enabled": True}}}
     config = tiny_config(tmp_path, stage, run={"steps": 40}, engines={"net": engine})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     assert losses(config)[-1] < 0.8 * losses(config)[0]
     exported = load(config.run_dir / "exports/step-00000040/net.sft")
     assert exported.pop("scale").dtype == torch.float32  # DeepSpeed leaves buffers as they are
@@ -140,7 +140,7 @@ def test_bf16_learns(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
 
 def test_a_record_has_every_number(two_ranks: RankPool, tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     for step, record in enumerate(records(config), start=1):
         assert record["step"] == step
         assert record["samples"] == record["tokens"] / 6 == 8 * step
@@ -152,7 +152,7 @@ def test_a_record_has_every_number(two_ranks: RankPool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_grad_norm_is_the_plain_one(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
     config = tiny_config(tmp_path, stage, run={"steps": 1})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     distributed.seed_everything(0)
     task = load_task(config)
     model = task.models["net"]
@@ -169,7 +169,7 @@ def test_evaluation_counts_each_sample_once(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
     config = tiny_config(tmp_path, stage, trainer={"eval_every": 2}, run={"steps": 4})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     found = records(config, "eval/")
     assert [record["step"] for record in found] == [0, 2, 4]
     task = load_task(config)  # its 10 held-out samples are 3 uneven batches on 2 ranks
@@ -184,13 +184,13 @@ def test_evaluation_counts_each_sample_once(
 
 def test_two_engines_and_a_teacher_are_independent(two_ranks: RankPool, tmp_path: Path) -> None:
     alone = tiny_config(tmp_path / "alone")
-    two_ranks.run(train, alone)
+    two_ranks.run(run_in_world, alone)
     one = alone.engines["net"]
     table = one.model_dump()
     teacher = {"ds_config": table["ds_config"], "role": "teacher"}
     engines = {"net": table, "other": table | {"ds_overrides": {"zero_optimization": {"stage": 2}}}}
     config = tiny_config(tmp_path / "many", engines=engines | {"wise": teacher})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     assert [record["net/loss"] for record in records(config)] == losses(alone)
     assert len({record["other/loss"] for record in records(config)}) == 6
     assert "wise/loss" not in records(config)[0]
@@ -202,9 +202,9 @@ def test_two_engines_and_a_teacher_are_independent(two_ranks: RankPool, tmp_path
 def test_every_sampler_and_workers(two_ranks: RankPool, tmp_path: Path, sampler: str) -> None:
     data = {"sampler": sampler, "max_tokens": 10 if sampler == "batched" else 0}
     inline = tiny_config(tmp_path / "inline", data=data)
-    two_ranks.run(train, inline)
+    two_ranks.run(run_in_world, inline)
     workers = tiny_config(tmp_path / "workers", data=data | {"workers": 1})
-    two_ranks.run(train, workers)
+    two_ranks.run(run_in_world, workers)
     assert losses(inline) == losses(workers)
     assert all(math.isfinite(loss) for loss in losses(inline))
 
@@ -232,7 +232,7 @@ def test_every_sampler_and_workers(two_ranks: RankPool, tmp_path: Path, sampler:
 def test_a_mistake_is_told_on_all_ranks_before_anything_is_written(
     two_ranks: RankPool, tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
-    told = two_ranks.run(told_by, tiny_config(tmp_path, **overrides))
+    told = two_ranks.run(error_of, tiny_config(tmp_path, **overrides))
     assert all(message in text for text in told)
     assert list(tmp_path.iterdir()) == []
 
@@ -243,7 +243,7 @@ def train_until(config: Config, error: type[Exception]) -> None:
         patch.object(Trainer, "loop", side_effect=error("it is unwell")),
         pytest.raises(error, match="it is unwell"),
     ):
-        train(config)
+        run_in_world(config)
 
 
 @pytest.mark.parametrize("error", [TaskError, ZeroDivisionError])
@@ -297,7 +297,7 @@ def told_by_another_config(config: Config) -> str:
     if distributed.global_rank() == 1:
         optimizer = {"optimizer": {"lr": 0.5}}
         config = Config.model_validate(merge(config.model_dump(), {"engines": {"net": optimizer}}))
-    return told_by(config)
+    return error_of(config)
 
 
 def told_by_another_json(config: Config, path: Path) -> str:
@@ -307,7 +307,7 @@ def told_by_another_json(config: Config, path: Path) -> str:
         path.write_text(json.dumps(settings | {"gradient_clipping": 0.5}))
         changed = {"engines": {"net": {"ds_config": path}}}
         config = Config.model_validate(merge(config.model_dump(), changed))
-    return told_by(config)
+    return error_of(config)
 
 
 def test_ranks_with_different_configs_are_told(two_ranks: RankPool, tmp_path: Path) -> None:

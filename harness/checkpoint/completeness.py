@@ -17,7 +17,7 @@ import torch.distributed as dist
 from harness import distributed
 from harness.checkpoint import missing
 from harness.checkpoint.disks import find_disks
-from harness.checkpoint.durable import FileEntry, told_as, verify_file
+from harness.checkpoint.durable import FileEntry, as_checkpoint_error, verify_file
 from harness.checkpoint.manifest import NAME, Manifest, read_manifest
 from harness.errors import CheckpointError
 from harness.files import sync_directory
@@ -34,12 +34,12 @@ def common_manifest(directory: Path) -> Manifest:
     """
     doing = f"cannot read checkpoint {directory}"
     found: Manifest | None = None
-    with distributed.in_unison(doing):
+    with distributed.raise_on_all_ranks(doing):
         if (directory / NAME).exists():
             found = read_manifest(directory)
     saves = distributed.all_gather(found and found.saved_at)
     known = [saved for saved in saves if saved is not None]
-    with distributed.in_unison(doing):
+    with distributed.raise_on_all_ranks(doing):
         if not known:
             raise CheckpointError(f"{directory} is no checkpoint: there is no {NAME}")
         if len(set(known)) > 1:
@@ -67,18 +67,18 @@ def verified(directory: Path) -> Manifest:
     else:
         files = {n: e for n, e in manifest.files.items() if "/" in n or e.rank == 0}
         share = list(files)[rank::world_size]
-    with distributed.in_unison(doing):
+    with distributed.raise_on_all_ranks(doing):
         here = [name for name in share if (directory / name).is_file()]
         for name in here:
             verify_file(directory / name, files[name])
         checked = {name: _identity(directory / name) for name in here}
         disk = _identity(directory) if directory.is_dir() else None
     answers = distributed.all_gather((socket.gethostname(), disk, checked))
-    hosts, disks, everyones = zip(*answers, strict=True)
-    found = {name: identity for checked in everyones for name, identity in checked.items()}
+    hosts, disks, per_rank = zip(*answers, strict=True)
+    found = {name: identity for checked in per_rank for name, identity in checked.items()}
     if len(set(disks)) > 1:
         found |= dict.fromkeys(_copies_verified(directory, files, disks, found))
-    with distributed.in_unison(doing):
+    with distributed.raise_on_all_ranks(doing):
         if lost := {name: manifest.writer(name) for name in files if name not in found}:
             raise CheckpointError(missing.told(directory, lost, hosts))
     return manifest
@@ -94,7 +94,7 @@ def _copies_verified(
     already, and says what that is. `disks`: by rank the same for those that share one.
     Collective."""
     rank = distributed.global_rank()
-    with distributed.in_unison(f"cannot read checkpoint {directory}"):
+    with distributed.raise_on_all_ranks(f"cannot read checkpoint {directory}"):
         others = [
             name
             for name in files
@@ -106,14 +106,14 @@ def _copies_verified(
     return set().union(*distributed.all_gather(others))
 
 
-def read_by(rank: int, files: Iterable[str]) -> list[str]:
+def files_read_by(rank: int, files: Iterable[str]) -> list[str]:
     """The files that a rank reads when it resumes in the layout of the checkpoint: its own, and
     those that name no rank."""
     found = {name: _OF_A_RANK.search(name) for name in files}
     return [name for name, match in found.items() if match is None or int(match[1]) == rank]
 
 
-def bring(directory: Path, manifest: Manifest, wanted: Iterable[str]) -> None:
+def copy_missing_checkpoint(directory: Path, manifest: Manifest, wanted: Iterable[str]) -> None:
     """Makes a verified checkpoint's wanted files, and its manifest, lie on this rank's disk.
 
     Collective. Raises CheckpointError, on all ranks, if they cannot be written.
@@ -121,14 +121,16 @@ def bring(directory: Path, manifest: Manifest, wanted: Iterable[str]) -> None:
     lacks = not (directory / NAME).exists()
     if any(distributed.all_gather(lacks)):
         disks = find_disks(directory)
-        with distributed.in_unison(f"cannot complete {directory}"):
+        with distributed.raise_on_all_ranks(f"cannot complete {directory}"):
             if lacks and disks.is_leader:
                 directory.mkdir(parents=True, exist_ok=True)
                 manifest.write(directory)
-    fetch(directory, manifest.files, wanted)
+    copy_missing_files(directory, manifest.files, wanted)
 
 
-def fetch(directory: Path, files: Mapping[str, FileEntry], wanted: Iterable[str]) -> None:
+def copy_missing_files(
+    directory: Path, files: Mapping[str, FileEntry], wanted: Iterable[str]
+) -> None:
     """Makes the wanted ones of the files lie on this rank's disk: what is not there is sent by the
     first rank that has it, chunk by chunk. Collective.
 
@@ -136,12 +138,12 @@ def fetch(directory: Path, files: Mapping[str, FileEntry], wanted: Iterable[str]
     """
     absent = {name for name in wanted if not (directory / name).is_file()}
     shares = distributed.all_gather(absent)
-    everyones = sorted(set().union(*shares))
-    if not everyones:
+    per_rank = sorted(set().union(*shares))
+    if not per_rank:
         return
     disks = find_disks(directory)
-    has = distributed.all_gather([(directory / name).is_file() for name in everyones])
-    for number, name in enumerate(everyones):
+    has = distributed.all_gather([(directory / name).is_file() for name in per_rank])
+    for number, name in enumerate(per_rank):
         source = [answers[number] for answers in has].index(True)
         lacking = {disks.leaders[rank] for rank, share in enumerate(shares) if name in share}
         _send(directory / name, files[name], source, lacking)
@@ -154,7 +156,7 @@ def _send(path: Path, entry: FileEntry, source: int, receivers: set[int]) -> Non
     staged = path.with_name(f".{path.name}.tmp")
     buffer = torch.empty(min(CHUNK, entry.size), dtype=torch.uint8)
     with ExitStack() as stack:
-        with distributed.in_unison(doing), told_as(doing):
+        with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
             file = None
             if distributed.global_rank() == source:
                 file = stack.enter_context(path.open("rb"))
@@ -164,14 +166,14 @@ def _send(path: Path, entry: FileEntry, source: int, receivers: set[int]) -> Non
                 file = stack.enter_context(staged.open("wb"))
         for start in range(0, entry.size, CHUNK):
             chunk = buffer[: min(CHUNK, entry.size - start)]
-            with distributed.in_unison(doing), told_as(doing):
+            with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
                 if file is not None and not receives:
                     file.readinto(chunk.numpy().data)
             dist.broadcast(chunk, src=source, group=distributed.control_group())
-            with distributed.in_unison(doing), told_as(doing):
+            with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
                 if file is not None and receives:
                     file.write(chunk.numpy().data)
-        with distributed.in_unison(doing), told_as(doing):
+        with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
             if file is not None and receives:
                 file.flush()
                 os.fsync(file.fileno())

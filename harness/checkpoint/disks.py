@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import distributed
-from harness.checkpoint.durable import told_as
+from harness.checkpoint.durable import as_checkpoint_error
 from harness.checkpoint.manifest import checkpoints_in, saved_at
 
 
@@ -52,7 +52,7 @@ def find_disks(directory: Path) -> Disks:
     while -1 in leaders:
         leader, level = leaders.index(-1), 0
         name = f".{token}-{leader}.probe"
-        with distributed.in_unison(f"cannot find out who shares {directory}"):
+        with distributed.raise_on_all_ranks(f"cannot find out who shares {directory}"):
             if rank == leader:
                 level = next(n for n, place in enumerate(places) if place.is_dir())
                 (places[level] / name).touch(exist_ok=False)
@@ -66,18 +66,18 @@ def find_disks(directory: Path) -> Disks:
     return Disks(tuple(leaders))
 
 
-def survey(directory: Path, disks: Disks) -> tuple[list[str], set[str]]:
+def list_checkpoints(directory: Path, disks: Disks) -> tuple[list[str], set[str]]:
     """The names of all checkpoints in `directory` on any disk, the newest first; and of those that
     are on every disk, of one and the same save. Collective. Raises CheckpointError on all ranks."""
     here: dict[str, float] = {}
     doing = f"cannot look into {directory}"
-    with distributed.in_unison(doing), told_as(doing):
+    with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
         if disks.is_leader:
             here = {path.name: saved_at(path) for path in checkpoints_in(directory)}
     shares = distributed.all_gather(here)
-    everyones = [shares[leader] for leader in sorted(set(disks.leaders))]
+    per_rank = [shares[leader] for leader in sorted(set(disks.leaders))]
     last: dict[str, float] = {}
-    for share in everyones:
+    for share in per_rank:
         last |= {name: max(at, last.get(name, at)) for name, at in share.items()}
     names = sorted(last, key=lambda name: (last[name], name), reverse=True)
-    return names, {name for name in names if len({s.get(name) for s in everyones}) == 1}
+    return names, {name for name in names if len({s.get(name) for s in per_rank}) == 1}

@@ -23,7 +23,7 @@ from harness.utils import tensor_leaves, torch_write
 
 
 @contextmanager
-def told_as(failure: str) -> Iterator[None]:
+def as_checkpoint_error(failure: str) -> Iterator[None]:
     """Turns an error of a file or a checkpoint into a CheckpointError "failure: ..."."""
     try:
         yield

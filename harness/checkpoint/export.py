@@ -39,7 +39,7 @@ def export(
             if engine.has_ema:
                 with engine.averaged():
                     _export_weights(engine, staged / f"{engine.name}.ema.{format}", between)
-        with distributed.in_unison(f"cannot export to {target}"):
+        with distributed.raise_on_all_ranks(f"cannot export to {target}"):
             if distributed.is_global_leader():
                 put_in_place(staged, target)
                 forget_replaced(target)
@@ -53,11 +53,11 @@ def export(
 
 def _export_weights(engine: Engine, path: Path, between: Callable[[], object]) -> None:
     state = {}
-    for name, tensor in engine.whole_tensors():
+    for name, tensor in engine.full_tensors():
         if tensor is not None:
             state[name] = tensor
         between()
-    with distributed.in_unison(f"cannot export {path}"):
+    with distributed.raise_on_all_ranks(f"cannot export {path}"):
         if distributed.is_global_leader():
             path.parent.mkdir(parents=True, exist_ok=True)
             if engine.has_lora:

@@ -23,7 +23,7 @@ from harness.engine.lora import base_weights
 from harness.errors import ConfigError, FormatError, did_you_mean
 from harness.formats import tensor_file
 from harness.formats.dtypes import FLOATS
-from harness.formats.sources import Source
+from harness.formats.sources import StoredTensor
 from harness.io.stored import read
 from harness.utils import dtype_name
 from harness.zero.layout import flats, is_extra_state
@@ -31,7 +31,7 @@ from harness.zero.reader import SavedEngine
 
 log = logging.getLogger(__name__)
 
-Weights = dict[str, Source]
+Weights = dict[str, StoredTensor]
 """A source for every entry of a model's state dict."""
 
 
@@ -47,7 +47,7 @@ def find(
     found: dict[str, Weights] = {}
     for name, config in configs.items():
         if config.init_from is not None and (config.role == "teacher" or not resumes):
-            with distributed.in_unison(f"engines.{name}.init_from"):
+            with distributed.raise_on_all_ranks(f"engines.{name}.init_from"):
                 found[name] = fitted(engines[name], config.init_from)
     return found
 
@@ -61,7 +61,7 @@ def fill(engine: Engine, weights: Weights) -> None:
     has_masters = engine.role == "train" and not engine.has_lora  # adapters are not among them
     if has_masters:
         shapes = shapes_of(collect(engine))
-    with distributed.in_unison(f"engines.{engine.name}.init_from"), torch.no_grad():
+    with distributed.raise_on_all_ranks(f"engines.{engine.name}.init_from"), torch.no_grad():
         module = _entries(engine)
         for name, tensor in {id(t): (name, t) for name, t in module.items()}.values():
             _fill_weight(tensor, weights[name])
@@ -70,7 +70,7 @@ def fill(engine: Engine, weights: Weights) -> None:
     _note_casts(engine, module, weights)
 
 
-def _fill_weight(tensor: torch.Tensor, weight: Source) -> None:
+def _fill_weight(tensor: torch.Tensor, weight: StoredTensor) -> None:
     """Fills a parameter or buffer; at ZeRO 3 this rank's shard of the parameter."""
     whole: Any = tensor
     if not hasattr(whole, "ds_tensor"):
@@ -180,7 +180,7 @@ def _entries(engine: Engine) -> dict[str, torch.Tensor]:
     return base_weights(engine.module, entries) if engine.has_lora else entries
 
 
-def _misfit(tensor: torch.Tensor, weight: Source) -> str:
+def _misfit(tensor: torch.Tensor, weight: StoredTensor) -> str:
     """What is wrong with the shape or dtype of a weight; an empty string if nothing is."""
     here, there = list(getattr(tensor, "ds_shape", tensor.shape)), list(weight.shape)
     if here != there:
@@ -191,7 +191,7 @@ def _misfit(tensor: torch.Tensor, weight: Source) -> str:
     return ""
 
 
-def _equal(one: Source, other: Source) -> bool:
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     return one == other or torch.equal(read(one), read(other))
 
 

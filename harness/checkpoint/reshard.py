@@ -20,21 +20,25 @@ import torch
 
 from harness import distributed
 from harness.checkpoint import missing
-from harness.checkpoint.completeness import bring, fetch, read_by
+from harness.checkpoint.completeness import (
+    copy_missing_checkpoint,
+    copy_missing_files,
+    files_read_by,
+)
 from harness.checkpoint.disks import find_disks
-from harness.checkpoint.durable import FileEntry, told_as, write_file
+from harness.checkpoint.durable import FileEntry, as_checkpoint_error, write_file
 from harness.checkpoint.manifest import EngineManifest, Manifest, step_directory
 from harness.checkpoint.save import collect, describe, make_room, shapes_of
 from harness.engine import ema
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError
-from harness.io.stored import read, real
+from harness.io.stored import materialize, read
 from harness.optim.apollo import named
-from harness.optim.apollo.channels import Plan, matrices_of
+from harness.optim.apollo.channels import ChannelPlan, matrices_of
 from harness.zero.layout import Flat, Shapes, Tree, base_state, flats, is_extra_state
 from harness.zero.reader import SavedEngine
-from harness.zero.shards import Piece, Shard
+from harness.zero.shards import Segment, Shard
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +47,7 @@ _CARRIED = ("lr_scheduler", "global_steps", "global_samples", "skipped_steps")
 
 
 @contextmanager
-def in_layout_of(
+def in_current_layout(
     engines: Engines, directory: Path, manifest: Manifest, parent: Path
 ) -> Iterator[dict[str, Path]]:
     """Where to load each engine from: `directory`, or a copy in its own layout. Collective.
@@ -59,7 +63,9 @@ def in_layout_of(
         _check_files(directory, manifest, [engine.name for engine in foreign])
     rank, world_size = distributed.global_rank(), distributed.world_size()
     same_world = manifest.world_size == world_size
-    bring(directory, manifest, read_by(rank if same_world else 0, manifest.files))
+    copy_missing_checkpoint(
+        directory, manifest, files_read_by(rank if same_world else 0, manifest.files)
+    )
     if not foreign:
         yield dict.fromkeys(engines, directory)
         return
@@ -67,8 +73,8 @@ def in_layout_of(
     needed = sum(entry.size for entry in manifest.files.values())
     is_leader = find_disks(parent).is_leader
     with (
-        distributed.in_unison(f"cannot re-lay {directory}"),
-        told_as(f"cannot re-lay checkpoint {directory}"),
+        distributed.raise_on_all_ranks(f"cannot re-lay {directory}"),
+        as_checkpoint_error(f"cannot re-lay checkpoint {directory}"),
     ):
         for engine in foreign:
             _check_optimizer(engine, _told(manifest.world_size, manifest.engines[engine.name]))
@@ -79,8 +85,8 @@ def in_layout_of(
     try:
         places = dict.fromkeys(engines, directory)
         for engine in foreign:
-            written = write_relaid(directory, engine, staged)
-            fetch(staged, written, read_by(rank, written))
+            written = write_resharded(directory, engine, staged)
+            copy_missing_files(staged, written, files_read_by(rank, written))
             places[engine.name] = staged
             log.info(
                 "re-laid %s/%s from %s to %s",
@@ -102,19 +108,19 @@ def _told(world_size: int, engine: EngineManifest) -> str:
 
 def _check_files(directory: Path, manifest: Manifest, engines: Collection[str]) -> None:
     """Raises CheckpointError, on all ranks, unless every node has all files of these engines."""
-    with distributed.in_unison(f"cannot re-lay {directory}"):
+    with distributed.raise_on_all_ranks(f"cannot re-lay {directory}"):
         files = {
             name: manifest.writer(name)
             for name in manifest.files
             if name.partition("/")[0] in engines and not (directory / name).is_file()
         }
     lack = missing.told(directory, files, [socket.gethostname()]) if files else ""
-    everyones = sorted(set(distributed.all_gather(lack)) - {""})
-    with distributed.in_unison(f"cannot re-lay {directory}"):
-        if everyones:
+    per_rank = sorted(set(distributed.all_gather(lack)) - {""})
+    with distributed.raise_on_all_ranks(f"cannot re-lay {directory}"):
+        if per_rank:
             raise CheckpointError(
                 "in another layout than the checkpoint's, every node reads all of its files, on a "
-                "disk of its own or one that all share:\n  " + "\n  ".join(everyones)
+                "disk of its own or one that all share:\n  " + "\n  ".join(per_rank)
             )
 
 
@@ -127,7 +133,7 @@ def _check_optimizer(engine: Engine, was: str) -> None:
         )
 
 
-def write_relaid(directory: Path, engine: Engine, staged: Path) -> dict[str, FileEntry]:
+def write_resharded(directory: Path, engine: Engine, staged: Path) -> dict[str, FileEntry]:
     """Writes this rank's files of an engine in its new layout below `staged`. Collective.
 
     Returns those of all ranks.
@@ -135,8 +141,8 @@ def write_relaid(directory: Path, engine: Engine, staged: Path) -> dict[str, Fil
     jobs, written = collect(engine), {}
     shapes = shapes_of(jobs)
     with (
-        distributed.in_unison(f"cannot re-lay {directory}"),
-        told_as(f"cannot re-lay checkpoint {directory}"),
+        distributed.raise_on_all_ranks(f"cannot re-lay {directory}"),
+        as_checkpoint_error(f"cannot re-lay checkpoint {directory}"),
     ):
         saved = SavedEngine(directory / engine.name)
         if not engine.is_low_rank:
@@ -175,11 +181,11 @@ def _model(tree: Tree, saved: SavedEngine, engine: Engine, shapes: list[Shapes])
     module = type(tree["module"])()
     for name, value in tree["module"].items():
         if is_extra_state(name):
-            module[name] = real(saved.extra[name])
+            module[name] = materialize(saved.extra[name])
         else:
             is_placeholder = sharded and name not in tree["buffer_names"]
             module[name] = value if is_placeholder else weight_of(saved, name)
-    changed: Tree = {key: real(saved.model[key]) for key in _CARRIED}
+    changed: Tree = {key: materialize(saved.model[key]) for key in _CARRIED}
     changed["module"] = module
     if tree["frozen_param_fragments"] is not None:
         changed["frozen_param_fragments"] = {
@@ -213,18 +219,18 @@ def _optimizer(
     rank, world = distributed.global_rank(), distributed.world_size()
     new = flats(tree, module, shapes, rank, world)
     masters = [filled_flat(flat, saved, None) for flat in new]
-    everyones, place = [new], 0  # at stage 0 every rank has all
+    per_rank, place = [new], 0  # at stage 0 every rank has all
     if engine.is_low_rank and engine.zero_stage:
-        everyones, place = [flats(tree, module, shapes, r, world) for r in range(world)], rank
+        per_rank, place = [flats(tree, module, shapes, r, world) for r in range(world)], rank
     states = {
-        number: _low_rank_state([flats[number] for flats in everyones], place, saved)
+        number: _low_rank_state([flats[number] for flats in per_rank], place, saved)
         if engine.is_low_rank and saved.groups[flat.group]["rank"]
         else filled_state(flat, saved)
         for number, flat in enumerate(new)
     }
     groups = [
         group
-        | real(saved.groups[number])
+        | materialize(saved.groups[number])
         | {key: group[key] for key in ("params", "param_names") if key in group}
         for number, group in enumerate(base_state(tree)["param_groups"])
     ]
@@ -259,7 +265,7 @@ def filled_state(flat: Flat, saved: SavedEngine) -> Tree:
     """
     state: Tree = {}
     for segment in flat.segments:
-        for key, value in real(saved.scalars(segment.name)).items():
+        for key, value in materialize(saved.scalars(segment.name)).items():
             if state.setdefault(key, value) != value:
                 raise CheckpointError(
                     f"optimizer state {key!r} of parameter {segment.name!r} is {value}, and "
@@ -269,11 +275,11 @@ def filled_state(flat: Flat, saved: SavedEngine) -> Tree:
     return state | {key: filled_flat(flat, saved, key) for key in sorted(keys)}
 
 
-def _low_rank_state(everyones: Sequence[Flat], rank: int, saved: SavedEngine) -> Tree:
+def _low_rank_state(per_rank: Sequence[Flat], rank: int, saved: SavedEngine) -> Tree:
     """APOLLO's state of one flat of low-rank matrices, from those of the old layout that have any
-    of them. `everyones`: the flat as the ranks have it."""
-    new = _plan(everyones, rank, saved)
-    names = {segment.name for segment in everyones[0].segments}
+    of them. `per_rank`: the flat as the ranks have it."""
+    new = _plan(per_rank, rank, saved)
+    names = {segment.name for segment in per_rank[0].segments}
     state: Tree = {}
     for old in zip(*saved.flats, strict=True):
         if names.isdisjoint(segment.name for segment in old[0].segments) or not old[0].state:
@@ -282,24 +288,24 @@ def _low_rank_state(everyones: Sequence[Flat], rank: int, saved: SavedEngine) ->
             group = saved.groups[old[0].group]
             state = named.first_state(new, 0, group) | {"step": torch.zeros(())}
         plans = [_plan(old, number, saved) for number in range(len(old))]
-        named.relay(plans, [real(flat.state) for flat in old], new, state)
+        named.relay(plans, [materialize(flat.state) for flat in old], new, state)
     if any(ema.KEY in saved.state_keys(name) for name in names):
-        state[ema.KEY] = filled_flat(everyones[rank], saved, ema.KEY)
+        state[ema.KEY] = filled_flat(per_rank[rank], saved, ema.KEY)
     return state
 
 
-def _plan(everyones: Sequence[Flat], rank: int, saved: SavedEngine) -> Plan:
-    """Which of APOLLO's channels a rank has the state of. `everyones`: a flat by rank."""
-    pieces = tuple(
-        tuple(Piece(s.name, s.start, s.length, s.offset) for s in flat.segments)
-        for flat in everyones
+def _plan(per_rank: Sequence[Flat], rank: int, saved: SavedEngine) -> ChannelPlan:
+    """Which of APOLLO's channels a rank has the state of. `per_rank`: a flat by rank."""
+    segments = tuple(
+        tuple(Segment(s.name, s.start, s.length, s.offset) for s in flat.segments)
+        for flat in per_rank
     )
-    is_stacked = saved.groups[everyones[0].group]["stacked"]
+    is_stacked = saved.groups[per_rank[0].group]["stacked"]
     matrices = {
         piece.name: matrices_of(piece.name, saved.shapes[piece.name], is_stacked)
-        for piece in pieces[0]
+        for piece in segments[0]
     }
-    return Plan([Shard(pieces, rank)], matrices)
+    return ChannelPlan([Shard(segments, rank)], matrices)
 
 
 def filled_flat(flat: Flat, saved: SavedEngine, key: str | None) -> torch.Tensor:

@@ -9,9 +9,9 @@ import torch
 
 from harness import distributed
 from harness.checkpoint.completeness import common_manifest, verified
-from harness.checkpoint.disks import Disks, survey
+from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest
-from harness.checkpoint.reshard import in_layout_of
+from harness.checkpoint.reshard import in_current_layout
 from harness.checkpoint.retention import clean
 from harness.checkpoint.save import rank_file
 from harness.control.live import Live
@@ -33,12 +33,12 @@ def choose(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | 
     is whole, or if the one that was asked for is not; ConfigError if it is another run's, or if
     "none" is asked for where an earlier run has left checkpoints.
     """
-    found, everywhere = survey(parent, disks)
-    with distributed.in_unison(f"cannot look into {parent}"):
+    found, everywhere = list_checkpoints(parent, disks)
+    with distributed.raise_on_all_ranks(f"cannot look into {parent}"):
         if disks.is_leader:
             clean(parent, set(found) - everywhere)
-    found, _ = survey(parent, disks)
-    with distributed.in_unison(f"cannot start over in {parent}"):
+    found, _ = list_checkpoints(parent, disks)
+    with distributed.raise_on_all_ranks(f"cannot start over in {parent}"):
         if found and wanted == "none":
             raise ConfigError(
                 f"run.resume = 'none', but {parent} holds {len(found)} checkpoints of an earlier "
@@ -57,7 +57,7 @@ def choose(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | 
         else:
             check_fit(directory, manifest, engines)
             return directory
-    with distributed.in_unison(f"cannot resume from {parent}"):
+    with distributed.raise_on_all_ranks(f"cannot resume from {parent}"):
         if failures:
             raise CheckpointError("no checkpoint is whole:\n  " + "\n  ".join(failures))
     return None
@@ -68,7 +68,7 @@ def check_fit(directory: Path, manifest: Manifest, engines: Engines) -> None:
 
     Raises ConfigError, on all ranks.
     """
-    with distributed.in_unison(f"cannot read checkpoint {directory}"):
+    with distributed.raise_on_all_ranks(f"cannot read checkpoint {directory}"):
         saved = _identity(manifest.engines)
         for what, found in _identity(engines).items():
             if saved[what] != found:
@@ -100,10 +100,10 @@ def resume(directory: Path, engines: Engines, batches: Batches, live: Live) -> N
     same_world = manifest.world_size == distributed.world_size()
     rank = distributed.global_rank()
     parent = live.config.run_dir / "checkpoints"
-    with in_layout_of(engines, directory, manifest, parent) as places:
+    with in_current_layout(engines, directory, manifest, parent) as places:
         for engine in engines.trained:
             engine.ds.load_checkpoint(str(places[engine.name]), tag=engine.name)
-    with distributed.in_unison(f"cannot resume from {directory}"):
+    with distributed.raise_on_all_ranks(f"cannot resume from {directory}"):
         # Engines' and data's states are the same on every rank.
         mine = torch.load(directory / rank_file(rank if same_world else 0), weights_only=True)
         live.load_state_dict(mine["live"])

@@ -17,8 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from harness import distributed
-from harness.checkpoint.disks import Disks, survey
-from harness.checkpoint.durable import FileEntry, Snapshots, bytes_of, told_as, write_file
+from harness.checkpoint.disks import Disks, list_checkpoints
+from harness.checkpoint.durable import (
+    FileEntry,
+    Snapshots,
+    as_checkpoint_error,
+    bytes_of,
+    write_file,
+)
 from harness.checkpoint.manifest import (
     LATEST,
     EngineManifest,
@@ -79,11 +85,11 @@ class Saver:
         self._described = {name: describe(engine) for name, engine in engines.items()}
         self._saved_at = 0.0  # of the newest checkpoint; what counts is what rank 0 knows
         doing = f"cannot look into {self.directory}"
-        with distributed.in_unison(doing), told_as(doing):
+        with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
             if distributed.is_global_leader():
                 self._saved_at = max(map(saved_at, checkpoints_in(self.directory)), default=0.0)
         self._pending: _Pending | None = None
-        self._all_written = distributed.Agreement()
+        self._all_written = distributed.AsyncAllReduceMax()
         self._snapshots = Snapshots()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
 
@@ -111,7 +117,10 @@ class Saver:
         self._saved_at = manifest.saved_at
         background = self._live.config.checkpoint.background
         try:
-            with distributed.in_unison(f"cannot save {target}"), told_as(f"cannot save {target}"):
+            with (
+                distributed.raise_on_all_ranks(f"cannot save {target}"),
+                as_checkpoint_error(f"cannot save {target}"),
+            ):
                 if self._disks.is_leader:
                     make_room(staged, needed)
             if background:
@@ -159,7 +168,7 @@ class Saver:
         log.info("saved %s", pending.target)
         if self._live.config.checkpoint.keep_last:
             several = self._disks.count > 1
-            everywhere = survey(self.directory, self._disks)[1] if several else None
+            everywhere = list_checkpoints(self.directory, self._disks)[1] if several else None
             if self._disks.is_leader:
                 prune(self.directory, self._live.config.checkpoint, everywhere)
 
@@ -173,7 +182,10 @@ class Saver:
             shutil.rmtree(staged, ignore_errors=True)
 
     def _copied(self, jobs: Jobs, target: Path) -> Jobs:
-        with distributed.in_unison(f"cannot save {target}"), told_as(f"cannot save {target}"):
+        with (
+            distributed.raise_on_all_ranks(f"cannot save {target}"),
+            as_checkpoint_error(f"cannot save {target}"),
+        ):
             try:
                 return self._snapshots.take(jobs)
             except (MemoryError, RuntimeError) as error:  # there is no room for a copy
@@ -240,12 +252,12 @@ def commit(manifest: Manifest, staged: Path, target: Path, is_leader: bool) -> N
     CheckpointError on all ranks.
     """
     doing = f"cannot save {target}"
-    with distributed.in_unison(doing), told_as(doing):
+    with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
         if is_leader:
             manifest.write(staged)
             sync_directory(staged)
     try:
-        with distributed.in_unison(doing), told_as(doing):
+        with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
             if is_leader:
                 put_in_place(staged, target)
                 sync_directory(target.parent)
@@ -254,7 +266,7 @@ def commit(manifest: Manifest, staged: Path, target: Path, is_leader: bool) -> N
             with suppress(OSError):  # a broken disk: `clean` does it when the run starts again
                 take_back(staged, target)
         raise
-    with distributed.in_unison(doing), told_as(doing):
+    with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
         if is_leader:
             point_latest(target)
             forget_replaced(target)
@@ -272,7 +284,10 @@ def describe(engine: Engine) -> EngineManifest:
     """
     trees = collect(engine).values() if engine.role == "train" else []
     found = ""
-    with distributed.in_unison(f"engine {engine.name!r}"), told_as(f"engine {engine.name!r}"):
+    with (
+        distributed.raise_on_all_ranks(f"engine {engine.name!r}"),
+        as_checkpoint_error(f"engine {engine.name!r}"),
+    ):
         if trees and distributed.is_global_leader():
             found = layout(trees)
     return EngineManifest(

@@ -65,7 +65,7 @@ class Bus:
         self._replies: dict[int, tuple[Ticket, Reply]] = {}  # of the commands under way
         self._lock = threading.Lock()  # ids, queue and history in one order
         self._is_open = True
-        self._agreement = distributed.Agreement(size=4)
+        self._agreement = distributed.AsyncAllReduceMax(size=4)
         self._skipped = 0
         """Polls without an agreement that are still to come."""
         self._polled_at: float | None = None

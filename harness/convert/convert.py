@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.convert import plan as planning
 from harness.convert.copy import Progress, Written, copy
-from harness.convert.plan import Plan, Planned
+from harness.convert.plan import ConversionPlan, PlannedTensor
 from harness.convert.resolve_source import LATEST, locate
 from harness.convert.verify import check_layout, check_output, check_sources
 from harness.errors import FormatError, HarnessError
@@ -85,8 +85,8 @@ def convert(src: Path, dst: Path, options: Options, put: Put) -> None:
     if options.verify:
         if isinstance(found, SavedEngine):
             check_layout(found)
-        with _bar(sum({s: s.size for s in plan.stretches()}.values()), "checking") as progress:
-            check_sources(plan.stretches(), progress)
+        with _bar(sum({s: s.size for s in plan.ranges()}.values()), "checking") as progress:
+            check_sources(plan.ranges(), progress)
     started = time.perf_counter()
     with _bar(plan.nbytes, "converting") as progress:
         _write(plan, metadata, dst, options, progress)
@@ -118,7 +118,7 @@ def _check_target(dst: Path, options: Options) -> None:
         raise HarnessError(f"{dst.parent}: no such directory")
 
 
-def _plan(found: SavedEngine | Path, options: Options) -> Plan | None:
+def _plan(found: SavedEngine | Path, options: Options) -> ConversionPlan | None:
     """None for a file that holds more than flat tensors."""
     if isinstance(found, SavedEngine):
         return planning.of_engine(found, options.what, DTYPES[options.dtype or "fp32"])
@@ -170,11 +170,11 @@ def _native(found: SavedEngine | Path, dst: Path, options: Options, put: Put) ->
 
 
 def _write(
-    plan: Plan, metadata: dict[str, str], dst: Path, options: Options, progress: Progress
+    plan: ConversionPlan, metadata: dict[str, str], dst: Path, options: Options, progress: Progress
 ) -> None:
     workers = options.workers or min(4, os.cpu_count() or 1)
 
-    def copied(names: Mapping[str, Planned], path: Path, aliases: Mapping[str, str]) -> None:
+    def copied(names: Mapping[str, PlannedTensor], path: Path, aliases: Mapping[str, str]) -> None:
         written: list[Written] = []
         is_pt = path.suffix in pt_writer.SUFFIXES
 

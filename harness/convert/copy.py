@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from harness.convert.plan import Planned
+from harness.convert.plan import PlannedTensor
 from harness.errors import FormatError
 from harness.formats.dtypes import SIZES
-from harness.formats.sources import Source
+from harness.formats.sources import StoredTensor
 
 BUFFER = 512 << 10
 """Bytes; of each thread."""
@@ -39,11 +39,11 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class Chunk:
     """Bytes of a tensor's output, from `first` on, and their place in the file."""
 
     name: str
-    planned: Planned
+    planned: PlannedTensor
     first: int
     size: int
     place: int
@@ -88,20 +88,20 @@ class Files:
                 raise FormatError(f"{path}: has become shorter while it was read")
             view, start = view[got:], start + got
 
-    def elements(self, source: Source, first: int, size: int, buffer: memoryview) -> None:
+    def elements(self, source: StoredTensor, first: int, size: int, buffer: memoryview) -> None:
         """Fills the beginning of the buffer with `size` bytes of a source, from `first` on."""
         for stretch in source.cut(first, size):
             self.read(stretch.path, buffer[: stretch.size], stretch.start)
             buffer = buffer[stretch.size :]
 
-    def row_major(self, source: Source) -> Iterator[memoryview]:
+    def row_major(self, source: StoredTensor) -> Iterator[memoryview]:
         """The bytes of a source whose elements lie in another order, in order, about BUFFER at a
         time. All that lies in the file is in memory meanwhile."""
         import numpy as np  # late: few tensors need it
 
         ref = source.strided
         assert ref is not None
-        (whole,) = source.stretches
+        (whole,) = source.ranges
         content = memoryview(bytearray(whole.size))
         self.read(whole.path, content, whole.start)
         flat = np.frombuffer(content, f"V{ref.itemsize}")
@@ -117,7 +117,7 @@ class Files:
 
 
 def copy(
-    tensors: Mapping[str, Planned],
+    tensors: Mapping[str, PlannedTensor],
     places: Mapping[str, Place],
     target: int,
     workers: int,
@@ -134,7 +134,7 @@ def copy(
     stop = threading.Event()
     with Files() as files, ThreadPoolExecutor(workers, thread_name_prefix="copy") as pool:
 
-        def run(parts: list[Part]) -> Written:
+        def run(parts: list[Chunk]) -> Written:
             return _Task(files, target, progress, with_crc, stop).run(parts)
 
         try:
@@ -147,10 +147,10 @@ def copy(
 
 
 def tasks(
-    tensors: Mapping[str, Planned], places: Mapping[str, Place], whole: bool
-) -> Iterator[list[Part]]:
+    tensors: Mapping[str, PlannedTensor], places: Mapping[str, Place], whole: bool
+) -> Iterator[list[Chunk]]:
     """Parts that lie one after the other in the file, about TASK bytes at a time."""
-    task: list[Part] = []
+    task: list[Chunk] = []
     filled = 0
     for name in sorted(tensors, key=lambda name: places[name].start):
         planned, start = tensors[name], places[name].start
@@ -163,7 +163,7 @@ def tasks(
             ):
                 yield task
                 task, filled = [], 0
-            task.append(Part(name, planned, first, size, start + first))
+            task.append(Chunk(name, planned, first, size, start + first))
             filled += size
     if task:
         yield task
@@ -185,7 +185,7 @@ class _Task:
         self.place = 0
         self.crc = 0
 
-    def run(self, parts: list[Part]) -> Written:
+    def run(self, parts: list[Chunk]) -> Written:
         self.place = parts[0].place
         for part in parts:
             source = part.planned.source
@@ -202,7 +202,7 @@ class _Task:
         size = sum(part.size for part in parts)
         return Written(parts[0].name, parts[0].place, size, self.crc)
 
-    def gather(self, part: Part) -> None:
+    def gather(self, part: Chunk) -> None:
         done = 0
         while done < part.size:
             space = BUFFER - self.place % _PAGE - self.filled
@@ -214,7 +214,7 @@ class _Task:
             if size == space:
                 self.flush()
 
-    def convert(self, part: Part) -> None:
+    def convert(self, part: Chunk) -> None:
         source = part.planned.source
         width, target_width = source.itemsize, SIZES[part.planned.dtype]
         first, left = part.first // target_width, part.size // target_width
@@ -225,7 +225,7 @@ class _Task:
             self.put(self.converted(part.planned, view))
             first, left = first + count, left - count
 
-    def converted(self, planned: Planned, content: memoryview) -> memoryview:
+    def converted(self, planned: PlannedTensor, content: memoryview) -> memoryview:
         if planned.source.dtype == planned.dtype:
             return content
         from harness.formats.cast import cast  # late: plain copies need no numpy

@@ -13,7 +13,7 @@ from typing import Any
 from harness.errors import CheckpointError, HarnessError, did_you_mean
 from harness.formats.dtypes import FLOATS, SIZES
 from harness.formats.pt_reader import TensorRef
-from harness.formats.sources import Source, Stretch, source
+from harness.formats.sources import ByteRange, StoredTensor, source
 from harness.formats.tensor_file import FlatFile
 from harness.zero.reader import SavedEngine
 
@@ -23,10 +23,10 @@ EMA = "ema"
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """A tensor of the output: a source, and the dtype that it is written in."""
 
-    source: Source
+    source: StoredTensor
     dtype: str
     key: str = ""
     """What of a parameter's optimizer state it is: "master", "exp_avg" ... Of weights empty."""
@@ -50,10 +50,10 @@ class Planned:
 
 
 @dataclass
-class Plan:
+class ConversionPlan:
     """Tensors by name, in the order of the output."""
 
-    tensors: dict[str, Planned] = field(default_factory=dict)
+    tensors: dict[str, PlannedTensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     """Further names of tied tensors, and the ones that they are stored under."""
     groups: list[Any] = field(default_factory=list)
@@ -70,18 +70,18 @@ class Plan:
         """Bytes of all tensors of the output."""
         return sum(planned.nbytes for planned in self.tensors.values())
 
-    def stretches(self) -> Iterable[Stretch]:
+    def ranges(self) -> Iterable[ByteRange]:
         """All that is read."""
-        return (piece for planned in self.tensors.values() for piece in planned.source.stretches)
+        return (piece for planned in self.tensors.values() for piece in planned.source.ranges)
 
 
-def weights(saved: SavedEngine, dtype: str) -> Plan:
+def weights(saved: SavedEngine, dtype: str) -> ConversionPlan:
     """The entries of the model's state dict, floating ones in `dtype`; "keep": the model's own.
 
     Trained parameters come from their fp32 masters, except where the model's own copy already is
     what is asked for. Extra state that is a tensor stays as it is; other is noted, and left out.
     """
-    plan = Plan()
+    plan = ConversionPlan()
     own: Mapping[str, TensorRef] = saved.model["module"] | saved.experts
     for name in dict.fromkeys([*own, *saved.shapes]):
         computed = own[name].dtype if name in own else "float32"
@@ -91,13 +91,13 @@ def weights(saved: SavedEngine, dtype: str) -> Plan:
             found = saved.master(kept)
         else:
             found = saved.weight(name)
-        plan.tensors[name] = Planned(found, _target(found.dtype, target))
+        plan.tensors[name] = PlannedTensor(found, _target(found.dtype, target))
     for name, value in saved.extra.items():
         if isinstance(value, TensorRef):
-            plan.tensors[name] = Planned(source(value), value.dtype)
+            plan.tensors[name] = PlannedTensor(source(value), value.dtype)
         else:
             plan.notes.append(f"{name!r} is no tensor, and is left out: a {type(value).__name__}")
-    if not saved.tells_names and saved.optimizer is not None:
+    if not saved.has_parameter_names and saved.optimizer is not None:
         kinds = {ref.dtype for ref in own.values()} & {"float16", "bfloat16"}
         if kinds and dtype not in ("keep", *kinds):
             plan.notes.append(
@@ -107,7 +107,7 @@ def weights(saved: SavedEngine, dtype: str) -> Plan:
     return plan
 
 
-def averages(saved: SavedEngine, dtype: str) -> Plan:
+def averages(saved: SavedEngine, dtype: str) -> ConversionPlan:
     """As `weights`, with the average of the weights where one is kept: `engines.NAME.ema_decay`.
 
     What is not averaged, frozen parameters and buffers, is as it is. Raises CheckpointError if
@@ -118,7 +118,7 @@ def averages(saved: SavedEngine, dtype: str) -> Plan:
     for name, planned in plan.tensors.items():
         kept = saved.shared.get(name, name)
         if kept in saved.shapes and EMA in saved.state_keys(kept):
-            plan.tensors[name] = Planned(saved.moment(kept, EMA), planned.dtype)
+            plan.tensors[name] = PlannedTensor(saved.moment(kept, EMA), planned.dtype)
             is_kept = True
     if not is_kept:
         raise CheckpointError(
@@ -127,7 +127,7 @@ def averages(saved: SavedEngine, dtype: str) -> Plan:
     return plan
 
 
-def optimizer(saved: SavedEngine) -> Plan:
+def optimizer(saved: SavedEngine) -> ConversionPlan:
     """Masters, moments and further state of every parameter, and settings of the groups.
 
     Raises CheckpointError if there is none, it tells no names, or its state has other shapes than
@@ -135,13 +135,13 @@ def optimizer(saved: SavedEngine) -> Plan:
     """
     if saved.optimizer is None:
         raise CheckpointError(f"{saved.directory}: no state of an optimizer here")
-    if not saved.tells_names:
+    if not saved.has_parameter_names:
         raise CheckpointError(
             f"{saved.directory}: at ZeRO 0 DeepSpeed does not say which parameter the optimizer's "
             "state belongs to"
         )
     saved.check_moments()
-    plan = Plan()
+    plan = ConversionPlan()
     for name in saved.shapes:
         found = {"master": saved.master(name)}
         found |= {key: saved.moment(name, key) for key in saved.state_keys(name)}
@@ -151,7 +151,7 @@ def optimizer(saved: SavedEngine) -> Plan:
             else:
                 plan.values.setdefault(key, {})[name] = value
         for key, tensor in found.items():
-            planned = Planned(tensor, tensor.dtype, key, name)
+            planned = PlannedTensor(tensor, tensor.dtype, key, name)
             plan.tensors[planned.prefix + name] = planned
     plan.groups = [
         group | {"params": [name for name in saved.shapes if saved.group_of(name) == number]}
@@ -160,11 +160,11 @@ def optimizer(saved: SavedEngine) -> Plan:
     return plan
 
 
-def of_engine(saved: SavedEngine, what: str, dtype: str) -> Plan:
+def of_engine(saved: SavedEngine, what: str, dtype: str) -> ConversionPlan:
     """`what`: "weights", "ema", "optimizer" or "all"."""
     if what == "ema":
         return averages(saved, dtype)
-    plan = weights(saved, dtype) if what in ("weights", "all") else Plan()
+    plan = weights(saved, dtype) if what in ("weights", "all") else ConversionPlan()
     if what in ("optimizer", "all"):
         further = optimizer(saved)
         if twice := sorted(plan.tensors.keys() & further.tensors.keys()):
@@ -177,12 +177,12 @@ def of_engine(saved: SavedEngine, what: str, dtype: str) -> Plan:
     return plan
 
 
-def of_file(content: FlatFile, dtype: str) -> Plan:
+def of_file(content: FlatFile, dtype: str) -> ConversionPlan:
     """The tensors of files that hold nothing else."""
-    plan = Plan(metadata=dict(content.metadata))
+    plan = ConversionPlan(metadata=dict(content.metadata))
     for name, found in content.tensors.items():
         target = found.dtype if dtype == "keep" else dtype
-        plan.tensors[name] = Planned(found, _target(found.dtype, target))
+        plan.tensors[name] = PlannedTensor(found, _target(found.dtype, target))
     return plan
 
 
@@ -190,7 +190,7 @@ def _target(dtype: str, wanted: str) -> str:
     return wanted if dtype in FLOATS and wanted in FLOATS else dtype
 
 
-def select(plan: Plan, include: Sequence[str], exclude: Sequence[str]) -> None:
+def select(plan: ConversionPlan, include: Sequence[str], exclude: Sequence[str]) -> None:
     """Keeps the tensors whose name matches a pattern of `include`, if there is one, and none of
     `exclude`. Raises HarnessError for a pattern that is none, or that nothing matches.
     """
@@ -209,7 +209,7 @@ def select(plan: Plan, include: Sequence[str], exclude: Sequence[str]) -> None:
         raise HarnessError("no tensor is left to be written")
 
 
-def rename(plan: Plan, renames: Sequence[str]) -> None:
+def rename(plan: ConversionPlan, renames: Sequence[str]) -> None:
     """Applies "OLD=NEW" to every name, in order: OLD is a pattern, of which each match becomes NEW.
 
     Of the optimizer's state the name is that of the parameter, so both go by the same names.
@@ -230,7 +230,7 @@ def rename(plan: Plan, renames: Sequence[str]) -> None:
             raise HarnessError(f"--rename {text}: {error}") from None
         if all(name == other for name, other in names.items()):
             raise HarnessError(f"--rename {text}: no name has {old!r} in it")
-        renamed: dict[str, Planned] = {}
+        renamed: dict[str, PlannedTensor] = {}
         for name, other in names.items():
             if other == plan.tensors[name].prefix:
                 raise HarnessError(f"--rename {text}: nothing would be left of {name!r}")
@@ -240,7 +240,7 @@ def rename(plan: Plan, renames: Sequence[str]) -> None:
         plan.tensors = renamed
 
 
-def metadata(plan: Plan) -> dict[str, str]:
+def metadata(plan: ConversionPlan) -> dict[str, str]:
     """What is written beside the tensors. The settings of the optimizer are JSON, with the names
     that the parameters have come to have; those that have no tensor left are not in it."""
     if not plan.groups:
@@ -259,14 +259,14 @@ def metadata(plan: Plan) -> dict[str, str]:
     return plan.metadata | {OPTIMIZER: settings}
 
 
-def tie(plan: Plan) -> None:
+def tie(plan: ConversionPlan) -> None:
     """Keeps one of the tensors that are the same bytes; the others become its aliases."""
     kept: dict[Any, str] = {}
     for name, planned in list(plan.tensors.items()):
         strided = planned.source.strided
         view = (strided.stride, strided.offset) if strided else ()
-        key = (planned.source.stretches, planned.dtype, planned.shape, view)
-        if not planned.source.stretches:
+        key = (planned.source.ranges, planned.dtype, planned.shape, view)
+        if not planned.source.ranges:
             continue
         if key in kept:
             plan.aliases[name] = kept[key]
@@ -282,11 +282,11 @@ def _compiled(text: str) -> re.Pattern[str]:
         raise HarnessError(f"{text!r} is no regular expression: {error}") from None
 
 
-def table(plan: Plan, put: Callable[[str], object]) -> None:
+def table(plan: ConversionPlan, put: Callable[[str], object]) -> None:
     """Prints what would be written, a line for each tensor."""
     width = max(map(len, [*plan.tensors, *plan.aliases]), default=0)
     for name, planned in plan.tensors.items():
-        files = {piece.path for piece in planned.source.stretches}
+        files = {piece.path for piece in planned.source.ranges}
         was = planned.source.dtype
         change = planned.dtype if was == planned.dtype else f"{was} -> {planned.dtype}"
         put(

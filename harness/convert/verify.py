@@ -9,17 +9,17 @@ from pathlib import Path
 from harness.convert.copy import BUFFER, Files, Progress, Written
 from harness.errors import CheckpointError, FormatError
 from harness.formats import pt_writer, zips
-from harness.formats.sources import Stretch, source
+from harness.formats.sources import ByteRange, source
 from harness.zero.reader import SavedEngine
 
 
-def check_sources(stretches: Iterable[Stretch], progress: Progress) -> None:
+def check_sources(ranges: Iterable[ByteRange], progress: Progress) -> None:
     """Reads every record that something is copied from. Raises FormatError at a wrong CRC.
 
     Only `.pt` files hold CRCs.
     """
-    used: dict[Path, list[Stretch]] = {}
-    for stretch in stretches:
+    used: dict[Path, list[ByteRange]] = {}
+    for stretch in ranges:
         if stretch.path.suffix in pt_writer.SUFFIXES:
             used.setdefault(stretch.path, []).append(stretch)
     for path, pieces in used.items():

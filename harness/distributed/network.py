@@ -57,7 +57,7 @@ def _is_loopback(address: str) -> bool:
 
 
 @contextmanager
-def losses_told(timeout_s: float) -> Iterator[None]:
+def raise_lost_rank(timeout_s: float) -> Iterator[None]:
     """Makes what a collective raises for a rank that is gone or silent a LostRank.
 
     `timeout_s`: the bound of every collective, for the message.

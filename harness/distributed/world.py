@@ -156,15 +156,15 @@ def control_group() -> dist.ProcessGroup:
     return _control
 
 
-def agree(vector: Sequence[int]) -> list[int]:
+def all_reduce_max(vector: Sequence[int]) -> list[int]:
     """The largest value that any rank gave, place by place. Blocks until every rank has called."""
     flags = torch.tensor(vector, dtype=torch.int64)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=control_group())
     return flags.tolist()
 
 
-class Agreement:
-    """`agree` behind other work: started at one moment, harvested at a later one.
+class AsyncAllReduceMax:
+    """`all_reduce_max` behind other work: started at one moment, harvested at a later one.
 
     It is part of every step: so it talks to the process group itself, and writes and reads its
     `size` numbers through numpy, which together take half the time of the usual calls.
@@ -193,7 +193,7 @@ class Agreement:
 
 def barrier() -> None:
     """Waits until every rank is here."""
-    agree([0])
+    all_reduce_max([0])
 
 
 def broadcast(value: T, source: int = 0) -> T:
@@ -211,7 +211,7 @@ def all_gather(value: T) -> list[T]:
 
 
 @contextmanager
-def in_unison(doing: str) -> Iterator[None]:
+def raise_on_all_ranks(doing: str) -> Iterator[None]:
     """Makes a failure on some ranks a failure on all, so that none is left waiting.
 
     The body must hold no collective, unless what fails in there fails on all ranks. If it raised

@@ -16,7 +16,7 @@ from harness.engine import ema
 from harness.engine.lora import adapt
 from harness.engine.turns import Turn
 from harness.errors import CheckpointError, CommandError, ConfigError
-from harness.offload import Plan
+from harness.offload import OffloadPlan
 from harness.optim.apollo.optimizer import Apollo
 from harness.optim.build import build_optimizer, check_zero, is_elementwise
 from harness.optim.schedules import build_factor, build_scheduler
@@ -77,7 +77,7 @@ class Engine:
         """Which engine of the set is at work."""
         self.last_lr = 0.0
         self.last_grad_norm: torch.Tensor | float = 0.0
-        self.offloading: Plan | None = None
+        self.offloading: OffloadPlan | None = None
         """Which of its activations wait in host memory."""
         self._config = config
         self._held_lr: float | None = None
@@ -88,7 +88,7 @@ class Engine:
         self.parameter_names: list[list[str]] = []
         optimizer: Any = None
         scheduler: Any = None
-        with distributed.in_unison(f"engines.{name}"):
+        with distributed.raise_on_all_ranks(f"engines.{name}"):
             if config.optimizer is None:
                 model.requires_grad_(False).eval()
             else:
@@ -293,16 +293,16 @@ class Engine:
         with self._ema.in_place() if self._ema else nullcontext():
             yield
 
-    def optimizer_figures(self) -> dict[str, torch.Tensor]:
+    def optimizer_metrics(self) -> dict[str, torch.Tensor]:
         """What the optimizer tells of its last step, as APOLLO does; on the device."""
         tell = getattr(self.ds.basic_optimizer, "telemetry", None)
         return tell() if tell is not None else {}
 
-    def offload_figures(self) -> dict[str, float]:
+    def offload_metrics(self) -> dict[str, float]:
         """What offloading has done on this rank since the last call."""
         return self.offloading.figures() if self.offloading is not None else {}
 
-    def tell_offload(self) -> None:
+    def log_offload_stats(self) -> None:
         """Logs what offloading has done in all on this rank."""
         if self.offloading is not None:
             log.info("engine %s: offload: %s", self.name, self.offloading.stats())
@@ -401,7 +401,7 @@ class Engine:
         self._apply_lr()
         self._apply_clip()
 
-    def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """The whole model's parameters, persistent buffers and extra state, one at a time, by name.
 
         Copies on rank 0's CPU (tied tensors stay one tensor); None elsewhere. Extra state
@@ -425,7 +425,7 @@ class Engine:
                     except Exception as error:  # the others must not wait for this rank
                         failure = error
             yield name, copies.get(id(tensor))
-        with distributed.in_unison(f"cannot gather engine {self.name!r}"):
+        with distributed.raise_on_all_ranks(f"cannot gather engine {self.name!r}"):
             if failure is not None:
                 raise failure
 

@@ -133,15 +133,15 @@ class Engines(Mapping[str, Engine]):
             report |= self.label(engine, {"lr": engine.last_lr, "loss_scale": engine.loss_scale})
         return report
 
-    def norms(self) -> dict[str, torch.Tensor | float]:
+    def step_metrics(self) -> dict[str, torch.Tensor | float]:
         """The last step's gradient norms, and what optimizers and offloading tell of it, named for
         the log."""
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.due(self.global_step):
             figures = {
                 "grad_norm": engine.last_grad_norm,
-                **engine.optimizer_figures(),
-                **engine.offload_figures(),
+                **engine.optimizer_metrics(),
+                **engine.offload_metrics(),
             }
             report |= self.label(engine, figures)
         return report
@@ -188,7 +188,7 @@ def build_engines(task: Task, config: Config) -> Engines:
     Raises TaskError if the task's models are not those of the config, or share a parameter, and
     ConfigError if they cannot be changed as the config says.
     """
-    with distributed.in_unison(f"task {config.task.path}"):
+    with distributed.raise_on_all_ranks(f"task {config.task.path}"):
         if set(task.models) != set(config.engines):
             raise TaskError(
                 f"task {config.task.path} has the models {sorted(task.models)}, and the config the "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from harness.config.engine_sections import LoraConfig
 from harness.errors import ConfigError
 from harness.io import save
-from harness.wrapper.wrapper import call_every_module
+from harness.wrapper.wrapper import disable_encoder_fast_path
 
 ADAPTER = "default"
 """What peft calls an adapter that is the only one."""
@@ -53,7 +53,7 @@ def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
         parent = model.get_submodule(name.rpartition(".")[0])
         if reason := _unfit(layer.base_layer, parent, names):
             raise ConfigError(f"lora.targets: {name!r} {reason}")
-    call_every_module(model)
+    disable_encoder_fast_path(model)
     return list(found)
 
 

@@ -10,7 +10,7 @@ from harness.config.sections import OffloadConfig, OptimizationsConfig, ReplaceC
 from harness.engine.engine import Engine
 from harness.errors import ConfigError
 from harness.offload import attach, available_host_memory
-from harness.wrapper.wrapper import call_every_module, compile_model, imported, replace
+from harness.wrapper.wrapper import compile_model, disable_encoder_fast_path, imported, replace
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ def change_models(models: Mapping[str, nn.Module], settings: OptimizationsConfig
     """Replaces modules and compiles, before there are engines. Raises ConfigError."""
     _replace(models, settings.replace)
     for model in models.values():
-        call_every_module(model)  # a task may have replaced some by itself
+        disable_encoder_fast_path(model)  # a task may have replaced some by itself
     for model in models.values() if settings.compile else ():
         compile_model(model, blocks=settings.compile == "blocks")
 
@@ -54,7 +54,7 @@ def offload_engines(engines: Mapping[str, Engine], settings: OffloadConfig) -> N
     Collective. An engine whose model has no blocks stays as it is; ConfigError if that is true of
     all of them.
     """
-    with distributed.in_unison("optimizations.unsloth"):
+    with distributed.raise_on_all_ranks("optimizations.unsloth"):
         trained = [engine for engine in engines.values() if engine.role == "train"]
         budget = settings.host_budget or available_host_memory() // 2
         refused: list[str] = []

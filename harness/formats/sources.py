@@ -10,7 +10,7 @@ from harness.formats.pt_reader import TensorRef
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class ByteRange:
     """`size` bytes of a file, from byte `start` on."""
 
     path: Path
@@ -19,13 +19,13 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredTensor:
     """A tensor whose elements, row-major, are the stretches one after the other."""
 
     dtype: str
     """As in `dtypes.SIZES`."""
     shape: tuple[int, ...]
-    stretches: tuple[Stretch, ...]
+    ranges: tuple[ByteRange, ...]
     strided: TensorRef | None = None
     """Set if its elements lie in another order, inside the one stretch that holds all of them."""
 
@@ -43,21 +43,21 @@ class Source:
         """Bytes of the elements."""
         return self.numel() * self.itemsize
 
-    def cut(self, start: int, size: int) -> Iterator[Stretch]:
+    def cut(self, start: int, size: int) -> Iterator[ByteRange]:
         """The stretches of `size` of its bytes, from byte `start` on; not of a strided one."""
-        for stretch in self.stretches:
+        for stretch in self.ranges:
             skipped = min(start, stretch.size)
             length = min(size, stretch.size - skipped)
             if length:
-                yield Stretch(stretch.path, stretch.start + skipped, length)
+                yield ByteRange(stretch.path, stretch.start + skipped, length)
             start, size = start - skipped, size - length
 
 
-def source(ref: TensorRef) -> Source:
+def source(ref: TensorRef) -> StoredTensor:
     """A tensor of a `.pt` file."""
     if ref.is_contiguous:
-        stretches = (Stretch(ref.path, ref.start, ref.nbytes),) if ref.nbytes else ()
-        return Source(ref.dtype, ref.shape, stretches)
+        ranges = (ByteRange(ref.path, ref.start, ref.nbytes),) if ref.nbytes else ()
+        return StoredTensor(ref.dtype, ref.shape, ranges)
     last = sum((size - 1) * step for size, step in zip(ref.shape, ref.stride, strict=True))
-    whole = Stretch(ref.path, ref.start, (last + 1) * ref.itemsize)
-    return Source(ref.dtype, ref.shape, (whole,), ref)
+    whole = ByteRange(ref.path, ref.start, (last + 1) * ref.itemsize)
+    return StoredTensor(ref.dtype, ref.shape, (whole,), ref)

@@ -10,7 +10,7 @@ from harness.errors import FormatError
 from harness.formats import json_tree, pt_reader, safetensors, sft_index, tied_weights
 from harness.formats.dtypes import SFT
 from harness.formats.pt_reader import TensorRef
-from harness.formats.sources import Source, Stretch, source
+from harness.formats.sources import ByteRange, StoredTensor, source
 
 _DTYPES = {short: dtype for dtype, short in SFT.items() if short != "F4"}
 _OURS = {json_tree.KEY, "format", "total_size"}
@@ -21,7 +21,7 @@ _OURS = {json_tree.KEY, "format", "total_size"}
 class FlatFile:
     """What a file, or an index of shards, holds."""
 
-    tensors: dict[str, Source]
+    tensors: dict[str, StoredTensor]
     """By name; tied ones under all of theirs."""
     metadata: dict[str, str] = field(default_factory=dict)
     """What others have written beside them."""
@@ -53,7 +53,7 @@ def read(path: Path) -> FlatFile | None:
     return FlatFile({name: source(ref) for name, ref in found.items()})
 
 
-def _named(stored: dict[str, Source], metadata: Mapping[str, Any]) -> FlatFile | None:
+def _named(stored: dict[str, StoredTensor], metadata: Mapping[str, Any]) -> FlatFile | None:
     names = tied_weights.names(metadata, stored)
     if names is None:
         return None
@@ -64,8 +64,8 @@ def _named(stored: dict[str, Source], metadata: Mapping[str, Any]) -> FlatFile |
     )
 
 
-def _source(path: Path, name: str, entry: safetensors.Entry) -> Source:
+def _source(path: Path, name: str, entry: safetensors.Entry) -> StoredTensor:
     if entry.dtype not in _DTYPES:
         raise FormatError(f"{path}: {name!r}: a tensor of {entry.dtype} cannot be converted")
-    stretches = (Stretch(path, entry.start, entry.nbytes),) if entry.nbytes else ()
-    return Source(_DTYPES[entry.dtype], entry.shape, stretches)
+    ranges = (ByteRange(path, entry.start, entry.nbytes),) if entry.nbytes else ()
+    return StoredTensor(_DTYPES[entry.dtype], entry.shape, ranges)

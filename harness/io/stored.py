@@ -8,10 +8,10 @@ import torch
 from harness.errors import FormatError
 from harness.formats.dtypes import SIZES
 from harness.formats.pt_reader import DType, Shape, TensorRef
-from harness.formats.sources import Source, source
+from harness.formats.sources import StoredTensor, source
 
 
-def read(tensor: Source, start: int = 0, stop: int | None = None) -> torch.Tensor:
+def read(tensor: StoredTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
     """Elements `start` to `stop` of a flattened tensor: (elements,); all of it in its own shape.
 
     Raises FormatError if the file has become shorter, OSError if it cannot be read.
@@ -36,11 +36,11 @@ def read(tensor: Source, start: int = 0, stop: int | None = None) -> torch.Tenso
     return flat.reshape(tensor.shape) if stop is None and not start else flat
 
 
-def _read_strided(tensor: Source, dtype: torch.dtype) -> torch.Tensor:
+def _read_strided(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
     ref = tensor.strided
     assert ref is not None
-    (whole,) = tensor.stretches
-    flat = read(Source(tensor.dtype, (whole.size // ref.itemsize,), tensor.stretches))
+    (whole,) = tensor.ranges
+    flat = read(StoredTensor(tensor.dtype, (whole.size // ref.itemsize,), tensor.ranges))
     return flat.as_strided(ref.shape, ref.stride).contiguous()
 
 
@@ -52,7 +52,7 @@ def _fill(file: int, view: memoryview, start: int, path: Any) -> None:
         view, start = view[got:], start + got
 
 
-def real(tree: Any) -> Any:
+def materialize(tree: Any) -> Any:
     """A tree of `formats.pickles` with torch's values in the places of its references.
 
     Raises as `read` does.
@@ -65,9 +65,9 @@ def real(tree: Any) -> Any:
         case Shape():
             return torch.Size(tree)
         case dict():
-            return {key: real(value) for key, value in tree.items()}
+            return {key: materialize(value) for key, value in tree.items()}
         case list():
-            return [real(value) for value in tree]
+            return [materialize(value) for value in tree]
         case tuple():
-            return tuple(real(value) for value in tree)
+            return tuple(materialize(value) for value in tree)
     return tree

@@ -51,20 +51,20 @@ class StepMeter:
     def push(
         self,
         local: dict[str, Any],
-        told_by: Sequence[str],
+        reported_by: Sequence[str],
         reports: Sequence[Stats],
         samples: int,
         tokens: int,
     ) -> list[StepNumbers]:
         """Takes in a step (`reports`: one for each micro-batch), and gives out those that are done.
 
-        `told_by`: the engines that report, the same on every rank. When one does so for the first
-        time, the ranks tell each other the names of its numbers. Any other number that appears in
-        the middle of the run is reported from some steps later on, once all have heard of its name.
+        `reported_by`: the engines that report, the same on every rank. When one reports for the
+        first time, the ranks exchange the names of its numbers. Any other number that appears in
+        the middle of the run is reported some steps later, once all ranks know its name.
         """
         self._unheard |= {n: None for report in reports for n in report if n not in self._names}
-        if not self._asked.issuperset(told_by):
-            self._asked.update(told_by)
+        if not self._asked.issuperset(reported_by):
+            self._asked.update(reported_by)
             self._learn_names()
         done = self._shift()
         self._copying = self._pack(local, reports, samples, tokens)

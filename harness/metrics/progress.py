@@ -65,10 +65,10 @@ class _BarHandler(logging.Handler):
         say(self.format(record))
 
 
-def show_log() -> None:
+def configure_logging() -> None:
     """Shows harness's log on the terminal: rank 0 from INFO on, other ranks from WARNING on.
 
-    What is logged before there is a run directory is kept for `log_to`.
+    What is logged before there is a run directory is kept for `log_to_file`.
     """
     logger = logging.getLogger("harness")
     logger.setLevel(logging.INFO)
@@ -79,7 +79,7 @@ def show_log() -> None:
         logger.addHandler(handler)
 
 
-def log_to(path: Path) -> logging.Handler:
+def log_to_file(path: Path) -> logging.Handler:
     """Appends the log to a file that all ranks share, line by line. Returns the handler."""
     handler = logging.FileHandler(path)
     _set_up(handler)
@@ -92,7 +92,7 @@ def log_to(path: Path) -> logging.Handler:
     return handler
 
 
-def show_from(level: str) -> None:
+def set_log_level(level: str) -> None:
     """Logs from a level on ("debug", "info", ...): rank 0; the other ranks from WARNING on."""
     logger = logging.getLogger("harness")
     logger.setLevel(level.upper())

@@ -19,7 +19,7 @@ class Trace:
         """`step`: the last one that was taken. Collective. Raises HarnessError on all ranks."""
         self._directory = directory
         self._last = step + steps
-        with distributed.in_unison("cannot trace"):
+        with distributed.raise_on_all_ranks("cannot trace"):
             self._profiler = profile()
             self._profiler.start()
 
@@ -30,7 +30,7 @@ class Trace:
     def write(self, step: int) -> Path:
         """Ends the recording and writes it. Collective. Raises HarnessError on all ranks."""
         target = step_directory(self._directory, step)
-        with distributed.in_unison(f"cannot write the trace {target}"):
+        with distributed.raise_on_all_ranks(f"cannot write the trace {target}"):
             self._profiler.stop()
             target.mkdir(parents=True, exist_ok=True)
             path = target / f"rank-{distributed.global_rank():05d}.json"

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from harness.offload.attach import (
     MIN_BYTES,
     Mode,
-    Plan,
+    OffloadPlan,
     attach,
     available_host_memory,
     repeated_class,
@@ -30,7 +30,7 @@ from harness.offload.streams import default_backend
 
 __all__ = [
     "Mode",
-    "Plan",
+    "OffloadPlan",
     "Stats",
     "attach",
     "available_host_memory",

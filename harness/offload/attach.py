@@ -37,7 +37,7 @@ Mode = Literal["inputs", "saved"]
 _BLOCK = "_harness_offload_block"
 
 
-class Plan:
+class OffloadPlan:
     """Which blocks of a model are offloaded, and how. `attach` makes it."""
 
     def __init__(
@@ -113,7 +113,7 @@ class Plan:
 class _Block:
     """What the plan has to say of one module."""
 
-    def __init__(self, plan: Plan, place: int, is_last: bool):
+    def __init__(self, plan: OffloadPlan, place: int, is_last: bool):
         self.plan, self.place, self.is_last = plan, place, is_last
 
 
@@ -157,7 +157,7 @@ def attach(
     host_budget: int | None = None,
     micro_batches: int = 1,
     backend: Backend | None = None,
-) -> Plan:
+) -> OffloadPlan:
     """Offloads the activations of a model's blocks while it trains. Returns what can undo it.
 
     - `match` says which modules are blocks: a class, a regular expression for their whole names, or
@@ -207,7 +207,7 @@ def attach(
     if host_budget is None:
         host_budget = available_host_memory() // 2
     store = Store(backend or default_backend(), min_bytes, host_budget)
-    return Plan(modules, mode, store, budget, keep_last, micro_batches)
+    return OffloadPlan(modules, mode, store, budget, keep_last, micro_batches)
 
 
 def repeated_class(model: nn.Module) -> type[nn.Module] | None:

@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Known:
+class OptimizerSpec:
     """What is known of an optimizer that has a name here."""
 
     path: str
     """Its import path."""
-    needs_whole: str = ""
+    wrong_when_sharded: str = ""
     """Why it is wrong on the shards of ZeRO stages 1 to 3; empty if it is not."""
-    needs_parameters: str = ""
+    needs_model_parameters: str = ""
     """Why it has to step the model's own parameters, as it does in fp32 at stage 0 alone."""
     make: Callable[..., Optimizer] | None = None
     """What makes it of a model, if its constructor does not of the parameters."""
@@ -72,28 +72,29 @@ def _muon(
 
 
 OPTIMIZERS = {
-    "adamw": Known("torch.optim:AdamW"),
-    "apollo": Known("harness.optim.apollo:Apollo"),
-    "apollo-mini": Known("harness.optim.apollo:ApolloMini"),
-    "muon": Known(
+    "adamw": OptimizerSpec("torch.optim:AdamW"),
+    "apollo": OptimizerSpec("harness.optim.apollo:Apollo"),
+    "apollo-mini": OptimizerSpec("harness.optim.apollo:ApolloMini"),
+    "muon": OptimizerSpec(
         "deepspeed.runtime.zero.muon.muon_optimizer:MuonWithAuxAdam",
         make=_muon,
     ),
-    "adafactor": Known(
+    "adafactor": OptimizerSpec(
         "torch.optim:Adafactor",
-        needs_whole="it keeps means of a matrix's rows and columns, and gets vectors",
+        wrong_when_sharded="it keeps means of a matrix's rows and columns, and gets vectors",
     ),
-    "prodigy": Known(
+    "prodigy": OptimizerSpec(
         "prodigyopt:Prodigy",
-        needs_whole="it estimates one step size from all parameters, and gets this rank's alone",
+        wrong_when_sharded="it estimates one step size from all parameters, and gets only this "
+        "rank's",
     ),
-    "schedulefree": Known(
+    "schedulefree": OptimizerSpec(
         "schedulefree:AdamWScheduleFree",
-        needs_parameters="for evaluation it puts averages in the place of the weights",
+        needs_model_parameters="for evaluation it puts averages in the place of the weights",
     ),
-    "adam8bit": Known("bitsandbytes.optim:Adam8bit"),
-    "adamw8bit": Known("bitsandbytes.optim:AdamW8bit"),
-    "lion8bit": Known("bitsandbytes.optim:Lion8bit"),
+    "adam8bit": OptimizerSpec("bitsandbytes.optim:Adam8bit"),
+    "adamw8bit": OptimizerSpec("bitsandbytes.optim:AdamW8bit"),
+    "lion8bit": OptimizerSpec("bitsandbytes.optim:Lion8bit"),
 }
 
 
@@ -142,16 +143,16 @@ def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
     if issubclass(kind, Apollo):
         _check_apollo(config.name, stage, zero, deepspeed)
     named = OPTIMIZERS.get(config.name)
-    if stage and named is not None and named.needs_whole:
+    if stage and named is not None and named.wrong_when_sharded:
         raise ConfigError(
-            f"optimizer {config.name!r} is wrong at ZeRO stage {stage}: {named.needs_whole}; use "
-            "stage 0"
+            f"optimizer {config.name!r} is wrong at ZeRO stage {stage}: "
+            f"{named.wrong_when_sharded}; use stage 0"
         )
     is_half = any(deepspeed.get(dtype, {}).get("enabled") for dtype in ("bf16", "fp16"))
-    if (stage or is_half) and named is not None and named.needs_parameters:
+    if (stage or is_half) and named is not None and named.needs_model_parameters:
         raise ConfigError(
-            f"optimizer {config.name!r}: {named.needs_parameters}, and here the model computes "
-            "with copies of those: use ZeRO stage 0 in fp32"
+            f"optimizer {config.name!r}: {named.needs_model_parameters}, and here the model "
+            "computes with copies of those: use ZeRO stage 0 in fp32"
         )
     if stage and named is None and not _treats_elements_alone(kind):
         log.warning(
@@ -188,7 +189,7 @@ def _check_apollo(name: str, stage: int, zero: Mapping[str, Any], ds: Mapping[st
 
 def _imported(name: str) -> type[Optimizer]:
     """The class of a registered name, or of an import path. Raises ConfigError."""
-    known = OPTIMIZERS.get(name) or Known(name)
+    known = OPTIMIZERS.get(name) or OptimizerSpec(name)
     module, _, attribute = known.path.partition(":")
     if not (module and attribute):
         raise ConfigError(

@@ -32,7 +32,7 @@ BACKENDS = {
 
 
 @dataclass(frozen=True)
-class Change:
+class ModuleChange:
     """What became of one module: "blocks.0.up: Linear -> BitLinear"."""
 
     name: str
@@ -51,7 +51,7 @@ def replace(
     *,
     include: str = ".*",
     exclude: str = "",
-) -> list[Change]:
+) -> list[ModuleChange]:
     """Replaces, in place, the modules of class `what` whose names fit. Returns what was changed.
 
     - `what`: the very class; modules of its subclasses stay.
@@ -87,8 +87,8 @@ def replace(
             )
         for module in places:
             module.__class__ = by
-        call_every_module(model)
-        return [Change(names[0], what.__name__, by.__name__) for names in places.values()]
+        disable_encoder_fast_path(model)
+        return [ModuleChange(names[0], what.__name__, by.__name__) for names in places.values()]
     _check_apart(places)
     made = {old: _made(names[0], old, by) for old, names in places.items()}
     for old, new in made.items():
@@ -96,9 +96,10 @@ def replace(
         for name in places[old]:
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent)._modules[child] = new
-    call_every_module(model)
+    disable_encoder_fast_path(model)
     return [
-        Change(names[0], what.__name__, type(made[old]).__name__) for old, names in places.items()
+        ModuleChange(names[0], what.__name__, type(made[old]).__name__)
+        for old, names in places.items()
     ]
 
 
@@ -140,7 +141,7 @@ def inject(what: type[nn.Module], by: type[nn.Module]) -> Iterator[None]:
             what.__init__ = own
 
 
-def call_every_module(model: nn.Module) -> None:
+def disable_encoder_fast_path(model: nn.Module) -> None:
     """Keeps torch's transformer encoder from passing over modules that are not torch's own.
 
     In evaluation `nn.TransformerEncoderLayer` takes a fast path, which computes with the weights of
@@ -180,7 +181,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def resize_modules(model: nn.Module, include: str, size: int) -> list[Change]:
+def resize_modules(model: nn.Module, include: str, size: int) -> list[ModuleChange]:
     """Grows a vocabulary: the rows of the embeddings, and of the linear heads, whose names fit.
 
     `include`: a regular expression for whole names. Weights [rows, width] and biases [rows] become
@@ -222,7 +223,7 @@ def resize_modules(model: nn.Module, include: str, size: int) -> list[Change]:
             if old is not None and old not in grown:
                 grown[old] = _grown(old, size)
         rows = "num_embeddings" if isinstance(module, nn.Embedding) else "out_features"
-        changes.append(Change(name, f"{getattr(module, rows)} rows", f"{size} rows"))
+        changes.append(ModuleChange(name, f"{getattr(module, rows)} rows", f"{size} rows"))
         setattr(module, rows, size)
     for old, new in grown.items():
         for holder in holders[old].values():

@@ -13,7 +13,7 @@ from typing import Any
 from harness.errors import CheckpointError
 from harness.formats import pt_reader
 from harness.formats.pt_reader import Shape, TensorRef
-from harness.formats.sources import Source, Stretch, source
+from harness.formats.sources import ByteRange, StoredTensor, source
 from harness.formats.unpickler import StandIn
 from harness.zero.layout import (
     Flat,
@@ -91,7 +91,7 @@ class SavedEngine:
         self.flats: list[list[Flat]] = []
         self.shapes: dict[str, Shape] = {}
         self._pieces: dict[str, list[tuple[Segment, Flat]]] = {}
-        if self.optimizer is None or not self.tells_names:
+        if self.optimizer is None or not self.has_parameter_names:
             return
         for group in base_state(self.optimizer)["param_groups"]:
             self.groups.append({key: value for key, value in group.items() if key != "params"})
@@ -110,7 +110,7 @@ class SavedEngine:
             self._check_pieces(name)
 
     @property
-    def tells_names(self) -> bool:
+    def has_parameter_names(self) -> bool:
         """Whether the optimizer's state says whose it is: plain DeepSpeed's at stage 0 does not."""
         return self.model["param_shapes"] is not None or "parameter_names" in self.model
 
@@ -163,15 +163,15 @@ class SavedEngine:
                         "cannot be cut for another number of ranks or ZeRO stage"
                     )
 
-    def master(self, name: str) -> Source:
+    def master(self, name: str) -> StoredTensor:
         """A parameter's whole fp32 master, in its shape."""
         return self._joined(name, [(s, f.master) for s, f in self._pieces[name]])
 
-    def moment(self, name: str, key: str) -> Source:
+    def moment(self, name: str, key: str) -> StoredTensor:
         """A parameter's whole optimizer state of its size, in its shape."""
         return self._joined(name, [(s, f.state[key]) for s, f in self._pieces[name]])
 
-    def weight(self, name: str) -> Source:
+    def weight(self, name: str) -> StoredTensor:
         """An entry of the model's state dict, whole; at stage 3 a parameter's master.
 
         Otherwise it is in the dtype that the model computes in.
@@ -186,15 +186,15 @@ class SavedEngine:
             return self.master(name)
         shape = Shape(self.model["frozen_param_shapes"][name])
         shards = [source(fragments[name]) for fragments in self._fragments]
-        stretches: list[Stretch] = []
+        ranges: list[ByteRange] = []
         left = shape.numel() * shards[0].itemsize
         for shard in shards:
             for stretch in shard.cut(0, left):
-                stretches.append(stretch)
+                ranges.append(stretch)
                 left -= stretch.size
         if left:
             raise CheckpointError(f"{self.directory}: frozen parameter {name!r} is not whole")
-        return Source(shards[0].dtype, shape, tuple(stretches))
+        return StoredTensor(shards[0].dtype, shape, tuple(ranges))
 
     def loss_scale(self) -> Tree:
         """What an fp16 engine's loss scaler has come to; {} at fp32 stage 0."""
@@ -267,18 +267,18 @@ class SavedEngine:
         if end != self.shapes[name].numel():
             raise CheckpointError(f"parameter {name!r} is not whole from element {end} on")
 
-    def _joined(self, name: str, pieces: list[tuple[Segment, TensorRef]]) -> Source:
+    def _joined(self, name: str, pieces: list[tuple[Segment, TensorRef]]) -> StoredTensor:
         shape = self.shapes[name]
         if len(pieces) == 1 and pieces[0][1].shape == shape:
             return source(pieces[0][1])
-        stretches: list[Stretch] = []
+        ranges: list[ByteRange] = []
         for segment, ref in pieces:
             if segment.length:
                 if not ref.is_contiguous:
                     raise CheckpointError(f"{ref.path}: the state of {name!r} is not contiguous")
                 width = ref.itemsize
-                stretches += source(ref).cut(segment.offset * width, segment.length * width)
-        return Source(pieces[0][1].dtype, shape, tuple(stretches))
+                ranges += source(ref).cut(segment.offset * width, segment.length * width)
+        return StoredTensor(pieces[0][1].dtype, shape, tuple(ranges))
 
 
 def _some(ranks: Iterator[int]) -> str:

@@ -22,7 +22,7 @@ class ShardError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """Elements [start, start + length) of a flattened parameter, from `offset` on in a flat."""
 
     name: str
@@ -38,7 +38,7 @@ class Shard:
     Every rank has a piece of every parameter in the same order, if only one of no length.
     """
 
-    pieces: tuple[tuple[Piece, ...], ...]
+    segments: tuple[tuple[Segment, ...], ...]
     """By rank of the group."""
     rank: int = 0
     """This rank in the group."""
@@ -48,9 +48,9 @@ class Shard:
     """Where the group's collectives find their tensors."""
 
     @property
-    def mine(self) -> tuple[Piece, ...]:
+    def mine(self) -> tuple[Segment, ...]:
         """The pieces on this rank."""
-        return self.pieces[self.rank]
+        return self.segments[self.rank]
 
 
 def locate(flats: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[Shard]:
@@ -102,7 +102,7 @@ def _known(
 
 
 def _whole(name: str, flat: Tensor) -> Shard:
-    return Shard(((Piece(name, 0, flat.numel(), 0),),))
+    return Shard(((Segment(name, 0, flat.numel(), 0),),))
 
 
 def _clone(flat: Tensor, name: str, parameter: Tensor) -> Shard:
@@ -137,16 +137,16 @@ def _stages_1_and_2(flat: Tensor, parameters: Mapping[str, Tensor], group: Any) 
             raise _elastic(name)
     order = sorted(ours, key=lambda name: ours[name].storage_offset())
 
-    def pieces(rank: int) -> tuple[Piece, ...]:
+    def segments(rank: int) -> tuple[Segment, ...]:
         found, begin = [], rank * flat.numel()
         for name in order:
             place, size = int(ours[name].storage_offset()), ours[name].numel()
             start = min(max(begin - place, 0), size)
             stop = min(max(begin + flat.numel() - place, 0), size)
-            found.append(Piece(name, start, stop - start, place + start - begin))
+            found.append(Segment(name, start, stop - start, place + start - begin))
         return tuple(found)
 
-    return _sharded(pieces, group, ours[order[0]].device)
+    return _sharded(segments, group, ours[order[0]].device)
 
 
 def _stage_3(flat: Tensor, parameters: Mapping[str, Tensor], group: Any) -> Shard:
@@ -175,22 +175,24 @@ def _stage_3(flat: Tensor, parameters: Mapping[str, Tensor], group: Any) -> Shar
             "groups as they were at deepspeed.initialize"
         )
 
-    def pieces(rank: int) -> tuple[Piece, ...]:
+    def segments(rank: int) -> tuple[Segment, ...]:
         found, offset = [], 0
         for p in members:
             part = p.partition_numel()
             start = min(rank * part, p.ds_numel)
-            found.append(Piece(names[id(p)], start, min(part, p.ds_numel - start), offset))
+            found.append(Segment(names[id(p)], start, min(part, p.ds_numel - start), offset))
             offset += part
         return tuple(found)
 
-    return _sharded(pieces, group, some.device)
+    return _sharded(segments, group, some.device)
 
 
-def _sharded(pieces: Callable[[int], tuple[Piece, ...]], group: Any, device: torch.device) -> Shard:
+def _sharded(
+    segments: Callable[[int], tuple[Segment, ...]], group: Any, device: torch.device
+) -> Shard:
     """The pieces of all ranks; with one rank alone there is nobody to share with."""
     world = dist.get_world_size(group)
-    return Shard(tuple(map(pieces, range(world))), dist.get_rank(group), group, device)
+    return Shard(tuple(map(segments, range(world))), dist.get_rank(group), group, device)
 
 
 def _elastic(name: str) -> ShardError:
@@ -223,7 +225,7 @@ def _verify(flat: Tensor, shard: Shard, parameters: Mapping[str, Tensor]) -> Non
 
 def _agree(well: bool, found: Sequence[Shard], group: Any, device: torch.device) -> str:
     """What this rank has to say if all is not well on another, or if the layouts differ."""
-    layout = zlib.crc32(repr([shard.pieces for shard in found]).encode())
+    layout = zlib.crc32(repr([shard.segments for shard in found]).encode())
     answers = torch.tensor([well, layout, -layout], dtype=torch.int64, device=device)
     dist.all_reduce(answers, dist.ReduceOp.MIN, group=group)
     all_well, least, most = answers.tolist()

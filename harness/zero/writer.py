@@ -16,7 +16,7 @@ import torch
 from harness.checkpoint.durable import write_file
 from harness.checkpoint.reshard import filled_flat, filled_state, shard_of, weight_of
 from harness.errors import CheckpointError
-from harness.io.stored import real
+from harness.io.stored import materialize
 from harness.zero.layout import Shapes, Tree, flats
 from harness.zero.reader import SavedEngine
 
@@ -35,13 +35,13 @@ class Native:
     def __init__(self, saved: SavedEngine, stage: int, ranks: int, round_robin: bool | None):
         """Raises CheckpointError for what cannot be laid out anew."""
         where = saved.directory
-        if saved.optimizer is None or not saved.tells_names:
+        if saved.optimizer is None or not saved.has_parameter_names:
             raise CheckpointError(f"{where}: no optimizer's state that tells whose it is")
         if saved.experts:
             raise CheckpointError(f"{where}: experts cannot be laid out for other ranks")
         saved.check_moments()
         self.saved, self.stage, self.ranks = saved, stage, ranks
-        self.config: Tree = deepcopy(real(saved.model["ds_config"]))
+        self.config: Tree = deepcopy(materialize(saved.model["ds_config"]))
         self._zero: Tree = self.config.setdefault("zero_optimization", {})
         self._is_fp16 = bool(self.config.get("fp16", {}).get("enabled"))
         self._is_bf16 = bool(self.config.get("bf16", {}).get("enabled"))
@@ -148,7 +148,7 @@ class Native:
             module[name] = torch.empty(0, dtype=dtype) if is_sharded else weight_of(saved, name)
             if name not in buffers and name not in saved.shapes and name not in shared:
                 frozen[name] = weight_of(saved, name)
-        module |= real(saved.extra)
+        module |= materialize(saved.extra)
         for alias, kept in shared.items():
             if alias in module and kept in module:
                 module[alias] = module[kept]
@@ -159,7 +159,9 @@ class Native:
                 name: shard_of(tensor, math.ceil(tensor.numel() / self.ranks), rank)
                 for name, tensor in frozen.items()
             }
-        kept = {key: real(value) for key, value in saved.model.items() if key not in _LAID_OUT}
+        kept = {
+            key: materialize(value) for key, value in saved.model.items() if key not in _LAID_OUT
+        }
         return kept | {
             "module": module,
             "optimizer": None,
@@ -226,7 +228,7 @@ class Native:
 
     def _base(self, numbers: list[list[int]]) -> Tree:
         groups = [
-            {**real(group), "params": places}
+            {**materialize(group), "params": places}
             for group, places in zip(self.saved.groups, numbers, strict=True)
         ]
         return {"state": {}, "param_groups": groups}
@@ -242,7 +244,7 @@ class Native:
             raise CheckpointError(f"{self.saved.directory}: fp16 at ZeRO 0 cannot be laid out anew")
         made = DynamicLossScaler if was.class_name.endswith("DynamicLossScaler") else LossScaler
         scaler = made.__new__(made)
-        vars(scaler).update(real(was.state))
+        vars(scaler).update(materialize(was.state))
         return scaler
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.checkpoint.completeness import fetch
+from harness.checkpoint.completeness import copy_missing_files
 from harness.checkpoint.disks import Disks, find_disks
 from harness.checkpoint.durable import write_file
 from harness.checkpoint.inspect import describe
@@ -25,10 +25,10 @@ from harness.convert.convert import Options, convert
 from harness.distributed import broadcast, global_rank
 from harness.errors import CheckpointError
 from harness.io import load
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.faults import fail_at, io_error
 from harness.testing.pool import RankError, RankPool
-from tests.support.helpers import losses, tiny_config, told_by
+from tests.support.helpers import error_of, losses, tiny_config
 
 MODEL = "mp_rank_00_model_states.pt"
 SHARD = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
@@ -95,7 +95,7 @@ def remove(root: Path, step: int) -> None:
 def whole(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two nodes that nothing disturbed."""
     root = tmp_path_factory.mktemp("whole")
-    two_ranks.run(on, "ab", root, train, config_of())
+    two_ranks.run(on, "ab", root, run_in_world, config_of())
     return root
 
 
@@ -134,13 +134,13 @@ def test_each_node_writes_and_resumes_its_own_files(
 ) -> None:
     config = config_of(stage, checkpoint={"background": background})
     shared = tiny_config(tmp_path / "shared", stage, task={"args": config.task.args})
-    two_ranks.run(train, shared)
-    two_ranks.run(on, "ab", tmp_path, train, config)
+    two_ranks.run(run_in_world, shared)
+    two_ranks.run(on, "ab", tmp_path, run_in_world, config)
     mine, others = files(tmp_path, "a"), files(tmp_path, "b")
     assert "rank-00000.pt" in mine and "rank-00001.pt" in others and not mine & others
     before = tensors(tmp_path)
     remove(tmp_path, 6)
-    two_ranks.run(on, "ab", tmp_path, train, config)
+    two_ranks.run(on, "ab", tmp_path, run_in_world, config)
     assert "resumed from runs/tiny/checkpoints/step-00000004" in log_of(tmp_path)
     assert losses_of(tmp_path) == losses(shared)
     assert tensors(tmp_path) == before
@@ -164,7 +164,7 @@ def test_nodes_that_have_changed_places(two_ranks: RankPool, root: Path, whole: 
 def train_in_small_chunks(config: Config) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("harness.checkpoint.completeness.CHUNK", 1000)
-        train(config)
+        run_in_world(config)
 
 
 def test_what_comes_otherwise_than_it_was_is_refused(two_ranks: RankPool, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def fetch_what_was_changed() -> str:
         files["y.pt"] = write_file({"a": torch.zeros(9)}, directory / "y.pt")
         write_file({"a": torch.ones(9)}, directory / "y.pt")
     try:
-        fetch(directory, broadcast(files), ["y.pt"])
+        copy_missing_files(directory, broadcast(files), ["y.pt"])
     except CheckpointError as error:
         return str(error)
     return ""
@@ -197,7 +197,7 @@ def test_a_kill_between_the_commits_of_two_nodes(
         two_ranks.run(on, "ab", tmp_path, killed_at_step_4, config_of(), rank)
     committed = ["step-00000004" in names(tmp_path, host) for host in "ab"]
     assert committed == [rank == 1, rank == 0]
-    two_ranks.run(on, "ab", tmp_path, train, config_of())
+    two_ranks.run(on, "ab", tmp_path, run_in_world, config_of())
     assert "resumed from runs/tiny/checkpoints/step-00000002" in log_of(tmp_path)
     assert losses_of(tmp_path) == losses_of(whole)
     assert tensors(tmp_path) == tensors(whole)
@@ -206,7 +206,7 @@ def test_a_kill_between_the_commits_of_two_nodes(
 
 def killed_at_step_4(config: Config, rank: int) -> None:
     with fail_at("rename", step=4, rank=rank):
-        train(config)
+        run_in_world(config)
 
 
 @pytest.mark.parametrize("how", ["kill", "error"])
@@ -236,14 +236,14 @@ def save_again(config: Config, details: dict[str, Any]) -> str:
     """Resumes, and takes no step before the next save, which fails."""
     with pytest.MonkeyPatch.context() as patch, fail_at("rename", **details):
         patch.setattr("harness.trainer.Trainer.step", lambda self: None)
-        return told_by(config)
+        return error_of(config)
 
 
 # What is missing is told by name
 
 
 def told_on(pool: RankPool, hosts: str, root: Path, config: Config) -> list[str]:
-    return pool.run(on, hosts, root, told_by, config)
+    return pool.run(on, hosts, root, error_of, config)
 
 
 def lose_a_shard(root: Path) -> str:
@@ -275,7 +275,7 @@ def test_a_step_that_is_not_whole_over_all_nodes_is_passed_over(
     two_ranks: RankPool, root: Path, whole: Path, damage: Callable[[Path], str]
 ) -> None:
     message = damage(root)
-    two_ranks.run(on, "ab", root, train, config_of())
+    two_ranks.run(on, "ab", root, run_in_world, config_of())
     (passed,) = [line for line in log_of(root).splitlines() if "passed over" in line]
     assert message in passed
     assert "resumed from runs/tiny/checkpoints/step-00000004" in log_of(root)
@@ -304,7 +304,7 @@ def test_other_layouts_need_all_files_in_one_place(
 
     shutil.copytree(place(root, "b", 4), place(root, "a", 4), dirs_exist_ok=True)
     shutil.copytree(place(root, "a", 4), place(root, "b", 4), dirs_exist_ok=True)
-    two_ranks.run(on, "ab", root, train, config_of(stage=1))
+    two_ranks.run(on, "ab", root, run_in_world, config_of(stage=1))
     assert log_of(root).count("re-laid") == 1
     assert losses_of(root) == pytest.approx(losses_of(whole), abs=1e-5)
 
@@ -314,7 +314,7 @@ def test_one_rank_goes_on_where_all_files_are(root: Path) -> None:
     shutil.copytree(place(root, "b", 4), place(root, "a", 4), dirs_exist_ok=True)
     with RankPool(1) as one:
         config = config_of(3, data={"micro_batch_size": 8})
-        assert one.run(on, "a", root, told_by, config) == [""]
+        assert one.run(on, "a", root, error_of, config) == [""]
     assert "passed over" not in log_of(root)
     assert "resumed from runs/tiny/checkpoints/step-00000004" in log_of(root)
     assert read_manifest(place(root, "a", 6)).hosts == ["a"]
@@ -347,6 +347,6 @@ def test_inspect_and_convert_say_where_the_rest_lies(root: Path) -> None:
 def test_retention_clears_up_on_every_node(two_ranks: RankPool, root: Path) -> None:
     shutil.rmtree(place(root, "a", 2))  # a kill has come between two removals
     config = config_of(run={"steps": 8}, checkpoint={"keep_last": 2})
-    two_ranks.run(on, "ab", root, train, config)
+    two_ranks.run(on, "ab", root, run_in_world, config)
     for host in "ab":
         assert names(root, host) == ["latest", "step-00000006", "step-00000008"]

@@ -14,10 +14,10 @@ import torch
 from harness.checkpoint.manifest import checkpoints_in, read_manifest
 from harness.config import Config
 from harness.io import load
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.faults import die_during_save, fail_at, io_error
 from harness.testing.pool import RankError, RankPool
-from tests.support.helpers import losses, small_disk, tiny_config, told_by
+from tests.support.helpers import error_of, losses, small_disk, tiny_config
 
 WIDE = {"args": {"width": 2100}}
 """17.7 MB of weights: with AdamW's moments a checkpoint of about 71 MB."""
@@ -37,7 +37,7 @@ def train_with(config: Config, faults: list[tuple[str, dict[str, Any]]]) -> None
             make = die_during_save if phase == "during" else fail_at
             arguments = () if phase == "during" else (phase,)
             stack.enter_context(make(*arguments, **details))  # type: ignore[operator]
-        train(config)
+        run_in_world(config)
 
 
 def final_weights(config: Config) -> dict[str, torch.Tensor]:
@@ -56,7 +56,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def whole(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run of two engines that nothing disturbed."""
     config = two_engines(tmp_path_factory.mktemp("whole"))
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     return config
 
 
@@ -84,7 +84,7 @@ def test_killed_in_a_phase(
     step = {} if phase.startswith("prun") else {"step": 4}
     with pytest.raises(RankError, match="died with exit code -9"):
         two_ranks.run(train_with, config, [(phase, {**details, **step, "rank": rank})])
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     text = (config.run_dir / "log.txt").read_text()
     assert "resumed from" in text and "passed over" not in text
     assert_equal(final_weights(config), final_weights(whole))
@@ -101,7 +101,7 @@ def test_killed_at_random_moments(
     table = {"run": {"steps": 3}, "task": WIDE, "trainer": {"save_every": 1}}
     checkpoint = {"background": background, "keep_last": 2}
     undisturbed = tiny_config(tmp_path / "whole", 1, **table)
-    two_ranks.run(train, undisturbed)
+    two_ranks.run(run_in_world, undisturbed)
     chance = random.Random(rounds)
     for number in range(rounds // 2):
         config = tiny_config(tmp_path / str(number), 1, checkpoint=checkpoint, **table)
@@ -111,7 +111,7 @@ def test_killed_at_random_moments(
             two_ranks.run(train_with, config, [("during", fuse)])
         left = [read_manifest(p).step for p in checkpoints_in(config.run_dir / "checkpoints")]
         assert left and max(left) >= 1, "more than one save interval was lost"
-        two_ranks.run(train, config)
+        two_ranks.run(run_in_world, config)
         assert_equal(final_weights(config), final_weights(undisturbed))
 
 
@@ -172,7 +172,7 @@ def test_a_full_disk(two_ranks: RankPool, tmp_path: Path, foreseen: bool) -> Non
         trainer={"save_every": 2, "export_on_quit": False},
     )
     with small_disk(tmp_path, "60m"):
-        two_ranks.run(told_by_blind if not foreseen else told_by, config)
+        two_ranks.run(told_by_blind if not foreseen else error_of, config)
         text = (config.run_dir / "log.txt").read_text()
         reason = "MB are free" if foreseen else "OSError: [Errno 28] No space left on device: '/"
         assert text.count(reason) >= 1, text
@@ -191,17 +191,17 @@ def test_an_export_that_fails_costs_no_step(two_ranks: RankPool, tmp_path: Path)
     )
     exports = config.run_dir / "exports"
     with small_disk(exports, "4m"):
-        assert two_ranks.run(told_by, config) == ["", ""]
+        assert two_ranks.run(error_of, config) == ["", ""]
         text = (config.run_dir / "log.txt").read_text()
         assert text.count("cannot export") == text.count("the next export tries again") == 2
         assert len(losses(config)) == 6 and not list(exports.iterdir())
 
 
 def told_by_blind(config: Config) -> str:
-    """`told_by` on a system that says that it has room."""
+    """`error_of` on a system that says that it has room."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("harness.checkpoint.save.bytes_of", lambda tree: 0)
-        return told_by(config)
+        return error_of(config)
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -239,13 +239,13 @@ def test_a_failed_commit_leaves_nothing(two_ranks: RankPool, tmp_path: Path) -> 
 
 def test_a_damaged_checkpoint_is_passed_over(two_ranks: RankPool, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, trainer={"save_every": 2})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     whole = losses(config)
     path = config.run_dir / "checkpoints/step-00000006/net/mp_rank_00_model_states.pt"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     text = (config.run_dir / "log.txt").read_text()
     assert "passed over" in text and str(path) in text
     assert f"resumed from {config.run_dir}/checkpoints/step-00000004" in text

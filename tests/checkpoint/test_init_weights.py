@@ -16,12 +16,12 @@ from harness.config import Config
 from harness.config.sections import merge
 from harness.engine.engine import Engine
 from harness.errors import ConfigError
-from harness.formats.sources import Source
+from harness.formats.sources import StoredTensor
 from harness.io.stored import read
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.zero.reader import SavedEngine
-from tests.support.helpers import OFFLOAD, ROOT, tiny_config, told_by
+from tests.support.helpers import OFFLOAD, ROOT, error_of, tiny_config
 from tests.tasks.reshard_task import Odd
 
 BF16 = {"bf16": {"enabled": True}}
@@ -96,7 +96,7 @@ def test_a_run_starts_from_the_weights_and_their_masters(
 ) -> None:
     engine = {"ds_overrides": ds, "optimizer": optimizer}
     config = config_of(tmp_path, stage, given, engine, task={"args": args})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     assert_starts_from(config, weights, torch.bfloat16 if "bf16" in ds else torch.float32)
 
 
@@ -104,13 +104,13 @@ def train_and_count(config: Config) -> int:
     """Trains. Returns the bytes that this rank read of the given weights."""
     counts = []
 
-    def counted(weight: Source, *place: Any) -> Tensor:
+    def counted(weight: StoredTensor, *place: Any) -> Tensor:
         part = read(weight, *place)
         counts.append(part.nbytes)
         return part
 
     with patch.object(init_weights, "read", counted):
-        train(config)
+        run_in_world(config)
     return sum(counts)
 
 
@@ -149,7 +149,7 @@ def test_weights_may_lie_in_any_kind_of_file(
             shutil.copy(given, there / "net.sft")
         case "run":
             first = config_of(tmp_path, 2, given, {"ds_overrides": BF16}, run={"name": "first"})
-            two_ranks.run(train, first)
+            two_ranks.run(run_in_world, first)
             there = first.run_dir
             for name in ("frozen.weight", "frozen.bias"):  # which have no masters
                 weights[name] = weights[name].bfloat16().float()
@@ -158,7 +158,7 @@ def test_weights_may_lie_in_any_kind_of_file(
             io.save({name: tensor.bfloat16() for name, tensor in weights.items()}, there)
             weights = {name: tensor.bfloat16().float() for name, tensor in weights.items()}
     config = config_of(tmp_path, 1, there)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     assert_starts_from(config, weights, torch.float32)
     told = (config.run_dir / "log.txt").read_text()
     assert ("10 cast from bfloat16 to float32" in told) == (kind == "bf16")
@@ -169,13 +169,13 @@ def test_of_several_engines_it_is_the_one_of_the_same_name(
 ) -> None:
     other = {"ds_config": ROOT / "ds_configs/zero1.json", "optimizer": STILL}
     first = config_of(tmp_path / "first", 1, given, engines={"other": other})
-    two_ranks.run(train, first)
+    two_ranks.run(run_in_world, first)
     config = config_of(tmp_path, 1, first.run_dir)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     assert_starts_from(config, weights, torch.float32)
     elsewhere = {"ds_config": other["ds_config"], "optimizer": STILL, "init_from": first.run_dir}
     config = config_of(tmp_path / "third", 1, given, engines={"third": elsewhere})
-    for told in two_ranks.run(told_by, config):
+    for told in two_ranks.run(error_of, config):
         assert "step-00000001: name one: " in told
         assert "step-00000001/NAME: net, other" in told
 
@@ -190,7 +190,7 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(
     wrong["again.weight"] = wrong["again.weight"] + 1
     torch.save(wrong, tmp_path / "wrong.pt")
     config = config_of(tmp_path, 3, tmp_path / "wrong.pt")
-    for told in two_ranks.run(told_by, config):
+    for told in two_ranks.run(error_of, config):
         for text in (
             "engines.net.init_from",
             "missing: 'last.weight' (did you mean 'last.wieght'?)",
@@ -204,7 +204,7 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(
         assert "rank" not in told  # it is the same on all
     assert not config.run_dir.exists()
     config = config_of(tmp_path, 3, tmp_path / "nothing.sft")
-    for told in two_ranks.run(told_by, config):
+    for told in two_ranks.run(error_of, config):
         assert "nothing.sft: no such file" in told
 
 
@@ -223,10 +223,10 @@ def started(config: Config) -> list[dict[str, Tensor]]:
 
     def and_look(engine: Engine, weights: init_weights.Weights) -> None:
         fill(engine, weights)
-        found.append(dict(engine.whole_tensors()))
+        found.append(dict(engine.full_tensors()))
 
     with patch.object(init_weights, "fill", and_look):
-        train(config)
+        run_in_world(config)
     return found
 
 

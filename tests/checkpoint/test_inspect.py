@@ -10,7 +10,7 @@ from harness.cli import main
 from harness.config import Config
 from harness.errors import CheckpointError
 from harness.io import save
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from tests.support.helpers import tiny_config
 
@@ -18,7 +18,7 @@ from tests.support.helpers import tiny_config
 @pytest.fixture(scope="module")
 def run(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = tiny_config(tmp_path_factory.mktemp("run"), 2, trainer={"save_every": 3})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     return config
 
 

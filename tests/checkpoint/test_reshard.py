@@ -16,12 +16,12 @@ from harness.config import Config
 from harness.config.engine_sections import OptimizerConfig
 from harness.config.sections import merge
 from harness.convert.convert import Options, convert
-from harness.io.stored import read, real
+from harness.io.stored import materialize, read
 from harness.optim.build import is_elementwise
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.zero.reader import SavedEngine
-from tests.support.helpers import OFFLOAD, ROOT, records, tiny_config, told_by
+from tests.support.helpers import OFFLOAD, ROOT, error_of, records, tiny_config
 from tests.tasks.tiny_task import SAMPLES
 
 BATCH = 8
@@ -78,7 +78,7 @@ def train_and_look(config: Config) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "resume", and_look)
         (config.run_dir / "resumed").mkdir(exist_ok=True)
-        train(config)
+        run_in_world(config)
 
 
 def assert_resumed(whole: Config, parts: Config, engine: str = "net") -> None:
@@ -92,21 +92,21 @@ def assert_resumed(whole: Config, parts: Config, engine: str = "net") -> None:
         for key in one.state_keys(name):
             mine, its = read(one.moment(name, key)), read(other.moment(name, key))
             assert torch.equal(mine, its), (name, key)
-        assert real(one.scalars(name)) == real(other.scalars(name))
+        assert materialize(one.scalars(name)) == materialize(other.scalars(name))
         assert one.group_of(name) == other.group_of(name)
     for name in one.model["module"]:
         mine, its = read(one.weight(name)), read(other.weight(name))
         assert one.model["module"][name].dtype == other.model["module"][name].dtype
         dtype = getattr(torch, one.model["module"][name].dtype)
         assert torch.equal(mine.to(dtype), its.to(dtype)), name
-    assert real(one.groups) == real(other.groups)
+    assert materialize(one.groups) == materialize(other.groups)
     for key in ("lr_scheduler", "global_steps", "global_samples", "skipped_steps"):
         assert one.model[key] == other.model[key], key
 
 
 def both(pools: Pools, whole: Config, parts: Config, before: Layout, after: Layout) -> float:
     """Runs `whole`, and `parts` from its step 4 on. The largest difference of their losses."""
-    pools(before[0]).run(train, whole)
+    pools(before[0]).run(run_in_world, whole)
     hand_over(whole, parts)
     pools(after[0]).run(train_and_look, parts)
     return max(abs(a - b) for a, b in zip(losses(parts), losses(whole)[4:], strict=True))
@@ -275,9 +275,9 @@ def test_extra_state_moves_is_exported_and_converted(
 ) -> None:
     task = {"path": TASK, "args": {"counts": True}}
     settings: Any = {"steps": 4, "task": task, "trainer": {"export_on_quit": True, "eval_every": 0}}
-    pools(before[0]).run(train, config_of(tmp_path, before, **settings))
+    pools(before[0]).run(run_in_world, config_of(tmp_path, before, **settings))
     config = config_of(tmp_path, after, **settings | {"steps": 8})
-    pools(after[0]).run(train, config)
+    pools(after[0]).run(run_in_world, config)
     told: list[str] = []
     convert(config.run_dir, tmp_path / "weights.sft", Options(dtype="bf16"), told.append)
     exported = io.load(config.run_dir / "exports/step-00000008/net.sft")
@@ -288,19 +288,19 @@ def test_extra_state_moves_is_exported_and_converted(
     log = (config.run_dir / "log.txt").read_text()
     assert "engine net: no tensor, and left out: dropout.1._extra_state" in log
     convert(checkpoint(config, 8), tmp_path / "native", Options(to_zero=1, ranks=2), told.append)
-    native = real(SavedEngine(tmp_path / "native/global_step8").extra)
+    native = materialize(SavedEngine(tmp_path / "native/global_step8").extra)
     assert native["dropout.1._extra_state"] == {"calls": 8}
     init = {"init_from": tmp_path / "weights.sft"}
     started = config_of(tmp_path / "new", after, init, **settings | {"steps": 1})
-    pools(after[0]).run(train, started)
+    pools(after[0]).run(run_in_world, started)
     log = (started.run_dir / "log.txt").read_text()
     assert "engine net: extra state is not taken: dropout.0._extra_state" in log
 
 
 def test_no_sample_is_lost_or_repeated(pools: Pools, tmp_path: Path) -> None:
     task = {"path": TASK, "args": {"notes": str(tmp_path)}}
-    pools(2).run(train, config_of(tmp_path, (2, 1), steps=4, task=task))
-    pools(4).run(train, config_of(tmp_path, (4, 2), steps=SAMPLES // BATCH, task=task))
+    pools(2).run(run_in_world, config_of(tmp_path, (2, 1), steps=4, task=task))
+    pools(4).run(run_in_world, config_of(tmp_path, (4, 2), steps=SAMPLES // BATCH, task=task))
     seen = [int(line) for path in tmp_path.glob("rank-*.txt") for line in path.open()]
     assert sorted(seen) == list(range(SAMPLES))
 
@@ -314,9 +314,9 @@ ADAFACTOR = {"optimizer": {"name": "torch.optim:Adafactor", "lr": 1e-2}}
 def test_state_that_depends_on_shapes_is_refused(
     pools: Pools, tmp_path: Path, before: Layout, after: Layout
 ) -> None:
-    pools(before[0]).run(train, config_of(tmp_path, before, ADAFACTOR, steps=4))
+    pools(before[0]).run(run_in_world, config_of(tmp_path, before, ADAFACTOR, steps=4))
     config = config_of(tmp_path, after, ADAFACTOR)
-    told = pools(after[0]).run(told_by, config)
+    told = pools(after[0]).run(error_of, config)
     assert all("depends on the parameters' shapes" in text for text in told), told
     assert all(f"resume on {before[0]} ranks, ZeRO {before[1]}" in text for text in told), told
     assert len(losses(config)) == 4
@@ -356,7 +356,9 @@ def assert_low_rank_resumed(whole: Config, parts: Config) -> None:
     for directory in (checkpoint(whole) / "net", parts.run_dir / "resumed/net"):
         saved = SavedEngine(directory)
         kept = [flat for flats in saved.flats for flat in flats if saved.groups[flat.group]["rank"]]
-        sums.append(sum(float(real(flat.state["exp_avg_sq"]).double().sum()) for flat in kept))
+        sums.append(
+            sum(float(materialize(flat.state["exp_avg_sq"]).double().sum()) for flat in kept)
+        )
     assert sums[0] == pytest.approx(sums[1], rel=1e-12)
     assert sums[0] > 0
 
@@ -364,12 +366,12 @@ def assert_low_rank_resumed(whole: Config, parts: Config) -> None:
 def test_nothing_is_written_beside_the_checkpoint(pools: Pools, tmp_path: Path) -> None:
     """Another run may be re-laying it as well."""
     whole = config_of(tmp_path / "whole", (2, 1), steps=4)
-    pools(2).run(train, whole)
+    pools(2).run(run_in_world, whole)
     its = checkpoint(whole).with_name("step-00000004.relayout.tmp")
     its.mkdir()
     looks = [path.stat().st_mtime_ns for path in (its, its.parent)]
     parts = config_of(tmp_path / "parts", (2, 2), run={"resume": str(checkpoint(whole))})
-    pools(2).run(train, parts)
+    pools(2).run(run_in_world, parts)
     assert "re-laid step-00000004/net" in (parts.run_dir / "log.txt").read_text()
     assert [path.stat().st_mtime_ns for path in (its, its.parent)] == looks
     assert not list(parts.run_dir.glob("checkpoints/*.tmp"))
@@ -380,7 +382,7 @@ def test_nothing_is_cut_at_stage_0(pools: Pools, tmp_path: Path, engine: Any) ->
     """Every rank has it all: the checkpoint is loaded as it is, whatever the optimizer's state."""
     whole, parts = (config_of(tmp_path / name, (2, 0), engine) for name in ("whole", "parts"))
     other = config_of(tmp_path / "parts", (4, 0), engine)
-    pools(2).run(train, whole)
+    pools(2).run(run_in_world, whole)
     hand_over(whole, parts)
     (checkpoint(parts) / "rank-00001.pt").unlink()  # random generators that nobody can go on with
     pools(4).run(train_and_look, other)
@@ -405,8 +407,8 @@ def test_is_elementwise(name: str, elementwise: bool) -> None:
 
 
 def test_the_same_layout_is_loaded_as_it_is(pools: Pools, tmp_path: Path) -> None:
-    pools(2).run(train, config_of(tmp_path, (2, 2), steps=4))
+    pools(2).run(run_in_world, config_of(tmp_path, (2, 2), steps=4))
     config = config_of(tmp_path, (2, 2))
-    pools(2).run(train, config)
+    pools(2).run(run_in_world, config)
     assert len(losses(config)) == 8
     assert "re-laid" not in (config.run_dir / "log.txt").read_text()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from tests.support.helpers import records, tiny_config
 
@@ -56,7 +56,7 @@ def history(
     )
     found = []
     for _ in range(2):
-        pool.run(train, config)
+        pool.run(run_in_world, config)
         last = config.run_dir / f"checkpoints/step-{config.run.steps:08d}"
         numbers = [
             (record["loss"], record["lr"], record["grad_norm"]) for record in records(config)

@@ -33,7 +33,7 @@ from harness.control.wire import SOCKET
 from harness.errors import HarnessError
 from harness.files import json_read
 from harness.io import load
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.faults import fail_at, io_error
 from harness.testing.pool import RankError, RankPool
 from harness.trainer import Trainer
@@ -48,14 +48,14 @@ History = list[tuple[int, str, str]]
 def recorded() -> Iterator[History]:
     """Writes down what this rank obeys."""
     history: History = []
-    obey = Trainer.obey
+    execute = Trainer.execute
 
     def and_note(self: Trainer, ticket: Ticket) -> None:
         history.append((self.engines.global_step, ticket.front, ticket.text))
-        obey(self, ticket)
+        execute(self, ticket)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "obey", and_note)
+        patch.setattr(Trainer, "execute", and_note)
         yield history
 
 
@@ -71,7 +71,7 @@ def commanded(config: Config, text: str) -> tuple[History, str]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    run = Trainer.run
+    run = Trainer.train
 
     def once_all_is_read(self: Trainer) -> int:
         while any(thread.name == "stdin" for thread in threading.enumerate()):
@@ -79,11 +79,11 @@ def commanded(config: Config, text: str) -> tuple[History, str]:
         return run(self)
 
     with recorded() as history, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "run", once_all_is_read)
+        patch.setattr(Trainer, "train", once_all_is_read)
         patch.setattr("harness.control.stdin.say", messages.append)
         logging.getLogger("harness").addHandler(handler)
         try:
-            train(config)
+            run_in_world(config)
         finally:
             sys.stdin = kept
             logging.getLogger("harness").removeHandler(handler)
@@ -153,7 +153,7 @@ def test_a_run_obeys_in_order_on_every_rank(two_ranks: RankPool, tmp_path: Path)
         "save as late": "failed",
     }
     config = tiny_config(tmp_path, run={"steps": last + 3})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     assert [record["lr"] for record in records(config)][-3:] == [1e-4] * 3
 
 
@@ -187,14 +187,14 @@ def test_a_halved_rate_outlives_kill_9_and_auto_returns_to_the_schedule(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
     undisturbed = tiny_config(tmp_path / "plain", stage, **scheduled(stage), run={"steps": 12})
-    two_ranks.run(train, undisturbed)
+    two_ranks.run(run_in_world, undisturbed)
     plain = [record["lr"] for record in records(undisturbed)]
     assert plain == pytest.approx([cosine(step, 12) for step in range(1, 13)], rel=1e-8)
     config = stdin_config(tmp_path, stage, **scheduled(stage), run={"steps": 12})
     text = "lr x0.5@4\nsave@6\nlr auto@9\n"
     with pytest.raises(RankError, match="died with exit code -9"):
         two_ranks.run(killed_at_step_8, config, text)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     rates = [record["lr"] for record in records(config)]
     assert rates[:4] + rates[9:] == plain[:4] + plain[9:]
     assert rates[4:9] == pytest.approx([lr * 0.5 for lr in plain[4:9]], rel=1e-8)
@@ -227,7 +227,7 @@ def test_a_run_with_events_resumes_to_the_bit(two_ranks: RankPool, tmp_path: Pat
         two_ranks.run(killed_at_step_8, parts, text)
     names = [path.name for path in (parts.run_dir / "checkpoints").iterdir()]
     assert sorted(names) == ["latest", "step-00000004"]
-    two_ranks.run(train, parts)
+    two_ranks.run(run_in_world, parts)
     keys = ("lr", "loss", "grad_norm")
     numbers = [[[r[key] for key in keys] for r in records(config)] for config in (parts, whole)]
     assert numbers[0] == numbers[1]
@@ -244,10 +244,10 @@ def test_a_held_rate_is_scaled_and_steps_move_the_schedules_end(
     expected = [cosine(1, 8), cosine(2, 8), 1e-3, 5e-4, cosine(5, 8)]
     expected += [cosine(step, 12) for step in range(6, 13)]
     assert rates == pytest.approx(expected, rel=1e-8)
-    two_ranks.run(train, config)  # the longer run is the complete one, also after a resume
+    two_ranks.run(run_in_world, config)  # the longer run is the complete one, also after a resume
     assert len(records(config)) == 12
     longer = tiny_config(tmp_path, 1, **scheduled(1), run={"steps": 14})
-    two_ranks.run(train, longer)  # the config has the last word
+    two_ranks.run(run_in_world, longer)  # the config has the last word
     assert len(records(config)) == 14
 
 
@@ -260,13 +260,15 @@ def test_clipping_can_be_changed_and_outlives_a_resume(
     config = stdin_config(tmp_path, stage, engines=sgd, run={"steps": 4})
     two_ranks.run(commanded, config, "clip 1e-2@2\nexport@2\nexport@3\nsave@3\n")
     longer = tiny_config(tmp_path, stage, engines=sgd, run={"steps": 5})
-    two_ranks.run(train, longer)
+    two_ranks.run(run_in_world, longer)
     assert all(record["grad_norm"] > 3e-2 for record in records(config))  # it is pre-clip
     for before, after in ((2, 3), (3, 4), (4, 5)):
         assert moved(config, before, after) == pytest.approx(0.5 * 1e-2, rel=1e-3)
     clip = {"net": {**sgd["net"], "ds_overrides": {"gradient_clipping": 2e-2}}}
     changed = tiny_config(tmp_path, stage, engines=clip, run={"steps": 6})
-    two_ranks.run(train, changed)  # changed in the config since: the config has the last word
+    two_ranks.run(
+        run_in_world, changed
+    )  # changed in the config since: the config has the last word
     assert moved(config, 5, 6) == pytest.approx(0.5 * 2e-2, rel=1e-3)
 
 
@@ -305,7 +307,7 @@ def test_settings_change_live_and_outlive_a_resume(two_ranks: RankPool, tmp_path
     assert sorted(names) == ["latest", "step-00000004"]
     assert [record["step"] for record in records(config, "eval/")] == [3, 4]
     longer = tiny_config(tmp_path, run={"steps": 7}, trainer={"save_every": 100})
-    two_ranks.run(train, longer)
+    two_ranks.run(run_in_world, longer)
     log = (config.run_dir / "log.txt").read_text()
     assert "saved " + str(config.run_dir / "checkpoints/step-00000006") in log
     assert "set live before: trainer.save_every = 2 (the config says 100)" in log
@@ -419,9 +421,9 @@ def test_a_named_checkpoint_is_never_written_over(two_ranks: RankPool, tmp_path:
     for name, path in names.items():
         assert json_read(path / "manifest.json")["pinned"] == name
     longer = tiny_config(tmp_path / "other", run={"steps": 92, "resume": str(names["one"])})
-    two_ranks.run(train, longer)
+    two_ranks.run(run_in_world, longer)
     assert records(longer)[-1]["lr"] == 1e-2  # as it was before
-    two_ranks.run(train, tiny_config(tmp_path, run={"steps": 92}))
+    two_ranks.run(run_in_world, tiny_config(tmp_path, run={"steps": 92}))
     assert records(config)[-1]["lr"] == 5e-3
 
 
@@ -478,7 +480,7 @@ def signalled_in_evaluation(config: Config) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", and_evaluate)
-        return train(config)
+        return run_in_world(config)
 
 
 def test_the_launchers_death_is_no_second_stop(two_ranks: RankPool) -> None:
@@ -538,7 +540,7 @@ def signalled(config: Config) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", and_signal)
-        return train(config)
+        return run_in_world(config)
 
 
 def handlers() -> bool:
@@ -606,7 +608,7 @@ def storm(config: Config, fronts: list[list[list[str]]]) -> Any:
     """A run in a storm of commands: what this rank obeyed, and on rank 0 also what was answered."""
     if not distributed.is_global_leader():
         with recorded() as history:
-            train(config)
+            run_in_world(config)
         return history, None
     reading, writing = os.pipe()
     kept, sys.stdin = sys.stdin, os.fdopen(reading)
@@ -636,7 +638,7 @@ def storm(config: Config, fronts: list[list[list[str]]]) -> Any:
     thrower.start()
     with recorded() as history:
         try:
-            train(config)
+            run_in_world(config)
         finally:
             sys.stdin = kept
             thrower.join()

@@ -25,7 +25,7 @@ from harness import io
 from harness.convert.convert import Options, convert
 from harness.errors import HarnessError
 from harness.formats import pt_reader
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.zero.layout import base_state
 from harness.zero.reader import SavedEngine
@@ -487,7 +487,7 @@ def test_what_is_interrupted_leaves_no_file(tmp_path: Path, number: signal.Signa
 def test_tied_masters_at_zero_0_stay_tied(two_ranks: RankPool, tmp_path: Path) -> None:
     bf16 = {"net": {"ds_overrides": {"bf16": {"enabled": True}}}}
     config = tiny_config(tmp_path, 0, run={"steps": 2}, engines=bf16)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     found = converted(config.run_dir, tmp_path / "x.sft")
     assert not torch.equal(found["middle.weight"], found["middle.weight"].bfloat16().float())
     assert found["again.weight"].data_ptr() == found["middle.weight"].data_ptr()
@@ -496,7 +496,7 @@ def test_tied_masters_at_zero_0_stay_tied(two_ranks: RankPool, tmp_path: Path) -
 def test_a_run_of_ours_is_converted(two_ranks: RankPool, tmp_path: Path) -> None:
     """Its newest checkpoint, which is what its last export holds."""
     config = tiny_config(tmp_path, 2, run={"steps": 4}, trainer={"save_every": 2})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     exported = io.load(config.run_dir / "exports/step-00000004/net.sft")
     checkpoints = config.run_dir / "checkpoints"
     for src in (config.run_dir, checkpoints, checkpoints / "step-00000004"):

@@ -13,7 +13,7 @@ from harness.testing.pool import RankError, RankPool
 
 def agree_on_rank() -> list[int]:
     rank = distributed.global_rank()
-    return distributed.agree([rank, -rank, 7])
+    return distributed.all_reduce_max([rank, -rank, 7])
 
 
 def leaders() -> tuple[str | None, str | None]:
@@ -25,7 +25,7 @@ def leaders() -> tuple[str | None, str | None]:
 
 def fail_on(rank: int, kind: type[Exception]) -> tuple[str, str]:
     try:
-        with distributed.in_unison("testing"):
+        with distributed.raise_on_all_ranks("testing"):
             if rank in (distributed.global_rank(), -1):
                 raise kind("broken shard")
     except HarnessError as error:

@@ -16,10 +16,10 @@ from harness.convert.convert import Options, convert
 from harness.errors import CheckpointError
 from harness.io import load
 from harness.io.stored import read
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.zero.reader import SavedEngine
-from tests.support.helpers import ROOT, losses, records, tiny_config, told_by
+from tests.support.helpers import ROOT, error_of, losses, records, tiny_config
 
 STAGES = [0, 1, 2, 3]
 DECAY = 0.8
@@ -53,9 +53,9 @@ def test_it_follows_the_master_weights_and_disturbs_nothing(
 ) -> None:
     bf16 = {"bf16": {"enabled": True}}
     config = config_of(tmp_path / "with", stage, ds_overrides=bf16)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     without = config_of(tmp_path / "without", stage, ds_overrides=bf16, ema_decay=None)
-    two_ranks.run(train, without)
+    two_ranks.run(run_in_world, without)
     assert losses(config) == losses(without)
     assert records(config, "eval/")[2] != records(without, "eval/")[2]
     averages: dict[str, Tensor] = {}
@@ -90,13 +90,13 @@ def test_it_resumes_to_the_bit_and_can_be_switched_off_and_on(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
     config = config_of(tmp_path, stage)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     whole = {name: read(saved(config, 6).moment(name, "ema")) for name in saved(config, 6).shapes}
 
     def again(**engine: Any) -> SavedEngine:
         for step in (4, 5, 6):
             shutil.rmtree(config.run_dir / f"checkpoints/step-{step:08d}")
-        two_ranks.run(train, config_of(tmp_path, stage, **engine))
+        two_ranks.run(run_in_world, config_of(tmp_path, stage, **engine))
         return saved(config, 6)
 
     resumed = again()
@@ -105,7 +105,7 @@ def test_it_resumes_to_the_bit_and_can_be_switched_off_and_on(
     assert all("ema" not in off.state_keys(name) for name in whole)
     for step in (5, 6):
         shutil.rmtree(config.run_dir / f"checkpoints/step-{step:08d}")
-    two_ranks.run(train, config)  # on again: it begins with the weights of step 5
+    two_ranks.run(run_in_world, config)  # on again: it begins with the weights of step 5
     engine, first = saved(config, 6), saved(config, 5)
     for name in whole:
         assert torch.equal(read(first.moment(name, "ema")), read(first.master(name)))
@@ -149,9 +149,9 @@ def test_it_goes_over_to_another_layout(
             data={"micro_batch_size": 8 // layout[0]},
         )
 
-    two_ranks.run(train, config("whole", before, 8))
-    two_ranks.run(train, config("parts", before, 4))
-    after_ranks.run(train, config("parts", after, 8))
+    two_ranks.run(run_in_world, config("whole", before, 8))
+    two_ranks.run(run_in_world, config("parts", before, 4))
+    after_ranks.run(run_in_world, config("parts", after, 8))
     ends = [config("whole", before, 8), config("parts", after, 8)]
     whole, parts = (exported(end, 8, "net.ema") for end in ends)
     weights = exported(ends[0], 8, "net")
@@ -165,7 +165,7 @@ def test_an_optimizer_with_an_average_of_its_own_is_refused(
 ) -> None:
     pytest.importorskip("schedulefree")
     config = config_of(tmp_path, 0, optimizer={"name": "schedulefree"})
-    (told, _) = two_ranks.run(told_by, config)
+    (told, _) = two_ranks.run(error_of, config)
     assert "engines.net.ema_decay: optimizer 'schedulefree' keeps an average of its own" in told
     assert not config.run_dir.exists()
 
@@ -173,9 +173,9 @@ def test_an_optimizer_with_an_average_of_its_own_is_refused(
 @pytest.mark.parametrize("stage", [1, 3])
 def test_apollo_can_be_averaged(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
     config = config_of(tmp_path / "with", stage, optimizer=APOLLO)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     without = config_of(tmp_path / "without", stage, optimizer=APOLLO, ema_decay=None)
-    two_ranks.run(train, without)
+    two_ranks.run(run_in_world, without)
     assert losses(config) == losses(without)
     averages: dict[str, Tensor] = {}
     for step in range(1, 7):

@@ -18,14 +18,14 @@ from harness.config.sections import merge
 from harness.engine.turns import Turn
 from harness.io import load
 from harness.io.stored import read
-from harness.run import train
+from harness.run import run_in_world
 from harness.task import load_task
 from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool
 from harness.zero.reader import SavedEngine
 from tests.checkpoint.test_resume_table import tensors
 from tests.control.test_control import commanded
-from tests.support.helpers import ROOT, records, tiny_config, told_by
+from tests.support.helpers import ROOT, error_of, records, tiny_config
 from tests.support.plain_engines import plain_loop
 
 STAGES = [0, 1, 2, 3]
@@ -55,7 +55,7 @@ def fake_digits() -> tuple[Tensor, Tensor]:
 
 def train_on_fake_digits(config: Config) -> None:
     with patch.object(digits, "read", fake_digits):
-        train(config)
+        run_in_world(config)
 
 
 def compare(config: Config, expected: list[dict[str, float]], models: dict[str, nn.Module]) -> None:
@@ -117,7 +117,7 @@ def test_engines_of_their_own_stage_accumulation_and_frequency(
     config = config_of(
         tmp_path, "tests/tasks/engines_task.py", engines, task={"args": {"way": way}}
     )
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     expected, plain = plain_loop(config, world_size=2)
     assert ["G" in losses for losses in expected] == [step % 3 == 0 for step in range(1, 11)]
     compare(config, expected, {name: engine.module for name, engine in plain.items()})
@@ -130,7 +130,7 @@ def test_what_is_lent_stays_frozen_while_the_backward_computes_it_again(
     engines = {"D": {"stage": stage}, "G": {"stage": stage}}
     args = {"reentrant": True}
     config = config_of(tmp_path, "tests/tasks/engines_task.py", engines, task={"args": args})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     expected, plain = plain_loop(config, world_size=2)
     compare(config, expected, {name: engine.module for name, engine in plain.items()})
 
@@ -162,7 +162,7 @@ def test_the_wrong_way_is_an_error_that_says_the_right_one(
     config = config_of(
         tmp_path, "tests/tasks/engines_task.py", engines, task={"args": {"way": way}}
     )
-    for told in two_ranks.run(told_by, config):
+    for told in two_ranks.run(error_of, config):
         assert re.search(REFUSED[way], told, re.DOTALL), told
 
 
@@ -192,7 +192,7 @@ def test_a_parameter_of_two_engines_is_refused(two_ranks: RankPool, tmp_path: Pa
     config = config_of(
         tmp_path, "tests/tasks/engines_task.py", engines, task={"args": {"shared": True}}
     )
-    for told in two_ranks.run(told_by, config):
+    for told in two_ranks.run(error_of, config):
         assert "the models 'D' and 'G' share the parameter '0.weight'" in told
 
 

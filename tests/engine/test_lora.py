@@ -17,9 +17,9 @@ from harness.config.sections import TaskConfig
 from harness.engine.lora import adapt, merged, save_adapters
 from harness.errors import ConfigError
 from harness.io import load, save
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
-from tests.support.helpers import ROOT, losses, tiny_config, told_by
+from tests.support.helpers import ROOT, error_of, losses, tiny_config
 from tests.tasks.tiny_task import Classifier, Points
 
 STAGES = [0, 1, 2, 3]
@@ -63,7 +63,7 @@ def test_adapters_learn_beside_weights_that_stay_and_are_exported_alone_and_merg
     peft: Any, two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
     config = config_of(tmp_path, stage, steps=20)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     found = losses(config)
     assert sum(found[-3:]) < 0.7 * sum(found[:3])
     base, weights = load(tmp_path / "base.sft"), load(exports(config) / "net.sft")
@@ -90,7 +90,7 @@ def test_a_run_with_adapters_resumes_to_the_bit(
     whole = config_of(tmp_path / "whole", stage, **engine)
     parts = [config_of(tmp_path / "cut", stage, steps, **engine) for steps in (3, 6)]
     for config in (whole, *parts):
-        two_ranks.run(train, config)
+        two_ranks.run(run_in_world, config)
     assert losses(parts[1]) == losses(whole)
     for name in ("net.sft", "net.ema.sft", "net.lora/adapter_model.safetensors"):
         found, expected = (load(exports(config) / name) for config in (parts[1], whole))
@@ -108,7 +108,7 @@ def test_adapters_move_to_another_stage(
     whole = config_of(tmp_path / "whole", after)
     parts = [config_of(tmp_path / "cut", before, 3), config_of(tmp_path / "cut", after)]
     for config in (whole, *parts):
-        two_ranks.run(train, config)
+        two_ranks.run(run_in_world, config)
     assert losses(parts[1]) == pytest.approx(losses(whole), abs=1e-6)
     found, expected = (load(exports(config) / "net.sft") for config in (parts[1], whole))
     for name in expected:
@@ -123,7 +123,7 @@ def test_a_model_that_is_sharded_while_it_is_built_is_adapted(
     sharded = config_of(tmp_path / "sharded", 3)
     sharded = sharded.model_copy(update={"task": TaskConfig.model_validate(task)})
     for config in (plain, sharded):
-        two_ranks.run(train, config)
+        two_ranks.run(run_in_world, config)
     assert losses(sharded) == pytest.approx(losses(plain), abs=1e-6)
     found, expected = (load(exports(config) / "net.sft") for config in (sharded, plain))
     for name in expected:
@@ -133,10 +133,10 @@ def test_a_model_that_is_sharded_while_it_is_built_is_adapted(
 def test_a_checkpoint_of_other_adapters_is_refused(
     peft: Any, two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    two_ranks.run(train, config_of(tmp_path, 2, steps=2))
-    (told, _) = two_ranks.run(told_by, config_of(tmp_path, 2, lora=LORA | {"rank": 4}))
+    two_ranks.run(run_in_world, config_of(tmp_path, 2, steps=2))
+    (told, _) = two_ranks.run(error_of, config_of(tmp_path, 2, lora=LORA | {"rank": 4}))
     assert "'first.lora_A.default.weight' has the shape (4, 6) here, and (3, 6) in the" in told
-    (told, _) = two_ranks.run(told_by, config_of(tmp_path, 2, lora=LORA | {"alpha": 24}))
+    (told, _) = two_ranks.run(error_of, config_of(tmp_path, 2, lora=LORA | {"alpha": 24}))
     assert "engine 'net': lora.alpha = 24.0 here, and 12.0 in the checkpoint" in told
 
 

@@ -19,7 +19,7 @@ from harness.config import Config
 from harness.config.command_line import parse_args
 from harness.config.sections import TaskConfig
 from harness.errors import ConfigError
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from tests.support.helpers import records
 
@@ -252,7 +252,7 @@ def test_it_learns(two_ranks: RankPool, tmp_path: Path, sounds: Path, name: str)
     words += ["--control.stdin=false", "--control.socket=false", f"--task.args.pattern={name}"]
     words += [] if find_spec("pygame") else [f"--task.args.path={sounds}"]
     given = parse_args(words)
-    two_ranks.run(train, given)
+    two_ranks.run(run_in_world, given)
     first, last = records(given, "eval/")
     assert last["eval/loss"] < 0.9 * first["eval/loss"]
     assert last["eval/codebook_0"] < 0.7 * first["eval/codebook_0"]

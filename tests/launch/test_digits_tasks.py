@@ -22,12 +22,12 @@ from harness.config.command_line import parse_args
 from harness.config.sections import TaskConfig
 from harness.errors import CommandError, ConfigError
 from harness.io import save
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from tests.engine.test_engines import fake_digits, train_on_fake_digits
 from tests.support.helpers import records
 
-run = train if find_spec("sklearn") else train_on_fake_digits
+run = run_in_world if find_spec("sklearn") else train_on_fake_digits
 """On the real digits where scikit-learn is installed."""
 
 

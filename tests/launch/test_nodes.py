@@ -17,7 +17,7 @@ import psutil
 import pytest
 from torch.distributed import DistStoreError  # pyright: ignore[reportPrivateImportUsage]
 
-from harness.distributed.network import bounded, choose_interface, losses_told
+from harness.distributed.network import bounded, choose_interface, raise_lost_rank
 from harness.errors import LostRank
 from tests.launch.test_launch import log_of, steps_of, until, written_config
 from tests.support.helpers import ROOT
@@ -198,10 +198,10 @@ def test_what_a_collective_raises_is_told() -> None:
         (RuntimeError("Application timeout caused pair closure"), "timeout caused pair closure. "),
         (DistStoreError("1/2 clients joined."), "rank: 1/2 clients joined. "),
     ):
-        with pytest.raises(LostRank) as found, losses_told(7):
+        with pytest.raises(LostRank) as found, raise_lost_rank(7):
             raise error
         assert told in str(found.value)
-    with pytest.raises(RuntimeError, match="shapes differ"), losses_told(7):
+    with pytest.raises(RuntimeError, match="shapes differ"), raise_lost_rank(7):
         raise RuntimeError("shapes differ")
 
 

@@ -50,7 +50,7 @@ def checkpointed(model: ByteLM) -> ByteLM:
     return model
 
 
-def attached(model: ByteLM, **settings: Any) -> offload.Plan:
+def attached(model: ByteLM, **settings: Any) -> offload.OffloadPlan:
     return offload.attach(model, **{"budget": "all", "min_bytes": 0} | settings)
 
 

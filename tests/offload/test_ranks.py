@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from harness import distributed, offload
 from harness.config import Config
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
-from tests.support.helpers import losses, records, tiny_config, told_by
+from tests.support.helpers import error_of, losses, records, tiny_config
 from tests.support.offload_models import WIDTH, Model
 from tests.test_run import byte_lm_config
 
@@ -169,9 +169,9 @@ def with_unsloth(config: Config, **settings: Any) -> Config:
 
 def test_the_default_task_has_the_identical_loss_curve(two_ranks: RankPool, tmp_path: Path) -> None:
     plain = byte_lm_config(tmp_path, 3)
-    two_ranks.run(train, plain)
+    two_ranks.run(run_in_world, plain)
     config = with_unsloth(plain, min_bytes=0, budget="all")
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     assert losses(config) == losses(plain)
     assert len(losses(plain)) == 20
     record = records(config)[-1]
@@ -188,7 +188,7 @@ def test_by_default_a_cpu_offloads_nothing_once_it_has_measured(
     two_ranks: RankPool, tmp_path: Path
 ) -> None:
     config = with_unsloth(tiny_config(tmp_path), match="first|middle", min_bytes=0)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     moved = [record["offload/bytes_out"] > 0 for record in records(config)]
     assert moved == [True] * 3 + [False] * 3
     assert "of the regions are offloaded" in (config.run_dir / "log.txt").read_text()
@@ -196,11 +196,11 @@ def test_by_default_a_cpu_offloads_nothing_once_it_has_measured(
 
 def test_several_engines_and_one_without_blocks(two_ranks: RankPool, tmp_path: Path) -> None:
     config = with_unsloth(tiny_config(tmp_path))
-    told = two_ranks.run(told_by, config)
+    told = two_ranks.run(error_of, config)
     assert all("engine 'net': offload: no nn.ModuleList of one class" in text for text in told)
     assert not config.run_dir.exists()
     config = with_unsloth(tiny_config(tmp_path), match="first|middle", min_bytes=0, budget="all")
     plain = tiny_config(tmp_path)
-    two_ranks.run(train, plain)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, plain)
+    two_ranks.run(run_in_world, config)
     assert losses(config) == losses(plain)

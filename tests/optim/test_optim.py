@@ -19,7 +19,7 @@ from harness.io.stored import read
 from harness.optim import Apollo, ApolloMini
 from harness.optim.build import build_optimizer, check_zero
 from harness.optim.schedules import build_scheduler
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.pool import RankError, RankPool
 from harness.zero.reader import SavedEngine
 from tests.support.given_gradients import Given, engine_of, gradients_of
@@ -221,10 +221,10 @@ def test_a_resumed_run_is_the_same_to_the_bit(
 ) -> None:
     """Saved after 3 of 6 steps, with P refreshed every 2."""
     whole = apollo_config(tmp_path / "whole", stage, name, dtype)
-    two_ranks.run(train, whole)
+    two_ranks.run(run_in_world, whole)
     for steps in (3, 6):
         parts = apollo_config(tmp_path / "parts", stage, name, dtype, run={"steps": steps})
-        two_ranks.run(train, parts)
+        two_ranks.run(run_in_world, parts)
     assert losses(parts) == losses(whole)
     assert len(set(losses(whole))) == 6
     for record in records(whole):
@@ -234,11 +234,11 @@ def test_a_resumed_run_is_the_same_to_the_bit(
 
 
 def test_another_rank_is_refused_before_the_first_step(two_ranks: RankPool, tmp_path: Path) -> None:
-    two_ranks.run(train, apollo_config(tmp_path, 1, "apollo", "fp32", run={"steps": 3}))
+    two_ranks.run(run_in_world, apollo_config(tmp_path, 1, "apollo", "fp32", run={"steps": 3}))
     config = apollo_config(tmp_path, 1, "apollo", "fp32", rank=2, run={"steps": 6})
     told = r"CheckpointError: engine 'net': rank = 2 here, and 3 in the checkpoint"
     with pytest.raises(RankError, match=told):
-        two_ranks.run(train, config)
+        two_ranks.run(run_in_world, config)
     assert len(records(config)) == 3
 
 
@@ -256,7 +256,7 @@ def test_schedule_free_exports_its_averages_and_resumes_to_the_bit(
         for name, steps in (("whole", 8), ("parts", 4), ("parts", 8))
     )
     for config in (whole, half, parts):
-        two_ranks.run(train, config)
+        two_ranks.run(run_in_world, config)
     assert losses(whole) == losses(parts)
     evaluated = [[r["eval/loss"] for r in records(config, "eval/")] for config in (whole, parts)]
     assert evaluated[0] == evaluated[1]

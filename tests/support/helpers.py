@@ -12,7 +12,7 @@ import pytest
 from harness.config import Config
 from harness.config.sections import merge
 from harness.errors import HarnessError
-from harness.run import train
+from harness.run import run_in_world
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,10 +52,10 @@ def losses(config: Config) -> list[float]:
     return [record["loss"] for record in records(config)]
 
 
-def told_by(config: Config) -> str:
+def error_of(config: Config) -> str:
     """What a run on this rank tells the user; an empty string if all went well."""
     try:
-        train(config)
+        run_in_world(config)
     except HarnessError as error:
         return str(error)
     return ""

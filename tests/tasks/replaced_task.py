@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from harness.config import Config
 from harness.task import Task
-from harness.wrapper.wrapper import Change, inject, replace
+from harness.wrapper.wrapper import ModuleChange, inject, replace
 from tests.tasks import tiny_task
 
 
@@ -35,7 +35,7 @@ class Twice(nn.Module):
         return self.inner(x) * self.gain
 
 
-def changed(model: nn.Module) -> list[Change]:
+def changed(model: nn.Module) -> list[ModuleChange]:
     """What the tests' runs replace: all linear layers."""
     return replace(model, nn.Linear, Same)
 

@@ -15,11 +15,11 @@ from harness.config import Config
 from harness.config.sections import ADAPTERS
 from harness.errors import ConfigError
 from harness.io import load
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.wrapper.wrapper import imported, replace
 from harness.zero.reader import SavedEngine
-from tests.support.helpers import losses, tiny_config, told_by
+from tests.support.helpers import error_of, losses, tiny_config
 
 AO, BNB = "harness.wrapper.layers.torchao", "harness.wrapper.layers.bitsandbytes"
 LINEARS = [f"{AO}:float8_linear", f"{AO}:int8_linear", f"{BNB}:Int8Linear"]
@@ -72,7 +72,7 @@ def test_a_run_with_layers_of_8_bits_learns(
     needs(by)
     entry = {"what": "torch.nn:Linear", "by": by, "include": "middle|again"}
     config = tiny_config(tmp_path, stage, optimizations={"replace": [entry]}, run={"steps": 20})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     found, expected = losses(config), losses(plain(stage))
     assert found != expected
     assert found == pytest.approx(expected, abs=0.05)
@@ -87,7 +87,7 @@ def plain(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Call
     def run(stage: int) -> Config:
         if stage not in done:
             done[stage] = tiny_config(tmp_path_factory.mktemp("plain"), stage, run={"steps": 20})
-            two_ranks.run(train, done[stage])
+            two_ranks.run(run_in_world, done[stage])
         return done[stage]
 
     return run
@@ -162,7 +162,7 @@ def test_an_optimizer_with_8_bit_state_resumes_to_the_bit(
     whole = eight_bit(tmp_path / "whole", stage, name, 6)
     parts = [eight_bit(tmp_path / "cut", stage, name, steps) for steps in (3, 6)]
     for config in (whole, *parts):
-        two_ranks.run(train, config)
+        two_ranks.run(run_in_world, config)
     assert losses(parts[1]) == losses(whole)
     assert losses(whole)[-1] < losses(whole)[0]
     saved = SavedEngine(whole.run_dir / "checkpoints/step-00000006/net")
@@ -174,7 +174,7 @@ def test_an_optimizer_with_8_bit_state_resumes_to_the_bit(
 
 def test_8_bit_state_is_not_cut_for_another_layout(two_ranks: RankPool, tmp_path: Path) -> None:
     needs(BNB)
-    two_ranks.run(train, eight_bit(tmp_path, 2, "adamw8bit", 2))
-    (told, _) = two_ranks.run(told_by, eight_bit(tmp_path, 3, "adamw8bit", 4))
+    two_ranks.run(run_in_world, eight_bit(tmp_path, 2, "adamw8bit", 2))
+    (told, _) = two_ranks.run(error_of, eight_bit(tmp_path, 3, "adamw8bit", 4))
     assert "is a table of tensors, as of 8-bit optimizers: it cannot be cut" in told
     assert "Traceback" not in told

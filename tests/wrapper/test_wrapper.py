@@ -15,20 +15,20 @@ from torch.utils.data import default_collate
 from harness.config import Config
 from harness.errors import ConfigError
 from harness.io import load
-from harness.run import train
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.wrapper.layers.bitnet import BitLinear, eight_bit, ternary
 from harness.wrapper.wrapper import (
     Factory,
     attention,
-    call_every_module,
     compile_model,
+    disable_encoder_fast_path,
     freeze,
     inject,
     replace,
     resize_modules,
 )
-from tests.support.helpers import ROOT, losses, tiny_config, told_by
+from tests.support.helpers import ROOT, error_of, losses, tiny_config
 from tests.support.offload_models import Model, step
 from tests.tasks.replaced_task import Same, Twice, same_from
 from tests.tasks.tiny_task import Classifier, Points
@@ -136,7 +136,7 @@ def test_torchs_own_encoder_calls_what_is_replaced_in_evaluation_too(by: Any) ->
     if by == "inject":
         with inject(nn.Linear, BitLinear):
             model = build()
-        call_every_module(model)
+        disable_encoder_fast_path(model)
     else:
         model = build()
         replace(model, nn.Linear, by)
@@ -147,7 +147,7 @@ def test_torchs_own_encoder_calls_what_is_replaced_in_evaluation_too(by: Any) ->
             evaluated = model.eval()(x, src_key_padding_mask=padding)
         torch.testing.assert_close(evaluated, trained)
     plain = build().eval()
-    call_every_module(plain)
+    disable_encoder_fast_path(plain)
     assert not any(module._forward_pre_hooks for module in plain.modules())
 
 
@@ -270,7 +270,7 @@ def plain_runs(
     def run(stage: int) -> Config:
         if stage not in done:
             done[stage] = tiny_config(tmp_path_factory.mktemp("plain"), stage)
-            two_ranks.run(train, done[stage])
+            two_ranks.run(run_in_world, done[stage])
         return done[stage]
 
     return run
@@ -293,7 +293,7 @@ def test_a_run_with_the_same_in_their_place_is_the_same_run(
     if by == "inject":
         over = {"task": {"path": str(ROOT / "tests/tasks/replaced_task.py")}}
     config = tiny_config(tmp_path, stage, **over)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     plain = plain_runs(stage)
     assert losses(config) == losses(plain)
     found, expected = exported(config), exported(plain)
@@ -311,7 +311,7 @@ def test_a_model_that_is_sharded_while_it_is_built_is_the_same_run(
 ) -> None:
     task = {"path": str(ROOT / "tests/tasks/replaced_task.py"), "args": {"zero_init": where}}
     config = tiny_config(tmp_path, 3, task=task)
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     assert losses(config) == losses(plain_runs(3))
     found, expected = exported(config), exported(plain_runs(3))
     assert found.keys() == expected.keys()
@@ -321,7 +321,7 @@ def test_a_model_that_is_sharded_while_it_is_built_is_the_same_run(
 def test_a_replacement_that_fits_nothing_is_an_error(two_ranks: RankPool, tmp_path: Path) -> None:
     entry = {"what": "torch.nn:Conv1d", "by": "tests.tasks.replaced_task:Twice"}
     config = tiny_config(tmp_path, optimizations={"replace": [entry]})
-    (told, _) = two_ranks.run(told_by, config)
+    (told, _) = two_ranks.run(error_of, config)
     assert "optimizations.replace:\nengine 'net': replace: include = '.*'" in told
     assert not config.run_dir.exists()
 
@@ -330,7 +330,7 @@ def test_a_back_end_that_cannot_attend_here_is_an_error(
     two_ranks: RankPool, tmp_path: Path
 ) -> None:
     config = tiny_config(tmp_path, optimizations={"attention": "cudnn"})
-    (told, _) = two_ranks.run(told_by, config)
+    (told, _) = two_ranks.run(error_of, config)
     assert "attention = 'cudnn': no kernel for torch.float32 on cpu" in told
     assert not config.run_dir.exists()
 
@@ -360,12 +360,12 @@ def test_what_is_frozen_stays_and_the_rest_resumes_exactly(
 ) -> None:
     engines = {"net": {"frozen": ["middle", r"last\.bias"]}}
     whole = tiny_config(tmp_path / "whole", stage, engines=engines)
-    two_ranks.run(train, whole)
+    two_ranks.run(run_in_world, whole)
     parts = [
         tiny_config(tmp_path / "cut", stage, engines=engines, run={"steps": n}) for n in (3, 6)
     ]
     for part in parts:
-        two_ranks.run(train, part)
+        two_ranks.run(run_in_world, part)
     first, last = exported(parts[0]), exported(parts[1])
     for name, tensor in last.items():
         is_frozen = name in {"middle.weight", "again.weight", "last.bias", "scale"}
@@ -384,7 +384,7 @@ def test_what_is_frozen_moves_to_another_stage(
     first = tiny_config(tmp_path / "cut", before, engines=engines, run={"steps": 3})
     rest = tiny_config(tmp_path / "cut", after, engines=engines)
     for config in (whole, first, rest):
-        two_ranks.run(train, config)
+        two_ranks.run(run_in_world, config)
     assert losses(rest) == pytest.approx(losses(whole), abs=1e-6)
     for name, tensor in exported(whole).items():
         torch.testing.assert_close(exported(rest)[name], tensor, atol=1e-6, rtol=0)
@@ -494,7 +494,7 @@ def test_a_run_with_bitnet_learns(two_ranks: RankPool, tmp_path: Path) -> None:
         "exclude": "first|last",
     }
     config = tiny_config(tmp_path, 2, optimizations={"replace": [entry]}, run={"steps": 30})
-    two_ranks.run(train, config)
+    two_ranks.run(run_in_world, config)
     found = losses(config)
     assert sum(found[-3:]) < 0.8 * sum(found[:3])
 
@@ -527,7 +527,7 @@ def test_a_compiled_run_has_the_same_losses(
 ) -> None:
     config = tiny_config(tmp_path, stage, optimizations={"compile": True})
     with RankPool(2, timeout_s=300) as pool:
-        pool.run(train, config)
+        pool.run(run_in_world, config)
     assert losses(config) == pytest.approx(losses(plain_runs(stage)), abs=1e-6)
     assert list(exported(config)) == list(exported(plain_runs(stage)))
 

@@ -11,8 +11,8 @@ from harness import io
 from harness.convert.convert import Options, convert
 from harness.convert.resolve_source import locate
 from harness.errors import HarnessError
-from harness.io.stored import read, real
-from harness.run import train
+from harness.io.stored import materialize, read
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.zero.reader import SavedEngine
 from tests.support.helpers import tiny_config
@@ -40,12 +40,12 @@ def assert_same_state(one: Path, other: Path) -> None:
     assert found.shapes.keys() == expected.shapes.keys()
     for name in expected.shapes:
         assert torch.equal(read(found.master(name)), read(expected.master(name))), name
-        assert real(found.scalars(name)) == real(expected.scalars(name))
+        assert materialize(found.scalars(name)) == materialize(expected.scalars(name))
         assert set(found.state_keys(name)) == {"exp_avg", "exp_avg_sq"}
         for key in expected.state_keys(name):
             moment = read(found.moment(name, key))
             assert torch.equal(moment, read(expected.moment(name, key))), (name, key)
-    assert real(found.groups) == real(expected.groups)
+    assert materialize(found.groups) == materialize(expected.groups)
     assert found.model["mine"] == 7
     assert found.model["global_steps"] == expected.model["global_steps"]
 
@@ -85,7 +85,7 @@ def test_a_checkpoint_of_a_run_at_zero_0_is_laid_out(
     pools: Pools, tmp_path: Path, stage: int
 ) -> None:
     config = tiny_config(tmp_path, 0, run={"steps": 2})
-    pools(2).run(train, config)
+    pools(2).run(run_in_world, config)
     convert(config.run_dir, tmp_path / "laid", Options(to_zero=stage, ranks=3), print)
     convert(config.run_dir, tmp_path / "was.sft", Options(), print)
     convert(tmp_path / "laid", tmp_path / "now.sft", Options(), print)

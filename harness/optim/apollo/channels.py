@@ -2,8 +2,9 @@
 
 A *channel* is a row or a column of a matrix along its longer side; its other side is *inner*. What
 is kept of a channel lies on one rank: on the one that holds all of its elements, or, if a shard's
-boundary goes through it, on the one that it is dealt to. `Plan` turns the pieces of all ranks into
-this rank's work: rectangles to project, and a table of rows, *slots*, one for every channel:
+boundary goes through it, on the one that it is dealt to. `ChannelPlan` turns the segments of all
+ranks into this rank's work: rectangles to project, and a table of rows, *slots*, one for every
+channel:
 
     [ channels that lie here whole | channels that ranks share, dealt out in equal chunks ]
 
@@ -18,7 +19,7 @@ from math import prod
 
 import torch
 
-from harness.zero.shards import Piece, Shard
+from harness.zero.shards import Segment, Shard
 
 STRIP = 2**18
 """Elements of a rectangle at most: what is computed from it stays in a CPU's cache."""
@@ -100,7 +101,7 @@ def matrices_of(name: str, shape: Sequence[int], stacked: bool) -> list[Matrix]:
     return [Matrix(f"{name}[{n}]", n * size, rows, columns) for n in range(shape[0])]
 
 
-class Plan:
+class ChannelPlan:
     """This rank's part in stepping some flats of one parameter group.
 
     Either all flats hold whole parameters, or there is one, and it is sharded.
@@ -109,7 +110,7 @@ class Plan:
     def __init__(self, shards: Sequence[Shard], matrices: Mapping[str, Sequence[Matrix]]):
         """`matrices`: those of every parameter, by the parameter's name."""
         self.rank = shards[0].rank
-        self.world = len(shards[0].pieces)
+        self.world = len(shards[0].segments)
         self.matrices: list[Matrix] = []
         self.flat_of_matrix: list[int] = []
         self.local: list[Run] = []
@@ -120,12 +121,14 @@ class Plan:
         """The ranks that have elements of a matrix, for every one."""
         self.is_cut = False
         """Whether several ranks have elements of one matrix, if only of different channels."""
-        held: list[tuple[int, int, int, Piece]] = []  # matrix, start, stop, and the piece it is in
+        held: list[
+            tuple[int, int, int, Segment]
+        ] = []  # matrix, start, stop, and the piece it is in
         for flat, shard in enumerate(shards):
-            assert len(shards) == 1 or len(shard.pieces) == 1
+            assert len(shards) == 1 or len(shard.segments) == 1
             for number, piece in enumerate(shard.mine):
                 for matrix in matrices[piece.name]:
-                    spans = [_span(matrix, pieces[number]) for pieces in shard.pieces]
+                    spans = [_span(matrix, segments[number]) for segments in shard.segments]
                     held.append((len(self.matrices), *spans[self.rank], piece))
                     self._deal(matrix, spans)
                     self.matrices.append(matrix)
@@ -203,7 +206,7 @@ class Plan:
         else:  # every shard but a tiny one has a part of every column
             self.shared.append(Run(number, 0, matrix.channels))
 
-    def _blocks(self, number: int, start: int, stop: int, piece: Piece) -> Iterator[Block]:
+    def _blocks(self, number: int, start: int, stop: int, piece: Segment) -> Iterator[Block]:
         matrix, flat = self.matrices[number], self.flat_of_matrix[number]
         for row, column, height, width in _rectangles(start, stop, matrix.columns):
             channels, inner = range(row, row + height), range(column, column + width)
@@ -242,7 +245,7 @@ class Plan:
         return rows
 
 
-def _span(matrix: Matrix, piece: Piece) -> tuple[int, int]:
+def _span(matrix: Matrix, piece: Segment) -> tuple[int, int]:
     """The elements of a matrix, counted from its first one, that are in a piece."""
     size = matrix.rows * matrix.columns
     start = min(max(piece.start - matrix.start, 0), size)

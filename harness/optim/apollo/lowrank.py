@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from harness.optim.apollo import named as named_state
-from harness.optim.apollo.channels import Block, Matrix, Plan
+from harness.optim.apollo.channels import Block, ChannelPlan, Matrix
 from harness.optim.apollo.parts import Group, Named, Part, State
 from harness.optim.apollo.philox import gaussian, key_of, rademacher
 from harness.optim.apollo.spectral import refreshed
@@ -42,7 +42,7 @@ class LowRank(Part):
         """`matrices`: those of every parameter, by its name."""
         super().__init__(flats, shards)
         self._kept = projections
-        self.plan = Plan(shards, matrices)
+        self.plan = ChannelPlan(shards, matrices)
         self.is_cut = self.plan.is_cut
         count = len(self.plan.matrices)
         self._matrix_of_slot = self.plan.matrix_of_slot.to(self.device)
@@ -167,7 +167,7 @@ class LowRank(Part):
         else:  # torch's norm is slow along columns
             squares += channels.square().sum(1)
 
-    def adapt(self, received: Tensor, well: Tensor) -> Tensor:
+    def adapt(self, received: Tensor, all_finite: Tensor) -> Tensor:
         plan, group, rank = self.plan, self.group, self.group["rank"]
         dealt = received.view(plan.chunk, rank + 1)
         self._sketch[plan.rows_here : plan.rows] = dealt[:, :rank]
@@ -175,7 +175,7 @@ class LowRank(Part):
         sketch = self._sketch[: plan.rows]
         squares = self._squares[: plan.rows].double()
         norms = torch.linalg.vector_norm(sketch, dim=1).double()
-        adapted_norms = torch.linalg.vector_norm(self._adam(sketch, well), dim=1).double()
+        adapted_norms = torch.linalg.vector_norm(self._adam(sketch, all_finite), dim=1).double()
         self._ratios = torch.ones_like(norms)
         if group["scale_type"] == "channel":
             self._ratios = adapted_norms / (norms + 1e-8)
@@ -187,7 +187,7 @@ class LowRank(Part):
         sums = sums.view(2, -1, 3).sum(0)[:-1]
         return torch.cat([self._ratios[plan.rows_here :], sums.flatten()])
 
-    def apply(self, told: Tensor, well: Tensor) -> None:
+    def apply(self, told: Tensor, all_finite: Tensor) -> None:
         plan, group = self.plan, self.group
         told = told.to(self.device)
         ratios = torch.cat([self._ratios[: plan.rows_here], told[:, : plan.chunk].flatten()])
@@ -195,15 +195,17 @@ class LowRank(Part):
         of_matrix = adapted.sqrt() / (norms.sqrt() + 1e-8)
         scale = of_matrix if group["scale_type"] == "tensor" else torch.ones_like(squares)
         alpha = math.sqrt(group["scale"])
-        limit = self._limit(scale * squares.sqrt() * (alpha if group["scale_front"] else 1), well)
+        limit = self._limit(
+            scale * squares.sqrt() * (alpha if group["scale_front"] else 1), all_finite
+        )
         self._told = {"scale": of_matrix, "limited": limit > 1, "seen": norms > 0}
-        decay = torch.where(well, group["lr"] * group["weight_decay"], 0.0)
+        decay = torch.where(all_finite, group["lr"] * group["weight_decay"], 0.0)
         rate = group["lr"] * alpha * self._corrections() * scale / limit * (1 - decay)
         rate = torch.cat([rate, rate.new_zeros(1)])[self._matrix_of_slot]
-        step = torch.where(well, ratios * rate, 0.0).float()[:, None]
+        step = torch.where(all_finite, ratios * rate, 0.0).float()[:, None]
         for block in plan.blocks:
             weight = block.of(self.weights)
-            gradient = _if_well(block.of(self.gradients), well)
+            gradient = _if_well(block.of(self.gradients), all_finite)
             if group["weight_decay"]:  # not w *= 1 - decay, whose rounding goes one way each step
                 weight.addcmul_(weight, decay, value=-1)
             weight.addcmul_(gradient, step[block.slots], value=-1)
@@ -213,7 +215,7 @@ class LowRank(Part):
         super().end()
         self._sketch = self._squares = self._ratios = torch.empty(0)
 
-    def _adam(self, sketch: Tensor, well: Tensor) -> Tensor:
+    def _adam(self, sketch: Tensor, all_finite: Tensor) -> Tensor:
         """Brings M and V up to date, if all is well: N = M / (sqrt(V) + eps), or 0 if not: (c, r).
 
         In one pass by torch's fused Adam, of a weight of 0 after so many steps that no bias is left
@@ -230,7 +232,7 @@ class LowRank(Part):
             [],
             list(torch.full((len(rows),), 1e30, device=self.device)),
             fused=True,
-            found_inf=(~well).float(),
+            found_inf=(~all_finite).float(),
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -240,7 +242,7 @@ class LowRank(Part):
             maximize=False,
         )
         steps = [state["step"] for state in self.states]
-        foreach._foreach_add_(steps, [well.float()] * len(steps))
+        foreach._foreach_add_(steps, [all_finite.float()] * len(steps))
         for state in self.states:
             state["calls"] += 1
         return adapted
@@ -251,7 +253,7 @@ class LowRank(Part):
         beta1, beta2 = self.group["betas"]
         return ((1 - beta2**steps).sqrt() / (1 - beta1**steps))[self._flat_of_matrix]
 
-    def _limit(self, norms: Tensor, well: Tensor) -> Tensor:
+    def _limit(self, norms: Tensor, all_finite: Tensor) -> Tensor:
         """L for every matrix, from the norms of U: (n,). The first norm above 0 starts the limiter:
         one that had started at 0 would let nothing pass, ever."""
         gamma = self.group["gamma"]
@@ -261,22 +263,22 @@ class LowRank(Part):
         last = torch.cat(limiters)
         growth = (norms / (last + 1e-8)).clamp(min=gamma) / gamma
         limit = torch.where(last > 0, growth, 1.0)
-        last = torch.where(well & (norms > 0), norms / limit, last).float()
+        last = torch.where(all_finite & (norms > 0), norms / limit, last).float()
         foreach._foreach_copy_(limiters, list(last.split([len(one) for one in limiters])))
         return limit
 
 
-def _if_well(tensor: Tensor, well: Tensor) -> Tensor:
+def _if_well(tensor: Tensor, all_finite: Tensor) -> Tensor:
     """A fp32 tensor, or zeros. (0 times what is not finite is not 0.) Only on a CPU, which does not
     wait for itself, is the flag read."""
     if tensor.device.type == "cpu":
-        return tensor if well else torch.zeros_like(tensor)
-    return _masked(tensor, well)
+        return tensor if all_finite else torch.zeros_like(tensor)
+    return _masked(tensor, all_finite)
 
 
-def _masked(tensor: Tensor, well: Tensor) -> Tensor:
+def _masked(tensor: Tensor, all_finite: Tensor) -> Tensor:
     """All bits of a fp32 tensor, or none."""
-    return (tensor.view(torch.int32) & -well.to(torch.int32)).view(torch.float32)
+    return (tensor.view(torch.int32) & -all_finite.to(torch.int32)).view(torch.float32)
 
 
 class Projections:

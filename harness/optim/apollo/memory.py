@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.optim.apollo.channels import Plan, matrices_of
+from harness.optim.apollo.channels import ChannelPlan, matrices_of
 from harness.optim.apollo.groups import apollo_param_groups
-from harness.zero.shards import Piece, Shard
+from harness.zero.shards import Segment, Shard
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -40,7 +40,7 @@ def state_bytes(groups: Sequence[Mapping[str, Any]], stage: int, world: int) -> 
                 if not group["rank"]:
                     total[rank] += 2 * 4 * elements
                 else:
-                    plan = Plan([shard], matrices)
+                    plan = ChannelPlan([shard], matrices)
                     total[rank] += 2 * 4 * plan.rows * group["rank"] + 4 * len(plan.matrices)
                     if group.get("projection") == "svd":
                         rows = sum(size for _, size in plan.projected.values())
@@ -53,26 +53,26 @@ def _shards(shapes: Shapes, stage: int, world: int, rank: int) -> Iterator[tuple
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     if stage == 0:
         for name, size in sizes.items():
-            yield Shard(((Piece(name, 0, size, 0),),)), size
+            yield Shard(((Segment(name, 0, size, 0),),)), size
         return
     aligned = -(-sum(sizes.values()) // (2 * world)) * 2
     elements = aligned if stage < 3 else sum(-(-size // world) for size in sizes.values())
 
-    def pieces(of: int) -> Iterator[Piece]:
+    def segments(of: int) -> Iterator[Segment]:
         place = 0
         for name, size in sizes.items():
             if stage < 3:  # end to end, cut into equal parts
                 start = min(max(of * aligned - place, 0), size)
                 stop = min(max((of + 1) * aligned - place, 0), size)
-                yield Piece(name, start, stop - start, place + start - of * aligned)
+                yield Segment(name, start, stop - start, place + start - of * aligned)
                 place += size
             else:  # each cut into equal parts
                 part = -(-size // world)
                 start = min(of * part, size)
-                yield Piece(name, start, min(part, size - start), place)
+                yield Segment(name, start, min(part, size - start), place)
                 place += part
 
-    yield Shard(tuple(tuple(pieces(of)) for of in range(world)), rank), elements
+    yield Shard(tuple(tuple(segments(of)) for of in range(world)), rank), elements
 
 
 def llama(width: int, hidden: int, layers: int, vocabulary: int = 32000) -> nn.Module:

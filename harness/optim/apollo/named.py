@@ -4,7 +4,7 @@
     limiter, step, calls   ()
     projection, made       (inner, r) and (), with projection "svd" only
 
-A layout is a `Plan`: it says which channels' moments are in which rows of a flat's state.
+A layout is a `ChannelPlan`: it says which channels' moments are in which rows of a flat's state.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.optim.apollo.channels import Plan
+from harness.optim.apollo.channels import ChannelPlan
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ KEYS = ("exp_avg", "exp_avg_sq", "limiter", "step", "calls", *SPECTRAL)
 
 
 def first_state(
-    plan: Plan, flat: int, group: Mapping[str, Any], device: torch.device | None = None
+    plan: ChannelPlan, flat: int, group: Mapping[str, Any], device: torch.device | None = None
 ) -> State:
     """The state of a flat before its first step, but for `step`. `group`: its settings."""
     rank = group["rank"]
@@ -45,7 +45,7 @@ def first_state(
     return state
 
 
-def of_matrix(plan: Plan, number: int, states: Sequence[State]) -> dict[str, Tensor]:
+def of_matrix(plan: ChannelPlan, number: int, states: Sequence[State]) -> dict[str, Tensor]:
     """The state of a matrix by key, from those of the plan's flats: what is piecewise is 0 where
     another rank has it, so that the sum over the ranks is whole."""
     matrix, flat = plan.matrices[number], plan.flat_of_matrix[number]
@@ -67,7 +67,7 @@ def of_matrix(plan: Plan, number: int, states: Sequence[State]) -> dict[str, Ten
     return found
 
 
-def put(plan: Plan, number: int, state: State, found: Mapping[str, Tensor]) -> None:
+def put(plan: ChannelPlan, number: int, state: State, found: Mapping[str, Tensor]) -> None:
     """Puts the state of a matrix into that of the flat that holds it.
 
     What is no state of APOLLO at this rank is told, and left alone: the matrix starts anew.
@@ -91,7 +91,9 @@ def put(plan: Plan, number: int, state: State, found: Mapping[str, Tensor]) -> N
         state["made"] = int(found["made"])
 
 
-def relay(old: Sequence[Plan], states: Sequence[State], new: Plan, state: State) -> None:
+def relay(
+    old: Sequence[ChannelPlan], states: Sequence[State], new: ChannelPlan, state: State
+) -> None:
     """Puts what the ranks of an old layout kept of the matrices of one flat, `states`, into a new
     layout's `state` of one flat; for the matrices that are in both."""
     numbers = {matrix.name: number for number, matrix in enumerate(old[0].matrices)}

@@ -133,12 +133,12 @@ class Apollo(torch.optim.Optimizer):
         failed = ~torch.stack([part.square_sum() for part in parts]).sum().isfinite()
         sent.append(failed.float().expand(parts[0].world, 1))
         *received, failures = exchange.reduce_scatter(sent)
-        well = (failures == 0).squeeze()
-        told = [part.adapt(mine, well) for part, mine in zip(parts, received, strict=True)]
+        all_finite = (failures == 0).squeeze()
+        told = [part.adapt(mine, all_finite) for part, mine in zip(parts, received, strict=True)]
         is_cut = any(part.is_cut for part in parts)
         heard = exchange.all_gather(told) if is_cut else [mine[None] for mine in told]
-        for part, everyones in zip(parts, heard, strict=True):
-            part.apply(everyones, well)
+        for part, per_rank in zip(parts, heard, strict=True):
+            part.apply(per_rank, all_finite)
         return loss
 
     def telemetry(self) -> dict[str, Tensor]:

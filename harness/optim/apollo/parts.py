@@ -33,7 +33,7 @@ class Part(ABC):
     def __init__(self, flats: Sequence[Tensor], shards: Sequence[Shard]):
         self.flats, self.shards = list(flats), list(shards)
         self.shard = self.shards[0]
-        self.world = len(self.shard.pieces)
+        self.world = len(self.shard.segments)
         self.device = self.flats[0].device
         self.is_cut = False
         """Whether ranks share matrices, so that there is something to gather."""
@@ -79,12 +79,12 @@ class Part(ABC):
         """What the other ranks need: fp32 (W, any), a row for each."""
 
     @abstractmethod
-    def adapt(self, received: Tensor, well: Tensor) -> Tensor:
+    def adapt(self, received: Tensor, all_finite: Tensor) -> Tensor:
         """Updates the state, if all is well; `received` is the sum of what the ranks sent to this
         one. What all of them need: fp64 (any,)."""
 
     @abstractmethod
-    def apply(self, told: Tensor, well: Tensor) -> None:
+    def apply(self, told: Tensor, all_finite: Tensor) -> None:
         """Updates the weights, if all is well. `told`: what each rank gave, (W, any)."""
 
     def end(self) -> None:
@@ -154,10 +154,10 @@ class Dense(Part):
     def project(self) -> Tensor:
         return torch.empty(self.world, 0, device=self.device)
 
-    def adapt(self, received: Tensor, well: Tensor) -> Tensor:
+    def adapt(self, received: Tensor, all_finite: Tensor) -> Tensor:
         return torch.empty(0, dtype=torch.float64, device=self.device)
 
-    def apply(self, told: Tensor, well: Tensor) -> None:
+    def apply(self, told: Tensor, all_finite: Tensor) -> None:
         beta1, beta2 = self.group["betas"]
         adamw(
             self.weights,
@@ -167,7 +167,7 @@ class Dense(Part):
             [],
             [state["step"] for state in self.states],
             fused=True,
-            found_inf=(~well).float(),
+            found_inf=(~all_finite).float(),
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -181,7 +181,7 @@ class Dense(Part):
 
 def _size(shard: Shard, number: int) -> int:
     """The elements of a parameter, of which every rank has piece `number`."""
-    return max(pieces[number].start + pieces[number].length for pieces in shard.pieces)
+    return max(segments[number].start + segments[number].length for segments in shard.segments)
 
 
 class Exchange:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.optim.apollo.channels import Plan
+from harness.optim.apollo.channels import ChannelPlan
 from harness.zero.shards import Shard
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def singular_vectors(channels: Tensor, rank: int) -> Tensor:
 
 
 def refreshed(
-    plan: Plan, shard: Shard, flat: int, rank: int, gradient_of: Callable[[int], Tensor]
+    plan: ChannelPlan, shard: Shard, flat: int, rank: int, gradient_of: Callable[[int], Tensor]
 ) -> Tensor | None:
     """The new P of the flat's matrices that are here, one below the other: fp32 (any, rank).
 

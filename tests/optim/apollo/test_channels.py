@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.optim.apollo.channels import Matrix, Plan, matrices_of
-from harness.zero.shards import Piece, Shard
+from harness.optim.apollo.channels import ChannelPlan, Matrix, matrices_of
+from harness.zero.shards import Segment, Shard
 
 Shapes = list[tuple[int, ...]]
 
@@ -19,34 +19,34 @@ def laid_end_to_end(shapes: Shapes, world: int, gap: int) -> list[Shard]:
         end += torch.Size(shape).numel() + gap
     part = -(-end // world)
 
-    def pieces(rank: int) -> tuple[Piece, ...]:
+    def segments(rank: int) -> tuple[Segment, ...]:
         found = []
         for number, (shape, place) in enumerate(zip(shapes, places, strict=True)):
             size = torch.Size(shape).numel()
             start = min(max(rank * part - place, 0), size)
             stop = min(max((rank + 1) * part - place, 0), size)
-            found.append(Piece(str(number), start, stop - start, place + start - rank * part))
+            found.append(Segment(str(number), start, stop - start, place + start - rank * part))
         return tuple(found)
 
-    everyones = tuple(map(pieces, range(world)))
-    return [Shard(everyones, rank) for rank in range(world)]
+    per_rank = tuple(map(segments, range(world)))
+    return [Shard(per_rank, rank) for rank in range(world)]
 
 
 def each_cut(shapes: Shapes, world: int) -> list[Shard]:
     """ZeRO-3: every parameter cut into equal parts; every rank's shard."""
 
-    def pieces(rank: int) -> tuple[Piece, ...]:
+    def segments(rank: int) -> tuple[Segment, ...]:
         found, offset = [], 0
         for number, shape in enumerate(shapes):
             size = torch.Size(shape).numel()
             part = -(-size // world)
             start = min(rank * part, size)
-            found.append(Piece(str(number), start, min(part, size - start), offset))
+            found.append(Segment(str(number), start, min(part, size - start), offset))
             offset += part
         return tuple(found)
 
-    everyones = tuple(map(pieces, range(world)))
-    return [Shard(everyones, rank) for rank in range(world)]
+    per_rank = tuple(map(segments, range(world)))
+    return [Shard(per_rank, rank) for rank in range(world)]
 
 
 sides = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -57,11 +57,11 @@ sides = st.tuples(st.integers(1, 9), st.integers(1, 9))
 def test_every_element_and_every_channel_once(shapes: Shapes, world: int, gap: int) -> None:
     shards = each_cut(shapes, world) if gap < 0 else laid_end_to_end(shapes, world, gap)
     matrices = {str(n): matrices_of(str(n), shape, False) for n, shape in enumerate(shapes)}
-    plans = [Plan([shard], matrices) for shard in shards]
+    plans = [ChannelPlan([shard], matrices) for shard in shards]
     seen = [torch.zeros(shape) for shape in shapes]
     kept: dict[tuple[int, int], int] = {}
     holders = [
-        sum(pieces[number].length > 0 for pieces in shards[0].pieces)
+        sum(segments[number].length > 0 for segments in shards[0].segments)
         for number in range(len(shapes))
     ]
     for plan, shard in zip(plans, shards, strict=True):
@@ -94,7 +94,7 @@ def test_every_element_and_every_channel_once(shapes: Shapes, world: int, gap: i
     assert len(kept) == sum(max(shape) for shape in shapes)
 
 
-def slot_of(plan: Plan, matrix: int, channel: int) -> int:
+def slot_of(plan: ChannelPlan, matrix: int, channel: int) -> int:
     slot = 0
     for first, runs in ((0, plan.local), (plan.rows_here, plan.shared)):
         slot = first
@@ -107,10 +107,10 @@ def slot_of(plan: Plan, matrix: int, channel: int) -> int:
 
 def test_tall_matrices_share_only_the_rows_that_are_cut() -> None:
     shards = each_cut([(100, 7)], 4)
-    plans = [Plan([shard], {"0": [Matrix("0", 0, 100, 7)]}) for shard in shards]
+    plans = [ChannelPlan([shard], {"0": [Matrix("0", 0, 100, 7)]}) for shard in shards]
     assert [plan.rows_here for plan in plans] == [25, 25, 25, 25]
     shards = each_cut([(101, 7)], 4)  # 177 elements each, and 177 is no multiple of 7
-    plans = [Plan([shard], {"0": [Matrix("0", 0, 101, 7)]}) for shard in shards]
+    plans = [ChannelPlan([shard], {"0": [Matrix("0", 0, 101, 7)]}) for shard in shards]
     assert [len(plan.shared) for plan in plans] == [3] * 4
     assert sum(plan.rows_here for plan in plans) == 101 - 3
 
