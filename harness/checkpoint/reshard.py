@@ -38,7 +38,7 @@ from harness.optim.apollo import named
 from harness.optim.apollo.channels import ChannelPlan, matrices_of
 from harness.zero.layout import Flat, Shapes, Tree, base_state, flats, is_extra_state
 from harness.zero.reader import SavedEngine
-from harness.zero.shards import Segment, Shard
+from harness.zero.shards import Shard
 
 log = logging.getLogger(__name__)
 
@@ -296,10 +296,7 @@ def _low_rank_state(per_rank: Sequence[Flat], rank: int, saved: SavedEngine) -> 
 
 def _plan(per_rank: Sequence[Flat], rank: int, saved: SavedEngine) -> ChannelPlan:
     """Which of APOLLO's channels a rank has the state of. `per_rank`: a flat by rank."""
-    segments = tuple(
-        tuple(Segment(s.name, s.start, s.length, s.offset) for s in flat.segments)
-        for flat in per_rank
-    )
+    segments = tuple(tuple(flat.segments) for flat in per_rank)
     is_stacked = saved.groups[per_rank[0].group]["stacked"]
     matrices = {
         piece.name: matrices_of(piece.name, saved.shapes[piece.name], is_stacked)

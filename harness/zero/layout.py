@@ -8,13 +8,21 @@ for: live ones of a running engine do, and references into files (`formats.pickl
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from harness.errors import CheckpointError
+from harness.zero.partition import (
+    Segment,
+    all_whole,
+    end_to_end,
+    partition_segments,
+    shard_segments,
+    shards_numel,
+    whole,
+)
 
 PARAMETER_NAMES = "parameter_names"
 """Key of a model file: names by parameter group, in the optimizer's order. Stage 0 tells none."""
@@ -27,16 +35,6 @@ Tree = dict[str, Any]
 
 Shapes = Mapping[str, Any]
 """Sizes by the parameter's name: torch.Size, or what stands for it (`formats.pickles.Shape`)."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of a flattened parameter, and its place in a flat; counted in elements."""
-
-    name: str
-    start: int
-    offset: int
-    length: int
 
 
 @dataclass
@@ -103,7 +101,7 @@ def flats(optimizer: Tree, module: Tree, shapes: list[Shapes], rank: int, world:
         masters = [p for g in optimizer.get("fp32_groups", []) for p in g]
         masters = masters or [module[name] for name in names]
         found = [
-            (master, master.numel(), 0, [Segment(name, 0, 0, master.numel())])
+            (master, master.numel(), 0, [whole(name=name, numel=master.numel())])
             for name, master in _pairs(names, masters)
         ]
     return [
@@ -115,8 +113,12 @@ def flats(optimizer: Tree, module: Tree, shapes: list[Shapes], rank: int, world:
 def _pairs(*lists: Any) -> Iterator[Any]:
     """The lists side by side. Raises CheckpointError if one is longer than another."""
     if len({len(list_) for list_ in lists}) > 1:
-        raise CheckpointError("its parameter groups and its tensors do not belong to each other")
+        raise _unrelated()
     return zip(*lists, strict=True)
+
+
+def _unrelated() -> CheckpointError:
+    return CheckpointError("its parameter groups and its tensors do not belong to each other")
 
 
 _Found = Iterator[tuple[Any, int, int, list[Segment]]]
@@ -135,12 +137,11 @@ def _partitions(optimizer: Tree, shapes: list[Shapes], rank: int, world: int) ->
         partition = rank
         if settings.get("moe"):
             group, partition = _experts(group, rank, world // optimizer["partition_count"][number])
-        first, segments = 0, []
-        for (name, shape), gap in _pairs(group.items(), gaps):
-            start = min(max(partition * size - first, 0), shape.numel())
-            stop = min(max((partition + 1) * size - first, 0), shape.numel())
-            segments.append(Segment(name, start, first + start - partition * size, stop - start))
-            first += shape.numel() + gap
+        if len(gaps) != len(group):
+            raise _unrelated()
+        sizes = {name: shape.numel() for name, shape in group.items()}
+        places = end_to_end(sizes=sizes, gaps=gaps)
+        segments = partition_segments(places=places, sizes=sizes, size=size, rank=partition)
         yield master, size, padding, segments
 
 
@@ -167,29 +168,21 @@ def _experts(group: Shapes, rank: int, parallel: int) -> tuple[Shapes, int]:
 def _sub_groups(optimizer: Tree, shapes: list[Shapes], rank: int, world: int) -> _Found:
     """Stage 3: every parameter is cut into equal shards, and those lie one after the other."""
     for group, master in _pairs(shapes, optimizer["fp32_flat_groups"]):
-        offset, segments = 0, []
-        for name, shape in group.items():
-            shard = math.ceil(shape.numel() / world)
-            start = min(rank * shard, shape.numel())
-            length = min(shard, shape.numel() - start)
-            segments.append(Segment(name, start, offset, length))
-            offset += shard
-        if master.numel() != offset:
+        sizes = {name: shape.numel() for name, shape in group.items()}
+        expected = shards_numel(sizes=sizes, world=world)
+        if master.numel() != expected:
             raise CheckpointError(
-                f"the state of {segments[0].name!r} has {master.numel()} elements here, expected "
-                f"{offset}: on NVMe, or cut by MiCS? This layout cannot be read"
+                f"the state of {next(iter(group))!r} has {master.numel()} elements here, expected "
+                f"{expected}: on NVMe, or cut by MiCS? This layout cannot be read"
             )
-        yield master, offset, 0, segments
+        yield master, expected, 0, shard_segments(sizes=sizes, world=world, rank=rank)
 
 
 def _whole_groups(optimizer: Tree, shapes: list[Shapes]) -> _Found:
     """FusedAdam at stage 0: a group is one tensor of whole parameters."""
     for group, master in _pairs(shapes, optimizer["fp32_groups_flat"]):
-        offset, segments = 0, []
-        for name, shape in group.items():
-            segments.append(Segment(name, 0, offset, shape.numel()))
-            offset += shape.numel()
-        yield master, offset, 0, segments
+        sizes = {name: shape.numel() for name, shape in group.items()}
+        yield master, sum(sizes.values()), 0, all_whole(sizes=sizes)
 
 
 def layout(trees: Collection[Tree]) -> str:

@@ -16,26 +16,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from harness.zero.partition import Segment, partition_segments, shard_segments, whole
+
 
 class ShardError(RuntimeError):
     """The layout is unknown or unsupported; the message says what to do. Raised on all ranks."""
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Elements [start, start + length) of a flattened parameter, from `offset` on in a flat."""
-
-    name: str
-    start: int
-    length: int
-    offset: int
-
-
-@dataclass(frozen=True)
 class Shard:
     """What one flat holds, here and on the other ranks that hold the rest of its parameters.
 
-    Every rank has a piece of every parameter in the same order, if only one of no length.
+    Every rank has a segment of every parameter in the same order, if only one of no length.
     """
 
     segments: tuple[tuple[Segment, ...], ...]
@@ -48,8 +40,8 @@ class Shard:
     """Where the group's collectives find their tensors."""
 
     @property
-    def mine(self) -> tuple[Segment, ...]:
-        """The pieces on this rank."""
+    def own(self) -> tuple[Segment, ...]:
+        """The segments on this rank."""
         return self.segments[self.rank]
 
 
@@ -102,7 +94,7 @@ def _known(
 
 
 def _whole(name: str, flat: Tensor) -> Shard:
-    return Shard(((Segment(name, 0, flat.numel(), 0),),))
+    return Shard(((whole(name=name, numel=flat.numel()),),))
 
 
 def _clone(flat: Tensor, name: str, parameter: Tensor) -> Shard:
@@ -121,8 +113,8 @@ def _stages_1_and_2(flat: Tensor, parameters: Mapping[str, Tensor], group: Any) 
     The parameters are views into that one tensor: their storage offsets are their places, whatever
     the order (round_robin_gradients) and the gaps (parameter_alignment).
     """
-    world = dist.get_world_size(group)
     ours = {n: p for n, p in parameters.items() if p.requires_grad and p.numel()}
+    world = dist.get_world_size(group)
     storages = {p.untyped_storage().data_ptr() for p in ours.values()}
     for name, p in ours.items():
         elements = p.untyped_storage().nbytes() // p.element_size()
@@ -135,18 +127,14 @@ def _stages_1_and_2(flat: Tensor, parameters: Mapping[str, Tensor], group: Any) 
             )
         if getattr(getattr(p, "_zero_optimizer", None), "elastic_checkpoint", False):
             raise _elastic(name)
-    order = sorted(ours, key=lambda name: ours[name].storage_offset())
+    ordered = sorted(ours.items(), key=lambda item: item[1].storage_offset())
+    places = {name: int(p.storage_offset()) for name, p in ordered}
+    sizes = {name: p.numel() for name, p in ordered}
 
-    def segments(rank: int) -> tuple[Segment, ...]:
-        found, begin = [], rank * flat.numel()
-        for name in order:
-            place, size = int(ours[name].storage_offset()), ours[name].numel()
-            start = min(max(begin - place, 0), size)
-            stop = min(max(begin + flat.numel() - place, 0), size)
-            found.append(Segment(name, start, stop - start, place + start - begin))
-        return tuple(found)
+    def segments(rank: int) -> list[Segment]:
+        return partition_segments(places=places, sizes=sizes, size=flat.numel(), rank=rank)
 
-    return _sharded(segments, group, ours[order[0]].device)
+    return _sharded(segments, group, ordered[0][1].device)
 
 
 def _stage_3(flat: Tensor, parameters: Mapping[str, Tensor], group: Any) -> Shard:
@@ -174,25 +162,19 @@ def _stage_3(flat: Tensor, parameters: Mapping[str, Tensor], group: Any) -> Shar
             "parameter group's parameters for the tensor that is to be stepped: keep the parameter "
             "groups as they were at deepspeed.initialize"
         )
+    sizes = {names[id(p)]: int(p.ds_numel) for p in members}
+    world = dist.get_world_size(group)
 
-    def segments(rank: int) -> tuple[Segment, ...]:
-        found, offset = [], 0
-        for p in members:
-            part = p.partition_numel()
-            start = min(rank * part, p.ds_numel)
-            found.append(Segment(names[id(p)], start, min(part, p.ds_numel - start), offset))
-            offset += part
-        return tuple(found)
+    def segments(rank: int) -> list[Segment]:
+        return shard_segments(sizes=sizes, world=world, rank=rank)
 
     return _sharded(segments, group, some.device)
 
 
-def _sharded(
-    segments: Callable[[int], tuple[Segment, ...]], group: Any, device: torch.device
-) -> Shard:
-    """The pieces of all ranks; with one rank alone there is nobody to share with."""
-    world = dist.get_world_size(group)
-    return Shard(tuple(map(segments, range(world))), dist.get_rank(group), group, device)
+def _sharded(segments: Callable[[int], list[Segment]], group: Any, device: torch.device) -> Shard:
+    """The segments of all ranks."""
+    by_rank = tuple(tuple(segments(rank)) for rank in range(dist.get_world_size(group)))
+    return Shard(by_rank, dist.get_rank(group), group, device)
 
 
 def _elastic(name: str) -> ShardError:
@@ -204,7 +186,7 @@ def _elastic(name: str) -> ShardError:
 
 def _verify(flat: Tensor, shard: Shard, parameters: Mapping[str, Tensor]) -> None:
     """Raises ShardError unless every piece is, rounded, what the parameter itself holds."""
-    for piece in shard.mine:
+    for piece in shard.own:
         parameter: Any = parameters[piece.name]
         if parameter is flat or not piece.length:
             continue

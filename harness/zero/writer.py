@@ -5,8 +5,7 @@ the trees are made as DeepSpeed would make them for the same parameters at a ZeR
 of ranks (runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py), and filled by the same functions.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,18 @@ from harness.checkpoint.reshard import filled_flat, filled_state, shard_of, weig
 from harness.errors import CheckpointError
 from harness.io.stored import materialize
 from harness.zero.layout import Shapes, Tree, flats
+from harness.zero.partition import (
+    SUB_GROUP_SIZE,
+    partition_padding,
+    partition_size,
+    round_robin_order,
+    shard_size,
+    shards_numel,
+    sub_groups,
+)
 from harness.zero.reader import SavedEngine
 
 _LAID_OUT = ("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments")
-_ALIGNMENT = 2  # nccl_start_alignment_factor: elements by which a partition starts evenly
-_SUB_GROUP = 1_000_000_000  # DeepSpeed's default of sub_group_size
 
 
 class Native:
@@ -62,7 +68,7 @@ class Native:
         if stage < 3:
             self._zero["round_robin_gradients"] = bool(round_robin)
             if round_robin:
-                self._groups = [_dealt(names, ranks) for names in self._groups]
+                self._groups = [round_robin_order(names, world=ranks) for names in self._groups]
         self._parts = self._groups if stage < 3 else list(self._sub_groups())
 
     def _ordered(self, was_round_robin: bool) -> list[list[str]]:
@@ -73,7 +79,9 @@ class Native:
             for number in range(len(saved.groups))
         ]
         if was_round_robin and saved.stage in (1, 2):
-            dealt = [_dealt(list(range(len(names))), saved.world_size) for names in groups]
+            dealt = [
+                round_robin_order(range(len(names)), world=saved.world_size) for names in groups
+            ]
             groups = [
                 [name for _, name in sorted(zip(places, names, strict=True))]
                 for places, names in zip(dealt, groups, strict=True)
@@ -81,22 +89,14 @@ class Native:
         return groups
 
     def _sub_groups(self) -> Iterator[list[str]]:
-        """ZeRO 3: a parameter group in parts that are full with sub_group_size elements a rank."""
-        limit = int(self._zero.get("sub_group_size", _SUB_GROUP))
+        """ZeRO 3: the names by sub-group."""
+        limit = int(self._zero.get("sub_group_size", SUB_GROUP_SIZE))
         for names in self._groups:
-            part: list[str] = []
-            size = 0
-            for name in names:
-                part.append(name)
-                size += self._shard(name)
-                if size >= limit:
-                    yield part
-                    part, size = [], 0
-            if part:
-                yield part
+            yield from sub_groups(sizes=self._numel(names), world=self.ranks, limit=limit)
 
-    def _shard(self, name: str) -> int:
-        return math.ceil(self.saved.shapes[name].numel() / self.ranks)
+    def _numel(self, names: Iterable[str]) -> dict[str, int]:
+        """The elements of parameters, by name."""
+        return {name: self.saved.shapes[name].numel() for name in names}
 
     @property
     def notes(self) -> list[str]:
@@ -156,7 +156,7 @@ class Native:
         fragments = frozen
         if self.stage == 3:
             fragments = {
-                name: shard_of(tensor, math.ceil(tensor.numel() / self.ranks), rank)
+                name: shard_of(tensor, shard_size(numel=tensor.numel(), world=self.ranks), rank)
                 for name, tensor in frozen.items()
             }
         kept = {
@@ -199,9 +199,9 @@ class Native:
         """ZeRO 1 and 2: what says how every group is cut."""
         masters, paddings = [], []
         for names in self._parts:
-            total = sum(self.saved.shapes[name].numel() for name in names)
-            size = math.ceil(total / (_ALIGNMENT * self.ranks)) * _ALIGNMENT
-            padding = min(max((rank + 1) * size - total, 0), size)
+            total = sum(self._numel(names).values())
+            size = partition_size(numel=total, world=self.ranks)
+            padding = partition_padding(numel=total, size=size, rank=rank)
             masters.append(torch.empty(size - padding, device="meta"))
             paddings.append(padding)
         return {
@@ -214,7 +214,7 @@ class Native:
 
     def _shards(self) -> Tree:
         """ZeRO 3: the same."""
-        sizes = [sum(map(self._shard, part)) for part in self._parts]
+        sizes = [shards_numel(sizes=self._numel(part), world=self.ranks) for part in self._parts]
         owners = [self.saved.group_of(part[0]) for part in self._parts]
         numbers = [
             [n for n, owner in enumerate(owners) if owner == group]
@@ -246,9 +246,3 @@ class Native:
         scaler = made.__new__(made)
         vars(scaler).update(materialize(was.state))
         return scaler
-
-
-def _dealt(items: list[Any], ranks: int) -> list[Any]:
-    """The order of round_robin_gradients: dealt out to the ranks, and then one rank's after
-    another's."""
-    return [item for rank in range(ranks) for item in items[rank::ranks]]

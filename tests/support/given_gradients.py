@@ -117,7 +117,7 @@ def masters(optimizer: Apollo) -> dict[str, Tensor]:
         (piece.name, piece.start, flat.detach().flatten()[piece.offset :][: piece.length].cpu())
         for _, flats, shards in optimizer._located_groups.values()
         for flat, shard in zip(flats, shards, strict=True)
-        for piece in shard.mine
+        for piece in shard.own
     ]
     whole: dict[str, Tensor] = {}
     for name, start, part in (entry for rank in distributed.all_gather(mine) for entry in rank):

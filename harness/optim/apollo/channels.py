@@ -19,7 +19,8 @@ from math import prod
 
 import torch
 
-from harness.zero.shards import Segment, Shard
+from harness.zero.partition import Segment
+from harness.zero.shards import Shard
 
 STRIP = 2**18
 """Elements of a rectangle at most: what is computed from it stays in a CPU's cache."""
@@ -126,7 +127,7 @@ class ChannelPlan:
         ] = []  # matrix, start, stop, and the piece it is in
         for flat, shard in enumerate(shards):
             assert len(shards) == 1 or len(shard.segments) == 1
-            for number, piece in enumerate(shard.mine):
+            for number, piece in enumerate(shard.own):
                 for matrix in matrices[piece.name]:
                     spans = [_span(matrix, segments[number]) for segments in shard.segments]
                     held.append((len(self.matrices), *spans[self.rank], piece))

@@ -13,7 +13,15 @@ from torch import nn
 
 from harness.optim.apollo.channels import ChannelPlan, matrices_of
 from harness.optim.apollo.groups import apollo_param_groups
-from harness.zero.shards import Segment, Shard
+from harness.zero.partition import (
+    end_to_end,
+    partition_segments,
+    partition_size,
+    shard_segments,
+    shards_numel,
+    whole,
+)
+from harness.zero.shards import Shard
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -53,26 +61,19 @@ def _shards(shapes: Shapes, stage: int, world: int, rank: int) -> Iterator[tuple
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     if stage == 0:
         for name, size in sizes.items():
-            yield Shard(((Segment(name, 0, size, 0),),)), size
+            yield Shard(((whole(name=name, numel=size),),)), size
         return
-    aligned = -(-sum(sizes.values()) // (2 * world)) * 2
-    elements = aligned if stage < 3 else sum(-(-size // world) for size in sizes.values())
-
-    def segments(of: int) -> Iterator[Segment]:
-        place = 0
-        for name, size in sizes.items():
-            if stage < 3:  # end to end, cut into equal parts
-                start = min(max(of * aligned - place, 0), size)
-                stop = min(max((of + 1) * aligned - place, 0), size)
-                yield Segment(name, start, stop - start, place + start - of * aligned)
-                place += size
-            else:  # each cut into equal parts
-                part = -(-size // world)
-                start = min(of * part, size)
-                yield Segment(name, start, min(part, size - start), place)
-                place += part
-
-    yield Shard(tuple(tuple(segments(of)) for of in range(world)), rank), elements
+    if stage == 3:
+        by_rank = [shard_segments(sizes=sizes, world=world, rank=of) for of in range(world)]
+        elements = shards_numel(sizes=sizes, world=world)
+    else:
+        places = end_to_end(sizes=sizes)
+        elements = partition_size(numel=sum(sizes.values()), world=world)
+        by_rank = [
+            partition_segments(places=places, sizes=sizes, size=elements, rank=of)
+            for of in range(world)
+        ]
+    yield Shard(tuple(map(tuple, by_rank)), rank), elements
 
 
 def llama(width: int, hidden: int, layers: int, vocabulary: int = 32000) -> nn.Module:

@@ -221,7 +221,7 @@ class Apollo(torch.optim.Optimizer):
         gradients = []
         for group in self.param_groups:
             for flat, shard in zip(group["params"], self._located(group), strict=True):
-                if shard.group is not None or self._parameters[shard.mine[0].name] is flat:
+                if shard.group is not None or self._parameters[shard.own[0].name] is flat:
                     return False
                 gradients.append(flat.grad)
         return not any(bool(gradient.any()) for gradient in gradients if gradient is not None)

@@ -118,7 +118,7 @@ class Dense(Part):
 
     def named(self, states: Sequence[State]) -> Iterator[tuple[str, Tensor]]:
         for shard, state in zip(self.shards, states, strict=True):
-            for number, piece in enumerate(shard.mine):
+            for number, piece in enumerate(shard.own):
                 for key in ("exp_avg", "exp_avg_sq"):
                     whole = torch.zeros(_size(shard, number), device=self.device)
                     here = state[key].flatten()[piece.offset : piece.offset + piece.length]
@@ -128,7 +128,7 @@ class Dense(Part):
 
     def _adopt(self, number: int, state: State, named: Named) -> None:
         shard = self.shards[number]
-        for place, piece in enumerate(shard.mine):
+        for place, piece in enumerate(shard.own):
             found = {
                 key: named.pop(f"{piece.name}/{key}", None) for key in ("exp_avg", "exp_avg_sq")
             }
@@ -147,7 +147,7 @@ class Dense(Part):
         stretches = [
             gradient.flatten()[piece.offset : piece.offset + piece.length]
             for gradient, shard in zip(self.gradients, self.shards, strict=True)
-            for piece in shard.mine
+            for piece in shard.own
         ]
         return torch.nn.utils.get_total_norm(stretches).double().square()
 

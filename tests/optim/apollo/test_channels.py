@@ -6,46 +6,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.optim.apollo.channels import ChannelPlan, Matrix, matrices_of
-from harness.zero.shards import Segment, Shard
+from harness.zero.partition import end_to_end, partition_segments, shard_segments
+from harness.zero.shards import Shard
 
 Shapes = list[tuple[int, ...]]
 
 
+def numels(shapes: Shapes) -> dict[str, int]:
+    return {str(number): torch.Size(shape).numel() for number, shape in enumerate(shapes)}
+
+
 def laid_end_to_end(shapes: Shapes, world: int, gap: int) -> list[Shard]:
     """ZeRO-1/2: parameters one after the other, cut into equal parts; every rank's shard."""
-    places, end = [], 0
-    for shape in shapes:
-        places.append(end)
-        end += torch.Size(shape).numel() + gap
-    part = -(-end // world)
-
-    def segments(rank: int) -> tuple[Segment, ...]:
-        found = []
-        for number, (shape, place) in enumerate(zip(shapes, places, strict=True)):
-            size = torch.Size(shape).numel()
-            start = min(max(rank * part - place, 0), size)
-            stop = min(max((rank + 1) * part - place, 0), size)
-            found.append(Segment(str(number), start, stop - start, place + start - rank * part))
-        return tuple(found)
-
-    per_rank = tuple(map(segments, range(world)))
+    sizes = numels(shapes)
+    places = end_to_end(sizes=sizes, gaps=[gap] * len(shapes))
+    size = -(-(sum(sizes.values()) + gap * len(shapes)) // world)
+    per_rank = tuple(
+        tuple(partition_segments(places=places, sizes=sizes, size=size, rank=rank))
+        for rank in range(world)
+    )
     return [Shard(per_rank, rank) for rank in range(world)]
 
 
 def each_cut(shapes: Shapes, world: int) -> list[Shard]:
     """ZeRO-3: every parameter cut into equal parts; every rank's shard."""
-
-    def segments(rank: int) -> tuple[Segment, ...]:
-        found, offset = [], 0
-        for number, shape in enumerate(shapes):
-            size = torch.Size(shape).numel()
-            part = -(-size // world)
-            start = min(rank * part, size)
-            found.append(Segment(str(number), start, min(part, size - start), offset))
-            offset += part
-        return tuple(found)
-
-    per_rank = tuple(map(segments, range(world)))
+    per_rank = tuple(
+        tuple(shard_segments(sizes=numels(shapes), world=world, rank=rank)) for rank in range(world)
+    )
     return [Shard(per_rank, rank) for rank in range(world)]
 
 
@@ -70,7 +57,7 @@ def test_every_element_and_every_channel_once(shapes: Shapes, world: int, gap: i
         assert len(plan.matrix_of_slot) == plan.slots
         for block in plan.blocks:
             matrix = plan.matrices[block.matrix]
-            piece = shard.mine[block.matrix]
+            piece = shard.own[block.matrix]
             first = block.offset - piece.offset + piece.start
             assert first - piece.start >= 0
             size = len(block.channels) * len(block.inner)

@@ -1,0 +1,36 @@
+"""What ZeRO does to a parameter, read off the marks that DeepSpeed leaves on it.
+
+At stage 3 (partition_parameters.py) a parameter is an empty tensor between its uses, and keeps its
+shape and this rank's shard beside it. Nothing of harness or DeepSpeed is imported.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a parameter that ZeRO stage 3 has sharded."""
+    return hasattr(tensor, "ds_id")
+
+
+def full_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole tensor, also of a sharded parameter."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def full_numel(tensor: Tensor) -> int:
+    """The elements of the whole tensor, also of a sharded parameter."""
+    return getattr(tensor, "ds_numel", tensor.numel())
+
+
+def shard(tensor: Tensor) -> Tensor | None:
+    """This rank's shard of a sharded parameter, padded; None of any other tensor."""
+    found: Any = getattr(tensor, "ds_tensor", None)
+    return None if found is None else found.data
+
+
+def is_expert(parameter: Tensor) -> bool:
+    """Whether this is a weight of one of DeepSpeed's experts, which not every rank has."""
+    return not getattr(parameter, "allreduce", True)
