@@ -1,4 +1,4 @@
-# make train: the default task, on all GPUs, or on 2 CPU ranks.   make test: the whole suite.
+# make train: the default task, on all GPUs, or on 2 CPU ranks.   make test: the complete suite.
 PYTHON ?= python3
 VENV   ?= .venv
 GPUS   := $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l))

@@ -1,11 +1,11 @@
-"""What live control costs a step in which nobody commands anything.
+"""What live control costs in a step without commands.
 
     python bench/control.py [--steps 300] [--step-ms 20] [--rounds 3]
 
-Two and four ranks take steps of `--step-ms` (asleep, as while a GPU works). At the end of each they
-ask for commands: by the bus, or by the blocking `broadcast_object_list` that is used elsewhere.
-Prints the time that this takes on the rank that waits longest, means over the steps of a round and
-medians over the rounds, as a part of the step and as a ratio in the same rounds.
+Two and four ranks take steps of `--step-ms` (asleep, as while a GPU works). After each they poll
+for commands: by the bus, or by a blocking `broadcast_object_list`. Prints the time of a poll on the
+rank that waits longest (mean over the steps of a round, median over the rounds), also relative to
+the step, and the ratio of the two ways.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from harness.testing.pool import RankPool
 
 
 def measure(steps: int, step_s: float, rounds: int) -> dict[str, float]:
-    """Seconds a step of each way, in interleaved rounds, on this rank."""
+    """Seconds per poll of each way, in interleaved rounds, on this rank."""
     from harness import distributed
     from harness.control.bus import Bus
     from harness.control.grammar import Grammar
@@ -33,13 +33,13 @@ def measure(steps: int, step_s: float, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         for name, way in ways.items():
             distributed.barrier()
-            taken = 0.0
+            elapsed = 0.0
             for step in range(steps):
                 time.sleep(step_s)
                 started = time.perf_counter()
                 way(step)
-                taken += time.perf_counter() - started
-            seconds[name].append(taken / steps)
+                elapsed += time.perf_counter() - started
+            seconds[name].append(elapsed / steps)
             bus.finish()
     bus.close()
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -55,9 +55,9 @@ def main() -> None:
     step_s = args.step_ms / 1000
     for ranks in (2, 4):
         with RankPool(ranks, timeout_s=1200) as pool:
-            found = pool.run(measure, args.steps, step_s, args.rounds)
-        bus = max(times["bus"] for times in found)
-        other = max(times["broadcast_object_list"] for times in found)
+            per_rank = pool.run(measure, args.steps, step_s, args.rounds)
+        bus = max(times["bus"] for times in per_rank)
+        other = max(times["broadcast_object_list"] for times in per_rank)
         sys.stdout.write(
             f"{ranks} ranks: bus {bus * 1e6:.0f} us a step ({bus / step_s:.2%} of "
             f"{args.step_ms:g} ms), broadcast_object_list {other * 1e6:.0f} us: "

@@ -1,12 +1,12 @@
-"""Weights out of a ZeRO checkpoint: `cp` of the bytes, DeepSpeed's zero_to_fp32, and ours.
+"""Weights of a ZeRO checkpoint: `cp` of the bytes, DeepSpeed's zero_to_fp32, and `harness convert`.
 
     python bench/convert.py [--gigabytes 2] [--ranks 2 4] [--stages 2 3] [--rounds 3]
                             [--directory DIR]
 
-Prints medians of interleaved rounds with a warm cache, each also as a ratio to `cp` of what is read
-and written, and the peak memory: resident, and of that anonymous. The checkpoints are synthetic: a
-decoder of the usual shapes, laid out as DeepSpeed does. "synced" ends with fsync, as ours always
-does for its users; the others, and "ours, not synced", leave the writing to the system.
+Prints medians of interleaved rounds with a warm cache, each also as a ratio to `cp` of the same
+bytes, and the peak memory: resident, and the anonymous part of it. The checkpoints are synthetic: a
+decoder of the usual shapes in DeepSpeed's layout. "synced" ends with fsync, as "harness" does, and
+always does outside of a benchmark; the others leave the writing to the system.
 """
 
 import argparse
@@ -26,22 +26,22 @@ ROOT = Path(__file__).parent.parent
 
 
 def shapes_of(parameters: float) -> dict[str, tuple[int, ...]]:
-    """The shapes of a decoder of about so many parameters."""
+    """The shapes of a decoder with about that many parameters."""
     width, inner, words = 1024, 2816, 32000
-    found: dict[str, tuple[int, ...]] = {"embed.weight": (words, width)}
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (words, width)}
     layer = 4 * width * width + 3 * width * inner + 2 * width
     for number in range(max(1, round((parameters - words * width) / layer))):
         block = f"layers.{number}"
         for name in "qkvo":
-            found[f"{block}.{name}.weight"] = (width, width)
-        found[f"{block}.up.weight"] = found[f"{block}.gate.weight"] = (inner, width)
-        found[f"{block}.down.weight"] = (width, inner)
-        found[f"{block}.norm1.weight"] = found[f"{block}.norm2.weight"] = (width,)
-    return found
+            shapes[f"{block}.{name}.weight"] = (width, width)
+        shapes[f"{block}.up.weight"] = shapes[f"{block}.gate.weight"] = (inner, width)
+        shapes[f"{block}.down.weight"] = (width, inner)
+        shapes[f"{block}.norm1.weight"] = shapes[f"{block}.norm2.weight"] = (width,)
+    return shapes
 
 
 def write_checkpoint(directory: Path, stage: int, world: int, parameters: float) -> int:
-    """A bf16 checkpoint of masters alone. Returns the bytes of the masters."""
+    """A bf16 checkpoint of masters without moments. Returns the bytes of the masters."""
     import torch
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -99,8 +99,8 @@ LAZY = (
     "found = get_fp32_state_dict_from_zero_checkpoint(sys.argv[1], lazy_mode=True); "
     "save_file({name: tensor.contiguous() for name, tensor in found.items()}, sys.argv[2])"
 )
-OURS = "from harness.cli import main; main()"
-NOT_SYNCED = "import os; os.fsync = lambda file: None; " + OURS
+HARNESS = "from harness.cli import main; main()"
+NOT_SYNCED = "import os; os.fsync = lambda file: None; " + HARNESS
 
 
 def ways(source: Path, target: Path) -> dict[str, list[str]]:
@@ -108,17 +108,17 @@ def ways(source: Path, target: Path) -> dict[str, list[str]]:
     python = [sys.executable, "-c"]
     rank_files = sorted(map(str, (source / "tag").glob("*optim_states.pt")))
     copies = " && ".join(f"cp '{file}' '{target}'" for file in rank_files)
-    whole = str(target / "x.sft")
-    convert = ["convert", str(source), whole]
+    output = str(target / "x.sft")
+    convert = ["convert", str(source), output]
     return {
         "cp": ["sh", "-c", copies],
         "cp, synced": ["sh", "-c", f"{copies} && sync '{target}'/*"],
         "zero_to_fp32": [*python, ZERO_TO_FP32.format(safe=False), str(source), str(target)],
         "zero_to_fp32, safe": [*python, ZERO_TO_FP32.format(safe=True), str(source), str(target)],
-        "zero_to_fp32, lazy": [*python, LAZY, str(source), whole],
-        "ours, not synced": [*python, NOT_SYNCED, *convert],
-        "ours": [*python, OURS, *convert],
-        "ours to bf16": [*python, NOT_SYNCED, *convert, "--dtype", "bf16"],
+        "zero_to_fp32, lazy": [*python, LAZY, str(source), output],
+        "harness, not synced": [*python, NOT_SYNCED, *convert],
+        "harness": [*python, HARNESS, *convert],
+        "harness to bf16": [*python, NOT_SYNCED, *convert, "--dtype", "bf16"],
     }
 
 
@@ -155,23 +155,23 @@ def compare(directory: Path, stage: int, world: int, gigabytes: float, rounds: i
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
             os.sync()
-            found = measure(command)
+            measured = measure(command)
             if number:  # the first round warms the cache
-                results.setdefault(name, []).append(found)
+                results.setdefault(name, []).append(measured)
     shutil.rmtree(source)
     shutil.rmtree(target)
     sys.stdout.write(f"ZeRO-{stage}, {world} ranks, {size / 1e9:.2f} GB, medians of {rounds}\n")
-    reference = {name: statistics.median(f[0] for f in results[name]) for name in results}
-    for name, found in results.items():
-        resident, anonymous = (max(f[column] for f in found) for column in (1, 2))
-        ratio = reference[name] / reference["cp"]
+    seconds = {name: statistics.median(run[0] for run in runs) for name, runs in results.items()}
+    for name, runs in results.items():
+        resident, anonymous = (max(run[column] for run in runs) for column in (1, 2))
+        ratio = seconds[name] / seconds["cp"]
         synced = (
             ""
-            if name not in ("ours", "cp, synced")
-            else "(synced: {:.2f} x)".format(reference[name] / reference["cp, synced"])
+            if name not in ("harness", "cp, synced")
+            else "(synced: {:.2f} x)".format(seconds[name] / seconds["cp, synced"])
         )
         sys.stdout.write(
-            f"  {name:<20} {reference[name]:7.2f} s {ratio:7.2f} x cp   "
+            f"  {name:<20} {seconds[name]:7.2f} s {ratio:7.2f} x cp   "
             f"{resident:7.0f} MiB [{anonymous:.0f}]  {synced}\n"
         )
     sys.stdout.flush()

@@ -50,7 +50,7 @@ def bookkeeping(regions: int, rounds: int) -> dict[str, float]:
     """CPU seconds a region, forward and backward, by way."""
     torch.set_num_threads(1)
     models = {way: nn.ModuleList(Tiny() for _ in range(regions)) for way in ("plain", "offload")}
-    offload.attach(models["offload"], budget="all", keep_last=0, min_bytes=0, host_budget=1 << 26)
+    offload.attach(models["offload"], fraction="all", keep_last=0, min_bytes=0, host_bytes=1 << 26)
     calls: dict[str, tuple[nn.ModuleList, Callable[..., Tensor]]] = {
         "plain": (models["plain"], lambda block, x: block(x)),
         "checkpoint": (models["plain"], partial(checkpoint, use_reentrant=False)),
@@ -144,7 +144,7 @@ def offloaded(
     model: Blocks, settings: dict[str, Any], stats: Callable[[offload.Stats], None]
 ) -> Iterator[AbstractContextManager[Any]]:
     """This package."""
-    plan = offload.attach(model, budget="all", **settings)
+    plan = offload.attach(model, fraction="all", **settings)
     yield nullcontext()
     torch.cuda.synchronize()
     stats(plan.stats())

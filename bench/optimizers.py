@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import Config
-from harness.config.config import load
-from harness.optim.apollo.groups import apollo_param_groups
+from harness.config.load import load
 from harness.optim.apollo.memory import state_bytes
+from harness.optim.apollo.param_groups import apollo_param_groups
 from harness.run import run_in_world
 from harness.task import load_task
 from harness.testing.pool import RankPool
@@ -63,7 +63,7 @@ def config_of(directory: Path, optimizer: dict[str, Any], steps: int) -> Config:
     overrides = {
         "run": {"dir": str(directory), "steps": steps},
         "engines": {"lm": {"scheduler": {"warmup": max(1, steps // 10)}}},
-        "trainer": {"save_every": 0, "eval_every": 0, "save_on_quit": False},
+        "trainer": {"save_every": 0, "eval_every": 0, "save_at_end": False},
         "control": {"stdin": False},
     }
     config = load(TASK, overrides)

@@ -1,10 +1,10 @@
-"""What a codebook pattern costs a batch, beside a Python loop over its timesteps, and a mere copy.
+"""What a codebook pattern costs per batch, beside a Python loop over timesteps and a plain copy.
 
     python bench/pattern.py [--codebooks 8] [--timesteps 1500] [--batch 8] [--vocabulary 128]
 
-All build a delayed sequence, bring its tokens back and bring logits back, in turn, in one process;
-medians. The loop copies one timestep of all samples at a time; a copy of the result is the least
-that any way takes.
+Each builds a delayed sequence, reverts its tokens and reverts logits, in turn, in one process;
+medians. The loop copies one timestep of all samples at a time; a copy of the result is the lower
+bound.
 """
 
 import argparse
@@ -26,14 +26,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("codebooks", 8), ("timesteps", 1500), ("batch", 8), ("vocabulary", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    pattern = delay(given.codebooks, given.timesteps)
-    shape = (given.batch, given.codebooks, given.timesteps)
-    tokens_BKT = torch.randint(1, given.vocabulary, shape)
+    pattern = delay(args.codebooks, args.timesteps)
+    shape = (args.batch, args.codebooks, args.timesteps)
+    tokens_BKT = torch.randint(1, args.vocabulary, shape)
     sequence_BKS, _ = pattern.build(tokens_BKT, EMPTY)
-    logits_BKSV = torch.randn(*sequence_BKS[..., 1:].shape, given.vocabulary)
-    works: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+    logits_BKSV = torch.randn(*sequence_BKS[..., 1:].shape, args.vocabulary)
+    cases: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "build": (
             lambda: pattern.build(tokens_BKT, EMPTY)[0],
             lambda: loop_build(pattern, tokens_BKT),
@@ -47,21 +47,21 @@ def main() -> None:
             lambda: loop_revert(pattern, logits_BKSV, 1),
         ),
     }
-    say(f"{list(shape)}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    write(f"{list(shape)}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     heads = ("ours, ms", "loop, ms", "copy, ms", "loop/ours", "copy/ours")
-    say(" " * 14 + "".join(f"{head:>10}" for head in heads))
-    for name, (ours, loop) in works.items():
+    write(" " * 14 + "".join(f"{head:>10}" for head in heads))
+    for name, (ours, loop) in cases.items():
         result = ours()
         assert torch.equal(result, loop())
         times: tuple[list[float], ...] = ([], [], [])
         for _ in range(ROUNDS):
-            for function, found in zip((ours, loop, result.clone), times, strict=True):
+            for function, seconds in zip((ours, loop, result.clone), times, strict=True):
                 started = time.perf_counter()
                 function()
-                found.append(time.perf_counter() - started)
-        mine, theirs, least = map(statistics.median, times)
-        figures = f"{mine * 1e3:9.3f} {theirs * 1e3:9.3f} {least * 1e3:9.3f}"
-        say(f"{name:>14} {figures} {theirs / mine:9.1f} {least / mine:9.2f}")
+                seconds.append(time.perf_counter() - started)
+        ours_s, loop_s, copy_s = map(statistics.median, times)
+        figures = f"{ours_s * 1e3:9.3f} {loop_s * 1e3:9.3f} {copy_s * 1e3:9.3f}"
+        write(f"{name:>14} {figures} {loop_s / ours_s:9.1f} {copy_s / ours_s:9.2f}")
 
 
 def loop_build(pattern: Pattern, tokens_BKT: Tensor) -> Tensor:
@@ -73,14 +73,15 @@ def loop_build(pattern: Pattern, tokens_BKT: Tensor) -> Tensor:
 
 
 def loop_revert(pattern: Pattern, steps_BKSX: Tensor, shift: int) -> Tensor:
-    found = steps_BKSX.new_empty(*steps_BKSX.shape[:2], pattern.timesteps, *steps_BKSX.shape[3:])
+    shape = (*steps_BKSX.shape[:2], pattern.timesteps, *steps_BKSX.shape[3:])
+    values_BKTX = steps_BKSX.new_empty(shape)
     for codebook, steps in enumerate(pattern.step_KT().tolist()):
         for timestep, step in enumerate(steps):
-            found[:, codebook, timestep] = steps_BKSX[:, codebook, step - shift]
-    return found
+            values_BKTX[:, codebook, timestep] = steps_BKSX[:, codebook, step - shift]
+    return values_BKTX
 
 
-def say(text: str) -> None:
+def write(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 

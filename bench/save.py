@@ -28,7 +28,7 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     from harness import distributed
     from harness.checkpoint.disks import find_disks
     from harness.checkpoint.save import Saver
-    from harness.control.live import Live
+    from harness.control.live import LiveConfig
     from harness.data.loader import train_batches
     from harness.engine.engines import build_engines
     from harness.task import load_task
@@ -50,8 +50,8 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     engines.step(next(batches))
     seconds: dict[str, list[float]] = {}
     disks = find_disks(directory)
-    saver = Saver(engines, batches, Live(config), disks)
-    background = Saver(engines, batches, Live(behind), disks)
+    saver = Saver(engines, batches, LiveConfig(config), disks)
+    background = Saver(engines, batches, LiveConfig(behind), disks)
     target = directory / "bench/checkpoints/step-00000000"
 
     def ours() -> None:

@@ -2,8 +2,8 @@
 # Builds the image and runs it, with buildah and without a daemon: docker/check.sh [FOLDER]
 #
 # Needs root, Debian's buildah, debootstrap and iproute2, and a python3 with pip and PyYAML. The base
-# is a Debian that is made here, or the image that BASE_IMAGE names. pip is told in the build what pip
-# is told here; TORCH_INDEX is the Dockerfile's. FOLDER keeps the base and the image for the next time.
+# is a Debian that is made here, or the image that BASE_IMAGE names. pip has the same settings in the
+# build as here; TORCH_INDEX is the Dockerfile's. FOLDER keeps the base and the image for the next time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -50,7 +50,7 @@ make_base() {
     rm --recursive --force "$work/debian"
 }
 
-# What pip is told here, as a pip.conf, and `--volume` options for the folders and files that it names.
+# pip's settings here as a pip.conf, and `--volume` options for the folders and files that it names.
 pip_options() {
     python3 -m pip config list | sed --quiet --regexp-extended "s/^(global|:env:)\.([^=]*)='(.*)'$/\2=\3/p" |
         sort --unique --field-separator== --key=1,1 | sed '1i [global]' >"$work/pip.conf"
@@ -64,7 +64,7 @@ pip_options() {
 build() {
     local options
     mapfile -t options < <(pip_options)
-    # A pip that is sent to folders or indexes of its own finds torch there.
+    # A pip that has folders or indexes of its own finds torch there.
     if grep --quiet --extended-regexp '^(find-links|extra-index-url|index-url)=' "$work/pip.conf"; then
         TORCH_INDEX=${TORCH_INDEX-}
     fi
@@ -128,7 +128,7 @@ until_training() {
     fail "a container was not healthy in time"
 }
 
-# node NODE WORD...: the environment and command that compose.yaml gives a node, and more words.
+# node NODE WORD...: the environment and command of a node in compose.yaml, and more words.
 node() {
     local words
     mapfile -t words < <(python3 -c '
@@ -151,7 +151,7 @@ start_nodes() {
 checkpoints() { find "$runs/byte_lm/checkpoints" -name manifest.json | wc --lines; }
 
 [ -n "${BASE_IMAGE:-}" ] || tool inspect --type image localhost/debian >/dev/null 2>&1 || make_base
-step "the base is there"
+step "the base is ready"
 build
 step "built: $(tool images --format '{{.Size}}' "$image")"
 
@@ -183,10 +183,10 @@ step "resumed, healthy, and on SIGTERM saved: exit code $code"
 rm --recursive "$runs/byte_lm"
 start_nodes --run.steps=1000000
 until_training "$first" "$work/node0.log"
-until_training "$second" "$work/node0.log" # rank 0 tells
+until_training "$second" "$work/node0.log" # rank 0's log
 kill -TERM "$(first_process "$second")"
-! wait "$first" || fail "node 0 ended as if all were well"
-! wait "$second" || fail "node 1 ended as if all were well"
+! wait "$first" || fail "node 0 exited with 0"
+! wait "$second" || fail "node 1 exited with 0"
 [ "$(checkpoints)" = 1 ] || fail "two nodes: $(checkpoints) checkpoints"
 step "two nodes, and SIGTERM to one: $(grep --only-matching 'saved .*' "$work/node0.log")"
 
@@ -199,15 +199,16 @@ step "two nodes again: $(grep --only-matching 'step .* on 2 ranks' "$work/node0.
 start_nodes --run.steps=1000000 --run.timeout_s=60
 until_training "$first" "$work/node0.log"
 kill -KILL "$(first_process "$second")"
-! wait "$first" || fail "node 0 ended as if all were well without node 1"
+! wait "$first" || fail "node 0 exited with 0 without node 1"
 ! wait "$second" || fail "node 1 was not killed"
-step "two nodes, one of them killed: the other one has ended"
+step "two nodes, one of them killed: the other one has exited"
 
 python3 -m pip install --quiet --constraint constraints.txt --target "$root/opt/pytest" \
     pytest pytest-timeout >"$work/pip.log" 2>&1 || fail "pytest"
 cp --recursive tests pyproject.toml "$root$workdir"
 environment+=(PYTHONPATH=/opt/pytest PYTHONDONTWRITEBYTECODE=1)
-container 0 python -m pytest -p no:cacheprovider -q tests/config/test_config.py tests/distributed/test_distributed.py \
+container 0 python -m pytest -p no:cacheprovider -q \
+    tests/config/test_config.py tests/distributed/test_distributed.py \
     'tests/launch/test_launch.py::test_every_front_under_every_launcher[torchrun]' \
     >"$work/pytest.log" 2>&1 || fail "the tests"
 step "the tests: $(tail --lines=1 "$work/pytest.log")"

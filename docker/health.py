@@ -1,7 +1,7 @@
-"""Whether the run in this container lives: what HEALTHCHECK and Kubernetes' probes ask.
+"""Whether the run in this container is healthy: for HEALTHCHECK and Kubernetes' probes.
 
-Exit code 0 once a rank here has begun, which holds its run's log open, and, where rank 0 is and
-takes commands, as long as it answers `status`. The caller bounds how long it may take.
+Exit code 0 once a rank in this container has begun, which has its run's log open; and, where rank 0
+is one of them and takes commands, as long as it answers `status`. The caller limits the time.
 """
 
 import sys
@@ -9,25 +9,27 @@ from pathlib import Path
 
 import psutil
 
-from harness.control.client import tell
+from harness.control.client import send_command
 from harness.control.wire import SOCKET
 from harness.errors import HarnessError
 
 
 def main() -> int:
-    """Looks at the processes of this container that this user may look into."""
-    held: set[Path] = set()
+    """Checks the open files of this user's processes in this container."""
+    opened: set[Path] = set()
     for process in psutil.process_iter():
         try:
-            held |= {Path(file.path) for file in process.open_files()}
+            opened |= {Path(file.path) for file in process.open_files()}
         except psutil.Error:
             continue
-    if not any(path.name == "log.txt" for path in held):
+    if not any(path.name == "log.txt" for path in opened):
         sys.stdout.write("no rank has begun\n")
         return 1
-    led = [path.parents[1] for path in held if path.parts[-2:] == ("control", "lock")]
+    runs = [path.parents[1] for path in opened if path.parts[-2:] == ("control", "lock")]
     try:
-        return max((tell(run, "status", as_json=False) for run in led if listens(run)), default=0)
+        return max(
+            (send_command(run, "status", as_json=False) for run in runs if listens(run)), default=0
+        )
     except HarnessError as error:
         sys.stdout.write(f"{error}\n")
         return 1

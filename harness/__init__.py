@@ -1,3 +1,36 @@
-"""harness: the training loop around your own PyTorch models on DeepSpeed."""
+"""harness: the training harness around your own PyTorch models on DeepSpeed.
+
+The rooms, from the top floor down: imports point down this list, and down the list of each room
+(tests/test_architecture.py).
+
+    cli.py             the command `harness`: ctl, inspect, convert
+    run.py             a run from its config to its end, as named steps
+    run_directory.py   runs/NAME/: its lock, its log, its resolved config
+    trainer.py         Trainer: the loop; steps, and what happens between them
+    execute.py         what each live command does, and what is answered
+    evaluate.py        held-out evaluation, every rank its share
+    checkpoint/        a run's own commits: save, resume, reshard, retention, export, inspect
+    convert/           checkpoints and files into plain weights, streamed without torch
+    engine/            Engine: one model under one DeepSpeed engine; Engines: the named set
+    task.py            Task: all that harness knows of the user's code
+    data/              from a dataset to the micro-batches of a rank
+    metrics/           each step's numbers: averaged, recorded, shown
+    control/           live commands, from where they are typed to all ranks at one step
+    optim/             optimizers, learning-rate schedules, APOLLO
+    offload/           activations in host memory until backward
+    wrapper/           other modules in a model's place; freezing, growing, compiling, placing
+    zero/              what we know of DeepSpeed's insides: layouts, files, live engines
+    io/                save and load of whole structures
+    formats/           the files that weights are in, read and written without torch
+    distributed/       who this rank is, and the small messages between ranks
+    launcher/          who this rank is in the environment of what launched it
+    config/            the typed config, checked before torch is imported
+    pattern.py         in which order a model sees the tokens of several codebooks
+    logs.py            the log, on the terminal and in log.txt
+    files.py           files by atomic rename, or a line at a time; locks
+    utils.py           small helpers that need no file of their own
+    errors.py          errors addressed to the user
+    testing/           rank pools, a simulated device, faults on demand; nothing imports it
+"""
 
 __version__ = "0.1.0"

@@ -3,12 +3,13 @@
 Where the ranks have agreed on an error (`distributed.raise_on_all_ranks`), rank 0 speaks for all.
 """
 
-import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from itertools import islice
+from pathlib import Path
 
 
 class HarnessError(Exception):
-    """What the user can mend: the entry point prints the message and exits with `code`."""
+    """What the user can fix: the entry point prints the message and exits with `code`."""
 
     code = 1
     agreed = False
@@ -26,11 +27,11 @@ class CheckpointError(HarnessError):
 
 
 class FormatError(HarnessError):
-    """A file of weights that is damaged, hostile, or of another kind; or what none can hold."""
+    """A file of weights that is damaged, hostile or of another format; or data it cannot hold."""
 
 
 class CommandError(HarnessError):
-    """A control command that cannot be understood or obeyed; the run goes on."""
+    """A control command that cannot be understood or executed; the run continues."""
 
 
 class TaskError(HarnessError):
@@ -43,5 +44,44 @@ class LostRank(HarnessError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" (did you mean 'steps'?)"` for the known word nearest to `word`, or an empty string."""
+    import difflib  # late: only errors need it
+
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def first_few(items: Iterable[object], most: int = 6, between: str = ", ") -> str:
+    """`"a, b and 3 more"`: the first `most` items as text, and the number of the others.
+
+    Of an iterator, which may be endless, only one more is read: "a, b, ...".
+    """
+    iterator = iter(items)
+    text = between.join(map(str, islice(iterator, most)))
+    if isinstance(items, Sized):
+        return text + (f" and {len(items) - most} more" if len(items) > most else "")
+    return text + (f"{between}..." if any(True for _ in iterator) else "")
+
+
+def written_by(rank: int, hosts: Sequence[str]) -> str:
+    """The rank that wrote a file of a checkpoint. `hosts`: by rank, as the manifest lists them."""
+    return f"rank {rank} on host {hosts[rank]}" if 0 <= rank < len(hosts) else "an unknown rank"
+
+
+def missing_files(directory: Path, files: Mapping[str, str], hosts: Iterable[str]) -> str:
+    """One line about missing files of a checkpoint and where to find them.
+
+    `files`: their names, each with its `written_by`. `hosts`: those where they are missing.
+    """
+    by_writer: dict[str, list[str]] = {}
+    for name, writer in files.items():
+        by_writer.setdefault(writer, []).append(name)
+    groups = [
+        f"{first_few(names)} {'are' if len(names) > 1 else 'is'} missing, written by {writer}"
+        for writer, names in by_writer.items()
+    ]
+    where = sorted(set(hosts))
+    return (
+        f"{directory} on host{'s' if len(where) > 1 else ''} {first_few(where)}: "
+        f"{first_few(groups, between='; ')}: copy the missing files from there into the same "
+        "directory"
+    )

@@ -1,11 +1,11 @@
-"""Held-out evaluation: every rank its share, the same number of micro-batches on each."""
+"""Evaluation on the held-out data: each rank its share, in equally many micro-batches."""
 
 from collections.abc import Callable
 
 import torch
 
 from harness import distributed
-from harness.config.config import Config
+from harness.config import Config
 from harness.data.loader import eval_shares
 from harness.engine.engines import Engines
 from harness.errors import ConfigError, TaskError
@@ -14,14 +14,14 @@ from harness.utils import to_device
 
 
 def evaluate(
-    engines: Engines, task: Task, micro_batch_size: int, is_stopped: Callable[[], bool]
+    engines: Engines, task: Task, micro_batch_size: int, should_stop: Callable[[], bool]
 ) -> dict[str, float] | None:
     """The trained engines' losses and stats on `task.eval_data`, averaged over its samples.
 
-    Collective. The engines are in evaluation mode meanwhile, and have the average for their weights
-    where one is kept. The same on every rank; None if
-    `is_stopped`, which every rank asks after each micro-batch, said so. What fails on one rank
-    alone is raised on all of them, once the others have done their shares.
+    Collective; the same result on every rank. The engines are in evaluation mode meanwhile, with
+    their EMA weights where they keep any. None if `should_stop`, which every rank calls after each
+    micro-batch, returned True. A failure on one rank is raised on all of them, once the others have
+    evaluated their shares.
     """
     sums: dict[str, torch.Tensor] = {}
     weights: dict[str, int] = {}
@@ -36,9 +36,9 @@ def evaluate(
                         for name, mean in _means(engines, task, share).items():
                             sums[name] = sums.get(name, 0) + mean * len(share)
                             weights[name] = weights.get(name, 0) + len(share)
-                    except Exception as error:  # the others must hear of it
+                    except Exception as error:  # raised on all ranks, below
                         failure = error
-                if is_stopped():
+                if should_stop():
                     return None
     finally:
         engines.train()
@@ -55,19 +55,19 @@ def evaluate(
 
 
 def _means(engines: Engines, task: Task, share: range) -> dict[str, torch.Tensor]:
-    """The numbers of one micro-batch; none of one that counts for nothing, which may be NaN."""
+    """The means of one micro-batch; none if its share is empty, when they may be NaN."""
     assert task.eval_data is not None
     batch = task.collate([task.eval_data[index] for index in share or [0]])
-    found = engines.evaluate(to_device(batch, distributed.device()))
-    return {n: torch.as_tensor(v).to(torch.float64).mean() for n, v in found.items() if share}
+    stats = engines.evaluate(to_device(batch, distributed.device()))
+    return {n: torch.as_tensor(v).to(torch.float64).mean() for n, v in stats.items() if share}
 
 
 def check_eval_data(task: Task, config: Config) -> None:
-    """Raises TaskError or ConfigError if there is nothing to evaluate on where there should be."""
+    """Raises ConfigError or TaskError if the evaluation that is asked for has no usable data."""
     if task.eval_data is None:
         if config.trainer.eval_every:
             raise ConfigError("trainer.eval_every is set, but the task has no eval_data")
     elif not (hasattr(task.eval_data, "__getitem__") and hasattr(task.eval_data, "__len__")):
-        raise TaskError("eval_data is no map-style dataset (`__len__` and `__getitem__`)")
+        raise TaskError("eval_data is not a map-style dataset (`__len__` and `__getitem__`)")
     elif len(task.eval_data) == 0:
         raise TaskError(f"eval_data: {type(task.eval_data).__name__} has no items")

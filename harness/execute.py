@@ -1,4 +1,8 @@
-"""What each command does to a run, between two steps, and what is answered."""
+"""What each command does to a run, between two steps, and what it answers.
+
+It is beside trainer.py rather than in control/, which transports commands and knows neither the
+trainer nor the engines.
+"""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -7,11 +11,11 @@ from harness.control import commands as c
 from harness.control.bus import Ticket
 from harness.control.events import Event
 from harness.control.grammar import Grammar
-from harness.control.live import Live, live_keys, value_of
+from harness.control.live import LiveConfig, live_keys, value_of
 from harness.engine.engines import Engines
 from harness.errors import CommandError
 from harness.evaluate import check_eval_data
-from harness.metrics.progress import set_log_level
+from harness.logs import set_log_level
 from harness.metrics.status import Status
 
 if TYPE_CHECKING:
@@ -19,60 +23,26 @@ if TYPE_CHECKING:
 
 
 def execute(trainer: "Trainer", ticket: Ticket) -> str | None:
-    """Obeys a command, on every rank alike. Returns what to answer, or None if that is to follow.
+    """Executes a command other than save. Every rank calls it.
 
-    Raises HarnessError if it cannot be obeyed.
+    Returns the answer, or None if that comes later. Raises HarnessError if the command fails.
     """
-    engines, live = trainer.engines, trainer.live
     match ticket.command:
-        case c.Save(name):
-            return trainer.save(name, ticket)
         case c.Export(format):
             return f"exported {trainer.export(format)}"
         case c.Eval():
-            found = trainer.evaluate()
-            if found is None:
-                has_data = trainer.task.eval_data is not None
-                raise CommandError(
-                    "given up: the run is to end" if has_data else "the task has no eval_data"
-                )
-            return found
+            return _evaluate(trainer)
         case c.Quit() as command:
             trainer.ending = command
             return "the run ends here"
-        case c.Pause():
-            if trainer.is_over():
-                raise CommandError("it came too late: this was the last step")
-            trainer.paused = True
-            return "paused; resume goes on"
-        case c.Resume():
-            if not trainer.paused:
-                raise CommandError("the run is not paused")
-            trainer.paused = False
-            return "going on"
-        case c.SetLr(rate, name):
-            for engine in engines.chosen(name):
-                engine.set_lr(rate)
-            return _rates(engines)
-        case c.ScaleLr(factor, name):
-            for engine in engines.chosen(name):
-                engine.scale_lr(factor)
-            return _rates(engines)
-        case c.FollowSchedule(name):
-            for engine in engines.chosen(name):
-                engine.follow_schedule()
-            return _rates(engines)
+        case c.Pause() | c.Resume() as command:
+            return _pause_or_resume(trainer, command)
+        case c.SetLr() | c.ScaleLr() | c.FollowSchedule() as command:
+            return _change_lr(trainer.engines, command)
         case c.SetLossScale(scale, name):
-            scaled = [engine for engine in engines.chosen(name) if engine.has_loss_scale]
-            if not scaled:
-                raise CommandError("there is no loss scale: it computes in fp32 or bf16")
-            for engine in scaled:
-                engine.set_loss_scale(scale)
-            return f"loss scale {scale:g}"
+            return _set_loss_scale(trainer.engines, scale, name)
         case c.SetClip(norm, name):
-            for engine in engines.chosen(name):
-                engine.set_clip(norm)
-            return f"gradients are clipped to {norm:g}" if norm else "gradients are not clipped"
+            return _set_clip(trainer.engines, norm, name)
         case c.SetSteps(n):
             return _set(trainer, "run.steps", str(n))
         case c.Set(key, value):
@@ -81,55 +51,111 @@ def execute(trainer: "Trainer", ticket: Ticket) -> str | None:
             return trainer.trace(n, ticket)
         case c.SetLog(level):
             set_log_level(level)
-            return f"logging from {level} on"
-        case c.At(text, step):
-            if step < engines.global_step:
-                raise CommandError(f"step {step} is behind: the run is at {engines.global_step}")
-            return str(live.events.add(text, engines.global_step, at=step))
-        case c.Every(text, n):
-            return str(live.events.add(text, engines.global_step, every=n))
+            return f"log level {level}"
+        case c.At() | c.Every() as command:
+            return _add_event(trainer, command)
         case c.ClearEvents(number):
-            gone = live.events.clear(number)
-            if number is not None and not gone:
-                raise CommandError(f"there is no event {number}; event show lists them")
-            return f"forgot {_listed(gone, '; ')}" if gone else "there was no event"
+            return _clear_events(trainer.live, number)
         case c.TaskCommand(name, args):
-            said = trainer.task.commands[name](engines, *args)
-            return "done" if said is None else str(said)
+            result = trainer.task.commands[name](trainer.engines, *args)
+            return "done" if result is None else str(result)
         case command:
             raise AssertionError(command)
 
 
-def answer(query: c.Query, status: Status, live: Live, engines: Engines, grammar: Grammar) -> str:
+def answer(
+    query: c.Query, status: Status, live: LiveConfig, engines: Engines, grammar: Grammar
+) -> str:
     """Answers a query on rank 0, from any thread."""
     match query:
         case c.Help():
             return grammar.help()
         case c.Status():
-            return "\n".join([status.line(), *engines.overrides(), *live.describe()])
+            return "\n".join([status.line(), *engines.overrides(), *live.changes()])
         case c.TimeLeft(step):
             return status.time_left(step)
         case c.ShowEvents():
-            return _listed(live.events, "\n") or "no event is pending"
+            return _joined(live.events, "\n") or "no event is pending"
         case c.ShowSettings():
             return "\n".join(f"{key} = {value_of(live.config, key)}" for key in live_keys())
         case _:
             raise AssertionError(query)
 
 
-def _set(trainer: "Trainer", key: str, text: str) -> str:
-    """Changes a live key, and what depends on it. Raises HarnessError, with nothing changed."""
-    before, now = trainer.live.config, trainer.live.with_changes({key: text})
-    check_eval_data(trainer.task, now)
-    if now.run.steps != before.run.steps:
-        trainer.move_end(now.run.steps)
-    trainer.live.set(key, text)
-    return f"{key} = {value_of(now, key)} (it was {value_of(before, key)})"
+def _evaluate(trainer: "Trainer") -> str:
+    result = trainer.evaluate()
+    if result is None:
+        has_data = trainer.task.eval_data is not None
+        raise CommandError(
+            "interrupted: the run is ending" if has_data else "the task has no eval_data"
+        )
+    return result
 
 
-def _rates(engines: Engines) -> str:
+def _pause_or_resume(trainer: "Trainer", command: c.Pause | c.Resume) -> str:
+    if isinstance(command, c.Pause):
+        if trainer.is_over():
+            raise CommandError("this was the last step")
+        trainer.paused = True
+        return "paused until resume"
+    if not trainer.paused:
+        raise CommandError("the run is not paused")
+    trainer.paused = False
+    return "resumed"
+
+
+def _change_lr(engines: Engines, command: c.SetLr | c.ScaleLr | c.FollowSchedule) -> str:
+    for engine in engines.chosen(command.engine):
+        match command:
+            case c.SetLr(rate):
+                engine.overrides.set_lr(rate)
+            case c.ScaleLr(factor):
+                engine.overrides.scale_lr(factor)
+            case c.FollowSchedule():
+                engine.overrides.follow_schedule()
     return ", ".join(f"{name}: lr {lr:g}" for name, lr in engines.get_lr().items())
 
 
-def _listed(events: Iterable[Event], between: str) -> str:
-    return between.join(map(str, events))
+def _set_loss_scale(engines: Engines, scale: float, name: str | None) -> str:
+    scaled = [engine for engine in engines.chosen(name) if engine.has_loss_scale]
+    if not scaled:
+        raise CommandError("there is no loss scale: the engine computes in fp32 or bf16")
+    for engine in scaled:
+        engine.set_loss_scale(scale)
+    return f"loss scale {scale:g}"
+
+
+def _set_clip(engines: Engines, norm: float, name: str | None) -> str:
+    for engine in engines.chosen(name):
+        engine.overrides.set_clip(norm)
+    return f"gradients are clipped to {norm:g}" if norm else "gradients are not clipped"
+
+
+def _set(trainer: "Trainer", key: str, text: str) -> str:
+    """Changes a live key, and what depends on it. Raises HarnessError, with nothing changed."""
+    old, new = trainer.live.config, trainer.live.with_changes({key: text})
+    check_eval_data(trainer.task, new)
+    if new.run.steps != old.run.steps:
+        trainer.move_end(new.run.steps)
+    trainer.live.set(key, text)
+    return f"{key} = {value_of(new, key)} (was {value_of(old, key)})"
+
+
+def _add_event(trainer: "Trainer", command: c.At | c.Every) -> str:
+    step, events = trainer.engines.global_step, trainer.live.events
+    if isinstance(command, c.Every):
+        return str(events.add(command.command, step, every=command.n))
+    if command.step < step:
+        raise CommandError(f"step {command.step} has already passed: the run is at {step}")
+    return str(events.add(command.command, step, at=command.step))
+
+
+def _clear_events(live: LiveConfig, number: int | None) -> str:
+    removed = live.events.clear(number)
+    if number is not None and not removed:
+        raise CommandError(f"there is no event {number}; event show lists them")
+    return f"removed {_joined(removed, '; ')}" if removed else "no event is pending"
+
+
+def _joined(events: Iterable[Event], separator: str) -> str:
+    return separator.join(map(str, events))

@@ -82,14 +82,6 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def json_read(path: Path) -> Any:
-    """The value in a JSON file. Raises ValueError that names the file if it is not JSON."""
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
 def json_write(value: Any, path: Path) -> None:
     """Writes a value as indented JSON."""
     write_atomically(path, lambda staged: staged.write_text(json.dumps(value, indent=2) + "\n"))

@@ -1,10 +1,10 @@
-"""Codebook patterns: in which order a model sees the tokens of several codebooks.
+"""Codebook patterns: the order in which a model sees the tokens of several codebooks.
 
-An audio codec gives K tokens at every timestep. A pattern says at which step of a sequence each of
-them stands, so that a language model can predict the sequence step by step. The idea, and the
-names, are from Copet et al., "Simple and Controllable Music Generation" (MusicGen), 2023; coarse
-first is the order of VALL-E (Wang et al., "Neural Codec Language Models are Zero-Shot Text to
-Speech Synthesizers", 2023).
+An audio codec gives K tokens at every timestep. A pattern assigns each of them a step of a
+sequence, which a language model can then predict step by step. The idea, and the names, are from
+Copet et al., "Simple and Controllable Music Generation" (MusicGen), 2023; coarse first is the order
+of VALL-E (Wang et al., "Neural Codec Language Models are Zero-Shot Text to Speech Synthesizers",
+2023).
 
     sequence_BKS, mask_KS = delay(codebooks, timesteps).build(tokens_BKT, empty=1024)
 
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 CACHED = 256
-"""Patterns that are kept, by their arguments, since every batch asks for one."""
+"""Patterns that are cached, by their arguments, since every batch needs one."""
 
 
 class Pattern:
-    """A step for each of the tokens, given by codebook and timestep, each exactly once.
+    """A step for each token, which is given by codebook and timestep.
 
-    Its indices are kept on every device that it was used on.
+    The indices are cached on every device on which the pattern is used.
     """
 
     def __init__(self, step_KT: Tensor):
-        """`step_KT`: the step of each token, int64, from 1 on.
+        """`step_KT`: the step of each token, int64, at least 1.
 
-        Raises ValueError if a step is none, or holds two tokens of one codebook.
+        Raises ValueError for a step below 1, or one with two tokens of one codebook.
         """
         if step_KT.dim() != 2 or step_KT.dtype != torch.int64 or not step_KT.numel():
             raise ValueError(
@@ -39,10 +39,10 @@ class Pattern:
                 f"{list(step_KT.shape)}"
             )
         if (first := int(step_KT.min())) < 1:
-            raise ValueError(f"step {first}: the first one is 1, since 0 is empty")
+            raise ValueError(f"step {first}: expected steps >= 1, since step 0 is empty")
         self.codebooks, self.timesteps = step_KT.shape
         self.steps = int(step_KT.max()) + 1
-        """The length of a whole sequence, step 0 included."""
+        """The length of a complete sequence, step 0 included."""
         counts_KS = torch.zeros(self.codebooks, self.steps, dtype=torch.int64)
         counts_KS.scatter_add_(1, step_KT.cpu(), torch.ones_like(step_KT, device="cpu"))
         if int(counts_KS.max()) > 1:
@@ -53,11 +53,11 @@ class Pattern:
 
     def step_KT(self, device: torch.device | str = "cpu") -> Tensor:
         """The step of each token, int64."""
-        return _on(self._step_KT, torch.device(device))
+        return _cached_on(self._step_KT, torch.device(device))
 
     def mask_KS(self, device: torch.device | str = "cpu") -> Tensor:
-        """Where a sequence has tokens, bool; elsewhere it is empty."""
-        return _on(self._mask_KS, torch.device(device))
+        """True where a sequence has tokens, bool; elsewhere it is empty."""
+        return _cached_on(self._mask_KS, torch.device(device))
 
     def build(self, tokens_BKT: Tensor, empty: int) -> tuple[Tensor, Tensor]:
         """`(sequence_BKS, mask_KS)`: the tokens at their steps, and `empty` where there are none.
@@ -78,41 +78,41 @@ class Pattern:
     def revert(self, sequence_BKS: Tensor, empty: int) -> tuple[Tensor, Tensor]:
         """`(tokens_BKT, mask_KT)`: the inverse of `build`.
 
-        A sequence may have only the first steps of a whole one: tokens that are to come are `empty`
-        and false in the mask. Raises ValueError for another number of codebooks, or more steps.
+        A sequence may be incomplete, with the first steps only: the missing tokens are `empty`, and
+        False in the mask. Raises ValueError for another number of codebooks, or more steps.
         """
         return self._revert(sequence_BKS, 0, empty)
 
     def revert_logits(self, logits_BKSV: Tensor, empty: float = 0.0) -> tuple[Tensor, Tensor]:
-        """`(logits_BKTV, mask_KT)`: of a model that predicts at each step the next one.
+        """`(logits_BKTV, mask_KT)`, for a model that predicts the next step at each step.
 
-        So it has seen all steps but the last, `sequence_BKS[..., :-1]`, or fewer: logits that are
-        to come are `empty` and false in the mask. Raises as `revert`.
+        Its input is all steps but the last, `sequence_BKS[..., :-1]`, or fewer: the missing logits
+        are `empty`, and False in the mask. Raises as `revert` does.
         """
         return self._revert(logits_BKSV, 1, empty)
 
-    def _revert(self, found: Tensor, shift: int, empty: float) -> tuple[Tensor, Tensor]:
-        """What stands, at each token's step less `shift`, in `found` [B, K, steps, ...]."""
-        batch, codebooks, steps, *rest = found.shape
-        whole = self.steps - shift
-        if codebooks != self.codebooks or steps > whole:
+    def _revert(self, values: Tensor, shift: int, empty: float) -> tuple[Tensor, Tensor]:
+        """The values at each token's step minus `shift`; `values` is [B, K, steps, ...]."""
+        batch, codebooks, steps, *rest = values.shape
+        complete = self.steps - shift
+        if codebooks != self.codebooks or steps > complete:
             raise ValueError(
-                f"this pattern is for [batch, {self.codebooks}, at most {whole}, ...], found "
-                f"{list(found.shape)}"
+                f"this pattern is for [batch, {self.codebooks}, at most {complete}, ...], found "
+                f"{list(values.shape)}"
             )
-        step_KT = self.step_KT(found.device) - shift
+        step_KT = self.step_KT(values.device) - shift
         mask_KT = step_KT < steps
-        if steps < whole:  # what is to come is taken from one more step, which is empty
-            found = torch.cat([found, found.new_full((batch, codebooks, 1, *rest), empty)], 2)
+        if steps < complete:  # missing values are read from one more step, which is empty
+            values = torch.cat([values, values.new_full((batch, codebooks, 1, *rest), empty)], 2)
             step_KT = step_KT.where(mask_KT, steps)
-        row_K1 = torch.arange(codebooks, device=found.device)[:, None]
-        return found[:, row_K1, step_KT], mask_KT
+        row_K1 = torch.arange(codebooks, device=values.device)[:, None]
+        return values[:, row_K1, step_KT], mask_KT
 
 
-def _on(kept: dict[torch.device, Tensor], device: torch.device) -> Tensor:
-    if device not in kept:
-        kept[device] = kept[torch.device("cpu")].to(device)
-    return kept[device]
+def _cached_on(cache: dict[torch.device, Tensor], device: torch.device) -> Tensor:
+    if device not in cache:
+        cache[device] = cache[torch.device("cpu")].to(device)
+    return cache[device]
 
 
 def parallel(codebooks: int, timesteps: int) -> Pattern:
@@ -122,7 +122,7 @@ def parallel(codebooks: int, timesteps: int) -> Pattern:
 
 def delay(codebooks: int, timesteps: int, delays: Sequence[int] | None = None) -> Pattern:
     """Codebook k at `delays[k]` steps after its timestep; by default k."""
-    delays = _checked("delays", range(codebooks) if delays is None else delays, codebooks)
+    delays = _one_per_codebook("delays", range(codebooks) if delays is None else delays, codebooks)
     return regular(timesteps, delays)
 
 
@@ -135,16 +135,16 @@ def unrolled(
     """Each timestep as several steps: codebook k at its inner step `flattening[k]`, by default k,
     and `delays[k]` timesteps late. [0, 1, 1, 1] is the paper's partial flattening."""
     inner = range(codebooks) if flattening is None else flattening
-    inner = _checked("flattening", inner, codebooks)
-    late = _checked("delays", (0,) * codebooks if delays is None else delays, codebooks)
+    inner = _one_per_codebook("flattening", inner, codebooks)
+    late = _one_per_codebook("delays", (0,) * codebooks if delays is None else delays, codebooks)
     stride = max(inner) + 1
     starts = tuple(i + stride * d for i, d in zip(inner, late, strict=True))
     return regular(timesteps, starts, stride)
 
 
 def coarse_first(codebooks: int, timesteps: int, delays: Sequence[int] | None = None) -> Pattern:
-    """All of codebook 0, then the others side by side; codebook k is `delays[k]` steps late."""
-    late = _checked("delays", (0,) * codebooks if delays is None else delays, codebooks)
+    """All of codebook 0, then the others in parallel; codebook k is `delays[k]` steps late."""
+    late = _one_per_codebook("delays", (0,) * codebooks if delays is None else delays, codebooks)
     return regular(timesteps, (late[0], *(timesteps + d for d in late[1:])))
 
 
@@ -155,20 +155,20 @@ def regular(timesteps: int, starts: tuple[int, ...], stride: int = 1) -> Pattern
     return Pattern(1 + starts_K1 + stride * torch.arange(timesteps))
 
 
-def layout(steps: Sequence[Collection[tuple[int, int]]]) -> Pattern:
+def from_steps(steps: Sequence[Collection[tuple[int, int]]]) -> Pattern:
     """Any pattern: `steps[s]` holds the `(timestep, codebook)` of the tokens at step s + 1.
 
-    Raises ValueError if a token is missing, or stands at two steps.
+    Raises ValueError if a token is missing, or has two steps.
     """
-    found = {}
+    step_of = {}
     for step, coordinates in enumerate(steps, start=1):
         for timestep, codebook in coordinates:
-            if (codebook, timestep) in found:
+            if (codebook, timestep) in step_of:
                 raise ValueError(f"timestep {timestep} of codebook {codebook} has two steps")
-            found[codebook, timestep] = step
-    codebooks, timesteps = (1 + max(numbers) for numbers in zip(*found, strict=True))
+            step_of[codebook, timestep] = step
+    codebooks, timesteps = (1 + max(numbers) for numbers in zip(*step_of, strict=True))
     step_KT = torch.zeros(codebooks, timesteps, dtype=torch.int64)
-    for (codebook, timestep), step in found.items():
+    for (codebook, timestep), step in step_of.items():
         step_KT[codebook, timestep] = step
     if (missing := (step_KT == 0).nonzero()).numel():
         codebook, timestep = missing[0].tolist()
@@ -176,7 +176,7 @@ def layout(steps: Sequence[Collection[tuple[int, int]]]) -> Pattern:
     return Pattern(step_KT)
 
 
-def _checked(what: str, numbers: Sequence[int], codebooks: int) -> tuple[int, ...]:
+def _one_per_codebook(what: str, numbers: Sequence[int], codebooks: int) -> tuple[int, ...]:
     if len(numbers) != codebooks or min(numbers, default=0) < 0:
-        raise ValueError(f"{what}: expected {codebooks} numbers from 0 on, found {list(numbers)}")
+        raise ValueError(f"{what}: expected {codebooks} numbers >= 0, found {list(numbers)}")
     return tuple(numbers)

@@ -1,4 +1,4 @@
-"""The task: all that harness knows of the user's own code.
+"""The task: everything that harness knows about the user's code.
 
 A task is a Python file, or an importable module, with one function `build(config) -> Task`.
 """
@@ -19,20 +19,20 @@ from torch.utils.data import default_collate
 
 from harness.control.commands import COMMANDS
 from harness.errors import ConfigError, HarnessError, TaskError
+from harness.metrics.meters import Stats
 from harness.utils import tensor_leaves, to_device
 
 if TYPE_CHECKING:
-    from harness.config.config import Config
+    from harness.config import Config
     from harness.engine.engine import Engine
-
-Stats = Mapping[str, torch.Tensor | float]
 
 
 def default_feeder(engine: "Engine", batch: Any) -> tuple[torch.Tensor, Stats]:
-    """Calls the model with the batch and sums the losses that its submodules left behind.
+    """Calls the model with the batch and sums the losses of its submodules.
 
-    A dict is passed as keywords, a list or tuple as positional arguments. Every submodule may set
-    `self.loss` (a scalar tensor) and `self.stats` (a dict of numbers); both are taken off again.
+    A dict is passed as keywords, a list or tuple as positional arguments. In its forward every
+    submodule may set `self.loss` (a scalar tensor) and `self.stats` (a dict of numbers); both are
+    removed again.
     """
     batch = to_device(batch, engine.device, engine.dtype)
     match batch:
@@ -45,25 +45,25 @@ def default_feeder(engine: "Engine", batch: Any) -> tuple[torch.Tensor, Stats]:
     losses = engine.gather_attribute("loss", torch.Tensor)
     if not losses:
         raise TaskError(
-            f"engine {engine.name!r}: its forward left no `loss` on any submodule of "
+            f"engine {engine.name!r}: its forward set no `loss` on any submodule of "
             f"{type(engine.module).__name__}; set `self.loss`, or give the Task a feeder"
         )
     stats = (
         {f"loss.{path}": loss.detach() for path, loss in losses.items()} if len(losses) > 1 else {}
     )
-    for found in engine.gather_attribute("stats", Mapping).values():
-        stats |= found
+    for reported in engine.gather_attribute("stats", Mapping).values():
+        stats |= reported
     for path, loss in losses.items():
         if loss.ndim:
             raise TaskError(
                 f"engine {engine.name!r}: the loss of {path or 'the model'} has the shape "
-                f"{list(loss.shape)}, expected one number"
+                f"{list(loss.shape)}, expected a scalar"
             )
     return torch.stack(list(losses.values())).sum(), stats
 
 
 def count_batch(batch: Any) -> tuple[int, int]:
-    """`(samples, tokens)` of a batch, read off its first tensor: [samples, tokens, ...]."""
+    """`(samples, tokens)` of a batch, from its first tensor's shape, [samples, tokens, ...]."""
     leaves = [leaf for leaf in tensor_leaves(batch) if leaf.ndim]
     if not leaves:
         return 1, 1
@@ -73,7 +73,7 @@ def count_batch(batch: Any) -> tuple[int, int]:
 
 @dataclass(kw_only=True)
 class Task:
-    """The user's models, data and the way from a batch to a loss."""
+    """The user's models and data, and how a batch becomes a loss."""
 
     models: Mapping[str, nn.Module]
     """One model for every `[engines.NAME]` of the config, under the same name."""
@@ -98,37 +98,36 @@ class Task:
     """`batch -> (samples, tokens)`, for the counters and the throughput."""
 
     commands: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
-    """Live commands of the task's own, by name: `function(engines, *words) -> what to answer`,
-    which every rank calls between the same two steps. Its docstring is shown by `help`."""
+    """The task's own live commands, by name: `function(engines, *words) -> answer`, which every
+    rank calls between the same two steps. Its docstring is shown by `help`."""
 
 
-RESERVED = {"step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "step_time_s"} | {
-    "samples",
-    "tokens",
-    "tokens_per_s",
+RESERVED = {
+    *("step", "epoch", "loss", "lr", "grad_norm", "loss_scale"),
+    *("samples", "tokens", "step_time_s", "tokens_per_s"),
 }
-"""Names in the metrics that are harness's own."""
+"""Names that harness itself uses in the metrics."""
 
 
 def feed(task: Task, engine: "Engine", batch: Any) -> tuple[torch.Tensor, Stats]:
-    """What the task's feeder makes of a batch. Raises TaskError if it breaks its contract."""
-    fed = task.feeder(engine, batch)
-    if not (isinstance(fed, tuple) and len(fed) == 2 and isinstance(fed[1], Mapping)):
-        raise TaskError(f"the feeder returned {type(fed).__name__}, expected (loss, stats)")
-    loss, stats = fed
+    """The feeder's loss and stats of a batch. Raises TaskError if they are not valid."""
+    result = task.feeder(engine, batch)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+        raise TaskError(f"the feeder returned {type(result).__name__}, expected (loss, stats)")
+    loss, stats = result
     if not isinstance(loss, torch.Tensor) or loss.ndim:
         found = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise TaskError(f"the feeder returned the loss {found}, expected a tensor of one number")
-    if taken := RESERVED & stats.keys():
-        raise TaskError(f"the feeder returned stats named {sorted(taken)}: harness's own names")
+        raise TaskError(f"the feeder returned the loss {found}, expected a scalar tensor")
+    if reserved := RESERVED & stats.keys():
+        raise TaskError(f"the feeder returned stats named {sorted(reserved)}: reserved names")
     for name, value in stats.items():
         if not isinstance(value, torch.Tensor | float | int):
-            raise TaskError(f"the feeder returned the stat {name!r} = {value!r}: not a number")
+            raise TaskError(f"the feeder returned the stat {name!r} = {value!r}, expected a number")
     return loss, stats
 
 
-def checked(task: Any, path: str) -> Task:
-    """What `build` returned. Raises TaskError if it is no Task of models and commands."""
+def validate(task: Any, path: str) -> Task:
+    """What `build` returned. Raises TaskError if it is not a valid Task."""
     if not isinstance(task, Task):
         raise TaskError(f"task {path}: build returned {type(task).__name__}, expected Task")
     if not isinstance(task.models, Mapping):
@@ -142,25 +141,25 @@ def checked(task: Any, path: str) -> Task:
     for name, function in task.commands.items():
         if not (name.isidentifier() and callable(function)) or name in own:
             raise TaskError(
-                f"task {path}: command {name!r}: expected a function under a plain word that is "
-                "none of harness's own commands"
+                f"task {path}: command {name!r}: expected a function named by an identifier that "
+                "is not one of harness's own commands"
             )
     return task
 
 
 def load_task(config: "Config") -> Task:
-    """Imports the task's code and builds it.
+    """Imports the task's code and builds the Task.
 
-    Raises TaskError, with the traceback of the task's own frames, if it fails or does not keep
-    the contract.
+    Raises TaskError, with the traceback of the task's own frames, if that fails or the Task is
+    invalid.
     """
     path = config.task.path
     try:
-        module = _import(path)
+        module = _import_task(path)
         build = getattr(module, "build", None)
         if not callable(build):
-            raise TaskError(f"task {path}: it has no function `build(config) -> Task`")
-        return checked(build(config), path)
+            raise TaskError(f"task {path} has no function `build(config) -> Task`")
+        return validate(build(config), path)
     except HarnessError:
         raise
     except ValidationError as error:
@@ -172,10 +171,10 @@ def load_task(config: "Config") -> Task:
         raise TaskError(f"task {path} failed to build:\n{text}") from None
 
 
-def _import(path: str) -> ModuleType:
-    """Imports the task; a file as Python does a script, with its folder on `sys.path`.
+def _import_task(path: str) -> ModuleType:
+    """Imports the task's module; of a file, with its folder on `sys.path`, as Python runs a script.
 
-    So it may import its neighbours, and data-loader workers can unpickle what it defines.
+    So it can import its neighbours, and data-loader workers can unpickle what it defines.
     """
     if not path.endswith(".py"):
         return importlib.import_module(path)
@@ -184,5 +183,5 @@ def _import(path: str) -> ModuleType:
         sys.path.insert(0, str(file.parent))
     module = importlib.import_module(file.stem)
     if Path(module.__file__ or "").resolve() != file:
-        raise TaskError(f"task {path}: another module is called {file.stem!r}: {module.__file__}")
+        raise TaskError(f"task {path}: another module is named {file.stem!r}: {module.__file__}")
     return module

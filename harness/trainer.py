@@ -3,16 +3,17 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness import distributed
 from harness.checkpoint.export import export
-from harness.checkpoint.save import Saver
+from harness.checkpoint.manifest import step_directory
+from harness.checkpoint.save import Saver, SaveResult
 from harness.control.bus import Bus, Ticket
-from harness.control.commands import Change, EvalQuit, Interrupt, Quit, QuitUnsaved
-from harness.control.live import Live
+from harness.control.commands import EvalQuit, Interrupt, Quit, QuitUnsaved, Save, StateChange
+from harness.control.live import LiveConfig
 from harness.data.loader import Batches
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, CommandError, HarnessError
@@ -27,7 +28,7 @@ from harness.task import Task
 from harness.utils import to_device
 
 log = logging.getLogger(__name__)
-tell = distributed.global_leader_only(log.error)
+log_error = distributed.global_leader_only(log.error)
 
 SECONDS_BETWEEN_POLLS = 0.05  # of a paused run
 MOST_TRACED = 1000  # steps
@@ -38,7 +39,7 @@ class Trainer:
 
     def __init__(
         self,
-        live: Live,
+        live: LiveConfig,
         task: Task,
         engines: Engines,
         batches: Batches,
@@ -62,10 +63,10 @@ class Trainer:
         self.ending: Quit | None = None
         """The command that ends the run before its last step."""
         self.finishing = False
-        self._heard: deque[Ticket] = deque()
-        """Commands that the ranks have agreed on, and that are still to be obeyed."""
-        self._saving: list[tuple[Ticket, str]] = []
-        """Commands that wait for the save in flight, and what to answer them."""
+        self._received: deque[Ticket] = deque()
+        """Commands that the ranks have agreed on, and that are still to be executed."""
+        self._saving: list[Ticket] = []
+        """Commands that wait for the save in flight."""
         self._tracing: list[tuple[Trace, Ticket]] = []
         self._saved_step: int | None = None
         self._evaluation: dict[str, float] = {}  # at this step, if there was one
@@ -76,7 +77,7 @@ class Trainer:
         Returns the exit code: 0, or 128 + the number of the signal that ended the run.
         """
         if self.is_over():
-            log.info("the run is complete; another run.steps in the config lets it go on")
+            log.info("the run is complete; a larger run.steps in the config continues it")
             return 0
         try:
             self.loop()
@@ -90,16 +91,16 @@ class Trainer:
         """Steps, and what is due between them, until the run is over."""
         self.engines.train()
         if self.live.config.trainer.eval_every and self.engines.global_step == 0:
-            self.evaluate()  # where it starts from; and a broken evaluation is known now
+            self.evaluate()  # the starting point; and a broken evaluation is found now
         self.handle_commands()
         while not self.is_over():
             self.step()
-            self.settle(self.saver.poll)
+            self.finish_save(self.saver.poll())
             if self.is_due(self.live.config.trainer.eval_every):
                 self.evaluate()
             self.handle_commands()
             if self.is_due(self.live.config.trainer.save_every):
-                self.mind_failure(self.save)
+                self.save()
             if self.is_due(self.live.config.trainer.export_every):
                 self.try_to_export()
 
@@ -135,7 +136,7 @@ class Trainer:
         return bool(every) and self.engines.global_step % every == 0 and not self.is_over()
 
     def move_end(self, steps: int) -> None:
-        """Takes note of another `run.steps`. Raises CommandError if that step is behind."""
+        """Sets another `run.steps`. Raises CommandError if that step has passed."""
         if steps <= self.engines.global_step:
             raise CommandError(f"the run is at step {self.engines.global_step}; quit ends it here")
         self.engines.set_total_steps(steps)
@@ -145,7 +146,7 @@ class Trainer:
     # Commands
 
     def handle_commands(self) -> None:
-        """Obeys the events that are due and the commands that were heard; waits while paused."""
+        """Executes the events that are due and the commands received; waits while paused."""
         self.poll_commands()
         self.execute_all()
         if not self.paused:
@@ -153,90 +154,91 @@ class Trainer:
         with self.status.doing("paused"):
             while self.paused and not self.is_over():
                 time.sleep(SECONDS_BETWEEN_POLLS)
-                self.settle(self.saver.poll)
+                self.finish_save(self.saver.poll())
                 self.poll_commands()
                 self.execute_all()
 
     def poll_commands(self) -> bool:
-        """Hears commands, to obey them between two works. True if the one at hand should end: for
-        a signal, and for a `quit` that came after it began."""
-        news = self.bus.poll(self.engines.global_step)
-        self._heard.extend(news)
-        return any(isinstance(ticket.command, Quit) for ticket in news) or any(
-            isinstance(ticket.command, Interrupt) for ticket in self._heard
+        """Receives commands, which are executed once the work in progress has ended.
+
+        True if that should be given up: for a signal, and for a `quit` that came after it began.
+        """
+        new = self.bus.poll(self.engines.global_step)
+        self._received.extend(new)
+        return any(isinstance(ticket.command, Quit) for ticket in new) or any(
+            isinstance(ticket.command, Interrupt) for ticket in self._received
         )
 
     def execute_all(self) -> None:
-        """Obeys the events that are due and what was heard, in order.
+        """Executes the events that are due and the commands received, in order.
 
-        Once the run ends, it can only be told to end otherwise.
+        Once the run is ending, only commands that end it otherwise are executed.
         """
         self.execute_events()
-        while self._heard:
-            ticket = self._heard.popleft()
+        while self._received:
+            ticket = self._received.popleft()
             is_ending = self.finishing or self.ending is not None
             if not is_ending or isinstance(ticket.command, Quit):
                 self.execute(ticket)
                 self.execute_events()
             else:
                 step = self.engines.global_step
-                self.bus.end(ticket, "failed", step, "it came too late: the run ends here")
+                self.bus.end(ticket, "failed", step, "the run is already ending")
 
     def execute_events(self) -> None:
-        """Obeys the events that are due at this step."""
+        """Executes the events that are due at this step."""
         if self.finishing or self.ending is not None:
             return
         for event in self.live.events.due(self.engines.global_step):
-            self._saved_step = None  # a checkpoint of this step would still hold the event
+            self._saved_step = None  # a checkpoint of this step would still contain the event
             try:
                 self.execute(self.bus.ticket(event.command, f"event {event.id}"))
             except CommandError as error:
-                tell("%s is dropped: %s", event, error)
+                log_error("%s is removed: %s", event, error)
                 self.live.events.clear(event.id)
             if self.ending is not None:  # the others stay pending
                 return
 
     def execute(self, ticket: Ticket) -> None:
-        """Obeys a command on all ranks; what fails on any of them has failed, and the run goes on.
-
-        A save that fails ends the run if `checkpoint.on_error` says so.
-        """
+        """Executes a command on all ranks; one that fails on any of them has failed, and the run
+        continues. A save is answered when it has ended, by `finish_save`."""
         step = self.engines.global_step
         log.info("step %d: %s: %s", step, ticket.front, ticket.text)
+        if isinstance(ticket.command, Save):
+            self.save(ticket.command.name, ticket)
+            return
         try:
             with distributed.raise_on_all_ranks(f"{ticket.text!r}"):
                 result = execute(self, ticket)
         except HarnessError as error:
             self.bus.end(ticket, "failed", step, str(error))
-            if isinstance(error, CheckpointError) and self.save_failure_is_fatal():
-                raise
         else:
             if result is not None:
                 self.bus.end(ticket, "done", step, result)
-        if isinstance(ticket.command, Change):
-            self._saved_step = None  # a checkpoint of this step would not hold it yet
+        if isinstance(ticket.command, StateChange):
+            self._saved_step = None  # a checkpoint of this step would not contain it
 
     # What happens between steps
 
     def finish(self) -> None:
-        """What is due when the run ends or is told to quit.
+        """What is due when the run ends, or is to quit.
 
         The checkpoint comes last: a run that resumes from it finds nothing left to do.
         """
         self.end_traces(at_once=True)
-        self.settle(self.saver.wait)
+        self.finish_save(self.saver.wait())
         self.finishing = True
         if self.ending is None or isinstance(self.ending, EvalQuit):
             self.evaluate()
             self.execute_all()
         settings = self.live.config.trainer
-        if settings.export_on_quit and not isinstance(self.ending, QuitUnsaved | Interrupt):
+        if settings.export_at_end and not isinstance(self.ending, QuitUnsaved | Interrupt):
             self.export()
         if isinstance(self.ending, Interrupt) or (
-            settings.save_on_quit and not isinstance(self.ending, QuitUnsaved)
+            settings.save_at_end and not isinstance(self.ending, QuitUnsaved)
         ):
             self.save()
-        self.settle(self.saver.wait)
+        self.finish_save(self.saver.wait())
         self.report(self.meter.drain())
         for engine in self.engines.trained:
             engine.log_offload_stats()
@@ -245,93 +247,80 @@ class Trainer:
     def rescue(self, error: HarnessError) -> None:
         """Saves the steps since the last save before an error ends the run.
 
-        Only where all ranks have agreed on the error, between two steps, and it is not that saving
-        fails.
+        Only where all ranks have agreed on the error, between two steps, and saving has not failed.
         """
         is_saved = self._saved_step == self.engines.global_step
         if not error.agreed or isinstance(error, CheckpointError) or is_saved:
             return
-        tell("%s\nthis ends the run: saving it first", error)
+        log_error("%s\nthis ends the run: saving it first", error)
         try:
             self.save()
-            self.settle(self.saver.wait)
+            self.finish_save(self.saver.wait())
         except CheckpointError as second:
-            tell("%s", second)
+            log_error("%s", second)
 
-    def save(self, name: str | None = None, ticket: Ticket | None = None) -> str | None:
-        """Writes a checkpoint of this step, unless it stands already without a name.
+    def save(self, name: str | None = None, ticket: Ticket | None = None) -> None:
+        """Writes a checkpoint of this step, unless there is one already and no name is given.
 
-        Returns where it stands; None if it is still being written: `ticket`, the command that asks
-        for it, is answered then. Raises CheckpointError, on all ranks.
+        `ticket`: the command that asks for it. Raises CheckpointError as `finish_save` does.
         """
         if self._saved_step == self.engines.global_step and name is None:
-            if self.saver.is_writing and ticket is not None:
-                self._saving.append((ticket, "saved already"))
-                return None
-            return "saved already"
-        where = self.saver.place(name)
-        self.settle(self.saver.wait)
-        with self.status.doing("saving"):
-            self.report(self.meter.drain())  # the counters must hold this step
-            self.saver.save(self._evaluation, name)
-        self._saved_step = self.engines.global_step
-        if not self.saver.is_writing:
-            return f"saved {where}"
+            if ticket is not None and self.saver.is_writing:
+                self._saving.append(ticket)
+            elif ticket is not None:
+                self.bus.end(ticket, "done", self.engines.global_step, "saved already")
+            return
+        self.finish_save(self.saver.wait())
         if ticket is not None:
-            self._saving.append((ticket, f"saved {where}"))
-        return None
+            self._saving.append(ticket)
+        with self.status.doing("saving"):
+            self.report(self.meter.drain())  # the counters must include this step
+            result = self.saver.save(self._evaluation, name)
+        self._saved_step = self.engines.global_step
+        self.finish_save(result)
 
-    def settle(self, action: Callable[[], None]) -> None:
-        """Looks after the save in flight, and answers the commands that asked for it."""
-        failure = ""
-        try:
-            failure = self.mind_failure(action)
-        except CheckpointError as error:
-            failure = str(error)
-            raise
-        finally:
-            if not self.saver.is_writing:
-                for ticket, saved in self._saving:
-                    state = "failed" if failure else "done"
-                    self.bus.end(ticket, state, self.engines.global_step, failure or saved)
-                self._saving.clear()
+    def finish_save(self, result: SaveResult | None) -> None:
+        """Answers the commands that asked for a save which has ended; None: it has not.
 
-    def save_failure_is_fatal(self) -> bool:
-        """Whether a failing save ends the run: the config says so, or it was the last chance."""
-        return self.finishing or self.live.config.checkpoint.on_error == "stop"
-
-    def mind_failure(self, action: Callable[[], object]) -> str:
-        """Does something with the saver; tells and returns a failure that does not end the run."""
-        try:
-            action()
-        except CheckpointError as error:
-            self._saved_step = None
-            if self.save_failure_is_fatal():
-                raise
-            tell("%s; the run goes on, and the next save tries again", error)
-            return str(error)
-        return ""
+        A failure that no command is answered with is logged; the next save tries again. Raises its
+        CheckpointError, on all ranks, where `checkpoint.on_error` says so, and at the run's end,
+        where no save follows.
+        """
+        if result is None:
+            return
+        error = result.error
+        tickets, self._saving = self._saving, []
+        for ticket in tickets:
+            state, text = ("failed", str(error)) if error else ("done", f"saved {result.path}")
+            self.bus.end(ticket, state, self.engines.global_step, text)
+        if error is None:
+            return
+        self._saved_step = None
+        if self.finishing or self.live.config.checkpoint.on_error == "stop":
+            raise error
+        if not tickets:
+            log_error("%s; the run continues, and the next save tries again", error)
 
     def export(self, format: str = "sft") -> Path:
-        """Writes the plain weights of this step, and says where."""
+        """Writes the plain weights of this step. Returns where."""
         with self.status.doing("exporting"):
             return export(
                 self.engines, self.live.config.run_dir / "exports", format, self.poll_commands
             )
 
     def try_to_export(self) -> None:
-        """Exports; where that fails on all ranks alike, it tells so, and the run goes on."""
+        """Exports; a failure that all ranks agree on is logged, and the run continues."""
         try:
             self.export()
         except HarnessError as error:
             if not error.agreed:
                 raise
-            tell("%s; the run goes on, and the next export tries again", error)
+            log_error("%s; the run continues, and the next export tries again", error)
 
     def evaluate(self) -> str | None:
-        """Evaluates on the held-out data, records the result as `eval/...`, and says it.
+        """Evaluates on the held-out data, and records the result as `eval/...`. Returns it as text.
 
-        None if there are no such data, or a `quit` that was heard meanwhile has ended it.
+        None if there is no such data, or a `quit` has come meanwhile.
         """
         if self.task.eval_data is None:
             return None
@@ -349,13 +338,13 @@ class Trainer:
         return text
 
     def trace(self, steps: int, ticket: Ticket) -> None:
-        """Traces the next steps; `ticket`, who asks for it, is answered when that is written."""
+        """Traces the next steps; `ticket`, the command that asks for it, is answered when the trace
+        is written."""
         if self._tracing:
-            raise CommandError("a trace is being recorded already")
+            raise CommandError("another trace is being recorded")
         if steps > MOST_TRACED:
             raise CommandError(f"at most {MOST_TRACED} steps, which must fit into memory")
-        directory = self.live.config.run_dir / "traces"
-        self._tracing.append((Trace(directory, self.engines.global_step, steps), ticket))
+        self._tracing.append((Trace(self.engines.global_step, steps), ticket))
 
     def end_traces(self, at_once: bool = False) -> None:
         """Writes a trace whose steps have been taken."""
@@ -364,8 +353,10 @@ class Trainer:
             if not (at_once or trace.is_over(step)):
                 continue
             self._tracing.clear()
+            directory = step_directory(self.live.config.run_dir / "traces", step)
             try:
-                self.bus.end(ticket, "done", step, f"traced {trace.write(step)}")
+                trace.write(directory)
+                self.bus.end(ticket, "done", step, f"traced {directory}")
             except HarnessError as error:
                 self.bus.end(ticket, "failed", step, str(error))
 

@@ -1,15 +1,25 @@
 """Small helpers that need no file of their own."""
 
-import contextlib
+import importlib
+import os
 import pwd
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
-from tqdm import tqdm
+
+from harness.errors import ConfigError
+
+
+def import_path(path: str) -> Any:
+    """The object that an import path like "torch.nn:Linear" names. Raises ConfigError."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{path!r}: {error}") from None
 
 
 def to_device(tree: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
@@ -38,6 +48,24 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
+def may_overlap(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether two elements of a strided tensor may be at one place in memory; in doubt, yes."""
+    end = 0
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1:
+            if step <= end:
+                return True
+            end += step * (size - 1)
+    return False
+
+
+def write_durably(value: Any, path: Path) -> None:
+    """`torch_write`, then syncs the file to the disk. Raises OSError, which names `path`."""
+    torch_write(value, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def torch_write(value: Any, path: Path) -> None:
     """Writes with torch.save. Raises OSError, which names `path`, if the disk does not take it.
 
@@ -64,9 +92,3 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
-
-
-def say(text: str) -> None:
-    """Writes to the terminal, above a progress bar."""
-    with contextlib.suppress(OSError):  # a terminal that is gone must not end the run
-        tqdm.write(text, file=sys.stderr)

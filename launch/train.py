@@ -1,7 +1,6 @@
 """The entry point: `deepspeed launch/train.py --config FILE.toml [--section.key=value ...]`.
 
-It runs as well under `torchrun`, `srun` and `mpirun`, and as plain `python launch/train.py` in one
-process.
+`torchrun`, `srun` and `mpirun` launch it too, and plain `python launch/train.py` in one process.
 """
 
 import os
@@ -13,42 +12,43 @@ from harness.config.command_line import parse_args
 from harness.errors import HarnessError
 from harness.launcher import environment, parent
 
-SECONDS_FOR_THE_LEADER = 5.0
+LEADER_TIME_S = 5.0
+"""Seconds that another rank waits, so that rank 0 reports an error before the launcher kills it."""
 
 
 def main() -> None:
-    """Reads the command line, trains, and turns the user's mistakes into one message."""
-    parent.family()  # while it is whole
+    """Parses the command line and trains; an error that the user can fix is one message."""
+    parent.parent_ids()  # while all launchers are alive
     try:
-        environment.adopt()
+        environment.set_rank_variables()
         config = parse_args(sys.argv[1:])
     except HarnessError as error:
-        if not is_leader():  # it has most likely found the same, and its launcher ends the others
-            time.sleep(SECONDS_FOR_THE_LEADER)
-        leave(error)
-    from harness.run import run  # late: a mistake in the config need not wait for torch
+        if not is_leader():  # which most likely has the same error
+            time.sleep(LEADER_TIME_S)
+        exit_with(error)
+    from harness.run import run  # late: config errors are reported before torch is imported
 
     try:
         sys.exit(run(config))
     except HarnessError as error:
-        leave(error)
-    except KeyboardInterrupt:  # before the run could hear of signals
+        exit_with(error)
+    except KeyboardInterrupt:  # before the run handles signals
         sys.exit(130)
 
 
-def leave(error: HarnessError) -> NoReturn:
-    """Says what is wrong: rank 0 for all if they agree, before the launcher ends the others."""
+def exit_with(error: HarnessError) -> NoReturn:
+    """Reports an error and exits with its code; where all ranks agree, rank 0 alone reports it."""
     if is_leader():
         sys.stderr.write(f"error: {error}\n")
     elif error.agreed:
-        time.sleep(SECONDS_FOR_THE_LEADER)
+        time.sleep(LEADER_TIME_S)
     else:
         sys.stderr.write(f"error on rank {os.environ['RANK']}: {error}\n")
     sys.exit(error.code)
 
 
 def is_leader() -> bool:
-    """Whether this is rank 0, also where the environment says nonsense."""
+    """Whether this is rank 0, also where RANK is not a number."""
     return os.environ.get("RANK", "0") == "0"
 
 

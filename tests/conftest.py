@@ -1,11 +1,14 @@
-"""Shared fixtures: pools of ranks that the whole session uses, and the `--slow` option."""
+"""Shared fixtures: pools of ranks for the entire session, and the `--slow` option."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cache
 
 import pytest
 import torch
 
 from harness.testing.pool import RankPool
+from tests.support.helpers import Pools
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,18 +24,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def two_ranks() -> Iterator[RankPool]:
-    with RankPool(2) as pool:
-        yield pool
+def pools() -> Iterator[Pools]:
+    """The session's pool of so many ranks, made when it is first asked for."""
+    with ExitStack() as stack:
+        yield cache(lambda ranks: stack.enter_context(RankPool(ranks)))
 
 
 @pytest.fixture(scope="session")
-def three_ranks() -> Iterator[RankPool]:
-    with RankPool(3) as pool:
-        yield pool
+def two_ranks(pools: Pools) -> RankPool:
+    return pools(2)
 
 
 @pytest.fixture(scope="session")
-def four_ranks() -> Iterator[RankPool]:
-    with RankPool(4) as pool:
-        yield pool
+def three_ranks(pools: Pools) -> RankPool:
+    return pools(3)
+
+
+@pytest.fixture(scope="session")
+def four_ranks(pools: Pools) -> RankPool:
+    return pools(4)

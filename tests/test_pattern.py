@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.pattern import Pattern, coarse_first, delay, layout, parallel, unrolled
+from harness.pattern import Pattern, coarse_first, delay, from_steps, parallel, unrolled
 
 EMPTY = -1
 
@@ -128,10 +128,10 @@ def test_published_tables(pattern: Pattern, rows: list[str]) -> None:
     assert table(pattern) == [row.ljust(width, ".") for row in rows]
 
 
-def test_any_layout_can_be_written_down() -> None:
-    pattern = layout([[(0, 0)], [], [(1, 0), (0, 1)], [(1, 1)]])
+def test_any_from_steps_can_be_written_down() -> None:
+    pattern = from_steps([[(0, 0)], [], [(1, 0), (0, 1)], [(1, 1)]])
     assert table(pattern) == [".1.2.", "...12"]
-    same = layout([[(0, 0), (0, 1)], [(1, 1), (1, 0)]])
+    same = from_steps([[(0, 0), (0, 1)], [(1, 1), (1, 0)]])
     assert torch.equal(same.step_KT(), parallel(2, 2).step_KT())
 
 
@@ -149,13 +149,13 @@ def test_tokens_of_any_integer_type_keep_it() -> None:
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: delay(3, 4, [0, 1]), "delays: expected 3 numbers from 0 on, found [0, 1]"),
-        (lambda: unrolled(2, 4, [0, -1]), "flattening: expected 2 numbers from 0 on"),
+        (lambda: delay(3, 4, [0, 1]), "delays: expected 3 numbers >= 0, found [0, 1]"),
+        (lambda: unrolled(2, 4, [0, -1]), "flattening: expected 2 numbers >= 0"),
         (lambda: Pattern(torch.ones(2, 2)), "int64 tensor [codebooks, timesteps], found torch.fl"),
-        (lambda: Pattern(torch.zeros(1, 1, dtype=torch.int64)), "step 0: the first one is 1"),
+        (lambda: Pattern(torch.zeros(1, 1, dtype=torch.int64)), "step 0: expected steps >= 1"),
         (lambda: Pattern(torch.tensor([[1, 2], [3, 3]])), "step 3 holds more than one token of co"),
-        (lambda: layout([[(0, 0)], [(0, 0)]]), "timestep 0 of codebook 0 has two steps"),
-        (lambda: layout([[(0, 0)], [(1, 1)]]), "timestep 1 of codebook 0 has no step"),
+        (lambda: from_steps([[(0, 0)], [(0, 0)]]), "timestep 0 of codebook 0 has two steps"),
+        (lambda: from_steps([[(0, 0)], [(1, 1)]]), "timestep 1 of codebook 0 has no step"),
         (lambda: delay(2, 3).build(torch.ones(1, 2, 4), 0), "[batch, 2, 3], found [1, 2, 4]"),
         (lambda: delay(2, 3).revert(torch.ones(1, 2, 6), 0), "at most 5, ...], found [1, 2, 6]"),
         (lambda: delay(2, 3).revert_logits(torch.ones(1, 2, 5, 1)), "at most 4, ...], found"),

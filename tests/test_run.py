@@ -1,4 +1,4 @@
-"""Whole runs on two real ranks, at every ZeRO stage, against a plain PyTorch loop."""
+"""Complete runs on two real ranks, at every ZeRO stage, against a plain PyTorch loop."""
 
 import json
 import math
@@ -18,19 +18,26 @@ from harness.config.sections import merge
 from harness.data.sampler import RandomSampler
 from harness.engine.engine import Engine
 from harness.errors import TaskError
-from harness.io import load
 from harness.optim.schedules import build_scheduler
 from harness.run import run_in_world
 from harness.task import Task, feed, load_task
 from harness.testing.pool import RankPool
 from harness.trainer import Trainer
-from tests.support.helpers import error_of, losses, records, tiny_config
+from tests.support.helpers import (
+    error_of,
+    exported,
+    exports,
+    log_text,
+    losses,
+    records,
+    tiny_config,
+)
 
 STAGES = [0, 1, 2, 3]
 
 
 class Bare:
-    """A bare model in the place of an engine, for the task's own feeder."""
+    """A bare model in place of an engine, for the task's own feeder."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -47,7 +54,7 @@ class Bare:
 def plain_loop(
     config: Config, world_size: int, accumulation: int = 1
 ) -> tuple[list[float], nn.Module]:
-    """The losses of one process on the same global batches, and the model that they made."""
+    """The losses of one process on the same global batches, and the trained model."""
     ((name, settings),) = config.engines.items()
     assert settings.optimizer is not None
     distributed.seed_everything(config.run.seed)
@@ -107,11 +114,8 @@ def test_losses_and_weights_equal_a_plain_loop(
     two_ranks.run(run_in_world, config)
     expected, model = plain_loop(config, world_size=2)
     assert losses(config) == pytest.approx(expected, abs=1e-5, rel=0)
-    exported = load(config.run_dir / "exports/step-00000020/net.sft")
-    plain = model.state_dict()
-    assert exported.keys() == plain.keys()
-    for name, tensor in plain.items():
-        torch.testing.assert_close(exported[name], tensor, atol=1e-5, rtol=1e-5)
+    plain = dict(model.state_dict())
+    torch.testing.assert_close(exported(config), plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -133,9 +137,9 @@ def test_bf16_learns(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
     config = tiny_config(tmp_path, stage, run={"steps": 40}, engines={"net": engine})
     two_ranks.run(run_in_world, config)
     assert losses(config)[-1] < 0.8 * losses(config)[0]
-    exported = load(config.run_dir / "exports/step-00000040/net.sft")
-    assert exported.pop("scale").dtype == torch.float32  # DeepSpeed leaves buffers as they are
-    assert {t.dtype for t in exported.values()} == {torch.bfloat16}
+    weights = exported(config)
+    assert weights.pop("scale").dtype == torch.float32  # DeepSpeed leaves buffers as they are
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
 
 
 def test_a_record_has_every_number(two_ranks: RankPool, tmp_path: Path) -> None:
@@ -174,7 +178,7 @@ def test_evaluation_counts_each_sample_once(
     assert [record["step"] for record in found] == [0, 2, 4]
     task = load_task(config)  # its 10 held-out samples are 3 uneven batches on 2 ranks
     model = task.models["net"]
-    model.load_state_dict(load(config.run_dir / "exports/step-00000004/net.sft"))
+    model.load_state_dict(exported(config))
     assert task.eval_data is not None
     with torch.no_grad():
         model(*task.collate([task.eval_data[index] for index in range(10)]))
@@ -194,8 +198,7 @@ def test_two_engines_and_a_teacher_are_independent(two_ranks: RankPool, tmp_path
     assert [record["net/loss"] for record in records(config)] == losses(alone)
     assert len({record["other/loss"] for record in records(config)}) == 6
     assert "wise/loss" not in records(config)[0]
-    exported = sorted(p.name for p in (config.run_dir / "exports/step-00000006").iterdir())
-    assert exported == ["net.sft", "other.sft"]
+    assert sorted(path.name for path in exports(config).iterdir()) == ["net.sft", "other.sft"]
 
 
 @pytest.mark.parametrize("sampler", ["ordered", "pool", "batched"])
@@ -218,7 +221,7 @@ def test_every_sampler_and_workers(two_ranks: RankPool, tmp_path: Path, sampler:
         ({"engines": {"net": {"optimizer": {"lr2": 1}}}}, "unknown key 'lr2'"),
         (
             {"engines": {"net": {"optimizer": {"name": "torch:float32"}}}},
-            "no torch.optim.Optimizer",
+            "is not a torch.optim.Optimizer",
         ),
         (
             {"engines": {"net": {"scheduler": {"name": "cosine", "warmup": -5}}}},
@@ -226,14 +229,14 @@ def test_every_sampler_and_workers(two_ranks: RankPool, tmp_path: Path, sampler:
         ),
         ({"engines": {"net": {"optimizer": {"name": "adam"}}}}, "did you mean 'adamw'"),
         ({"engines": {"net": {"scheduler": {"name": "cosin"}}}}, "did you mean 'cosine'"),
-        ({"run": {"resume": "/no/where"}}, "/no/where is no checkpoint"),
+        ({"run": {"resume": "/no/where"}}, "/no/where is not a checkpoint"),
     ],
 )
-def test_a_mistake_is_told_on_all_ranks_before_anything_is_written(
+def test_a_mistake_is_reported_on_all_ranks_before_anything_is_written(
     two_ranks: RankPool, tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
-    told = two_ranks.run(error_of, tiny_config(tmp_path, **overrides))
-    assert all(message in text for text in told)
+    errors = two_ranks.run(error_of, tiny_config(tmp_path, **overrides))
+    assert all(message in text for text in errors)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,34 +250,34 @@ def train_until(config: Config, error: type[Exception]) -> None:
 
 
 @pytest.mark.parametrize("error", [TaskError, ZeroDivisionError])
-def test_the_log_says_on_which_ranks_and_why_a_run_ended(
+def test_the_log_has_the_ranks_and_the_reason_of_an_end(
     two_ranks: RankPool, tmp_path: Path, error: type[Exception]
 ) -> None:
     """With a traceback, unless the message is addressed to the user."""
     config = tiny_config(tmp_path)
     two_ranks.run(train_until, config, error)
-    text = (config.run_dir / "log.txt").read_text()
+    text = log_text(config)
     assert [f"rank {rank} ERROR it is unwell" in text for rank in range(2)] == [True, True]
     assert text.count("ZeroDivisionError: it is unwell") == 2 * (error is ZeroDivisionError)
 
 
 @pytest.mark.parametrize(
-    ("fed", "told"),
+    ("returned", "message"),
     [
         (torch.ones(()), "the feeder returned Tensor, expected (loss, stats)"),
-        ((torch.ones(3), {}), "the loss [3], expected a tensor of one number"),
-        ((1.0, {}), "the loss float, expected a tensor of one number"),
-        ((torch.ones(()), {"lr": 1.0}), "stats named ['lr']: harness's own names"),
-        ((torch.ones(()), {"word": "x"}), "the stat 'word' = 'x': not a number"),
+        ((torch.ones(3), {}), "the loss [3], expected a scalar tensor"),
+        ((1.0, {}), "the loss float, expected a scalar tensor"),
+        ((torch.ones(()), {"lr": 1.0}), "stats named ['lr']: reserved names"),
+        ((torch.ones(()), {"word": "x"}), "the stat 'word' = 'x', expected a number"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_feeder_that_breaks_its_contract_is_told(fed: Any, told: str) -> None:
-    task = Task(models={}, train_data=[], feeder=lambda engine, batch: fed)
+def test_a_feeder_that_breaks_its_contract_is_an_error(returned: Any, message: str) -> None:
+    task = Task(models={}, train_data=[], feeder=lambda engine, batch: returned)
     engine: Any = None
     with pytest.raises(TaskError) as caught:
         feed(task, engine, None)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_config_attribute_called_loss_is_left_alone() -> None:
@@ -292,16 +295,16 @@ def test_a_config_attribute_called_loss_is_left_alone() -> None:
     assert engine.dispatch_attribute("loss", "mse") == 2 and model[1].loss == "mse"
 
 
-def told_by_another_config(config: Config) -> str:
-    """Rank 1 was given other settings."""
+def error_with_another_config(config: Config) -> str:
+    """Rank 1 has other settings."""
     if distributed.global_rank() == 1:
         optimizer = {"optimizer": {"lr": 0.5}}
         config = Config.model_validate(merge(config.model_dump(), {"engines": {"net": optimizer}}))
     return error_of(config)
 
 
-def told_by_another_json(config: Config, path: Path) -> str:
-    """Rank 1's file for DeepSpeed says something else."""
+def error_with_another_json(config: Config, path: Path) -> str:
+    """Rank 1's file for DeepSpeed differs."""
     if distributed.global_rank() == 1:
         settings = json.loads(config.engines["net"].ds_config.read_text())
         path.write_text(json.dumps(settings | {"gradient_clipping": 0.5}))
@@ -310,10 +313,10 @@ def told_by_another_json(config: Config, path: Path) -> str:
     return error_of(config)
 
 
-def test_ranks_with_different_configs_are_told(two_ranks: RankPool, tmp_path: Path) -> None:
+def test_different_configs_are_refused(two_ranks: RankPool, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, 2)
-    told = two_ranks.run(told_by_another_config, config)
-    assert all("engines.net.optimizer.lr is 0.5 on rank 1, and 0.01 on rank 0" in t for t in told)
-    told = two_ranks.run(told_by_another_json, config, tmp_path / "other.json")
-    assert all("engines.net.ds_config gradient_clipping is 0.5 on rank 1" in t for t in told)
+    errors = two_ranks.run(error_with_another_config, config)
+    assert all("engines.net.optimizer.lr is 0.5 on rank 1, and 0.01 on rank 0" in e for e in errors)
+    errors = two_ranks.run(error_with_another_json, config, tmp_path / "other.json")
+    assert all("engines.net.ds_config gradient_clipping is 0.5 on rank 1" in e for e in errors)
     assert not config.run_dir.exists()

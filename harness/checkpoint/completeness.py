@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, on one disk or over several; and its files where they are read.
+"""Whether a checkpoint is complete, on one disk or over several; its files where they are read.
 
 Each node may have a disk of its own, with the files that its ranks wrote. What every rank reads
 (below ZeRO 3 the model states, which rank 0 wrote) is sent to the other nodes when a run resumes.
@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 
 from harness import distributed
-from harness.checkpoint import missing
 from harness.checkpoint.disks import find_disks
-from harness.checkpoint.durable import FileEntry, as_checkpoint_error, verify_file
+from harness.checkpoint.files import FileEntry, checkpoint_error_on_all_ranks, verify_file
 from harness.checkpoint.manifest import NAME, Manifest, read_manifest
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, missing_files
 from harness.files import sync_directory
 
 CHUNK = 64 << 20  # bytes that are sent at once
@@ -41,10 +40,11 @@ def common_manifest(directory: Path) -> Manifest:
     known = [saved for saved in saves if saved is not None]
     with distributed.raise_on_all_ranks(doing):
         if not known:
-            raise CheckpointError(f"{directory} is no checkpoint: there is no {NAME}")
+            raise CheckpointError(f"{directory} is not a checkpoint: there is no {NAME}")
         if len(set(known)) > 1:
             raise CheckpointError(
-                f"checkpoint {directory}: not of one save on all nodes: a kill came between them"
+                f"checkpoint {directory}: not of the same save on all nodes: a kill came between "
+                "their commits"
             )
     if None in saves:
         found = distributed.broadcast(found, saves.index(known[0]))
@@ -62,16 +62,16 @@ def verified(directory: Path) -> Manifest:
     doing = f"cannot read checkpoint {directory}"
     rank, world_size = distributed.global_rank(), distributed.world_size()
     if manifest.world_size == world_size:
-        files = manifest.files  # where each node has its own disk, a rank's own are here
+        files = manifest.files  # where each node has a disk of its own, it has its ranks' files
         share = [name for name, entry in files.items() if entry.rank == rank]
     else:
         files = {n: e for n, e in manifest.files.items() if "/" in n or e.rank == 0}
         share = list(files)[rank::world_size]
     with distributed.raise_on_all_ranks(doing):
-        here = [name for name in share if (directory / name).is_file()]
-        for name in here:
+        present = [name for name in share if (directory / name).is_file()]
+        for name in present:
             verify_file(directory / name, files[name])
-        checked = {name: _identity(directory / name) for name in here}
+        checked = {name: _identity(directory / name) for name in present}
         disk = _identity(directory) if directory.is_dir() else None
     answers = distributed.all_gather((socket.gethostname(), disk, checked))
     hosts, disks, per_rank = zip(*answers, strict=True)
@@ -80,7 +80,7 @@ def verified(directory: Path) -> Manifest:
         found |= dict.fromkeys(_copies_verified(directory, files, disks, found))
     with distributed.raise_on_all_ranks(doing):
         if lost := {name: manifest.writer(name) for name in files if name not in found}:
-            raise CheckpointError(missing.told(directory, lost, hosts))
+            raise CheckpointError(missing_files(directory, lost, hosts))
     return manifest
 
 
@@ -90,9 +90,9 @@ def _copies_verified(
     disks: Sequence[object],
     checked: Mapping[str, object],
 ) -> set[str]:
-    """Checks which of the files the ranks find on their disks beside those that were checked
-    already, and says what that is. `disks`: by rank the same for those that share one.
-    Collective."""
+    """Verifies the files on the ranks' disks that are not those `checked` already. Collective.
+
+    Returns their names. `disks`: by rank, the same for those that share one."""
     rank = distributed.global_rank()
     with distributed.raise_on_all_ranks(f"cannot read checkpoint {directory}"):
         others = [
@@ -108,13 +108,13 @@ def _copies_verified(
 
 def files_read_by(rank: int, files: Iterable[str]) -> list[str]:
     """The files that a rank reads when it resumes in the layout of the checkpoint: its own, and
-    those that name no rank."""
+    those of no rank."""
     found = {name: _OF_A_RANK.search(name) for name in files}
     return [name for name, match in found.items() if match is None or int(match[1]) == rank]
 
 
 def copy_missing_checkpoint(directory: Path, manifest: Manifest, wanted: Iterable[str]) -> None:
-    """Makes a verified checkpoint's wanted files, and its manifest, lie on this rank's disk.
+    """Copies a verified checkpoint's wanted files, and its manifest, to this rank's disk.
 
     Collective. Raises CheckpointError, on all ranks, if they cannot be written.
     """
@@ -131,10 +131,10 @@ def copy_missing_checkpoint(directory: Path, manifest: Manifest, wanted: Iterabl
 def copy_missing_files(
     directory: Path, files: Mapping[str, FileEntry], wanted: Iterable[str]
 ) -> None:
-    """Makes the wanted ones of the files lie on this rank's disk: what is not there is sent by the
-    first rank that has it, chunk by chunk. Collective.
+    """Copies the wanted ones of the files to this rank's disk: what it lacks is sent by the first
+    rank that has it, chunk by chunk. Collective.
 
-    Raises CheckpointError, on all ranks, if that cannot be done, or what came is not as it was.
+    Raises CheckpointError, on all ranks, if that cannot be done, or a copy differs from its file.
     """
     absent = {name for name in wanted if not (directory / name).is_file()}
     shares = distributed.all_gather(absent)
@@ -156,7 +156,7 @@ def _send(path: Path, entry: FileEntry, source: int, receivers: set[int]) -> Non
     staged = path.with_name(f".{path.name}.tmp")
     buffer = torch.empty(min(CHUNK, entry.size), dtype=torch.uint8)
     with ExitStack() as stack:
-        with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
+        with checkpoint_error_on_all_ranks(doing):
             file = None
             if distributed.global_rank() == source:
                 file = stack.enter_context(path.open("rb"))
@@ -166,14 +166,14 @@ def _send(path: Path, entry: FileEntry, source: int, receivers: set[int]) -> Non
                 file = stack.enter_context(staged.open("wb"))
         for start in range(0, entry.size, CHUNK):
             chunk = buffer[: min(CHUNK, entry.size - start)]
-            with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
+            with checkpoint_error_on_all_ranks(doing):
                 if file is not None and not receives:
                     file.readinto(chunk.numpy().data)
             dist.broadcast(chunk, src=source, group=distributed.control_group())
-            with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
+            with checkpoint_error_on_all_ranks(doing):
                 if file is not None and receives:
                     file.write(chunk.numpy().data)
-        with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
+        with checkpoint_error_on_all_ranks(doing):
             if file is not None and receives:
                 file.flush()
                 os.fsync(file.fileno())

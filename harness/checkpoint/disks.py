@@ -1,6 +1,6 @@
 """Which ranks write to one disk: all of them, or those of a node, where each has its own.
 
-Nobody has to say it. A rank makes a file, and all look whether they see it.
+It is found out: a rank makes a file, and all look whether they see it.
 """
 
 import uuid
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import distributed
-from harness.checkpoint.durable import as_checkpoint_error
+from harness.checkpoint.files import checkpoint_error_on_all_ranks
 from harness.checkpoint.manifest import checkpoints_in, saved_at
 
 
@@ -70,8 +70,8 @@ def list_checkpoints(directory: Path, disks: Disks) -> tuple[list[str], set[str]
     """The names of all checkpoints in `directory` on any disk, the newest first; and of those that
     are on every disk, of one and the same save. Collective. Raises CheckpointError on all ranks."""
     here: dict[str, float] = {}
-    doing = f"cannot look into {directory}"
-    with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
+    doing = f"cannot list {directory}"
+    with checkpoint_error_on_all_ranks(doing):
         if disks.is_leader:
             here = {path.name: saved_at(path) for path in checkpoints_in(directory)}
     shares = distributed.all_gather(here)

@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 def export(
     engines: Engines, parent: Path, format: str, between: Callable[[], object] = lambda: None
 ) -> Path:
-    """Writes every trained engine's whole weights as `parent/step-N/ENGINE.FORMAT`, and their
+    """Writes every trained engine's full weights as `parent/step-N/ENGINE.FORMAT`, and their
     average, where one is kept, as `ENGINE.ema.FORMAT`. Collective.
 
     They are those of evaluation mode, which the engines are in meanwhile. Where adapters are
-    trained, the weights have them worked in, and `ENGINE.lora/` has them alone, as peft loads them.
+    trained, the weights have them merged, and `ENGINE.lora/` has them alone, as peft loads them.
 
     `format`: "sft" or "pt". `between` is called, on every rank, after each tensor. Raises
     HarnessError, on all ranks, if it cannot be written.

@@ -8,25 +8,25 @@ ZeRO shards a rank reads the stretches that it keeps.
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from harness import distributed
-from harness.checkpoint.save import collect, shapes_of
 from harness.config.engine_sections import EngineConfig
 from harness.convert import plan
-from harness.convert.resolve_source import locate
+from harness.convert.resolve_source import resolve_source
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.engine.lora import base_weights
 from harness.errors import ConfigError, FormatError, did_you_mean
 from harness.formats import tensor_file
 from harness.formats.dtypes import FLOATS
-from harness.formats.sources import StoredTensor
+from harness.formats.stored_tensor import StoredTensor
 from harness.io.stored import read
 from harness.utils import dtype_name
-from harness.zero.layout import flats, is_extra_state
+from harness.zero.layout import is_extra_state
+from harness.zero.live import fill_masters, fill_weight, shapes_of
+from harness.zero.parameters import full_shape, is_expert
 from harness.zero.reader import SavedEngine
 
 log = logging.getLogger(__name__)
@@ -60,51 +60,21 @@ def fill(engine: Engine, weights: Weights) -> None:
     shapes = []
     has_masters = engine.role == "train" and not engine.has_lora  # adapters are not among them
     if has_masters:
-        shapes = shapes_of(collect(engine))
-    with distributed.raise_on_all_ranks(f"engines.{engine.name}.init_from"), torch.no_grad():
+        shapes = shapes_of(engine.collect())
+
+    def read_weight(name: str, start: int, stop: int) -> torch.Tensor:
+        return read(weights[name], start, stop).view(-1)
+
+    with distributed.raise_on_all_ranks(f"engines.{engine.name}.init_from"):
         module = _entries(engine)
         for name, tensor in {id(t): (name, t) for name, t in module.items()}.values():
-            _fill_weight(tensor, weights[name])
+            fill_weight(tensor, name, read_weight)
         if has_masters:
-            _fill_masters(engine, module, shapes, weights)
-    _note_casts(engine, module, weights)
+            fill_masters(engine.ds, module, shapes, read_weight)
+    _log_casts(engine, module, weights)
 
 
-def _fill_weight(tensor: torch.Tensor, weight: StoredTensor) -> None:
-    """Fills a parameter or buffer; at ZeRO 3 this rank's shard of the parameter."""
-    whole: Any = tensor
-    if not hasattr(whole, "ds_tensor"):
-        tensor.copy_(read(weight))
-        return
-    shard = whole.ds_tensor
-    start = min(distributed.global_rank() * shard.ds_numel, weight.numel())
-    stop = min(start + shard.ds_numel, weight.numel())
-    shard.view(-1)[: stop - start].copy_(read(weight, start, stop).view(-1))
-    if tensor.shape == whole.ds_shape:  # also held whole: small ones persist
-        tensor.copy_(read(weight))
-
-
-def _fill_masters(
-    engine: Engine, module: Mapping[str, torch.Tensor], shapes: list[Any], weights: Weights
-) -> None:
-    """Fills this rank's fp32 masters where they are others than the parameters."""
-    rank, world = distributed.global_rank(), distributed.world_size()
-    parameters = {id(tensor) for tensor in module.values()}
-    state = engine.ds.optimizer.state_dict()
-    for kept in flats(state, dict(module), shapes, rank, world):
-        if id(kept.master) in parameters:
-            continue
-        for segment in kept.segments:
-            weight = weights[segment.name]
-            if kept.master.shape == weight.shape:
-                kept.master.copy_(read(weight))
-            elif segment.length:
-                part = read(weight, segment.start, segment.start + segment.length)
-                place = kept.master.view(-1)[segment.offset : segment.offset + segment.length]
-                place.copy_(part.view(-1))
-
-
-def _note_casts(engine: Engine, module: Mapping[str, torch.Tensor], weights: Weights) -> None:
+def _log_casts(engine: Engine, module: Mapping[str, torch.Tensor], weights: Weights) -> None:
     casts: dict[str, int] = {}
     for name, tensor in module.items():
         if weights[name].dtype != dtype_name(tensor.dtype):
@@ -121,7 +91,7 @@ def fitted(engine: Engine, path: Path) -> Weights:
     if extra := [name for name in given if is_extra_state(name)]:
         log.info("engine %s: extra state is not taken: %s", engine.name, ", ".join(extra))
         given = {name: weight for name, weight in given.items() if name not in extra}
-    if any(not getattr(p, "allreduce", True) for p in module.values()):
+    if any(map(is_expert, module.values())):
         raise ConfigError(
             f"engines.{engine.name}.init_from: DeepSpeed's experts cannot be started from weights"
         )
@@ -140,7 +110,9 @@ def fitted(engine: Engine, path: Path) -> Weights:
             if text := _misfit(module[name], given[name]):
                 wrong.append(f"{name!r} {text}")
             elif not _equal(given[there[0]], given[name]):
-                wrong.append(f"{name!r} differs from {there[0]!r}: tied here, and not there")
+                wrong.append(
+                    f"{name!r} differs from {there[0]!r}: tied in the model, and not in the file"
+                )
     unexpected = [name for name in given if name not in module]
     report = [
         *_listed("missing", _with_nearest(missing, unexpected or given)),
@@ -162,14 +134,15 @@ def _given(path: Path, engine: str) -> Weights:
         if (path / f"{engine}.{suffix}").is_file():
             path = path / f"{engine}.{suffix}"
             break
-    found = locate(path, own=engine)
+    found = resolve_source(path, default_engine=engine)
     if isinstance(found, SavedEngine):
         return {
-            name: planned.source for name, planned in plan.weights(found, "fp32").tensors.items()
+            name: planned.source
+            for name, planned in plan.plan_weights(found, "fp32").tensors.items()
         }
     content = tensor_file.read(found)
     if content is None:
-        raise FormatError(f"{found}: expected weights by name, and there is more than that in it")
+        raise FormatError(f"{found}: expected weights by name, found other structures")
     return content.tensors
 
 
@@ -182,12 +155,12 @@ def _entries(engine: Engine) -> dict[str, torch.Tensor]:
 
 def _misfit(tensor: torch.Tensor, weight: StoredTensor) -> str:
     """What is wrong with the shape or dtype of a weight; an empty string if nothing is."""
-    here, there = list(getattr(tensor, "ds_shape", tensor.shape)), list(weight.shape)
-    if here != there:
-        return f"has the shape {there} there, and {here} here"
+    expected, shape = list(full_shape(tensor)), list(weight.shape)
+    if expected != shape:
+        return f"has the shape {shape} in the file, and {expected} in the model"
     dtypes = {weight.dtype, dtype_name(tensor.dtype)}
     if len(dtypes) > 1 and not dtypes <= set(FLOATS):
-        return f"is of {weight.dtype} there, and of {dtype_name(tensor.dtype)} here"
+        return f"is {weight.dtype} in the file, and {dtype_name(tensor.dtype)} in the model"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint, an `.sft` or a `.pt` holds: no weights loaded, no pickled code run."""
+"""Describes a checkpoint, an `.sft` or a `.pt`: no weights are loaded, no pickled code is run."""
 
 import socket
 import time
@@ -9,26 +9,25 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from harness.checkpoint import missing
-from harness.checkpoint.durable import verify_file
+from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import NAME, Manifest, checkpoints_in, read_manifest
-from harness.errors import CheckpointError, FormatError
-from harness.formats.json_tree import from_metadata, joined, other_nodes
+from harness.errors import CheckpointError, FormatError, missing_files
+from harness.formats import suffixes
+from harness.formats.json_tree import dotted, from_metadata, leaf_nodes
 from harness.formats.safetensors import read_header
-from harness.io.save_load import PICKLES, SAFETENSORS
 from harness.utils import dtype_name
 
 
-def describe(path: Path, verify: bool = False) -> Iterator[str]:
+def describe_path(path: Path, verify: bool = False) -> Iterator[str]:
     """Lines that describe a run directory, a checkpoint, an `.sft` or a `.pt`.
 
     `verify` reads the files of a checkpoint and checks every CRC; otherwise their sizes are
-    checked. Raises CheckpointError for what is none of these, or is not whole; for a run directory
-    after all its checkpoints have been described.
+    checked. Raises CheckpointError for any other path, and for what is damaged or incomplete; of a
+    run directory after all its checkpoints have been described.
     """
-    if path.suffix in SAFETENSORS and path.is_file():
+    if path.suffix in suffixes.SAFETENSORS and path.is_file():
         yield from _describe_tensors(path, _sft_tensors(path))
-    elif path.suffix in PICKLES and path.is_file():
+    elif path.suffix in suffixes.PT and path.is_file():
         yield from _describe_tensors(path, _pt_tensors(path))
     elif (path / NAME).is_file():
         yield from _describe_checkpoint(path, read_manifest(path), verify)
@@ -38,18 +37,18 @@ def describe(path: Path, verify: bool = False) -> Iterator[str]:
 
 def _describe_run(path: Path, verify: bool) -> Iterator[str]:
     parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = checkpoints_in(parent)
-    if not found:
-        raise CheckpointError(f"{path}: no run directory, no checkpoint, no .sft and no .pt")
+    directories = checkpoints_in(parent)
+    if not directories:
+        raise CheckpointError(f"{path}: not a run directory, a checkpoint, an .sft or a .pt")
     broken = []
-    for directory in found:
+    for directory in directories:
         try:
             yield from _describe_checkpoint(directory, read_manifest(directory), verify)
         except CheckpointError as error:
             yield f"  {error}"
             broken.append(directory.name)
     if broken:
-        raise CheckpointError(f"{path}: not whole here: {', '.join(broken)}")
+        raise CheckpointError(f"{path}: damaged or incomplete on this host: {', '.join(broken)}")
 
 
 def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
@@ -64,15 +63,16 @@ def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterat
         yield f"  {name} {value:.6g}"
     absent = {n: manifest.writer(n) for n in manifest.files if not (path / n).is_file()}
     for name, entry in manifest.files.items():
-        where = f"  missing, written by {absent[name]}" if name in absent else ""
-        yield f"  {_bytes(entry.size)}  {name}{where}"
+        note = f"  missing, written by {absent[name]}" if name in absent else ""
+        yield f"  {_bytes(entry.size)}  {name}{note}"
     for name, entry in manifest.files.items():
         if name not in absent:
             verify_file(path / name, entry, read=verify)
     if absent:
-        raise CheckpointError(missing.told(path, absent, [socket.gethostname()]))
+        raise CheckpointError(missing_files(path, absent, [socket.gethostname()]))
     total = sum(entry.size for entry in manifest.files.values())
-    yield f"  {_bytes(total)}  in all, {'every CRC checked' if verify else 'sizes checked'}: whole"
+    checks = "every CRC checked" if verify else "sizes checked"
+    yield f"  {_bytes(total)}  in total, {checks}: complete"
 
 
 def _describe_tensors(path: Path, tensors: dict[str, tuple[str, list[int], int]]) -> Iterator[str]:
@@ -86,22 +86,22 @@ def _describe_tensors(path: Path, tensors: dict[str, tuple[str, list[int], int]]
 def _sft_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
     try:
         header = read_header(path)
-        found = {n: (e.dtype, list(e.shape), e.nbytes) for n, e in header.tensors.items()}
+        stored = {n: (e.dtype, list(e.shape), e.nbytes) for n, e in header.tensors.items()}
         tied = {}
-        for keys, node in other_nodes(from_metadata(header.metadata, found)):
-            name, kept = joined(keys) or "tensor", str(node.get("tensor"))
+        for keys, node in leaf_nodes(from_metadata(header.metadata, stored)):
+            name, base = dotted(keys) or "tensor", str(node.get("tensor"))
             if "view" in node:
-                tied[name] = (f"in {kept}", list(node["view"][1]), 0)
-            elif kept in found and name != kept:
-                tied[name] = (f"= {kept}", found[kept][1], 0)
+                tied[name] = (f"in {base}", list(node["view"][1]), 0)
+            elif base in stored and name != base:
+                tied[name] = (f"= {base}", stored[base][1], 0)
     except (FormatError, LookupError, TypeError) as error:
         text = str(error).removeprefix(f"{path}: ")
         raise CheckpointError(f"{path}: {text}") from None
-    return found | tied
+    return stored | tied
 
 
 class _Opaque:
-    """Stands for an object of a class that is not loaded."""
+    """In place of an object of a class that is not loaded."""
 
     def __init__(self, *_: Any, **__: Any):
         pass
@@ -111,14 +111,14 @@ class _Opaque:
 
 
 def _pt_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
-    """The tensors below the keys that lead to them, on the meta device."""
+    """The tensors by the keys that lead to them, on the meta device."""
     try:
         unknown = get_unsafe_globals_in_checkpoint(path)
         with safe_globals([(_Opaque, name) for name in unknown]):
             tree = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-    except Exception as error:  # whatever a broken or hostile file provokes
+    except Exception as error:  # a damaged or hostile file may raise anything
         text = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: no readable .pt file: {text}") from None
+        raise CheckpointError(f"{path}: not a readable .pt file: {text}") from None
     return {
         ".".join(keys): (dtype_name(t.dtype), list(t.shape), t.nbytes)
         for keys, t in _walk(tree, ())

@@ -1,4 +1,4 @@
-"""The manifest, written last into a checkpoint: a directory without one is no checkpoint.
+"""The manifest, written last into a checkpoint: a directory without one is not a checkpoint.
 
 checkpoints/
   latest                  the name of the newest checkpoint, for people and other tools
@@ -15,11 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from harness.checkpoint import missing
-from harness.checkpoint.durable import FileEntry
-from harness.errors import CheckpointError
+from harness.checkpoint.files import FileEntry
+from harness.config.old_names import current_import_path
+from harness.errors import CheckpointError, written_by
 from harness.files import json_write
 
 NAME = "manifest.json"
@@ -35,7 +35,12 @@ class EngineManifest(BaseModel):
     optimizer: str
     """Import path of its class; "none" for a teacher."""
     layout: str
-    """Digest of `zero_layout.layout`; "" for a teacher."""
+    """`layout.layout_digest`; "" for a teacher."""
+
+    @field_validator("optimizer")
+    @classmethod
+    def _current(cls, path: str) -> str:
+        return current_import_path(path)
 
 
 class Manifest(BaseModel):
@@ -59,14 +64,18 @@ class Manifest(BaseModel):
     """The evaluation at this step, if there was one."""
     saved_at: float = Field(default_factory=time.time)
     """Seconds since 1970; the newest checkpoint is the one that was saved last. Where a clock was
-    put back, a moment after the one before."""
+    set back, a moment after the one before."""
     versions: dict[str, str] = Field(
-        default_factory=lambda: {name: version(name) for name in ("harness", "torch", "deepspeed")}
+        default_factory=lambda: {
+            "harness": version("deepspeed-harness"),
+            "torch": version("torch"),
+            "deepspeed": version("deepspeed"),
+        }
     )
 
     def writer(self, name: str) -> str:
         """Who wrote a file."""
-        return missing.writer(self.files[name].rank, self.hosts)
+        return written_by(self.files[name].rank, self.hosts)
 
     def write(self, directory: Path) -> None:
         """Makes the directory a checkpoint."""
@@ -78,7 +87,9 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         return Manifest.model_validate_json((directory / NAME).read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{directory} is no checkpoint: {NAME}: {error.strerror}") from None
+        raise CheckpointError(
+            f"{directory} is not a checkpoint: {NAME}: {error.strerror}"
+        ) from None
     except ValidationError as error:
         mistakes = {".".join(map(str, mistake["loc"])): mistake for mistake in error.errors()}
         where = "format" if "format" in mistakes else next(iter(mistakes))
@@ -94,7 +105,7 @@ def digest(text: str) -> str:
 
 
 def step_directory(parent: Path, step: int, name: str | None = None) -> Path:
-    """`parent/step-00001000`, or with a name `parent/step-00001000-NAME`: where it stands."""
+    """`parent/step-00001000`, or with a name `parent/step-00001000-NAME`."""
     return parent / (f"step-{step:08d}" + (f"-{name}" if name else ""))
 
 

@@ -1,4 +1,4 @@
-"""Finding the checkpoint to go on from, and going on exactly there. Nothing is trusted unseen."""
+"""Finding the checkpoint to resume from, verifying it, and resuming exactly there."""
 
 import logging
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from harness.checkpoint.manifest import EngineManifest, Manifest, digest
 from harness.checkpoint.reshard import in_current_layout
 from harness.checkpoint.retention import clean
 from harness.checkpoint.save import rank_file
-from harness.control.live import Live
+from harness.control.live import LiveConfig
 from harness.data.loader import Batches
 from harness.distributed.rng import set_rng_state
 from harness.engine.engine import Engine
@@ -22,19 +22,19 @@ from harness.engine.engines import Engines
 from harness.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
-tell = distributed.global_leader_only(log.warning)
+log_warning = distributed.global_leader_only(log.warning)
 
 
 def choose(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | None:
     """The checkpoint that `run.resume` asks for, verified; None to start over. Collective.
 
-    "latest" is the newest one in `parent` that is whole over all `disks` together; those that are
-    not are named and passed over. Raises, on all ranks, CheckpointError if there are some and none
-    is whole, or if the one that was asked for is not; ConfigError if it is another run's, or if
+    "latest" is the newest one in `parent` that is complete over all `disks` together; those that
+    are not are logged and skipped. Raises, on all ranks, CheckpointError if there are some and none
+    is complete, or if the one that was asked for is not; ConfigError if it is another run's, or if
     "none" is asked for where an earlier run has left checkpoints.
     """
     found, everywhere = list_checkpoints(parent, disks)
-    with distributed.raise_on_all_ranks(f"cannot look into {parent}"):
+    with distributed.raise_on_all_ranks(f"cannot list {parent}"):
         if disks.is_leader:
             clean(parent, set(found) - everywhere)
     found, _ = list_checkpoints(parent, disks)
@@ -53,13 +53,13 @@ def choose(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | 
             manifest = verified(directory)
         except CheckpointError as error:
             failures.append(str(error))
-            tell("passed over: %s", error)
+            log_warning("skipped: %s", error)
         else:
             check_fit(directory, manifest, engines)
             return directory
     with distributed.raise_on_all_ranks(f"cannot resume from {parent}"):
         if failures:
-            raise CheckpointError("no checkpoint is whole:\n  " + "\n  ".join(failures))
+            raise CheckpointError("no checkpoint is complete:\n  " + "\n  ".join(failures))
     return None
 
 
@@ -70,51 +70,54 @@ def check_fit(directory: Path, manifest: Manifest, engines: Engines) -> None:
     """
     with distributed.raise_on_all_ranks(f"cannot read checkpoint {directory}"):
         saved = _identity(manifest.engines)
-        for what, found in _identity(engines).items():
-            if saved[what] != found:
+        for what, current in _identity(engines).items():
+            if saved[what] != current:
                 raise ConfigError(
-                    f"checkpoint {directory} does not fit this run: {what} is {found} here, and "
-                    f"{saved[what]} in the checkpoint: set it as it was, or start a new run under "
-                    "another run.name"
+                    f"checkpoint {directory} does not fit this run: {what} is {current} in this "
+                    f"run, and {saved[what]} in the checkpoint: set it as it was, or start a new "
+                    "run under another run.name"
                 )
 
 
 def _identity(engines: Mapping[str, Engine | EngineManifest]) -> dict[str, Any]:
-    """What must be the same here as in the checkpoint, by what to call it."""
+    """What must be the same in the run and the checkpoint, by what to call it."""
     facts: dict[str, Any] = {"engines": sorted(engines)}
     for name, engine in engines.items():
         facts[f"engine {name!r}: dtype"] = str(engine.dtype)
-        facts[f"engine {name!r}: optimizer"] = engine.optimizer
+        is_live = isinstance(engine, Engine)
+        facts[f"engine {name!r}: optimizer"] = (
+            engine.optimizer_path if is_live else engine.optimizer
+        )
     return facts
 
 
-def resume(directory: Path, engines: Engines, batches: Batches, live: Live) -> None:
+def resume(directory: Path, engines: Engines, batches: Batches, live: LiveConfig) -> None:
     """Puts engines, data position, random generators and what live commands have changed where a
     verified checkpoint left them.
 
-    Collective. With another number of ranks no rank can go on with its generators: each seeds them
-    from the run's seed, the step and its rank. Raises CheckpointError, on all ranks, for other
+    Collective. With another number of ranks no rank can continue with its generators: each seeds
+    them from the run's seed, the step and its rank. Raises CheckpointError, on all ranks, for other
     data, and for an optimizer's state that does not fit another layout.
     """
     manifest = common_manifest(directory)
     same_world = manifest.world_size == distributed.world_size()
     rank = distributed.global_rank()
     parent = live.config.run_dir / "checkpoints"
-    with in_current_layout(engines, directory, manifest, parent) as places:
+    with in_current_layout(engines, directory, manifest, parent) as sources:
         for engine in engines.trained:
-            engine.ds.load_checkpoint(str(places[engine.name]), tag=engine.name)
+            engine.ds.load_checkpoint(str(sources[engine.name]), tag=engine.name)
     with distributed.raise_on_all_ranks(f"cannot resume from {directory}"):
-        # Engines' and data's states are the same on every rank.
-        mine = torch.load(directory / rank_file(rank if same_world else 0), weights_only=True)
-        live.load_state_dict(mine["live"])
-        engines.load_state_dict(mine["engines"])
+        # The states of engines and data are the same on every rank.
+        state = torch.load(directory / rank_file(rank if same_world else 0), weights_only=True)
+        live.load_state_dict(state["live"])
+        engines.load_state_dict(state["engines"])
         engines.set_total_steps(live.config.run.steps)
         try:
-            batches.load_state_dict(mine["batches"])
+            batches.load_state_dict(state["batches"])
         except ValueError as error:
             raise CheckpointError(f"checkpoint {directory}: other data: {error}") from None
         if same_world:
-            set_rng_state(mine["rng"])
+            set_rng_state(state["rng"])
         else:
             seed = digest(f"{live.config.run.seed} {manifest.step} {rank}")
             distributed.seed_everything(int(seed[:15], 16))

@@ -20,10 +20,10 @@ def prune(
 ) -> None:
     """Removes the checkpoints that no rule keeps; with `keep_last = 0` none.
 
-    `everywhere`: of several disks, the names that stand for the same save on all. The rules choose
+    `everywhere`: of several disks, the names that mean the same save on all. The rules choose
     among them, so that all disks keep the same; what else is on this one goes when it is as old.
     Called after a commit only, so that the newest checkpoint is a good one; what `latest` names
-    stays in any case. What cannot be removed is told and left.
+    stays in any case. What cannot be removed is logged and left.
     """
     if not settings.keep_last:
         return
@@ -32,7 +32,7 @@ def prune(
         try:
             manifests[path] = read_manifest(path)
         except CheckpointError as error:
-            log.warning("left alone: %s", error)
+            log.warning("kept, although it cannot be read: %s", error)
     common = manifests
     if everywhere is not None:
         common = {path: found for path, found in manifests.items() if path.name in everywhere}
@@ -50,7 +50,7 @@ def kept(manifests: dict[Path, Manifest], settings: CheckpointConfig) -> set[Pat
     keep |= {path for path, manifest in manifests.items() if manifest.pinned}
     if settings.keep_every:
         keep |= {p for p, manifest in manifests.items() if manifest.step % settings.keep_every == 0}
-    sign = 1 if settings.best == "lowest" else -1
+    sign = 1 if settings.best_mode == "min" else -1
     scores = {
         path: sign * manifest.metrics[settings.best_metric]
         for path, manifest in manifests.items()
@@ -60,15 +60,15 @@ def kept(manifests: dict[Path, Manifest], settings: CheckpointConfig) -> set[Pat
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint: first its name, so that a half removed one is none."""
+    """Removes a checkpoint: first its name, so that a half removed one is not a checkpoint."""
     doomed = path.with_name(f"{path.name}{PRUNED}")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def put_in_place(staged: Path, target: Path) -> None:
-    """Renames a staging directory to `target`. One that stands there is put aside until
-    `forget_replaced`, or `take_back`, or a crash, which `clean` mends."""
+    """Renames a staging directory to `target`. An existing one is put aside until
+    `forget_replaced`, or `take_back`, or a crash, which `clean` repairs."""
     if target.exists():  # the same step again
         replaced = _replaced(target)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -93,8 +93,8 @@ def forget_replaced(target: Path) -> None:
 def clean(directory: Path, unfinished: Collection[str] = ()) -> None:
     """Clears away what a killed run left: half-made, half-removed and replaced directories.
 
-    `unfinished`: names that do not stand for the same on all disks. Where one of these has replaced
-    another here, that one comes back.
+    `unfinished`: names that do not mean the same save on all disks. Where one of these has replaced
+    another on this disk, that one is restored.
     """
     for replaced in directory.glob(f"step-*{REPLACED}"):
         target = replaced.with_name(replaced.name.removesuffix(REPLACED))

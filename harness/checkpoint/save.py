@@ -14,17 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from harness import distributed
 from harness.checkpoint.disks import Disks, list_checkpoints
-from harness.checkpoint.durable import (
-    FileEntry,
-    Snapshots,
-    as_checkpoint_error,
-    bytes_of,
-    write_file,
-)
+from harness.checkpoint.files import FileEntry, checkpoint_error_on_all_ranks, write_file
 from harness.checkpoint.manifest import (
     LATEST,
     EngineManifest,
@@ -35,21 +28,29 @@ from harness.checkpoint.manifest import (
     step_directory,
 )
 from harness.checkpoint.retention import forget_replaced, prune, put_in_place, take_back
-from harness.control.live import Live
+from harness.checkpoint.snapshot import Snapshots, bytes_of
+from harness.control.live import LiveConfig
 from harness.data.loader import Batches
 from harness.distributed.rng import rng_state
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError
 from harness.files import sync_directory, write_atomically
-from harness.zero.layout import PARAMETER_NAMES, Shapes, group_shapes, layout
+from harness.zero.layout import layout_digest
+from harness.zero.live import Jobs
 
 log = logging.getLogger(__name__)
 
-Jobs = dict[str, Any]
-"""What a rank has to write: trees of tensors and plain values, by path below the checkpoint."""
-
 Entries = dict[str, FileEntry]
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """How a save has ended, the same on every rank."""
+
+    path: Path
+    error: CheckpointError | None = None
+    """Why there is no checkpoint at `path`."""
 
 
 @dataclass
@@ -67,10 +68,10 @@ class Saver:
 
     Every rank calls the same methods at the same steps. With `checkpoint.background` a save copies
     the live tensors and returns; a thread writes the copies, and `poll` commits them at the end of
-    a later step. At most one save is in flight.
+    a later step. At most one save is in flight. A save that fails has failed on all ranks.
     """
 
-    def __init__(self, engines: Engines, batches: Batches, live: Live, disks: Disks):
+    def __init__(self, engines: Engines, batches: Batches, live: LiveConfig, disks: Disks):
         """`disks`: those behind the run directory.
 
         Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved.
@@ -82,10 +83,10 @@ class Saver:
         self._batches = batches
         self._live = live
         self._config_digest = digest(live.config.model_dump_json())
-        self._described = {name: describe(engine) for name, engine in engines.items()}
+        self._engine_manifests = {name: engine_manifest(engine) for name, engine in engines.items()}
         self._saved_at = 0.0  # of the newest checkpoint; what counts is what rank 0 knows
-        doing = f"cannot look into {self.directory}"
-        with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
+        doing = f"cannot list {self.directory}"
+        with checkpoint_error_on_all_ranks(doing):
             if distributed.is_global_leader():
                 self._saved_at = max(map(saved_at, checkpoints_in(self.directory)), default=0.0)
         self._pending: _Pending | None = None
@@ -99,16 +100,17 @@ class Saver:
         return self._pending is not None
 
     def place(self, pinned: str | None = None) -> Path:
-        """Where the checkpoint of this step stands, or the one of that name."""
+        """The path of the checkpoint of this step, or of the pinned one of that name."""
         return step_directory(self.directory, self._engines.global_step, pinned)
 
-    def save(self, metrics: dict[str, float], pinned: str | None = None) -> None:
-        """Saves this step. Raises CheckpointError, on all ranks, if it cannot be done.
+    def save(self, metrics: dict[str, float], pinned: str | None = None) -> SaveResult | None:
+        """Saves this step; no other save may be in flight. Collective.
 
         `metrics`: the evaluation at this step, for `keep_best`. `pinned`: a name that keeps the
-        checkpoint for good. In the background, what goes wrong later is raised by `poll` or `wait`.
+        checkpoint for good. With `checkpoint.background` it returns None once the tensors are
+        copied, and `poll` or `wait` give the result later.
         """
-        self.wait()
+        assert self._pending is None
         jobs = self._collect()
         target = self.place(pinned)
         staged = target.with_name(f"{target.name}.tmp")
@@ -117,60 +119,62 @@ class Saver:
         self._saved_at = manifest.saved_at
         background = self._live.config.checkpoint.background
         try:
-            with (
-                distributed.raise_on_all_ranks(f"cannot save {target}"),
-                as_checkpoint_error(f"cannot save {target}"),
-            ):
+            with checkpoint_error_on_all_ranks(f"cannot save {target}"):
                 if self._disks.is_leader:
                     make_room(staged, needed)
             if background:
                 jobs = self._copied(jobs, target)
-        except CheckpointError:
+        except CheckpointError as error:
             self._discard(staged)
-            raise
+            return SaveResult(target, error)
         writing = self._thread.submit(write_files, staged, jobs)
         self._pending = _Pending(manifest, staged, target, writing)
-        if not background:
-            self.wait()
+        return None if background else self.wait()
 
-    def poll(self) -> None:
-        """Commits the save in flight if all ranks have written. Call it once a step."""
+    def poll(self) -> SaveResult | None:
+        """The result of the save in flight if all ranks have written. Call it once a step."""
         if self._pending is None:
-            return
-        still_writing = self._all_written.harvest()
+            return None
+        still_writing = self._all_written.wait()
         if still_writing == [0]:
-            self.wait()
-        else:
-            self._all_written.start([not self._pending.writing.done()])
+            return self.wait()
+        self._all_written.start([not self._pending.writing.done()])
+        return None
 
-    def wait(self) -> None:
-        """Waits for the save in flight, and commits it."""
+    def wait(self) -> SaveResult | None:
+        """Waits for the save in flight, and commits it. None if there is none. Collective."""
         pending, self._pending = self._pending, None
         if pending is None:
-            return
-        self._all_written.harvest()
+            return None
+        self._all_written.wait()
+        try:
+            self._commit(pending)
+        except CheckpointError as error:
+            return SaveResult(pending.target, error)
+        finally:  # what was not committed must not fill the disk
+            self._discard(pending.staged)
+        return SaveResult(pending.target)
+
+    def _commit(self, pending: _Pending) -> None:
+        """Makes a checkpoint of what all ranks have written. Raises CheckpointError on all."""
         entries: Entries = {}
         failure = None
         try:
             entries = pending.writing.result()
-        except Exception as error:  # whatever it was, all ranks must hear of it
+        except Exception as error:  # whatever it was, all ranks must know
             failure = f"rank {distributed.global_rank()}: {type(error).__name__}: {error}"
         shares = distributed.all_gather((entries, failure))
-        failures = [text for _, text in shares if text]
-        try:
-            if failures:
-                raise CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
-            files = {path: entry for share, _ in shares for path, entry in share.items()}
-            manifest = pending.manifest.model_copy(update={"files": files})
-            commit(manifest, pending.staged, pending.target, self._disks.is_leader)
-        finally:  # what was not committed must not fill the disk
-            self._discard(pending.staged)
+        if failures := [text for _, text in shares if text]:
+            raise CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
+        files = {path: entry for share, _ in shares for path, entry in share.items()}
+        manifest = pending.manifest.model_copy(update={"files": files})
+        commit(manifest, pending.staged, pending.target, self._disks.is_leader)
         log.info("saved %s", pending.target)
         if self._live.config.checkpoint.keep_last:
             several = self._disks.count > 1
-            everywhere = list_checkpoints(self.directory, self._disks)[1] if several else None
+            on_every_disk = list_checkpoints(self.directory, self._disks)[1] if several else None
             if self._disks.is_leader:
-                prune(self.directory, self._live.config.checkpoint, everywhere)
+                prune(self.directory, self._live.config.checkpoint, on_every_disk)
 
     def close(self) -> None:
         """Ends the thread; a save in flight is given up."""
@@ -182,10 +186,7 @@ class Saver:
             shutil.rmtree(staged, ignore_errors=True)
 
     def _copied(self, jobs: Jobs, target: Path) -> Jobs:
-        with (
-            distributed.raise_on_all_ranks(f"cannot save {target}"),
-            as_checkpoint_error(f"cannot save {target}"),
-        ):
+        with checkpoint_error_on_all_ranks(f"cannot save {target}"):
             try:
                 return self._snapshots.take(jobs)
             except (MemoryError, RuntimeError) as error:  # there is no room for a copy
@@ -201,14 +202,14 @@ class Saver:
             }
         }
         for engine in self._engines.trained:  # a teacher is what the task made it
-            jobs |= collect(engine)
+            jobs |= engine.collect()
         return jobs
 
     def _manifest(self, metrics: dict[str, float], pinned: str | None) -> Manifest:
         return Manifest(
             step=self._engines.global_step,
             world_size=distributed.world_size(),
-            engines=self._described,
+            engines=self._engine_manifests,
             files={},
             hosts=self._hosts,
             config_digest=self._config_digest,
@@ -252,12 +253,12 @@ def commit(manifest: Manifest, staged: Path, target: Path, is_leader: bool) -> N
     CheckpointError on all ranks.
     """
     doing = f"cannot save {target}"
-    with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
+    with checkpoint_error_on_all_ranks(doing):
         if is_leader:
             manifest.write(staged)
             sync_directory(staged)
     try:
-        with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
+        with checkpoint_error_on_all_ranks(doing):
             if is_leader:
                 put_in_place(staged, target)
                 sync_directory(target.parent)
@@ -266,7 +267,7 @@ def commit(manifest: Manifest, staged: Path, target: Path, is_leader: bool) -> N
             with suppress(OSError):  # a broken disk: `clean` does it when the run starts again
                 take_back(staged, target)
         raise
-    with distributed.raise_on_all_ranks(doing), as_checkpoint_error(doing):
+    with checkpoint_error_on_all_ranks(doing):
         if is_leader:
             point_latest(target)
             forget_replaced(target)
@@ -277,74 +278,19 @@ def point_latest(target: Path) -> None:
     write_atomically(target.with_name(LATEST), lambda path: path.write_text(f"{target.name}\n"))
 
 
-def describe(engine: Engine) -> EngineManifest:
+def engine_manifest(engine: Engine) -> EngineManifest:
     """What the manifest says of an engine, the same on every rank. Collective.
 
     Raises CheckpointError, on all ranks, if the engine's layout is not one that can be read.
     """
-    trees = collect(engine).values() if engine.role == "train" else []
+    trees = engine.collect().values() if engine.role == "train" else []
     found = ""
-    with (
-        distributed.raise_on_all_ranks(f"engine {engine.name!r}"),
-        as_checkpoint_error(f"engine {engine.name!r}"),
-    ):
+    with checkpoint_error_on_all_ranks(f"engine {engine.name!r}"):
         if trees and distributed.is_global_leader():
-            found = layout(trees)
+            found = layout_digest(trees)
     return EngineManifest(
         zero_stage=engine.zero_stage,
         dtype=str(engine.dtype),
-        optimizer=engine.optimizer,
+        optimizer=engine.optimizer_path,
         layout=distributed.broadcast(found),
     )
-
-
-def collect(engine: Engine) -> Jobs:
-    """The trees that DeepSpeed would write for this rank of an engine, without writing them.
-
-    They refer to the live tensors. At ZeRO 0 DeepSpeed would write no names: they are added.
-    Collective.
-    """
-    collector = _Collector()
-    kept = engine.ds.checkpoint_engine
-    engine.ds.checkpoint_engine = collector
-    engine.ds._copy_recovery_script = lambda directory: None  # `zero_to_fp32.py` and the like
-    names = {PARAMETER_NAMES: engine.parameter_names}
-    try:
-        engine.ds.save_checkpoint(".", tag=engine.name, client_state=names, save_latest=False)
-    finally:
-        engine.ds.checkpoint_engine = kept
-    return collector.jobs
-
-
-def shapes_of(jobs: Jobs) -> list[Shapes]:
-    """Rank 0's `zero_layout.group_shapes` of what `collect` gave, on every rank. Collective."""
-    models = [tree for tree in jobs.values() if "module" in tree]
-    return distributed.broadcast(group_shapes(models[0]) if models else [])
-
-
-class _Collector:
-    """Stands in for DeepSpeed's checkpoint engine: takes the trees, and touches no disk."""
-
-    def __init__(self) -> None:
-        self.jobs: Jobs = {}
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self.jobs[str(Path(path))] = state_dict
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        pass
-
-    def create(self, info: Any) -> None:
-        pass
-
-    def commit(self, info: Any) -> bool:
-        return True
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def is_data_parallel_writer(self, dp_rank: int) -> bool:
-        return dp_rank == 0
-
-    def preserves_storage_sharing(self) -> bool:
-        return True

@@ -6,18 +6,19 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from harness.config.config import Config, load, section_of
-from harness.config.sections import merge
+from harness.config.load import load
+from harness.config.root import Config
+from harness.config.sections import merge, section_of
 from harness.errors import ConfigError
 
 
 def parse_args(argv: Sequence[str]) -> Config:
-    """The config that a command line asks for. `--help` prints every key and exits."""
+    """The config of a command line. `--help` prints every key and exits. Raises ConfigError."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         usage="train.py --config FILE.toml [--section.key=value ...]",
@@ -35,41 +36,45 @@ def parse_args(argv: Sequence[str]) -> Config:
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     """`["--run.steps=5", "--run.name", "x"]` as nested tables.
 
-    A value is read as TOML (numbers, true, lists, inline tables), and as a plain string where it
-    is not TOML. Raises ConfigError.
+    A value is parsed as TOML (numbers, true, lists, inline tables); what is not TOML is a plain
+    string. Raises ConfigError.
     """
     overrides: dict[str, Any] = {}
     queue = list(words)
     while queue:
         word = queue.pop(0)
-        key, given, text = word.partition("=")
+        key, has_value, text = word.partition("=")
         if not key.startswith("--") or "." not in key:
             raise ConfigError(f"command line: found {word!r}, expected --section.key=value")
-        if not given:
+        if not has_value:
             if not queue:
                 raise ConfigError(f"command line: {word} has no value")
             text = queue.pop(0)
         path = key.removeprefix("--").split(".")
-        nested: Any = text
-        if not _is_text(path):
-            with contextlib.suppress(tomllib.TOMLDecodeError):
-                nested = tomllib.loads(f"value = {text}")["value"]
+        nested: Any = _parse_value(path, text)
         for part in reversed(path):
             nested = {part: nested}
         overrides = merge(overrides, nested)
     return overrides
 
 
+def _parse_value(path: Sequence[str], text: str) -> Any:
+    if not _is_text(path):
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return tomllib.loads(f"value = {text}")["value"]
+    return text
+
+
 def _is_text(path: Sequence[str]) -> bool:
-    """Whether a key takes a string or a path, which are not read as TOML."""
+    """Whether a key is a string or a path, whose values are not parsed as TOML."""
     section: type[BaseModel] | None = Config
-    for number, part in enumerate(path):
+    for position, part in enumerate(path):
         if section is None:
             return False
         if part in section.model_fields:
             annotation = section.model_fields[part].annotation
             if annotation in (str, Path):
-                return number == len(path) - 1
+                return position == len(path) - 1
             section = section_of(annotation)
     return False
 
@@ -79,15 +84,15 @@ def _help(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         key = f"{prefix}{name}"
         inner = section_of(field.annotation)
         if inner is not None:
-            within = {dict: ".NAME.", list: "[]."}.get(get_origin(field.annotation), ".")
-            yield from _help(inner, key + within)
+            between = {dict: ".NAME.", list: "[]."}.get(get_origin(field.annotation), ".")
+            yield from _help(inner, key + between)
             continue
-        default = "required" if field.is_required() else f"default {_plain(field.default)}"
+        default = "required" if field.is_required() else f"default {_as_json(field.default)}"
         yield f"  --{key}  <{_type_name(field.annotation)}>  {default}"
         yield f"      {' '.join((field.description or '').split())}"
 
 
-def _plain(value: Any) -> str:
+def _as_json(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
@@ -95,5 +100,5 @@ def _type_name(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
     if get_origin(annotation) in (Union, UnionType):
-        return "|".join(_type_name(arg) for arg in get_args(annotation))
+        return "|".join(_type_name(arg) for arg in get_args(annotation) if arg is not NoneType)
     return "table" if get_origin(annotation) is dict else annotation.__name__.lower()

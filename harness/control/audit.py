@@ -1,4 +1,4 @@
-"""commands.jsonl: who told the run what, when, and what became of it."""
+"""commands.jsonl: who sent which command, when, and with which result."""
 
 import json
 from collections.abc import Mapping
@@ -9,9 +9,9 @@ from harness.files import JsonLines
 
 
 class Audit:
-    """Appends one object for each thing that becomes of a command.
+    """Appends an object for each answer to a command.
 
-    It is history: a run that resumes goes on after what is there, whatever step it starts from.
+    A resumed run appends to the file, whatever step it starts from.
     """
 
     def __init__(self, path: Path):
@@ -19,7 +19,7 @@ class Audit:
         self._lines = JsonLines(path)
         with path.open(errors="replace") as file:
             self.last_id = max(map(_id_of, file), default=0)
-            """The largest number that a command has had in this file."""
+            """The largest command number in the file."""
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record, with its `id`."""

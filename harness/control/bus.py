@@ -1,8 +1,9 @@
-"""How a command of any front reaches every rank at the same step, and how it is answered."""
+"""How a command from any front reaches every rank after the same step, and how it is answered."""
 
 import itertools
 import logging
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,25 +14,28 @@ from harness.control.audit import Audit
 from harness.control.commands import Command, Interrupt, Query, Save
 from harness.control.grammar import Grammar
 from harness.control.signals import Signals
-from harness.control.wire import LAST, Answer, State
+from harness.control.wire import FINAL_STATES, Answer, State
 from harness.errors import CommandError
 
 log = logging.getLogger(__name__)
 
-LONGEST_QUEUE = 1000
+MAX_QUEUED = 1000
 SECONDS_BETWEEN_AGREEMENTS = 0.05
-MOST_SKIPPED = 4
-"""Polls without an agreement, however fast they follow each other: the next ones may be slow."""
+MAX_SKIPPED = 4
+"""Polls without an agreement, however fast the steps are: the next ones may be slow."""
+
+ENDING = "the run is already ending"
+"""Why a command is rejected or fails at the end of the run."""
 
 Reply = Callable[[Answer], None]
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """A command on its way."""
+    """A command between its front and its final answer."""
 
     id: int
-    """Its number in the run directory's history; rank 0 alone knows that of an event."""
+    """Its number in the run directory's history; of an event, known to rank 0 only."""
     front: str
     user: str
     text: str
@@ -39,13 +43,12 @@ class Ticket:
 
 
 class Bus:
-    """A queue on rank 0, and one small agreement a step that hides behind the step's work.
+    """A queue on rank 0, and one small asynchronous agreement a step.
 
     At the end of a step the ranks start to agree whether rank 0 has commands waiting and whether
-    any rank was sent a signal, and at the end of the next one they look at the answer; only if
-    there is something to send is it sent. Where steps are faster than anybody types, rank 0 has the
-    ranks leave out some agreements. Every command is answered exactly once, in the end, by `end` or
-    by `close`.
+    any rank received a signal; at the end of the next step they read the result, and only if there
+    are commands does rank 0 broadcast them. Where steps are fast, rank 0 has the ranks skip some
+    agreements. Every command gets exactly one final answer, from `submit`, `end` or `close`.
     """
 
     def __init__(
@@ -55,30 +58,29 @@ class Bus:
         answer: Callable[[Query], str],
         audit: Audit | None,
     ):
-        """`answer` answers queries; `audit` is rank 0's history of commands, None elsewhere."""
+        """`answer` answers queries; `audit` is the history of commands, None except on rank 0."""
         self._grammar = grammar
         self._signals = signals
         self._answer = answer
         self._audit = audit
         self._ids = itertools.count(1 if audit is None else audit.last_id + 1)
         self._queue: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
-        self._replies: dict[int, tuple[Ticket, Reply]] = {}  # of the commands under way
+        self._pending: dict[int, tuple[Ticket, Reply]] = {}  # by id, without a final answer
         self._lock = threading.Lock()  # ids, queue and history in one order
         self._is_open = True
         self._agreement = distributed.AsyncAllReduceMax(size=4)
-        self._skipped = 0
-        """Polls without an agreement that are still to come."""
+        self._to_skip = 0  # polls without an agreement that are still to come
         self._polled_at: float | None = None
 
     @property
     def is_full(self) -> bool:
         """Whether `submit` would reject any command."""
-        return self._queue.qsize() >= LONGEST_QUEUE
+        return self._queue.qsize() >= MAX_QUEUED
 
     def submit(self, text: str, front: str, user: str, reply: Reply) -> bool:
-        """Takes a control line on rank 0, from any thread. False if it is rejected.
+        """Takes a control line on rank 0, from any thread. Returns False if it is rejected.
 
-        `reply` is called for everything that becomes of it, from any thread.
+        `reply` is called with each of its answers, from any thread.
         """
         ticket = Ticket(next(self._ids), front, user, text, Command())
         try:
@@ -89,52 +91,51 @@ class Bus:
             ticket = replace(ticket, command=command)
             with self._lock:
                 if not self._is_open:
-                    raise CommandError("it came too late: the run is over")
+                    raise CommandError(ENDING)
                 if self.is_full:
-                    raise CommandError(f"{LONGEST_QUEUE} commands are waiting: try again")
-                self._replies[ticket.id] = (ticket, reply)
-                self._tell(ticket, "queued")
+                    raise CommandError(f"{MAX_QUEUED} commands are waiting; try again later")
+                self._pending[ticket.id] = (ticket, reply)
+                self._publish(ticket, "queued")
                 self._queue.put(ticket)
         except Exception as error:
-            if not isinstance(error, CommandError):  # a mistake of ours must not end the front
+            if not isinstance(error, CommandError):  # our own bug must not end the front
                 log.exception("command %.300r", text)
-            self._tell(ticket, "rejected", result=str(error), reply=reply)
+            self._publish(ticket, "rejected", result=str(error), reply=reply)
             return False
         return True
 
     def poll(self, step: int) -> list[Ticket]:
-        """The commands to obey now, the same on every rank. Every rank calls it at the same place.
+        """The commands to execute now, the same on every rank. Collective.
 
-        `step`: the last one that was taken.
+        `step`: the last completed step.
         """
         tickets: list[Ticket] = []
-        skip = self._to_skip()
-        agreed = self._agreement.harvest()
+        skip = self._polls_to_skip()
+        agreed = self._agreement.wait()
         if agreed is not None:
-            *reasons, self._skipped = agreed
-            if any(reasons):
-                _, stop, save = reasons
-                tickets = distributed.broadcast(self._take(stop, save))
+            has_commands, stop, save, self._to_skip = agreed
+            if has_commands or stop or save:
+                tickets = distributed.broadcast(self._collect(stop, save))
             for ticket in tickets:
-                self._tell(ticket, "agreed", step)
-        if self._skipped:
-            self._skipped -= 1
+                self._publish(ticket, "agreed", step)
+        if self._to_skip:
+            self._to_skip -= 1
         else:
             self._agreement.start([not self._queue.empty(), *self._signals.take(), skip])
         return tickets
 
-    def _to_skip(self) -> int:
-        """How many polls rank 0 would leave out, as fast as they follow each other."""
+    def _polls_to_skip(self) -> int:
+        """How many polls rank 0 would skip, given the time since the last one."""
         if not distributed.is_global_leader():
             return 0
         now, before = time.monotonic(), self._polled_at
         self._polled_at = now
         if before is None:
             return 0
-        return min(MOST_SKIPPED, int(SECONDS_BETWEEN_AGREEMENTS / max(now - before, 1e-3)))
+        return min(MAX_SKIPPED, int(SECONDS_BETWEEN_AGREEMENTS / max(now - before, 1e-3)))
 
     def ticket(self, text: str, front: str) -> Ticket:
-        """A ticket for what every rank knows without being told, like an event that is due.
+        """A ticket for a command that every rank knows already, like that of a due event.
 
         Raises CommandError if this run does not know the command.
         """
@@ -142,37 +143,37 @@ class Bus:
         return Ticket(number, front, "", text, self._grammar.parse(text))
 
     def end(self, ticket: Ticket, state: State, step: int, result: str) -> None:
-        """Says what a command led to, on every rank; rank 0 tells it."""
+        """Publishes the final answer to a command. Every rank calls it; only rank 0 acts."""
         if distributed.is_global_leader():
             level = logging.WARNING if state == "failed" else logging.INFO
             log.log(level, "step %d: %s: %s: %s", step, ticket.text, state, result)
-        self._tell(ticket, state, step, result)
+        self._publish(ticket, state, step, result)
 
     def finish(self) -> None:
-        """Ends the last agreement, on every rank."""
-        self._agreement.harvest()
+        """Completes the last agreement. Collective."""
+        self._agreement.wait()
 
     def close(self) -> None:
-        """Takes no further command, and answers those that are left: they came too late."""
+        """Takes no further command, and answers the pending ones: the run is ending."""
         with self._lock:
             self._is_open = False
-        for ticket, _ in list(self._replies.values()):
-            log.warning("command %r came too late: the run is over", ticket.text)
-            self._tell(ticket, "failed", result="it came too late: the run is over")
+        for ticket, _ in list(self._pending.values()):
+            log.warning("command %r: %s", ticket.text, ENDING)
+            self._publish(ticket, "failed", result=ENDING)
 
-    def _take(self, stop: int, save: int) -> list[Ticket]:
-        """On rank 0 all that is waiting, and what signals to any rank amount to."""
+    def _collect(self, stop: int, save: int) -> list[Ticket]:
+        """On rank 0, the waiting commands and those that the signals stand for."""
         if not distributed.is_global_leader():
             return []
         tickets = [self._queue.get() for _ in range(self._queue.qsize())]
         if save:
             tickets.append(Ticket(next(self._ids), "signal", "", "SIGUSR1", Save()))
         if stop:
-            name = self._signals.name(stop)
+            name = signal.Signals(stop).name
             tickets.append(Ticket(next(self._ids), "signal", "", name, Interrupt(stop)))
         return tickets
 
-    def _tell(
+    def _publish(
         self,
         ticket: Ticket,
         state: State,
@@ -180,15 +181,15 @@ class Bus:
         result: str = "",
         reply: Reply | None = None,
     ) -> None:
-        """Writes down what became of a command, and tells who waits for it. Only rank 0 does."""
+        """Records an answer in the history and passes it on. Does nothing on ranks other than 0."""
         if self._audit is None:
             return
         answer = Answer(ticket.id, ticket.text, state, step, result)
-        from_whom = {"front": ticket.front, "user": ticket.user}
-        self._audit.write({"time": time.time(), **from_whom, **asdict(answer)})
-        if ticket.id in self._replies:
-            _, reply = self._replies[ticket.id]
-            if state in LAST:
-                del self._replies[ticket.id]
+        source = {"front": ticket.front, "user": ticket.user}
+        self._audit.write({"time": time.time(), **source, **asdict(answer)})
+        if ticket.id in self._pending:
+            _, reply = self._pending[ticket.id]
+            if state in FINAL_STATES:
+                del self._pending[ticket.id]
         if reply is not None:
             reply(answer)

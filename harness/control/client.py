@@ -9,16 +9,16 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.control.wire import LAST, SOCKET, Answer, short_path
+from harness.control.wire import FINAL_STATES, SOCKET, Answer, short_path
 from harness.errors import HarnessError
 
 EXIT_CODES = {"done": 0, "failed": 1, "rejected": 2}
 NO_ANSWER = 3
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_UPDATES = 1.0
 
 
 class NoAnswer(HarnessError):
-    """Nobody is there to talk to, or any more."""
+    """No job listens, or it ended before it answered."""
 
     code = NO_ANSWER
 
@@ -34,26 +34,26 @@ class Client:
             with short_path(path) as name:
                 self._socket.connect(name)
         except FileNotFoundError:
-            raise NoAnswer(f"{path}: not there; is {run_dir} the directory of a run?") from None
+            raise NoAnswer(f"{path} does not exist; is {run_dir} a run directory?") from None
         except ConnectionRefusedError:
             raise NoAnswer(
-                f"{path}: nobody listens: the run has ended, or its rank 0 is on another machine "
+                f"{path}: no answer: the run has ended, or its rank 0 is on another machine "
                 f"(see {run_dir}/log.txt)"
             ) from None
         except OSError as error:
             raise NoAnswer(f"{path}: {error.strerror}") from None
         self._lines = self._socket.makefile("r", encoding="utf-8")
 
-    def tell(self, command: str) -> Iterator[Answer]:
-        """Sends a command, and gives what becomes of it, up to the last answer.
+    def send(self, command: str) -> Iterator[Answer]:
+        """Sends a command, and yields its answers up to the final one.
 
-        Raises NoAnswer if the job goes away before that.
+        Raises NoAnswer if the job ends before that.
         """
         line = " ".join(command.split())
         if not line:
-            yield Answer(0, line, "rejected", result="no command; help lists them")
+            yield Answer(0, line, "rejected", result="an empty command; help lists all")
             return
-        with contextlib.suppress(BrokenPipeError):  # it may have said why before it hung up
+        with contextlib.suppress(BrokenPipeError):  # its reason may still be there to read
             self._socket.sendall(line.encode(errors="replace") + b"\n")
         while True:
             try:
@@ -64,24 +64,24 @@ class Client:
                 raise NoAnswer(f"{line!r}: the run ended before it answered")
             answer = Answer(**json.loads(received))
             yield answer
-            if answer.state in LAST:
+            if answer.state in FINAL_STATES:
                 return
 
     def close(self) -> None:
-        """Hangs up."""
+        """Disconnects."""
         self._lines.close()
         self._socket.close()
 
 
-def tell(run_dir: Path, command: str, as_json: bool) -> int:
-    """Sends one command, waits, prints what it leads to, and returns the exit code."""
+def send_command(run_dir: Path, command: str, as_json: bool) -> int:
+    """Sends one command, prints its answers, and returns the exit code."""
     with contextlib.closing(Client(run_dir)) as client:
-        return _tell(client, command, as_json)
+        return _send_and_print(client, command, as_json)
 
 
-def _tell(client: Client, command: str, as_json: bool) -> int:
+def _send_and_print(client: Client, command: str, as_json: bool) -> int:
     code = NO_ANSWER
-    for answer in client.tell(command):
+    for answer in client.send(command):
         code = EXIT_CODES.get(answer.state, NO_ANSWER)
         if as_json:
             sys.stdout.write(json.dumps(vars(answer)) + "\n")
@@ -91,46 +91,53 @@ def _tell(client: Client, command: str, as_json: bool) -> int:
     return code
 
 
-def talk(run_dir: Path, as_json: bool) -> int:
-    """Sends the lines of standard input one after the other; the exit code is the worst of theirs.
+def send_stdin(run_dir: Path, as_json: bool) -> int:
+    """Sends the lines of standard input one after the other, and returns the worst exit code.
 
-    On a terminal that is a prompt with history, and the run's status above it, kept up to date.
+    On a terminal this is a prompt with history, and the run's live status above it.
     """
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        with contextlib.closing(Client(run_dir)) as client:
-            lines = filter(str.strip, sys.stdin)
-            return max((_tell(client, line, as_json) for line in lines), default=0)
-    with contextlib.closing(Client(run_dir)) as client, contextlib.closing(Client(run_dir)) as eye:
-        sys.stdout.write("help lists the commands; Ctrl-D leaves, and the run goes on\n")
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return _prompt(run_dir, as_json)
+    with contextlib.closing(Client(run_dir)) as client:
+        lines = filter(str.strip, sys.stdin)
+        return max((_send_and_print(client, line, as_json) for line in lines), default=0)
+
+
+def _prompt(run_dir: Path, as_json: bool) -> int:
+    with (
+        contextlib.closing(Client(run_dir)) as client,
+        contextlib.closing(Client(run_dir)) as status_client,
+    ):
+        sys.stdout.write("help lists the commands; Ctrl-D leaves the prompt, not the run\n")
         while True:
             try:
-                with _status_above(eye):
+                with _status_above(status_client):
                     command = input("> ")
             except (EOFError, KeyboardInterrupt):
                 sys.stdout.write("\n")
                 return 0
             if command.strip():
-                _tell(client, command, as_json)
+                _send_and_print(client, command, as_json)
 
 
 @contextlib.contextmanager
 def _status_above(client: Client) -> Iterator[None]:
-    """Keeps the line above the prompt up to date while the user types, up to one line."""
+    """Updates the line above the prompt while the user types, until the input fills a line."""
     import readline  # also gives `input` its history and line editing
 
     typed = threading.Event()
     columns = os.get_terminal_size().columns - 1
 
     def status() -> str:
-        answers = list(client.tell("status"))
+        answers = list(client.send("status"))
         return answers[-1].result.partition("\n")[0][:columns]
 
     def redraw() -> None:
         with contextlib.suppress(NoAnswer, OSError):
-            while not typed.wait(SECONDS_BETWEEN_LOOKS):
+            while not typed.wait(SECONDS_BETWEEN_UPDATES):
                 if len(readline.get_line_buffer()) + len("> ") >= columns:
                     continue  # the line above is no longer the status
-                # Saves the cursor, goes to the line above, writes it anew, and comes back.
+                # Saves the cursor, rewrites the line above, and restores the cursor.
                 sys.stdout.write(f"\0337\033[1A\r\033[2K\033[2m{status()}\033[0m\0338")
                 sys.stdout.flush()
 

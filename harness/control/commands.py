@@ -1,8 +1,8 @@
-"""What a run can be told or asked: a closed set of commands.
+"""The commands that a run understands: a closed set.
 
-A command is a frozen dataclass. Its docstring is its help, and its `forms` are its grammar: words
-in lower case stand for themselves, words in capitals for a value of that kind (`grammar.py`), which
-becomes the field of the same name.
+A command is a frozen dataclass. Its docstring is its line in `help`, and its `forms` are its
+grammar: words in lower case are literal, a word in capitals is a value of that kind (`grammar.py`),
+which becomes the field of the same name.
 """
 
 from dataclasses import dataclass
@@ -11,24 +11,24 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Command:
-    """Something that the run can be told, or asked."""
+    """A control line, parsed."""
 
     forms: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
 class Query(Command):
-    """A question: rank 0 answers it alone and at once, whatever the run is doing."""
+    """A command that rank 0 answers alone and at once, whatever the run is doing."""
 
 
 @dataclass(frozen=True)
-class Change(Command):
-    """Alters what a checkpoint of this step would hold."""
+class StateChange(Command):
+    """A command that alters what a checkpoint of this step holds."""
 
 
 @dataclass(frozen=True)
 class Save(Command):
-    """Writes a checkpoint; one with a NAME is never pruned."""
+    """Writes a checkpoint; one with a NAME is never deleted."""
 
     forms = ("save", "save as NAME")
     name: str | None = None
@@ -36,7 +36,7 @@ class Save(Command):
 
 @dataclass(frozen=True)
 class Export(Command):
-    """Writes plain weights; FORMAT: sft (as by default) or pt."""
+    """Writes plain weights; FORMAT: sft (default) or pt."""
 
     forms = ("export", "export FORMAT")
     format: str = "sft"
@@ -51,48 +51,48 @@ class Eval(Command):
 
 @dataclass(frozen=True)
 class Quit(Command):
-    """Ends the run here, saved and exported as at its end."""
+    """Ends the run now; saves and exports as at its normal end."""
 
     forms = ("quit",)
 
 
 @dataclass(frozen=True)
 class EvalQuit(Quit):
-    """Evaluates, then does as quit."""
+    """Evaluates, then ends the run as quit does."""
 
     forms = ("eval_quit",)
 
 
 @dataclass(frozen=True)
 class QuitUnsaved(Quit):
-    """Ends the run here, and saves and exports nothing."""
+    """Ends the run now, without saving or exporting."""
 
     forms = ("quit!",)
 
 
 @dataclass(frozen=True)
 class Interrupt(Quit):
-    """A signal's doing: ends the run here, saved in any case, and not exported."""
+    """From a signal: ends the run now; always saves, never exports."""
 
     signal: int
 
 
 @dataclass(frozen=True)
 class Pause(Command):
-    """Takes no further step until resume; other commands are obeyed meanwhile."""
+    """Takes no further step until resume; other commands are still executed."""
 
     forms = ("pause",)
 
 
 @dataclass(frozen=True)
 class Resume(Command):
-    """Goes on after pause."""
+    """Continues after pause."""
 
     forms = ("resume",)
 
 
 @dataclass(frozen=True)
-class SetLr(Change):
+class SetLr(StateChange):
     """Holds the learning rate (of one engine) at RATE, whatever the schedule says."""
 
     forms = ("lr RATE", "lr ENGINE RATE")
@@ -101,8 +101,8 @@ class SetLr(Change):
 
 
 @dataclass(frozen=True)
-class ScaleLr(Change):
-    """Multiplies the learning rate (of one engine) from here on, as in lr x0.5."""
+class ScaleLr(StateChange):
+    """Multiplies the learning rate (of one engine) from now on, as in lr x0.5."""
 
     forms = ("lr xFACTOR", "lr ENGINE xFACTOR")
     factor: float
@@ -110,15 +110,15 @@ class ScaleLr(Change):
 
 
 @dataclass(frozen=True)
-class FollowSchedule(Change):
-    """Gives the learning rate (of one engine) back to the schedule."""
+class FollowSchedule(StateChange):
+    """Returns the learning rate (of one engine) to the schedule."""
 
     forms = ("lr auto", "lr ENGINE auto")
     engine: str | None = None
 
 
 @dataclass(frozen=True)
-class SetLossScale(Change):
+class SetLossScale(StateChange):
     """Sets the loss scale of the engines that compute in fp16."""
 
     forms = ("loss_scale SCALE", "loss_scale ENGINE SCALE")
@@ -127,8 +127,8 @@ class SetLossScale(Change):
 
 
 @dataclass(frozen=True)
-class SetClip(Change):
-    """Clips gradients (of one engine) to NORM; 0: not at all."""
+class SetClip(StateChange):
+    """Sets the gradient clipping norm (of one engine); 0 disables clipping."""
 
     forms = ("clip NORM", "clip ENGINE NORM")
     norm: float
@@ -136,8 +136,8 @@ class SetClip(Change):
 
 
 @dataclass(frozen=True)
-class SetSteps(Change):
-    """Moves the end of the run, and with it the schedule's, to step N."""
+class SetSteps(StateChange):
+    """Sets the run's last step, and the schedule's, to N."""
 
     forms = ("steps N",)
     n: int
@@ -153,15 +153,15 @@ class Profile(Command):
 
 @dataclass(frozen=True)
 class SetLog(Command):
-    """Logs from LEVEL on: debug, info, warning or error."""
+    """Sets the log level: debug, info, warning or error."""
 
     forms = ("log LEVEL",)
     level: str
 
 
 @dataclass(frozen=True)
-class Set(Change):
-    """Changes a key of the config; `set` alone lists those that can be."""
+class Set(StateChange):
+    """Changes a config key; set alone lists the keys that can be changed."""
 
     forms = ("set KEY VALUE",)
     key: str
@@ -169,8 +169,8 @@ class Set(Change):
 
 
 @dataclass(frozen=True)
-class At(Change):
-    """Obeys COMMAND at the end of step STEP; COMMAND@STEP alone does as well."""
+class At(StateChange):
+    """Schedules COMMAND for the end of step STEP; also COMMAND@STEP alone."""
 
     forms = ("event COMMAND@STEP",)
     command: str
@@ -178,8 +178,8 @@ class At(Change):
 
 
 @dataclass(frozen=True)
-class Every(Change):
-    """Obeys COMMAND at the end of every step that is a multiple of N."""
+class Every(StateChange):
+    """Schedules COMMAND for the end of every step that is a multiple of N."""
 
     forms = ("event COMMAND every N",)
     command: str
@@ -187,8 +187,8 @@ class Every(Change):
 
 
 @dataclass(frozen=True)
-class ClearEvents(Change):
-    """Forgets all events, or the one of number ID."""
+class ClearEvents(StateChange):
+    """Removes all events, or event ID."""
 
     forms = ("event clear", "event clear ID")
     id: int | None = None
@@ -203,21 +203,21 @@ class ShowEvents(Query):
 
 @dataclass(frozen=True)
 class ShowSettings(Query):
-    """Lists the keys of the config that can be set, and their values."""
+    """Lists the config keys that can be changed, and their values."""
 
     forms = ("set",)
 
 
 @dataclass(frozen=True)
 class Status(Query):
-    """Tells where the run is and what live commands have changed."""
+    """Shows where the run is and what live commands have changed."""
 
     forms = ("status",)
 
 
 @dataclass(frozen=True)
 class TimeLeft(Query):
-    """Estimates the time left to the end of the run, or to STEP."""
+    """Estimates the time left until the end of the run, or until STEP."""
 
     forms = ("time", "time to STEP")
     step: int | None = None
@@ -231,8 +231,8 @@ class Help(Query):
 
 
 @dataclass(frozen=True)
-class TaskCommand(Change):
-    """A command of the task's own, with its arguments."""
+class TaskCommand(StateChange):
+    """A command that the task defines, with its arguments."""
 
     name: str
     args: tuple[str, ...] = ()

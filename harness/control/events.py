@@ -1,4 +1,4 @@
-"""Commands that wait for a step: once at a step, or at every multiple of a number of steps."""
+"""Commands scheduled for a step, or for every multiple of a number of steps."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -7,19 +7,19 @@ from typing import Any
 
 @dataclass
 class Event:
-    """A command, and when it is due: at the end of step `at`, or of every step `every` divides."""
+    """A command, and when it is due: after step `at`, or after every multiple of `every` steps."""
 
     id: int
     command: str
     at: int | None = None
     every: int | None = None
-    obeyed: int = 0
-    """The last step that it was obeyed at."""
+    last_step: int = 0
+    """The step of its last execution, or that it was added at; "obeyed" in checkpoints."""
 
     def is_due(self, step: int) -> bool:
-        """Whether it is to be obeyed at the end of this step, and was not yet."""
+        """Whether it is due after this step, and was not executed yet."""
         if self.every is not None:
-            return step % self.every == 0 and step > self.obeyed
+            return step % self.every == 0 and step > self.last_step
         return self.at is not None and step >= self.at
 
     def __str__(self) -> str:
@@ -30,8 +30,8 @@ class Event:
 class Events:
     """The pending events, by number; part of every checkpoint.
 
-    An event is taken off, or marked, just before it is obeyed: a checkpoint that an event writes
-    holds the events of the same step that come after it, and a resumed run obeys those first.
+    An event is removed, or marked, just before it is executed: so a checkpoint that an event writes
+    holds the remaining events of the same step, and a resumed run executes those first.
     """
 
     def __init__(self) -> None:
@@ -44,33 +44,40 @@ class Events:
     def add(
         self, command: str, step: int, *, at: int | None = None, every: int | None = None
     ) -> Event:
-        """Adds one at the end of `step`; that step does not count for `every`."""
+        """Adds an event after `step`, which does not count for `every`."""
         self._last_id += 1
-        event = Event(self._last_id, command, at, every, obeyed=step)
+        event = Event(self._last_id, command, at, every, last_step=step)
         self._events[event.id] = event
         return event
 
     def clear(self, id: int | None = None) -> list[Event]:
-        """Forgets one event (or all, if None), and says which."""
-        gone = [event for event in self if id in (None, event.id)]
-        for event in gone:
+        """Removes one event (all, if None), and returns what was removed."""
+        removed = [event for event in self if id in (None, event.id)]
+        for event in removed:
             del self._events[event.id]
-        return gone
+        return removed
 
     def due(self, step: int) -> Iterator[Event]:
-        """The events to obey at the end of `step`, each marked or taken off as it is given out."""
+        """The events due after `step`, each marked or removed as it is yielded."""
         for event in self:
             if event.id in self._events and event.is_due(step):
-                event.obeyed = step
+                event.last_step = step
                 if event.every is None:
                     del self._events[event.id]
                 yield event
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"last_id": self._last_id, "events": [asdict(event) for event in self]}
+        events = [asdict(event) for event in self]
+        for event in events:
+            event["obeyed"] = event.pop("last_step")
+        return {"last_id": self._last_id, "events": events}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self._last_id = state["last_id"]
-        self._events = {item["id"]: Event(**item) for item in state["events"]}
+        self._events = {}
+        for item in state["events"]:
+            fields = dict(item)
+            last_step = fields.pop("obeyed")
+            self._events[item["id"]] = Event(**fields, last_step=last_step)

@@ -1,4 +1,4 @@
-"""What live commands have changed in the config, and the events that they left pending."""
+"""The config as live commands have changed it, and the events that are pending."""
 
 import logging
 from collections.abc import Mapping
@@ -6,32 +6,33 @@ from typing import Any
 
 from pydantic import ValidationError, create_model
 
+from harness.config import Config
 from harness.config.command_line import parse_overrides
-from harness.config.config import Config, section_of
-from harness.config.sections import LIVE
+from harness.config.old_names import current_setting
+from harness.config.sections import LIVE, section_of
 from harness.control.events import Events
 from harness.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
-class Live:
-    """The config as it is now; every checkpoint holds what makes it differ from its file.
+class LiveConfig:
+    """The config as it is now: as the run was started, with the changes of `set KEY VALUE`.
 
-    On a resume the config has the last word: a change stays in force as long as the config still
-    gives the value that was changed.
+    Every checkpoint holds the changes. On a resume the config takes precedence: a change stays in
+    force only as long as the config still gives the value that was changed.
     """
 
     def __init__(self, config: Config):
         self.config = config
         self.events = Events()
-        self._started = config
+        self._initial = config
         self._changes: dict[str, str] = {}
 
     def with_changes(self, changes: Mapping[str, str]) -> Config:
-        """The config with other values of live keys of one section. Raises ConfigError."""
+        """The config with new values for live keys, all of one section. Raises ConfigError."""
         section = next(iter(changes)).partition(".")[0]
-        values = {key.partition(".")[2]: checked_value(key, text) for key, text in changes.items()}
+        values = {key.partition(".")[2]: parse_value(key, text) for key, text in changes.items()}
         old = getattr(self.config, section)
         try:
             new = type(old).model_validate(old.model_dump() | values)
@@ -41,41 +42,43 @@ class Live:
         return self.config.model_copy(update={section: new})
 
     def set(self, key: str, text: str) -> None:
-        """Changes a live key. Raises ConfigError, and changes nothing, if it cannot be."""
+        """Changes a live key. Raises ConfigError, and changes nothing, if the value is invalid."""
         self.config = self.with_changes({key: text})
         self._changes[key] = text
-        if value_of(self.config, key) == value_of(self._started, key):
+        if value_of(self.config, key) == value_of(self._initial, key):
             del self._changes[key]
 
-    def describe(self) -> list[str]:
-        """One line for every changed key and every pending event."""
+    def changes(self) -> list[str]:
+        """One line for each changed key and each pending event."""
         changed = [
-            f"{key} = {value_of(self.config, key)} (the config says {value_of(self._started, key)})"
+            f"{key} = {value_of(self.config, key)} (the config says {value_of(self._initial, key)})"
             for key in self._changes
         ]
         return changed + [str(event) for event in self.events]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: `{key: [changed to, the config's value]}`, and the events."""
-        changes = {k: [text, repr(value_of(self._started, k))] for k, text in self._changes.items()}
+        """Plain values: `{key: [new value, the config's value]}`, and the events."""
+        changes = {k: [text, repr(value_of(self._initial, k))] for k, text in self._changes.items()}
         return {"changes": changes, "events": self.events.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the changes again that the config does not contradict, and says which not."""
+        """Applies the changes again that the config does not contradict, and logs the others."""
         self.events.load_state_dict(state["events"])
         sections: dict[str, dict[str, str]] = {}
-        for key, (text, was) in state["changes"].items():
-            if key in live_keys() and repr(value_of(self._started, key)) == was:
+        for name, (new, old) in state["changes"].items():
+            key, text = current_setting(name, new)
+            _, was = current_setting(name, old)
+            if key in live_keys() and repr(value_of(self._initial, key)) == was:
                 sections.setdefault(key.partition(".")[0], {})[key] = text
             else:
-                log.info("%s = %s, set live, is dropped: the config was changed since", key, text)
+                log.info("live change %s = %s is dropped: the config has changed", key, text)
         for changes in sections.values():
             try:
                 self.config = self.with_changes(changes)
                 self._changes |= changes
             except ConfigError as error:
-                told = ", ".join(f"{key} = {text}" for key, text in changes.items())
-                log.warning("%s, set live, is dropped: it does not fit the config: %s", told, error)
+                text = ", ".join(f"{key} = {text}" for key, text in changes.items())
+                log.warning("live change %s is dropped, as the config rejects it: %s", text, error)
 
 
 def live_keys() -> list[str]:
@@ -95,19 +98,19 @@ def value_of(config: Config, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def checked_value(key: str, text: str) -> Any:
-    """A live key's value, read as on the command line. Raises ConfigError if it cannot be one."""
+def parse_value(key: str, text: str) -> Any:
+    """A live key's value, parsed as on the command line. Raises ConfigError if it is invalid."""
     section, _, name = key.partition(".")
     try:
-        found = parse_overrides([f"--{key}={text}"])[section][name]
-    except (ValueError, RecursionError) as error:  # what no value looks like
+        value = parse_overrides([f"--{key}={text}"])[section][name]
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets nested too deeply
         raise ConfigError(f"{key}: found {text[:80]!r}: {error}") from None
     inner = section_of(Config.model_fields[section].annotation)
     assert inner is not None
     info: Any = inner.model_fields[name]
     try:
-        alone = create_model("Alone", value=(info.annotation, info))
-        return alone(value=found).model_dump()["value"]
+        model = create_model("Value", value=(info.annotation, info))
+        return model(value=value).model_dump()["value"]
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        raise ConfigError(f"{key}: found {found!r}: {reason[0].lower()}{reason[1:]}") from None
+        raise ConfigError(f"{key}: found {value!r}: {reason[0].lower()}{reason[1:]}") from None

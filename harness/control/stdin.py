@@ -1,4 +1,4 @@
-"""Standard input as a front: every line of rank 0's is a command."""
+"""Standard input as a front: every line on rank 0's is a command."""
 
 import logging
 import os
@@ -8,22 +8,23 @@ import sys
 import threading
 
 from harness.control.bus import Bus
-from harness.control.wire import LAST, LONGEST_LINE, Answer
-from harness.utils import say, user_name
+from harness.control.wire import FINAL_STATES, MAX_LINE, Answer
+from harness.logs import write_to_terminal
+from harness.utils import user_name
 
 log = logging.getLogger(__name__)
 
-SECONDS_AFTER_A_WRONG_LINE = 0.05
+SECONDS_AFTER_A_REJECTED_LINE = 0.05
 
 
 class StdinFront:
-    """A daemon thread that gives every line of standard input to the bus.
+    """A daemon thread that submits every line of standard input to the bus.
 
-    It reads the raw file descriptor and splits lines itself, since a buffered reader would keep
-    back lines that have arrived and would block on half a one. A closed stdin, /dev/null and the
-    end of a pipe retire it quietly; a job in a terminal's background waits until it is in the
-    foreground again. It reads no faster than commands are obeyed, nor floods the log with the
-    mistakes of a stream that was not meant for it.
+    It reads the raw file descriptor and splits lines itself, since a buffered reader would hold
+    back lines that have arrived and would block on an incomplete one. A closed stdin, /dev/null and
+    the end of a pipe end it silently; a job in a terminal's background waits until it is in the
+    foreground again. It reads no faster than commands are executed, nor floods the log with the
+    errors of a stream that was not meant for it.
     """
 
     def __init__(self, bus: Bus):
@@ -36,7 +37,7 @@ class StdinFront:
             ).start()
 
     def close(self) -> None:
-        """Reads no further line."""
+        """Stops reading."""
         self._stopped.set()
 
     def _read(self, descriptor: int) -> None:
@@ -46,7 +47,7 @@ class StdinFront:
                 ready, _, _ = select.select([descriptor], [], [], 0.2)
                 if not ready:
                     continue
-                if not _may_read(descriptor):
+                if not _is_foreground(descriptor):
                     self._stopped.wait(0.5)
                     continue
                 chunk = os.read(descriptor, 65536)
@@ -54,7 +55,7 @@ class StdinFront:
                 log.warning("stdin can no longer be read: %s", error)
                 return
             *lines, rest = (rest + chunk).split(b"\n")
-            if too_long and (lines or not chunk):  # here that line ends
+            if too_long and (lines or not chunk):  # the long line ends in this chunk
                 lines, too_long = lines[1:], False
             if not chunk:
                 lines, rest = [rest], b""
@@ -64,29 +65,30 @@ class StdinFront:
                     self._submit(text)
             if not chunk:
                 return
-            if too_long or len(rest) > LONGEST_LINE:
+            if too_long or len(rest) > MAX_LINE:
                 if not too_long:
-                    log.error("stdin: dropped a line of more than %d bytes", LONGEST_LINE)
+                    log.error("stdin: dropped a line of more than %d bytes", MAX_LINE)
                 rest, too_long = b"", True
 
     def _submit(self, text: str) -> None:
         while self._bus.is_full and not self._stopped.wait(0.1):
             pass
         if not self._bus.submit(text, "stdin", user_name(os.getuid()), _show):
-            self._stopped.wait(SECONDS_AFTER_A_WRONG_LINE)
+            self._stopped.wait(SECONDS_AFTER_A_REJECTED_LINE)
 
 
 def _show(answer: Answer) -> None:
-    """Shows what the log does not: what was wrong with a line, what a query is answered, and on
-    what level of the log ever the end of a command."""
+    """Shows what the log does not: why a line was rejected, the answers to queries, and at a log
+    level above INFO the results of commands."""
+    is_logged = answer.step is not None and log.isEnabledFor(logging.INFO)
     if answer.state == "rejected":
         log.error("command rejected: %s", answer.result)
-    elif answer.state in LAST and (answer.step is None or not log.isEnabledFor(logging.INFO)):
-        say(f"{answer.text}: {answer.result}")
+    elif answer.state in FINAL_STATES and not is_logged:
+        write_to_terminal(f"{answer.text}: {answer.result}")
 
 
 def _stdin_descriptor() -> int | None:
-    """The descriptor of standard input, or None if it is closed."""
+    """The descriptor of standard input; None if it is closed, or a directory."""
     try:
         descriptor = sys.stdin.fileno()
         mode = os.fstat(descriptor).st_mode
@@ -95,9 +97,9 @@ def _stdin_descriptor() -> int | None:
     return None if stat.S_ISDIR(mode) else descriptor
 
 
-def _may_read(descriptor: int) -> bool:
-    """False if reading would stop this process: a terminal whose foreground job is another."""
+def _is_foreground(descriptor: int) -> bool:
+    """False on a terminal whose foreground job is another: reading would stop this process."""
     try:
         return os.tcgetpgrp(descriptor) == os.getpgrp()
-    except OSError:  # no terminal, or not ours to be stopped by
+    except OSError:  # not a terminal, or not our controlling one
         return True

@@ -1,7 +1,7 @@
-"""What a run and `harness ctl` have in common: where the socket is, and what is said through it.
+"""What a run and its clients share: where the socket is, and what is sent through it.
 
-A client sends lines, each a command, and gets lines, each an `Answer` as a JSON object. Nothing
-here imports torch: `harness ctl` answers at once.
+A client sends lines, each a command, and receives lines, each an `Answer` as a JSON object. This
+module must not import torch: `harness ctl` starts at once.
 """
 
 import contextlib
@@ -12,32 +12,32 @@ from pathlib import Path
 from typing import Literal
 
 SOCKET = Path("control/control.sock")
-"""Below the run directory."""
-LONGEST_LINE = 64 * 1024
+"""Relative to the run directory."""
+MAX_LINE = 64 * 1024
 """Bytes of a command."""
 
 State = Literal["queued", "agreed", "done", "failed", "rejected"]
-LAST: tuple[State, ...] = ("done", "failed", "rejected")
+FINAL_STATES: tuple[State, ...] = ("done", "failed", "rejected")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What becomes of a command: queued, agreed at a step, and then done or failed; or rejected."""
+    """The state of a command: queued, agreed at a step, then done or failed; or rejected."""
 
     id: int
-    """Its number in the history of the run directory."""
+    """The command's number in the run directory's history."""
     text: str
-    """The command, as it was given."""
+    """The command as it was sent."""
     state: State
     step: int | None = None
-    """The step at whose end it was agreed or obeyed."""
+    """The step after which it was agreed or executed."""
     result: str = ""
-    """What it led to, or why it failed or was rejected."""
+    """The result, or why the command failed or was rejected."""
 
 
 @contextlib.contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """A name of the same file that fits into a socket's address, which holds 107 bytes."""
+    """Another name of the same file that fits into a socket's address, of at most 107 bytes."""
     if len(os.fsencode(path)) < 100:
         yield str(path)
         return

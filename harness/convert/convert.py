@@ -1,7 +1,7 @@
-"""Checkpoints into plain weights, and weights from one kind of file into another, streamed.
+"""Checkpoints into plain weights, and weights from one file format into another, streamed.
 
-Without torch: a plan says which bytes go where (`plan`), and threads copy them (`copy`). Only
-structures that are more than flat tensors are loaded and saved as a whole, by `harness.io`.
+Without torch: a plan lists which bytes go where (`plan`), and threads copy them (`copy`). Only
+structures that are more than flat tensors are loaded and saved, by `harness.io`.
 """
 
 import os
@@ -15,24 +15,32 @@ from pathlib import Path
 from typing import Any
 
 from harness.convert import plan as planning
-from harness.convert.copy import Progress, Written, copy
+from harness.convert.copy import Progress, copy
 from harness.convert.plan import ConversionPlan, PlannedTensor
-from harness.convert.resolve_source import LATEST, locate
-from harness.convert.verify import check_layout, check_output, check_sources
+from harness.convert.resolve_source import LATEST, resolve_source
+from harness.convert.verify import check_masters, check_output, check_sources
 from harness.errors import FormatError, HarnessError
 from harness.files import sync_directory, write_atomically
-from harness.formats import pt_writer, safetensors, sft_index, tensor_file, tied_weights
-from harness.formats.dtypes import SFT
+from harness.formats import (
+    dtypes,
+    pt_writer,
+    safetensors,
+    shard_index,
+    suffixes,
+    tensor_file,
+    tied_weights,
+)
+from harness.formats.tensor_writer import TensorWriter
 from harness.zero.reader import SavedEngine
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "keep": "keep"}
 
-Put = Callable[[str], object]
+PrintLine = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `harness convert` may be asked for; see its --help."""
+    """The options of `harness convert`; see its --help."""
 
     what: str = "weights"
     dtype: str | None = None
@@ -46,94 +54,103 @@ class Options:
     dry_run: bool = False
     verify: bool = False
     to_zero: int | None = None
-    """ZeRO stage of the native files that are written instead of weights."""
+    """ZeRO stage of the DeepSpeed checkpoint that is written instead of weights."""
     ranks: int | None = None
-    """Ranks that they are for; None: 1."""
+    """The number of ranks that will load it; None: 1."""
     round_robin: bool | None = None
-    """What round_robin_gradients is there; None: false."""
+    """round_robin_gradients of the engine that will load it; None: false."""
     workers: int = 0
     """Threads; 0: as many as there are processors, at most 4."""
 
 
-def convert(src: Path, dst: Path, options: Options, put: Put) -> None:
-    """Converts `src` (see `locate`) to `dst`: `.sft`, `.pt`, or a directory of shards.
+def convert(src: Path, dst: Path, options: Options, print_line: PrintLine) -> None:
+    """Converts `src` (see `resolve_source`) to `dst`: `.sft`, `.pt`, or a directory of shards.
 
-    `put` gets lines for the user. Raises HarnessError if it cannot be done, OSError if the disk
-    does not play along; then there is nothing at `dst`, or what was there before.
+    `print_line` is called with lines for the user. Raises HarnessError if the conversion is not
+    possible, OSError if files cannot be read or written; then `dst` is as it was.
     """
-    _check_target(dst, options)
-    found = locate(src, options.engine)
+    _check_destination(dst, options)
+    source = resolve_source(src, options.engine)
     if options.to_zero is not None:
-        _native(found, dst, options, put)
+        _write_zero_checkpoint(source, dst, options, print_line)
         return
-    plan = _plan(found, options)
+    plan = _make_plan(source, options)
     if plan is None:
-        assert isinstance(found, Path)
-        _whole(found, dst, options, put)
+        assert isinstance(source, Path)
+        _convert_structure(source, dst, options, print_line)
         return
     planning.select(plan, options.include, options.exclude)
     planning.rename(plan, options.rename)
-    metadata = planning.metadata(plan)
-    planning.tie(plan)
-    if metadata and dst.suffix in pt_writer.SUFFIXES:
+    metadata = planning.output_metadata(plan)
+    planning.deduplicate(plan)
+    if metadata and dst.suffix in suffixes.PT:
         plan.notes.append(f"a {dst.suffix} has no place for the metadata: {', '.join(metadata)}")
     for note in plan.notes:
-        put(f"note: {note}")
+        print_line(f"note: {note}")
     if options.dry_run:
-        planning.table(plan, put)
+        planning.print_plan(plan, print_line)
         return
     if options.verify:
-        if isinstance(found, SavedEngine):
-            check_layout(found)
-        with _bar(sum({s: s.size for s in plan.ranges()}.values()), "checking") as progress:
-            check_sources(plan.ranges(), progress)
+        _verify_source(source, plan)
     started = time.perf_counter()
-    with _bar(plan.nbytes, "converting") as progress:
+    with _progress_bar(plan.nbytes, "converting") as progress:
         _write(plan, metadata, dst, options, progress)
     seconds = time.perf_counter() - started
-    put(
+    print_line(
         f"{dst}: {len(plan.tensors)} tensors, {plan.nbytes / 1e6:,.1f} MB in {seconds:.1f} s, "
         f"{plan.nbytes / 1e9 / seconds:.2f} GB/s{', verified' if options.verify else ''}"
     )
 
 
-def _check_target(dst: Path, options: Options) -> None:
-    for_zero = (options.ranks, options.round_robin)
-    if options.to_zero is None and any(given is not None for given in for_zero):
+def _check_destination(dst: Path, options: Options) -> None:
+    zero_options = (options.ranks, options.round_robin)
+    if options.to_zero is None and any(value is not None for value in zero_options):
         raise HarnessError("--ranks and --round-robin are for --to-zero")
     if options.to_zero is not None:
-        if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-            raise HarnessError(f"{dst} is there already: a checkpoint goes into a new directory")
+        _check_new_directory(dst, "a checkpoint")
     elif options.shard_size is not None:
         if options.shard_size <= 0:
             raise HarnessError("--shard-size must be above 0")
-        if dst.suffix in pt_writer.SUFFIXES | safetensors.SUFFIXES:
+        if dst.suffix in suffixes.KNOWN:
             raise HarnessError(f"{dst}: with --shard-size it must be a directory")
-        if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-            raise HarnessError(f"{dst} is there already: shards go into a new directory")
-    elif dst.suffix not in pt_writer.SUFFIXES | safetensors.SUFFIXES:
-        known = ", ".join(sorted(pt_writer.SUFFIXES | safetensors.SUFFIXES))
-        raise HarnessError(f"{dst}: expected one of {known}, or --shard-size with a directory")
+        _check_new_directory(dst, "shards")
+    elif dst.suffix not in suffixes.KNOWN:
+        raise HarnessError(
+            f"{dst}: expected one of {suffixes.listed()}, or --shard-size with a directory"
+        )
     if not dst.absolute().parent.is_dir():
         raise HarnessError(f"{dst.parent}: no such directory")
 
 
-def _plan(found: SavedEngine | Path, options: Options) -> ConversionPlan | None:
+def _check_new_directory(dst: Path, content: str) -> None:
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise HarnessError(f"{dst} exists already: {content} need a new directory")
+
+
+def _make_plan(source: SavedEngine | Path, options: Options) -> ConversionPlan | None:
     """None for a file that holds more than flat tensors."""
-    if isinstance(found, SavedEngine):
-        return planning.of_engine(found, options.what, DTYPES[options.dtype or "fp32"])
+    if isinstance(source, SavedEngine):
+        return planning.plan_engine(source, options.what, DTYPES[options.dtype or "fp32"])
     if options.what != "weights" or options.engine is not None:
-        raise HarnessError(f"{found}: --what and --engine are for checkpoints")
-    content = tensor_file.read(found)
+        raise HarnessError(f"{source}: --what and --engine are for checkpoints")
+    content = tensor_file.read(source)
     if content is None:
         return None
-    return planning.of_file(content, DTYPES[options.dtype or "keep"])
+    return planning.plan_file(content, DTYPES[options.dtype or "keep"])
 
 
-def _whole(src: Path, dst: Path, options: Options, put: Put) -> None:
+def _verify_source(source: SavedEngine | Path, plan: ConversionPlan) -> None:
+    if isinstance(source, SavedEngine):
+        check_masters(source)
+    total = sum({range_: range_.size for range_ in plan.ranges()}.values())
+    with _progress_bar(total, "checking") as progress:
+        check_sources(plan.ranges(), progress)
+
+
+def _convert_structure(src: Path, dst: Path, options: Options, print_line: PrintLine) -> None:
     """A structure of more than flat tensors, through `harness.io`."""
-    asked = (options.dtype, options.include, options.exclude, options.rename, options.dry_run)
-    if any(asked) or options.verify:
+    given = (options.dtype, options.include, options.exclude, options.rename, options.dry_run)
+    if any(given) or options.verify:
         raise HarnessError(
             f"{src}: more than flat tensors: --dtype, --include, --exclude, --rename, --dry-run "
             "and --verify do not apply"
@@ -141,84 +158,89 @@ def _whole(src: Path, dst: Path, options: Options, put: Put) -> None:
     from harness import io  # late: it needs torch
 
     io.save(io.load(src, lazy=True), dst, options.shard_size)
-    put(f"{dst}: {dst.stat().st_size / 1e9:.3f} GB" if dst.is_file() else str(dst))
+    print_line(f"{dst}: {dst.stat().st_size / 1e9:.3f} GB" if dst.is_file() else str(dst))
 
 
-def _native(found: SavedEngine | Path, dst: Path, options: Options, put: Put) -> None:
-    """A checkpoint of plain DeepSpeed's, laid out for another ZeRO stage and number of ranks."""
+def _write_zero_checkpoint(
+    source: SavedEngine | Path, dst: Path, options: Options, print_line: PrintLine
+) -> None:
+    """A checkpoint of plain DeepSpeed, resharded for another ZeRO stage and number of ranks."""
     given = (options.dtype, options.include, options.exclude, options.rename, options.shard_size)
     if any(given) or options.what != "weights" or options.dry_run or options.verify:
         raise HarnessError("--to-zero takes no option but --ranks, --round-robin and --engine")
-    if not isinstance(found, SavedEngine):
-        raise HarnessError(f"{found}: --to-zero needs a checkpoint: there is no optimizer's state")
+    if not isinstance(source, SavedEngine):
+        raise HarnessError(f"{source}: --to-zero needs a checkpoint: it has no optimizer state")
     ranks = 1 if options.ranks is None else options.ranks
     if ranks < 1:
         raise HarnessError(f"--ranks {ranks}: expected 1 or more")
-    from harness.zero.writer import Native  # late: it needs torch
+    from harness.zero.writer import ZeroWriter  # late: it needs torch
 
     assert options.to_zero is not None
-    native = Native(found, options.to_zero, ranks, options.round_robin)
-    tag = f"global_step{found.model['global_steps']}"
-    needed = sum(path.stat().st_size for path in found.directory.iterdir())
-    with _staged(dst, needed) as staged:
+    writer = ZeroWriter(source, options.to_zero, ranks, options.round_robin)
+    tag = f"global_step{source.model['global_steps']}"
+    needed = sum(path.stat().st_size for path in source.directory.iterdir())
+    with _staged_directory(dst, needed) as staged:
         (staged / tag).mkdir()
-        native.write(staged / tag)
+        writer.write(staged / tag)
         write_atomically(staged / LATEST, lambda path: path.write_text(tag))
-    put(f"{dst}: {tag} for {ranks} ranks at ZeRO {options.to_zero}")
-    for note in native.notes:
-        put(f"note: {note}")
+    print_line(f"{dst}: {tag} for {ranks} ranks at ZeRO {options.to_zero}")
+    for note in writer.notes:
+        print_line(f"note: {note}")
 
 
 def _write(
     plan: ConversionPlan, metadata: dict[str, str], dst: Path, options: Options, progress: Progress
 ) -> None:
-    workers = options.workers or min(4, os.cpu_count() or 1)
-
-    def copied(names: Mapping[str, PlannedTensor], path: Path, aliases: Mapping[str, str]) -> None:
-        written: list[Written] = []
-        is_pt = path.suffix in pt_writer.SUFFIXES
-
-        def fill(writer: safetensors.Writer | pt_writer.Writer) -> None:
-            with_crc = is_pt or options.verify
-            written[:] = copy(
-                names, writer.tensors, writer.fileno(), workers, progress, with_crc, whole=is_pt
-            )
-            if isinstance(writer, pt_writer.Writer):
-                writer.crcs |= {part.name: part.crc for part in written}
-            if options.verify:
-                os.fsync(writer.fileno())
-                check_output(Path(f"/proc/self/fd/{writer.fileno()}"), written, lambda _: None)
-
-        described = {name: (planned.dtype, planned.shape) for name, planned in names.items()}
-        if is_pt:
-            pt_writer.write(path, described, fill, aliases)
-        else:
-            short = {
-                name: (_short(name, dtype), shape) for name, (dtype, shape) in described.items()
-            }
-            safetensors.write(
-                path,
-                short,
-                fill,
-                {"format": "pt"} | metadata | tied_weights.described(names, aliases),
-            )
-
     if options.shard_size is None:
-        copied(plan.tensors, dst, plan.aliases)
+        _write_file(plan.tensors, dst, plan.aliases, metadata, options, progress)
         return
-    parts = sft_index.split({n: p.nbytes for n, p in plan.tensors.items()}, options.shard_size)
-    with _staged(dst, plan.nbytes) as staged:
-        for number, part in enumerate(parts):
-            path = staged / sft_index.shard_name(number, len(parts))
-            copied({name: plan.tensors[name] for name in part}, path, {})
-        described = tied_weights.described(plan.tensors, plan.aliases)
+    sizes = {name: planned.nbytes for name, planned in plan.tensors.items()}
+    shards = shard_index.split(sizes, options.shard_size)
+    with _staged_directory(dst, plan.nbytes) as staged:
+        for number, names in enumerate(shards):
+            path = staged / shard_index.shard_name(number, len(shards))
+            tensors = {name: plan.tensors[name] for name in names}
+            _write_file(tensors, path, {}, metadata, options, progress)
+        structure = tied_weights.to_metadata(plan.tensors, plan.aliases)
         total: dict[str, Any] = {"total_size": plan.nbytes}
-        sft_index.write_index(staged, parts, total | metadata | described)
+        shard_index.write_index(staged, shards, total | metadata | structure)
+
+
+def _write_file(
+    tensors: Mapping[str, PlannedTensor],
+    path: Path,
+    aliases: Mapping[str, str],
+    metadata: dict[str, str],
+    options: Options,
+    progress: Progress,
+) -> None:
+    workers = options.workers or min(4, os.cpu_count() or 1)
+    is_pt = path.suffix in suffixes.PT
+    with_crc = is_pt or options.verify
+
+    def fill(writer: TensorWriter) -> None:
+        target = writer.fileno()
+        written = copy(
+            tensors, writer.tensors, target, workers, progress, with_crc, by_tensor=is_pt
+        )
+        if is_pt:
+            writer.crcs |= {part.name: part.crc for part in written}
+        if options.verify:
+            os.fsync(target)
+            check_output(target, path, written)
+
+    described = {name: (planned.dtype, planned.shape) for name, planned in tensors.items()}
+    if is_pt:
+        pt_writer.write(path, described, fill, aliases)
+        return
+    entries = {n: (_safetensors_dtype(n, dtype), shape) for n, (dtype, shape) in described.items()}
+    structure = tied_weights.to_metadata(tensors, aliases)
+    safetensors.write(path, entries, fill, {"format": "pt"} | metadata | structure)
 
 
 @contextmanager
-def _staged(dst: Path, needed: int) -> Iterator[Path]:
-    """A new directory that becomes `dst` when the context ends well."""
+def _staged_directory(dst: Path, needed: int) -> Iterator[Path]:
+    """A new directory that becomes `dst` if the context ends without an error."""
     free = shutil.disk_usage(dst.absolute().parent).free
     if needed > free:
         raise HarnessError(f"{dst}: {needed / 1e9:.3f} GB do not fit: {free / 1e9:.3f} GB are free")
@@ -226,25 +248,25 @@ def _staged(dst: Path, needed: int) -> Iterator[Path]:
     staged.mkdir()
     try:
         yield staged
-        staged.replace(dst)  # also if it is there, and empty
+        staged.replace(dst)  # also if it exists, and is empty
         sync_directory(dst.absolute().parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _short(name: str, dtype: str) -> str:
-    if dtype not in SFT or dtype == "float4_e2m1fn_x2":
+def _safetensors_dtype(name: str, dtype: str) -> str:
+    if dtype not in dtypes.SAFETENSORS or dtype == "float4_e2m1fn_x2":
         raise FormatError(f"tensor {name!r}: safetensors files have no {dtype}; convert to .pt")
-    return SFT[dtype]
+    return dtypes.SAFETENSORS[dtype]
 
 
 @contextmanager
-def _bar(total: int, doing: str) -> Iterator[Progress]:
-    """A progress bar in GB/s where somebody looks."""
+def _progress_bar(total: int, label: str) -> Iterator[Progress]:
+    """A progress bar in GB/s, on a terminal only."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
-    from tqdm import tqdm  # late: nobody waits for it who does not look
+    from tqdm import tqdm  # late: it is not needed without a terminal
 
-    with tqdm(total=total, desc=doing, unit="B", unit_scale=True, leave=False) as bar:
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False) as bar:
         yield bar.update

@@ -1,11 +1,10 @@
-"""Copies what a plan says from the files it is in to the file it goes to, by several threads.
+"""Copies the bytes of planned tensors from their files to the output, with several threads.
 
-A thread gathers stretches in a buffer that fits into the processor's cache, and writes it where
-pages begin. That takes less of the processor than `copy_file_range`, which moves page after page as
-soon as source and target lie at different places within a page, and than larger buffers do.
+A thread gathers byte ranges in a buffer that fits into the processor's cache, and writes it at the
+beginning of a page. That takes less processor time than larger buffers, and than `copy_file_range`,
+which moves single pages if source and target have different offsets within a page.
 """
 
-import os
 import resource
 import threading
 import zlib
@@ -14,103 +13,96 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from harness.convert.plan import PlannedTensor
-from harness.errors import FormatError
 from harness.formats.dtypes import SIZES
-from harness.formats.sources import StoredTensor
+from harness.formats.raw_io import read_into, write_at
+from harness.formats.stored_tensor import StoredTensor
+from harness.formats.tensor_writer import Entry
 
-BUFFER = 512 << 10
+BUFFER_SIZE = 512 << 10
 """Bytes; of each thread."""
-TASK = 16 << 20
-"""Bytes of the output that a thread takes on at a time."""
+TASK_SIZE = 16 << 20
+"""Bytes of the output that a thread writes before it takes the next task."""
 _PAGE = 4096
 
 Progress = Callable[[int], object]
-"""Is told how many more bytes have been written; by any thread."""
-
-
-class Place(Protocol):
-    """Where a tensor belongs in a file."""
-
-    @property
-    def start(self) -> int: ...
+"""Called by any thread with the number of further bytes that have been written."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Bytes of a tensor's output, from `first` on, and their place in the file."""
+    """`size` bytes of a tensor's output, from its byte `first` on; `start` in the file."""
 
     name: str
     planned: PlannedTensor
     first: int
     size: int
-    place: int
+    start: int
+
+    @property
+    def end(self) -> int:
+        """Its end in the file."""
+        return self.start + self.size
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: `size` bytes from `place` on, with this CRC-32 (0 if not asked for)."""
+    """`size` bytes that were written from `start` on, and their CRC-32 (0 if not asked for)."""
 
     name: str
-    place: int
+    start: int
     size: int
     crc: int
 
 
-class Files:
+class SourceFiles:
     """Descriptors of the sources, each opened once. A context; threads may share it."""
 
-    def __enter__(self) -> "Files":
+    def __enter__(self) -> "SourceFiles":
         self._stack = ExitStack()
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def read(self, path: Path, view: memoryview, start: int) -> None:
-        """Fills the view with a file's bytes from `start` on.
-
-        Raises FormatError if there are fewer, OSError if they cannot be read.
-        """
+        """Fills the view with a file's bytes from `start` on. Raises as `read_into` does."""
         with self._lock:
             if path not in self._descriptors:
                 file = self._stack.enter_context(path.open("rb"))
                 self._descriptors[path] = file.fileno()
-        while view:
-            got = os.preadv(self._descriptors[path], [view], start)
-            if not got:
-                raise FormatError(f"{path}: has become shorter while it was read")
-            view, start = view[got:], start + got
+        read_into(self._descriptors[path], view, start, path)
 
-    def elements(self, source: StoredTensor, first: int, size: int, buffer: memoryview) -> None:
+    def read_elements(
+        self, source: StoredTensor, first: int, size: int, buffer: memoryview
+    ) -> None:
         """Fills the beginning of the buffer with `size` bytes of a source, from `first` on."""
-        for stretch in source.cut(first, size):
-            self.read(stretch.path, buffer[: stretch.size], stretch.start)
-            buffer = buffer[stretch.size :]
+        for range_ in source.cut(first, size):
+            self.read(range_.path, buffer[: range_.size], range_.start)
+            buffer = buffer[range_.size :]
 
-    def row_major(self, source: StoredTensor) -> Iterator[memoryview]:
-        """The bytes of a source whose elements lie in another order, in order, about BUFFER at a
-        time. All that lies in the file is in memory meanwhile."""
+    def read_row_major(self, source: StoredTensor) -> Iterator[memoryview]:
+        """The bytes of a source whose elements are in another order, row-major, in chunks of about
+        BUFFER_SIZE. Its bytes in the file are in memory meanwhile."""
         import numpy as np  # late: few tensors need it
 
         ref = source.strided
         assert ref is not None
-        (whole,) = source.ranges
-        content = memoryview(bytearray(whole.size))
-        self.read(whole.path, content, whole.start)
+        (extent,) = source.ranges
+        content = memoryview(bytearray(extent.size))
+        self.read(extent.path, content, extent.start)
         flat = np.frombuffer(content, f"V{ref.itemsize}")
         strides = [step * ref.itemsize for step in ref.stride]
         elements = np.nditer(
             np.lib.stride_tricks.as_strided(flat, ref.shape, strides),
             ["external_loop", "buffered", "zerosize_ok"],
             order="C",
-            buffersize=BUFFER // ref.itemsize,
+            buffersize=BUFFER_SIZE // ref.itemsize,
         )
         for chunk in elements:
             yield memoryview(np.asarray(chunk).tobytes())
@@ -118,27 +110,28 @@ class Files:
 
 def copy(
     tensors: Mapping[str, PlannedTensor],
-    places: Mapping[str, Place],
+    places: Mapping[str, Entry],
     target: int,
     workers: int,
     progress: Progress,
     with_crc: bool = False,
-    whole: bool = False,
+    by_tensor: bool = False,
 ) -> list[Written]:
     """Writes every tensor to its place in the file `target`, a descriptor.
 
-    `whole`: what is returned covers whole tensors, not stretches of 16 MiB or several small ones.
-    Raises FormatError or OSError if something cannot be read or written; on that, and on an
-    interrupt, the threads end before their next buffer.
+    `by_tensor`: the result has one item for each tensor; otherwise an item is up to TASK_SIZE bytes
+    of one tensor or several. Raises FormatError or OSError if something cannot be read or written;
+    on that, and on an interrupt, the threads end before their next buffer.
     """
     stop = threading.Event()
-    with Files() as files, ThreadPoolExecutor(workers, thread_name_prefix="copy") as pool:
+    with SourceFiles() as files, ThreadPoolExecutor(workers, thread_name_prefix="copy") as pool:
 
-        def run(parts: list[Chunk]) -> Written:
-            return _Task(files, target, progress, with_crc, stop).run(parts)
+        def run(task: list[Chunk]) -> Written:
+            return _Copier(files, target, progress, with_crc, stop).run(task)
 
         try:
-            futures = [pool.submit(run, parts) for parts in tasks(tensors, places, whole)]
+            tasks = split_into_tasks(tensors, places, by_tensor)
+            futures = [pool.submit(run, task) for task in tasks]
             wait(futures, return_when=FIRST_EXCEPTION)
             return [future.result() for future in futures if future.done()]
         finally:
@@ -146,104 +139,105 @@ def copy(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def tasks(
-    tensors: Mapping[str, PlannedTensor], places: Mapping[str, Place], whole: bool
+def split_into_tasks(
+    tensors: Mapping[str, PlannedTensor], places: Mapping[str, Entry], by_tensor: bool
 ) -> Iterator[list[Chunk]]:
-    """Parts that lie one after the other in the file, about TASK bytes at a time."""
+    """Chunks that are contiguous in the output, up to TASK_SIZE bytes at a time."""
     task: list[Chunk] = []
-    filled = 0
+    task_size = 0
     for name in sorted(tensors, key=lambda name: places[name].start):
         planned, start = tensors[name], places[name].start
-        is_split = not whole and planned.source.strided is None
-        step = TASK if is_split else max(planned.nbytes, 1)
+        can_split = not by_tensor and planned.source.strided is None
+        step = TASK_SIZE if can_split else max(planned.nbytes, 1)
         for first in range(0, max(planned.nbytes, 1), step):
             size = min(step, planned.nbytes - first)
-            if task and (
-                whole or filled + size > TASK or task[-1].place + task[-1].size != start + first
-            ):
+            is_full = by_tensor or task_size + size > TASK_SIZE
+            if task and (is_full or task[-1].end != start + first):
                 yield task
-                task, filled = [], 0
+                task, task_size = [], 0
             task.append(Chunk(name, planned, first, size, start + first))
-            filled += size
+            task_size += size
     if task:
         yield task
 
 
-class _Task:
-    """What one thread does: parts that lie one after the other in the file."""
+class _Copier:
+    """Executes one task: gathers chunks in a buffer, and writes it to the file."""
 
     def __init__(
-        self, files: Files, target: int, progress: Progress, with_crc: bool, stop: threading.Event
+        self,
+        files: SourceFiles,
+        target: int,
+        progress: Progress,
+        with_crc: bool,
+        stop: threading.Event,
     ):
         self.files = files
         self.target = target
         self.progress = progress
         self.with_crc = with_crc
         self.stop = stop
-        self.buffer = memoryview(bytearray(BUFFER))
-        self.filled = 0
-        self.place = 0
+        self.buffer = memoryview(bytearray(BUFFER_SIZE))
+        self.filled = 0  # bytes of the buffer
+        self.position = 0  # in the file, where the buffer belongs
         self.crc = 0
 
-    def run(self, parts: list[Chunk]) -> Written:
-        self.place = parts[0].place
-        for part in parts:
-            source = part.planned.source
+    def run(self, task: list[Chunk]) -> Written:
+        self.position = task[0].start
+        for chunk in task:
+            source = chunk.planned.source
             if source.strided is not None:
                 self.flush()
-                for content in self.files.row_major(source):
-                    self.put(self.converted(part.planned, content))
-            elif source.dtype == part.planned.dtype:
-                self.gather(part)
+                for content in self.files.read_row_major(source):
+                    self.write(_cast(chunk.planned, content))
+            elif source.dtype == chunk.planned.dtype:
+                self.gather(chunk)
             else:
                 self.flush()
-                self.convert(part)
+                self.convert(chunk)
         self.flush()
-        size = sum(part.size for part in parts)
-        return Written(parts[0].name, parts[0].place, size, self.crc)
+        return Written(task[0].name, task[0].start, task[-1].end - task[0].start, self.crc)
 
-    def gather(self, part: Chunk) -> None:
+    def gather(self, chunk: Chunk) -> None:
         done = 0
-        while done < part.size:
-            space = BUFFER - self.place % _PAGE - self.filled
-            size = min(space, part.size - done)
+        while done < chunk.size:
+            space = BUFFER_SIZE - self.position % _PAGE - self.filled
+            size = min(space, chunk.size - done)
             view = self.buffer[self.filled : self.filled + size]
-            self.files.elements(part.planned.source, part.first + done, size, view)
+            self.files.read_elements(chunk.planned.source, chunk.first + done, size, view)
             self.filled += size
             done += size
             if size == space:
                 self.flush()
 
-    def convert(self, part: Chunk) -> None:
-        source = part.planned.source
-        width, target_width = source.itemsize, SIZES[part.planned.dtype]
-        first, left = part.first // target_width, part.size // target_width
-        while left:
-            count = min(left, BUFFER // width)
+    def convert(self, chunk: Chunk) -> None:
+        source = chunk.planned.source
+        width, target_width = source.itemsize, SIZES[chunk.planned.dtype]
+        first, remaining = chunk.first // target_width, chunk.size // target_width
+        while remaining:
+            count = min(remaining, BUFFER_SIZE // width)
             view = self.buffer[: count * width]
-            self.files.elements(source, first * width, count * width, view)
-            self.put(self.converted(part.planned, view))
-            first, left = first + count, left - count
-
-    def converted(self, planned: PlannedTensor, content: memoryview) -> memoryview:
-        if planned.source.dtype == planned.dtype:
-            return content
-        from harness.formats.cast import cast  # late: plain copies need no numpy
-
-        return cast(content, planned.source.dtype, planned.dtype)
+            self.files.read_elements(source, first * width, count * width, view)
+            self.write(_cast(chunk.planned, view))
+            first, remaining = first + count, remaining - count
 
     def flush(self) -> None:
         filled, self.filled = self.filled, 0
-        self.put(self.buffer[:filled])
+        self.write(self.buffer[:filled])
 
-    def put(self, content: memoryview) -> None:
+    def write(self, content: memoryview) -> None:
         if self.stop.is_set():
             raise InterruptedError("stopped")
         if self.with_crc:
             self.crc = zlib.crc32(content, self.crc)
-        size = len(content)
-        while content:
-            written = os.pwrite(self.target, content, self.place)
-            self.place += written
-            content = content[written:]
-        self.progress(size)
+        write_at(self.target, content, self.position)
+        self.position += len(content)
+        self.progress(len(content))
+
+
+def _cast(planned: PlannedTensor, content: memoryview) -> memoryview:
+    if planned.source.dtype == planned.dtype:
+        return content
+    from harness.formats.cast import cast  # late: plain copies need no numpy
+
+    return cast(content, planned.source.dtype, planned.dtype)

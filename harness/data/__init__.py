@@ -1,1 +1,17 @@
-"""From a dataset to the micro-batches of a rank."""
+"""From a dataset to this rank's micro-batches, in an order that resumes exactly.
+
+The samplers are exported here.
+
+    loader.py    endless micro-batches of a dataset, or of the task's own loader; resumable
+    sampler.py   the order of the samples on every rank; usable alone
+"""
+
+from harness.data.sampler import (
+    BatchedOrderedSampler,
+    OrderedSampler,
+    PoolSampler,
+    RandomSampler,
+    Sampler,
+)
+
+__all__ = ["BatchedOrderedSampler", "OrderedSampler", "PoolSampler", "RandomSampler", "Sampler"]

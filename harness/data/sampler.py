@@ -1,15 +1,15 @@
-"""Samplers that can stop at any draw and go on exactly there, on any number of ranks.
+"""Samplers that stop at any draw and resume exactly there, on any number of ranks.
 
 A sampler is one endless stream of draws: epoch 0's order, then epoch 1's, and so on, each order a
 pure function of (seed, epoch). A draw is an index into a dataset, or a list of them. Rank r of W
 takes the places r, r + W, r + 2W, ... of the stream; one draw on every rank is a round. A round
-that an epoch cannot fill is completed with the first draws of the next epoch, which then goes on
-after them: all ranks draw equally often, and nothing is dropped or drawn twice.
+that an epoch cannot fill is completed with the first draws of the next epoch, which continues after
+them: all ranks draw equally often, and nothing is dropped or drawn twice.
 
     sampler = RandomSampler(len(dataset), seed=1, rank=rank, world_size=world_size)
     for batch in DataLoader(dataset, batch_size=8, sampler=sampler.stream(), num_workers=2):
         train(batch)
-        sampler.advance(8)  # only now are they consumed; what workers fetched ahead is not
+        sampler.advance(8)  # counts them as consumed; what workers have prefetched is not
 """
 
 import hashlib
@@ -27,7 +27,7 @@ Draw = TypeVar("Draw")
 
 
 class Sampler(ABC, Generic[Draw]):
-    """One rank's share of an endless stream; a subclass says the order of each epoch.
+    """One rank's share of an endless stream; a subclass defines the order of each epoch.
 
     `length` is the number of items in the dataset. Raises ValueError for arguments out of range.
     """
@@ -66,7 +66,7 @@ class Sampler(ABC, Generic[Draw]):
         return self._position
 
     def stream(self) -> Iterator[Draw]:
-        """This rank's draws from the position at the call on, without end; moves nothing."""
+        """This rank's draws from the current position on, endless; does not advance."""
         return self._stream(self._epoch, self._position + self.rank)
 
     def _stream(self, epoch: int, place: int) -> Iterator[Draw]:
@@ -79,15 +79,15 @@ class Sampler(ABC, Generic[Draw]):
             epoch += 1
 
     def __iter__(self) -> Iterator[Draw]:
-        """This rank's draws of the rounds that are still to begin in this epoch; moves nothing."""
+        """This rank's draws of the rounds still to begin in this epoch; does not advance."""
         return islice(self.stream(), len(self))
 
     def __len__(self) -> int:
-        """Rounds still to begin in this epoch: what `iter` yields, the same on every rank."""
+        """Rounds still to begin in this epoch: the length of `iter`, the same on every rank."""
         return math.ceil((self.draws(self._epoch) - self._position) / self.world_size)
 
     def advance(self, rounds: int = 1) -> None:
-        """Marks the next rounds as consumed, on all ranks; call it alike on each of them."""
+        """Counts the next rounds as consumed; every rank must call it alike."""
         if rounds < 0:
             raise ValueError(f"rounds must not be negative, not {rounds}")
         self._position += rounds * self.world_size
@@ -97,21 +97,21 @@ class Sampler(ABC, Generic[Draw]):
             self._epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the stream, in plain values; the same on every rank, for any world size."""
+        """The position, in plain values: the same on every rank, for any world size."""
         place = {"seed": self.seed, "epoch": self._epoch, "position": self._position}
         return self._identity() | place
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to the place that was saved, with the seed saved; take a new stream afterwards.
+        """Moves to the saved position, with the saved seed; take a new stream afterwards.
 
-        Raises ValueError if the state belongs to another class, dataset or set of options, since
-        the place would then be one in another order.
+        Raises ValueError if the state belongs to another class, dataset or set of options, whose
+        order differs.
         """
         for key, expected in self._identity().items():
-            if (found := state.get(key)) != expected:
+            if (saved := state.get(key)) != expected:
                 raise ValueError(
                     f"{type(self).__name__} cannot load this state: "
-                    f"{key} is {found!r} in the state, but {expected!r} here"
+                    f"{key} is {saved!r} in the state, but {expected!r} in this sampler"
                 )
         self.seed = state["seed"]
         self._epoch = state["epoch"]
@@ -119,11 +119,11 @@ class Sampler(ABC, Generic[Draw]):
         self._orders.clear()
 
     def _identity(self) -> dict[str, Any]:
-        """What must agree, besides the seed, for two samplers to have the same order."""
+        """What must be equal, besides the seed, for two samplers to have the same order."""
         return {"sampler": type(self).__name__, "length": self.length}
 
     def _cached_order(self, epoch: int) -> Sequence[Draw]:
-        """`order(epoch)`; of all the others only the current epoch's is kept, for `advance`."""
+        """`order(epoch)`, cached; of the others only the current epoch's is kept, for `advance`."""
         if epoch not in self._orders:
             self._orders = {e: order for e, order in self._orders.items() if e == self._epoch}
             self._orders[epoch] = self.order(epoch)
@@ -131,13 +131,13 @@ class Sampler(ABC, Generic[Draw]):
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
-    # torch seeds its CPU generator with the low 32 bits only, so all of both go into a hash.
+    # torch seeds its CPU generator with the low 32 bits only, hence a hash of seed and epoch.
     digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def _permutation(length: int, seed: int, epoch: int) -> Sequence[int]:
-    # An array of int64 is about as small as the tensor, and gives plain ints, fast.
+    # An array of int64 is about as small as the tensor, and its items are plain ints.
     permutation = torch.randperm(length, generator=_generator(seed, epoch))
     return array("q", permutation.numpy().tobytes())
 
@@ -150,17 +150,17 @@ class OrderedSampler(Sampler[int]):
 
 
 class RandomSampler(Sampler[int]):
-    """A fresh permutation of 0 to length - 1 every epoch; takes about 8 bytes an index."""
+    """A new permutation of 0 to length - 1 every epoch; takes about 8 bytes an index."""
 
     def order(self, epoch: int) -> Sequence[int]:
         return _permutation(self.length, self.seed, epoch)
 
 
 class PoolSampler(Sampler[Any]):
-    """A bag that is drawn from without replacement and refilled when it is empty.
+    """A pool that is drawn from without replacement and refilled when it is empty.
 
-    The bag is a sequence, or an int n for range(n). A draw is an index into it, or with `keep_all`
-    the item itself. Without `shuffle` the bag is drawn in its own order. It is shuffled once a
+    The pool is a sequence, or an int n for range(n). A draw is an index into it, or with `keep_all`
+    the item itself. Without `shuffle` the pool is drawn in its own order. It is shuffled once per
     refill, so that a draw costs O(1).
     """
 
@@ -186,7 +186,7 @@ class PoolSampler(Sampler[Any]):
         return [self.pool[index] for index in indices] if self.keep_all else indices
 
     def sample(self) -> Any:
-        """This rank's next draw, consumed at once; every rank is taken to sample alike."""
+        """This rank's next draw, consumed at once; every rank must call it alike."""
         draw = next(self.stream())
         self.advance()
         return draw
@@ -196,16 +196,16 @@ class PoolSampler(Sampler[Any]):
 
 
 class BatchedOrderedSampler(Sampler[list[int]]):
-    """Batches of items of similar length, each within a budget; a draw is one batch's indices.
+    """Batches of items of similar length, each within limits; a draw is one batch's indices.
 
     The items are sorted by length, ties by index, and cut into `buckets` parts of equal count. From
-    each part in turn a batch takes the next items while they break neither limit; at least one is
-    given. `max_batch_size` counts items. `max_tokens`, in the unit of `lengths`, bounds the longest
-    item times the batch's size if `padded`, else the sum of the lengths.
+    each part in turn a batch takes the next items while they exceed neither limit; at least one is
+    required. `max_batch_size` counts items. `max_tokens`, in the unit of `lengths`, bounds the
+    longest item times the batch's size if `padded`, else the sum of the lengths.
 
     `shuffle` reshuffles the items within their buckets, and all batches, every epoch: more buckets
     then mean less padding, and the number of batches may differ from epoch to epoch. `drop_last`
-    drops the last batch of a bucket if the bucket's shortest item would still have fitted in.
+    drops the last batch of a bucket if the bucket's shortest item would still have fit.
 
     Raises ValueError for arguments out of range, for an item that alone exceeds `max_tokens`, and
     if `drop_last` leaves no batch.
@@ -242,7 +242,7 @@ class BatchedOrderedSampler(Sampler[list[int]]):
         self._lengths: list[float] = sizes.tolist()
         for index, size in enumerate(self._lengths):
             if not 0 <= size < math.inf:
-                raise ValueError(f"item {index} has the impossible length {size:g}")
+                raise ValueError(f"item {index} has the invalid length {size:g}")
             if size > self.max_tokens:
                 raise ValueError(
                     f"item {index} of length {size:g} alone exceeds max_tokens = {max_tokens}"
@@ -270,19 +270,19 @@ class BatchedOrderedSampler(Sampler[list[int]]):
         batch: list[int] = []
         longest = total = 0.0
 
-        def takes(length: float) -> bool:
+        def fits(length: float) -> bool:
             size = len(batch) + 1
             tokens = size * max(longest, length) if self.padded else total + length
             return size <= self.max_batch_size and tokens <= self.max_tokens
 
         for index in bucket:
             length = self._lengths[index]
-            if not takes(length):
+            if not fits(length):
                 yield batch
                 batch, longest, total = [], 0.0, 0.0
             batch.append(index)
             longest, total = max(longest, length), total + length
-        if not (self.drop_last and takes(min(self._lengths[index] for index in bucket))):
+        if not (self.drop_last and fits(min(self._lengths[index] for index in bucket))):
             yield batch
 
     def _identity(self) -> dict[str, Any]:

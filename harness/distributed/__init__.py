@@ -1,16 +1,21 @@
-"""Who this process is among the ranks, and what they say to each other.
+"""Who this process is among the ranks, and the small messages that they exchange.
 
-world.py        joining and leaving the world; small collectives
-network.py      on which network the nodes meet, and the error when a rank is lost
-rng.py          the random generators of a rank
+collectives.py   agree, broadcast, gather; fail on all ranks together
+rng.py           the random generators of a rank
+world.py         ranks and devices; joining the world and leaving it
+network.py       which network the nodes meet on; the error when a rank is lost
 """
 
-from harness.distributed.world import (
+from harness.distributed.collectives import (
     AsyncAllReduceMax,
     all_gather,
     all_reduce_max,
     barrier,
     broadcast,
+    raise_on_all_ranks,
+)
+from harness.distributed.rng import seed_everything
+from harness.distributed.world import (
     control_group,
     device,
     free_port,
@@ -18,12 +23,8 @@ from harness.distributed.world import (
     global_rank,
     init,
     is_global_leader,
-    is_local_leader,
-    local_leader_only,
     local_rank,
     local_world_size,
-    raise_on_all_ranks,
-    seed_everything,
     shutdown,
     world_size,
 )
@@ -41,8 +42,6 @@ __all__ = [
     "global_rank",
     "init",
     "is_global_leader",
-    "is_local_leader",
-    "local_leader_only",
     "local_rank",
     "local_world_size",
     "raise_on_all_ranks",

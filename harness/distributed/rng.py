@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness import distributed
+from harness.distributed.world import device
 
 
 def rng_state() -> dict[str, Any]:
@@ -17,7 +17,7 @@ def rng_state() -> dict[str, Any]:
         "numpy": [name, torch.from_numpy(np.asarray(keys)), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
     }
-    if distributed.device().type == "cuda":
+    if device().type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -28,5 +28,12 @@ def set_rng_state(state: dict[str, Any]) -> None:
     name, keys, *others = state["numpy"]
     np.random.set_state((name, keys.numpy(), *others))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and distributed.device().type == "cuda":
+    if "cuda" in state and device().type == "cuda":
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, numpy and torch (every device) of this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

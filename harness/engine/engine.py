@@ -1,7 +1,6 @@
 """One model under one DeepSpeed engine."""
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -9,18 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from harness import distributed
 from harness.config.engine_sections import EngineConfig
-from harness.engine import ema
+from harness.engine.ema import Ema, remove_average
 from harness.engine.lora import adapt
+from harness.engine.overrides import Overrides
 from harness.engine.turns import Turn
-from harness.errors import CheckpointError, CommandError, ConfigError
+from harness.errors import CheckpointError, ConfigError
 from harness.offload import OffloadPlan
-from harness.optim.apollo.optimizer import Apollo
-from harness.optim.build import build_optimizer, check_zero, is_elementwise
-from harness.optim.schedules import build_factor, build_scheduler
-from harness.wrapper.wrapper import freeze
+from harness.optim.apollo import Apollo
+from harness.optim.build import build_optimizer
+from harness.optim.schedules import build_scheduler
+from harness.optim.sharding import check_zero, is_elementwise
+from harness.wrapper import freeze
+from harness.zero import live
 
 if TYPE_CHECKING:
     from harness.engine.engines import Engines
@@ -46,10 +49,19 @@ class Engine:
     """A model, its optimizer and its schedule under DeepSpeed, by composition.
 
     `ds` is the DeepSpeed engine and `module` the bare model. A teacher has no optimizer, is in
-    eval mode, and its parameters need no gradients. `optimizer` is the import path of the
-    optimizer's class, or "none"; `parameter_names` are those that it was given, by its groups, in
-    its order.
+    eval mode, and its parameters need no gradients.
     """
+
+    ds: Any
+    """The DeepSpeed engine."""
+    optimizer_path: str = "none"
+    """Import path of the optimizer's class; "none" for a teacher."""
+    parameter_names: list[list[str]]
+    """Of the parameters that the optimizer was given, by its groups, in its order."""
+    overrides: Overrides
+    """Learning rate and clipping of a trained engine, and what live commands changed of them."""
+    peers: "Engines"
+    """The set that it belongs to, itself included."""
 
     def __init__(
         self,
@@ -64,15 +76,12 @@ class Engine:
 
         Collective. Raises ConfigError if the optimizer or the schedule cannot be built.
         """
-        import deepspeed  # late: distributed.init() mends it first
-
         self.name = name
         self.role = config.role
         self.gradient_accumulation = config.gradient_accumulation
-        self.every = config.every
+        self.train_every = config.train_every
         self.counters = Counters()
-        self.peers: Engines
-        """The set that it belongs to, itself included."""
+        self.parameter_names = []
         self.turn = Turn()
         """Which engine of the set is at work."""
         self.last_lr = 0.0
@@ -80,59 +89,73 @@ class Engine:
         self.offloading: OffloadPlan | None = None
         """Which of its activations wait in host memory."""
         self._config = config
-        self._held_lr: float | None = None
-        self._lr_factor = 1.0
-        self._clip: float | None = None
-        self._schedule = repr((config.optimizer, config.scheduler))
-        self.optimizer = "none"
-        self.parameter_names: list[list[str]] = []
-        optimizer: Any = None
-        scheduler: Any = None
+        self._chosen: list[dict[str, Any]] = []
+        """The optimizer's settings that the config names, by parameter group."""
+        self._ema: Ema | None = None
+        optimizer = scheduler = None
         with distributed.raise_on_all_ranks(f"engines.{name}"):
-            if config.optimizer is None:
+            if self.role == "teacher":
                 model.requires_grad_(False).eval()
             else:
-                if config.lora is not None:
-                    adapted = adapt(model, config.lora)
-                    log.info("engine %s: adapters for %s", name, ", ".join(adapted))
-                if frozen := freeze(model, config.frozen):
-                    log.info("engine %s: frozen: %s", name, ", ".join(frozen))
-                if not any(p.requires_grad for p in model.parameters()):
-                    raise ConfigError(f"engines.{name}: the model has no trainable parameter")
-                check_zero(config.optimizer, config.deepspeed())
-                optimizer = build_optimizer(model, config.optimizer)
-                if config.ema_decay and hasattr(optimizer, "eval"):
-                    raise ConfigError(
-                        f"engines.{name}.ema_decay: optimizer {config.optimizer.name!r} keeps an "
-                        "average of its own, which evaluations and exports use: leave one of them "
-                        "out"
-                    )
-                made = type(optimizer)
-                self.optimizer = f"{made.__module__}:{made.__qualname__}"
-                chosen = {"lr", *config.optimizer.args}
-                self._chosen = [
-                    {key: group[key] for key in chosen & group.keys()}
-                    for group in optimizer.param_groups
-                ]
-                names = {parameter: name for name, parameter in model.named_parameters()}
-                self.parameter_names = [
-                    [names[p] for p in group["params"]] for group in optimizer.param_groups
-                ]
+                self._choose_parameters(model)
+                optimizer = self._build_optimizer(model)
                 scheduler = build_scheduler(optimizer, config.scheduler, total_steps)
-        self.ds: Any = deepspeed.initialize(
+        self.ds = self._wrap(model, optimizer, scheduler, micro_batch_size)
+        if self.role == "train":
+            base_lrs = [chosen["lr"] for chosen in self._chosen]
+            self.overrides = Overrides(name, self.ds, config, base_lrs)
+            if config.ema_decay:
+                self._ema = Ema(self.ds, config.ema_decay)
+
+    def _choose_parameters(self, model: nn.Module) -> None:
+        """Puts adapters into the model, and freezes what is not trained. Raises ConfigError."""
+        if self._config.lora is not None:
+            adapted = adapt(model, self._config.lora)
+            log.info("engine %s: adapters for %s", self.name, ", ".join(adapted))
+        if frozen := freeze(model, self._config.frozen):
+            log.info("engine %s: frozen: %s", self.name, ", ".join(frozen))
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ConfigError(f"engines.{self.name}: the model has no trainable parameter")
+
+    def _build_optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer; notes its settings and parameters. Raises ConfigError."""
+        settings = self._config.optimizer
+        assert settings is not None
+        check_zero(settings, self._config.deepspeed())
+        optimizer = build_optimizer(model, settings)
+        if self._config.ema_decay and hasattr(optimizer, "eval"):
+            raise ConfigError(
+                f"engines.{self.name}.ema_decay: optimizer {settings.name!r} keeps an average of "
+                "its own, which evaluations and exports use: leave one of them out"
+            )
+        kind = type(optimizer)
+        self.optimizer_path = f"{kind.__module__}:{kind.__qualname__}"
+        keys = {"lr", *settings.args}
+        self._chosen = [
+            {key: group[key] for key in keys & group.keys()} for group in optimizer.param_groups
+        ]
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self.parameter_names = [
+            [names[p] for p in group["params"]] for group in optimizer.param_groups
+        ]
+        return optimizer
+
+    def _wrap(self, model: nn.Module, optimizer: Any, scheduler: Any, micro_batch_size: int) -> Any:
+        """The DeepSpeed engine. Collective."""
+        import deepspeed  # late: zero.startup patches it first
+
+        settings = {
+            "steps_per_print": 2**31,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+        }
+        return deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config={
-                "steps_per_print": 2**31,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "train_micro_batch_size_per_gpu": micro_batch_size,
-            }
-            | config.deepspeed(),
+            config=settings | self._config.deepspeed(),
         )[0]
-        self._configured_clip: float = self.ds.gradient_clipping()
-        self._ema = ema.Ema(self.ds.optimizer, config.ema_decay) if config.ema_decay else None
 
     @property
     def module(self) -> nn.Module:
@@ -147,27 +170,23 @@ class Engine:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the model computes in."""
-        if self.ds.bfloat16_enabled():
-            return torch.bfloat16
-        return torch.float16 if self.ds.fp16_enabled() else torch.float32
+        return live.compute_dtype(self.ds)
 
     @property
     def zero_stage(self) -> int:
         """The ZeRO stage, 0 to 3."""
-        return self.ds.zero_optimization_stage()
+        return live.zero_stage(self.ds)
 
     @property
     def is_elementwise(self) -> bool:
-        """Whether the optimizer's state can be cut anywhere: see `optim.build.is_elementwise`."""
+        """Whether the optimizer's state can be split anywhere: `optim.sharding.is_elementwise`."""
         assert self._config.optimizer is not None
-        offloaded = self.ds.zero_use_cpu_optimizer()
-        device = torch.device("cpu") if offloaded else self.device
-        return is_elementwise(self._config.optimizer, device)
+        return is_elementwise(self._config.optimizer, live.optimizer_device(self.ds))
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether the optimizer is APOLLO, whose state is known by the names of matrices."""
-        return isinstance(self.ds.basic_optimizer, Apollo)
+        """Whether the optimizer is APOLLO, whose state is kept by the channels of matrices."""
+        return isinstance(live.base_optimizer(self.ds), Apollo)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through DeepSpeed. Raises TaskError in another engine's turn."""
@@ -178,13 +197,13 @@ class Engine:
         """Training mode; a teacher stays in eval mode."""
         if self.role == "train":
             self.ds.train()
-            getattr(self.ds.basic_optimizer, "train", lambda: None)()
+            getattr(live.base_optimizer(self.ds), "train", lambda: None)()
 
     def eval(self) -> None:
         """Evaluation mode, also of an optimizer that has one (schedule-free ones)."""
         self.ds.eval()
         if self.role == "train":
-            getattr(self.ds.basic_optimizer, "eval", lambda: None)()
+            getattr(live.base_optimizer(self.ds), "eval", lambda: None)()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Back-propagates a scalar loss of one micro-batch."""
@@ -195,7 +214,7 @@ class Engine:
         """Ends a micro-batch. True if it was the last of an optimizer step, which is then taken."""
         self.turn.check(self.name, "stepped")
         boundary = self.ds.is_gradient_accumulation_boundary()
-        norm = self._plain_grad_norm() if boundary else None
+        norm = live.plain_grad_norm(self.ds) if boundary else None
         lr = self.get_lr()
         self.ds.step()
         self.counters.micro_step += 1
@@ -203,47 +222,12 @@ class Engine:
             self.counters.global_step += 1
             self.last_lr = lr
             self.last_grad_norm = self.ds.get_global_grad_norm() if norm is None else norm
-            self._apply_lr()
+            self.overrides.apply_lr()
         return boundary
 
     def get_lr(self) -> float:
         """The learning rate of the next step (of the first parameter group)."""
         return self.ds.optimizer.param_groups[0]["lr"]
-
-    def set_lr(self, lr: float) -> None:
-        """Holds the learning rate at `lr` from the next step on, whatever the schedule says.
-
-        Other parameter groups keep their ratio to the first.
-        """
-        self._held_lr, self._lr_factor = lr, 1.0
-        self._apply_lr()
-
-    def scale_lr(self, factor: float) -> None:
-        """Multiplies the learning rate, held or scheduled, from the next step on.
-
-        Raises CommandError if that is no finite number.
-        """
-        if not math.isfinite(factor * self._lr_factor * self.get_lr()):
-            raise CommandError(f"engine {self.name!r}: lr x{factor:g} would be infinite")
-        self._lr_factor *= factor
-        self._apply_lr()
-
-    def follow_schedule(self) -> None:
-        """Gives the learning rate back to the schedule, from the next step on."""
-        self._held_lr, self._lr_factor = None, 1.0
-        self._apply_lr()
-
-    def set_total_steps(self, total_steps: int) -> None:
-        """Spans the schedule over another number of optimizer steps, those taken included."""
-        factor = build_factor(self._config.scheduler, total_steps)
-        scheduler = self.ds.lr_scheduler
-        scheduler.lr_lambdas = [factor] * len(scheduler.base_lrs)
-        self._apply_lr()
-
-    def set_clip(self, norm: float) -> None:
-        """Clips gradients to the L2 norm `norm` from the next step on; 0: not at all."""
-        self._clip = norm
-        self._apply_clip()
 
     @property
     def has_loss_scale(self) -> bool:
@@ -253,22 +237,11 @@ class Engine:
     @property
     def loss_scale(self) -> float:
         """The fp16 loss scale; 1 in fp32 and bf16."""
-        return float(self._scaler().cur_scale) if self.has_loss_scale else 1.0
+        return live.loss_scale(self.ds)
 
     def set_loss_scale(self, scale: float) -> None:
-        """Sets the fp16 loss scale; a dynamic one goes on from there."""
-        self._scaler().cur_scale = scale
-
-    def overrides(self) -> list[str]:
-        """What live commands have changed, in words."""
-        found = []
-        if self._held_lr is not None:
-            found.append(f"lr held at {self._held_lr:g}")
-        if self._lr_factor != 1:
-            found.append(f"lr x{self._lr_factor:g}")
-        if self._clip is not None:
-            found.append(f"clip {self._clip:g} (the config says {self._configured_clip:g})")
-        return found
+        """Sets the fp16 loss scale; a dynamic one continues from there."""
+        live.set_loss_scale(self.ds, scale)
 
     @property
     def has_lora(self) -> bool:
@@ -294,13 +267,13 @@ class Engine:
             yield
 
     def optimizer_metrics(self) -> dict[str, torch.Tensor]:
-        """What the optimizer tells of its last step, as APOLLO does; on the device."""
-        tell = getattr(self.ds.basic_optimizer, "telemetry", None)
-        return tell() if tell is not None else {}
+        """What the optimizer reports of its last step, as APOLLO does; on the device."""
+        report = getattr(live.base_optimizer(self.ds), "step_metrics", None)
+        return report() if report is not None else {}
 
     def offload_metrics(self) -> dict[str, float]:
         """What offloading has done on this rank since the last call."""
-        return self.offloading.figures() if self.offloading is not None else {}
+        return self.offloading.step_metrics() if self.offloading is not None else {}
 
     def log_offload_stats(self) -> None:
         """Logs what offloading has done in all on this rank."""
@@ -316,14 +289,14 @@ class Engine:
     def gather_attribute(self, name: str, kind: type = object) -> dict[str, Any]:
         """Takes attribute `name` off every submodule that has it: `{module path: value}`.
 
-        Values that are no `kind` stay where they are. Models may leave a `loss` and `stats` on
-        their submodules, for the default feeder.
+        Values that are not of `kind` are left alone. Models may leave a `loss` and `stats` on their
+        submodules, for the default feeder.
         """
-        found = {}
+        values = {}
         for path, module in self.module.named_modules():
             if isinstance(vars(module).get(name), kind) and name in vars(module):
-                found[path] = vars(module).pop(name)
-        return found
+                values[path] = vars(module).pop(name)
+        return values
 
     def dispatch_attribute(
         self,
@@ -340,85 +313,62 @@ class Engine:
             setattr(module, name, value)
         return len(chosen)
 
+    def collect(self) -> live.Jobs:
+        """The trees that DeepSpeed would write into a checkpoint for this rank. Collective."""
+        return live.collect(self.ds, self.name, self.parameter_names)
+
     def state_dict(self) -> dict[str, Any]:
         """What DeepSpeed's checkpoint does not hold: counters, and what live commands changed."""
-        return {
-            "counters": asdict(self.counters),
-            "held_lr": self._held_lr,
-            "lr_factor": self._lr_factor,
-            "schedule": self._schedule,
-            "clip": self._clip,
-            "configured_clip": self._configured_clip,
-            "lora_alpha": self._lora_alpha,
-        }
+        state = {"counters": asdict(self.counters), "lora_alpha": self._lora_alpha}
+        return state | (self.overrides.state_dict() if self.role == "train" else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave. Call it after DeepSpeed's own loading.
 
-        The config has the last word: the optimizer's settings that it names are taken from it, and
-        the schedule goes on at its place with the config's learning rate. What live commands have
-        changed stays, unless the same thing was changed in the config since: optimizer or schedule
-        for the learning rate, `gradient_clipping` for the clipping. Raises CheckpointError if the
-        config has another rank for APOLLO, or alpha for adapters, than the checkpoint.
+        The config takes precedence: the optimizer's settings that it names are taken from it, and
+        the schedule continues at its place with the config's learning rate. What live commands have
+        changed stays, as `Overrides.load_state_dict` says. Raises CheckpointError if the config has
+        another rank for APOLLO, or alpha for adapters, than the checkpoint.
         """
         self.counters = Counters(**state["counters"])
         if self.role == "teacher":
             return
-        alpha = state.get("lora_alpha", self._lora_alpha)
-        if alpha != self._lora_alpha:
-            raise CheckpointError(
-                f"engine {self.name!r}: lora.alpha = {self._lora_alpha} here, and {alpha} in the "
-                "checkpoint: other weights: set it as it was, or start a new run under another "
-                "run.name"
-            )
-        if not self.has_ema:
-            ema.forget(self.ds.optimizer)
-        self.ds.lr_scheduler.base_lrs = [chosen["lr"] for chosen in self._chosen]
+        saved_alpha = state.get("lora_alpha", self._lora_alpha)
+        self._check_unchanged("lora.alpha", self._lora_alpha, saved_alpha)
+        if self._ema is None:
+            remove_average(self.ds)
         for group, chosen in zip(self.ds.optimizer.param_groups, self._chosen, strict=True):
-            here, there = (settings.get("rank") for settings in (group | chosen, group))
-            if self.is_low_rank and here != there:
-                raise CheckpointError(
-                    f"engine {self.name!r}: rank = {here} here, and {there} in the checkpoint, "
-                    "which APOLLO's state cannot follow: set it as it was, or start a new run "
-                    "under another run.name"
-                )
+            if self.is_low_rank:
+                rank = (group | chosen).get("rank")
+                self._check_unchanged("optimizer.rank", rank, group.get("rank"))
             group |= chosen
-        self._held_lr, self._lr_factor, self._clip = (
-            state[key] for key in ("held_lr", "lr_factor", "clip")
-        )
-        was = self.overrides()
-        if state["schedule"] != self._schedule:
-            self._held_lr, self._lr_factor = None, 1.0
-        if state["configured_clip"] != self._configured_clip:
-            self._clip = None
-        for text in was:
-            if text not in self.overrides():
-                log.info(
-                    "engine %s: %s, set live, is dropped: the config was changed since",
-                    self.name,
-                    text,
-                )
-        self._apply_lr()
-        self._apply_clip()
+        self.overrides.load_state_dict(state)
+
+    def _check_unchanged(self, key: str, configured: Any, saved: Any) -> None:
+        """Raises CheckpointError if a setting that the state depends on has changed."""
+        if configured != saved:
+            raise CheckpointError(
+                f"engine {self.name!r}: {key} = {configured} in the config, and {saved} in the "
+                "checkpoint, whose state does not fit: set it as it was, or start a new run under "
+                "another run.name"
+            )
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """The whole model's parameters, persistent buffers and extra state, one at a time, by name.
+        """The model's parameters, persistent buffers and extra state, complete, one at a time.
 
-        Copies on rank 0's CPU (tied tensors stay one tensor); None elsewhere. Extra state
-        (`Module.get_extra_state`) that is no tensor is logged, and left out. Collective: at ZeRO
-        stage 3 every parameter is gathered. Raises HarnessError, on all ranks and after the last
-        one, if rank 0 has no room for them.
+        `(name, tensor)`, copies on rank 0's CPU (tied tensors stay one tensor); None elsewhere.
+        Extra state (`Module.get_extra_state`) that is not a tensor is logged, and left out.
+        Collective: at ZeRO stage 3 every parameter is gathered. Raises HarnessError, on all ranks
+        and after the last one, if rank 0 has no room for them.
         """
-        import deepspeed
-
         copies: dict[int, torch.Tensor] = {}
         failure: Exception | None = None
         state = self.module.state_dict(keep_vars=True)
         tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
         if others := sorted(state.keys() - tensors.keys()):
-            log.info("engine %s: no tensor, and left out: %s", self.name, ", ".join(others))
+            log.info("engine %s: left out, not a tensor: %s", self.name, ", ".join(others))
         for name, tensor in tensors.items():
-            with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            with live.gathered(tensor):
                 if distributed.is_global_leader() and id(tensor) not in copies and not failure:
                     try:
                         copies[id(tensor)] = tensor.detach().cpu().clone()
@@ -428,35 +378,3 @@ class Engine:
         with distributed.raise_on_all_ranks(f"cannot gather engine {self.name!r}"):
             if failure is not None:
                 raise failure
-
-    def _apply_lr(self) -> None:
-        """Writes the next step's learning rate, scheduled or held, into every parameter group."""
-        bases = [chosen["lr"] for chosen in self._chosen]
-        scheduler = self.ds.lr_scheduler
-        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        for group, base, factor in zip(self.ds.optimizer.param_groups, bases, factors, strict=True):
-            lr = base * factor
-            if self._held_lr is not None:
-                lr = self._held_lr * (base / bases[0] if bases[0] else 1.0)
-            group["lr"] = lr * self._lr_factor
-
-    def _apply_clip(self) -> None:
-        """Writes the clipping norm where DeepSpeed reads it: at fp32 stage 0, and elsewhere."""
-        norm = self._configured_clip if self._clip is None else self._clip
-        self.ds._config.gradient_clipping = norm
-        if hasattr(self.ds.optimizer, "clip_grad"):
-            self.ds.optimizer.clip_grad = norm
-
-    def _scaler(self) -> Any:
-        """Who has the fp16 loss scale: DeepSpeed's optimizers keep it in a config at stage 0, in
-        a scaler above it."""
-        return (
-            getattr(self.ds.optimizer, "loss_scale_config", None) or self.ds.optimizer.loss_scaler
-        )
-
-    def _plain_grad_norm(self) -> torch.Tensor | None:
-        """The gradients' L2 norm where DeepSpeed does not wrap the optimizer, nor tell it."""
-        if self.zero_stage or self.dtype != torch.float32:
-            return None
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)

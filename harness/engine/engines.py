@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from harness import distributed
-from harness.config.config import Config
+from harness.config import Config
 from harness.engine.engine import Engine
 from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
@@ -22,7 +22,7 @@ class Engines(Mapping[str, Engine]):
 
     A step of the run is as many micro-batches as it takes for every trained engine to end an
     optimizer step together: the least common multiple of their gradient accumulations. An engine
-    with `every = n` is trained at the steps n, 2n, ... alone.
+    with `train_every = n` is trained at the steps n, 2n, ... alone.
     """
 
     def __init__(self, engines: Mapping[str, Engine], task: Task):
@@ -110,17 +110,17 @@ class Engines(Mapping[str, Engine]):
 
     def due(self, step: int) -> list[Engine]:
         """The engines that are trained at a step of the run."""
-        return [engine for engine in self.trained if step % engine.every == 0]
+        return [engine for engine in self.trained if step % engine.train_every == 0]
 
     def set_total_steps(self, steps: int) -> None:
         """Spans every schedule over that many steps of the run."""
         for engine in self.trained:
-            micro_batches = steps // engine.every * self.gradient_accumulation
-            engine.set_total_steps(micro_batches // engine.gradient_accumulation)
+            micro_batches = steps // engine.train_every * self.gradient_accumulation
+            engine.overrides.set_total_steps(micro_batches // engine.gradient_accumulation)
 
     def overrides(self) -> list[str]:
         """What live commands have changed, in words."""
-        return [f"{e.name}: {text}" for e in self.trained for text in e.overrides()]
+        return [f"{e.name}: {text}" for e in self.trained for text in e.overrides]
 
     def get_lr(self) -> dict[str, float]:
         """The learning rate of the next step, by trained engine."""
@@ -134,7 +134,7 @@ class Engines(Mapping[str, Engine]):
         return report
 
     def step_metrics(self) -> dict[str, torch.Tensor | float]:
-        """The last step's gradient norms, and what optimizers and offloading tell of it, named for
+        """The last step's gradient norms, and what optimizers and offloading report, named for
         the log."""
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.due(self.global_step):
@@ -207,7 +207,12 @@ def build_engines(task: Task, config: Config) -> Engines:
     micro_batches = math.lcm(*(engine.gradient_accumulation for engine in trained))
     engines = {}
     for name, settings in config.engines.items():
-        steps = config.run.steps // settings.every * micro_batches // settings.gradient_accumulation
+        steps = (
+            config.run.steps
+            // settings.train_every
+            * micro_batches
+            // settings.gradient_accumulation
+        )
         engines[name] = Engine(
             name,
             task.models[name],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from harness.config.engine_sections import LoraConfig
 from harness.errors import ConfigError
 from harness.io import save
-from harness.wrapper.wrapper import disable_encoder_fast_path
+from harness.wrapper import disable_encoder_fast_path
 
 ADAPTER = "default"
 """What peft calls an adapter that is the only one."""
@@ -72,7 +72,7 @@ def base_weights(model: nn.Module, entries: Mapping[str, Tensor]) -> dict[str, T
 
 @torch.no_grad()
 def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Plain weights under the names from before, with the adapters worked in.
+    """Plain weights under the names from before, with the adapters merged.
 
     `state`: the whole state dict of the adapted model, which `model` itself need not have.
     """
@@ -145,5 +145,5 @@ def _unfit(layer: nn.Module, parent: nn.Module, names: Mapping[Tensor, list[str]
         expected = {"max_norm": None}
     for key, value in expected.items():
         if (found := getattr(layer, key)) != value:
-            return f"has {key} = {found!r}, which peft's adapter would not do alike: leave it out"
+            return f"has {key} = {found!r}, which peft's adapter does not support: leave it out"
     return ""

@@ -10,7 +10,8 @@ from harness.config.sections import OffloadConfig, OptimizationsConfig, ReplaceC
 from harness.engine.engine import Engine
 from harness.errors import ConfigError
 from harness.offload import attach, available_host_memory
-from harness.wrapper.wrapper import compile_model, disable_encoder_fast_path, imported, replace
+from harness.utils import import_path
+from harness.wrapper import compile_model, disable_encoder_fast_path, replace
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def _replace(models: Mapping[str, nn.Module], entries: Sequence[ReplaceConfig]) 
     Raises ConfigError if an entry cannot be imported, or fits no module at all.
     """
     for entry in entries:
-        what, by = imported(entry.what), imported(entry.by)
+        what, by = import_path(entry.what), import_path(entry.by)
         refused = []
         chosen = [entry.engine] if entry.engine else list(models)
         for name in chosen:
@@ -49,18 +50,18 @@ def _replace(models: Mapping[str, nn.Module], entries: Sequence[ReplaceConfig]) 
 
 
 def offload_engines(engines: Mapping[str, Engine], settings: OffloadConfig) -> None:
-    """Offloads the activations of the trained engines, within one budget of host memory.
+    """Offloads the activations of the trained engines, within one limit of host memory.
 
     Collective. An engine whose model has no blocks stays as it is; ConfigError if that is true of
     all of them.
     """
     with distributed.raise_on_all_ranks("optimizations.unsloth"):
         trained = [engine for engine in engines.values() if engine.role == "train"]
-        budget = settings.host_budget or available_host_memory() // 2
+        host_bytes = settings.host_bytes or available_host_memory() // 2
         refused: list[str] = []
         for engine in trained:
             try:
-                _offload(engine, settings, budget // len(trained))
+                _offload(engine, settings, host_bytes // len(trained))
             except ConfigError as error:
                 refused.append(f"engine {engine.name!r}: {error}")
         if len(refused) == len(trained):
@@ -69,27 +70,29 @@ def offload_engines(engines: Mapping[str, Engine], settings: OffloadConfig) -> N
             log.warning("%s; it is trained without", text)
 
 
-def _offload(engine: Engine, settings: OffloadConfig, host_budget: int) -> None:
-    """Lets the activations of an engine's blocks wait in host memory, of which `host_budget` bytes
-    may be used. Raises ConfigError if the model has no such blocks."""
+def _offload(engine: Engine, settings: OffloadConfig, host_bytes: int) -> None:
+    """Offloads the activations of an engine's blocks to at most `host_bytes` of host memory.
+
+    Raises ConfigError if the model has no such blocks.
+    """
     engine.offloading = attach(
         engine.module,
         settings.match or None,
         mode=settings.mode,
-        budget=settings.budget,
+        fraction=settings.fraction,
         keep_last=settings.keep_last,
         min_bytes=settings.min_bytes,
-        host_budget=host_budget,
+        host_bytes=host_bytes,
         micro_batches=engine.gradient_accumulation,
     )
     blocks = engine.offloading.modules
     log.info(
-        "engine %s: offload (mode %s, budget %s): %d blocks of class %s, at most %.1f GB of host "
+        "engine %s: offload (mode %s, fraction %s): %d blocks of class %s, at most %.1f GB of host "
         "memory a rank",
         engine.name,
         settings.mode,
-        settings.budget,
+        settings.fraction,
         len(blocks),
         "/".join(sorted({type(block).__name__ for block in blocks.values()})),
-        host_budget / 1e9,
+        host_bytes / 1e9,
     )

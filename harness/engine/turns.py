@@ -2,7 +2,7 @@
 
 A loss may go through the model of another engine, as a generator's goes through the discriminator.
 DeepSpeed knows nothing of that: by stage and order, it pollutes the other engine's gradients
-without a word, or fails in words that explain nothing (DeepSpeed #399, #4923). The bare module with
+silently, or fails with errors that explain nothing (DeepSpeed #399, #4923). The bare module with
 frozen parameters is right at every stage; everything else is refused here.
 """
 

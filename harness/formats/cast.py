@@ -1,7 +1,7 @@
 """Floating-point numbers in another dtype, on chunks of bytes: numpy, which has no bfloat16.
 
-Rounding is to the nearest, ties to even, as torch does it; NaN stays NaN, what is too large for
-float16 becomes infinite.
+Rounding is to the nearest, ties to even, as in torch; NaN stays NaN, what is too large for float16
+becomes infinite.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ _KINDS = {"float16": np.float16, "float32": np.float32, "float64": np.float64}
 
 
 def cast(data: memoryview | bytes, dtype: str, target: str) -> memoryview:
-    """Whole elements of `dtype` as bytes of `target`; both are of `dtypes.FLOATS`."""
+    """Elements of `dtype` as bytes of `target`, both of `dtypes.FLOATS`."""
     numbers = _widened(data) if dtype == "bfloat16" else np.frombuffer(data, _KINDS[dtype])
     if target == "bfloat16":
         narrow = _narrowed(numbers.astype(np.float32, copy=False))
@@ -21,7 +21,7 @@ def cast(data: memoryview | bytes, dtype: str, target: str) -> memoryview:
 
 
 def is_same(one: memoryview, other: memoryview, dtype: str) -> bool:
-    """Whether two stretches of numbers are equal, any NaN being equal to any other."""
+    """Whether two arrays of numbers are equal, any NaN being equal to any other."""
     if one == other:
         return True
     wide = (np.frombuffer(cast(data, dtype, "float64"), np.float64) for data in (one, other))
@@ -40,7 +40,7 @@ def _narrowed(numbers: np.ndarray) -> np.ndarray:
     half = bits >> 16
     half &= 1
     half += 0x7FFF
-    half += bits  # wraps around for some NaN alone
+    half += bits  # wraps around for some NaN only
     half >>= 16
     narrow = half.astype(np.uint16)
     nan = np.isnan(numbers)

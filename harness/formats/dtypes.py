@@ -27,9 +27,9 @@ SIZES = {
 """Bytes of an element."""
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-"""Those that `cast` casts, each to each."""
+"""Those that `cast` converts, each to each."""
 
-SFT = {
+SAFETENSORS = {
     "bool": "BOOL",
     "uint8": "U8",
     "int8": "I8",
@@ -51,4 +51,20 @@ SFT = {
     "float64": "F64",
     "complex64": "C64",
 }
-"""What safetensors calls them; it has no other complex dtypes."""
+"""Their names in safetensors files, which have no other complex dtypes."""
+
+STORAGES = {
+    "bool": "BoolStorage",
+    "uint8": "ByteStorage",
+    "int8": "CharStorage",
+    "int16": "ShortStorage",
+    "int32": "IntStorage",
+    "int64": "LongStorage",
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+    "float32": "FloatStorage",
+    "float64": "DoubleStorage",
+    "complex64": "ComplexFloatStorage",
+    "complex128": "ComplexDoubleStorage",
+}
+"""torch's storage classes, which `.pt` files name. Other dtypes are bytes in an UntypedStorage."""

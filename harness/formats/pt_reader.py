@@ -1,20 +1,20 @@
 """The `.pt` files that torch.save writes, read without torch, and without running any code.
 
-`read` gives the tree of values with a `TensorRef` in the place of every tensor: what it is, and
-which bytes of the file it is made of. Nothing of the tensors is read. What a pickle may name is
-listed here, all of it; whatever else it names is an error, and so is an archive of another make
-(`zips`), and a pickle that would not end (`machine`).
+`read` returns the tree of values with a `TensorRef` in the place of every tensor: what it is, and
+which bytes of the file it is made of. Nothing of the tensors is read. All that a pickle may name is
+listed here; any other name is an error, and so is an archive that torch did not write (`zips`), and
+a pickle that would never end (`unpickler`).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.errors import FormatError
 from harness.formats import unpickler, zips
-from harness.formats.dtypes import SIZES
+from harness.formats.dtypes import SIZES, STORAGES
 from harness.formats.unpickler import Callee, PickleError, StandIn
 
 MAX_PICKLE = 256 << 20
@@ -31,7 +31,7 @@ class Shape(tuple[int, ...]):
 
 @dataclass(frozen=True)
 class DType:
-    """Stands for a torch.dtype, `name` without "torch."."""
+    """Stands for a torch.dtype; `name` is without "torch."."""
 
     name: str
 
@@ -76,7 +76,7 @@ class TensorRef:
 
     @property
     def start(self) -> int:
-        """Where its first element is in the file, in bytes."""
+        """The position of its first element in the file, in bytes."""
         return self.storage.record.start + self.offset * self.itemsize
 
     @property
@@ -86,7 +86,7 @@ class TensorRef:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its elements lie one after the other in the file, from `start` on."""
+        """Whether its elements are one after the other in the file, from `start` on."""
         expected = 1
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and stride != expected:
@@ -95,17 +95,40 @@ class TensorRef:
         return True
 
 
-def read(path: Path, also: Mapping[str, Callable[..., Any]] | None = None) -> Any:
+def read(path: Path, extra_globals: Mapping[str, Callable[..., Any]] | None = None) -> Any:
     """The tree in a `.pt` file, tensors as TensorRef.
 
-    `also`: what else the pickle may call, by full name. Dicts of any kind come back as dict,
-    torch.Size as Shape, torch.dtype as DType, torch.device and the classes in `STAND_INS` as
+    `extra_globals`: what else the pickle may call, by full name. Dicts of any kind come back as
+    dict, torch.Size as Shape, torch.dtype as DType, torch.device and the classes in `STAND_INS` as
     StandIn. Raises FormatError that names the file, also if it cannot be opened.
     """
     try:
         archive = zips.records(path)
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror}") from None
+    prefix, pickled = _find_pickle(path, archive)
+    storages: dict[str, Storage] = {}
+
+    def load_storage(reference: Any) -> tuple[Storage, str]:
+        match reference:
+            case ("storage", Callee(name=kind), str(number), str(location), int()):
+                record = archive.get(f"{prefix}data/{number}")
+                if kind not in _STORAGE_DTYPES or record is None:
+                    raise PickleError(f"the tensor data {number!r} are missing")
+                storage = storages.setdefault(number, Storage(record, location))
+                return storage, _STORAGE_DTYPES[kind]
+        raise PickleError("malformed: not a reference to tensor data")
+
+    extra = {name: Callee(name, make) for name, make in (extra_globals or {}).items()}
+    try:
+        return unpickler.unpickle(pickled.read(), _GLOBALS | extra, load_storage)
+    except PickleError as error:
+        raise FormatError(f"{path}: not read: {error}") from None
+
+
+def _find_pickle(path: Path, archive: Mapping[str, zips.Record]) -> tuple[str, zips.Record]:
+    """The prefix of all names in an archive, and its pickle. Raises FormatError if torch.save did
+    not write it, or on a machine of another byte order."""
     pickles = [name for name in archive if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise FormatError(f"{path}: a zip archive, but not one that torch.save wrote")
@@ -118,42 +141,7 @@ def read(path: Path, also: Mapping[str, Callable[..., Any]] | None = None) -> An
     pickled = archive[pickles[0]]
     if pickled.size > MAX_PICKLE:
         raise FormatError(f"{path}: a pickle of {pickled.size} bytes, at most {MAX_PICKLE}")
-    known = _GLOBALS | {name: Callee(name, make) for name, make in (also or {}).items()}
-
-    def find(module: str, name: str) -> Any:
-        full = f"{_MODULES.get(module, module)}.{name}"
-        if full not in known:
-            raise PickleError(f"it names {full}: loading it could run code, and nothing was run")
-        return known[full]
-
-    storages: dict[str, Storage] = {}
-
-    def persistent(key: Any) -> Any:
-        match key:
-            case ("storage", Callee(name=kind), str(number), str(location), int()):
-                record = archive.get(f"{prefix}data/{number}")
-                if kind not in _STORAGES or record is None:
-                    raise PickleError(f"the tensor data {number!r} are missing")
-                return storages.setdefault(number, Storage(record, location)), _STORAGES[kind]
-        raise PickleError("malformed: no reference to tensor data")
-
-    try:
-        return unpickler.build(pickled.read(), find, persistent)
-    except PickleError as error:
-        raise FormatError(f"{path}: not read: {error}") from None
-
-
-def tensors(tree: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], TensorRef]]:
-    """Every tensor of a tree with the keys and indices that lead to it."""
-    match tree:
-        case TensorRef():
-            yield keys, tree
-        case dict():
-            for key, child in tree.items():
-                yield from tensors(child, (*keys, key))
-        case list() | tuple():
-            for index, child in enumerate(tree):
-                yield from tensors(child, (*keys, index))
+    return prefix, pickled
 
 
 def _is_count(value: Any) -> bool:
@@ -163,29 +151,29 @@ def _is_count(value: Any) -> bool:
 def _tensor(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, *rest: Any
 ) -> TensorRef:
-    """`torch._utils._rebuild_tensor_v2`, and `_v3`, which names the dtype after the hooks."""
-    kept, dtype = storage
+    """`torch._utils._rebuild_tensor_v2`, and `_v3`, whose dtype follows the hooks."""
+    memory, dtype = storage
     if rest[1:] and isinstance(rest[1], DType):
         dtype = rest[1].name
     if any(isinstance(flags, dict) and any(flags.values()) for flags in rest[1:]):
         raise PickleError("a conjugated or negated tensor: resolve_conj(), resolve_neg() first")
     sizes = [offset, *size, *stride]
-    if not isinstance(kept, Storage) or len(size) != len(stride) or len(size) > 64:
+    if not isinstance(memory, Storage) or len(size) != len(stride) or len(size) > 64:
         raise PickleError("malformed: a tensor")
     if dtype not in SIZES:
         raise PickleError(f"a tensor of dtype {dtype}")
     if not all(map(_is_count, sizes)):
         raise PickleError("malformed: the shape of a tensor")
-    found = TensorRef(kept, dtype, Shape(size), tuple(stride), offset, bool(requires_grad))
-    if found.numel() >= 2**62:
+    ref = TensorRef(memory, dtype, Shape(size), tuple(stride), offset, bool(requires_grad))
+    if ref.numel() >= 2**62:
         raise PickleError("malformed: the shape of a tensor")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if found.numel() and (last + 1) * found.itemsize > kept.record.size:
+    record = memory.record
+    if ref.numel() and (last + 1) * ref.itemsize > record.size:
         raise PickleError(
-            f"a tensor reaches over the end of its data {kept.record.name}, "
-            f"{kept.record.size} bytes"
+            f"a tensor reaches over the end of its data {record.name}, {record.size} bytes"
         )
-    return found
+    return ref
 
 
 def _shape(sizes: Any = ()) -> Shape:
@@ -207,7 +195,7 @@ def _of_type(rebuild: Any, _: Any, args: Any, __: Any) -> Any:
 
 
 def mapping(items: Any = ()) -> dict[Any, Any]:
-    """A dict out of another, or out of pairs whose keys are quick to hash."""
+    """A dict made of another, or of pairs whose keys are quick to hash."""
     if isinstance(items, dict):
         return dict(items)
     return {unpickler.hashable(key): value for key, value in items}
@@ -235,27 +223,10 @@ def _stand_in(name: str) -> Callee:
     return Callee(name, lambda *values: StandIn(name, *values))
 
 
-_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-"""Python 2's names, which pickles of protocol 2 use."""
-
-_STORAGES: dict[str, str] = {
-    f"torch.{name}Storage": dtype
-    for name, dtype in {
-        "Bool": "bool",
-        "Byte": "uint8",
-        "Char": "int8",
-        "Short": "int16",
-        "Int": "int32",
-        "Long": "int64",
-        "Half": "float16",
-        "BFloat16": "bfloat16",
-        "Float": "float32",
-        "Double": "float64",
-        "ComplexFloat": "complex64",
-        "ComplexDouble": "complex128",
-        "Untyped": "uint8",
-    }.items()
-} | {"torch.storage.UntypedStorage": "uint8"}
+_STORAGE_DTYPES = {f"torch.{name}": dtype for dtype, name in STORAGES.items()} | {
+    "torch.UntypedStorage": "uint8",
+    "torch.storage.UntypedStorage": "uint8",
+}
 
 STAND_INS = (
     "torch.device",
@@ -271,12 +242,12 @@ STAND_INS = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-"""What comes back as StandIn: nothing of these is needed but what they hold."""
+"""What comes back as StandIn: only their arguments and attributes are needed."""
 
 _GLOBALS: dict[str, Any] = {
     callee.name: callee
     for callee in (
-        *map(Callee, _STORAGES),
+        *map(Callee, _STORAGE_DTYPES),
         *map(_stand_in, STAND_INS),
         Callee("torch.Tensor"),
         Callee("torch.nn.parameter.Parameter"),

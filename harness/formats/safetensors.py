@@ -1,11 +1,11 @@
-"""Safetensors files: a header that is checked before anything trusts it, and a streaming writer.
+"""Safetensors files: a header that is checked before it is trusted, and a streaming writer.
 
 A file is 8 bytes with the length of the header (little-endian), the header (JSON: for every tensor
-its dtype, its shape, and where its bytes lie in the data), and the data, without gap or overlap.
-The format: https://github.com/huggingface/safetensors, README.md.
+its dtype, its shape, and the position of its bytes in the data), and the data, without gap or
+overlap. The format: https://github.com/huggingface/safetensors, README.md.
 
 Checked here, and not by the safetensors library 0.8: duplicate keys, shapes whose sizes overflow
-although one of them is 0, fields that the format does not know, strings that are no Unicode.
+although one of them is 0, fields that are not in the format, strings that are not Unicode.
 """
 
 import json
@@ -19,58 +19,38 @@ from typing import Any, BinaryIO
 
 from harness.errors import FormatError
 from harness.files import reserve, write_atomically
-
-SUFFIXES = {".sft", ".safetensors"}
+from harness.formats.tensor_writer import Entry, TensorWriter
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F4": 4, "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
-"""Every dtype of the format that torch has too, and the bits of one element."""
+"""The dtypes of the format that torch has too, and the bits of an element."""
 
 MAX_HEADER = 100_000_000
-"""Bytes; the safetensors library allows no more."""
+"""Bytes; the limit of the safetensors library."""
 MAX_DIMENSIONS = 64
 METADATA = "__metadata__"
 """The one name that a tensor cannot have."""
 ALIGNMENT = 64
-"""Bytes; where the data of a file that we write begins. Each tensor is aligned to its element."""
+"""Bytes; where the data begins in files that we write. Each tensor is aligned to its element."""
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
-_MAX_ENTRY = 4096  # characters: MAX_DIMENSIONS numbers, and space for blanks
+_MAX_ENTRY = 4096  # characters: MAX_DIMENSIONS numbers, and room for blanks
 _DECODER = json.JSONDecoder()
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor of a file: its dtype (a key of `BITS`), its shape, and its bytes, row-major.
-
-    `start` and `end` count from the beginning of the file. `start` need not be a multiple of the
-    element's size in files that others wrote: such a tensor must be copied, not viewed.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the data."""
-        return self.end - self.start
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself: its tensors in the order of the header, and its metadata."""
+    """The header of a file: its tensors in order, and its metadata."""
 
     tensors: dict[str, Entry] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor. Raises ValueError if they are no whole number, or overflow 63 bits."""
+    """Bytes of a tensor. Raises ValueError if they are not an integer, or overflow 63 bits."""
     if math.prod(size for size in shape if size) * BITS[dtype] >= 2**66:
         raise ValueError(f"shape {list(shape)} overflows")
     size, rest = divmod(math.prod(shape) * BITS[dtype], 8)
@@ -80,20 +60,20 @@ def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a file, every word of it checked against the format and the file's size.
+    """The header of a file, all of it checked against the format and the file's size.
 
-    Tensors lie one behind the other and fill the file. Their names are any Unicode, "../x" too:
-    never use one as a path. Raises FormatError for whatever is not so, OSError if it cannot be
-    read. No more memory is used than a few times the header's bytes in the file.
+    The tensors fill the file, one after the other. Their names are any Unicode, "../x" too: never
+    use one as a path. Raises FormatError if the file is not in the format, OSError if it cannot be
+    read. Memory is limited to a few times the size of the header.
     """
     if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-        raise FormatError(f"{path}: no regular file")
+        raise FormatError(f"{path}: not a regular file")
     with path.open("rb") as file:
         return header_of(file, path)
 
 
 def header_of(file: BinaryIO, path: Path) -> Header:
-    """The same of an open file, read from its beginning; `path` is for errors."""
+    """The same of an open file, which is read from its beginning; `path` is for errors."""
     available = os.fstat(file.fileno()).st_size - 8
     size = int.from_bytes(file.read(8), "little")
     try:
@@ -106,50 +86,24 @@ def header_of(file: BinaryIO, path: Path) -> Header:
         header = _Parser(file.read(size).decode(), 8 + size).header()
         _check_places(header.tensors, 8 + size, 8 + available)
     except ValueError as error:  # also of bad UTF-8 and bad JSON
-        raise FormatError(f"{path}: no safetensors file, or damaged: {error}") from None
+        raise FormatError(f"{path}: not a safetensors file, or damaged: {error}") from None
     return header
-
-
-class Writer:
-    """A file that is being written: its header stands, the tensors are filled in, in any order."""
-
-    def __init__(self, descriptor: int, tensors: Mapping[str, Entry]):
-        self._descriptor = descriptor
-        self.tensors = tensors
-        """Where each tensor's bytes belong."""
-
-    def fileno(self) -> int:
-        """The descriptor, for copies by the kernel to the places that `tensors` gives."""
-        return self._descriptor
-
-    def write(self, name: str, data: Any, offset: int = 0) -> None:
-        """Writes bytes (any contiguous buffer) of a tensor, from its byte `offset` on.
-
-        Any thread may call it. Raises ValueError if they reach beyond the tensor.
-        """
-        entry, view = self.tensors[name], memoryview(data).cast("B")
-        if offset < 0 or offset + len(view) > entry.nbytes:
-            raise ValueError(f"{name}: {len(view)} bytes at {offset} of {entry.nbytes}")
-        at = entry.start + offset
-        while view:
-            written = os.pwrite(self._descriptor, view, at)
-            at, view = at + written, view[written:]
 
 
 def write(
     path: Path,
     tensors: Mapping[str, tuple[str, Sequence[int]]],
-    fill: Callable[[Writer], object],
+    fill: Callable[[TensorWriter], object],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a file whose `tensors` are `{name: (dtype, shape)}`, by atomic rename.
 
-    `fill` is called once with the Writer, and must write every byte. The header keeps the order of
-    `tensors`; the data lies in order of falling element size, so that every tensor is aligned.
-    Raises FormatError, before anything is written, for what the format cannot hold; OSError if the
-    disk is too full.
+    `fill` is called once with the writer, and must write every byte. The header keeps the order of
+    `tensors`; the data is in order of decreasing element size, so that every tensor is aligned.
+    Raises FormatError, before anything is written, for what the format does not have; OSError if
+    the disk is too full.
     """
-    head, entries = layout(tensors, metadata or {})
+    head, entries = make_header(tensors, metadata or {})
     size = max((entry.end for entry in entries.values()), default=len(head))
 
     def write_staged(staged: Path) -> None:
@@ -157,49 +111,49 @@ def write(
             reserve(file.fileno(), size, path)
             file.write(head)
             file.flush()
-            fill(Writer(file.fileno(), entries))
+            fill(TensorWriter(file.fileno(), entries))
 
     write_atomically(path, write_staged)
 
 
-def layout(
+def make_header(
     tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, Entry]]:
-    """The bytes in front of the data, and every tensor's place, as `write` lays them out.
+    """The bytes before the data, and the place of every tensor, as `write` writes them.
 
-    Raises FormatError for what the format cannot hold.
+    Raises FormatError for what the format does not have.
     """
-    places: dict[str, tuple[int, int]] = {}
-    at = 0
+    offsets: dict[str, tuple[int, int]] = {}
+    end = 0
     for name in sorted(tensors, key=lambda name: -BITS.get(tensors[name][0], 0)):
         dtype, shape = tensors[name]
         try:
             if name == METADATA:
-                raise ValueError("the format keeps this name for itself")
-            places[name] = at, at + _checked_size(dtype, shape)
+                raise ValueError("the format reserves this name")
+            offsets[name] = end, end + _checked_size(dtype, shape)
             name.encode()
         except ValueError as error:
             raise FormatError(f"tensor {name!r}: {error}") from None
-        at = places[name][1]
-    described: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
-    described |= {
-        name: {"dtype": dtype, "shape": list(shape), "data_offsets": list(places[name])}
+        end = offsets[name][1]
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    header |= {
+        name: {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets[name])}
         for name, (dtype, shape) in tensors.items()
     }
-    text = json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     start = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
     if start - 8 > MAX_HEADER:
         raise FormatError(f"a header of {start - 8} bytes, and the format allows {MAX_HEADER}")
     head = (start - 8).to_bytes(8, "little") + text.ljust(start - 8)
     entries = {
-        name: Entry(dtype, tuple(shape), start + places[name][0], start + places[name][1])
+        name: Entry(dtype, tuple(shape), start + offsets[name][0], start + offsets[name][1])
         for name, (dtype, shape) in tensors.items()
     }
     return head, entries
 
 
 class _Parser:
-    """Reads the header's JSON, which has one shape only, and so never builds what it refuses."""
+    """Parses the JSON of a header, and nothing else, so that what it refuses is never built."""
 
     def __init__(self, text: str, data_start: int):
         self.text = text
@@ -224,42 +178,42 @@ class _Parser:
     def object(
         self, at: int, value: Callable[[str, int], tuple[Any, int]]
     ) -> tuple[dict[str, Any], int]:
-        """The object at `at`, and where it ends. `value(key, at)` reads one value likewise."""
-        found: dict[str, Any] = {}
+        """The object at `at`, and where it ends. `value(key, at)` does the same for a value."""
+        result: dict[str, Any] = {}
         at = self.blanks(self.expect("{", at))
         if self.text.startswith("}", at):
-            return found, at + 1
+            return result, at + 1
         while True:
             key, at = self.string(self.blanks(at))
-            if key in found:
+            if key in result:
                 raise ValueError(f"duplicate key {key!r}")
-            found[key], at = value(key, self.blanks(self.expect(":", self.blanks(at))))
+            result[key], at = value(key, self.blanks(self.expect(":", self.blanks(at))))
             at = self.blanks(at)
             if self.text.startswith("}", at):
-                return found, at + 1
+                return result, at + 1
             at = self.expect(",", at)
 
     def entry(self, name: str, at: int) -> tuple[Entry, int]:
         end = self.text.find("}", at, at + _MAX_ENTRY) + 1
         try:
             fields = json.loads(self.text[at:end], object_pairs_hook=list)
-            found = dict(fields)
-            if len(fields) != 3 or found.keys() != {"dtype", "shape", "data_offsets"}:
+            entry = dict(fields)
+            if len(fields) != 3 or entry.keys() != {"dtype", "shape", "data_offsets"}:
                 raise ValueError("expected dtype, shape and data_offsets")
-            shape, offsets = _naturals(found["shape"]), _naturals(found["data_offsets"])
-            size = _checked_size(found["dtype"], shape)
+            shape, offsets = _naturals(entry["shape"]), _naturals(entry["data_offsets"])
+            size = _checked_size(entry["dtype"], shape)
             if len(offsets) != 2 or offsets[1] - offsets[0] != size:
                 raise ValueError(f"data_offsets {list(offsets)}, but it has {size} bytes")
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"tensor {name!r}: {error}") from None
         start, stop = (self.data_start + offset for offset in offsets)
-        return Entry(found["dtype"], shape, start, stop), end
+        return Entry(entry["dtype"], shape, start, stop), end
 
     def string(self, at: int) -> tuple[str, int]:
         if not self.text.startswith('"', at):
             raise ValueError(f"expected a string at character {at}")
         string, at = _DECODER.raw_decode(self.text, at)
-        string.encode()  # a half of a surrogate pair is no Unicode
+        string.encode()  # half of a surrogate pair is not Unicode
         return string, at
 
     def expect(self, mark: str, at: int) -> int:
@@ -287,7 +241,7 @@ def _checked_size(dtype: Any, shape: Sequence[int]) -> int:
 
 
 def _check_places(tensors: Mapping[str, Entry], start: int, end: int) -> None:
-    """Raises ValueError unless the tensors fill the bytes from `start` to `end`, side by side."""
+    """Raises ValueError unless the tensors fill the bytes from `start` to `end`, in a row."""
     before = "the header"
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != start:

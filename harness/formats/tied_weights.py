@@ -1,6 +1,6 @@
-"""Tied tensors in a safetensors file: stored once, and the further names told in the metadata.
+"""Tied tensors in a safetensors file: stored once, with all of their names in the metadata.
 
-The simplest of the structures that `harness.io` writes: a dict of tensors, some named twice.
+The simplest of the structures that `harness.io` writes: a dict of tensors, some under two names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,17 +9,17 @@ from typing import Any
 from harness.formats import json_tree
 
 
-def described(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
-    """The metadata for tensors of these names, and `aliases` of some; none if there are none."""
-    node = json_tree.flat(names)
-    node["dict"] |= {alias: {"tensor": kept} for alias, kept in aliases.items()}
+def to_metadata(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """The metadata for tensors of these names, and `aliases` of some; empty without aliases."""
+    node = json_tree.flat_dict(names)
+    node["dict"] |= {alias: {"tensor": name} for alias, name in aliases.items()}
     return json_tree.to_metadata(node, names)
 
 
-def names(metadata: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str] | None:
-    """Every name of a file's tensors, and the one that it is stored under.
+def stored_names(metadata: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str] | None:
+    """For every name of a file's tensors the one that it is stored under.
 
-    None if the file holds another structure than a dict, or a module's state dict, of whole
+    None if the file holds another structure than a dict, or a module's state dict, of complete
     tensors. Raises FormatError if the metadata are damaged.
     """
     match json_tree.from_metadata(metadata, tensors):
@@ -29,11 +29,11 @@ def names(metadata: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str]
             pass
         case _:
             return None
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for pair in pairs:
         match pair:
-            case (str(name), {"tensor": str(kept), **rest}) if not rest and name not in found:
-                found[name] = kept
+            case (str(name), {"tensor": str(stored), **rest}) if not rest and name not in names:
+                names[name] = stored
             case _:
                 return None
-    return found if set(found.values()) == set(tensors) else None
+    return names if set(names.values()) == set(tensors) else None

@@ -1,23 +1,24 @@
-"""A pickle machine that runs no code: it builds plain values, and asks `find` for everything else.
+"""An unpickler that runs no code: it builds plain values, and knows a closed list of globals.
 
-It knows the opcodes that torch.save's pickles are made of, and none that look anything up. What it
-builds is bounded: in the number of its operations, in its depth, and in what it unfolds to when
-somebody walks it ("billion laughs"). Keys are plain, as hashing a nested tuple can take for ever.
+It executes the opcodes that torch.save's pickles are made of, and none that look anything up. What
+it builds is limited: in the number of its operations, in its depth, and in the size that it has
+when it is walked ("billion laughs"). Keys are plain, as hashing a nested tuple can take for ever.
 The opcodes: Python's pickletools.py.
 """
 
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 MAX_OPERATIONS = 5_000_000
 MAX_DEPTH = 200
 MAX_NODES = 20_000_000
-"""Values in a tree, those that it holds several times counted as often."""
+"""Values in a tree; one that it holds several times is counted as often."""
 
-Find = Callable[[str, str], Any]
+_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+"""Python 2's names, which pickles of protocol 2 use."""
 
 
 class PickleError(Exception):
@@ -25,18 +26,18 @@ class PickleError(Exception):
 
 
 class Callee:
-    """What a pickle may call, or name: `make(*args)`. It has no attributes that could be set."""
+    """What a pickle may call, or name: `make(*args)`. No attributes can be set on it."""
 
     __slots__ = ("make", "name")
 
     def __init__(self, name: str, make: Callable[..., Any] | None = None):
-        """`make` None: it may be named, like a class that is an argument, but not called."""
+        """With `make` None it may be named, like a class that is an argument, but not called."""
         self.name = name
         self.make = make
 
 
 class StandIn:
-    """An object of a class that is not loaded: what it was made of, as plain attributes."""
+    """An object of a class that is not loaded: its arguments and state, as plain values."""
 
     def __init__(self, name: str, *values: Any):
         self.class_name = name
@@ -44,7 +45,7 @@ class StandIn:
         self.state: dict[str, Any] = {}
 
     def set_state(self, state: Any) -> None:
-        """Takes what the pickle says of its attributes."""
+        """Takes the attributes that the pickle sets."""
         if isinstance(state, tuple) and len(state) == 2:  # of a class with __slots__
             state = {**(state[0] or {}), **(state[1] or {})}
         if not isinstance(state, dict):
@@ -52,19 +53,25 @@ class StandIn:
         self.state |= state
 
 
-def build(data: bytes, find: Find, persistent: Callable[[Any], Any]) -> Any:
+_CONTAINERS = (dict, list, tuple, set, StandIn)
+
+
+def unpickle(
+    data: bytes, known_globals: Mapping[str, Any], load_persistent: Callable[[Any], Any]
+) -> Any:
     """The tree that a pickle describes.
 
-    `find(module, name)` gives a Callee or another value for a global, `persistent(id)` what stands
-    outside the pickle. Raises PickleError for whatever is not as it should be.
+    `known_globals` has a Callee, or another value, for every global that it may name, by full name;
+    `load_persistent(id)` returns what is outside the pickle. Raises PickleError for a pickle that
+    is malformed, too large, or names or does anything else.
     """
-    machine = _Machine(data, find, persistent)
+    unpickler = _Unpickler(data, known_globals, load_persistent)
     try:
-        tree = machine.run()
+        tree = unpickler.run()
     except PickleError:
         raise
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise PickleError(f"malformed at byte {machine.at}: {error!r}"[:200]) from None
+        raise PickleError(f"malformed at byte {unpickler.position}: {error!r}"[:200]) from None
     _check_size(tree)
     return tree
 
@@ -72,43 +79,47 @@ def build(data: bytes, find: Find, persistent: Callable[[Any], Any]) -> Any:
 _MARK = object()
 
 
-class _Machine:
-    def __init__(self, data: bytes, find: Find, persistent: Callable[[Any], Any]):
+class _Unpickler:
+    """The stack machine of Python's pickle module, without its imports and calls."""
+
+    def __init__(
+        self, data: bytes, known_globals: Mapping[str, Any], load_persistent: Callable[[Any], Any]
+    ):
         self.data = data
-        self.at = 0
-        self.find = find
-        self.persistent = persistent
+        self.position = 0
+        self.known_globals = known_globals
+        self.load_persistent = load_persistent
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        data, steps = self.data, _STEPS
+        data, opcodes = self.data, _OPCODES
         for _ in range(MAX_OPERATIONS):
-            code = data[self.at]
-            self.at += 1
+            code = data[self.position]
+            self.position += 1
             if code == _STOP:
                 (tree,) = self.stack
                 if tree is _MARK:
                     raise PickleError("malformed: nothing but a mark")
                 return tree
-            step = steps.get(code)
-            if step is None:
-                raise PickleError(f"opcode {bytes([code])!r} at byte {self.at - 1}")
-            step(self)
+            execute = opcodes.get(code)
+            if execute is None:
+                raise PickleError(f"opcode {bytes([code])!r} at byte {self.position - 1}")
+            execute(self)
         raise PickleError(f"more than {MAX_OPERATIONS} operations")
 
     def take(self, length: int) -> bytes:
-        start, self.at = self.at, self.at + length
-        if length < 0 or self.at > len(self.data):
-            raise PickleError("cut off")
-        return self.data[start : self.at]
+        start, self.position = self.position, self.position + length
+        if length < 0 or self.position > len(self.data):
+            raise PickleError("truncated")
+        return self.data[start : self.position]
 
     def number(self, width: int) -> int:
         return int.from_bytes(self.take(width), "little")
 
     def line(self) -> str:
-        end = self.data.index(b"\n", self.at)
-        return self.take(end + 1 - self.at)[:-1].decode("ascii")
+        end = self.data.index(b"\n", self.position)
+        return self.take(end + 1 - self.position)[:-1].decode("ascii")
 
     def pop(self) -> Any:
         value = self.stack.pop()
@@ -118,10 +129,10 @@ class _Machine:
 
     def pop_mark(self) -> list[Any]:
         stack = self.stack
-        for at in range(len(stack) - 1, -1, -1):
-            if stack[at] is _MARK:
-                values = stack[at + 1 :]
-                del stack[at:]
+        for index in range(len(stack) - 1, -1, -1):
+            if stack[index] is _MARK:
+                values = stack[index + 1 :]
+                del stack[index:]
                 return values
         raise PickleError("malformed: no mark")
 
@@ -140,6 +151,12 @@ class _Machine:
             raise PickleError("malformed: a mark in the memo")
         self.memo[key] = value
 
+    def push_global(self, module: str, name: str) -> None:
+        full = f"{_MODULES.get(module, module)}.{name}"
+        if full not in self.known_globals:
+            raise PickleError(f"it names {full}: loading it could run code, and nothing was run")
+        self.push(self.known_globals[full])
+
     def set_items(self, items: list[Any]) -> None:
         target = self.top(dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -149,7 +166,7 @@ class _Machine:
         args = self.pop()
         callee = self.pop()
         if not isinstance(args, tuple) or not isinstance(callee, Callee) or callee.make is None:
-            raise PickleError(f"calls {_told(callee)}")
+            raise PickleError(f"calls {_name_of(callee)}")
         self.push(callee.make(*args))
 
     def set_state(self) -> None:
@@ -158,18 +175,18 @@ class _Machine:
         if isinstance(target, StandIn):
             target.set_state(state)
         elif isinstance(target, OrderedDict) and isinstance(state, dict):
-            if "_metadata" in state:  # what Module.state_dict() notes
+            if "_metadata" in state:  # of Module.state_dict()
                 vars(target)["_metadata"] = state["_metadata"]
         elif not isinstance(target, dict):
-            raise PickleError(f"sets attributes of {_told(target)}")
+            raise PickleError(f"sets attributes of {_name_of(target)}")
 
 
-def _told(value: Any) -> str:
+def _name_of(value: Any) -> str:
     return value.name if isinstance(value, Callee) else type(value).__name__
 
 
 def hashable(key: Any) -> Any:
-    """The key, if hashing it is a matter of moments."""
+    """The key, if it is quick to hash. Raises PickleError otherwise."""
     parts = key if isinstance(key, tuple) else (key,)
     plain = (str, int, float, bool, bytes, complex, type(None), Callee)
     if not all(isinstance(part, plain) or type(part).__hash__ is object.__hash__ for part in parts):
@@ -177,112 +194,112 @@ def hashable(key: Any) -> Any:
     return key
 
 
-def _global(machine: _Machine) -> None:
-    module, name = machine.line(), machine.line()
-    machine.push(machine.find(module, name))
+def _global(unpickler: _Unpickler) -> None:
+    module, name = unpickler.line(), unpickler.line()
+    unpickler.push_global(module, name)
 
 
-def _stack_global(machine: _Machine) -> None:
-    name, module = machine.pop(), machine.pop()
+def _stack_global(unpickler: _Unpickler) -> None:
+    name, module = unpickler.pop(), unpickler.pop()
     if not isinstance(name, str) or not isinstance(module, str):
         raise PickleError("malformed: a global without a name")
-    machine.push(machine.find(module, name))
+    unpickler.push_global(module, name)
 
 
-def _append(machine: _Machine) -> None:
-    value = machine.pop()
-    machine.top(list).append(value)
+def _append(unpickler: _Unpickler) -> None:
+    value = unpickler.pop()
+    unpickler.top(list).append(value)
 
 
-def _appends(machine: _Machine) -> None:
-    values = machine.pop_mark()
-    machine.top(list).extend(values)
+def _appends(unpickler: _Unpickler) -> None:
+    values = unpickler.pop_mark()
+    unpickler.top(list).extend(values)
 
 
-def _set_item(machine: _Machine) -> None:
-    value, key = machine.pop(), machine.pop()
-    machine.set_items([key, value])
+def _set_item(unpickler: _Unpickler) -> None:
+    value, key = unpickler.pop(), unpickler.pop()
+    unpickler.set_items([key, value])
 
 
-def _add_items(machine: _Machine) -> None:
-    values = machine.pop_mark()
-    machine.top(set).update(map(hashable, values))
+def _add_items(unpickler: _Unpickler) -> None:
+    values = unpickler.pop_mark()
+    unpickler.top(set).update(map(hashable, values))
 
 
-def _tuple_of(length: int) -> Callable[[_Machine], None]:
-    def step(machine: _Machine) -> None:
-        values = [machine.pop() for _ in range(length)]
-        machine.push(tuple(reversed(values)))
+def _tuple_of(length: int) -> Callable[[_Unpickler], None]:
+    def execute(unpickler: _Unpickler) -> None:
+        values = [unpickler.pop() for _ in range(length)]
+        unpickler.push(tuple(reversed(values)))
 
-    return step
-
-
-def _text(machine: _Machine, width: int) -> None:
-    machine.push(machine.take(machine.number(width)).decode("utf-8", "surrogatepass"))
+    return execute
 
 
-def _signed(machine: _Machine, width: int) -> None:
-    machine.push(int.from_bytes(machine.take(width), "little", signed=True))
+def _text(unpickler: _Unpickler, width: int) -> None:
+    unpickler.push(unpickler.take(unpickler.number(width)).decode("utf-8", "surrogatepass"))
 
 
-def _memo_next(machine: _Machine) -> None:
-    machine.remember(len(machine.memo))
+def _signed(unpickler: _Unpickler, width: int) -> None:
+    unpickler.push(int.from_bytes(unpickler.take(width), "little", signed=True))
+
+
+def _memo_next(unpickler: _Unpickler) -> None:
+    unpickler.remember(len(unpickler.memo))
 
 
 _STOP = pickle.STOP[0]
-_STEPS: dict[int, Callable[[_Machine], None]] = {
-    opcode[0]: step
-    for opcode, step in {
-        pickle.PROTO: lambda m: m.take(1),
-        pickle.FRAME: lambda m: m.take(8),
-        pickle.MARK: lambda m: m.push(_MARK),
-        pickle.POP: lambda m: m.stack.pop(),
-        pickle.NONE: lambda m: m.push(None),
-        pickle.NEWTRUE: lambda m: m.push(True),
-        pickle.NEWFALSE: lambda m: m.push(False),
-        pickle.BININT: lambda m: _signed(m, 4),
-        pickle.BININT1: lambda m: m.push(m.number(1)),
-        pickle.BININT2: lambda m: m.push(m.number(2)),
-        pickle.LONG1: lambda m: _signed(m, m.number(1)),
-        pickle.BINFLOAT: lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
-        pickle.BINUNICODE: lambda m: _text(m, 4),
-        pickle.SHORT_BINUNICODE: lambda m: _text(m, 1),
-        pickle.BINUNICODE8: lambda m: _text(m, 8),
-        pickle.SHORT_BINSTRING: lambda m: m.push(m.take(m.number(1)).decode("latin1")),
-        pickle.BINBYTES: lambda m: m.push(m.take(m.number(4))),
-        pickle.SHORT_BINBYTES: lambda m: m.push(m.take(m.number(1))),
-        pickle.BINBYTES8: lambda m: m.push(m.take(m.number(8))),
-        pickle.BYTEARRAY8: lambda m: m.push(bytearray(m.take(m.number(8)))),
-        pickle.EMPTY_LIST: lambda m: m.push([]),
-        pickle.EMPTY_DICT: lambda m: m.push({}),
-        pickle.EMPTY_SET: lambda m: m.push(set()),
-        pickle.EMPTY_TUPLE: lambda m: m.push(()),
-        pickle.TUPLE: lambda m: m.push(tuple(m.pop_mark())),
+_OPCODES: dict[int, Callable[[_Unpickler], None]] = {
+    opcode[0]: execute
+    for opcode, execute in {
+        pickle.PROTO: lambda u: u.take(1),
+        pickle.FRAME: lambda u: u.take(8),
+        pickle.MARK: lambda u: u.push(_MARK),
+        pickle.POP: lambda u: u.stack.pop(),
+        pickle.NONE: lambda u: u.push(None),
+        pickle.NEWTRUE: lambda u: u.push(True),
+        pickle.NEWFALSE: lambda u: u.push(False),
+        pickle.BININT: lambda u: _signed(u, 4),
+        pickle.BININT1: lambda u: u.push(u.number(1)),
+        pickle.BININT2: lambda u: u.push(u.number(2)),
+        pickle.LONG1: lambda u: _signed(u, u.number(1)),
+        pickle.BINFLOAT: lambda u: u.push(struct.unpack(">d", u.take(8))[0]),
+        pickle.BINUNICODE: lambda u: _text(u, 4),
+        pickle.SHORT_BINUNICODE: lambda u: _text(u, 1),
+        pickle.BINUNICODE8: lambda u: _text(u, 8),
+        pickle.SHORT_BINSTRING: lambda u: u.push(u.take(u.number(1)).decode("latin1")),
+        pickle.BINBYTES: lambda u: u.push(u.take(u.number(4))),
+        pickle.SHORT_BINBYTES: lambda u: u.push(u.take(u.number(1))),
+        pickle.BINBYTES8: lambda u: u.push(u.take(u.number(8))),
+        pickle.BYTEARRAY8: lambda u: u.push(bytearray(u.take(u.number(8)))),
+        pickle.EMPTY_LIST: lambda u: u.push([]),
+        pickle.EMPTY_DICT: lambda u: u.push({}),
+        pickle.EMPTY_SET: lambda u: u.push(set()),
+        pickle.EMPTY_TUPLE: lambda u: u.push(()),
+        pickle.TUPLE: lambda u: u.push(tuple(u.pop_mark())),
         pickle.TUPLE1: _tuple_of(1),
         pickle.TUPLE2: _tuple_of(2),
         pickle.TUPLE3: _tuple_of(3),
         pickle.APPEND: _append,
         pickle.APPENDS: _appends,
         pickle.SETITEM: _set_item,
-        pickle.SETITEMS: lambda m: m.set_items(m.pop_mark()),
+        pickle.SETITEMS: lambda u: u.set_items(u.pop_mark()),
         pickle.ADDITEMS: _add_items,
-        pickle.BINGET: lambda m: m.push(m.memo[m.number(1)]),
-        pickle.LONG_BINGET: lambda m: m.push(m.memo[m.number(4)]),
-        pickle.BINPUT: lambda m: m.remember(m.number(1)),
-        pickle.LONG_BINPUT: lambda m: m.remember(m.number(4)),
+        pickle.BINGET: lambda u: u.push(u.memo[u.number(1)]),
+        pickle.LONG_BINGET: lambda u: u.push(u.memo[u.number(4)]),
+        pickle.BINPUT: lambda u: u.remember(u.number(1)),
+        pickle.LONG_BINPUT: lambda u: u.remember(u.number(4)),
         pickle.MEMOIZE: _memo_next,
         pickle.GLOBAL: _global,
         pickle.STACK_GLOBAL: _stack_global,
-        pickle.REDUCE: lambda m: m.call(),
-        pickle.NEWOBJ: lambda m: m.call(),
-        pickle.BUILD: lambda m: m.set_state(),
-        pickle.BINPERSID: lambda m: m.push(m.persistent(m.pop())),
+        pickle.REDUCE: lambda u: u.call(),
+        pickle.NEWOBJ: lambda u: u.call(),
+        pickle.BUILD: lambda u: u.set_state(),
+        pickle.BINPERSID: lambda u: u.push(u.load_persistent(u.pop())),
     }.items()
 }
 
 
-def children(node: Any) -> list[Any]:
-    """What a node of a tree holds, keys left out."""
+def _children(node: Any) -> list[Any]:
+    """The values inside a node of a tree, without keys."""
     match node:
         case dict():
             return [*node.values(), getattr(node, "__dict__", None)]
@@ -294,9 +311,9 @@ def children(node: Any) -> list[Any]:
 
 
 def _check_size(tree: Any) -> None:
-    """Raises PickleError if walking the tree would take too deep a stack, too long, or for ever."""
+    """Raises PickleError if the tree is too deep or too large to be walked, or holds itself."""
     sizes: dict[int, tuple[int, int]] = {}  # of finished containers: nodes, depth
-    open_ones: set[int] = set()
+    unfinished: set[int] = set()
     stack = [(tree, False)]
     while stack:
         node, is_finished = stack.pop()
@@ -304,23 +321,21 @@ def _check_size(tree: Any) -> None:
         if not is_finished:
             if key in sizes:
                 continue
-            if key in open_ones:
+            if key in unfinished:
                 raise PickleError("a value that holds itself")
-            held = children(node)
-            open_ones.add(key)
+            unfinished.add(key)
             stack.append((node, True))
-            stack.extend((child, False) for child in held if isinstance(child, _CONTAINERS))
+            stack.extend(
+                (child, False) for child in _children(node) if isinstance(child, _CONTAINERS)
+            )
             continue
-        open_ones.discard(key)
-        held = children(node)
-        known = [sizes[id(child)] for child in held if isinstance(child, _CONTAINERS)]
-        nodes = 1 + len(held) + sum(size for size, _ in known)
-        depth = 1 + max((depth for _, depth in known), default=0)
+        unfinished.discard(key)
+        values = _children(node)
+        inner = [sizes[id(child)] for child in values if isinstance(child, _CONTAINERS)]
+        nodes = 1 + len(values) + sum(size for size, _ in inner)
+        depth = 1 + max((depth for _, depth in inner), default=0)
         if depth > MAX_DEPTH:
             raise PickleError(f"values nested more than {MAX_DEPTH} deep")
         if nodes > MAX_NODES:
             raise PickleError(f"a tree of more than {MAX_NODES} values")
         sizes[key] = nodes, depth
-
-
-_CONTAINERS = (dict, list, tuple, set, StandIn)

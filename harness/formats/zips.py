@@ -1,7 +1,7 @@
-"""The directory of a zip archive as torch writes it: records side by side, stored as they are.
+"""Zip archives as torch writes them: uncompressed records, one after the other, and a directory.
 
-Only the directory at the end is read. Nothing is ever inflated, so no archive grows in memory; what
-torch does not write (compression, encryption, comments, split archives) is refused.
+To read one, only the directory at its end is parsed. Nothing is ever inflated, so no archive grows
+in memory; what torch does not write (compression, encryption, comments, split archives) is refused.
 The format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.
 """
 
@@ -9,28 +9,39 @@ import hashlib
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import FormatError
+from harness.formats.raw_io import read_crc, read_into
 
 MAX_DIRECTORY = 64 << 20
 """Bytes; torch needs less than a hundred for a record."""
+ALIGNMENT = 64
+"""Bytes; where the data of a record that we write begins."""
 
-_END = struct.Struct("<4s4H2IH")
-_END64 = struct.Struct("<4sQ2H2I4Q")
-_LOCATOR = struct.Struct("<4sIQI")
-_ENTRY = struct.Struct("<4s6H3I5H2I")
-_LOCAL = struct.Struct("<4s5H3I2H")
+_END, _END_MAGIC = struct.Struct("<4s4H2IH"), b"PK\x05\x06"
+_END64, _END64_MAGIC = struct.Struct("<4sQ2H2I4Q"), b"PK\x06\x06"
+_LOCATOR, _LOCATOR_MAGIC = struct.Struct("<4sIQI"), b"PK\x06\x07"
+_ENTRY, _ENTRY_MAGIC = struct.Struct("<4s6H3I5H2I"), b"PK\x01\x02"
+_LOCAL, _LOCAL_MAGIC = struct.Struct("<4s5H3I2H"), b"PK\x03\x04"
+_EXTRA = struct.Struct("<2H")  # of an extra field: its kind, and the bytes that follow
+_EXTRA_SIZES = 1  # the kind that has the sizes as 64 bits
+_EXTRA_PADDING = int.from_bytes(b"FB", "little")  # the kind that torch aligns the data with
 _STREAMED = 0x8
-"""Flag: the local header does not tell CRC and sizes. torch sets it, and tells them elsewhere."""
+"""Flag: CRC and sizes are not in the local header. torch sets it, and writes them elsewhere."""
 _UTF8 = 0x800
-_CHUNK = 8 << 20
+"""Flag: the name is UTF-8."""
+_WIDE = 0xFFFFFFFF
+"""A size that is 64 bits and in the extra field."""
+_VERSION = 45
+"""The version of the format that has 64-bit sizes."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A stretch of a file: bytes `start` to `start + size`, and their CRC-32."""
+    """A file of an archive: bytes `start` to `start + size`, and their CRC-32."""
 
     path: Path
     name: str
@@ -39,20 +50,20 @@ class Record:
     crc: int
 
     def read(self) -> bytes:
-        """All of it, the CRC checked. Raises FormatError if it is damaged."""
+        """All of its bytes. Raises FormatError if their CRC is wrong."""
         with self.path.open("rb") as file:
-            data = os.pread(file.fileno(), self.size, self.start)
-        if len(data) != self.size or zlib.crc32(data) != self.crc:
-            raise FormatError(f"{self.path}: damaged: wrong CRC of {self.name}")
-        return data
+            data = bytearray(self.size)
+            read_into(file.fileno(), memoryview(data), self.start, self.path)
+        self.check_crc(zlib.crc32(data))
+        return bytes(data)
 
     def verify(self) -> None:
-        """Reads it a stretch at a time. Raises FormatError if the CRC is another one."""
-        crc = 0
+        """Reads it in chunks. Raises FormatError if the CRC is wrong."""
         with self.path.open("rb") as file:
-            for at in range(self.start, self.start + self.size, _CHUNK):
-                length = min(_CHUNK, self.start + self.size - at)
-                crc = zlib.crc32(os.pread(file.fileno(), length, at), crc)
+            self.check_crc(read_crc(file.fileno(), self.start, self.size, self.path))
+
+    def check_crc(self, crc: int) -> None:
+        """Raises FormatError unless this is the CRC of its bytes."""
         if crc != self.crc:
             raise FormatError(f"{self.path}: damaged: wrong CRC of {self.name}")
 
@@ -60,32 +71,33 @@ class Record:
 def records(path: Path) -> dict[str, Record]:
     """The records of an archive by name, in the order of the directory.
 
-    Raises FormatError unless all are stored, lie inside the file and not over each other, and have
-    names of their own. Raises OSError if the file cannot be read.
+    Raises FormatError unless all are uncompressed, inside the file, without overlap, and under
+    different names. Raises OSError if the file cannot be read.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         start, length, count = _directory(path, file.fileno(), size)
         data = os.pread(file.fileno(), length, start)
-        found: dict[str, Record] = {}
-        at = 0
+        by_name: dict[str, Record] = {}
+        position = 0
         for _ in range(count):
-            record, at = _entry(path, file.fileno(), data, at, start)
-            if record.name in found:
+            record, position = _entry(path, file.fileno(), data, position, start)
+            if record.name in by_name:
                 raise FormatError(f"{path}: two records are named {record.name!r}")
-            found[record.name] = record
-    if at != len(data):
-        raise FormatError(f"{path}: damaged: {len(data) - at} bytes too many in the directory")
+            by_name[record.name] = record
+    if position != len(data):
+        excess = len(data) - position
+        raise FormatError(f"{path}: damaged: {excess} bytes too many in the directory")
     end = 0
-    for record in sorted(found.values(), key=lambda record: (record.start, record.size)):
+    for record in sorted(by_name.values(), key=lambda record: (record.start, record.size)):
         if record.start < end:
             raise FormatError(f"{path}: record {record.name!r} overlaps another one")
         end = record.start + record.size
-    return found
+    return by_name
 
 
 def digest(path: Path) -> str:
-    """SHA-256, in hex, of names, sizes and CRCs: no bit of the records can change unseen by it.
+    """SHA-256, in hex, of names, sizes and CRCs: it changes with any bit of the records.
 
     Raises as `records` does.
     """
@@ -93,34 +105,74 @@ def digest(path: Path) -> str:
     return hashlib.sha256(repr(table).encode()).hexdigest()
 
 
-def check(path: Path, size: int, content: str) -> None:
+def check(path: Path, size: int, expected_digest: str) -> None:
     """Raises FormatError unless the file has that size, and that digest of its directory."""
     if not path.is_file():
         raise FormatError(f"{path} is missing")
-    if (found := path.stat().st_size) != size:
-        raise FormatError(f"{path} has {found} bytes, expected {size}")
-    if digest(path) != content:
+    if (actual_size := path.stat().st_size) != size:
+        raise FormatError(f"{path} has {actual_size} bytes, expected {size}")
+    if digest(path) != expected_digest:
         raise FormatError(f"{path} is another file than the one that was saved")
+
+
+def data_start(header: int, name: str) -> int:
+    """Where the data of a record begins whose local header we write at `header`."""
+    least = header + _LOCAL.size + len(name.encode()) + 2 * _EXTRA.size + 16
+    return -(-least // ALIGNMENT) * ALIGNMENT
+
+
+def local_header(record: Record, header: int) -> bytes:
+    """What is written at `header`, up to the data of the record."""
+    name, size = record.name.encode(), record.size
+    extra = _EXTRA.pack(_EXTRA_SIZES, 16) + struct.pack("<2Q", size, size)
+    padding = record.start - header - _LOCAL.size - len(name) - len(extra) - _EXTRA.size
+    extra += _EXTRA.pack(_EXTRA_PADDING, padding) + b"Z" * padding
+    fields = (_VERSION, _UTF8, 0, 0, 0, record.crc, _WIDE, _WIDE, len(name), len(extra))
+    return _LOCAL.pack(_LOCAL_MAGIC, *fields) + name + extra
+
+
+def directory(records: Sequence[Record], headers: Sequence[int], start: int) -> bytes:
+    """The directory of records whose local headers are at `headers`, to be written at `start`."""
+    entries = b"".join(map(_packed_entry, records, headers))
+    count, length = len(records), len(entries)
+    end64 = (44, _VERSION, _VERSION, 0, 0, count, count, length, start)
+    few = min(count, 0xFFFF)
+    return b"".join(
+        (
+            entries,
+            _END64.pack(_END64_MAGIC, *end64),
+            _LOCATOR.pack(_LOCATOR_MAGIC, 0, start + length, 1),
+            _END.pack(_END_MAGIC, 0, 0, few, few, min(length, _WIDE), _WIDE, 0),
+        )
+    )
+
+
+def _packed_entry(record: Record, header: int) -> bytes:
+    name, size = record.name.encode(), record.size
+    extra = _EXTRA.pack(_EXTRA_SIZES, 24) + struct.pack("<3Q", size, size, header)
+    sizes = (record.crc, _WIDE, _WIDE, len(name), len(extra), 0, 0, 0, 0, _WIDE)
+    return _ENTRY.pack(_ENTRY_MAGIC, _VERSION, _VERSION, _UTF8, 0, 0, 0, *sizes) + name + extra
 
 
 def _directory(path: Path, file: int, size: int) -> tuple[int, int, int]:
     """Where the directory starts, its bytes, and its number of records."""
     tail = os.pread(file, _END.size + _LOCATOR.size, max(0, size - _END.size - _LOCATOR.size))
     end = tail[-_END.size :]
-    if len(end) < _END.size or not end.startswith(b"PK\x05\x06"):
-        raise FormatError(f"{path}: no zip archive, as torch.save writes it, or cut off at the end")
-    _, disk, first_disk, here, count, length, start, comment = _END.unpack(end)
+    if len(end) < _END.size or not end.startswith(_END_MAGIC):
+        raise FormatError(f"{path}: not a zip archive, as torch.save writes it, or truncated")
+    _, disk, first_disk, on_disk, count, length, start, comment = _END.unpack(end)
     stop = size - _END.size
-    if count == 0xFFFF or length == 0xFFFFFFFF or start == 0xFFFFFFFF or tail[:4] == b"PK\x06\x07":
+    is_wide = count == 0xFFFF or _WIDE in (length, start)
+    if is_wide or tail.startswith(_LOCATOR_MAGIC):
         magic, disk, where, disks = _LOCATOR.unpack(tail[: _LOCATOR.size].rjust(_LOCATOR.size))
-        if magic != b"PK\x06\x07" or disks != 1 or where + _END64.size > stop:
+        if magic != _LOCATOR_MAGIC or disks != 1 or where + _END64.size > stop:
             raise FormatError(f"{path}: damaged: the end of the zip archive")
         end64 = os.pread(file, _END64.size, where)
-        magic, _, _, _, disk, first_disk, here, count, length, start = _END64.unpack(end64)
+        magic, _, _, _, disk, first_disk, on_disk, count, length, start = _END64.unpack(end64)
         stop = where
-        if magic != b"PK\x06\x06":
+        if magic != _END64_MAGIC:
             raise FormatError(f"{path}: damaged: the end of the zip archive")
-    if disk or first_disk or here != count or comment:
+    if disk or first_disk or on_disk != count or comment:
         raise FormatError(f"{path}: a split or commented zip archive, which torch does not write")
     if start + length != stop or count * _ENTRY.size > length:
         raise FormatError(f"{path}: damaged: the zip directory is not where it should be")
@@ -129,29 +181,29 @@ def _directory(path: Path, file: int, size: int) -> tuple[int, int, int]:
     return start, length, count
 
 
-def _entry(path: Path, file: int, data: bytes, at: int, limit: int) -> tuple[Record, int]:
-    """The record that the directory describes at `at`, and where the next description starts."""
-    if at + _ENTRY.size > len(data):
-        raise FormatError(f"{path}: damaged: the zip directory is cut off")
-    magic, _, _, flags, method, _, _, crc, packed, size, *rest = _ENTRY.unpack_from(data, at)
+def _entry(path: Path, file: int, data: bytes, position: int, limit: int) -> tuple[Record, int]:
+    """The record of the directory's entry at `position`, and where the next entry starts."""
+    if position + _ENTRY.size > len(data):
+        raise FormatError(f"{path}: damaged: the zip directory is truncated")
+    magic, _, _, flags, method, _, _, crc, packed, size, *rest = _ENTRY.unpack_from(data, position)
     name_length, extra_length, comment_length, disk, _, _, header = rest
-    name_at = at + _ENTRY.size
-    extra_at = name_at + name_length
-    after = extra_at + extra_length + comment_length
-    if magic != b"PK\x01\x02" or after > len(data) or disk:
+    name_start = position + _ENTRY.size
+    extra_start = name_start + name_length
+    after = extra_start + extra_length + comment_length
+    if magic != _ENTRY_MAGIC or after > len(data) or disk:
         raise FormatError(f"{path}: damaged: the zip directory")
     try:
-        name = data[name_at:extra_at].decode()
+        name = data[name_start:extra_start].decode()
     except UnicodeDecodeError:
-        raise FormatError(f"{path}: the name of a record is no UTF-8") from None
-    extra = data[extra_at : extra_at + extra_length]
-    size, packed, header = _wide(path, extra, size, packed, header)
+        raise FormatError(f"{path}: the name of a record is not UTF-8") from None
+    extra = data[extra_start : extra_start + extra_length]
+    size, packed, header = _wide_sizes(path, extra, size, packed, header)
     if method or packed != size:
         raise FormatError(f"{path}: record {name!r} is compressed, which torch does not do")
     if flags & ~(_STREAMED | _UTF8):
         raise FormatError(f"{path}: record {name!r} is encrypted or patched")
     local = os.pread(file, _LOCAL.size, header) if header + _LOCAL.size <= limit else b""
-    if len(local) < _LOCAL.size or not local.startswith(b"PK\x03\x04"):
+    if len(local) < _LOCAL.size or not local.startswith(_LOCAL_MAGIC):
         raise FormatError(f"{path}: damaged: record {name!r} is not where it should be")
     *_, local_name, local_extra = _LOCAL.unpack(local)
     start = header + _LOCAL.size + local_name + local_extra
@@ -160,19 +212,19 @@ def _entry(path: Path, file: int, data: bytes, at: int, limit: int) -> tuple[Rec
     return Record(path, name, start, size, crc), after
 
 
-def _wide(path: Path, extra: bytes, *values: int) -> list[int]:
-    """The sizes of an entry: those that do not fit stand in the extra field 1, as 64 bits."""
+def _wide_sizes(path: Path, extra: bytes, *values: int) -> list[int]:
+    """The sizes of an entry: those that do not fit are in the extra field, as 64 bits."""
     wide = b""
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<2H", extra)
-        if kind == 1:
-            wide = extra[4 : 4 + length]
-        extra = extra[4 + length :]
-    found = []
+    while len(extra) >= _EXTRA.size:
+        kind, length = _EXTRA.unpack_from(extra)
+        if kind == _EXTRA_SIZES:
+            wide = extra[_EXTRA.size : _EXTRA.size + length]
+        extra = extra[_EXTRA.size + length :]
+    sizes = []
     for value in values:
-        if value == 0xFFFFFFFF:
+        if value == _WIDE:
             if len(wide) < 8:
                 raise FormatError(f"{path}: damaged: a 64-bit size is missing")
             value, wide = int.from_bytes(wide[:8], "little"), wide[8:]
-        found.append(value)
-    return found
+        sizes.append(value)
+    return sizes

@@ -1,4 +1,4 @@
-"""Bytes of a file as tensors: read, or mapped into memory and read where they are touched."""
+"""Bytes of a file as tensors: read, or mapped into memory and read when they are used."""
 
 import mmap
 from pathlib import Path
@@ -6,31 +6,32 @@ from pathlib import Path
 import torch
 
 from harness.errors import FormatError
+from harness.formats.raw_io import read_into
 
 
-class Bytes:
-    """An open file, from which stretches are taken as tensors."""
+class ByteFile:
+    """An open file, whose bytes are returned as tensors. A context."""
 
     def __init__(self, path: Path, lazy: bool):
-        """`lazy` maps the file. Raises FormatError if it is none, OSError if it cannot be read."""
+        """`lazy` maps the file. Raises FormatError if it is not a file, OSError if it cannot be
+        read."""
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-            raise FormatError(f"{path}: no regular file")
+            raise FormatError(f"{path}: not a regular file")
         self.path = path
         self.file = path.open("rb")
         self._lazy = lazy
         self._map: mmap.mmap | None = None
 
-    def __enter__(self) -> "Bytes":
+    def __enter__(self) -> "ByteFile":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()  # a map stays as long as tensors lie in it
+        self.file.close()  # a map stays as long as tensors use it
 
     def tensor(self, start: int, size: int, alignment: int) -> torch.Tensor:
         """Bytes `start` to `start + size`, dtype uint8, at an address that has the alignment.
 
-        What is written to a mapped one stays out of the file. Raises FormatError if the file is
-        shorter.
+        Writing to a mapped one does not change the file. Raises FormatError if the file is shorter.
         """
         if self._lazy and size and start % alignment == 0:
             if self._map is None:
@@ -38,7 +39,5 @@ class Bytes:
             if start + size <= len(self._map):
                 return torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=start)
         content = torch.empty(size, dtype=torch.uint8)
-        self.file.seek(start)
-        if self.file.readinto(content.numpy().data) != size:
-            raise FormatError(f"{self.path}: cut off while it was read")
+        read_into(self.file.fileno(), content.numpy().data, start, self.path)
         return content

@@ -1,4 +1,4 @@
-"""`.pt` files as torch tensors, read by `formats.pickles`, which runs no code."""
+"""`.pt` files as torch tensors, read by `formats.pt_reader`, which runs no code."""
 
 import zlib
 from collections import Counter, OrderedDict
@@ -14,65 +14,65 @@ from harness.files import write_atomically
 from harness.formats import pt_reader
 from harness.formats.pt_reader import DType, Shape, Storage, TensorRef
 from harness.formats.unpickler import StandIn
-from harness.io.mmap import Bytes
-from harness.io.structure import DTYPES, array_of
+from harness.io.mmap import ByteFile
+from harness.io.structure import DTYPES, make_array
 from harness.utils import torch_write
 
 
 def write(data: Any, path: Path) -> None:
-    """Writes a structure of what `pack` knows with torch.save, and makes sure that it is readable.
+    """Writes a structure that `pack` accepts with torch.save, and checks that it can be read.
 
-    Raises FormatError if `read` would refuse it, OSError if the disk does not take it.
+    Raises FormatError if `read` would refuse it, OSError if it cannot be written.
     """
 
     def write_staged(staged: Path) -> None:
         torch_write(data, staged)
         try:
-            pt_reader.read(staged, _ALSO)
+            pt_reader.read(staged, _EXTRA_GLOBALS)
         except FormatError as error:
             reason = str(error).removeprefix(f"{staged}: ")
-            raise FormatError(f"it could not be read again: {reason}") from None
+            raise FormatError(f"it could not be read back: {reason}") from None
 
     write_atomically(path, write_staged)
 
 
 def read(path: Path, device: str | torch.device, lazy: bool) -> Any:
-    """The structure in a file. Raises FormatError for whatever could run code, or is damaged.
+    """The structure in a file. Raises FormatError if it could run code, or is damaged.
 
-    The CRC of every tensor is checked, but not if `lazy`: then nothing of them is read.
+    The CRC of every tensor is checked, except with `lazy`, which reads none of them.
     """
-    node = pt_reader.read(path, _ALSO)
-    with Bytes(path, lazy) as file:
-        reading = _Reading(file, device, check=not lazy)
+    node = pt_reader.read(path, _EXTRA_GLOBALS)
+    with ByteFile(path, lazy) as file:
+        loader = _Loader(file, device, check=not lazy)
         try:
-            return reading.value(node)
+            return loader.value(node)
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             raise FormatError(f"{path}: damaged: {error!r:.200}") from None
 
 
 class _Array(StandIn):
-    """A numpy array, and what its state is."""
+    """A numpy array."""
 
     def set_state(self, state: Any) -> None:
-        _, shape, kind, is_fortran, content = state
-        self.state = {"kind": kind, "content": content, "shape": shape}
+        _, shape, dtype, is_fortran, content = state
+        self.state = {"dtype": dtype, "content": content, "shape": shape}
         self.state["is_fortran"] = is_fortran
 
     def value(self) -> np.ndarray:
         shape, is_fortran = self.state["shape"], self.state["is_fortran"]
         shape = shape[::-1] if is_fortran else shape
-        array = array_of(self.state["content"], self.state["kind"].text(), shape)
+        array = make_array(self.state["content"], self.state["dtype"].text(), shape)
         return array.T if is_fortran else array
 
 
-class _Kind(StandIn):
-    """A numpy dtype, and what its state is."""
+class _ArrayDType(StandIn):
+    """A numpy dtype."""
 
     def set_state(self, state: Any) -> None:
         self.state = {"order": state[1], "fields": state[2:5], "unit": state[8:]}
 
     def text(self) -> str:
-        """What numpy calls it: "<f4"."""
+        """Its name in numpy: "<f4"."""
         if self.state["fields"] != (None, None, None):
             raise ValueError("an array of records")
         text = f"{self.state['order']}{self.values[0]}"
@@ -89,42 +89,44 @@ def _counter(items: Any = ()) -> Counter[Any]:
     return Counter(pt_reader.mapping(items))
 
 
-def _stands_for(kind: type[StandIn], name: str) -> Callable[..., Any]:
+def _stand_in(kind: type[StandIn], name: str) -> Callable[..., Any]:
     return lambda *values: kind(name, *values)
 
 
-_ALSO: dict[str, Callable[..., Any]] = {
+_EXTRA_GLOBALS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered,
     "collections.Counter": _counter,
-    "torch._utils._rebuild_parameter": _stands_for(StandIn, "parameter"),
-    "torch._utils._rebuild_parameter_with_state": _stands_for(StandIn, "parameter"),
-    "numpy.ndarray": _stands_for(_Array, "numpy.ndarray"),
-    "numpy.dtype": _stands_for(_Kind, "numpy.dtype"),
+    "torch._utils._rebuild_parameter": _stand_in(StandIn, "parameter"),
+    "torch._utils._rebuild_parameter_with_state": _stand_in(StandIn, "parameter"),
+    "numpy.ndarray": _stand_in(_Array, "numpy.ndarray"),
+    "numpy.dtype": _stand_in(_ArrayDType, "numpy.dtype"),
     **{
-        f"numpy.{core}.multiarray.{name}": _stands_for(kind, name)
+        f"numpy.{core}.multiarray.{name}": _stand_in(kind, name)
         for core in ("core", "_core")
         for name, kind in {"_reconstruct": _Array, "scalar": StandIn}.items()
     },
 }
-"""What a pickle may call besides what `formats.pickles` knows: here it keeps its type."""
+"""What a pickle may call besides the globals of `formats.pt_reader`, to keep its type."""
 
 
-class _Reading:
-    def __init__(self, file: Bytes, device: str | torch.device, check: bool):
+class _Loader:
+    """The tree of `pt_reader` with the values of torch and numpy."""
+
+    def __init__(self, file: ByteFile, device: str | torch.device, check: bool):
         self.file = file
         self.device = device
         self.check = check
         self.storages: dict[Storage, torch.UntypedStorage] = {}
-        self.known: dict[int, Any] = {}  # what is in the tree twice comes back as one object
+        self.converted: dict[int, Any] = {}  # by id: what is in the tree twice is one object again
 
     def value(self, node: Any) -> Any:
         if isinstance(node, str | int | float | bytes | complex | None):
             return node
-        if id(node) not in self.known:
-            self.known[id(node)] = self.made(node)
-        return self.known[id(node)]
+        if id(node) not in self.converted:
+            self.converted[id(node)] = self.convert(node)
+        return self.converted[id(node)]
 
-    def made(self, node: Any) -> Any:
+    def convert(self, node: Any) -> Any:
         match node:
             case TensorRef():
                 return self.tensor(node)
@@ -134,8 +136,8 @@ class _Reading:
                 return DTYPES[node.name]
             case _Array():
                 return node.value()
-            case StandIn(class_name="scalar", values=(_Kind() as kind, bytes(content))):
-                return array_of(content, kind.text(), ())[()]
+            case StandIn(class_name="scalar", values=(_ArrayDType() as dtype, bytes(content))):
+                return make_array(content, dtype.text(), ())[()]
             case StandIn(class_name="parameter", values=(data, requires_grad, *_)):
                 return torch.nn.Parameter(self.value(data), bool(requires_grad))
             case StandIn(class_name="torch.device"):
@@ -154,12 +156,12 @@ class _Reading:
         raise FormatError(f"{self.file.path}: it holds a {name}, which is not loaded")
 
     def mapping(self, node: dict[Any, Any]) -> dict[Any, Any]:
-        found = type(node)()
+        result = type(node)()
         for key, item in node.items():
-            found[self.value(key)] = self.value(item)
+            result[self.value(key)] = self.value(item)
         if isinstance(node, OrderedDict) and "_metadata" in vars(node):
-            vars(found)["_metadata"] = self.value(vars(node)["_metadata"])
-        return found
+            vars(result)["_metadata"] = self.value(vars(node)["_metadata"])
+        return result
 
     def tensor(self, ref: TensorRef) -> torch.Tensor:
         dtype = DTYPES[ref.dtype]
@@ -174,7 +176,7 @@ class _Reading:
         if storage not in self.storages:
             record = storage.record
             content = self.file.tensor(record.start, record.size, alignment=16)  # for any dtype
-            if self.check and zlib.crc32(content.numpy().data) != record.crc:
-                raise FormatError(f"{self.file.path}: damaged: wrong CRC of {record.name}")
+            if self.check:
+                record.check_crc(zlib.crc32(content.numpy().data))
             self.storages[storage] = content.to(self.device).untyped_storage()
         return self.storages[storage]

@@ -1,6 +1,6 @@
-"""State dicts, and whatever nests around them, as `.pt` and `.sft`: the same thing comes back.
+"""State dicts, and the structures around them, as `.pt` and `.sft`: they come back as they were.
 
-docs/files.md says what a file looks like to others, and what is refused.
+docs/files.md describes what other programs see in a file, and what is refused.
 """
 
 from collections.abc import Mapping
@@ -11,35 +11,42 @@ from typing import Any
 import torch
 
 from harness.errors import FormatError
-from harness.formats import json_tree, pt_writer, safetensors, sft_index
-from harness.formats.dtypes import SFT
+from harness.formats import dtypes, json_tree, safetensors, shard_index, suffixes
+from harness.formats.tensor_writer import TensorWriter
 from harness.io import pt
-from harness.io.mmap import Bytes
-from harness.io.structure import DTYPES, alone, pack, raw, unpack
+from harness.io.mmap import ByteFile
+from harness.io.structure import (
+    DTYPES,
+    STORED_AS_PAIRS,
+    copyable,
+    pack,
+    unpack,
+    with_own_storage,
+)
 
-SAFETENSORS = safetensors.SUFFIXES
-PICKLES = pt_writer.SUFFIXES
-_DTYPES = {short: DTYPES[dtype] for dtype, short in SFT.items() if dtype in DTYPES}
+_DTYPES = {short: DTYPES[dtype] for dtype, short in dtypes.SAFETENSORS.items() if dtype in DTYPES}
 _NAMES = {dtype: short for short, dtype in _DTYPES.items()}
 
 
 def save(data: Any, path: str | Path, shard_size: int | None = None) -> None:
-    """Writes a structure in the format that the suffix names: .pt, .pth, .sft, .safetensors.
+    """Writes a structure in the format of the suffix: .pt, .pth, .sft, .safetensors.
 
-    With `shard_size`, in bytes, `path` is a directory that gets Hugging Face's shards and index.
-    Tensors that share memory are stored once. Raises FormatError, which names the keys, for what
-    cannot be stored, before anything is written; OSError if the disk does not take it.
+    With `shard_size`, in bytes, `path` is a directory for Hugging Face's shards and index. Tensors
+    that share memory are stored once. Raises FormatError, which names the keys, for what cannot be
+    stored, before anything is written; OSError if it cannot be written.
     """
     path = Path(path)
-    kind = "shards" if shard_size else _format(path)
+    if not shard_size:
+        _check_suffix(path)
     try:
         node, tensors = pack(data)
-        if kind == "pt":
-            pt.write(unpack(node, lambda name: alone(tensors[name])), path)
-        elif shard_size:
+        if shard_size:
             _save_shards(node, tensors, path, shard_size)
+        elif path.suffix in suffixes.PT:
+            pt.write(unpack(node, lambda name: with_own_storage(tensors[name])), path)
         else:
-            _save_sft(tensors, path, {"format": "pt"} | json_tree.to_metadata(node, tensors))
+            metadata = {"format": "pt"} | json_tree.to_metadata(node, tensors)
+            _save_safetensors(tensors, path, metadata)
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None
 
@@ -50,92 +57,90 @@ def load(
     unsafe: bool = False,
     lazy: bool = False,
 ) -> Any:
-    """The structure in a file, or in a directory of Hugging Face's shards; ties are tied again.
+    """The structure in a file, or in a directory of Hugging Face's shards; ties are restored.
 
-    A pickle is never run, unless `unsafe`: then a `.pt` file is left to torch.load, and can do
-    whatever its author wanted. `lazy`: the tensors lie in a memory map of the file and are read
-    where they are touched; writing to them changes no file. Raises FormatError for a file that is
-    damaged, hostile, or no such file.
+    No code of a pickle is run, except with `unsafe`, which leaves a `.pt` file to torch.load: it
+    can do anything. `lazy`: the tensors are in a memory map of the file, and read when they are
+    used; writing to them does not change the file. Raises FormatError for a file that is damaged,
+    hostile, or in another format.
     """
     path = Path(path)
     if lazy and torch.device(device).type != "cpu":
         raise ValueError("lazy tensors are on the CPU")
     if path.is_dir():
-        path = sft_index.find_index(path)
-    if path.name.endswith(sft_index.SUFFIX):
+        path = shard_index.find_index(path)
+    if path.name.endswith(shard_index.SUFFIX):
         return _load_shards(path, device, lazy)
-    if _format(path) == "sft":
+    _check_suffix(path)
+    if path.suffix in suffixes.SAFETENSORS:
         with ExitStack() as stack:
-            file = _File(path, lazy, stack)
-            return _assemble(
-                path, file.header.metadata, dict.fromkeys(file.header.tensors, file), device
-            )
+            file = _SafetensorsFile(path, lazy, stack)
+            files = dict.fromkeys(file.header.tensors, file)
+            return _assemble(path, file.header.metadata, files, device)
     if unsafe:
         return torch.load(path, map_location=device, weights_only=False, mmap=lazy or None)
     return pt.read(path, device, lazy)
 
 
-def _format(path: Path) -> str:
-    if path.suffix in SAFETENSORS:
-        return "sft"
-    if path.suffix in PICKLES:
-        return "pt"
-    raise FormatError(f"{path}: expected one of {', '.join(sorted(SAFETENSORS | PICKLES))}")
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in suffixes.KNOWN:
+        raise FormatError(f"{path}: expected one of {suffixes.listed()}")
 
 
-def _save_sft(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    def fill(writer: safetensors.Writer) -> None:
+def _save_safetensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]
+) -> None:
+    def fill(writer: TensorWriter) -> None:
         for name, tensor in tensors.items():
-            writer.write(name, _content(tensor))
+            writer.write(name, _row_major_bytes(tensor))
 
-    safetensors.write(path, {name: _described(t) for name, t in tensors.items()}, fill, metadata)
+    described = {name: _dtype_and_shape(tensor) for name, tensor in tensors.items()}
+    safetensors.write(path, described, fill, metadata)
 
 
 def _save_shards(
     node: json_tree.Node, tensors: Mapping[str, torch.Tensor], path: Path, shard_size: int
 ) -> None:
-    sizes = {name: safetensors.nbytes_of(*_described(tensor)) for name, tensor in tensors.items()}
-    parts = sft_index.split(sizes, shard_size)
+    described = {name: _dtype_and_shape(tensor) for name, tensor in tensors.items()}
+    sizes = {name: safetensors.nbytes_of(*tensor) for name, tensor in described.items()}
+    shards = shard_index.split(sizes, shard_size)
     metadata = {"total_size": sum(sizes.values())} | json_tree.to_metadata(node, tensors)
-    for part in parts:
-        safetensors.layout(
-            {name: _described(tensors[name]) for name in part}, {}
-        )  # or nothing is touched
+    for names in shards:  # it raises before anything is written
+        safetensors.make_header({name: described[name] for name in names}, {})
     path.mkdir(parents=True, exist_ok=True)
-    (path / sft_index.INDEX).unlink(missing_ok=True)
-    for number, part in enumerate(parts):
-        file = path / sft_index.shard_name(number, len(parts))
-        _save_sft({name: tensors[name] for name in part}, file, {"format": "pt"})
-    sft_index.write_index(path, parts, metadata)
+    (path / shard_index.INDEX).unlink(missing_ok=True)
+    for number, names in enumerate(shards):
+        file = path / shard_index.shard_name(number, len(shards))
+        _save_safetensors({name: tensors[name] for name in names}, file, {"format": "pt"})
+    shard_index.write_index(path, shards, metadata)
 
 
-def _described(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+def _dtype_and_shape(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
     """Dtype and shape of a tensor in a safetensors file."""
-    if tensor.dtype in (torch.complex32, torch.complex128):
+    if tensor.dtype in STORED_AS_PAIRS:
         return ("F16" if tensor.itemsize == 4 else "F64"), (*tensor.shape, 2)
     name, shape = _NAMES[tensor.dtype], tuple(tensor.shape)
     if name == "F4":  # two elements in a byte: torch counts bytes, the format elements
         if not shape:
-            raise FormatError("cannot store a float4 tensor of no dimension")
+            raise FormatError("cannot store a float4 tensor without dimensions")
         return name, (*shape[:-1], 2 * shape[-1])
     return name, shape
 
 
-def _content(tensor: torch.Tensor) -> Any:
-    """The bytes of a tensor, row-major."""
-    flat = raw(tensor).cpu().contiguous()
+def _row_major_bytes(tensor: torch.Tensor) -> Any:
+    flat = copyable(tensor).cpu().contiguous()
     size = flat.numel() * flat.itemsize
     content = torch.empty(0, dtype=torch.uint8)
     start = int(flat.storage_offset()) * flat.itemsize
     return content.set_(flat.untyped_storage(), start, (size,), (1,)).numpy()
 
 
-class _File:
-    """A safetensors file, its header checked."""
+class _SafetensorsFile:
+    """An open file, its header checked."""
 
     def __init__(self, path: Path, lazy: bool, stack: ExitStack):
         """`stack` closes it."""
-        self.bytes = stack.enter_context(Bytes(path, lazy))
+        self.bytes = stack.enter_context(ByteFile(path, lazy))
         self.header = safetensors.header_of(self.bytes.file, path)
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -145,7 +150,7 @@ class _File:
             raise FormatError(f"{self.bytes.path}: {name!r}: this torch has no {entry.dtype}")
         if entry.dtype == "F4":
             if not shape or shape[-1] % 2:
-                raise FormatError(f"{self.bytes.path}: {name!r}: torch holds F4 in pairs")
+                raise FormatError(f"{self.bytes.path}: {name!r}: torch has F4 in pairs only")
             shape = (*shape[:-1], shape[-1] // 2)
         if not entry.nbytes:
             return torch.empty(shape, dtype=dtype)
@@ -153,23 +158,27 @@ class _File:
 
 
 def _load_shards(path: Path, device: str | torch.device, lazy: bool) -> Any:
-    index = sft_index.read_index(path)
+    index = shard_index.read_index(path)
     with ExitStack() as stack:
-        files = {file: _File(file, lazy, stack) for file in set(index.files.values())}
-        sft_index.check(path, index, {file: opened.header for file, opened in files.items()})
-        tensors = {name: files[file] for name, file in index.files.items()}
-        return _assemble(path, index.metadata, tensors, device)
+        opened = {file: _SafetensorsFile(file, lazy, stack) for file in set(index.files.values())}
+        headers = {file: shard.header for file, shard in opened.items()}
+        shard_index.check_shards(path, index, headers)
+        files = {name: opened[file] for name, file in index.files.items()}
+        return _assemble(path, index.metadata, files, device)
 
 
 def _assemble(
-    path: Path, metadata: Mapping[str, Any], files: Mapping[str, _File], device: str | torch.device
+    path: Path,
+    metadata: Mapping[str, Any],
+    files: Mapping[str, _SafetensorsFile],
+    device: str | torch.device,
 ) -> Any:
-    """The structure over tensors, each in its file."""
+    """The structure of a file, or of several; `files` has each tensor's by name."""
     unused = set(files)
 
     def tensor(name: str) -> torch.Tensor:
         if name not in unused:
-            what = "twice" if name in files else "but it is not there"
+            what = "twice" if name in files else "but there is no such tensor"
             raise FormatError(f"the structure names {name!r}, {what}")
         unused.remove(name)
         return files[name].tensor(name)
@@ -177,7 +186,7 @@ def _assemble(
     try:
         data = unpack(json_tree.from_metadata(metadata, files), tensor, device)
         if unused:
-            raise FormatError(f"the structure does not name {min(unused)!r}; it is another file's")
+            raise FormatError(f"the structure does not name {min(unused)!r}: it is another file's")
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None
     return data

@@ -1,14 +1,12 @@
-"""What lies in files, as torch's tensors."""
+"""StoredTensors, and trees of references to tensors, read as torch tensors."""
 
-import os
 from typing import Any
 
 import torch
 
-from harness.errors import FormatError
-from harness.formats.dtypes import SIZES
 from harness.formats.pt_reader import DType, Shape, TensorRef
-from harness.formats.sources import StoredTensor, source
+from harness.formats.raw_io import read_into
+from harness.formats.stored_tensor import StoredTensor
 
 
 def read(tensor: StoredTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -16,50 +14,42 @@ def read(tensor: StoredTensor, start: int = 0, stop: int | None = None) -> torch
 
     Raises FormatError if the file has become shorter, OSError if it cannot be read.
     """
-    dtype = getattr(torch, tensor.dtype)
+    is_complete = stop is None and not start
     if tensor.strided is not None:
-        return (
-            _read_strided(tensor, dtype)
-            .reshape(-1)[start:stop]
-            .reshape(tensor.shape if stop is None and not start else (-1,))
-        )
-    width = SIZES[tensor.dtype]
-    last = tensor.numel() if stop is None else stop
-    flat = torch.empty(max(last - start, 0), dtype=dtype)
+        flat = _read_strided(tensor).reshape(-1)[start:stop]
+    else:
+        flat = _read_flat(tensor, start, tensor.numel() if stop is None else stop)
+    return flat.reshape(tensor.shape) if is_complete else flat
+
+
+def _read_flat(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    flat = torch.empty(max(stop - start, 0), dtype=getattr(torch, tensor.dtype))
     if flat.numel():
         view = flat.view(torch.uint8).numpy().data
-        at = 0
-        for stretch in tensor.cut(start * width, flat.numel() * width):
-            with stretch.path.open("rb") as file:
-                _fill(file.fileno(), view[at : at + stretch.size], stretch.start, stretch.path)
-            at += stretch.size
-    return flat.reshape(tensor.shape) if stop is None and not start else flat
+        for range_ in tensor.cut(start * tensor.itemsize, len(view)):
+            with range_.path.open("rb") as file:
+                read_into(file.fileno(), view[: range_.size], range_.start, range_.path)
+            view = view[range_.size :]
+    return flat
 
 
-def _read_strided(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+def _read_strided(tensor: StoredTensor) -> torch.Tensor:
     ref = tensor.strided
     assert ref is not None
-    (whole,) = tensor.ranges
-    flat = read(StoredTensor(tensor.dtype, (whole.size // ref.itemsize,), tensor.ranges))
+    (extent,) = tensor.ranges
+    count = extent.size // ref.itemsize
+    flat = _read_flat(StoredTensor(tensor.dtype, (count,), tensor.ranges), 0, count)
     return flat.as_strided(ref.shape, ref.stride).contiguous()
 
 
-def _fill(file: int, view: memoryview, start: int, path: Any) -> None:
-    while view:
-        got = os.preadv(file, [view], start)
-        if not got:
-            raise FormatError(f"{path}: has become shorter")
-        view, start = view[got:], start + got
-
-
 def materialize(tree: Any) -> Any:
-    """A tree of `formats.pickles` with torch's values in the places of its references.
+    """A tree of `formats.pt_reader` with torch's values in place of its references.
 
     Raises as `read` does.
     """
     match tree:
         case TensorRef():
-            return read(source(tree))
+            return read(StoredTensor.from_ref(tree))
         case DType():
             return getattr(torch, tree.name)
         case Shape():

@@ -1,11 +1,11 @@
-"""A nested structure taken apart into flat named tensors and a tree, and put together again.
+"""A nested structure split into flat named tensors and a JSON tree, and rebuilt from them.
 
-The nodes that stand in the tree for what `formats.tree` does not know itself:
+The nodes of the tree for what `formats.json_tree` does not know itself:
 
     {"tensor": name}                             the tensor of that name; further keys:
         "stride": [...]                              its strides, if it was not row-major
         "view": [offset, shape, stride]              only this view of it, in elements
-        "complex": true                              it is stored as pairs of reals
+        "complex": true                              it is stored as pairs of real numbers
         "parameter": true, "requires_grad": true
     {"numpy": name, "dtype": "<f4", "shape": [...]}     an array, its bytes in the U8 tensor `name`
     {"scalar": "<f4", "bytes": hex}                     a numpy scalar
@@ -25,51 +25,52 @@ import torch
 from harness.errors import FormatError
 from harness.formats import json_tree, safetensors
 from harness.formats.dtypes import SIZES
-from harness.formats.json_tree import Keys, Node, joined
-from harness.io.shared_memory import is_dense, reach, shared, unexpanded
+from harness.formats.json_tree import Keys, Node, dotted
+from harness.io.shared_memory import extent, find_bases, is_dense, unexpanded
 from harness.utils import dtype_name
 
-RESERVED = "__harness__."
-"""What the names of tensors begin with that stand for something else than a tensor."""
+RESERVED_PREFIX = "__harness__."
+"""Of the names of tensors that store something else than a tensor of the structure."""
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in SIZES if hasattr(torch, name)
 }
 """The dtypes of tensors that can be stored."""
 
-_PAIRS = (torch.complex32, torch.complex128)
-_ARRAYS = re.compile(r"[<>|][biufcSUmM]\d{1,9}(\[[0-9a-zA-Z]{1,9}\])?")
-_BULK = {"U8": torch.uint8, "I64": torch.int64, "F64": torch.float64}
+STORED_AS_PAIRS = (torch.complex32, torch.complex128)
+"""The dtypes that safetensors does not have: stored as pairs of real numbers."""
+_ARRAY_DTYPE = re.compile(r"[<>|][biufcSUmM]\d{1,9}(\[[0-9a-zA-Z]{1,9}\])?")
+_ARRAYS_OUTSIDE = {"U8": torch.uint8, "I64": torch.int64, "F64": torch.float64}
 
 
 def pack(data: Any) -> tuple[Node, dict[str, torch.Tensor]]:
-    """The tree of a structure and the tensors that it names: each piece of memory once.
+    """The tree of a structure and the tensors that it names: all memory once.
 
-    A tensor goes by the keys that lead to it, joined by dots ("model.0.weight"); where two would
-    have one name, the one with more keys gets another. The tensors are not copied. Raises
+    A tensor is named by the keys that lead to it, joined by dots ("model.0.weight"); where two
+    would have one name, the one with more keys gets another. The tensors are not copied. Raises
     FormatError, which names the keys, for what cannot be stored.
     """
-    packing = _Packing()
-    node = json_tree.encode(data, packing)
-    packing.place()
-    return node, packing.tensors
+    packer = _Packer()
+    node = json_tree.encode(data, packer)
+    packer.finish()
+    return node, packer.tensors
 
 
 def unpack(
     node: Node, tensor: Callable[[str], torch.Tensor], device: str | torch.device = "cpu"
 ) -> Any:
-    """The structure of a tree, with its tensors on `device`; `tensor(name)` gives them on the CPU.
+    """The structure of a tree, its tensors on `device`; `tensor(name)` returns them on the CPU.
 
-    Raises FormatError if the tree is none, or does not fit the tensors.
+    Raises FormatError if it is not a tree, or does not fit the tensors.
     """
-    return json_tree.decode(node, _Unpacking(tensor, torch.device(device)))
+    return json_tree.decode(node, _Unpacker(tensor, torch.device(device)))
 
 
-class _Packing:
+class _Packer:
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        self.bulk: dict[str, torch.Tensor] = {}
-        self.keys: list[Keys] = []
-        self.found: list[torch.Tensor] = []
+        self.arrays: dict[str, torch.Tensor] = {}  # what `store` has stored
+        self.keys: list[Keys] = []  # of every tensor, with its node
+        self.originals: list[torch.Tensor] = []
         self.nodes: list[dict[str, Any]] = []
 
     def encode(self, value: Any, keys: Keys) -> dict[str, Any] | None:
@@ -83,87 +84,88 @@ class _Packing:
             case torch.device():
                 return {"device": str(value)}
             case np.ndarray() if type(value) is np.ndarray:
-                if not _ARRAYS.fullmatch(value.dtype.str):
-                    where = joined(keys) or "the data"
+                if not _ARRAY_DTYPE.fullmatch(value.dtype.str):
+                    where = dotted(keys) or "the data"
                     raise FormatError(f"{where}: cannot store a numpy array of {value.dtype}")
                 data = np.ascontiguousarray(value).tobytes()
                 name = self.store("U8", data)
                 return {"numpy": name, "dtype": value.dtype.str, "shape": list(value.shape)}
-            case np.generic() if _ARRAYS.fullmatch(value.dtype.str):
+            case np.generic() if _ARRAY_DTYPE.fullmatch(value.dtype.str):
                 return {"scalar": value.dtype.str, "bytes": value.tobytes().hex()}
         return None
 
     def tensor(self, value: torch.Tensor, keys: Keys) -> dict[str, Any]:
-        for is_it, what in (
+        for is_refused, what in (
             (type(value) not in (torch.Tensor, torch.nn.Parameter), type(value).__qualname__),
             (value.layout != torch.strided, f"tensor of layout {value.layout}; to_dense() first"),
             (value.is_quantized or value.dtype not in DTYPES.values(), f"tensor of {value.dtype}"),
             (value.is_meta, "tensor without data, on the meta device"),
             (value.dim() > safetensors.MAX_DIMENSIONS, f"tensor of {value.dim()} dimensions"),
         ):
-            if is_it:
-                raise FormatError(f"{joined(keys) or 'the data'}: cannot store a {what}")
+            if is_refused:
+                raise FormatError(f"{dotted(keys) or 'the data'}: cannot store a {what}")
         node: dict[str, Any] = {"tensor": ""}
         if isinstance(value, torch.nn.Parameter):
             node["parameter"] = True
         if value.requires_grad:
             node["requires_grad"] = True
         self.keys.append(keys)
-        self.found.append(value.detach().resolve_conj().resolve_neg())
+        self.originals.append(value.detach().resolve_conj().resolve_neg())
         self.nodes.append(node)
         return node
 
     def store(self, dtype: str, data: Any) -> str:
-        name = f"{RESERVED}{len(self.bulk)}"
-        content = torch.frombuffer(bytearray(data), dtype=_BULK[dtype]) if len(data) else None
-        self.bulk[name] = torch.empty(0, dtype=_BULK[dtype]) if content is None else content
+        name, kind = f"{RESERVED_PREFIX}{len(self.arrays)}", _ARRAYS_OUTSIDE[dtype]
+        self.arrays[name] = torch.empty(0, dtype=kind)
+        if len(data):  # frombuffer refuses an empty buffer
+            self.arrays[name] = torch.frombuffer(bytearray(data), dtype=kind)
         return name
 
-    def place(self) -> None:
-        """Names what is kept of the tensors, and completes their nodes."""
-        bases = shared(self.found, [joined(keys) for keys in self.keys])
-        names = self.names([base.owner for base in bases])
+    def finish(self) -> None:
+        """Names the tensors that are stored, and completes all nodes."""
+        bases = find_bases(self.originals, [dotted(keys) for keys in self.keys])
+        names = self.choose_names([base.owner for base in bases])
         for base, name in zip(bases, names, strict=True):
             self.tensors[name] = base.tensor
-            stride = _kept_stride(base.tensor)
+            stride = _stride_to_restore(base.tensor)
             for number, offset in base.offsets.items():
-                node, tensor = self.nodes[number], self.found[number]
+                node, tensor = self.nodes[number], self.originals[number]
                 node["tensor"] = name
-                if tensor.dtype in _PAIRS:
+                if tensor.dtype in STORED_AS_PAIRS:
                     node["complex"] = True
                 if stride is not None:
                     node["stride"] = stride
                 shape, steps = tensor.shape, tensor.stride()
                 if (shape, steps) != (base.tensor.shape, base.tensor.stride()):
                     node["view"] = [offset, list(shape), list(steps)]
-        self.tensors |= self.bulk
+        self.tensors |= self.arrays
 
-    def names(self, owners: list[int | None]) -> list[str]:
+    def choose_names(self, owners: list[int | None]) -> list[str]:
         """A name for each base; the keys of the structure itself have the first choice."""
-        count = len(self.bulk)
+        count = len(self.arrays)
         names: dict[int, str] = {}
         taken = {safetensors.METADATA}
 
-        def depth(place: int) -> int:
-            owner = owners[place]
-            return 0 if owner is None else len(self.keys[owner])
+        def is_nested(index: int) -> bool:
+            owner = owners[index]
+            return owner is not None and len(self.keys[owner]) > 1
 
-        for place in sorted(range(len(owners)), key=lambda place: depth(place) > 1):
-            owner = owners[place]
+        for index in sorted(range(len(owners)), key=is_nested):
+            owner = owners[index]
             if owner is None:
-                name, count = f"{RESERVED}{count}", count + 1
+                name, count = f"{RESERVED_PREFIX}{count}", count + 1
             else:
-                wanted = joined(self.keys[owner]).encode(errors="backslashreplace").decode()
+                wanted = dotted(self.keys[owner]).encode(errors="backslashreplace").decode()
                 wanted = "tensor" if not self.keys[owner] else wanted
-                wanted = "tensor~" + wanted if wanted.startswith(RESERVED) else wanted
+                wanted = "tensor~" + wanted if wanted.startswith(RESERVED_PREFIX) else wanted
                 choices = chain([wanted], (f"{wanted}~{number}" for number in count_from(2)))
                 name = next(choice for choice in choices if choice not in taken)
             taken.add(name)
-            names[place] = name
-        return [names[place] for place in range(len(owners))]
+            names[index] = name
+        return [names[index] for index in range(len(owners))]
 
 
-class _Unpacking:
+class _Unpacker:
     def __init__(self, tensor: Callable[[str], torch.Tensor], device: torch.device):
         self.tensor = tensor
         self.device = device
@@ -174,20 +176,20 @@ class _Unpacking:
             case {"tensor": str()}:
                 return self.view(node)
             case {"numpy": str(name), "dtype": str(dtype), "shape": list(shape)}:
-                return array_of(self.fetch("U8", name), dtype, _sizes(shape))
+                return make_array(self.fetch("U8", name), dtype, _sizes(shape))
             case {"scalar": str(dtype), "bytes": str(content)}:
-                return array_of(bytes.fromhex(content), dtype, ())[()]
+                return make_array(bytes.fromhex(content), dtype, ())[()]
             case {"dtype": str(name)} if name in DTYPES:
                 return DTYPES[name]
             case {"size": list(sizes)}:
                 return torch.Size(_sizes(sizes))
             case {"device": str(name)}:
                 return torch.device(name)
-        raise FormatError(f"the structure holds what is unknown: {node!r:.100}")
+        raise FormatError(f"the structure holds an unknown node: {node!r:.100}")
 
     def fetch(self, dtype: str, name: Any) -> bytes:
         tensor = self.tensor(name)
-        if tensor.dtype != _BULK[dtype] or tensor.dim() != 1:
+        if tensor.dtype != _ARRAYS_OUTSIDE[dtype] or tensor.dim() != 1:
             raise FormatError(f"{name!r} should be {dtype} of one dimension")
         return tensor.numpy().tobytes()
 
@@ -198,7 +200,7 @@ class _Unpacking:
             (offset,), shape, stride = _sizes([offset]), _sizes(shape), _sizes(stride)
             if len(shape) != len(stride) or not is_dense(tensor.shape, tensor.stride()):
                 raise ValueError("a view of nothing")
-            if offset + reach(shape, stride) > tensor.numel() or math.prod(shape) >= 2**62:
+            if offset + extent(shape, stride) > tensor.numel() or math.prod(shape) >= 2**62:
                 raise ValueError(f"a view of {shape} reaches over its tensor's end")
             tensor = tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
         else:
@@ -217,25 +219,25 @@ class _Unpacking:
                 tensor = _strided(tensor, _sizes(stride))
             self.bases[name] = kind, tensor.to(self.device)
         if self.bases[name][0] != kind:
-            raise ValueError(f"{name!r} is told in two ways")
+            raise ValueError(f"{name!r} has conflicting descriptions")
         return self.bases[name][1]
 
 
-def raw(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory in a dtype that torch can copy: it lacks that for some of one byte."""
+def copyable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory in a dtype that torch can copy, which it cannot for some of one byte."""
     return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
 
 
-def alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy if its storage holds more than it: a file would hold all of that."""
+def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy if its storage holds more: all of it would be written to a file."""
     inner = unexpanded(tensor)
-    if tensor.untyped_storage().nbytes() == reach(inner.shape, inner.stride()) * inner.itemsize:
+    if tensor.untyped_storage().nbytes() == extent(inner.shape, inner.stride()) * inner.itemsize:
         return tensor
-    return raw(inner).clone().view(tensor.dtype).expand(tensor.shape)
+    return copyable(inner).clone().view(tensor.dtype).expand(tensor.shape)
 
 
-def _kept_stride(tensor: torch.Tensor) -> list[int] | None:
-    """The strides to restore: those of a permuted tensor, 0 where it is expanded."""
+def _stride_to_restore(tensor: torch.Tensor) -> list[int] | None:
+    """The strides that the tree must note: those of a permuted tensor, 0 where it is expanded."""
     inner = unexpanded(tensor)
     if tensor.numel() == 0 or (inner is tensor and tensor.is_contiguous()):
         return None
@@ -245,7 +247,7 @@ def _kept_stride(tensor: torch.Tensor) -> list[int] | None:
             return None
         stride = torch.empty(inner.shape, device="meta").stride()
     sizes = zip(tensor.shape, inner.shape, stride, strict=True)
-    return [0 if size != kept else step for size, kept, step in sizes]
+    return [0 if size != inner_size else step for size, inner_size, step in sizes]
 
 
 def _strided(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
@@ -256,12 +258,13 @@ def _strided(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     if tensor.stride() == stride:
         return tensor
     copy = torch.empty_strided(inner.shape, stride, dtype=tensor.dtype)
-    raw(copy).copy_(raw(inner))
+    copyable(copy).copy_(copyable(inner))
     return copy.expand(tensor.shape)
 
 
-def array_of(content: bytes, dtype: str, shape: tuple[int, ...]) -> Any:
-    if not _ARRAYS.fullmatch(dtype):
+def make_array(content: bytes, dtype: str, shape: tuple[int, ...]) -> Any:
+    """A numpy array of these bytes. Raises ValueError if they do not fit dtype and shape."""
+    if not _ARRAY_DTYPE.fullmatch(dtype):
         raise ValueError(f"unknown dtype {dtype!r:.60}")
     kind = np.dtype(dtype)
     if len(content) != math.prod(shape) * kind.itemsize:

@@ -1,1 +1,7 @@
-"""Who this rank is in the environment of whatever launched it; whether that still lives."""
+"""What started this process: its rank in the launcher's environment; whether the launcher lives.
+
+Imports no torch.
+
+    environment.py   RANK and so on, translated from the variables of srun and mpirun
+    parent.py        the launchers above this rank, and whether one of them has died
+"""

@@ -1,6 +1,6 @@
-"""Each step's numbers, averaged over the ranks behind the work of the next steps."""
+"""Each step's numbers, averaged over the ranks while the next steps run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,15 +8,17 @@ import torch
 import torch.distributed as dist
 
 from harness import distributed
-from harness.task import Stats
+
+Stats = Mapping[str, torch.Tensor | float]
+"""Numbers of one micro-batch, by name."""
 
 
 @dataclass
 class StepNumbers:
-    """One step: what the world averaged and summed, and what rank 0 alone knew."""
+    """One step: its averages and sums over all ranks, and the numbers that are not averaged."""
 
     local: dict[str, Any]
-    """Numbers that are the same on all ranks, as they were pushed."""
+    """Numbers that are the same on all ranks, as pushed."""
     means: dict[str, float]
     """Averages over all micro-batches of all ranks that reported the number."""
     samples: int
@@ -27,6 +29,8 @@ class StepNumbers:
 
 @dataclass
 class _Pending:
+    """A step on its way: its vector is copied off the device, then reduced over the ranks."""
+
     local: dict[str, Any]
     names: list[str]
     vector: torch.Tensor
@@ -35,16 +39,16 @@ class _Pending:
 
 
 class StepMeter:
-    """A pipeline of two places: copied off the device, then reduced over the ranks.
+    """A pipeline of two stages: copied off the device, then reduced over the ranks.
 
-    A step's numbers come out two pushes later, so that neither the device nor another rank is
-    waited for. Every rank must push, and drain, at the same steps.
+    A step's numbers come out two pushes later, so that nothing waits for the device or for another
+    rank. Every rank must push, and drain, at the same steps.
     """
 
     def __init__(self) -> None:
         self._names: list[str] = []  # in the same order on every rank
-        self._asked: set[str] = set()  # whose names all ranks have heard of
-        self._unheard: dict[str, None] = {}  # names that other ranks may not know
+        self._exchanged: set[str] = set()  # engines whose names all ranks know
+        self._new_names: dict[str, None] = {}  # that other ranks may not know
         self._copying: _Pending | None = None
         self._reducing: _Pending | None = None
 
@@ -56,22 +60,22 @@ class StepMeter:
         samples: int,
         tokens: int,
     ) -> list[StepNumbers]:
-        """Takes in a step (`reports`: one for each micro-batch), and gives out those that are done.
+        """Takes in a step (`reports`: one for each micro-batch), and returns the completed ones.
 
         `reported_by`: the engines that report, the same on every rank. When one reports for the
-        first time, the ranks exchange the names of its numbers. Any other number that appears in
-        the middle of the run is reported some steps later, once all ranks know its name.
+        first time, the ranks exchange the names of its numbers. Any other number that first appears
+        during the run is reported some steps later, once all ranks know its name.
         """
-        self._unheard |= {n: None for report in reports for n in report if n not in self._names}
-        if not self._asked.issuperset(reported_by):
-            self._asked.update(reported_by)
-            self._learn_names()
+        self._new_names |= {n: None for report in reports for n in report if n not in self._names}
+        if not self._exchanged.issuperset(reported_by):
+            self._exchanged.update(reported_by)
+            self._exchange_names()
         done = self._shift()
         self._copying = self._pack(local, reports, samples, tokens)
         return done
 
     def drain(self) -> list[StepNumbers]:
-        """Gives out all steps that were pushed. Blocks."""
+        """Returns all steps that are still in the pipeline. Blocks."""
         return self._shift() + self._shift()
 
     def _shift(self) -> list[StepNumbers]:
@@ -87,11 +91,11 @@ class StepMeter:
     def _pack(
         self, local: dict[str, Any], reports: Sequence[Stats], samples: int, tokens: int
     ) -> _Pending:
-        """Layout of the vector: sums by name, counts by name, samples, tokens, unknown names."""
+        """The vector holds: sums by name, counts by name, samples, tokens, number of new names."""
         device = distributed.device()
-        found = [[r[name] for r in reports if name in r] for name in self._names]
-        sums = [torch.stack([_scalar(0.0), *map(_scalar, values)]).sum() for values in found]
-        counts = [*map(len, found), samples, tokens, len(self._unheard)]
+        values_by_name = [[r[name] for r in reports if name in r] for name in self._names]
+        sums = [torch.stack([_scalar(0.0), *map(_scalar, v)]).sum() for v in values_by_name]
+        counts = [*map(len, values_by_name), samples, tokens, len(self._new_names)]
         tail = torch.tensor(counts, dtype=torch.float64, device=device)
         vector = torch.cat([torch.stack(sums), tail]).to("cpu", non_blocking=True)
         copied = None
@@ -107,18 +111,18 @@ class StepMeter:
         numbers = pending.vector.tolist()
         pairs = zip(pending.names, numbers[:size], numbers[size : 2 * size], strict=True)
         means = {name: total / count for name, total, count in pairs if count}
-        samples, tokens, unheard = map(int, numbers[2 * size :])
-        if unheard:
-            self._learn_names()
+        samples, tokens, new_names = map(int, numbers[2 * size :])
+        if new_names:
+            self._exchange_names()
         return StepNumbers(pending.local, means, samples, tokens)
 
-    def _learn_names(self) -> None:
-        told = [name for names in distributed.all_gather(list(self._unheard)) for name in names]
-        self._names = list(dict.fromkeys([*self._names, *told]))
-        self._unheard.clear()
+    def _exchange_names(self) -> None:
+        new = [name for names in distributed.all_gather(list(self._new_names)) for name in names]
+        self._names = list(dict.fromkeys([*self._names, *new]))
+        self._new_names.clear()
 
 
 def _scalar(value: torch.Tensor | float) -> torch.Tensor:
-    """A float64 number on this rank's device; a tensor of several elements gives its mean."""
+    """A float64 scalar on this rank's device; of several elements, their mean."""
     on_device = torch.as_tensor(value, device=distributed.device()).detach()
     return on_device.to(torch.float64).mean()

@@ -1,4 +1,4 @@
-"""Where the numbers go: metrics.jsonl, and other sinks if asked for."""
+"""Where the numbers go: metrics.jsonl, and TensorBoard."""
 
 import json
 from collections.abc import Mapping
@@ -9,29 +9,29 @@ from harness.files import JsonLines, write_atomically
 
 
 class Sink(Protocol):
-    """A place for records. Only rank 0 has sinks."""
+    """A destination of records. Only rank 0 has sinks."""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Takes one record, with its `step`."""
+        """Writes one record, with its `step`."""
         ...
 
     def close(self) -> None:
-        """Writes out what is held back."""
+        """Flushes and closes."""
         ...
 
 
 class JsonlSink:
     """metrics.jsonl: one object a line.
 
-    A run that resumes at `step` first drops the records of later steps (they will be made again)
-    and a line that a crash cut off; one that starts over, at step -1, drops all.
+    A run that resumes at `step` first drops the records of later steps (they will be written again)
+    and an incomplete last line; one that starts over, at step -1, drops all.
     """
 
     def __init__(self, path: Path, step: int):
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            kept = "".join(line for line in lines if _step_of(line) <= step)
-            write_atomically(path, lambda staged: staged.write_text(kept))
+            remaining = "".join(line for line in lines if _step_of(line) <= step)
+            write_atomically(path, lambda staged: staged.write_text(remaining))
         self._lines = JsonLines(path)
 
     def write(self, record: Mapping[str, Any]) -> None:

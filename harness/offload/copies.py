@@ -1,18 +1,18 @@
-"""One tensor's copy in host memory, and the seven waits that keep it true.
+"""One tensor's copy in host memory, and the seven waits that keep it correct.
 
-Copies out, copies back and compute run on three streams, which know nothing of each other. Every
-order that matters is one `wait` in this file; tests/offload/test_streams.py leaves out each in
-turn, and sees that it is missed.
+Copies out, copies back and compute run on three independent streams. Every order that matters is
+one `wait` in this file; tests/offload/test_streams.py leaves out each in turn, and fails if that
+goes unnoticed.
 """
 
 import torch
 
+from harness.offload.backends import Backend
 from harness.offload.pool import Pool, Slab
-from harness.offload.streams import Backend
 
 
 class HostCopy:
-    """A tensor that goes to host memory and comes back.
+    """A tensor that is copied to host memory and back.
 
     It is on the device as `source` until `release`, and as `arriving` from `fetch` to `drop`.
     """
@@ -58,13 +58,13 @@ class HostCopy:
         self._sent = slab.busy = backend.record(out)
 
     def release(self) -> None:
-        """Gives the source's device memory up, unless it is to be kept."""
+        """Frees the source's device memory, unless it is to be kept."""
         if self.source is not None and self._slab is not None:
             self._backend.stall(self._stream, self._sent)  # 3. it has been copied
             self.source = None
 
     def keep(self, source: torch.Tensor) -> None:
-        """Holds the source on the device from now on, and gives the host copy up."""
+        """Keeps the source on the device from now on, and frees the host copy."""
         self.source = source
         self._give_back()
 
@@ -76,7 +76,7 @@ class HostCopy:
         self.arriving = torch.empty_strided(
             self.shape, self._stride, dtype=self.dtype, device=self.device
         )
-        backend.wait(back, backend.record(self._stream))  # 4. who had this memory has finished
+        backend.wait(back, backend.record(self._stream))  # 4. the memory's last user has finished
         backend.wait(back, self._sent)  # 5. the copy out is complete
         backend.copy(back, self.arriving, self._host)
         self._arrived = self._slab.busy = backend.record(back)
@@ -88,18 +88,18 @@ class HostCopy:
         compute = self._backend.compute(self.device)
         self._backend.stall(compute, self._arrived)  # 6. the copy back is complete
         if compute != self._stream:
-            self._backend.use(compute, self.arriving)
+            self._backend.record_stream(compute, self.arriving)
         self._taken = True
         return self.arriving
 
     def drop(self) -> None:
-        """Gives up what was fetched."""
+        """Frees what was fetched."""
         if self.arriving is not None and not self._taken:
             self._backend.wait(self._stream, self._arrived)  # 7. nothing writes to it any more
         self.arriving = None
 
     def end(self) -> None:
-        """Gives up everything. May be called by a finalizer, on any thread."""
+        """Frees everything. May be called by a finalizer, on any thread."""
         if self.source is not None:
             self._backend.wait(self._stream, self._sent)  # 3. again
             self.source = None

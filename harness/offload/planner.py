@@ -1,9 +1,9 @@
 """How much to offload: everything, a fraction, or as little as the device's memory allows.
 
-"auto" offloads everything in the first passes, and then looks at two numbers: the bytes
-that were in host memory at the same time, and those that were free on the device at its fullest
-moment. What fits into the latter need not leave. It starts anew when inputs get larger than any
-that it measured.
+"auto" offloads everything in the first passes, and then compares two numbers: the most bytes that
+were in host memory at one time, and those that were free on the device at its fullest moment. What
+fits into the latter need not leave. The measurement restarts when inputs get larger than any that
+it saw.
 """
 
 import logging
@@ -16,36 +16,37 @@ log = logging.getLogger(__name__)
 
 WARM_UP = 3
 """Passes, each a forward with its backward, that are measured beyond those of the first optimizer
-step, which makes its state."""
+step, which allocates its state."""
 
-Budget = Literal["auto", "all"] | float
+Fraction = Literal["auto", "all"] | float
+"""How many of the blocks are offloaded; a number is from 0 to 1."""
 
 
 class Planner:
-    """Says of each region whether to offload it, evenly spread: so every copy out has the time of
-    several regions to hide in."""
+    """Decides for each region whether to offload it, evenly spread: so every copy out can overlap
+    with the compute of several regions."""
 
     def __init__(
         self,
-        budget: Budget,
+        fraction: Fraction,
         measure: Callable[[], tuple[int, float, float]],
         micro_batches: int = 1,
     ):
         """`measure() -> (most bytes in host memory at one time, headroom in bytes, stall in s)`.
         `micro_batches`: passes of one optimizer step.
 
-        Raises ConfigError if `budget` is neither "auto" nor "all" nor a number from 0 to 1.
+        Raises ConfigError if `fraction` is not "auto", "all" or a number from 0 to 1.
         """
-        is_part = isinstance(budget, int | float) and 0 <= budget <= 1
-        if budget not in ("auto", "all") and not is_part:
+        is_number = isinstance(fraction, int | float) and 0 <= fraction <= 1
+        if fraction not in ("auto", "all") and not is_number:
             raise ConfigError(
-                f'offload: budget = {budget!r}, expected "auto", "all", or a part from 0 to 1'
+                f'offload: fraction = {fraction!r}, expected "auto", "all", or a number from 0 to 1'
             )
-        self.fraction = 1.0 if isinstance(budget, str) else float(budget)
-        """Part of the regions that is offloaded now."""
-        self._measure = measure if budget == "auto" else None
+        self.fraction = 1.0 if isinstance(fraction, str) else float(fraction)
+        """The fraction of regions that is offloaded now."""
+        self._measure = measure if fraction == "auto" else None
         self._warm_up = WARM_UP + micro_batches - 1
-        self._passes = 0  # since the measuring began
+        self._passes = 0  # since the measurement started
         self._last = -1  # place of the latest region
         self._unpacked = 0  # before the latest pass
         self._largest = 0  # bytes of the largest region that was measured
@@ -55,7 +56,7 @@ class Planner:
         """Whether to offload the region at `place` in the model, with inputs of `size` bytes.
 
         `unpacked`: tensors that backward passes have asked for so far. A model may call a block
-        many times in one forward; only where a backward came between, another pass begins.
+        many times in one forward; a new pass starts only after a backward.
         """
         if self._measure is not None:
             self._watch(place, size, unpacked)
@@ -79,8 +80,8 @@ class Planner:
         peak, headroom, stall = self._measure()
         self.fraction = min(max(1 - headroom / peak, 0.0), 1.0) if peak else 0.0
         log.info(
-            "offload: of %.2f GB of activations, %.2f GB have room on the device: %.0f %% of the "
-            "regions are offloaded (waits for copies so far: %.3f s)",
+            "offload: of %.2f GB of activations, %.2f GB fit on the device: %.0f %% of the regions "
+            "are offloaded (compute has waited %.3f s for copies)",
             peak / 1e9,
             max(0.0, min(headroom, peak)) / 1e9,
             100 * self.fraction,

@@ -1,4 +1,4 @@
-"""Host memory for copies: pinned slabs within a budget, used again and again."""
+"""Host memory for copies: pinned slabs, reused, up to a limit of bytes."""
 
 import threading
 from bisect import bisect_left, insort
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from harness.offload.streams import Backend
+from harness.offload.backends import Backend
 
 PAGE = 4096
 
@@ -18,7 +18,7 @@ _size = attrgetter("size")
 def size_class(size: int) -> int:
     """The bytes of a slab for `size` bytes: whole pages, eight classes an octave.
 
-    So at most 12.5 % are slack, for sizes from 32 KiB on.
+    So at most 12.5 % is unused, for sizes from 32 KiB on.
     """
     step = max(PAGE, 1 << max(0, size.bit_length() - 4))
     return -(-size // step) * step
@@ -38,8 +38,8 @@ class Slab:
         self._view = memory
 
     def view(self, like: torch.Tensor) -> torch.Tensor:
-        """Its first bytes as a dense tensor of that shape and type; in the same memory order, if
-        `like` is dense, so that a copy is one transfer."""
+        """Its first bytes as a dense tensor of the shape and dtype of `like`; in the same memory
+        order, if `like` is dense, so that a copy is one transfer."""
         wanted = (like.shape, like.stride(), like.dtype)
         if self._like != wanted:
             stride = like.stride()
@@ -51,20 +51,20 @@ class Slab:
 
 
 class Pool:
-    """Slabs within a budget of bytes. Thread-safe; `give_back` may be called by a finalizer.
+    """Slabs of `host_bytes` at most. Thread-safe; `give_back` may be called by a finalizer.
 
-    A lease takes the smallest idle slab that is large enough, of whatever class; there is no better
-    choice, so a step with the demands of an earlier one never pins. Where no idle slab is large
-    enough, a new one takes the place of the largest: the pool grows to the highest demand at one
-    time, not to the sum over all sizes.
+    A lease takes the smallest idle slab that is large enough, of whatever size class; no other
+    choice is better, so a step with the demands of an earlier one never pins. Where no idle slab is
+    large enough, a new one replaces the largest: the pool grows to the highest demand at one time,
+    not to the sum over all sizes.
     """
 
-    def __init__(self, backend: Backend, budget: int):
-        self.budget = budget
+    def __init__(self, backend: Backend, host_bytes: int):
+        self.host_bytes = host_bytes
         self.held = 0
-        """Bytes of all slabs: never more than the budget."""
+        """Bytes of all slabs: never more than `host_bytes`."""
         self.peak = 0
-        """The most bytes that were ever leased at one time."""
+        """The most bytes that were leased at one time."""
         self.pins = 0
         """Slabs made so far."""
         self._backend = backend
@@ -74,7 +74,7 @@ class Pool:
         self._lock = threading.Lock()
 
     def lease(self, size: int) -> Slab | None:
-        """A slab of at least `size` bytes; None if the budget has no room."""
+        """A slab of at least `size` bytes; None if `host_bytes` leaves no room."""
         with self._lock:
             self._collect()
             place = bisect_left(self._idle, size, key=_size)
@@ -112,15 +112,15 @@ class Pool:
         """A new slab, in the place of idle ones, which are all too small."""
         wanted = size_class(size)
         idle = sum(slab.size for slab in self._idle)
-        if self.held - idle + wanted > self.budget:
+        if self.held - idle + wanted > self.host_bytes:
             return None
         if self._idle:
             self._free(self._idle.pop())
-        while self.held + wanted > self.budget:
+        while self.held + wanted > self.host_bytes:
             self._free(self._idle.pop())
         memory = self._backend.pin(wanted)
-        if memory is None:  # the system gives no more: neither will this pool
-            self.budget = self.held
+        if memory is None:  # the system has no more: stop asking
+            self.host_bytes = self.held
             return None
         self.held += wanted
         self.pins += 1
@@ -128,6 +128,6 @@ class Pool:
 
     def _free(self, slab: Slab) -> None:
         if slab.busy is not None:
-            self._backend.settle(slab.busy)
+            self._backend.synchronize(slab.busy)
         self._backend.unpin(slab.memory)
         self.held -= slab.size

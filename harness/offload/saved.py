@@ -1,10 +1,10 @@
-"""What autograd holds in the place of a saved tensor, and when that tensor moves.
+"""What autograd holds in place of a saved tensor, and when that tensor moves.
 
-A region is what is fetched together: the inputs of one checkpointed call, or some tensors that a
-forward saved one after another. Regions are chained in the order of the forward, so that backward,
-while it works on one, has the one before on its way. Nothing here counts or lists what is alive:
-autograd owns the handles, a handle owns its copy, and all else refers to them weakly; so dropped
-graphs and exceptions leave nothing behind.
+The tensors of a region are fetched together: the inputs of one checkpointed call, or some tensors
+that a forward saved in sequence. Regions are chained in the order of the forward: while backward
+works on one, the one before is on its way back. There are no reference counts or lists of live
+tensors: autograd owns the handles, a handle owns its copy, and all other references are weak; so
+dropped graphs and exceptions leave nothing behind.
 """
 
 import sys
@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from harness.offload.backends import Backend
 from harness.offload.copies import HostCopy
+from harness.offload.counters import Stats
 from harness.offload.pool import Pool
 from harness.offload.skip import must_stay
-from harness.offload.stats import Stats
-from harness.offload.streams import Backend
 
 WINDOW = 2
 """Regions whose tensors are still on the device while they are copied out. Compute waits before a
 third one."""
 
 CHUNK = 64 << 20
-"""Bytes after which `saved_tensors` begins another region."""
+"""Bytes after which `saved_tensors` starts another region."""
 
 
 class Kept:
@@ -38,7 +38,7 @@ class Kept:
     __slots__ = ("_tensor", "_version")
 
     def __init__(self, tensor: torch.Tensor):
-        # Else the graph might hold itself. But a parameter's storage is ZeRO's to change.
+        # Detached, or the graph might hold itself. But ZeRO may change a parameter's storage.
         self._tensor = tensor if tensor.is_leaf else tensor.detach()
         self._version = tensor._version
 
@@ -49,14 +49,14 @@ class Kept:
 
 
 class Handle:
-    """A tensor that is in host memory, or on the way."""
+    """A tensor that is in host memory, or being copied."""
 
     __slots__ = (
         "__weakref__",
-        "_asked",
         "_key",
         "_region",
         "_store",
+        "_unpackings",
         "_version",
         "_version_sent",
         "consumed",
@@ -73,8 +73,8 @@ class Handle:
         self.uses = 1
         """How often autograd has saved it."""
         self.consumed = False
-        """Whether backward has had it as often."""
-        self._asked = 0
+        """Whether backward has unpacked it as often."""
+        self._unpackings = 0
         self._store = store
         self._region = region
         ref = weakref.ref[Handle](self)
@@ -99,21 +99,21 @@ class Handle:
                 self._version_sent = copy.source._version
             check_version(copy, self._version_sent, self._version)
             if copy.source is not None:
-                found = copy.source
+                tensor = copy.source
             else:
                 store.fetch(self, ahead=False)
-                found = copy.take()
-                self._asked += 1
-                if self._asked == self.uses:
-                    self._asked, self.consumed = 0, True
+                tensor = copy.take()
+                self._unpackings += 1
+                if self._unpackings == self.uses:
+                    self._unpackings, self.consumed = 0, True
                     copy.drop()
             self._region.prefetch()
-            return found
+            return tensor
 
     def release(self) -> None:
-        """Gives up the tensor on the device, once it has been copied.
+        """Frees the tensor on the device, once it has been copied.
 
-        What was written into it meanwhile may be in the copy: then backward must not use it.
+        A write to it in the meantime may be in the copy: then backward must not use it.
         """
         if self.copy.source is not None:
             self._version_sent = self.copy.source._version
@@ -134,16 +134,16 @@ class Region:
         self._touched = False
 
     def add(self, handle: "weakref.ref[Handle]", size: int) -> None:
-        """Takes in a handle of so many bytes."""
+        """Adds a handle of `size` bytes."""
         self._handles.append(handle)
         self.size += size
 
     def handles(self) -> list[Handle]:
-        """Those that are alive."""
+        """Its live handles."""
         return [handle for ref in self._handles if (handle := ref()) is not None]
 
     def prefetch(self) -> None:
-        """When backward reaches this region: fetches the rest of it, and the region before."""
+        """At the first use in backward: fetches the rest of this region, and the region before."""
         if self._touched:
             return
         self._touched = True
@@ -159,13 +159,13 @@ class Recorder:
     __slots__ = ("_chunk", "_region", "_store")
 
     def __init__(self, store: "Store", chunk: float = float("inf")):
-        """`chunk`: bytes after which another region begins."""
+        """`chunk`: bytes after which another region starts."""
         self._store = store
         self._chunk = chunk
         self._region: Region | None = None
 
     def pack(self, tensor: torch.Tensor) -> Kept | Handle:
-        """What autograd keeps in the place of a tensor."""
+        """What autograd keeps in place of a tensor."""
         store = self._store
         size = tensor.numel() * tensor.element_size()
         if size < store.min_bytes or must_stay(tensor, store.backend.device_type):
@@ -174,7 +174,7 @@ class Recorder:
             key = _key(tensor)
             ref = store.known.get(key)
             if ref is not None and (known := ref()) is not None:
-                return self._again(known, tensor)
+                return self._reuse(known, tensor)
             slab = store.pool.lease(size)
             if slab is None:
                 store.count.kept += 1
@@ -185,9 +185,9 @@ class Recorder:
             store.count.bytes_out += size
             return Handle(store, self._region, key, tensor, copy)
 
-    def _again(self, handle: Handle, tensor: torch.Tensor) -> Handle:
-        """A tensor that was packed before. Several regions that share one, like an attention mask,
-        find it on the device."""
+    def _reuse(self, handle: Handle, tensor: torch.Tensor) -> Handle:
+        """A tensor that was packed before. If several regions share it, like an attention mask, it
+        stays on the device."""
         handle.uses += 1
         if self._region is None or not handle.is_in(self._region):
             handle.copy.keep(tensor.detach())
@@ -196,28 +196,28 @@ class Recorder:
 
     @staticmethod
     def unpack(packed: Kept | Handle) -> torch.Tensor:
-        """The tensor again."""
+        """The tensor that was packed."""
         return packed.tensor()
 
 
 class Store:
-    """What the regions of one plan have in common. `lock` guards all of it."""
+    """What the regions of one plan share. `lock` guards all of it."""
 
-    def __init__(self, backend: Backend, min_bytes: int, host_budget: int):
+    def __init__(self, backend: Backend, min_bytes: int, host_bytes: int):
         self.backend = backend
         self.min_bytes = max(1, min_bytes)
-        self.pool = Pool(backend, host_budget)
+        self.pool = Pool(backend, host_bytes)
         self.count = Stats()
         self.unpacked = 0
-        """Tensors that backward has asked for so far."""
+        """Tensors that backward has unpacked so far."""
         self.known: dict[Any, weakref.ref[Handle]] = {}
-        """Handles by what they are of: a storage (held weakly, so that another one at the same
-        address is another one), a place in it, and its version."""
+        """Handles by what they hold: a storage (a weak reference, so that a later one at the same
+        address is different), a place in it, and its version."""
         self.lock = threading.RLock()
         self._window: deque[weakref.ref[Region]] = deque()
 
     def new_region(self) -> Region:
-        """The next region of this forward. Those before the window leave the device."""
+        """The next region of this forward. Regions before the window leave the device."""
         before = self._window[-1]() if self._window else None
         region = Region(self, before)
         self._window.append(weakref.ref(region))
@@ -226,7 +226,7 @@ class Store:
         return region
 
     def fetch(self, handle: Handle, ahead: bool) -> None:
-        """Brings a tensor back, unless it is on its way."""
+        """Starts a tensor's copy back, unless that has started. `ahead`: before it is needed."""
         copy = handle.copy
         if not ahead:
             self.count.prefetch_hits += copy.arriving is not None
@@ -236,7 +236,7 @@ class Store:
             self.count.bytes_in += copy.size
 
     def stats(self) -> Stats:
-        """What was done so far."""
+        """Totals so far."""
         return replace(
             self.count,
             stall_s=self.backend.stall_s(),
@@ -245,7 +245,7 @@ class Store:
         )
 
     def drain(self) -> None:
-        """Frees the device memory of regions in the window, and the host memory that is idle.
+        """Frees the device memory of regions in the window, and idle host memory.
 
         Blocks until its copies are done. What graphs still hold stays valid.
         """
@@ -262,7 +262,7 @@ class Store:
 
 
 def check_version(tensor: torch.Tensor | HostCopy, found: int, expected: int) -> None:
-    """Does what autograd leaves out where there are hooks. Raises RuntimeError."""
+    """Autograd's own check, which it skips for tensors with hooks. Raises RuntimeError."""
     if found != expected:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "

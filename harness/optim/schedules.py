@@ -1,6 +1,6 @@
 """Learning-rate schedules by name, all through torch's own scheduler.
 
-A schedule is a factor on the optimizer's learning rate, as a function of the steps already taken.
+A schedule is a factor of the optimizer's learning rate, as a function of the steps taken so far.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from harness.config.engine_sections import SchedulerConfig
 from harness.errors import ConfigError, did_you_mean
-from harness.optim.build import check_arguments
+from harness.optim.arguments import check_arguments
 
 Factor = Callable[[int], float]
 
@@ -22,14 +22,14 @@ def constant(total_steps: int, *, warmup: int = 0) -> Factor:
 
 
 def linear(total_steps: int, *, warmup: int = 0, floor: float = 0.0) -> Factor:
-    """Falls on a line from 1, after the warm-up, to `floor` at the last step."""
+    """Linear decay from 1, after the warm-up, to `floor` at the last step."""
     return lambda step: (
         _warm(step, warmup) * (1 - (1 - floor) * _progress(step, warmup, total_steps))
     )
 
 
 def cosine(total_steps: int, *, warmup: int = 0, floor: float = 0.0) -> Factor:
-    """Falls on half a cosine from 1, after the warm-up, to `floor` at the last step.
+    """Decay along half a cosine from 1, after the warm-up, to `floor` at the last step.
 
     Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017, without
     the restarts.
@@ -45,7 +45,7 @@ def cosine(total_steps: int, *, warmup: int = 0, floor: float = 0.0) -> Factor:
 def one_cycle(
     total_steps: int, *, warmup: int = 0, start: float = 0.04, floor: float = 4e-6
 ) -> Factor:
-    """Half a cosine from `start` up to 1 over `warmup` steps (0: 30 % of all), and one down to
+    """Half a cosine from `start` up to 1 over `warmup` steps (0: 30 % of all), then one down to
     `floor` at the last step.
 
     Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning
@@ -54,16 +54,16 @@ def one_cycle(
     rise = warmup or max(1, round(0.3 * total_steps))
 
     def factor(step: int) -> float:
-        bottom, way = start, 1 - step / rise
+        bottom, angle = start, 1 - step / rise
         if step >= rise:
-            bottom, way = floor, _progress(step, rise, total_steps)
-        return bottom + (1 - bottom) * (1 + math.cos(math.pi * way)) / 2
+            bottom, angle = floor, _progress(step, rise, total_steps)
+        return bottom + (1 - bottom) * (1 + math.cos(math.pi * angle)) / 2
 
     return factor
 
 
 def noam(total_steps: int, *, warmup: int = 4000) -> Factor:
-    """Rises on a line to 1 over `warmup` steps, and falls with the root of the steps.
+    """Linear warm-up to 1 over `warmup` steps, then decay with the inverse root of the steps.
 
     Vaswani et al., "Attention Is All You Need", 2017, with a peak of 1.
     """
@@ -75,7 +75,7 @@ def noam(total_steps: int, *, warmup: int = 4000) -> Factor:
 def warmup_stable_decay(
     total_steps: int, *, warmup: int = 0, decay: int = 0, floor: float = 0.0
 ) -> Factor:
-    """1 after the warm-up, until a line falls to `floor` over the last `decay` steps (0: 10 % of
+    """1 after the warm-up, then linear decay to `floor` over the last `decay` steps (0: 10 % of
     all).
 
     Hu et al., "MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training

@@ -1,1 +1,7 @@
-"""For tests of distributed behaviour: real ranks that are started once and used many times."""
+"""Real ranks and real faults for tests, of harness and of tasks.
+
+pool.py      ranks that are started once and run many test functions
+preload.py   what a pool's fork server imports once
+faults.py    fail_at(phase, step, rank): kills and I/O errors on demand
+sim.py       a simulated device with copy streams
+"""

@@ -20,6 +20,7 @@ from typing import Any, Self
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from harness import distributed
+from harness.zero.startup import join
 
 SECONDS_TO_START = 120.0
 SECONDS_FOR_THE_OTHERS = 3.0
@@ -145,7 +146,7 @@ def _serve(
     import torch
 
     torch.set_num_threads(1)
-    distributed.init(timeout_s)
+    distributed.init(timeout_s, join)
     pipe.send((True, None))
     while True:
         try:

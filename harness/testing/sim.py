@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from harness.offload.streams import Backend
+from harness.offload.backends import Backend
 
 COMPUTE, OUT, BACK = "compute", "out", "back"
 
@@ -115,11 +115,11 @@ class SimBackend(Backend):
                 self._run(name, mine[name])
         self._look()
 
-    def settle(self, event: Event) -> None:
+    def synchronize(self, event: Event) -> None:
         for name in (OUT, BACK):
             self._run(name, event.clock.get(name, 0))
 
-    def use(self, stream: str, tensor: torch.Tensor) -> None:
+    def record_stream(self, stream: str, tensor: torch.Tensor) -> None:
         memory = StorageWeakRef(tensor.untyped_storage())
         clock = self._clocks[stream]
         self._unseen = [c for c in self._unseen if c.memory != memory or not c.is_before(clock)]

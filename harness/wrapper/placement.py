@@ -1,6 +1,6 @@
-"""A model's modules over several devices, by size limits: for inference and evaluation.
+"""A model's modules on several devices, by memory limits: for inference and evaluation.
 
-place(model, plan(model, {"cuda:0": 20e9, "cuda:1": 20e9, "cpu": 200e9}))
+place(model, plan_placement(model, {"cuda:0": 20e9, "cuda:1": 20e9, "cpu": 200e9}))
 """
 
 import re
@@ -14,97 +14,100 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from harness.errors import ConfigError
-from harness.offload import repeated_class
+from harness.wrapper.blocks import repeated_class
+from harness.zero.parameters import is_sharded
 
 
-def plan(
+def plan_placement(
     model: nn.Module, limits: Mapping[str, float], match: str | None = None
 ) -> dict[str, torch.device]:
-    """Which device each part of a model goes to: its name, and the device. Moves nothing.
+    """Which device each piece of a model goes to, by the piece's name. Moves nothing.
 
-    - `limits`: bytes of parameters and buffers that a device may hold, the first choice first. What
-      activations need is to be left free. The first device is home: what belongs to no part, like
-      a parameter of the model itself, is there, under the name "".
-    - `match`: a regular expression for the whole names of blocks, which are never divided; by
-      default the largest list of modules of one class is taken.
+    - `limits`: bytes of parameters and buffers that a device may hold, the first choice first;
+      leave room for activations. The first device is home: tensors that belong to no piece, like a
+      parameter of the model itself, go there, under the name "".
+    - `match`: a regular expression for the full names of blocks, which are never divided; by
+      default the modules of the class that `repeated_class` finds.
 
-    Parts are the blocks, and what stands beside them on the way up to the model. Each goes to the
-    first device with room for it; parts that share a tensor go together. The model may be on
-    "meta". Raises ConfigError if a part fits nowhere, `match` fits nothing, or ZeRO has sharded the
-    model.
+    Pieces are the blocks, and the modules beside them on the way up to the model. Each goes to the
+    first device with room for it; pieces that share a tensor go together. The model may be on
+    "meta". Raises ConfigError if a piece fits nowhere, `match` matches nothing, or ZeRO has sharded
+    the model.
     """
     if not limits:
         raise ConfigError("placement: no device is given")
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if any(is_sharded(parameter) for parameter in model.parameters()):
         raise ConfigError("placement: the model is sharded by ZeRO, which places it already")
-    blocks = _blocks(model, match)
-    parts = dict(_parts(model, "", blocks))
-    inside = {id(tensor) for part in parts.values() for tensor in _tensors(part)}
+    pieces = dict(_pieces(model, "", _blocks(model, match)))
+    inside = {id(tensor) for piece in pieces.values() for tensor in _tensors(piece)}
     rest = [tensor for tensor in _tensors(model) if id(tensor) not in inside]
-    groups = _tied({"": rest} | {name: _tensors(part) for name, part in parts.items()})
-    left = dict(limits)
+    groups = _tied({"": rest} | {name: _tensors(piece) for name, piece in pieces.items()})
+    free = dict(limits)
     home = next(iter(limits))
     places: dict[str, torch.device] = {}
     for names, tensors in groups:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        choices = [home] if "" in names else list(left)
-        chosen = next((device for device in choices if size <= left[device]), None)
+        choices = [home] if "" in names else list(free)
+        chosen = next((device for device in choices if size <= free[device]), None)
         if chosen is None:
-            room = ", ".join(f"{device}: {left[device] / 1e6:,.3f} MB" for device in choices)
+            room = ", ".join(f"{device}: {free[device] / 1e6:,.3f} MB" for device in choices)
             what = " with ".join(repr(name) for name in names if name) or "the model's own tensors"
-            raise ConfigError(f"placement: {what}: {size / 1e6:,.3f} MB, and there is left {room}")
-        left[chosen] -= size
+            raise ConfigError(f"placement: {what}: {size / 1e6:,.3f} MB do not fit; free: {room}")
+        free[chosen] -= size
         places |= dict.fromkeys(names, torch.device(chosen))
     return places
 
 
 def place(model: nn.Module, places: Mapping[str, torch.device]) -> list[RemovableHandle]:
-    """Moves each part of the model to its device, and lets the model compute there.
+    """Moves each piece of the model to its device, and hooks the model so that it computes there.
 
-    `places`: what `plan` gave. A part gets its inputs on its own device, and gives its outputs at
-    home: so whatever the model does between its parts, it does at home. It costs two copies of the
-    activations for each part elsewhere. Returns the hooks that do it. Raises ConfigError, with the
-    model as it was, for a part that the model does not have.
+    `places`: what `plan_placement` returned. A piece gets its inputs on its own device, and returns
+    its outputs at home: so all that the model does between its pieces happens at home. The cost is
+    two copies of the activations for each piece elsewhere. Returns the hooks. Raises ConfigError,
+    with the model unchanged, for a piece that the model does not have.
     """
     home = places[""]
-    names = dict(model.named_modules())
-    if missing := [name for name in places if name not in names]:
-        raise ConfigError(f"placement: {type(model).__name__} has no part {missing[0]!r}")
-    parts = {names[name]: device for name, device in places.items() if name}
-    _move_own(model, home, parts)
-    hooks = [model.register_forward_pre_hook(partial(_bring, home), with_kwargs=True)]
-    for part, device in parts.items():
-        part.to(device)
+    modules = dict(model.named_modules())
+    if missing := [name for name in places if name not in modules]:
+        raise ConfigError(f"placement: {type(model).__name__} has no module {missing[0]!r}")
+    pieces = {modules[name]: device for name, device in places.items() if name}
+    _move_rest(model, home, pieces)
+    hooks = [model.register_forward_pre_hook(partial(_inputs_to, home), with_kwargs=True)]
+    for piece, device in pieces.items():
+        piece.to(device)
         if device != home:
-            hooks.append(part.register_forward_pre_hook(partial(_bring, device), with_kwargs=True))
-            hooks.append(part.register_forward_hook(partial(_send, home)))
+            to_device = partial(_inputs_to, device)
+            hooks.append(piece.register_forward_pre_hook(to_device, with_kwargs=True))
+            hooks.append(piece.register_forward_hook(partial(_output_to, home)))
     return hooks
 
 
 def _blocks(model: nn.Module, match: str | None) -> set[nn.Module]:
     if match is not None:
-        found = {module for name, module in model.named_modules() if re.fullmatch(match, name)}
-        if not found:
-            raise ConfigError(f"placement: {match!r} fits no module of {type(model).__name__}")
-        return found
-    kind = repeated_class(model)
-    return {module for module in model.modules() if type(module) is kind}
+        blocks = {module for name, module in model.named_modules() if re.fullmatch(match, name)}
+        if not blocks:
+            raise ConfigError(f"placement: {match!r} matches no module of {type(model).__name__}")
+        return blocks
+    repeated = repeated_class(model)
+    return {module for module in model.modules() if type(module) is repeated}
 
 
-def _parts(module: nn.Module, name: str, blocks: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """What a module is divided into: blocks, and whatever holds none of them."""
+def _pieces(
+    module: nn.Module, name: str, blocks: set[nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    """What a module is divided into: blocks, and modules that contain none of them."""
     for key, child in module.named_children():
         path = f"{name}.{key}" if name else key
         if child not in blocks and any(inner in blocks for inner in child.modules()):
-            yield from _parts(child, path, blocks)
+            yield from _pieces(child, path, blocks)
         else:
             yield path, child
 
 
-def _tied(parts: Mapping[str, list[Tensor]]) -> list[tuple[list[str], list[Tensor]]]:
-    """The parts in their order, those that share tensors as one; every tensor once."""
+def _tied(pieces: Mapping[str, list[Tensor]]) -> list[tuple[list[str], list[Tensor]]]:
+    """The pieces in their order, those that share tensors as one; every tensor once."""
     groups: list[tuple[list[str], dict[int, Tensor]]] = []
-    for name, tensors in parts.items():
+    for name, tensors in pieces.items():
         names, own = [name], {id(tensor): tensor for tensor in tensors}
         shared = [number for number, group in enumerate(groups) if group[1].keys() & own.keys()]
         for number in reversed(shared):
@@ -114,11 +117,11 @@ def _tied(parts: Mapping[str, list[Tensor]]) -> list[tuple[list[str], list[Tenso
     return [(names, list(own.values())) for names, own in groups]
 
 
-def _move_own(module: nn.Module, home: torch.device, parts: Mapping[nn.Module, Any]) -> None:
-    """Moves home what is in no part."""
+def _move_rest(module: nn.Module, home: torch.device, pieces: Mapping[nn.Module, Any]) -> None:
+    """Moves tensors that are in no piece to `home`."""
     for child in module.children():
-        if child not in parts:
-            _move_own(child, home, parts)
+        if child not in pieces:
+            _move_rest(child, home, pieces)
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         tensor.data = tensor.data.to(home)
 
@@ -127,14 +130,14 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _bring(device: torch.device, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _inputs_to(device: torch.device, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     return _moved(args, device), _moved(kwargs, device)
 
 
-def _send(device: torch.device, _: nn.Module, args: Any, output: Any) -> Any:
+def _output_to(device: torch.device, _: nn.Module, args: Any, output: Any) -> Any:
     return _moved(output, device)
 
 
 def _moved(tree: Any, device: torch.device) -> Any:
-    """Copies that are done when they are used: a non-blocking one to a CPU would not be."""
+    """Blocking copies: a non-blocking one to a CPU may be read before it is complete."""
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)

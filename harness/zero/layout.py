@@ -4,7 +4,7 @@ An optimizer steps *flat* tensors: at stage 0 whole parameters, above it one sha
 parameter group (stages 1 and 2: runtime/zero/stage_1_and_2.py) or sub-group (stage 3:
 runtime/zero/stage3.py). A flat has a fp32 master and the optimizer's state of the same size; a
 `Segment` says which stretch of a parameter lies where in it. Of tensors only their sizes are asked
-for: live ones of a running engine do, and references into files (`formats.pickles.TensorRef`).
+for: live ones of a running engine do, and references into files (`formats.pt_reader.TensorRef`).
 """
 
 import hashlib
@@ -25,16 +25,19 @@ from harness.zero.partition import (
 )
 
 PARAMETER_NAMES = "parameter_names"
-"""Key of a model file: names by parameter group, in the optimizer's order. Stage 0 tells none."""
+"""Key of a model file: names by parameter group, in the optimizer's order. Plain DeepSpeed has
+none at stage 0."""
 
 EXTRA_STATE = "_extra_state"
 """Last part of the name that torch gives to `Module.get_extra_state`, which is of any kind."""
 
+EMA = "ema"
+"""Key of the weights' average in the optimizer's state of a parameter (`engine.ema`)."""
+
 Tree = dict[str, Any]
 
-
 Shapes = Mapping[str, Any]
-"""Sizes by the parameter's name: torch.Size, or what stands for it (`formats.pickles.Shape`)."""
+"""Sizes by the parameter's name: torch.Size, or what stands for it (`formats.pt_reader.Shape`)."""
 
 
 @dataclass
@@ -166,7 +169,7 @@ def _experts(group: Shapes, rank: int, parallel: int) -> tuple[Shapes, int]:
 
 
 def _sub_groups(optimizer: Tree, shapes: list[Shapes], rank: int, world: int) -> _Found:
-    """Stage 3: every parameter is cut into equal shards, and those lie one after the other."""
+    """Stage 3: every parameter is cut into equal shards, and a rank's are one after the other."""
     for group, master in _pairs(shapes, optimizer["fp32_flat_groups"]):
         sizes = {name: shape.numel() for name, shape in group.items()}
         expected = shards_numel(sizes=sizes, world=world)
@@ -185,7 +188,7 @@ def _whole_groups(optimizer: Tree, shapes: list[Shapes]) -> _Found:
         yield master, sum(sizes.values()), 0, all_whole(sizes=sizes)
 
 
-def layout(trees: Collection[Tree]) -> str:
+def layout_digest(trees: Collection[Tree]) -> str:
     """A digest of where rank 0's trees of an engine keep what: equal if one may be loaded as other.
 
     Rank 0's flats give every parameter its place and the partitions their size; with the number of

@@ -3,17 +3,15 @@
 Neither torch nor DeepSpeed is needed: of the tensors, only the places in the files are looked up.
 """
 
-import itertools
 import re
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, first_few
 from harness.formats import pt_reader
 from harness.formats.pt_reader import Shape, TensorRef
-from harness.formats.sources import ByteRange, StoredTensor, source
+from harness.formats.stored_tensor import ByteRange, StoredTensor
 from harness.formats.unpickler import StandIn
 from harness.zero.layout import (
     Flat,
@@ -37,7 +35,7 @@ def is_engine(directory: Path) -> bool:
 
 
 class SavedEngine:
-    """The files of `directory`, opened: `step-N/ENGINE/` of ours, or a tag of plain DeepSpeed's.
+    """The files of `directory`, opened: our `step-N/ENGINE/`, or a tag of plain DeepSpeed's.
 
     `model` is rank 0's tree of model_states, with a `TensorRef` for every tensor; `extra` what the
     modules' `get_extra_state` gave, tensors or anything else, by its name in the state dict;
@@ -48,21 +46,21 @@ class SavedEngine:
 
     def __init__(self, directory: Path):
         """Raises CheckpointError or FormatError if a file is missing, damaged, of another run, or
-        in a layout that is none of those in `zero_layout`.
+        in a layout that `layout.flats` does not know.
         """
         if not directory.is_dir():
-            raise CheckpointError(f"{directory}: no directory")
+            raise CheckpointError(f"{directory}: not a directory")
         self.directory = directory
         models = self._read_ranks(_MODEL)
         optimizers = self._read_ranks(_OPTIMIZER)
         if 0 not in models:
-            raise CheckpointError(f"{directory}: no DeepSpeed checkpoint: no model_states.pt")
+            raise CheckpointError(f"{directory}: not a DeepSpeed checkpoint: no model_states.pt")
         self.model: Tree = models[0]
         try:
             self._open(models, optimizers)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(
-                f"{directory}: not laid out as DeepSpeed does it: {error!r}"
+                f"{directory}: not in a layout of DeepSpeed's: {error!r}"
             ) from None
         except CheckpointError as error:
             raise CheckpointError(f"{directory}: {error}") from None
@@ -70,12 +68,14 @@ class SavedEngine:
     def _open(self, models: dict[int, Tree], optimizers: dict[int, Tree]) -> None:
         model = self.model
         if "module" not in model or "dp_world_size" not in model:
-            raise CheckpointError("no DeepSpeed checkpoint: model_states hold no module")
+            raise CheckpointError("not a DeepSpeed checkpoint: model_states hold no module")
         module: Tree = model["module"]
         self.extra: Tree = {name: module.pop(name) for name in [*module] if is_extra_state(name)}
         self.world_size: int = model["dp_world_size"]
         if type(self.world_size) is not int or self.world_size < 1:
-            raise CheckpointError(f"dp_world_size is {self.world_size!r:.80}, no number of ranks")
+            raise CheckpointError(
+                f"dp_world_size is {self.world_size!r:.80}, not a number of ranks"
+            )
         states = {rank: tree["optimizer_state_dict"] for rank, tree in optimizers.items()}
         self.stage = _int(states[0].get("zero_stage", 1)) if states else 0
         if len(models) > 1 or self._is_sharded():
@@ -111,19 +111,20 @@ class SavedEngine:
 
     @property
     def has_parameter_names(self) -> bool:
-        """Whether the optimizer's state says whose it is: plain DeepSpeed's at stage 0 does not."""
+        """Whether the optimizer's state names its parameters; plain DeepSpeed's at stage 0 does
+        not."""
         return self.model["param_shapes"] is not None or "parameter_names" in self.model
 
     @cached_property
     def shared(self) -> dict[str, str]:
         """Further names of tied parameters, and those that their state goes by.
 
-        ZeRO 0 does not tell them: they are the names of what lies at the same place.
+        ZeRO 0 does not record them: they are the names of what is at the same place in the file.
         """
-        told = self.model["shared_params"]
-        if told is not None:
-            return told
-        own = {name: source(ref) for name, ref in self.model["module"].items()}
+        names = self.model["shared_params"]
+        if names is not None:
+            return names
+        own = {name: StoredTensor.from_ref(ref) for name, ref in self.model["module"].items()}
         known = {own[name]: name for name in self.shapes if name in own}
         return {
             name: known[place]
@@ -172,20 +173,20 @@ class SavedEngine:
         return self._joined(name, [(s, f.state[key]) for s, f in self._pieces[name]])
 
     def weight(self, name: str) -> StoredTensor:
-        """An entry of the model's state dict, whole; at stage 3 a parameter's master.
+        """An entry of the model's state dict, complete; at stage 3 a parameter's master.
 
         Otherwise it is in the dtype that the model computes in.
         """
         if name in self.experts:
-            return source(self.experts[name])
+            return StoredTensor.from_ref(self.experts[name])
         tensor = self.model["module"][name]
         if self.stage < 3 or name in self.model["buffer_names"]:
-            return source(tensor)
+            return StoredTensor.from_ref(tensor)
         name = self.shared.get(name, name)
         if name in self.shapes:
             return self.master(name)
         shape = Shape(self.model["frozen_param_shapes"][name])
-        shards = [source(fragments[name]) for fragments in self._fragments]
+        shards = [StoredTensor.from_ref(fragments[name]) for fragments in self._fragments]
         ranges: list[ByteRange] = []
         left = shape.numel() * shards[0].itemsize
         for shard in shards:
@@ -193,7 +194,7 @@ class SavedEngine:
                 ranges.append(stretch)
                 left -= stretch.size
         if left:
-            raise CheckpointError(f"{self.directory}: frozen parameter {name!r} is not whole")
+            raise CheckpointError(f"{self.directory}: frozen parameter {name!r} is incomplete")
         return StoredTensor(shards[0].dtype, shape, tuple(ranges))
 
     def loss_scale(self) -> Tree:
@@ -217,7 +218,7 @@ class SavedEngine:
                 )
             tree = pt_reader.read(path)
             if not isinstance(tree, dict):
-                raise CheckpointError(f"{path}: no file of a DeepSpeed checkpoint")
+                raise CheckpointError(f"{path}: not a file of a DeepSpeed checkpoint")
             trees[int(match[1] or 0)] = tree
         return trees
 
@@ -229,7 +230,7 @@ class SavedEngine:
                 found.add((int(match[1]), int(match[2])))
                 self.experts |= pt_reader.read(path)
         for layer, count in enumerate(self.model.get("num_experts") or ()):
-            if missing := _some(n for n in range(count) if (layer, n) not in found):
+            if missing := first_few(n for n in range(count) if (layer, n) not in found):
                 raise CheckpointError(
                     f"layer_{layer}_expert_N_..._model_states.pt are missing for N = {missing}: "
                     f"the layer has {count} experts"
@@ -239,17 +240,17 @@ class SavedEngine:
         return any(self.directory.glob("zero_pp_rank_*_model_states.pt"))
 
     def _check_ranks(self, models: dict[int, Tree], states: dict[int, Tree]) -> None:
-        """Raises CheckpointError unless every rank's files are here, and of one save."""
+        """Raises CheckpointError unless every rank's files are there, and of one save."""
         for kind, trees in (("model_states", models), ("optim_states", states)):
             is_expected = trees or self.model["param_shapes"] is not None
             expected = range(self.world_size if is_expected else 0)
             if kind == "model_states" and self.stage < 3:
                 expected = range(1)
-            if missing := _some(rank for rank in expected if rank not in trees):
+            if missing := first_few(rank for rank in expected if rank not in trees):
                 raise CheckpointError(
                     f"{kind}.pt of ranks {missing} are missing: saved by {self.world_size} ranks"
                 )
-            if extra := _some(rank for rank in sorted(trees) if rank not in expected):
+            if extra := first_few(rank for rank in sorted(trees) if rank not in expected):
                 raise CheckpointError(
                     f"{kind}.pt of ranks {extra} are of another save: this one is of "
                     f"{self.world_size} ranks"
@@ -262,40 +263,36 @@ class SavedEngine:
         end = 0
         for segment, _ in self._pieces[name]:
             if segment.length and segment.start != end:
-                raise CheckpointError(f"parameter {name!r} is not whole from element {end} on")
+                raise CheckpointError(f"parameter {name!r} is incomplete from element {end} on")
             end += segment.length
         if end != self.shapes[name].numel():
-            raise CheckpointError(f"parameter {name!r} is not whole from element {end} on")
+            raise CheckpointError(f"parameter {name!r} is incomplete from element {end} on")
 
     def _joined(self, name: str, pieces: list[tuple[Segment, TensorRef]]) -> StoredTensor:
         shape = self.shapes[name]
         if len(pieces) == 1 and pieces[0][1].shape == shape:
-            return source(pieces[0][1])
+            return StoredTensor.from_ref(pieces[0][1])
         ranges: list[ByteRange] = []
         for segment, ref in pieces:
             if segment.length:
                 if not ref.is_contiguous:
                     raise CheckpointError(f"{ref.path}: the state of {name!r} is not contiguous")
                 width = ref.itemsize
-                ranges += source(ref).cut(segment.offset * width, segment.length * width)
+                ranges += StoredTensor.from_ref(ref).cut(
+                    segment.offset * width, segment.length * width
+                )
         return StoredTensor(pieces[0][1].dtype, shape, tuple(ranges))
-
-
-def _some(ranks: Iterator[int]) -> str:
-    """The first few: a file may claim any number of ranks."""
-    first = list(itertools.islice(ranks, 9))
-    return ", ".join(map(str, first[:8])) + (", ..." if len(first) > 8 else "")
 
 
 def _check_same(trees: dict[int, Tree], keys: tuple[str, ...]) -> None:
     """Raises CheckpointError if the ranks' files disagree on what every rank writes alike."""
     for rank, tree in trees.items():
         for key in keys:
-            here, there = (_plain(found.get(key)) for found in (tree, trees[0]))
-            if here != there:
+            value, expected = (_plain(each.get(key)) for each in (tree, trees[0]))
+            if value != expected:
                 raise CheckpointError(
                     f"the files of rank {rank} are of another run or step than those of rank 0: "
-                    f"{key} is {here!r:.80} there, and {there!r:.80} at rank 0"
+                    f"{key} is {value!r:.80} there, and {expected!r:.80} at rank 0"
                 )
 
 

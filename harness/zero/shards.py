@@ -1,10 +1,10 @@
-"""Which elements of which parameters lie in the tensors that an optimizer is given to step.
+"""Which elements of which parameters are in the tensors that an optimizer is given to step.
 
-Plain training steps the parameters themselves. DeepSpeed hands over other tensors, *flats*: a clone
-of each parameter (stage 0 in 16 bits), or this rank's 1-D shard of many parameters laid end to end
-(ZeRO). `locate` finds out through the parameters themselves, never by guessing: it compares every
-element with the parameter's own copy, the ranks agree on what they found, and what it does not know
-it refuses. Neither harness nor DeepSpeed is imported.
+Plain training steps the parameters themselves. DeepSpeed gives the optimizer other tensors,
+*flats*: a clone of each parameter (stage 0 in 16 bits), or this rank's 1-D shard of many parameters
+laid end to end (ZeRO). `locate` finds out through the parameters themselves, never by guessing: it
+compares every element with the parameter's own copy, the ranks agree on what they found, and what
+it does not know it refuses. Of harness only the arithmetic is imported, and DeepSpeed is not.
 """
 
 import zlib
@@ -206,13 +206,13 @@ def _verify(flat: Tensor, shard: Shard, parameters: Mapping[str, Tensor]) -> Non
 
 
 def _agree(well: bool, found: Sequence[Shard], group: Any, device: torch.device) -> str:
-    """What this rank has to say if all is not well on another, or if the layouts differ."""
+    """The error of this rank if another one failed, or if the layouts differ; empty if neither."""
     layout = zlib.crc32(repr([shard.segments for shard in found]).encode())
     answers = torch.tensor([well, layout, -layout], dtype=torch.int64, device=device)
     dist.all_reduce(answers, dist.ReduceOp.MIN, group=group)
     all_well, least, most = answers.tolist()
     if not all_well:
-        return "another rank cannot tell the layout of its shards; its own message says why"
+        return "another rank does not know the layout of its shards; its own message says why"
     if least != -most:
         return "the ranks disagree on the layout of their shards: did they build the same model?"
     return ""

@@ -1,8 +1,8 @@
-"""An engine's files laid out anew outside of a run, for plain DeepSpeed to resume.
+"""An engine's files, rewritten outside of a run for plain DeepSpeed to resume at another layout.
 
-`relayout` does it for an engine that is there, and whose trees say where everything belongs. Here
-the trees are made as DeepSpeed would make them for the same parameters at a ZeRO stage and a number
-of ranks (runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py), and filled by the same functions.
+`checkpoint.reshard` does it for a live engine, whose trees say where everything belongs. Here the
+trees are made as DeepSpeed would make them for the same parameters at a ZeRO stage and a number of
+ranks (runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py), and filled by the same functions.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from harness.checkpoint.durable import write_file
-from harness.checkpoint.reshard import filled_flat, filled_state, shard_of, weight_of
 from harness.errors import CheckpointError
 from harness.io.stored import materialize
+from harness.utils import write_durably
 from harness.zero.layout import Shapes, Tree, flats
 from harness.zero.partition import (
     SUB_GROUP_SIZE,
@@ -27,11 +26,18 @@ from harness.zero.partition import (
     sub_groups,
 )
 from harness.zero.reader import SavedEngine
+from harness.zero.refill import filled_flat, filled_state, shard_of, weight_of, without_padding
 
-_LAID_OUT = ("module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments")
+_BY_LAYOUT = (
+    "module",
+    "optimizer",
+    "param_shapes",
+    "frozen_param_shapes",
+    "frozen_param_fragments",
+)
 
 
-class Native:
+class ZeroWriter:
     """A checkpoint for `ranks` ranks at ZeRO `stage` 1, 2 or 3, made of a saved engine.
 
     `round_robin`: the setting round_robin_gradients of the engine that will load it; None: false,
@@ -39,12 +45,12 @@ class Native:
     """
 
     def __init__(self, saved: SavedEngine, stage: int, ranks: int, round_robin: bool | None):
-        """Raises CheckpointError for what cannot be laid out anew."""
+        """Raises CheckpointError for what cannot be rewritten for another layout."""
         where = saved.directory
         if saved.optimizer is None or not saved.has_parameter_names:
-            raise CheckpointError(f"{where}: no optimizer's state that tells whose it is")
+            raise CheckpointError(f"{where}: its optimizer's state does not name its parameters")
         if saved.experts:
-            raise CheckpointError(f"{where}: experts cannot be laid out for other ranks")
+            raise CheckpointError(f"{where}: experts cannot be resharded")
         saved.check_moments()
         self.saved, self.stage, self.ranks = saved, stage, ranks
         self.config: Tree = deepcopy(materialize(saved.model["ds_config"]))
@@ -53,7 +59,7 @@ class Native:
         self._is_bf16 = bool(self.config.get("bf16", {}).get("enabled"))
         if self._zero.get("parameter_alignment") and stage < 3:
             raise CheckpointError(
-                f"{where}: parameter_alignment is on: only --to-zero 3 keeps to it"
+                f"{where}: parameter_alignment is set, which only --to-zero 3 supports"
             )
         was_round_robin = bool(self._zero.get("round_robin_gradients"))
         if was_round_robin and round_robin is None and stage < 3:
@@ -100,7 +106,7 @@ class Native:
 
     @property
     def notes(self) -> list[str]:
-        """What DeepSpeed does not check when it loads the files, and would do wrong."""
+        """Settings that DeepSpeed does not check when it loads the files, and that must match."""
         found = []
         if self.stage < 3:
             setting = str(self._zero["round_robin_gradients"]).lower()
@@ -114,7 +120,7 @@ class Native:
 
     @property
     def shapes(self) -> list[Shapes]:
-        """The shapes by name of each (sub-)group, as model_states tell them."""
+        """The shapes by name of each (sub-)group, as in model_states."""
         sizes = self.saved.shapes
         return [{name: torch.Size(sizes[name]) for name in part} for part in self._parts]
 
@@ -123,18 +129,20 @@ class Native:
         prefix = "bf16_" if self._is_bf16 else ""
         for rank in range(self.ranks):
             if self.stage == 3:
-                write_file(
+                write_durably(
                     self._model(rank),
                     directory / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt",
                 )
             elif rank == 0:
-                write_file(self._model(rank), directory / "mp_rank_00_model_states.pt")
+                write_durably(self._model(rank), directory / "mp_rank_00_model_states.pt")
             tree = {
                 "optimizer_state_dict": self._optimizer(rank),
                 "ds_config": self.config,
                 "ds_version": self.saved.model["ds_version"],
             }
-            write_file(tree, directory / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+            write_durably(
+                tree, directory / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+            )
 
     def _model(self, rank: int) -> Tree:
         saved = self.saved
@@ -160,7 +168,7 @@ class Native:
                 for name, tensor in frozen.items()
             }
         kept = {
-            key: materialize(value) for key, value in saved.model.items() if key not in _LAID_OUT
+            key: materialize(value) for key, value in saved.model.items() if key not in _BY_LAYOUT
         }
         return kept | {
             "module": module,
@@ -176,14 +184,14 @@ class Native:
     def _optimizer(self, rank: int) -> Tree:
         """DeepSpeed's optimizer state of a rank."""
         tree = self._partitions(rank) if self.stage < 3 else self._shards()
-        laid = flats(tree, {}, self.shapes, rank, self.ranks)
-        masters = [filled_flat(flat, self.saved, None) for flat in laid]
-        states = {number: filled_state(flat, self.saved) for number, flat in enumerate(laid)}
+        own = flats(tree, {}, self.shapes, rank, self.ranks)
+        masters = [filled_flat(flat, self.saved, None) for flat in own]
+        states = {number: filled_state(flat, self.saved) for number, flat in enumerate(own)}
         key = "base_optimizer_state" if self.stage < 3 else "optimizer_state_dict"
         tree[key]["state"] = {number: state for number, state in states.items() if state}
         if self.stage < 3:
-            lean = [m[: m.numel() - flat.padding] for m, flat in zip(masters, laid, strict=True)]
-            tree["single_partition_of_fp32_groups"] = [master.clone() for master in lean]
+            trimmed = without_padding(masters, own)
+            tree["single_partition_of_fp32_groups"] = [master.clone() for master in trimmed]
         else:
             tree["fp32_flat_groups"] = masters
         was = self.saved.optimizer or {}
@@ -196,7 +204,7 @@ class Native:
         }
 
     def _partitions(self, rank: int) -> Tree:
-        """ZeRO 1 and 2: what says how every group is cut."""
+        """ZeRO 1 and 2: how every group is partitioned."""
         masters, paddings = [], []
         for names in self._parts:
             total = sum(self._numel(names).values())
@@ -213,7 +221,7 @@ class Native:
         }
 
     def _shards(self) -> Tree:
-        """ZeRO 3: the same."""
+        """ZeRO 3: how every sub-group is sharded."""
         sizes = [shards_numel(sizes=self._numel(part), world=self.ranks) for part in self._parts]
         owners = [self.saved.group_of(part[0]) for part in self._parts]
         numbers = [
@@ -241,7 +249,7 @@ class Native:
             return LossScaler(scale=1)
         was = (self.saved.optimizer or {}).get("loss_scaler")
         if was is None:
-            raise CheckpointError(f"{self.saved.directory}: fp16 at ZeRO 0 cannot be laid out anew")
+            raise CheckpointError(f"{self.saved.directory}: fp16 at ZeRO 0 cannot be resharded")
         made = DynamicLossScaler if was.class_name.endswith("DynamicLossScaler") else LossScaler
         scaler = made.__new__(made)
         vars(scaler).update(materialize(was.state))

@@ -1,4 +1,4 @@
-"""A byte-level language model of the text that every Python carries: the source of its own library.
+"""A byte-level language model of text that comes with every Python: its standard library's source.
 
 A decoder-only transformer without biases: pre-norm RMSNorm (Zhang & Sennrich 2019, "Root Mean
 Square Layer Normalization"), rotary positions (Su et al. 2021, "RoFormer"), SwiGLU (Shazeer 2020,
@@ -21,15 +21,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from harness.config import Config
-from harness.config.sections import Section
+from harness.config import Config, Section
 from harness.errors import ConfigError
 from harness.task import Stats, Task
 
 VOCABULARY = 256
 NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 """Folders of the standard library that are left out: other people's packages, tests, and the code
-page tables, whose near-copies would flatter the held-out loss."""
+page tables, whose near-copies would make the held-out loss look better."""
 
 
 class TransformerArgs(Section):
@@ -40,7 +39,7 @@ class TransformerArgs(Section):
     layers: int = Field(default=4, ge=1)
     """Transformer blocks."""
     heads: int = Field(default=4, ge=1)
-    """Attention heads; dim / heads must be a whole, even number."""
+    """Attention heads; dim / heads must be an even integer."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability of dropping an attention weight or an element of a residual branch."""
 
@@ -61,12 +60,12 @@ class ByteLMArgs(TransformerArgs):
     path: Path | None = None
     """Folder of text files to learn from; None is this Python's standard library."""
     seq_len: int = Field(default=256, ge=1)
-    """Bytes that the model reads at once."""
+    """Bytes in the model's context."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the files that is held out."""
     eval_windows: int = Field(default=256, ge=1)
-    """Windows of the held-out text, evenly spread, that one evaluation reads: with the defaults
-    about 2 s on two CPU cores."""
+    """Windows of the held-out text, evenly spread, in one evaluation: with the defaults about 2 s
+    on two CPU cores."""
 
 
 def build(config: Config) -> Task:
@@ -90,7 +89,7 @@ def feed(engine: Any, batch_BT: Tensor) -> tuple[Tensor, Stats]:
     """Predicts every byte of a uint8 batch [B, T + 1] from those before it.
 
     Returns the mean cross entropy, in nats per byte (float32, 0-dim), and {"accuracy": the share of
-    bytes that the model would have guessed right}.
+    bytes whose most likely prediction is right}.
     """
     bytes_BT = batch_BT.to(engine.device, torch.long)
     logits_BTV = engine(bytes_BT[:, :-1])
@@ -104,7 +103,7 @@ def feed(engine: Any, batch_BT: Tensor) -> tuple[Tensor, Stats]:
 
 
 def read_texts(path: Path | None) -> dict[str, bytes]:
-    """The texts below a folder by relative path, sorted; None is the standard library's *.py files.
+    """The texts below a folder by relative path, sorted; None: the standard library's *.py files.
 
     Hidden files, and files that are empty, not UTF-8 or hold a NUL byte, are not text. Raises
     ConfigError if `path` is not a folder, or no text is below it.
@@ -139,7 +138,7 @@ def _is_text(content: bytes) -> bool:
 def split(
     texts: dict[str, bytes], eval_fraction: float
 ) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """`(train, held_out)`: whole files, chosen by the CRC-32 of their names.
+    """`(train, held_out)`: entire files, chosen by the CRC-32 of their names.
 
     The same on every machine that has the same files. Of two files or more, each side gets at
     least one; a single file is for training.
@@ -188,7 +187,7 @@ class Windows(Dataset[Tensor]):
 
 
 class ByteLM(nn.Module):
-    """The language model. Untrained it is almost indifferent: its loss is about ln 256 = 5.55."""
+    """The language model. Untrained, it is nearly uniform: its loss is about ln 256 = 5.55."""
 
     def __init__(self, args: ByteLMArgs) -> None:
         super().__init__()
@@ -236,7 +235,7 @@ class Attention(nn.Module):
         self.project = linear(args.dim, args.dim, residuals=2 * args.layers)
 
     def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        """What each position reads from itself and those before it, [B, T, D]."""
+        """What each position attends to in itself and those before it, [B, T, D]."""
         q_BHTK, k_BHTK, v_BHTK = (
             part_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part_BTD in self.qkv(x_BTD).chunk(3, dim=-1)
@@ -269,8 +268,8 @@ class SwiGLU(nn.Module):
 def rotation(time: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [T, R], of the angle t / 10000^(r / R) of pair r at position t.
 
-    Computed anew in every forward, for it costs next to nothing: a buffer would lose precision
-    when DeepSpeed casts the module to a 16-bit type.
+    Recomputed in every forward, at next to no cost: a buffer would lose precision when DeepSpeed
+    casts the module to a 16-bit type.
     """
     pairs = head_size // 2
     frequency_R = 10000.0 ** -(torch.arange(pairs, device=device, dtype=torch.float32) / pairs)

@@ -1,12 +1,12 @@
 """A language model of audio codes: several codebooks, in the order that a pattern gives them.
 
-The model is MusicGen's in small (Copet et al., "Simple and Controllable Music Generation", 2023):
-at each step it adds the embeddings of all codebooks, and predicts the next token of each. In the
-codec's place, the log-magnitude spectrum of each frame goes through residual vector quantization
+The model is a small MusicGen (Copet et al., "Simple and Controllable Music Generation", 2023): at
+each step it adds the embeddings of all codebooks, and predicts the next token of each. In place of
+a codec, the log-magnitude spectrum of each frame goes through residual vector quantization
 (Zeghidour et al., "SoundStream: An End-to-End Neural Audio Codec", 2021) with k-means codebooks.
 
 Tensor names end in their shape: B batch, K codebooks, T timesteps (frames), S steps of a sequence,
-V codebook size, D model, F frequency bands, C channels, N whatever is counted.
+V codebook size, D model, F frequency bands, C channels, N any count.
 """
 
 import wave
@@ -37,7 +37,7 @@ PATTERNS: dict[str, Callable[..., Pattern]] = {
 BANDS = 16
 """Bands of a spectrum, equally wide: few enough for every token to be used."""
 FLOOR = 1e-2
-"""Magnitude below which all is silence."""
+"""Magnitude that counts as silence."""
 ROUNDS = 20
 """Rounds of k-means."""
 
@@ -48,11 +48,11 @@ class CodecLMArgs(TransformerArgs):
     path: Path | None = None
     """Folder of .wav files to learn from; None is the sounds that pygame ships."""
     sample_rate: int = Field(default=11025, ge=1)
-    """Samples a second that every recording is brought to."""
+    """Samples per second, to which every recording is resampled."""
     hop: int = Field(default=64, ge=1)
     """Samples from a frame to the next; a frame is 4 hops long."""
     clip: int = Field(default=64, ge=1)
-    """Frames in a clip, at most: recordings are cut, and the rest of each is a shorter clip."""
+    """Most frames of a clip: recordings are cut, and the remainder of each is a shorter clip."""
     eval_fraction: float = Field(default=0.125, gt=0, le=0.5)
     """Share of the clips that is held out, evenly spread."""
     codebooks: int = Field(default=4, ge=1)
@@ -60,17 +60,17 @@ class CodecLMArgs(TransformerArgs):
     codebook_size: int = Field(default=16, ge=2)
     """Different tokens of each codebook."""
     pattern: Literal["parallel", "delay", "unrolled", "coarse_first"] = "delay"
-    """In which order the model sees the tokens: docs/patterns.md."""
+    """The order in which the model sees the tokens: docs/patterns.md."""
     delays: tuple[int, ...] | None = None
-    """How late each codebook is; None is the pattern's default. "parallel" takes none."""
+    """Delay of each codebook in steps; None: the pattern's default. "parallel" takes none."""
     flattening: tuple[int, ...] | None = None
     """"unrolled" only: the inner step of each codebook."""
 
     @model_validator(mode="after")
     def _pattern_fits(self) -> Self:
-        taken = {"parallel": set(), "unrolled": {"delays", "flattening"}}
-        for name in self._pattern_options().keys() - taken.get(self.pattern, {"delays"}):
-            raise ValueError(f"{name} is no option of pattern = {self.pattern!r}")
+        options = {"parallel": set(), "unrolled": {"delays", "flattening"}}
+        for name in self._pattern_options().keys() - options.get(self.pattern, {"delays"}):
+            raise ValueError(f"{name} is not an option of pattern = {self.pattern!r}")
         self.pattern_of(1)
         return self
 
@@ -79,7 +79,7 @@ class CodecLMArgs(TransformerArgs):
         return {name: numbers for name, numbers in given.items() if numbers is not None}
 
     def pattern_of(self, timesteps: int) -> Pattern:
-        """The pattern that was asked for. Raises ValueError if its numbers do not fit."""
+        """The configured pattern. Raises ValueError if its numbers do not fit."""
         return PATTERNS[self.pattern](self.codebooks, timesteps, **self._pattern_options())
 
 
@@ -141,11 +141,11 @@ def read_sounds(path: Path | None, sample_rate: int) -> list[Tensor]:
     sounds, refused = [], []
     for file in sorted(file for file in root.rglob("*") if file.suffix.lower() == ".wav"):
         try:
-            wave_N, found_rate = read_wav(file)
+            wave_N, own_rate = read_wav(file)
         except (wave.Error, EOFError) as error:
-            refused.append(f"; {file.relative_to(root)}: {str(error) or 'it ends early'}")
+            refused.append(f"; {file.relative_to(root)}: {str(error) or 'truncated'}")
         else:
-            sounds.append(resample(wave_N, found_rate, sample_rate))
+            sounds.append(resample(wave_N, own_rate, sample_rate))
     if not sounds:
         raise ConfigError(
             f"task.args.path: no .wav files that can be read below {root.absolute()}"
@@ -159,7 +159,7 @@ def shipped_sounds() -> Path:
     pygame = find_spec("pygame")  # found, but not imported: that would open a display
     if pygame is None or not pygame.submodule_search_locations:
         raise ConfigError(
-            "this task learns from the sounds that pygame ships: pip install 'harness[tasks]', or "
+            "this task learns from the sounds that pygame ships: pip install pygame-ce, or "
             "give task.args.path, a folder of .wav files (of Debian's alsa-utils, for instance: "
             "/usr/share/sounds/alsa)"
         )
@@ -176,7 +176,7 @@ def read_wav(file: Path) -> tuple[Tensor, int]:
         content = sound.readframes(sound.getnframes())
     frames = len(content) // (channels * width)
     if not frames:
-        raise wave.Error("it holds no sample")
+        raise wave.Error("no samples")
     bytes_N = torch.frombuffer(bytearray(content), dtype=torch.uint8)[: frames * channels * width]
     value_NC = (bytes_N.view(frames, channels, width).long() << 8 * torch.arange(width)).sum(-1)
     half = 1 << 8 * width - 1
@@ -185,11 +185,11 @@ def read_wav(file: Path) -> tuple[Tensor, int]:
     return (value_NC - half).double().mean(-1) / half, rate
 
 
-def resample(wave_N: Tensor, found_rate: int, rate: int) -> Tensor:
-    """The same sound at another rate: its Fourier series, cut off or filled up with zeros."""
-    if found_rate == rate:
+def resample(wave_N: Tensor, own_rate: int, rate: int) -> Tensor:
+    """The same sound at another rate: its Fourier series, truncated or padded with zeros."""
+    if own_rate == rate:
         return wave_N
-    length = max(1, round(len(wave_N) * rate / found_rate))
+    length = max(1, round(len(wave_N) * rate / own_rate))
     return torch.fft.irfft(torch.fft.rfft(wave_N), n=length) * (length / len(wave_N))
 
 
@@ -212,9 +212,9 @@ def split(clips: list[Tensor], eval_fraction: float) -> tuple[list[Tensor], list
 
 
 def learn_codebooks(frames_NF: Tensor, codebooks: int, size: int) -> Tensor:
-    """Codebooks [K, V, F]: each the k-means of what those before it leave over.
+    """Codebooks [K, V, F]: each the k-means of the residual of those before it.
 
-    In float64, so that every rank finds the same ones.
+    In float64, so that every rank gets the same ones.
     """
     books = []
     for number in range(codebooks):
@@ -242,7 +242,7 @@ def nearest(points_NF: Tensor, centres_VF: Tensor) -> Tensor:
 
 
 def quantize(frames_TF: Tensor, books_KVF: Tensor) -> Tensor:
-    """Tokens, int64 [K, T]: of each codebook the entry nearest to what those before leave over."""
+    """Tokens, int64 [K, T]: of each codebook the entry nearest to the residual of those before."""
     tokens = []
     for book_VF in books_KVF:
         tokens.append(nearest(frames_TF, book_VF))
@@ -251,7 +251,7 @@ def quantize(frames_TF: Tensor, books_KVF: Tensor) -> Tensor:
 
 
 class Sequences(Dataset[Tensor]):
-    """Clips in the order of the pattern, int64 [K, S]; their `lengths` are what the model reads."""
+    """Clips in the order of the pattern, int64 [K, S]; `lengths`: the steps a model reads."""
 
     def __init__(self, clips: list[Tensor], args: CodecLMArgs) -> None:
         self.clips, self.args = clips, args
@@ -294,7 +294,7 @@ class CodecLM(nn.Module):
         self.head = linear(args.dim, args.codebooks * args.codebook_size)
 
     def forward(self, sequence_BKS: Tensor) -> Tensor:
-        """Logits [B, K, S, V], in the weights' dtype, of the step after each of the int64 steps."""
+        """Logits [B, K, S, V], in the weights' dtype, of the step after each of int64 [B, K, S]."""
         first_K1 = self.symbols * torch.arange(self.codebooks, device=sequence_BKS.device)[:, None]
         x_BSD = self.dropout(self.embed(sequence_BKS + first_K1).sum(1))
         cos_SR, sin_SR = rotation(x_BSD.shape[1], self.head_size, x_BSD.device)

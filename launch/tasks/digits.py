@@ -12,7 +12,7 @@ from harness.errors import ConfigError
 
 PIXELS = 64
 HELD_OUT = 297
-"""The last images, of writers of their own."""
+"""The last images, by other writers."""
 
 
 class Digits(Dataset[tuple[Tensor, Tensor]]):
@@ -40,8 +40,7 @@ def read() -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
-            f"this task learns from the digits of scikit-learn ({error}): "
-            "pip install 'harness[tasks]'"
+            f"this task learns from the digits of scikit-learn ({error}): pip install scikit-learn"
         ) from None
     images, classes = load_digits(return_X_y=True)
     images_NP = torch.tensor(images, dtype=torch.float32) / 8 - 1

@@ -17,8 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from harness import io
-from harness.config import Config
-from harness.config.sections import Section
+from harness.config import Config, Section
 from harness.errors import ConfigError
 from harness.task import Stats, Task
 
@@ -32,8 +31,7 @@ class DistillArgs(Section):
     teacher_alpha: float = Field(default=0.5, ge=0, le=1)
     """Share of the teacher in the loss; the rest is cross entropy with the true digits."""
     teacher_temperature: float = Field(default=2.0, gt=0)
-    """What logits are divided by before the KL divergence: a high one shows what the teacher thinks
-    of the wrong digits."""
+    """Divides the logits before the KL divergence: a high one gives wrong digits more weight."""
     teacher_loss_fn: Literal["kl", "mse"] = "kl"
     """"kl": divergence of the teacher's distribution from the student's; "mse": squared error of
     the logits."""
@@ -76,7 +74,7 @@ def feed(args: DistillArgs, engine: Any, batch: tuple[Tensor, Tensor]) -> tuple[
     """The student's loss on a batch of digits [B, P] and their classes [B].
 
     Returns it with its two parts, in nats (the teacher's with "mse": squared logits), and the
-    shares of digits that the student gets right, and that it sees as the teacher does.
+    shares of digits on which the student is right, and on which it agrees with the teacher.
     """
     images_BP = batch[0].to(engine.device, engine.dtype)
     digits_B = batch[1].to(engine.device)
@@ -84,15 +82,15 @@ def feed(args: DistillArgs, engine: Any, batch: tuple[Tensor, Tensor]) -> tuple[
         teacher_BC = teacher(images_BP).float()
     student_BC = engine(images_BP).float()
     own = F.cross_entropy(student_BC, digits_B)
-    taught = teacher_loss(student_BC, teacher_BC, args.teacher_loss_fn, args.teacher_temperature)
-    said_B = student_BC.detach().argmax(-1)
+    distilled = teacher_loss(student_BC, teacher_BC, args.teacher_loss_fn, args.teacher_temperature)
+    predicted_B = student_BC.detach().argmax(-1)
     stats = {
         "own_loss": own.detach(),
-        "teacher_loss": taught.detach(),
-        "accuracy": (said_B == digits_B).float().mean(),
-        "agreement": (said_B == teacher_BC.argmax(-1)).float().mean(),
+        "teacher_loss": distilled.detach(),
+        "accuracy": (predicted_B == digits_B).float().mean(),
+        "agreement": (predicted_B == teacher_BC.argmax(-1)).float().mean(),
     }
-    return (1 - args.teacher_alpha) * own + args.teacher_alpha * taught, stats
+    return (1 - args.teacher_alpha) * own + args.teacher_alpha * distilled, stats
 
 
 def teacher_loss(student_BC: Tensor, teacher_BC: Tensor, kind: str, temperature: float) -> Tensor:
@@ -119,7 +117,7 @@ def teach(teacher: nn.Module, images_NP: Tensor, digits_N: Tensor) -> None:
 
 
 def load(teacher: nn.Module, path: Path) -> None:
-    """Gives the teacher exported weights. Raises ConfigError if they are not there, or others."""
+    """Loads exported weights. Raises ConfigError if they are missing, or do not fit the teacher."""
     try:
         teacher.load_state_dict(io.load(path))
     except (OSError, RuntimeError, ValueError) as error:

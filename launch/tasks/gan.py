@@ -1,8 +1,8 @@
 """A generative adversarial network of handwritten digits: two engines, G and D, in one loop.
 
 Goodfellow et al., "Generative Adversarial Nets", 2014, with the non-saturating loss. The
-discriminator D learns to tell digits from what the generator G makes of noise; the loss of G goes
-through D.
+discriminator D learns to distinguish digits from what the generator G makes of noise; the loss of G
+goes through D.
 
 Tensor names end in their shape: B batch, P pixels (64), Z noise, S samples.
 """
@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from harness.config import Config
-from harness.config.sections import Section
+from harness.config import Config, Section
 from harness.errors import CommandError
 from harness.task import Stats, Task
 
@@ -31,7 +30,7 @@ class GanArgs(Section):
     """[task] args = {...} of this task."""
 
     noise: int = Field(default=32, ge=1)
-    """Random numbers that a digit is made of."""
+    """Random numbers from which a digit is generated."""
     width: int = Field(default=128, ge=1)
     """Width of the two hidden layers of G, and of D."""
 
@@ -79,12 +78,12 @@ def feed(noise: int, engine: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor,
     logits_2B = engine(torch.cat([real_BP, made_BP])).float().flatten()
     real_B, made_B = logits_2B.chunk(2)
     loss = F.softplus(-real_B).mean() + F.softplus(made_B).mean()
-    return loss, {"accuracy": told_apart(real_B, made_B)}
+    return loss, {"accuracy": balanced_accuracy(real_B, made_B)}
 
 
 def evaluate(noise: int, real_spread: Tensor, engine: Any, batch: tuple[Tensor, Tensor]) -> Stats:
-    """Of D: the share of held-out and generated digits that it tells apart. Of G: the energy
-    distance of those that it generates to the held-out ones, 0 for the same distribution.
+    """Of D: its balanced accuracy on held-out and generated digits. Of G: the energy distance of
+    those that it generates to the held-out ones, 0 for the same distribution.
 
     Szekely and Rizzo, "Energy statistics: A class of statistics based on distances", 2013.
     """
@@ -94,13 +93,13 @@ def evaluate(noise: int, real_spread: Tensor, engine: Any, batch: tuple[Tensor, 
         with engine.peers.lend("G") as generator:
             made_SP = generator(noise_SZ)
         logits_N = engine(torch.cat([real_BP, made_SP])).float().flatten()
-        return {"accuracy": told_apart(logits_N[: len(real_BP)], logits_N[len(real_BP) :])}
+        return {"accuracy": balanced_accuracy(logits_N[: len(real_BP)], logits_N[len(real_BP) :])}
     made_SP = engine(noise_SZ)
     across = torch.cdist(real_BP.float(), made_SP.float()).mean()
     return {"energy_distance": 2 * across - spread(made_SP) - real_spread.to(across.device)}
 
 
-def told_apart(real_B: Tensor, made_S: Tensor) -> Tensor:
+def balanced_accuracy(real_B: Tensor, made_S: Tensor) -> Tensor:
     """The mean of the shares of real and of generated digits that have logits of the right sign."""
     return ((real_B > 0).float().mean() + (made_S < 0).float().mean()) / 2
 
@@ -116,7 +115,7 @@ def fixed_noise(count: int, noise: int) -> Tensor:
 
 
 def sample(noise: int, engines: Any, count: str = "6") -> str:
-    """Draws some digits of the generator's average in characters."""
+    """Prints digits from the generator's averaged weights, as text."""
     if not (count.isdecimal() and 1 <= int(count) <= MOST_DRAWN):
         raise CommandError(f"found {count!r}, expected a number of digits from 1 to {MOST_DRAWN}")
     generator = engines["G"]

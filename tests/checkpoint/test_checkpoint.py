@@ -1,4 +1,4 @@
-"""Saving, resuming and refusing: what `runs/NAME/checkpoints/` holds, and what is done with it."""
+"""Saving, resuming and refusing: `runs/NAME/checkpoints/`, and what a run does with it."""
 
 import json
 import shutil
@@ -6,25 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from harness.checkpoint.manifest import checkpoints_in
 from harness.config import Config
 from harness.config.sections import merge
 from harness.engine import engines as engines_module
-from harness.files import json_read
-from harness.io import load
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
-from tests.support.helpers import OFFLOAD, error_of, losses, records, tiny_config
-
-
-def exported(config: Config, step: int) -> dict[str, torch.Tensor]:
-    return load(config.run_dir / f"exports/step-{step:08d}/net.sft")
-
-
-def checkpoint(config: Config, step: int) -> Path:
-    return config.run_dir / f"checkpoints/step-{step:08d}"
+from tests.support.helpers import (
+    OFFLOAD,
+    assert_equal,
+    checkpoint,
+    error_of,
+    exported,
+    flip_bit,
+    log_text,
+    losses,
+    records,
+    tiny_config,
+)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -41,28 +41,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         "scheduler": {"name": "cosine", "warmup": 3},
         "ds_overrides": ours | overrides,
     }
-    whole = tiny_config(
-        tmp_path / "whole",
+    uninterrupted = tiny_config(
+        tmp_path / "uninterrupted",
         stage,
         run={"steps": 15},
         task={"args": {"dropout": 0.2}},
         engines={"net": engine},
     )
-    two_ranks.run(run_in_world, whole)
-    table = whole.model_dump() | {"run": whole.run.model_dump() | {"dir": tmp_path / "parts"}}
-    parts = Config.model_validate(table | {"trainer": {"save_every": 7}})
-    two_ranks.run(run_in_world, parts)
-    shutil.rmtree(checkpoint(parts, 15))
-    shutil.rmtree(checkpoint(parts, 14))
-    shutil.rmtree(parts.run_dir / "exports")
-    two_ranks.run(run_in_world, parts)  # from step 7, in the middle of an epoch of 6 steps
-    assert losses(parts) == losses(whole)
-    rates = [[record["lr"] for record in records(config)] for config in (parts, whole)]
+    two_ranks.run(run_in_world, uninterrupted)
+    changes = {"run": {"dir": tmp_path / "resumed"}, "trainer": {"save_every": 7}}
+    resumed = Config.model_validate(merge(uninterrupted.model_dump(), changes))
+    two_ranks.run(run_in_world, resumed)
+    shutil.rmtree(checkpoint(resumed, 15))
+    shutil.rmtree(checkpoint(resumed, 14))
+    shutil.rmtree(resumed.run_dir / "exports")
+    two_ranks.run(run_in_world, resumed)  # from step 7, in the middle of an epoch of 6 steps
+    assert losses(resumed) == losses(uninterrupted)
+    rates = [[record["lr"] for record in records(run)] for run in (resumed, uninterrupted)]
     assert rates[0] == rates[1]
-    assert records(parts)[-1]["samples"] == records(whole)[-1]["samples"] == 15 * 16
-    for name, tensor in exported(whole, 15).items():
-        assert torch.equal(exported(parts, 15)[name], tensor), name
-    assert f"resumed from {checkpoint(parts, 7)}" in (parts.run_dir / "log.txt").read_text()
+    assert records(resumed)[-1]["samples"] == records(uninterrupted)[-1]["samples"] == 15 * 16
+    assert_equal(exported(resumed), exported(uninterrupted))
+    assert f"resumed from {checkpoint(resumed, 7)}" in log_text(resumed)
 
 
 def test_a_complete_run_is_left_as_it_is(two_ranks: RankPool, tmp_path: Path) -> None:
@@ -71,7 +70,7 @@ def test_a_complete_run_is_left_as_it_is(two_ranks: RankPool, tmp_path: Path) ->
     before, metrics = losses(config), (config.run_dir / "metrics.jsonl").read_text()
     two_ranks.run(run_in_world, config)
     assert (config.run_dir / "metrics.jsonl").read_text() == metrics
-    assert "the run is complete" in (config.run_dir / "log.txt").read_text()
+    assert "the run is complete" in log_text(config)
     longer = config.model_dump() | {"run": config.run.model_dump() | {"steps": 9}}
     two_ranks.run(run_in_world, Config.model_validate(longer))
     assert losses(config)[:6] == before and len(losses(config)) == 9
@@ -85,23 +84,23 @@ def test_two_engines_resume_together(two_ranks: RankPool, tmp_path: Path) -> Non
         "wise": teacher,
         "sharded": teacher | {"ds_overrides": {"zero_optimization": {"stage": 3}}},
     }
-    whole = tiny_config(tmp_path / "whole", engines=engines)
-    parts = tiny_config(tmp_path / "parts", engines=engines, trainer={"save_every": 4})
-    two_ranks.run(run_in_world, whole)
-    two_ranks.run(run_in_world, parts)
-    shutil.rmtree(checkpoint(parts, 6))
-    two_ranks.run(run_in_world, parts)
+    uninterrupted = tiny_config(tmp_path / "uninterrupted", engines=engines)
+    resumed = tiny_config(tmp_path / "resumed", engines=engines, trainer={"save_every": 4})
+    two_ranks.run(run_in_world, uninterrupted)
+    two_ranks.run(run_in_world, resumed)
+    shutil.rmtree(checkpoint(resumed, 6))
+    two_ranks.run(run_in_world, resumed)
     for name in ("net/loss", "other/loss"):
-        assert [r[name] for r in records(parts)] == [r[name] for r in records(whole)]
+        assert [r[name] for r in records(resumed)] == [r[name] for r in records(uninterrupted)]
 
 
-def test_an_unfinished_save_is_no_checkpoint(two_ranks: RankPool, tmp_path: Path) -> None:
+def test_an_unfinished_save_is_not_a_checkpoint(two_ranks: RankPool, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, trainer={"save_every": 2})
     two_ranks.run(run_in_world, config)
     (checkpoint(config, 6) / "manifest.json").unlink()
     checkpoint(config, 4).rename(checkpoint(config, 4).with_suffix(".tmp"))
     two_ranks.run(run_in_world, config)
-    assert f"resumed from {checkpoint(config, 2)}" in (config.run_dir / "log.txt").read_text()
+    assert f"resumed from {checkpoint(config, 2)}" in log_text(config)
     assert not checkpoint(config, 4).with_suffix(".tmp").exists()
 
 
@@ -117,10 +116,7 @@ def damage_truncated(directory: Path) -> str:
 
 
 def damage_one_bit(directory: Path) -> str:
-    path = directory / "net/mp_rank_00_model_states.pt"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    flip_bit(directory / "net/mp_rank_00_model_states.pt")
     return "net/mp_rank_00_model_states.pt"
 
 
@@ -130,14 +126,14 @@ def damage_manifest(directory: Path) -> str:
 
 
 def damage_dtype(directory: Path) -> str:
-    manifest = json_read(directory / "manifest.json")
+    manifest = json.loads((directory / "manifest.json").read_text())
     manifest["engines"]["net"]["dtype"] = "torch.float16"
     (directory / "manifest.json").write_text(json.dumps(manifest))
-    return "dtype is torch.float32 here, and torch.float16 in the checkpoint"
+    return "dtype is torch.float32 in this run, and torch.float16 in the checkpoint"
 
 
 def damage_format(directory: Path) -> str:
-    manifest = json_read(directory / "manifest.json") | {"format": 3}
+    manifest = json.loads((directory / "manifest.json").read_text()) | {"format": 3}
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return "format 3, and this version of harness reads 4"
 
@@ -153,16 +149,15 @@ def damage_format(directory: Path) -> str:
         damage_dtype,
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_refused(
+def test_a_damaged_checkpoint_is_reported_and_refused(
     two_ranks: RankPool, tmp_path: Path, damage: Any
 ) -> None:
     config = tiny_config(tmp_path)
     two_ranks.run(run_in_world, config)
     message = damage(checkpoint(config, 6))
-    told = two_ranks.run(error_of, config)
-    assert all(message in text and str(checkpoint(config, 6)) in text for text in told), told
-    errors = (config.run_dir / "log.txt").read_text().partition(" rank 0 ERROR ")[2]
-    assert message in errors
+    errors = two_ranks.run(error_of, config)
+    assert all(message in text and str(checkpoint(config, 6)) in text for text in errors), errors
+    assert message in log_text(config).partition(" rank 0 ERROR ")[2]
 
 
 @pytest.mark.parametrize(
@@ -178,27 +173,27 @@ def test_another_optimizer_is_refused(
 ) -> None:
     two_ranks.run(run_in_world, tiny_config(tmp_path, stage))
     config = tiny_config(tmp_path, stage, engines={"net": {"optimizer": other}}, run={"steps": 8})
-    told = two_ranks.run(error_of, config)
+    errors = two_ranks.run(error_of, config)
     reason = (
         f"checkpoint {checkpoint(config, 6)} does not fit this run: engine 'net': optimizer is "
-        f"{found} here, and torch.optim.adamw:AdamW in the checkpoint"
+        f"{found} in this run, and torch.optim.adamw:AdamW in the checkpoint"
     )
-    assert all(text.startswith(reason) for text in told), told
+    assert all(text.startswith(reason) for text in errors), errors
 
 
 def test_changed_data_are_refused(two_ranks: RankPool, tmp_path: Path) -> None:
     two_ranks.run(run_in_world, tiny_config(tmp_path))
     other = tiny_config(tmp_path, task={"args": {"samples": 50}}, run={"steps": 8})
-    told = two_ranks.run(error_of, other)
-    assert all("other data" in text and "length is 96" in text for text in told), told
+    errors = two_ranks.run(error_of, other)
+    assert all("other data" in text and "length is 96" in text for text in errors), errors
 
 
 def test_starting_over_in_a_used_run_directory_is_refused(
     two_ranks: RankPool, tmp_path: Path
 ) -> None:
     two_ranks.run(run_in_world, tiny_config(tmp_path))
-    told = two_ranks.run(error_of, tiny_config(tmp_path, run={"resume": "none"}))
-    assert all("choose another run.name" in text for text in told), told
+    errors = two_ranks.run(error_of, tiny_config(tmp_path, run={"resume": "none"}))
+    assert all("choose another run.name" in text for text in errors), errors
 
 
 def with_lr(config: Config, lr: float, steps: int) -> Config:
@@ -208,7 +203,7 @@ def with_lr(config: Config, lr: float, steps: int) -> Config:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_config_has_the_last_word_on_the_learning_rate(
+def test_the_config_takes_precedence_on_the_learning_rate(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
     engine = {"optimizer": {"betas": [0.9, 0.99]}, "scheduler": {"name": "constant", "warmup": 4}}
@@ -220,12 +215,12 @@ def test_the_config_has_the_last_word_on_the_learning_rate(
 
 
 def hold_lr(config: Config, lr: float) -> None:
-    """A run that holds its learning rate from the first step on, as the command does."""
+    """A run that holds its learning rate from the first step on, as the command `lr` does."""
     make = engines_module.Engine.__init__
 
     def held(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
-        self.set_lr(lr)
+        self.overrides.set_lr(lr)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines_module.Engine, "__init__", held)
@@ -243,7 +238,7 @@ def test_a_held_learning_rate_stays_until_the_config_changes(
     assert [record["lr"] for record in records(config)] == [0.125] * 4 + [0.25] * 2
 
 
-def test_an_abandoned_branch_is_not_taken_up_again(two_ranks: RankPool, tmp_path: Path) -> None:
+def test_an_abandoned_branch_is_not_resumed(two_ranks: RankPool, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, trainer={"save_every": 2})
     two_ranks.run(run_in_world, config)
     back = {"run": {"resume": str(checkpoint(config, 2)), "steps": 3}}
@@ -255,12 +250,12 @@ def test_an_abandoned_branch_is_not_taken_up_again(two_ranks: RankPool, tmp_path
     assert [record["step"] for record in records(config)] == [*range(1, 9)]
 
 
-def test_a_clock_that_was_put_back_costs_no_checkpoint(two_ranks: RankPool, tmp_path: Path) -> None:
+def test_a_clock_that_was_set_back_costs_no_checkpoint(two_ranks: RankPool, tmp_path: Path) -> None:
     keep: Any = {"trainer": {"save_every": 2}, "checkpoint": {"keep_last": 2}}
     two_ranks.run(run_in_world, tiny_config(tmp_path, run={"steps": 4}, **keep))
     config = tiny_config(tmp_path, run={"steps": 8}, **keep)
     for step in (2, 4):
-        manifest = json_read(checkpoint(config, step) / "manifest.json")
+        manifest = json.loads((checkpoint(config, step) / "manifest.json").read_text())
         manifest["saved_at"] += 86400
         (checkpoint(config, step) / "manifest.json").write_text(json.dumps(manifest))
     two_ranks.run(run_in_world, config)

@@ -1,13 +1,12 @@
 """Checkpoints where each node has only its own disk.
 
-A node is here a rank with a host name of its own, and a working directory of its own, in which the
-run directory `runs/tiny` lies.
+A node is here a rank with its own host name, and its own working directory, which contains the run
+directory `runs/tiny`.
 """
 
 import os
 import shutil
 import socket
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import torch
 
 from harness.checkpoint.completeness import copy_missing_files
 from harness.checkpoint.disks import Disks, find_disks
-from harness.checkpoint.durable import write_file
-from harness.checkpoint.inspect import describe
+from harness.checkpoint.files import write_file
+from harness.checkpoint.inspect import describe_path
 from harness.checkpoint.manifest import read_manifest
 from harness.config import Config
 from harness.convert.convert import Options, convert
@@ -28,7 +27,16 @@ from harness.io import load
 from harness.run import run_in_world
 from harness.testing.faults import fail_at, io_error
 from harness.testing.pool import RankError, RankPool
-from tests.support.helpers import error_of, losses, tiny_config
+from tests.support.helpers import (
+    Pools,
+    assert_equal,
+    error_of,
+    exported,
+    log_text,
+    losses,
+    tensor_crcs,
+    tiny_config,
+)
 
 MODEL = "mp_rank_00_model_states.pt"
 SHARD = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
@@ -40,7 +48,7 @@ def config_of(stage: int = 2, **overrides: Any) -> Config:
 
 
 def on(hosts: str, root: Path, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls the function on this rank as on the node that `hosts` has in its place: in `root/a`,
+    """Calls the function on this rank as on its node, of which `hosts` has the letter: in `root/a`,
     for instance."""
     host = hosts[global_rank()]
     was = Path.cwd()
@@ -59,7 +67,7 @@ def place(root: Path, host: str, step: int) -> Path:
 
 
 def names(root: Path, host: str) -> list[str]:
-    """What lies beside the checkpoints on a node's disk."""
+    """The names in `checkpoints/` on a node's disk."""
     return sorted(path.name for path in place(root, host, 0).parent.iterdir())
 
 
@@ -69,21 +77,23 @@ def files(root: Path, host: str, step: int = 6) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*.pt")}
 
 
+def run_on(root: Path, host: str = "a") -> Config:
+    """The run, as the node has it: rank 0's."""
+    return tiny_config(root / host / "runs")
+
+
 def log_of(root: Path) -> str:
-    return (root / "a/runs/tiny/log.txt").read_text()
+    return log_text(run_on(root))
 
 
 def losses_of(root: Path) -> list[float]:
-    return losses(tiny_config(root / "a/runs"))
+    return losses(run_on(root))
 
 
-def tensors(root: Path) -> dict[str, list[int]]:
+def tensors(root: Path) -> dict[str, dict[str, int]]:
     """The CRC-32 of every tensor in step 6, on whichever disk."""
-    found = {}
-    for path in (path for host in "ab" for path in place(root, host, 6).rglob("*.pt")):
-        with zipfile.ZipFile(path) as archive:
-            found[path.name] = [i.CRC for i in archive.infolist() if "/data/" in i.filename]
-    return found
+    paths = (path for host in "ab" for path in place(root, host, 6).rglob("*.pt"))
+    return {path.name: tensor_crcs(path) for path in paths}
 
 
 def remove(root: Path, step: int) -> None:
@@ -92,17 +102,17 @@ def remove(root: Path, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two nodes that nothing disturbed."""
-    root = tmp_path_factory.mktemp("whole")
+def uninterrupted(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on two nodes."""
+    root = tmp_path_factory.mktemp("uninterrupted")
     two_ranks.run(on, "ab", root, run_in_world, config_of())
     return root
 
 
 @pytest.fixture
-def root(whole: Path, tmp_path: Path) -> Path:
+def root(uninterrupted: Path, tmp_path: Path) -> Path:
     """A copy of that run."""
-    return shutil.copytree(whole, tmp_path / "root")
+    return shutil.copytree(uninterrupted, tmp_path / "root")
 
 
 def disks_and_sum() -> tuple[Disks, int]:
@@ -119,7 +129,7 @@ def disks_and_sum() -> tuple[Disks, int]:
         ("abc", [1, 10, 100]),
     ],
 )
-def test_who_shares_a_disk_is_found_out(
+def test_which_ranks_share_a_disk_is_detected(
     three_ranks: RankPool, tmp_path: Path, hosts: str, sums: list[int]
 ) -> None:
     found = three_ranks.run(on, hosts, tmp_path, disks_and_sum)
@@ -136,8 +146,8 @@ def test_each_node_writes_and_resumes_its_own_files(
     shared = tiny_config(tmp_path / "shared", stage, task={"args": config.task.args})
     two_ranks.run(run_in_world, shared)
     two_ranks.run(on, "ab", tmp_path, run_in_world, config)
-    mine, others = files(tmp_path, "a"), files(tmp_path, "b")
-    assert "rank-00000.pt" in mine and "rank-00001.pt" in others and not mine & others
+    ours, others = files(tmp_path, "a"), files(tmp_path, "b")
+    assert "rank-00000.pt" in ours and "rank-00001.pt" in others and not ours & others
     before = tensors(tmp_path)
     remove(tmp_path, 6)
     two_ranks.run(on, "ab", tmp_path, run_in_world, config)
@@ -153,12 +163,14 @@ def test_each_node_writes_and_resumes_its_own_files(
         assert ({"metrics.jsonl", "config.toml", "exports"} <= left) == (host == "a")
 
 
-def test_nodes_that_have_changed_places(two_ranks: RankPool, root: Path, whole: Path) -> None:
+def test_ranks_that_have_changed_nodes(
+    two_ranks: RankPool, root: Path, uninterrupted: Path
+) -> None:
     remove(root, 6)
     shutil.copy(root / "a/runs/tiny/metrics.jsonl", root / "b/runs/tiny")
     two_ranks.run(on, "ba", root, train_in_small_chunks, config_of())
-    assert losses(tiny_config(root / "b/runs")) == losses_of(whole)
-    assert tensors(root) == tensors(whole)
+    assert losses(run_on(root, "b")) == losses_of(uninterrupted)
+    assert tensors(root) == tensors(uninterrupted)
 
 
 def train_in_small_chunks(config: Config) -> None:
@@ -167,13 +179,13 @@ def train_in_small_chunks(config: Config) -> None:
         run_in_world(config)
 
 
-def test_what_comes_otherwise_than_it_was_is_refused(two_ranks: RankPool, tmp_path: Path) -> None:
-    told = two_ranks.run(on, "ab", tmp_path, fetch_what_was_changed)
-    assert all("x/.y.pt.tmp is another file than the one that was saved" in text for text in told)
+def test_a_copy_of_another_file_is_refused(two_ranks: RankPool, tmp_path: Path) -> None:
+    errors = two_ranks.run(on, "ab", tmp_path, copy_a_changed_file)
+    assert all("x/.y.pt.tmp is another file than the one that was saved" in text for text in errors)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["y.pt"]
 
 
-def fetch_what_was_changed() -> str:
+def copy_a_changed_file() -> str:
     directory, files = Path("x"), {}
     if global_rank() == 0:
         directory.mkdir()
@@ -191,7 +203,7 @@ def fetch_what_was_changed() -> str:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_kill_between_the_commits_of_two_nodes(
-    two_ranks: RankPool, tmp_path: Path, whole: Path, rank: int
+    two_ranks: RankPool, tmp_path: Path, uninterrupted: Path, rank: int
 ) -> None:
     with pytest.raises(RankError, match="died with exit code -9"):
         two_ranks.run(on, "ab", tmp_path, killed_at_step_4, config_of(), rank)
@@ -199,9 +211,9 @@ def test_a_kill_between_the_commits_of_two_nodes(
     assert committed == [rank == 1, rank == 0]
     two_ranks.run(on, "ab", tmp_path, run_in_world, config_of())
     assert "resumed from runs/tiny/checkpoints/step-00000002" in log_of(tmp_path)
-    assert losses_of(tmp_path) == losses_of(whole)
-    assert tensors(tmp_path) == tensors(whole)
-    assert names(tmp_path, "a") == names(tmp_path, "b") == names(whole, "a")
+    assert losses_of(tmp_path) == losses_of(uninterrupted)
+    assert tensors(tmp_path) == tensors(uninterrupted)
+    assert names(tmp_path, "a") == names(tmp_path, "b") == names(uninterrupted, "a")
 
 
 def killed_at_step_4(config: Config, rank: int) -> None:
@@ -210,10 +222,10 @@ def killed_at_step_4(config: Config, rank: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["kill", "error"])
-def test_what_a_half_made_commit_has_replaced_comes_back(
-    two_ranks: RankPool, root: Path, whole: Path, how: str
+def test_what_a_half_finished_commit_has_replaced_is_restored(
+    two_ranks: RankPool, root: Path, uninterrupted: Path, how: str
 ) -> None:
-    """Step 6, then the only one, is saved once more: rank 0 commits, and rank 1 does not."""
+    """Step 6, then the only one, is saved again: rank 0 commits, and rank 1 does not."""
     remove(root, 4)
     remove(root, 2)
     again = config_of(run={"steps": 8}, trainer={"save_every": 6}, checkpoint={"on_error": "stop"})
@@ -223,13 +235,13 @@ def test_what_a_half_made_commit_has_replaced_comes_back(
         assert "step-00000006.replaced.tmp" in names(root, "a")
     else:
         details = {"rank": 1, "how": io_error}
-        told = two_ranks.run(on, "ab", root, save_again, again, details)
-        assert all("cannot save" in text and "(injected)" in text for text in told), told
-    assert told_on(two_ranks, "ab", root, config_of()) == ["", ""]
-    assert "passed over" not in log_of(root)
+        errors = two_ranks.run(on, "ab", root, save_again, again, details)
+        assert all("cannot save" in text and "(injected)" in text for text in errors), errors
+    assert errors_on(two_ranks, "ab", root, config_of()) == ["", ""]
+    assert "skipped:" not in log_of(root)
     for host in "ab":
         assert names(root, host) == ["latest", "step-00000006"]
-        assert read_manifest(place(root, host, 6)) == read_manifest(place(whole, host, 6))
+        assert read_manifest(place(root, host, 6)) == read_manifest(place(uninterrupted, host, 6))
 
 
 def save_again(config: Config, details: dict[str, Any]) -> str:
@@ -239,10 +251,10 @@ def save_again(config: Config, details: dict[str, Any]) -> str:
         return error_of(config)
 
 
-# What is missing is told by name
+# Missing files are named
 
 
-def told_on(pool: RankPool, hosts: str, root: Path, config: Config) -> list[str]:
+def errors_on(pool: RankPool, hosts: str, root: Path, config: Config) -> list[str]:
     return pool.run(on, hosts, root, error_of, config)
 
 
@@ -258,7 +270,7 @@ def lose_a_step(root: Path) -> str:
 
 
 def damage_a_copy(root: Path) -> str:
-    """What a node would read is damaged there, and whole where it was written."""
+    """A node's copy is damaged, and the file is intact where it was written."""
     path = place(root, "b", 6) / "net" / MODEL
     path.write_bytes((place(root, "a", 6) / "net" / MODEL).read_bytes()[:-1])
     return f"rank 1: damaged: runs/tiny/checkpoints/step-00000006/net/{MODEL}"
@@ -271,80 +283,80 @@ def mix_saves(root: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", [lose_a_shard, lose_a_step, damage_a_copy, mix_saves])
-def test_a_step_that_is_not_whole_over_all_nodes_is_passed_over(
-    two_ranks: RankPool, root: Path, whole: Path, damage: Callable[[Path], str]
+def test_a_step_that_is_incomplete_over_all_nodes_is_skipped(
+    two_ranks: RankPool, root: Path, uninterrupted: Path, damage: Callable[[Path], str]
 ) -> None:
     message = damage(root)
     two_ranks.run(on, "ab", root, run_in_world, config_of())
-    (passed,) = [line for line in log_of(root).splitlines() if "passed over" in line]
-    assert message in passed
+    (skipped,) = [line for line in log_of(root).splitlines() if "skipped:" in line]
+    assert message in skipped
     assert "resumed from runs/tiny/checkpoints/step-00000004" in log_of(root)
-    assert losses_of(root) == losses_of(whole)
-    assert tensors(root) == tensors(whole)
+    assert losses_of(root) == losses_of(uninterrupted)
+    assert tensors(root) == tensors(uninterrupted)
 
 
 def test_other_layouts_need_all_files_in_one_place(
-    two_ranks: RankPool, root: Path, whole: Path
+    two_ranks: RankPool, root: Path, uninterrupted: Path
 ) -> None:
     theirs = f"net/{SHARD.format(1)}"
-    alone = told_on(two_ranks, "aa", root, config_of())
+    alone = errors_on(two_ranks, "aa", root, config_of())
     lost = f"rank-00001.pt, {theirs} are missing, written by rank 1 on host b"
     for step in (2, 4, 6):
         assert all(f"step-0000000{step} on host a: {lost}" in text for text in alone), alone
-    assert all("no checkpoint is whole" in text for text in alone)
+    assert all("no checkpoint is complete" in text for text in alone)
 
     remove(root, 6)
-    other = told_on(two_ranks, "ab", root, config_of(stage=1))
-    mine = f"net/{MODEL}, net/{SHARD.format(0)}"
+    other = errors_on(two_ranks, "ab", root, config_of(stage=1))
+    ours = f"net/{MODEL}, net/{SHARD.format(0)}"
     for lost in (
         f"step-00000004 on host a: {theirs} is missing, written by rank 1 on host b",
-        f"step-00000004 on host b: {mine} are missing, written by rank 0 on host a",
+        f"step-00000004 on host b: {ours} are missing, written by rank 0 on host a",
     ):
         assert all(lost in text for text in other), other
 
     shutil.copytree(place(root, "b", 4), place(root, "a", 4), dirs_exist_ok=True)
     shutil.copytree(place(root, "a", 4), place(root, "b", 4), dirs_exist_ok=True)
     two_ranks.run(on, "ab", root, run_in_world, config_of(stage=1))
-    assert log_of(root).count("re-laid") == 1
-    assert losses_of(root) == pytest.approx(losses_of(whole), abs=1e-5)
+    assert log_of(root).count("resharded step") == 1
+    assert losses_of(root) == pytest.approx(losses_of(uninterrupted), abs=1e-5)
 
 
-def test_one_rank_goes_on_where_all_files_are(root: Path) -> None:
+def test_one_rank_resumes_where_all_files_are(pools: Pools, root: Path) -> None:
     remove(root, 6)
     shutil.copytree(place(root, "b", 4), place(root, "a", 4), dirs_exist_ok=True)
-    with RankPool(1) as one:
-        config = config_of(3, data={"micro_batch_size": 8})
-        assert one.run(on, "a", root, error_of, config) == [""]
-    assert "passed over" not in log_of(root)
+    config = config_of(3, data={"micro_batch_size": 8})
+    assert pools(1).run(on, "a", root, error_of, config) == [""]
+    assert "skipped:" not in log_of(root)
     assert "resumed from runs/tiny/checkpoints/step-00000004" in log_of(root)
     assert read_manifest(place(root, "a", 6)).hosts == ["a"]
 
 
-def test_inspect_and_convert_say_where_the_rest_lies(root: Path) -> None:
-    mine, theirs = f"net/{SHARD.format(0)}", f"net/{SHARD.format(1)}"
-    told: list[str] = []
-    with pytest.raises(CheckpointError, match="not whole here: step-00000006, step-00000004, step"):
-        told.extend(describe(root / "b/runs/tiny"))
-    assert sum(f"{mine}  missing, written by rank 0 on host a" in line for line in told) == 3
-    assert sum(line.endswith(theirs) for line in told) == 3
-    lost = f"rank-00000.pt, net/{MODEL}, {mine} are missing, written by rank 0 on host a"
+def test_inspect_and_convert_list_missing_files(root: Path) -> None:
+    ours, theirs = f"net/{SHARD.format(0)}", f"net/{SHARD.format(1)}"
+    lines: list[str] = []
+    with pytest.raises(
+        CheckpointError, match="incomplete on this host: step-00000006, step-00000004, step"
+    ):
+        lines.extend(describe_path(root / "b/runs/tiny"))
+    assert sum(f"{ours}  missing, written by rank 0 on host a" in line for line in lines) == 3
+    assert sum(line.endswith(theirs) for line in lines) == 3
+    lost = f"rank-00000.pt, net/{MODEL}, {ours} are missing, written by rank 0 on host a"
     with pytest.raises(CheckpointError, match=lost):
-        list(describe(place(root, "b", 6)))
+        list(describe_path(place(root, "b", 6)))
     target = root / "x.sft"
     for host, lost in (
         ("a", f"{theirs} is missing, written by rank 1 on host b"),
-        ("b", f"net/{MODEL}, {mine} are missing, written by rank 0 on host a"),
+        ("b", f"net/{MODEL}, {ours} are missing, written by rank 0 on host a"),
     ):
         with pytest.raises(CheckpointError, match=lost):
             convert(root / host / "runs/tiny", target, Options(), print)
     shutil.copytree(place(root, "b", 6), place(root, "a", 6), dirs_exist_ok=True)
-    assert "whole" in list(describe(place(root, "a", 6), verify=True))[-1]
+    assert "complete" in list(describe_path(place(root, "a", 6), verify=True))[-1]
     convert(root / "a/runs/tiny", target, Options(), print)
-    exported = load(root / "a/runs/tiny/exports/step-00000006/net.sft")
-    assert all(torch.equal(tensor, exported[name]) for name, tensor in load(target).items())
+    assert_equal(load(target), exported(run_on(root)))
 
 
-def test_retention_clears_up_on_every_node(two_ranks: RankPool, root: Path) -> None:
+def test_retention_removes_on_every_node(two_ranks: RankPool, root: Path) -> None:
     shutil.rmtree(place(root, "a", 2))  # a kill has come between two removals
     config = config_of(run={"steps": 8}, checkpoint={"keep_last": 2})
     two_ranks.run(on, "ab", root, run_in_world, config)

@@ -1,4 +1,4 @@
-"""Killed and failing saves: the run always goes on from a whole checkpoint, to the same weights."""
+"""Killed and failing saves: runs resume from a complete checkpoint, to the same weights."""
 
 import random
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from torch import Tensor
 
 from harness.checkpoint.manifest import checkpoints_in, read_manifest
 from harness.config import Config
@@ -17,7 +17,17 @@ from harness.io import load
 from harness.run import run_in_world
 from harness.testing.faults import die_during_save, fail_at, io_error
 from harness.testing.pool import RankError, RankPool
-from tests.support.helpers import error_of, losses, small_disk, tiny_config
+from tests.support.helpers import (
+    assert_equal,
+    checkpoint,
+    error_of,
+    exports,
+    flip_bit,
+    log_text,
+    losses,
+    small_disk,
+    tiny_config,
+)
 
 WIDE = {"args": {"width": 2100}}
 """17.7 MB of weights: with AdamW's moments a checkpoint of about 71 MB."""
@@ -40,22 +50,16 @@ def train_with(config: Config, faults: list[tuple[str, dict[str, Any]]]) -> None
         run_in_world(config)
 
 
-def final_weights(config: Config) -> dict[str, torch.Tensor]:
-    exports = sorted((config.run_dir / "exports").iterdir())[-1]
-    return {
-        f"{file.stem}.{k}": v for file in sorted(exports.iterdir()) for k, v in load(file).items()
-    }
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def final_weights(config: Config) -> dict[str, Tensor]:
+    """All exported weights of the last step, by engine and name."""
+    files = sorted(exports(config).iterdir())
+    return {f"{file.stem}.{name}": weight for file in files for name, weight in load(file).items()}
 
 
 @pytest.fixture(scope="module")
-def whole(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run of two engines that nothing disturbed."""
-    config = two_engines(tmp_path_factory.mktemp("whole"))
+def uninterrupted(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """An uninterrupted run of two engines."""
+    config = two_engines(tmp_path_factory.mktemp("uninterrupted"))
     two_ranks.run(run_in_world, config)
     return config
 
@@ -76,7 +80,12 @@ PHASES = [
 @pytest.mark.parametrize("rank", [0, 1, None], ids=["rank0", "rank1", "all"])
 @pytest.mark.parametrize(("phase", "details"), PHASES, ids=lambda value: str(value))
 def test_killed_in_a_phase(
-    two_ranks: RankPool, tmp_path: Path, whole: Config, phase: str, details: Any, rank: int | None
+    two_ranks: RankPool,
+    tmp_path: Path,
+    uninterrupted: Config,
+    phase: str,
+    details: Any,
+    rank: int | None,
 ) -> None:
     if rank == 1 and phase != "file":
         pytest.skip("rank 0 alone does this")
@@ -85,9 +94,9 @@ def test_killed_in_a_phase(
     with pytest.raises(RankError, match="died with exit code -9"):
         two_ranks.run(train_with, config, [(phase, {**details, **step, "rank": rank})])
     two_ranks.run(run_in_world, config)
-    text = (config.run_dir / "log.txt").read_text()
-    assert "resumed from" in text and "passed over" not in text
-    assert_equal(final_weights(config), final_weights(whole))
+    text = log_text(config)
+    assert "resumed from" in text and "skipped:" not in text
+    assert_equal(final_weights(config), final_weights(uninterrupted))
     entries = sorted(path.name for path in (config.run_dir / "checkpoints").iterdir())
     assert entries == ["latest", "step-00000006"]
 
@@ -99,12 +108,12 @@ def test_killed_at_random_moments(
     two_ranks: RankPool, tmp_path: Path, rounds: int, background: bool
 ) -> None:
     table = {"run": {"steps": 3}, "task": WIDE, "trainer": {"save_every": 1}}
-    checkpoint = {"background": background, "keep_last": 2}
-    undisturbed = tiny_config(tmp_path / "whole", 1, **table)
-    two_ranks.run(run_in_world, undisturbed)
+    settings = {"background": background, "keep_last": 2}
+    uninterrupted = tiny_config(tmp_path / "uninterrupted", 1, **table)
+    two_ranks.run(run_in_world, uninterrupted)
     chance = random.Random(rounds)
     for number in range(rounds // 2):
-        config = tiny_config(tmp_path / str(number), 1, checkpoint=checkpoint, **table)
+        config = tiny_config(tmp_path / str(number), 1, checkpoint=settings, **table)
         killed = chance.choice([0, 1, None])
         fuse = {"seconds": chance.uniform(0, 0.4), "step": 2, "rank": killed}
         with pytest.raises(RankError, match="died with exit code -9"):
@@ -112,24 +121,29 @@ def test_killed_at_random_moments(
         left = [read_manifest(p).step for p in checkpoints_in(config.run_dir / "checkpoints")]
         assert left and max(left) >= 1, "more than one save interval was lost"
         two_ranks.run(run_in_world, config)
-        assert_equal(final_weights(config), final_weights(undisturbed))
+        assert_equal(final_weights(config), final_weights(uninterrupted))
 
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize(("phase", "rank"), [("file", 0), ("file", 1), ("rename", 0), ("room", 0)])
-def test_an_io_error_fails_one_save_on_all_ranks_and_the_run_goes_on(
-    two_ranks: RankPool, tmp_path: Path, whole: Config, phase: str, rank: int, background: bool
+def test_an_io_error_fails_one_save_on_all_ranks_and_the_run_continues(
+    two_ranks: RankPool,
+    tmp_path: Path,
+    uninterrupted: Config,
+    phase: str,
+    rank: int,
+    background: bool,
 ) -> None:
     config = two_engines(tmp_path, checkpoint={"background": background})
     fault = {"step": 4, "rank": rank, "how": io_error}
     two_ranks.run(train_with, config, [(phase, fault)])
-    text = (config.run_dir / "log.txt").read_text()
+    text = log_text(config)
     assert text.count("Input/output error (injected)") >= 1
-    assert "the run goes on, and the next save tries again" in text
+    assert "the run continues, and the next save tries again" in text
     names = sorted(path.name for path in (config.run_dir / "checkpoints").glob("step-*"))
     assert names[0] == "step-00000002" and names[-1] == "step-00000006"
     assert "step-00000004" not in names
-    assert_equal(final_weights(config), final_weights(whole))
+    assert_equal(final_weights(config), final_weights(uninterrupted))
 
 
 def slow_io_error() -> None:
@@ -138,10 +152,8 @@ def slow_io_error() -> None:
     io_error()
 
 
-def test_a_late_failure_does_not_take_the_next_save_along(
-    two_ranks: RankPool, tmp_path: Path
-) -> None:
-    trainer = {"save_every": 2, "export_on_quit": False}
+def test_a_late_failure_does_not_fail_the_next_save(two_ranks: RankPool, tmp_path: Path) -> None:
+    trainer = {"save_every": 2, "export_at_end": False}
     config = tiny_config(tmp_path, 1, trainer=trainer, checkpoint={"background": True})
     fault = {"step": 2, "rank": 1, "how": slow_io_error}
     two_ranks.run(train_with, config, [("file", fault)])
@@ -149,7 +161,7 @@ def test_a_late_failure_does_not_take_the_next_save_along(
     assert [read_manifest(path).step for path in found] == [6, 4]
 
 
-def test_an_io_error_ends_the_run_if_so_wished(two_ranks: RankPool, tmp_path: Path) -> None:
+def test_an_io_error_ends_the_run_if_so_configured(two_ranks: RankPool, tmp_path: Path) -> None:
     config = two_engines(tmp_path, checkpoint={"on_error": "stop"})
     with pytest.raises(RankError, match="CheckpointError") as caught:
         two_ranks.run(train_with, config, [("file", {"rank": 1, "how": io_error})])
@@ -169,11 +181,11 @@ def test_a_full_disk(two_ranks: RankPool, tmp_path: Path, foreseen: bool) -> Non
         tmp_path,
         1,
         task={"args": {"width": 1500}},
-        trainer={"save_every": 2, "export_on_quit": False},
+        trainer={"save_every": 2, "export_at_end": False},
     )
     with small_disk(tmp_path, "60m"):
-        two_ranks.run(told_by_blind if not foreseen else error_of, config)
-        text = (config.run_dir / "log.txt").read_text()
+        two_ranks.run(error_without_a_size if not foreseen else error_of, config)
+        text = log_text(config)
         reason = "MB are free" if foreseen else "OSError: [Errno 28] No space left on device: '/"
         assert text.count(reason) >= 1, text
         assert len(losses(config)) == 6
@@ -182,23 +194,23 @@ def test_a_full_disk(two_ranks: RankPool, tmp_path: Path, foreseen: bool) -> Non
 
 
 def test_an_export_that_fails_costs_no_step(two_ranks: RankPool, tmp_path: Path) -> None:
-    """9 MB of weights do not fit into 4 MB; what was begun does not stay there."""
+    """9 MB of weights do not fit into 4 MB; no partial export is left."""
     config = tiny_config(
         tmp_path,
         2,
         task={"args": {"width": 1500}},
-        trainer={"export_every": 2, "export_on_quit": False},
+        trainer={"export_every": 2, "export_at_end": False},
     )
-    exports = config.run_dir / "exports"
-    with small_disk(exports, "4m"):
+    directory = config.run_dir / "exports"
+    with small_disk(directory, "4m"):
         assert two_ranks.run(error_of, config) == ["", ""]
-        text = (config.run_dir / "log.txt").read_text()
+        text = log_text(config)
         assert text.count("cannot export") == text.count("the next export tries again") == 2
-        assert len(losses(config)) == 6 and not list(exports.iterdir())
+        assert len(losses(config)) == 6 and not list(directory.iterdir())
 
 
-def told_by_blind(config: Config) -> str:
-    """`error_of` on a system that says that it has room."""
+def error_without_a_size(config: Config) -> str:
+    """`error_of` where saves are taken to need no room."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("harness.checkpoint.save.bytes_of", lambda tree: 0)
         return error_of(config)
@@ -207,22 +219,22 @@ def told_by_blind(config: Config) -> str:
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("phase", ["room", "manifest"])
 def test_a_disk_that_becomes_read_only(
-    two_ranks: RankPool, tmp_path: Path, whole: Config, phase: str, background: bool
+    two_ranks: RankPool, tmp_path: Path, uninterrupted: Config, phase: str, background: bool
 ) -> None:
-    """In the save of step 4; it can be written to again when the one of step 6 begins."""
+    """In the save of step 4; it is writable again when the one of step 6 begins."""
     config = two_engines(tmp_path, checkpoint={"background": background})
     disk = config.run_dir / "checkpoints"
     locks = {"step": 4, "rank": 0, "how": partial(remount, disk, "ro")}
     unlocks = {"step": 6, "rank": 0, "how": partial(remount, disk, "rw")}
     with small_disk(disk, "60m"):
         two_ranks.run(train_with, config, [(phase, locks), ("room", unlocks)])
-        text = (config.run_dir / "log.txt").read_text()
+        text = log_text(config)
         place = disk / "step-00000004"
         assert f"cannot save {place}: [Errno 30] Read-only file system: '{place}.tmp" in text
-        assert "the run goes on, and the next save tries again" in text
+        assert "the run continues, and the next save tries again" in text
         assert [read_manifest(path).step for path in checkpoints_in(disk)] == [6, 2]
         assert (disk / "latest").read_text() == "step-00000006\n"
-    assert_equal(final_weights(config), final_weights(whole))
+    assert_equal(final_weights(config), final_weights(uninterrupted))
 
 
 def remount(disk: Path, access: str) -> None:
@@ -237,16 +249,14 @@ def test_a_failed_commit_leaves_nothing(two_ranks: RankPool, tmp_path: Path) -> 
     assert names == ["latest", "step-00000002", "step-00000006"]
 
 
-def test_a_damaged_checkpoint_is_passed_over(two_ranks: RankPool, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped(two_ranks: RankPool, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, trainer={"save_every": 2})
     two_ranks.run(run_in_world, config)
-    whole = losses(config)
-    path = config.run_dir / "checkpoints/step-00000006/net/mp_rank_00_model_states.pt"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    uninterrupted = losses(config)
+    path = checkpoint(config, 6) / "net/mp_rank_00_model_states.pt"
+    flip_bit(path)
     two_ranks.run(run_in_world, config)
-    text = (config.run_dir / "log.txt").read_text()
-    assert "passed over" in text and str(path) in text
-    assert f"resumed from {config.run_dir}/checkpoints/step-00000004" in text
-    assert losses(config) == whole
+    text = log_text(config)
+    assert "skipped:" in text and str(path) in text
+    assert f"resumed from {checkpoint(config, 4)}" in text
+    assert losses(config) == uninterrupted

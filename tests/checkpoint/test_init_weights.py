@@ -16,12 +16,21 @@ from harness.config import Config
 from harness.config.sections import merge
 from harness.engine.engine import Engine
 from harness.errors import ConfigError
-from harness.formats.sources import StoredTensor
+from harness.formats.stored_tensor import StoredTensor
 from harness.io.stored import read
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.zero.reader import SavedEngine
-from tests.support.helpers import OFFLOAD, ROOT, error_of, tiny_config
+from tests.support.helpers import (
+    OFFLOAD,
+    ROOT,
+    assert_equal,
+    checkpoint,
+    error_of,
+    exported,
+    log_text,
+    tiny_config,
+)
 from tests.tasks.reshard_task import Odd
 
 BF16 = {"bf16": {"enabled": True}}
@@ -60,12 +69,10 @@ def given(weights: dict[str, Tensor], tmp_path: Path) -> Path:
 
 def assert_starts_from(config: Config, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
     """The model's weights are those, rounded; the fp32 masters are those themselves."""
-    found = io.load(config.run_dir / "exports/step-00000001/net.sft")
-    assert found.keys() == weights.keys()
-    for name, tensor in weights.items():
-        expected = tensor.to(found[name].dtype if name == "scale" else dtype)
-        assert torch.equal(found[name], expected), name  # buffers may stay what they were
-    saved = SavedEngine(config.run_dir / "checkpoints/step-00000001/net")
+    found = exported(config, 1)
+    kept = {"scale": weights["scale"].to(found["scale"].dtype)}  # buffers may keep their dtype
+    assert_equal(found, {name: tensor.to(dtype) for name, tensor in weights.items()} | kept)
+    saved = SavedEngine(checkpoint(config, 1) / "net")
     assert len(saved.shapes) == 6
     for name in saved.shapes:
         assert torch.equal(read(saved.master(name)), weights[name]), name
@@ -130,38 +137,37 @@ def test_a_rank_reads_only_what_it_keeps(
 
 
 @pytest.mark.parametrize("kind", ["pt", "shards", "single", "export", "run", "bf16"])
-def test_weights_may_lie_in_any_kind_of_file(
+def test_weights_may_be_in_any_kind_of_file(
     two_ranks: RankPool, tmp_path: Path, weights: dict[str, Tensor], given: Path, kind: str
 ) -> None:
-    there = tmp_path / kind
+    source = tmp_path / kind
     match kind:
         case "pt":
-            there = tmp_path / "given.pt"
-            torch.save(weights, there)
+            source = tmp_path / "given.pt"
+            torch.save(weights, source)
         case "shards":
-            io.save(weights, there, shard_size=300)
-            assert len(list(there.glob("*.safetensors"))) > 2
+            io.save(weights, source, shard_size=300)
+            assert len(list(source.glob("*.safetensors"))) > 2
         case "single":
-            there.mkdir()
-            shutil.copy(given, there / "model.safetensors")
+            source.mkdir()
+            shutil.copy(given, source / "model.safetensors")
         case "export":
-            there.mkdir()
-            shutil.copy(given, there / "net.sft")
+            source.mkdir()
+            shutil.copy(given, source / "net.sft")
         case "run":
             first = config_of(tmp_path, 2, given, {"ds_overrides": BF16}, run={"name": "first"})
             two_ranks.run(run_in_world, first)
-            there = first.run_dir
+            source = first.run_dir
             for name in ("frozen.weight", "frozen.bias"):  # which have no masters
                 weights[name] = weights[name].bfloat16().float()
         case "bf16":
-            there = tmp_path / "bf16.sft"
-            io.save({name: tensor.bfloat16() for name, tensor in weights.items()}, there)
+            source = tmp_path / "bf16.sft"
+            io.save({name: tensor.bfloat16() for name, tensor in weights.items()}, source)
             weights = {name: tensor.bfloat16().float() for name, tensor in weights.items()}
-    config = config_of(tmp_path, 1, there)
+    config = config_of(tmp_path, 1, source)
     two_ranks.run(run_in_world, config)
     assert_starts_from(config, weights, torch.float32)
-    told = (config.run_dir / "log.txt").read_text()
-    assert ("10 cast from bfloat16 to float32" in told) == (kind == "bf16")
+    assert ("10 cast from bfloat16 to float32" in log_text(config)) == (kind == "bf16")
 
 
 def test_of_several_engines_it_is_the_one_of_the_same_name(
@@ -175,9 +181,9 @@ def test_of_several_engines_it_is_the_one_of_the_same_name(
     assert_starts_from(config, weights, torch.float32)
     elsewhere = {"ds_config": other["ds_config"], "optimizer": STILL, "init_from": first.run_dir}
     config = config_of(tmp_path / "third", 1, given, engines={"third": elsewhere})
-    for told in two_ranks.run(error_of, config):
-        assert "step-00000001: name one: " in told
-        assert "step-00000001/NAME: net, other" in told
+    for error in two_ranks.run(error_of, config):
+        assert "step-00000001: name one: " in error
+        assert "step-00000001/NAME: net, other" in error
 
 
 def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(
@@ -190,22 +196,22 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(
     wrong["again.weight"] = wrong["again.weight"] + 1
     torch.save(wrong, tmp_path / "wrong.pt")
     config = config_of(tmp_path, 3, tmp_path / "wrong.pt")
-    for told in two_ranks.run(error_of, config):
+    for error in two_ranks.run(error_of, config):
         for text in (
             "engines.net.init_from",
             "missing: 'last.weight' (did you mean 'last.wieght'?)",
             "unexpected: 'last.wieght' (did you mean 'last.weight'?)",
-            "wrong: 'first.weight' has the shape [6, 16] there, and [16, 6] here",
-            "wrong: 'tilt' is of int64 there, and of float32 here",
-            "wrong: 'again.weight' differs from 'middle.weight': tied here, and not there",
+            "wrong: 'first.weight' has the shape [6, 16] in the file, and [16, 6] in the model",
+            "wrong: 'tilt' is int64 in the file, and float32 in the model",
+            "wrong: 'again.weight' differs from 'middle.weight': tied in the model, and not in the",
             "harness convert",
         ):
-            assert text in told, told
-        assert "rank" not in told  # it is the same on all
+            assert text in error, error
+        assert "rank" not in error  # it is the same on all
     assert not config.run_dir.exists()
     config = config_of(tmp_path, 3, tmp_path / "nothing.sft")
-    for told in two_ranks.run(error_of, config):
-        assert "nothing.sft: no such file" in told
+    for error in two_ranks.run(error_of, config):
+        assert "nothing.sft: no such file" in error
 
 
 def test_experts_are_refused(given: Path) -> None:
@@ -217,20 +223,20 @@ def test_experts_are_refused(given: Path) -> None:
 
 
 def started(config: Config) -> list[dict[str, Tensor]]:
-    """Trains. Returns the whole weights of each engine that was filled, as they were then."""
+    """Trains. Returns the complete weights of each engine right after it was filled."""
     found = []
     fill = init_weights.fill
 
-    def and_look(engine: Engine, weights: init_weights.Weights) -> None:
+    def and_copy(engine: Engine, weights: init_weights.Weights) -> None:
         fill(engine, weights)
         found.append(dict(engine.full_tensors()))
 
-    with patch.object(init_weights, "fill", and_look):
+    with patch.object(init_weights, "fill", and_copy):
         run_in_world(config)
     return found
 
 
-def test_a_resumed_run_goes_on_and_its_teacher_starts_anew(
+def test_a_resumed_run_continues_and_its_teacher_starts_again(
     two_ranks: RankPool, tmp_path: Path, weights: dict[str, Tensor], given: Path
 ) -> None:
     teacher = {
@@ -241,11 +247,10 @@ def test_a_resumed_run_goes_on_and_its_teacher_starts_anew(
     net = {"optimizer": {"lr": 0.01}}
     config = config_of(tmp_path, 2, given, net, engines={"wise": teacher})
     assert len(two_ranks.run(started, config)[0]) == 2
-    trained = io.load(config.run_dir / "exports/step-00000001/net.sft")
+    trained = exported(config, 1)
     assert not torch.equal(trained["tilt"], weights["tilt"])
     gone = tmp_path / "gone.sft"
     config = config_of(tmp_path, 2, gone, engines={"wise": teacher}, run={"steps": 2})
     (wise,) = two_ranks.run(started, config)[0]
     assert all(torch.equal(wise[name], weights[name]) for name in weights)
-    again = io.load(config.run_dir / "exports/step-00000002/net.sft")
-    assert all(torch.equal(again[name], trained[name]) for name in trained)
+    assert_equal(exported(config, 2), trained)

@@ -1,18 +1,17 @@
-"""`harness inspect` tells what a file holds, and runs nothing that is in it."""
+"""`harness inspect` describes files, and runs no code that is in them."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from harness.checkpoint.inspect import describe
+from harness.checkpoint.inspect import describe_path
 from harness.cli import main
 from harness.config import Config
 from harness.errors import CheckpointError
-from harness.io import save
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
-from tests.support.helpers import tiny_config
+from tests.support.helpers import checkpoint, exports, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -24,25 +23,25 @@ def run(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Config
 
 @pytest.mark.parametrize("verify", [False, True])
 def test_a_run_and_its_checkpoints(run: Config, verify: bool) -> None:
-    text = "\n".join(describe(run.run_dir, verify))
+    text = "\n".join(describe_path(run.run_dir, verify))
     assert text.index("step 6, 2 ranks, saved ") < text.index("step 3, 2 ranks, saved ")
     assert text.count("engine net: ZeRO stage 2, torch.float32") == 2
     assert "eval/loss" in text and "rank-00001.pt" in text
-    assert text.count("every CRC checked: whole" if verify else "sizes checked: whole") == 2
-    alone = "\n".join(describe(run.run_dir / "checkpoints/step-00000003"))
+    assert text.count("every CRC checked: complete" if verify else "sizes checked: complete") == 2
+    alone = "\n".join(describe_path(checkpoint(run, 3)))
     assert alone in text or verify
 
 
 def test_deepspeeds_own_files(run: Config) -> None:
-    net = run.run_dir / "checkpoints/step-00000006/net"
-    model = list(describe(net / "mp_rank_00_model_states.pt"))
+    net = checkpoint(run, 6) / "net"
+    model = list(describe_path(net / "mp_rank_00_model_states.pt"))
     assert any("module.first.weight" in line and "[16, 6]" in line for line in model)
-    shard = list(describe(net / "zero_pp_rank_1_mp_rank_00_optim_states.pt"))
+    shard = list(describe_path(net / "zero_pp_rank_1_mp_rank_00_optim_states.pt"))
     assert any("exp_avg_sq" in line for line in shard)
 
 
 def test_an_export(run: Config) -> None:
-    lines = list(describe(run.run_dir / "exports/step-00000006/net.sft"))
+    lines = list(describe_path(exports(run) / "net.sft"))
     assert "7 tensors" in lines[0]
     assert any("again.weight" in line and "= middle.weight" in line for line in lines) or any(
         "middle.weight" in line and "= again.weight" in line for line in lines
@@ -57,9 +56,9 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
 
     torch.save({"a": Code(), "b": torch.ones(2, 3)}, tmp_path / "x.pt")
     try:
-        assert any("[2, 3]" in line for line in describe(tmp_path / "x.pt"))
+        assert any("[2, 3]" in line for line in describe_path(tmp_path / "x.pt"))
     except CheckpointError as error:
-        assert "no readable .pt" in str(error)
+        assert "not a readable .pt" in str(error)
     assert not (tmp_path / "ran").exists()
 
 
@@ -73,20 +72,21 @@ def test_what_cannot_be_read_is_one_message(
         patch.setattr("sys.argv", ["harness", "inspect", str(tmp_path / name)])
         main()
     assert left.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / name}: no ")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / name}: not a ")
 
 
-def test_damage_is_told(run: Config, tmp_path: Path) -> None:
-    save({"x": torch.ones(3)}, tmp_path / "x.sft")
-    whole = run.run_dir / "checkpoints/step-00000003"
-    path = whole / "rank-00000.pt"
+def test_damage_is_reported(run: Config) -> None:
+    directory = checkpoint(run, 3)
+    path = directory / "rank-00000.pt"
     data = path.read_bytes()
     path.write_bytes(data[:-1])
     with pytest.raises(CheckpointError, match=r"rank-00000\.pt has \d+ bytes, expected"):
-        list(describe(whole))
-    told: list[str] = []
-    with pytest.raises(CheckpointError, match=r"tiny: not whole here: step-00000003$"):
-        told.extend(describe(run.run_dir))
+        list(describe_path(directory))
+    lines: list[str] = []
+    with pytest.raises(
+        CheckpointError, match=r"tiny: damaged or incomplete on this host: step-00000003$"
+    ):
+        lines.extend(describe_path(run.run_dir))
     path.write_bytes(data)
-    assert sum("sizes checked: whole" in line for line in told) == 1
-    assert sum("rank-00000.pt has" in line for line in told) == 1
+    assert sum("sizes checked: complete" in line for line in lines) == 1
+    assert sum("rank-00000.pt has" in line for line in lines) == 1

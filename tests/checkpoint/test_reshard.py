@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,28 @@ import torch
 
 from harness import io
 from harness.checkpoint import resume
-from harness.checkpoint.save import collect, write_files
+from harness.checkpoint.save import write_files
 from harness.config import Config
 from harness.config.engine_sections import OptimizerConfig
 from harness.config.sections import merge
 from harness.convert.convert import Options, convert
 from harness.io.stored import materialize, read
-from harness.optim.build import is_elementwise
+from harness.optim.sharding import is_elementwise
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.zero.reader import SavedEngine
-from tests.support.helpers import OFFLOAD, ROOT, error_of, records, tiny_config
+from tests.support.helpers import (
+    OFFLOAD,
+    ROOT,
+    Pools,
+    assert_same_optimizer,
+    checkpoint,
+    error_of,
+    exported,
+    log_text,
+    records,
+    tiny_config,
+)
 from tests.tasks.tiny_task import SAMPLES
 
 BATCH = 8
@@ -29,31 +39,21 @@ TASK = str(ROOT / "tests/tasks/reshard_task.py")
 ODD = {"path": TASK}
 TWO_GROUPS = {"optimizer": {"name": "tests.tasks.reshard_task:TwoGroups", "lr": 1e-2}}
 Layout = tuple[int, int]
-Pools = Callable[[int], RankPool]
-
-
-@pytest.fixture(scope="module")
-def pools(two_ranks: RankPool, four_ranks: RankPool) -> Iterator[Pools]:
-    with RankPool(1) as one_rank:
-        yield {1: one_rank, 2: two_ranks, 4: four_ranks}.__getitem__
+"""`(ranks, ZeRO stage)`."""
 
 
 def config_of(
     directory: Path, layout: Layout, engine: Any = None, steps: int = 8, **overrides: Any
 ) -> Config:
-    """A run on `layout` (ranks, ZeRO stage) with a batch of 8, saved after 4 steps."""
+    """A run on `layout` with a batch of 8, saved after 4 steps."""
     world, stage = layout
     table = {
         "run": {"steps": steps},
         "data": {"micro_batch_size": BATCH // world},
         "engines": {"net": {"scheduler": {"name": "cosine", "warmup": 3}} | (engine or {})},
-        "trainer": {"save_every": 4, "export_on_quit": False},
+        "trainer": {"save_every": 4, "export_at_end": False},
     }
     return tiny_config(directory, stage, **merge(table, overrides))
-
-
-def checkpoint(config: Config, step: int = 4) -> Path:
-    return config.run_dir / f"checkpoints/step-{step:08d}"
 
 
 def losses(config: Config) -> list[float]:
@@ -61,55 +61,47 @@ def losses(config: Config) -> list[float]:
     return [record[key] for record in records(config)]
 
 
-def hand_over(whole: Config, parts: Config) -> None:
-    """Gives the checkpoint of one run to another."""
-    shutil.copytree(checkpoint(whole), checkpoint(parts))
+def copy_checkpoint(full: Config, resumed: Config) -> None:
+    """Copies the checkpoint of one run to another."""
+    shutil.copytree(checkpoint(full, 4), checkpoint(resumed, 4))
 
 
-def train_and_look(config: Config) -> None:
+def train_and_dump(config: Config) -> None:
     """A run that writes what it has resumed into `resumed/`, before its next step."""
-    done = resume.resume
+    original = resume.resume
 
-    def and_look(directory: Path, engines: Any, *others: Any) -> None:
-        done(directory, engines, *others)
+    def and_dump(directory: Path, engines: Any, *others: Any) -> None:
+        original(directory, engines, *others)
         for engine in engines.trained:
-            write_files(config.run_dir / "resumed", collect(engine))
+            write_files(config.run_dir / "resumed", engine.collect())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resume, "resume", and_look)
+        patch.setattr(resume, "resume", and_dump)
         (config.run_dir / "resumed").mkdir(exist_ok=True)
         run_in_world(config)
 
 
-def assert_resumed(whole: Config, parts: Config, engine: str = "net") -> None:
-    """Everything that `parts` resumed is equal to what `whole` saved, by name."""
-    one = SavedEngine(checkpoint(whole) / engine)
-    other = SavedEngine(parts.run_dir / "resumed" / engine)
-    assert one.shapes == other.shapes
-    for name in one.shapes:
-        assert torch.equal(read(one.master(name)), read(other.master(name))), name
-        assert one.state_keys(name) == other.state_keys(name) == ["exp_avg", "exp_avg_sq"]
-        for key in one.state_keys(name):
-            mine, its = read(one.moment(name, key)), read(other.moment(name, key))
-            assert torch.equal(mine, its), (name, key)
-        assert materialize(one.scalars(name)) == materialize(other.scalars(name))
-        assert one.group_of(name) == other.group_of(name)
-    for name in one.model["module"]:
-        mine, its = read(one.weight(name)), read(other.weight(name))
-        assert one.model["module"][name].dtype == other.model["module"][name].dtype
-        dtype = getattr(torch, one.model["module"][name].dtype)
-        assert torch.equal(mine.to(dtype), its.to(dtype)), name
-    assert materialize(one.groups) == materialize(other.groups)
+def assert_resumed(full: Config, resumed: Config, engine: str = "net") -> None:
+    """Everything that `resumed` started from is equal to what `full` saved, by name."""
+    saved = SavedEngine(checkpoint(full, 4) / engine)
+    found = SavedEngine(resumed.run_dir / "resumed" / engine)
+    assert_same_optimizer(found, saved)
+    assert all(saved.state_keys(name) == ["exp_avg", "exp_avg_sq"] for name in saved.shapes)
+    for name, weight in saved.model["module"].items():
+        assert found.model["module"][name].dtype == weight.dtype
+        dtype = getattr(torch, weight.dtype)
+        before, after = (read(engine.weight(name)).to(dtype) for engine in (saved, found))
+        assert torch.equal(before, after), name
     for key in ("lr_scheduler", "global_steps", "global_samples", "skipped_steps"):
-        assert one.model[key] == other.model[key], key
+        assert found.model[key] == saved.model[key], key
 
 
-def both(pools: Pools, whole: Config, parts: Config, before: Layout, after: Layout) -> float:
-    """Runs `whole`, and `parts` from its step 4 on. The largest difference of their losses."""
-    pools(before[0]).run(run_in_world, whole)
-    hand_over(whole, parts)
-    pools(after[0]).run(train_and_look, parts)
-    return max(abs(a - b) for a, b in zip(losses(parts), losses(whole)[4:], strict=True))
+def both(pools: Pools, full: Config, resumed: Config, before: Layout, after: Layout) -> float:
+    """Runs `full`, and `resumed` from its step 4 on. The largest difference of their losses."""
+    pools(before[0]).run(run_in_world, full)
+    copy_checkpoint(full, resumed)
+    pools(after[0]).run(train_and_dump, resumed)
+    return max(abs(a - b) for a, b in zip(losses(resumed), losses(full)[4:], strict=True))
 
 
 CHANGES = [
@@ -129,16 +121,16 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("before", "after"), CHANGES)
-def test_a_run_goes_on_in_another_layout(
+def test_a_run_resumes_in_another_layout(
     pools: Pools, tmp_path: Path, before: Layout, after: Layout
 ) -> None:
-    whole, parts = config_of(tmp_path / "whole", before), config_of(tmp_path / "parts", after)
-    assert both(pools, whole, parts, before, after) < 1e-5
-    assert_resumed(whole, parts)
-    log = (parts.run_dir / "log.txt").read_text()
+    full, resumed = config_of(tmp_path / "full", before), config_of(tmp_path / "resumed", after)
+    assert both(pools, full, resumed, before, after) < 1e-5
+    assert_resumed(full, resumed)
+    log = log_text(resumed)
     was, now = (rf"{world} ranks, ZeRO {stage}, layout \w+" for world, stage in (before, after))
-    assert re.search(f"re-laid step-00000004/net from {was} to {now}", log)
-    assert not list(parts.run_dir.glob("checkpoints/*.tmp"))
+    assert re.search(f"resharded step-00000004/net from {was} to {now}", log)
+    assert not list(resumed.run_dir.glob("checkpoints/*.tmp"))
 
 
 @pytest.mark.parametrize(
@@ -148,10 +140,10 @@ def test_master_weights_of_bf16_move_exactly(
     pools: Pools, tmp_path: Path, before: Layout, after: Layout
 ) -> None:
     engine = {"ds_overrides": {"bf16": {"enabled": True}}}
-    whole = config_of(tmp_path / "whole", before, engine)
-    parts = config_of(tmp_path / "parts", after, engine)
-    assert both(pools, whole, parts, before, after) < 1e-2
-    assert_resumed(whole, parts)
+    full = config_of(tmp_path / "full", before, engine)
+    resumed = config_of(tmp_path / "resumed", after, engine)
+    assert both(pools, full, resumed, before, after) < 1e-2
+    assert_resumed(full, resumed)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +155,12 @@ def test_what_is_offloaded_moves_exactly(
 ) -> None:
     bf16 = {"bf16": {"enabled": dtype == "bf16"}}
     offloaded = {"ds_overrides": bf16 | OFFLOAD}
-    whole = config_of(tmp_path / "whole", before, offloaded)
-    parts = config_of(tmp_path / "parts", after, offloaded if after[1] else {"ds_overrides": bf16})
-    assert both(pools, whole, parts, before, after) < (1e-2 if dtype == "bf16" else 1e-5)
-    assert_resumed(whole, parts)
+    full = config_of(tmp_path / "full", before, offloaded)
+    resumed = config_of(
+        tmp_path / "resumed", after, offloaded if after[1] else {"ds_overrides": bf16}
+    )
+    assert both(pools, full, resumed, before, after) < (1e-2 if dtype == "bf16" else 1e-5)
+    assert_resumed(full, resumed)
 
 
 @pytest.mark.slow
@@ -177,22 +171,22 @@ def test_fused_adam_moves_exactly(tmp_path: Path) -> None:
         "optimizer": {"name": "deepspeed.ops.adam:FusedAdam"},
         "ds_overrides": {"bf16": {"enabled": True}},
     }
-    with RankPool(2, timeout_s=600) as patient:
+    with RankPool(2, timeout_s=600) as pool:
         for number, stages in enumerate([(0, 1), (3, 0)]):
             before, after = ((2, stage) for stage in stages)
-            whole = config_of(tmp_path / f"{number}/whole", before, engine)
-            parts = config_of(tmp_path / f"{number}/parts", after, engine)
-            assert both({2: patient}.__getitem__, whole, parts, before, after) < 1e-2
-            assert_resumed(whole, parts)
+            full = config_of(tmp_path / f"{number}/full", before, engine)
+            resumed = config_of(tmp_path / f"{number}/resumed", after, engine)
+            assert both({2: pool}.__getitem__, full, resumed, before, after) < 1e-2
+            assert_resumed(full, resumed)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_offloading_is_no_other_layout(pools: Pools, tmp_path: Path, stage: int) -> None:
-    whole = config_of(tmp_path / "whole", (2, stage))
-    parts = config_of(tmp_path / "parts", (2, stage), {"ds_overrides": OFFLOAD})
-    assert both(pools, whole, parts, (2, stage), (2, stage)) < 1e-5
-    assert_resumed(whole, parts)
-    assert "re-laid" not in (parts.run_dir / "log.txt").read_text()
+def test_offloading_changes_no_layout(pools: Pools, tmp_path: Path, stage: int) -> None:
+    full = config_of(tmp_path / "full", (2, stage))
+    resumed = config_of(tmp_path / "resumed", (2, stage), {"ds_overrides": OFFLOAD})
+    assert both(pools, full, resumed, (2, stage), (2, stage)) < 1e-5
+    assert_resumed(full, resumed)
+    assert "resharded step" not in log_text(resumed)
 
 
 @pytest.mark.parametrize(
@@ -202,12 +196,12 @@ def test_odd_layouts_and_a_teacher(
     pools: Pools, tmp_path: Path, before: Layout, after: Layout
 ) -> None:
     """Two parameter groups, frozen parameters, many sub-groups, alignment, permuted shards."""
-    whole, parts = odd_config(tmp_path / "whole", before, 1), odd_config(tmp_path, after, 2)
-    assert both(pools, whole, parts, before, after) < 1e-5
-    assert_resumed(whole, parts)
-    resumed = SavedEngine(parts.run_dir / "resumed/net")
-    assert read(resumed.weight("frozen.weight")).eq(1).all()
-    assert [group["weight_decay"] for group in resumed.groups] == [0.1, 0.0]
+    full, resumed = odd_config(tmp_path / "full", before, 1), odd_config(tmp_path, after, 2)
+    assert both(pools, full, resumed, before, after) < 1e-5
+    assert_resumed(full, resumed)
+    engine = SavedEngine(resumed.run_dir / "resumed/net")
+    assert read(engine.weight("frozen.weight")).eq(1).all()
+    assert [group["weight_decay"] for group in engine.groups] == [0.1, 0.0]
 
 
 def odd_config(directory: Path, layout: Layout, fill: float) -> Config:
@@ -232,13 +226,13 @@ SMALL_GROUPS = {"zero_optimization": {"sub_group_size": 50}}
 def test_another_layout_on_the_same_ranks_is_noticed(
     pools: Pools, tmp_path: Path, stage: int, change: Any, back: bool
 ) -> None:
-    whole, parts = (
+    full, resumed = (
         config_of(tmp_path / name, (2, stage), TWO_GROUPS | {"ds_overrides": keys}, task=ODD)
-        for name, keys in zip(("whole", "parts"), in_turn({}, change, back), strict=True)
+        for name, keys in zip(("full", "resumed"), in_turn({}, change, back), strict=True)
     )
-    assert both(pools, whole, parts, (2, stage), (2, stage)) < 1e-5
-    assert_resumed(whole, parts)
-    assert "re-laid step-00000004/net" in (parts.run_dir / "log.txt").read_text()
+    assert both(pools, full, resumed, (2, stage), (2, stage)) < 1e-5
+    assert_resumed(full, resumed)
+    assert "resharded step-00000004/net" in log_text(resumed)
 
 
 @pytest.mark.parametrize("back", [False, True])
@@ -246,13 +240,13 @@ def test_another_precision_wrapper_is_noticed(pools: Pools, tmp_path: Path, back
     """bf16 at stage 1 is BF16_Optimizer's with fp32 gradients, and else ZeRO's."""
     bf16 = {"bf16": {"enabled": True}}
     fp32 = bf16 | {"data_types": {"grad_accum_dtype": "fp32"}}
-    whole, parts = (
+    full, resumed = (
         config_of(tmp_path / name, (2, 1), {"ds_overrides": keys})
-        for name, keys in zip(("whole", "parts"), in_turn(bf16, fp32, back), strict=True)
+        for name, keys in zip(("full", "resumed"), in_turn(bf16, fp32, back), strict=True)
     )
-    assert both(pools, whole, parts, (2, 1), (2, 1)) < 1e-2
-    assert_resumed(whole, parts)
-    assert "re-laid step-00000004/net" in (parts.run_dir / "log.txt").read_text()
+    assert both(pools, full, resumed, (2, 1), (2, 1)) < 1e-2
+    assert_resumed(full, resumed)
+    assert "resharded step-00000004/net" in log_text(resumed)
 
 
 def in_turn(first: Any, second: Any, back: bool) -> tuple[Any, Any]:
@@ -263,10 +257,10 @@ def in_turn(first: Any, second: Any, back: bool) -> tuple[Any, Any]:
 def test_another_order_of_the_parameters_is_noticed(
     pools: Pools, tmp_path: Path, stage: int
 ) -> None:
-    whole = config_of(tmp_path / "whole", (2, stage), task=ODD)
-    parts = config_of(tmp_path / "parts", (2, stage), task=ODD | {"args": {"reordered": True}})
-    assert both(pools, whole, parts, (2, stage), (2, stage)) < 1e-5
-    assert_resumed(whole, parts)
+    full = config_of(tmp_path / "full", (2, stage), task=ODD)
+    resumed = config_of(tmp_path / "resumed", (2, stage), task=ODD | {"args": {"reordered": True}})
+    assert both(pools, full, resumed, (2, stage), (2, stage)) < 1e-5
+    assert_resumed(full, resumed)
 
 
 @pytest.mark.parametrize(("before", "after"), [((2, 2), (2, 3)), ((2, 3), (2, 0))])
@@ -274,26 +268,25 @@ def test_extra_state_moves_is_exported_and_converted(
     pools: Pools, tmp_path: Path, before: Layout, after: Layout
 ) -> None:
     task = {"path": TASK, "args": {"counts": True}}
-    settings: Any = {"steps": 4, "task": task, "trainer": {"export_on_quit": True, "eval_every": 0}}
+    settings: Any = {"steps": 4, "task": task, "trainer": {"export_at_end": True, "eval_every": 0}}
     pools(before[0]).run(run_in_world, config_of(tmp_path, before, **settings))
     config = config_of(tmp_path, after, **settings | {"steps": 8})
     pools(after[0]).run(run_in_world, config)
-    told: list[str] = []
-    convert(config.run_dir, tmp_path / "weights.sft", Options(dtype="bf16"), told.append)
-    exported = io.load(config.run_dir / "exports/step-00000008/net.sft")
-    for found in (exported, io.load(tmp_path / "weights.sft")):
+    lines: list[str] = []
+    convert(config.run_dir, tmp_path / "weights.sft", Options(dtype="bf16"), lines.append)
+    for found in (exported(config), io.load(tmp_path / "weights.sft")):
         assert found["dropout.0._extra_state"] == torch.tensor(8.0)
         assert "dropout.1._extra_state" not in found
-    assert told[0] == "note: 'dropout.1._extra_state' is no tensor, and is left out: a dict"
-    log = (config.run_dir / "log.txt").read_text()
-    assert "engine net: no tensor, and left out: dropout.1._extra_state" in log
-    convert(checkpoint(config, 8), tmp_path / "native", Options(to_zero=1, ranks=2), told.append)
+    assert lines[0] == "note: 'dropout.1._extra_state' is not a tensor, and is left out: a dict"
+    log = log_text(config)
+    assert "engine net: left out, not a tensor: dropout.1._extra_state" in log
+    convert(checkpoint(config, 8), tmp_path / "native", Options(to_zero=1, ranks=2), lines.append)
     native = materialize(SavedEngine(tmp_path / "native/global_step8").extra)
     assert native["dropout.1._extra_state"] == {"calls": 8}
     init = {"init_from": tmp_path / "weights.sft"}
     started = config_of(tmp_path / "new", after, init, **settings | {"steps": 1})
     pools(after[0]).run(run_in_world, started)
-    log = (started.run_dir / "log.txt").read_text()
+    log = log_text(started)
     assert "engine net: extra state is not taken: dropout.0._extra_state" in log
 
 
@@ -316,9 +309,9 @@ def test_state_that_depends_on_shapes_is_refused(
 ) -> None:
     pools(before[0]).run(run_in_world, config_of(tmp_path, before, ADAFACTOR, steps=4))
     config = config_of(tmp_path, after, ADAFACTOR)
-    told = pools(after[0]).run(error_of, config)
-    assert all("depends on the parameters' shapes" in text for text in told), told
-    assert all(f"resume on {before[0]} ranks, ZeRO {before[1]}" in text for text in told), told
+    errors = pools(after[0]).run(error_of, config)
+    assert all("depends on the parameters' shapes" in text for text in errors), errors
+    assert all(f"resume on {before[0]} ranks, ZeRO {before[1]}" in text for text in errors), errors
     assert len(losses(config)) == 4
 
 
@@ -334,7 +327,7 @@ APOLLO = {"rank": 2, "low_rank": "weight", "update_proj_gap": 3, "lr": 3e-2}
         ((4, 3), (2, 1), "apollo"),
     ],
 )
-def test_apollo_goes_on_in_another_layout(
+def test_apollo_resumes_in_another_layout(
     pools: Pools, tmp_path: Path, before: Layout, after: Layout, name: str
 ) -> None:
     zero = {"sub_group_size": 50, "round_robin_gradients": True, "parameter_alignment": True}
@@ -342,52 +335,52 @@ def test_apollo_goes_on_in_another_layout(
         "optimizer": {"name": name} | APOLLO,
         "ds_overrides": {"zero_optimization": zero},
     }
-    whole, parts = (
+    full, resumed = (
         config_of(tmp_path / directory, layout, engine, steps=28, task=ODD)
-        for directory, layout in (("whole", before), ("parts", after))
+        for directory, layout in (("full", before), ("resumed", after))
     )
-    assert both(pools, whole, parts, before, after) < 2e-5
-    assert_low_rank_resumed(whole, parts)
+    assert both(pools, full, resumed, before, after) < 2e-5
+    assert_low_rank_resumed(full, resumed)
 
 
-def assert_low_rank_resumed(whole: Config, parts: Config) -> None:
-    """All that APOLLO keeps of V is there, whoever has it."""
+def assert_low_rank_resumed(full: Config, resumed: Config) -> None:
+    """All of APOLLO's state V is there, whichever rank has it."""
     sums = []
-    for directory in (checkpoint(whole) / "net", parts.run_dir / "resumed/net"):
+    for directory in (checkpoint(full, 4) / "net", resumed.run_dir / "resumed/net"):
         saved = SavedEngine(directory)
-        kept = [flat for flats in saved.flats for flat in flats if saved.groups[flat.group]["rank"]]
+        flats = [flat for rank in saved.flats for flat in rank if saved.groups[flat.group]["rank"]]
         sums.append(
-            sum(float(materialize(flat.state["exp_avg_sq"]).double().sum()) for flat in kept)
+            sum(float(materialize(flat.state["exp_avg_sq"]).double().sum()) for flat in flats)
         )
     assert sums[0] == pytest.approx(sums[1], rel=1e-12)
     assert sums[0] > 0
 
 
 def test_nothing_is_written_beside_the_checkpoint(pools: Pools, tmp_path: Path) -> None:
-    """Another run may be re-laying it as well."""
-    whole = config_of(tmp_path / "whole", (2, 1), steps=4)
-    pools(2).run(run_in_world, whole)
-    its = checkpoint(whole).with_name("step-00000004.relayout.tmp")
+    """Another run may be resharding it as well."""
+    full = config_of(tmp_path / "full", (2, 1), steps=4)
+    pools(2).run(run_in_world, full)
+    its = checkpoint(full, 4).with_name("step-00000004.reshard.tmp")
     its.mkdir()
-    looks = [path.stat().st_mtime_ns for path in (its, its.parent)]
-    parts = config_of(tmp_path / "parts", (2, 2), run={"resume": str(checkpoint(whole))})
-    pools(2).run(run_in_world, parts)
-    assert "re-laid step-00000004/net" in (parts.run_dir / "log.txt").read_text()
-    assert [path.stat().st_mtime_ns for path in (its, its.parent)] == looks
-    assert not list(parts.run_dir.glob("checkpoints/*.tmp"))
+    changed_at = [path.stat().st_mtime_ns for path in (its, its.parent)]
+    resumed = config_of(tmp_path / "resumed", (2, 2), run={"resume": str(checkpoint(full, 4))})
+    pools(2).run(run_in_world, resumed)
+    assert "resharded step-00000004/net" in log_text(resumed)
+    assert [path.stat().st_mtime_ns for path in (its, its.parent)] == changed_at
+    assert not list(resumed.run_dir.glob("checkpoints/*.tmp"))
 
 
 @pytest.mark.parametrize("engine", [ADAFACTOR, {}])
-def test_nothing_is_cut_at_stage_0(pools: Pools, tmp_path: Path, engine: Any) -> None:
-    """Every rank has it all: the checkpoint is loaded as it is, whatever the optimizer's state."""
-    whole, parts = (config_of(tmp_path / name, (2, 0), engine) for name in ("whole", "parts"))
-    other = config_of(tmp_path / "parts", (4, 0), engine)
-    pools(2).run(run_in_world, whole)
-    hand_over(whole, parts)
-    (checkpoint(parts) / "rank-00001.pt").unlink()  # random generators that nobody can go on with
-    pools(4).run(train_and_look, other)
-    assert losses(other) == pytest.approx(losses(whole)[4:], abs=1e-5)
-    assert "re-laid" not in (parts.run_dir / "log.txt").read_text()
+def test_at_stage_0_it_is_loaded_as_it_is(pools: Pools, tmp_path: Path, engine: Any) -> None:
+    """Every rank has everything, whatever the optimizer's state."""
+    full, resumed = (config_of(tmp_path / name, (2, 0), engine) for name in ("full", "resumed"))
+    other = config_of(tmp_path / "resumed", (4, 0), engine)
+    pools(2).run(run_in_world, full)
+    copy_checkpoint(full, resumed)
+    (checkpoint(resumed, 4) / "rank-00001.pt").unlink()  # random generators that no rank restores
+    pools(4).run(train_and_dump, other)
+    assert losses(other) == pytest.approx(losses(full)[4:], abs=1e-5)
+    assert "resharded step" not in log_text(resumed)
 
 
 @pytest.mark.parametrize(
@@ -411,4 +404,4 @@ def test_the_same_layout_is_loaded_as_it_is(pools: Pools, tmp_path: Path) -> Non
     config = config_of(tmp_path, (2, 2))
     pools(2).run(run_in_world, config)
     assert len(losses(config)) == 8
-    assert "re-laid" not in (config.run_dir / "log.txt").read_text()
+    assert "resharded step" not in log_text(config)

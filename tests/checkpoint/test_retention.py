@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from harness.checkpoint.durable import FileEntry
+from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest, step_directory
 from harness.checkpoint.retention import PRUNED, REPLACED, clean, prune
 from harness.config.sections import CheckpointConfig
@@ -40,28 +40,28 @@ LOSSES = {1: 9.0, 2: 1.0, 3: 2.0, 4: 8.0, 5: 7.0, 6: None, 7: 5.0}
         ({"keep_last": 1}, [7, 4]),
         ({"keep_last": 3}, [7, 6, 5, 4]),
         ({"keep_last": 1, "keep_best": 2}, [7, 4, 3, 2]),
-        ({"keep_last": 1, "keep_best": 1, "best": "highest"}, [7, 4, 1]),
+        ({"keep_last": 1, "keep_best": 1, "best_mode": "max"}, [7, 4, 1]),
         ({"keep_last": 1, "keep_best": 1, "best_metric": "eval/other"}, [7, 4]),
         ({"keep_last": 2, "keep_every": 3}, [7, 6, 4, 3]),
     ],
 )
 def test_rules(tmp_path: Path, settings: dict[str, Any], left: list[int]) -> None:
     for step, loss in LOSSES.items():
-        make(tmp_path, step, loss, pinned="mine" if step == 4 else None)
+        make(tmp_path, step, loss, pinned="name" if step == 4 else None)
     prune(tmp_path, CheckpointConfig(**settings))
     assert checkpoints_in(tmp_path) == [step_directory(tmp_path, step) for step in left]
     assert not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(
-    ("here_only", "left"),
+    ("on_this_disk", "left"),
     [((7,), [7, 6, 5]), ((5, 7), [7, 6, 4]), ((1, 5), [7, 6]), ((3, 4, 5, 6), [7, 6, 2])],
 )
-def test_what_is_on_one_disk_only_counts_for_nothing_and_goes_when_it_is_old(
-    tmp_path: Path, here_only: tuple[int, ...], left: list[int]
+def test_what_is_on_one_disk_only_does_not_count_and_is_removed_when_it_is_old(
+    tmp_path: Path, on_this_disk: tuple[int, ...], left: list[int]
 ) -> None:
     everywhere = [make(tmp_path, step).name for step in LOSSES]
-    for step in here_only:
+    for step in on_this_disk:
         everywhere.remove(step_directory(tmp_path, step).name)
     prune(tmp_path, CheckpointConfig(keep_last=2), everywhere)
     assert checkpoints_in(tmp_path) == [step_directory(tmp_path, step) for step in left]
@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_left_alone(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000003"}
 
 
-def test_what_a_crash_left_is_cleared_away(tmp_path: Path) -> None:
+def test_what_a_crash_left_is_removed(tmp_path: Path) -> None:
     make(tmp_path, 1)
     make(tmp_path, 2).rename(tmp_path / f"step-00000002{REPLACED}")  # its successor never came
     make(tmp_path, 3).rename(tmp_path / f"step-00000003{PRUNED}")
@@ -104,7 +104,7 @@ def test_what_a_crash_left_is_cleared_away(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000002"}
 
 
-def test_what_replaced_another_on_one_disk_only_is_taken_back(tmp_path: Path) -> None:
+def test_a_replacement_on_one_disk_only_is_undone(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         make(tmp_path, step).rename(tmp_path / f"step-{step:08d}{REPLACED}")
     for step, loss in ((1, 1.0), (2, 2.0)):

@@ -1,6 +1,7 @@
-"""The config: what it accepts, how it explains what it does not, and that it can be read back."""
+"""The config: what it accepts, how it explains mistakes, and that it can be read back."""
 
 import json
+import pickle
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,11 @@ from pydantic import BaseModel
 
 from harness.config import Config
 from harness.config.command_line import parse_args, parse_overrides
-from harness.config.config import load, section_of
-from harness.config.sections import merge
+from harness.config.engine_sections import EngineConfig
+from harness.config.load import load
+from harness.config.sections import merge, section_of
 from harness.errors import ConfigError
-from harness.run import write_config
+from harness.run_directory import write_config
 from tests.support.helpers import ROOT
 
 GOOD = """
@@ -53,12 +55,12 @@ def test_a_file_and_overrides_make_a_config(toml: Path) -> None:
     assert config.engines["net"].deepspeed()["zero_optimization"]["stage"] == 1
 
 
-def test_the_run_is_called_after_the_file(toml: Path) -> None:
+def test_the_run_is_named_after_the_file(toml: Path) -> None:
     assert load(toml).run.name == "small"
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
         ("--run.stesp=1", "run.stesp (command line): unknown key (did you mean 'steps'?); known: "),
         ("--rum.steps=1", "rum (command line): unknown key (did you mean 'run'?)"),
@@ -71,20 +73,32 @@ def test_the_run_is_called_after_the_file(toml: Path) -> None:
         ("--data.max_tokens=5", "max_tokens needs sampler = 'batched', found 'random'"),
         ("--engines.net.ds_config=no.json", "ds_config no.json: No such file"),
         ("--engines.net.role=teacher", "a teacher is never stepped"),
-        ("--engines.net.ds_overrides.train_batch_size=4", "'train_batch_size' is set by harness"),
+        (
+            "--engines.net.ds_overrides.train_batch_size=4",
+            "ds_overrides: train_batch_size: found 4",
+        ),
         ("--engines.net.ds_overrides.optimizer.type=Adam", "use engines.NAME.optimizer"),
         ("--engines.n-t.role=train", "engines.n-t.ds_config: missing"),
         ("--engines.net.frozn=1", "engines.net.frozn (command line): unknown key (did you mean"),
-        ("--engines.net.ds_overrides.zero_optimization=3", "found 3, expected {'stage': 0 to 3}"),
-        ("--engines.net.ds_overrides.bf16=true", "zero1.json: bf16: found True, expected a table"),
-        ("--engines.net.ds_overrides.zero_optimization.stage=4", "expected {'stage': 0 to 3}"),
+        (
+            "--engines.net.ds_overrides.zero_optimization=3",
+            "found 3, expected a table, like {'stage'",
+        ),
+        (
+            "--engines.net.ds_overrides.bf16=true",
+            "ds_overrides: bf16: found True, expected a table",
+        ),
+        ("--engines.net.ds_overrides.zero_optimization.stage=4", "found 4, expected 0, 1, 2 or 3"),
         ("--engines.net.ds_overrides.zero_optimization.elastic_checkpoint=true", "leave it out"),
         ("--engines.net.ds_overrides.checkpoint.use_node_local_storage=true", "leave it out"),
         (
             "--engines.net.ds_overrides.zero_optimization.offload_optimizer.device=nvme",
-            "zero_optimization.offload_optimizer.device = 'nvme': a checkpoint would lack",
+            "offload_optimizer.device: found 'nvme', expected 'cpu': a checkpoint would lack",
         ),
-        ("--engines.net.ds_overrides.gradient_accumulation_steps=0", "expected a number from 1 on"),
+        (
+            "--engines.net.ds_overrides.gradient_accumulation_steps=0",
+            "found 0, expected a whole number from 1",
+        ),
         ("--engines.net.optimizer.lr=inf", "found inf (float): input should be a finite number"),
         ("--run.name=..", "run.name (command line): found '..'"),
         ("--run.timeout_s=inf", "run.timeout_s (command line): found inf"),
@@ -93,13 +107,13 @@ def test_the_run_is_called_after_the_file(toml: Path) -> None:
         ("--run.steps", "command line: --run.steps has no value"),
     ],
 )
-def test_a_mistake_is_explained(toml: Path, word: str, told: str) -> None:
+def test_a_mistake_is_explained(toml: Path, word: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_args(["--config", str(toml), word])
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_every_mistake_is_told_at_once(toml: Path) -> None:
+def test_all_mistakes_are_reported_together(toml: Path) -> None:
     toml.write_text(toml.read_text() + "[trainer]\nsave_evry = 1\n[data]\nworkers = -1\n")
     with pytest.raises(ConfigError) as caught:
         load(toml)
@@ -109,7 +123,7 @@ def test_every_mistake_is_told_at_once(toml: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[run", "run = 3"])
-def test_what_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
+def test_what_is_not_a_config_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.toml").write_text(text)
     with pytest.raises(ConfigError, match=r"bad\.toml"):
         load(tmp_path / "bad.toml")
@@ -139,7 +153,7 @@ def test_a_teacher_fits_only_some_stages(toml: Path) -> None:
 def test_an_average_is_not_kept_in_16_bits(toml: Path, key: str) -> None:
     words = [f"--engines.net.ds_overrides.{key}=true"]
     load(toml, parse_overrides(words))
-    with pytest.raises(ConfigError, match=rf"zero1\.json: {key}: with ema_decay it must be false"):
+    with pytest.raises(ConfigError, match=rf"ds_overrides: {key}: found True, expected false: ema"):
         load(toml, parse_overrides([*words, "--engines.net.ema_decay=0.9"]))
 
 
@@ -170,6 +184,66 @@ def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str
         assert f"  --{key}  <" in text
     assert "--run.steps  <int>  default 1000" in text
     assert "--task.path  <str>  required" in text
+
+
+def test_deepspeeds_json_is_read_once(toml: Path, tmp_path: Path) -> None:
+    file, other = tmp_path / "ds.json", tmp_path / "other.json"
+    file.write_text('{"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 1}}')
+    other.write_text('{"gradient_accumulation_steps": 5}')
+    config = load(toml, {"engines": {"net": {"ds_config": str(file)}}})
+    engine, dump = config.engines["net"], config.model_dump()
+    assert dump["engines"]["net"]["ds_config"] == file and "_file" not in str(dump)
+    file.write_text('{"gradient_accumulation_steps": 3, "zero_optimization": {"stage": 2}}')
+    for same in (engine, pickle.loads(pickle.dumps(config)).engines["net"], engine.model_copy()):
+        assert (same.gradient_accumulation, same.zero_stage) == (2, 1)
+    engine.deepspeed()["zero_optimization"]["stage"] = 3
+    assert engine.zero_stage == 1  # what is returned is a copy
+    overrides = {"gradient_accumulation_steps": 7}
+    assert engine.model_copy(update={"ds_overrides": overrides}).gradient_accumulation == 7
+    assert engine.model_copy(update={"ds_config": other}).gradient_accumulation == 5
+    assert Config.model_validate(dump).engines["net"].gradient_accumulation == 3
+    assert EngineConfig.model_validate(engine).gradient_accumulation == 3
+    assert engine.model_dump() == dump["engines"]["net"]
+
+
+def test_a_mistake_of_deepspeeds_names_the_place_that_it_is_in(toml: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 4}}')
+    with pytest.raises(ConfigError, match=rf"ds_config {file}: zero_optimization\.stage: found 4"):
+        load(toml, {"engines": {"net": {"ds_config": str(file)}}})
+    overrides = {"zero_optimization": {"stage": 5}}
+    with pytest.raises(ConfigError, match=r"ds_overrides: zero_optimization\.stage: found 5"):
+        load(toml, {"engines": {"net": {"ds_config": str(file), "ds_overrides": overrides}}})
+    file.write_text("[1]")
+    with pytest.raises(ConfigError, match="expected a JSON object"):
+        load(toml, {"engines": {"net": {"ds_config": str(file)}}})
+    file.write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        load(toml, {"engines": {"net": {"ds_config": str(file)}}})
+
+
+RATIO = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}
+NVME = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "ds", "reason"),
+    [
+        ({"ema_decay": 0.9}, RATIO, "found 0.5, expected 1.0: ema_decay: DeepSpeed steps"),
+        ({}, NVME, "offload_param.device: found 'nvme', expected 'cpu': a checkpoint would lack"),
+        ({"role": "teacher", "init_from": "x.sft"}, NVME, "init_from cannot fill what is there"),
+    ],
+)
+def test_deepspeeds_settings_that_do_not_fit_the_engines(
+    toml: Path, settings: dict[str, Any], ds: dict[str, Any], reason: str
+) -> None:
+    zero0 = str(ROOT / "ds_configs/zero0.json")
+    optimizer = {} if "role" in settings else {"optimizer": {"name": "adamw"}}
+    engine = {"ds_config": zero0, "ds_overrides": ds} | optimizer | settings
+    with pytest.raises(ConfigError, match=reason):
+        load(toml, {"engines": {"other": engine}})
+    allowed = {"role": "teacher"} if ds is NVME else {"optimizer": {"name": "adamw"}}
+    load(toml, {"engines": {"other": {"ds_config": zero0, "ds_overrides": ds} | allowed}})
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.name)

@@ -1,4 +1,4 @@
-"""The grammar of commands, events that wait for a step, and settings that are changed live."""
+"""The grammar of commands, scheduled events, and settings that are changed live."""
 
 import time
 from pathlib import Path
@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from harness.control import commands as c
 from harness.control.events import Events
 from harness.control.grammar import Grammar
-from harness.control.live import Live, live_keys
+from harness.control.live import LiveConfig, live_keys
 from harness.errors import CommandError, ConfigError
-from harness.metrics.status import Status
 from tests.support.helpers import tiny_config
 
 GRAMMAR = Grammar(["G", "D"], {"sample": "Writes a sample."})
@@ -70,32 +69,32 @@ def test_a_line_is_a_command(line: str, command: c.Command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("sav", "unknown command (did you mean 'save'?): save | save as NAME"),
-        ("save now", "found 'now' too much; known: save | save as NAME"),
-        ("save as a/b", "a name is made of letters, digits and .-_, found 'a/b'"),
-        ("eval now", "found 'now' too much"),
-        ("lr", "RATE is missing; known: lr RATE | lr ENGINE RATE | lr xFACTOR"),
-        ("lr foo", "a learning rate is a finite number from 0 on, found 'foo'"),
+        ("save now", "unexpected 'now'; usage: save | save as NAME"),
+        ("save as a/b", "a name consists of letters, digits and .-_, found 'a/b'"),
+        ("eval now", "unexpected 'now'"),
+        ("lr", "RATE is missing; usage: lr RATE | lr ENGINE RATE | lr xFACTOR"),
+        ("lr foo", "a learning rate is a finite number >= 0, found 'foo'"),
         ("lr foo 1e-4", "ENGINE: found 'foo', expected G, D"),
-        ("lr 1 2 3", "too much"),
+        ("lr 1 2 3", "unexpected '2'"),
         ("lr nan", "finite"),
         ("lr inf", "finite"),
-        ("lr -1", "from 0 on"),
+        ("lr -1", ">= 0"),
         ("lr x0", "above 0"),
         ("lr x", "above 0"),
         ("loss_scale 0", "above 0"),
         ("clear", "unknown command"),
         ("event foo@5", "'event foo@5': unknown command"),
-        ("save@x", "STEP: expected a whole number from 1 on, found 'x'"),
-        ("save@0", "from 1 on"),
-        ("event save every 0", "N: expected a whole number from 1 on"),
-        ("event status@5", "'status' cannot wait for a step"),
-        ("event event clear@5", "cannot wait for a step"),
+        ("save@x", "STEP: expected a positive integer, found 'x'"),
+        ("save@0", "positive"),
+        ("event save every 0", "N: expected a positive integer"),
+        ("event status@5", "'status' cannot be scheduled"),
+        ("event event clear@5", "cannot be scheduled"),
         ("save@1@2", "unknown command"),
-        ("event", "is missing; known: event COMMAND@STEP"),
-        ("steps 1.5", "whole number"),
+        ("event", "is missing; usage: event COMMAND@STEP"),
+        ("steps 1.5", "positive integer"),
         ("log loud", "expected debug, info, warning, error"),
         ("export npz", "expected sft, pt"),
         ("set run.name x", "KEY: found 'run.name', expected run.steps,"),
@@ -105,21 +104,21 @@ def test_a_line_is_a_command(line: str, command: c.Command) -> None:
         ("set trainer.save_every " + "9" * 5000, "trainer.save_every: found '999"),
         ("set trainer.save_every " + "[" * 30_000, "trainer.save_every: found '[[["),
         ("event event COMMAND@STEP every 3", "COMMAND@STEP"),
-        ("event event COMMAND every 5 every 3", "found 'COMMAND'"),
-        ("save as x.tmp", "a name is made of"),
+        ("event event COMMAND every 5 every 3", "unexpected 'COMMAND'"),
+        ("save as x.tmp", "a name consists of"),
         ("__import__('os')", "unknown command"),
         ("", "unknown command; help lists all"),
         ("@", "unknown command"),
     ],
 )
-def test_a_wrong_line_is_told_what_is_right(line: str, told: str) -> None:
+def test_a_wrong_line_is_rejected_with_its_usage(line: str, message: str) -> None:
     with pytest.raises(CommandError) as caught:
         GRAMMAR.parse(line)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 @given(st.text(max_size=200))
-def test_any_text_is_a_command_or_a_mistake(text: str) -> None:
+def test_any_text_is_parsed_or_rejected(text: str) -> None:
     try:
         assert isinstance(GRAMMAR.parse(text), c.Command)
     except CommandError as error:
@@ -127,7 +126,7 @@ def test_any_text_is_a_command_or_a_mistake(text: str) -> None:
 
 
 @pytest.mark.parametrize("line", ["@" * 60_000, "a" + " " * 60_000 + "b", "x " * 30_000])
-def test_a_hostile_line_is_refused_in_no_time(line: str) -> None:
+def test_a_hostile_line_is_rejected_quickly(line: str) -> None:
     began = time.process_time()
     with pytest.raises(CommandError):
         GRAMMAR.parse(line)
@@ -153,22 +152,33 @@ def test_events_are_due_once_or_at_every_multiple() -> None:
     events.add("eval", 0, every=2)
     found = {step: due(events, step) for step in range(1, 7)}
     assert found == {1: [], 2: ["eval"], 3: ["save"], 4: ["eval"], 5: [], 6: ["eval"]}
-    assert due(events, 6) == []  # it was obeyed at this step
+    assert due(events, 6) == []  # executed at this step already
     assert [str(event) for event in events] == ["event 2: eval every 2"]
 
 
-def test_an_event_that_saves_keeps_those_that_follow_it() -> None:
+def test_a_checkpoint_saved_by_an_event_holds_those_after_it() -> None:
     events = Events()
     for command in ("save", "lr x0.5"):
         events.add(command, 0, at=3)
     events.add("eval", 0, every=3)
-    obeyed = events.due(3)
-    assert next(obeyed).command == "save"
+    executed = events.due(3)
+    assert next(executed).command == "save"
     resumed = Events()
     resumed.load_state_dict(events.state_dict())
-    assert due(resumed, 3) == [event.command for event in obeyed] == ["lr x0.5", "eval"]
+    assert due(resumed, 3) == [event.command for event in executed] == ["lr x0.5", "eval"]
     assert due(resumed, 3) == []
     assert resumed.add("save", 3, at=9).id == 4
+
+
+def test_the_state_of_events_keeps_its_keys() -> None:
+    """Those of checkpoints since the first version."""
+    event = {"id": 2, "command": "eval", "at": None, "every": 2, "obeyed": 4}
+    state = {"last_id": 2, "events": [event]}
+    events = Events()
+    events.load_state_dict(state)
+    assert events.state_dict() == state
+    assert due(events, 4) == [] and due(events, 6) == ["eval"]
+    assert events.state_dict()["events"] == [event | {"obeyed": 6}]
 
 
 def test_events_are_cleared_by_number_or_all() -> None:
@@ -182,64 +192,49 @@ def test_events_are_cleared_by_number_or_all() -> None:
 
 
 def test_every_live_key_can_be_set(tmp_path: Path) -> None:
-    live = Live(tiny_config(tmp_path))
+    live = LiveConfig(tiny_config(tmp_path))
     assert {"run.steps", "trainer.save_every", "checkpoint.background"} <= set(live_keys())
     for key in live_keys():
-        value: Any = {"best_metric": "eval/x", "best": "highest", "on_error": "stop"}
+        value: Any = {"best_metric": "eval/x", "best_mode": "max", "on_error": "stop"}
         name = key.partition(".")[2]
-        live.set(key, value.get(name, {"on_quit": "false", "kground": "true"}.get(name[-7:], "7")))
+        live.set(key, value.get(name, {"at_end": "false", "ground": "true"}.get(name[-6:], "7")))
     assert live.config.trainer.save_every == 7 and live.config.checkpoint.best_metric == "eval/x"
-    assert len(live.describe()) == len(live_keys())
+    assert len(live.changes()) == len(live_keys())
 
 
-def test_what_does_not_fit_its_section_changes_nothing(tmp_path: Path) -> None:
-    live = Live(tiny_config(tmp_path))
+def test_a_value_that_its_section_rejects_changes_nothing(tmp_path: Path) -> None:
+    live = LiveConfig(tiny_config(tmp_path))
     with pytest.raises(ConfigError, match="need keep_last"):
         live.set("checkpoint.keep_best", "2")
-    assert live.describe() == [] and live.config.checkpoint.keep_best == 0
+    assert live.changes() == [] and live.config.checkpoint.keep_best == 0
     live.set("checkpoint.keep_last", "3")
     live.set("checkpoint.keep_best", "2")
     assert live.config.checkpoint.keep_best == 2
 
 
-def test_the_config_has_the_last_word_on_what_was_set_live(tmp_path: Path) -> None:
-    live = Live(tiny_config(tmp_path))
+def test_the_config_takes_precedence_over_what_was_set_live(tmp_path: Path) -> None:
+    live = LiveConfig(tiny_config(tmp_path))
     live.set("trainer.save_every", "7")
     live.set("run.steps", "70")
-    resumed = Live(tiny_config(tmp_path, trainer={"save_every": 5}))
+    resumed = LiveConfig(tiny_config(tmp_path, trainer={"save_every": 5}))
     resumed.load_state_dict(live.state_dict())
     assert resumed.config.trainer.save_every == 5  # changed in the config since
     assert resumed.config.run.steps == 70
     resumed.set("run.steps", str(tiny_config(tmp_path).run.steps))
-    assert resumed.describe() == []  # it is as the config says again
+    assert resumed.changes() == []  # equal to the config again
 
 
-def test_changes_of_a_section_are_made_together_or_dropped(tmp_path: Path) -> None:
+def test_changes_of_a_section_are_applied_together_or_dropped(tmp_path: Path) -> None:
     first = tiny_config(tmp_path, checkpoint={"keep_last": 2, "keep_best": 1})
-    live = Live(first)
+    live = LiveConfig(first)
     for key, text in (("keep_last", "5"), ("keep_best", "0"), ("keep_last", "0")):
         live.set(f"checkpoint.{key}", text)
-    resumed = Live(first)
+    resumed = LiveConfig(first)
     resumed.load_state_dict(live.state_dict())
     assert resumed.config.checkpoint.keep_last == resumed.config.checkpoint.keep_best == 0
-    live = Live(tiny_config(tmp_path, checkpoint={"keep_last": 2}))
+    live = LiveConfig(tiny_config(tmp_path, checkpoint={"keep_last": 2}))
     live.set("checkpoint.keep_best", "1")
     live.set("trainer.save_every", "9")
-    other = Live(tiny_config(tmp_path))  # which keeps all, so that there is no best
+    other = LiveConfig(tiny_config(tmp_path))  # keeps all checkpoints: there is no best
     other.load_state_dict(live.state_dict())
     assert other.config.checkpoint.keep_best == 0 and other.config.trainer.save_every == 9
-
-
-def test_the_estimate_counts_no_pause_and_nothing_within_one() -> None:
-    status = Status(0, 100)
-    status.stepped(1)
-    with status.doing("paused"):
-        time.sleep(0.05)
-        with status.doing("evaluating"):
-            time.sleep(0.05)
-    time.sleep(0.01)
-    status.stepped(2)
-    first, last = status._ends[0][1], status._ends[-1][1]
-    assert 0.01 <= last - first < 0.05
-    assert status.time_left().startswith(("0 s", "1 s", "2 s"))
-    assert "is behind" in status.time_left(1)

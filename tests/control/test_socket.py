@@ -1,4 +1,4 @@
-"""The socket front and `harness ctl`: many clients, hostile ones, and strangers."""
+"""The socket front and `harness ctl`: many clients, hostile ones, and other users."""
 
 import concurrent.futures
 import json
@@ -23,8 +23,8 @@ from harness.control.client import Client
 from harness.control.commands import Query, Status
 from harness.control.grammar import Grammar
 from harness.control.signals import Signals
-from harness.control.socket import MOST_CLIENTS, SocketFront
-from harness.control.wire import LONGEST_LINE, SOCKET
+from harness.control.socket import MAX_CLIENTS, SocketFront
+from harness.control.wire import MAX_LINE, SOCKET
 from harness.files import locked
 from tests.support.helpers import ROOT
 
@@ -43,12 +43,12 @@ class Desk(Bus):
 
     def _work(self) -> None:
         while self._is_working:
-            for ticket in self._take(stop=0, save=0):
+            for ticket in self._collect(stop=0, save=0):
                 self.end(ticket, "failed" if ticket.text == "eval" else "done", 7, "so it is")
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """Does nothing more."""
+        """Executes no further command."""
         self._is_working = False
         self._worker.join()
 
@@ -70,10 +70,10 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 
 
 def states(run_dir: Path, command: str) -> list[str]:
-    """What becomes of a command that a new client sends."""
+    """The states of a command that a new client sends."""
     found = Client(run_dir)
     try:
-        return [answer.state for answer in found.tell(command)]
+        return [answer.state for answer in found.send(command)]
     finally:
         found.close()
 
@@ -89,7 +89,7 @@ def ctl(run_dir: Path, *words: str, stdin: str = "") -> subprocess.CompletedProc
     )
 
 
-def test_a_command_is_answered_to_its_end(tmp_path: Path, desk: Desk) -> None:
+def test_a_command_is_answered_up_to_its_end(tmp_path: Path, desk: Desk) -> None:
     assert states(tmp_path, "save") == ["queued", "done"]
     assert states(tmp_path, "eval") == ["queued", "failed"]
     assert states(tmp_path, "evil") == ["rejected"]
@@ -114,19 +114,19 @@ def test_every_command_is_in_the_history(tmp_path: Path, desk: Desk) -> None:
     assert all(line["user"] and line["time"] > 1.7e9 for line in lines)
 
 
-def test_a_mistake_of_ours_is_told_and_ends_no_front(
+def test_our_own_bug_is_logged_and_does_not_end_the_front(
     tmp_path: Path, desk: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(query: Query) -> str:
-        raise KeyError("what was that?")
+        raise KeyError("a bug")
 
     monkeypatch.setattr(desk, "_answer", broken)
     assert states(tmp_path, "status") == ["rejected"]
-    assert "what was that?" in caplog.text
+    assert "a bug" in caplog.text
     assert states(tmp_path, "save") == ["queued", "done"]
 
 
-def test_numbers_go_on_after_those_of_an_earlier_run(tmp_path: Path) -> None:
+def test_numbers_continue_after_those_of_an_earlier_run(tmp_path: Path) -> None:
     path = tmp_path / "commands.jsonl"
     path.write_text('{"id": 12, "text": "save"}\n{"id": 3}\nrubbish\n{"id": 99, "te')
     audit = Audit(path)
@@ -136,7 +136,7 @@ def test_numbers_go_on_after_those_of_an_earlier_run(tmp_path: Path) -> None:
     assert path.read_text().splitlines()[-1] == '{"id": 13}'
 
 
-def test_harness_ctl_prints_the_result_and_says_it_by_its_code(tmp_path: Path, desk: Desk) -> None:
+def test_ctl_prints_the_result_and_returns_its_exit_code(tmp_path: Path, desk: Desk) -> None:
     done = ctl(tmp_path, "save", "as", "x")
     assert (done.returncode, done.stdout, done.stderr) == (0, "step 7: so it is\n", "")
     failed = ctl(tmp_path, "eval")
@@ -146,40 +146,38 @@ def test_harness_ctl_prints_the_result_and_says_it_by_its_code(tmp_path: Path, d
     found = ctl(tmp_path, "lr", "x0.5", "--json")
     assert [json.loads(line)["state"] for line in found.stdout.splitlines()] == ["queued", "done"]
     assert ctl(tmp_path, "").returncode == 2
-    talked = ctl(tmp_path, stdin="save\n\nevil\nstatus\n")
-    assert talked.returncode == 2  # the worst of all
-    assert talked.stdout.startswith("step 7: so it is\nrejected: 'evil'")
-    assert "step 7 of 9" in talked.stdout
-    talked = ctl(tmp_path, "--json", stdin="save\nstatus\n")
-    lines = [json.loads(line) for line in talked.stdout.splitlines()]
-    assert talked.returncode == 0 and [line["state"] for line in lines] == [
+    answered = ctl(tmp_path, stdin="save\n\nevil\nstatus\n")
+    assert answered.returncode == 2  # the worst of all
+    assert answered.stdout.startswith("step 7: so it is\nrejected: 'evil'")
+    assert "step 7 of 9" in answered.stdout
+    answered = ctl(tmp_path, "--json", stdin="save\nstatus\n")
+    lines = [json.loads(line) for line in answered.stdout.splitlines()]
+    assert answered.returncode == 0 and [line["state"] for line in lines] == [
         *("queued", "done"),
         "done",
     ]
 
 
-def test_nobody_there_is_told(tmp_path: Path) -> None:
+def test_without_a_run_ctl_explains_why(tmp_path: Path) -> None:
     missing = ctl(tmp_path, "save")
-    assert missing.returncode == 3 and "is the directory of a run?" not in missing.stderr
-    assert "not there; is" in missing.stderr
+    assert missing.returncode == 3
+    assert f"does not exist; is {tmp_path} a run directory?" in missing.stderr
     front = SocketFront(Desk.__new__(Desk), tmp_path)
-    front._path = tmp_path / "elsewhere"  # as a killed run, it leaves its socket
+    front._path = tmp_path / "elsewhere"  # like a killed run, it leaves its socket behind
     front.close()
     dead = ctl(tmp_path, "save")
-    assert dead.returncode == 3 and "nobody listens: the run has ended" in dead.stderr
+    assert dead.returncode == 3 and "no answer: the run has ended" in dead.stderr
 
 
-def test_a_run_that_ends_before_it_answers_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_that_ends_answers_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     desk = Desk(tmp_path)
     front = SocketFront(desk, tmp_path)
     desk.stop()
     with concurrent.futures.ThreadPoolExecutor() as threads:
         waiting = threads.submit(states, tmp_path, "save")
-        while not desk._replies:
+        while not desk._pending:
             time.sleep(0.01)
-        with connected(tmp_path) as deaf:  # who takes no answers does not hold up the end
+        with connected(tmp_path) as deaf:  # a client that reads nothing does not delay the end
             deaf.sendall(b"status\n" * 1000)
             assert states(tmp_path, "status") == ["done"]
             desk.close()
@@ -224,25 +222,25 @@ def read_lines(raw: socket.socket, number: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line]
 
 
-def test_a_line_of_10_mb_is_refused(tmp_path: Path, desk: Desk) -> None:
+def test_a_line_of_10_mb_is_rejected(tmp_path: Path, desk: Desk) -> None:
     with connected(tmp_path) as raw:
         with pytest.raises(ConnectionError):
             raw.sendall(b"x" * 10_000_000)
         (answer,) = read_lines(raw, 1)
     assert answer["state"] == "rejected"
-    assert answer["result"] == f"a line of more than {LONGEST_LINE} bytes"
+    assert answer["result"] == f"a line of more than {MAX_LINE} bytes"
     assert states(tmp_path, "save") == ["queued", "done"]
 
 
-def test_a_client_that_dies_half_way_does_no_harm(tmp_path: Path, desk: Desk) -> None:
+def test_a_client_that_dies_within_a_line_is_harmless(tmp_path: Path, desk: Desk) -> None:
     with connected(tmp_path) as raw:
-        raw.sendall(b"save as whole\nsave as ha")
+        raw.sendall(b"save as first\nsave as se")
     assert states(tmp_path, "save") == ["queued", "done"]
     history = (tmp_path / "commands.jsonl").read_text()
-    assert "save as whole" in history and "save as ha" not in history
+    assert "save as first" in history and "save as se" not in history
 
 
-def test_a_client_that_reads_nothing_is_dropped(tmp_path: Path, desk: Desk) -> None:
+def test_a_client_that_reads_nothing_is_disconnected(tmp_path: Path, desk: Desk) -> None:
     with connected(tmp_path) as raw:
         deadline = time.monotonic() + 60
         with pytest.raises(ConnectionError):
@@ -251,9 +249,9 @@ def test_a_client_that_reads_nothing_is_dropped(tmp_path: Path, desk: Desk) -> N
         assert states(tmp_path, "save") == ["queued", "done"]
 
 
-def test_too_many_clients_are_refused(tmp_path: Path, desk: Desk) -> None:
+def test_too_many_clients_are_rejected(tmp_path: Path, desk: Desk) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        crowd = [connected(tmp_path) for _ in range(MOST_CLIENTS)]
+        crowd = [connected(tmp_path) for _ in range(MAX_CLIENTS)]
         for one in crowd:
             one.raw.sendall(b"status\n")
             assert read_lines(one.raw, 1)[0]["state"] == "done"
@@ -277,13 +275,13 @@ raw.connect(sys.argv[1])
 try:
     raw.sendall(b"save\\n")
 except BrokenPipeError:
-    pass  # refused already
+    pass  # rejected already
 sys.stdout.write(raw.makefile().readline())
 """
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_another_user_cannot_talk_to_it(desk: Desk, tmp_path: Path) -> None:
+def test_another_user_is_rejected(desk: Desk, tmp_path: Path) -> None:
     open_place = Path("/tmp") / f"harness-test-{os.getpid()}"  # tmp_path is closed to others
     open_place.mkdir()
     front = SocketFront(desk, open_place)
@@ -305,16 +303,16 @@ def test_another_user_cannot_talk_to_it(desk: Desk, tmp_path: Path) -> None:
         open_place.chmod(0o755)
         assert "PermissionError" in stranger().stderr
         path.parent.chmod(0o755)
-        path.chmod(0o666)  # even so, he is recognised
-        told = json.loads(stranger().stdout)
-        assert told["state"] == "rejected" and "whose run this is" in told["result"]
+        path.chmod(0o666)  # even then the user is recognised
+        answer = json.loads(stranger().stdout)
+        assert answer["state"] == "rejected" and "who owns this run" in answer["result"]
     finally:
         front.close()
         shutil.rmtree(open_place)
     assert not (tmp_path / "commands.jsonl").read_text()
 
 
-def test_a_long_path_is_no_obstacle(tmp_path: Path) -> None:
+def test_a_path_longer_than_a_socket_address(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 100) / ("e" * 100)
     deep.mkdir(parents=True)
     desk = Desk(deep)
@@ -328,24 +326,24 @@ def test_a_long_path_is_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_a_run_directory_has_one_run(tmp_path: Path) -> None:
-    lock = f"with locked(Path({str(tmp_path / 'lock')!r})): print('has it', flush=True); input()"
+    lock = f"with locked(Path({str(tmp_path / 'lock')!r})): print('locked', flush=True); input()"
     hold = f"from pathlib import Path; from harness.files import locked\n{lock}"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     with holder:
-        assert holder.stdout is not None and holder.stdout.readline() == b"has it\n"
+        assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
         with (
             pytest.raises(BlockingIOError, match=f"process {holder.pid} on"),
             locked(tmp_path / "lock"),
         ):
             pass
         holder.kill()
-    with locked(tmp_path / "lock"):  # the dead hold nothing
+    with locked(tmp_path / "lock"):  # a dead process holds no lock
         pass
 
 
-def test_the_client_is_light() -> None:
-    """`harness ctl` must not wait for torch."""
+def test_the_client_imports_no_torch() -> None:
+    """`harness ctl` starts at once."""
     code = f"import {client.__name__}, harness.cli, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

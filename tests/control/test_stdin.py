@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from harness.control.stdin import StdinFront
-from harness.control.wire import LONGEST_LINE
+from harness.control.wire import MAX_LINE
 
 
 class Desk:
-    """Takes lines in the place of a bus, and rejects those that begin with a question mark."""
+    """Takes lines in place of a bus, and rejects those that begin with a question mark."""
 
     is_full = False
 
@@ -29,7 +29,7 @@ class Desk:
 
 @pytest.fixture
 def stdin(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A pipe in the place of standard input: `(write, desk)`."""
+    """A pipe in place of standard input: `(write, desk)`."""
     reading, writing = os.pipe()
     file = os.fdopen(reading)
     monkeypatch.setattr(sys, "stdin", file)
@@ -53,7 +53,7 @@ def front_is_running() -> bool:
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < deadline, "it did not come true within 20 s"
+        assert time.monotonic() < deadline, "not within 20 s"
         time.sleep(0.01)
 
 
@@ -63,7 +63,7 @@ def test_many_lines_at_once_all_arrive(stdin: Any) -> None:
     until(lambda: desk.lines == ["save", "eval", "lr 1e-4"])
 
 
-def test_half_a_line_waits_for_the_rest(stdin: Any) -> None:
+def test_an_incomplete_line_waits_for_its_rest(stdin: Any) -> None:
     write, desk = stdin
     write(b"sa")
     time.sleep(0.3)
@@ -74,19 +74,19 @@ def test_half_a_line_waits_for_the_rest(stdin: Any) -> None:
     until(lambda: desk.lines == ["save", "quit"])
 
 
-def test_invalid_utf8_and_an_endless_line_do_no_harm(stdin: Any) -> None:
+def test_invalid_utf8_and_a_very_long_line_are_harmless(stdin: Any) -> None:
     write, desk = stdin
     write(b"\xff\xfe\n")
     until(lambda: desk.lines == ["\ufffd\ufffd"])
     for _ in range(1024 * 1024 // 4096):  # 1 MB without a newline
         write(b"x" * 4096)
-    assert LONGEST_LINE < 1024 * 1024
-    write(b"quit\nsave\n")  # still that line, and then another
+    assert MAX_LINE < 1024 * 1024
+    write(b"quit\nsave\n")  # the end of that line, and then another
     until(lambda: desk.lines[-1] == "save")
     assert desk.lines == ["\ufffd\ufffd", "save"]
 
 
-def test_a_full_queue_is_waited_for(stdin: Any) -> None:
+def test_it_waits_while_the_queue_is_full(stdin: Any) -> None:
     write, desk = stdin
     desk.is_full = True
     write(b"save\neval\n")
@@ -104,7 +104,7 @@ def test_a_flood_of_wrong_lines_is_slowed_down(stdin: Any) -> None:
 
 
 @pytest.mark.parametrize("source", ["/dev/null", "closed", "none", "file"])
-def test_the_end_of_stdin_retires_the_front(
+def test_the_front_ends_with_stdin(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
 ) -> None:
     desk: Any = Desk()

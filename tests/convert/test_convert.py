@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.zero.layout import base_state
 from harness.zero.reader import SavedEngine
-from tests.support.helpers import small_disk, tiny_config
+from tests.support.helpers import Pools, assert_equal, flip_bit, small_disk, tiny_config
 from tests.support.plain_deepspeed import layouts, write_all
 
 Checkpoints = Callable[[int], Path]
@@ -49,44 +50,30 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def checkpoints(
-    two_ranks: RankPool,
-    three_ranks: RankPool,
-    four_ranks: RankPool,
-    tmp_path_factory: pytest.TempPathFactory,
-    request: pytest.FixtureRequest,
-) -> Iterator[Checkpoints]:
+    pools: Pools, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Checkpoints:
     """Where the checkpoints of all layouts are that so many ranks wrote; the slow ones if asked."""
     is_slow = request.config.getoption("--slow")
-    written: dict[int, Path] = {}
-    with RankPool(1) as one_rank:
-        pools = {1: one_rank, 2: two_ranks, 3: three_ranks, 4: four_ranks}
 
-        def of(world: int) -> Path:
-            if world not in written:
-                written[world] = tmp_path_factory.mktemp(f"world{world}")
-                names = [n for n in layouts(world) if is_slow or n in QUICK[world]]
-                pools[world].run(write_all, written[world], names)
-            return written[world]
+    @cache
+    def of(world: int) -> Path:
+        directory = tmp_path_factory.mktemp(f"world{world}")
+        names = [name for name in layouts(world) if is_slow or name in QUICK[world]]
+        pools(world).run(write_all, directory, names)
+        return directory
 
-        yield of
+    return of
 
 
 def converted(src: Path, dst: Path, **options: Any) -> dict[str, torch.Tensor]:
-    told: list[str] = []
-    convert(src, dst, Options(**options), told.append)
-    assert str(dst) in told[-1]
+    lines: list[str] = []
+    convert(src, dst, Options(**options), lines.append)
+    assert str(dst) in lines[-1]
     return io.load(dst)
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
-
-
 @pytest.mark.parametrize(("world", "name"), CASES)
-def test_weights_are_those_of_zero_to_fp32_and_of_the_engine(
+def test_weights_equal_those_of_zero_to_fp32_and_of_the_engine(
     checkpoints: Checkpoints, tmp_path: Path, world: int, name: str
 ) -> None:
     directory = checkpoints(world) / name
@@ -98,11 +85,11 @@ def test_weights_are_those_of_zero_to_fp32_and_of_the_engine(
         for missed in live.keys() - expected.keys():  # by zero_to_fp32, at stage 1
             assert missed.startswith("fixed."), missed
         frozen = {key: live[key] for key in live if key.startswith("fixed.")}
-        assert_same(
+        assert_equal(
             found,
             {key: as_fp32(value) for key, value in (live | expected | frozen).items()},
         )
-    assert_same(converted(directory, tmp_path / "keep.sft", dtype="keep"), live)
+    assert_equal(converted(directory, tmp_path / "keep.sft", dtype="keep"), live)
 
 
 def as_fp32(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,7 +99,7 @@ def as_fp32(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("world", "name"), [case for case in CASES if "zero0" not in str(case.values[1])]
 )
-def test_masters_and_moments_are_those_of_the_engine(
+def test_masters_and_moments_equal_those_of_the_engine(
     checkpoints: Checkpoints, tmp_path: Path, world: int, name: str
 ) -> None:
     directory = checkpoints(world) / name
@@ -121,9 +108,9 @@ def test_masters_and_moments_are_those_of_the_engine(
     steps = {key: value for key, value in found.items() if key.startswith("optimizer.step.")}
     assert steps and all(value == 2 for value in steps.values())
     if expected:
-        assert_same({key: found[key] for key in found.keys() - steps.keys()}, expected)
+        assert_equal({key: found[key] for key in found.keys() - steps.keys()}, expected)
     saved = SavedEngine(directory / "here")
-    for key in saved.shapes:  # where nothing is known to be right, at least it belongs together
+    for key in saved.shapes:  # without another reference: at least they match each other
         rounded = found[f"optimizer.master.{key}"].to(torch.load(directory / "live.pt")[key].dtype)
         assert torch.equal(rounded, torch.load(directory / "live.pt")[key])
         moments = (found[f"optimizer.{k}.{key}"] for k in ("exp_avg", "exp_avg_sq"))
@@ -134,21 +121,21 @@ def test_both_formats_and_shards_hold_the_same(checkpoints: Checkpoints, tmp_pat
     directory = checkpoints(2) / "zero3 bf16 many"
     expected = converted(directory, tmp_path / "single.sft")
     assert expected["head.weight"].data_ptr() == expected["words.weight"].data_ptr()
-    assert_same(converted(directory, tmp_path / "weights.pt", verify=True), expected)
-    assert_same(torch.load(tmp_path / "weights.pt", mmap=True), expected)
-    assert_same(converted(directory, tmp_path / "shards", shard_size=400), expected)
+    assert_equal(converted(directory, tmp_path / "weights.pt", verify=True), expected)
+    assert_equal(torch.load(tmp_path / "weights.pt", mmap=True), expected)
+    assert_equal(converted(directory, tmp_path / "shards", shard_size=400), expected)
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    assert_same(converted(tmp_path / "shards", tmp_path / "again.pt"), expected)
-    assert_same(converted(tmp_path / "weights.pt", tmp_path / "again.sft"), expected)
+    assert_equal(converted(tmp_path / "shards", tmp_path / "again.pt"), expected)
+    assert_equal(converted(tmp_path / "weights.pt", tmp_path / "again.sft"), expected)
     assert (tmp_path / "again.sft").read_bytes() == (tmp_path / "single.sft").read_bytes()
     with safe_open(tmp_path / "single.sft", "pt") as file:
         assert set(file.keys()) == expected.keys() - {"head.weight"}
     rounded = {key: as_fp32(value).bfloat16() for key, value in expected.items() if key != "seen"}
     found = converted(directory, tmp_path / "bf16.sft", dtype="bf16", exclude=("^seen$",))
-    assert_same(found, rounded)
+    assert_equal(found, rounded)
 
 
-def test_names_are_chosen_and_changed(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_include_exclude_and_rename(checkpoints: Checkpoints, tmp_path: Path) -> None:
     directory = checkpoints(2) / "zero2 bf16 odd groups"
     found = converted(
         directory,
@@ -160,7 +147,7 @@ def test_names_are_chosen_and_changed(checkpoints: Checkpoints, tmp_path: Path) 
     assert set(found) == {"words.w", "head.w", "layers.inner.w", "layers.outer.w", "tilt"}
 
 
-def test_the_settings_of_the_optimizer_go_by_the_names_of_its_tensors(
+def test_the_settings_of_the_optimizer_use_the_names_of_its_tensors(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     directory = checkpoints(2) / "zero2 bf16 odd groups"
@@ -172,12 +159,12 @@ def test_the_settings_of_the_optimizer_go_by_the_names_of_its_tensors(
     assert groups == [["m.words.weight", "m.outer.weight"], ["m.slope"]]
     for name in ("m.words.weight", "m.outer.weight", "m.slope"):
         assert f"optimizer.exp_avg.{name}" in found and name in found
-    told: list[str] = []
-    convert(directory, tmp_path / "x.pt", Options(what="optimizer"), told.append)
-    assert told[0] == "note: a .pt has no place for the metadata: optimizer"
+    lines: list[str] = []
+    convert(directory, tmp_path / "x.pt", Options(what="optimizer"), lines.append)
+    assert lines[0] == "note: a .pt has no place for the metadata: optimizer"
 
 
-def test_the_words_of_others_are_kept(tmp_path: Path) -> None:
+def test_metadata_of_other_programs_is_kept(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3), "v": torch.ones(2)}, tmp_path / "a.sft", {"author": "somebody"})
     converted(tmp_path / "a.sft", tmp_path / "shards", shard_size=10)
     converted(tmp_path / "shards", tmp_path / "b.sft", dtype="bf16")
@@ -185,7 +172,7 @@ def test_the_words_of_others_are_kept(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt", "author": "somebody"}
 
 
-def test_a_weight_that_is_named_like_state_of_the_optimizer(
+def test_a_weight_named_like_state_of_the_optimizer_is_refused(
     two_ranks: RankPool, tmp_path: Path
 ) -> None:
     two_ranks.run(write_clash, tmp_path / "clash")
@@ -195,7 +182,7 @@ def test_a_weight_that_is_named_like_state_of_the_optimizer(
 
 
 class Clash(nn.Module):
-    """Its one buffer has the name that the other one's master gets."""
+    """Its buffer has the name that the master of its parameter gets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,8 +206,8 @@ def write_clash(directory: Path) -> None:
     engine.destroy()
 
 
-def test_tensors_in_another_order_are_brought_in_order(tmp_path: Path) -> None:
-    """Also one of a few elements that is read many times: memory is not taken for all of it."""
+def test_strided_tensors_become_row_major(tmp_path: Path) -> None:
+    """Also one whose few elements are read many times, without memory for all of it."""
     data = {
         "turned": torch.arange(600_000.0).view(600, 1000).t(),
         "wide": torch.arange(9.0)[:, None].expand(9, 4_000_000),
@@ -236,22 +223,22 @@ def test_tensors_in_another_order_are_brought_in_order(tmp_path: Path) -> None:
     )
     args = ["convert", str(tmp_path / "a.pt"), str(tmp_path / "b.sft")]
     subprocess.run([sys.executable, "-c", code, *args], check=True)
-    assert_same(io.load(tmp_path / "b.sft"), data)
+    assert_equal(io.load(tmp_path / "b.sft"), data)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_missing_expert_is_noticed(checkpoints: Checkpoints, tmp_path: Path, stage: int) -> None:
-    shutil.copytree(checkpoints(2) / f"zero{stage} bf16 experts", tmp_path / "harmed")
-    only(tmp_path / "harmed/here", "layer_1_expert_2_*").unlink()
+    shutil.copytree(checkpoints(2) / f"zero{stage} bf16 experts", tmp_path / "damaged")
+    only(tmp_path / "damaged/here", "layer_1_expert_2_*").unlink()
     with pytest.raises(HarnessError, match=r"layer_1_expert_N.* are missing for N = 2: .* has 4 "):
-        converted(tmp_path / "harmed", tmp_path / "x.sft")
+        converted(tmp_path / "damaged", tmp_path / "x.sft")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"include": ("wrods",)}, "no tensor has a name that matches 'wrods'"),
-        ({"include": ("(",)}, "no regular expression"),
+        ({"include": ("(",)}, "not a regular expression"),
         ({"exclude": (".",)}, "no tensor is left"),
         ({"rename": ("inner",)}, "expected OLD=NEW"),
         ({"rename": ("weight|bias=x",)}, "two tensors would be named 'fixed.x'"),
@@ -262,7 +249,7 @@ def test_a_missing_expert_is_noticed(checkpoints: Checkpoints, tmp_path: Path, s
         ({"shard_size": 9}, "must be a directory"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(
+def test_mistakes_are_reported_before_anything_is_written(
     checkpoints: Checkpoints, tmp_path: Path, options: Any, message: str
 ) -> None:
     with pytest.raises(HarnessError, match=message):
@@ -270,34 +257,30 @@ def test_mistakes_are_told_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_tells_and_writes_nothing(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    told: list[str] = []
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    lines: list[str] = []
     directory = checkpoints(4) / "zero3 bf16 many"
-    convert(directory, tmp_path / "x.sft", Options(dtype="bf16", dry_run=True), told.append)
-    lines = [line.split() for line in told]
+    convert(directory, tmp_path / "x.sft", Options(dtype="bf16", dry_run=True), lines.append)
+    fields = [line.split() for line in lines]
     assert ["words.weight", "float32", "->", "bfloat16", "[11,", "7]", "154"] in [
-        line[:7] for line in lines
+        line[:7] for line in fields
     ]
-    assert ["head.weight", "=", "words.weight"] in lines
+    assert ["head.weight", "=", "words.weight"] in fields
     assert not list(tmp_path.iterdir())
 
 
-def test_the_masters_of_zero_0_have_no_names(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    told: list[str] = []
+def test_the_masters_of_zero_0_are_not_named(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    lines: list[str] = []
     directory = checkpoints(2) / "zero0 bf16"
-    convert(directory, tmp_path / "x.sft", Options(), told.append)
-    assert "note: DeepSpeed names no fp32 masters at ZeRO 0" in told[0]
+    convert(directory, tmp_path / "x.sft", Options(), lines.append)
+    assert "note: DeepSpeed does not name the fp32 masters at ZeRO 0" in lines[0]
     with pytest.raises(HarnessError, match="does not say which parameter"):
-        convert(directory, tmp_path / "y.sft", Options(what="optimizer"), told.append)
+        convert(directory, tmp_path / "y.sft", Options(what="optimizer"), lines.append)
 
 
 Damage = Callable[[Path], object]
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
 
 
 def in_a_master(path: Path) -> int:
@@ -336,7 +319,7 @@ def bomb(path: Path) -> None:
 
 RANK_2 = "zero_pp_rank_2_mp_rank_00_optim_states.pt"
 RANK_1 = "*zero_pp_rank_1_*optim_states.pt"
-HARMED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+DAMAGED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "missing": (lambda d, _: only(d, RANK_1).unlink(), "optim_states.pt of ranks 1 are missing"),
     "all missing": (
         lambda d, _: [path.unlink() for path in d.glob("*optim_states.pt")],
@@ -344,15 +327,18 @@ HARMED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "model missing": (
         lambda d, _: [path.unlink() for path in d.glob("*mp_rank_00_model_states.pt")],
-        "no checkpoint here: expected",
+        "not a checkpoint or weights: expected",
     ),
     "truncated": (
         lambda d, _: os.truncate(only(d, RANK_1), only(d, RANK_1).stat().st_size - 99),
-        "no zip archive, as torch.save writes it, or cut off",
+        "not a zip archive, as torch.save writes it, or truncated",
     ),
     "code": (lambda d, _: hostile(only(d, RANK_1)), "it names os.system"),
     "bomb": (lambda d, _: bomb(only(d, RANK_1)), "is compressed"),
-    "flipped": (lambda d, _: flip(only(d, RANK_1), in_a_master(only(d, RANK_1))), "wrong CRC of"),
+    "flipped": (
+        lambda d, _: flip_bit(only(d, RANK_1), in_a_master(only(d, RANK_1))),
+        "wrong CRC of",
+    ),
     "more ranks": (
         lambda d, other: shutil.copy(only(other, RANK_1), d / RANK_2),
         "optim_states.pt of ranks 2 are of another save: this one is of 2 ranks",
@@ -368,35 +354,35 @@ HARMED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("harm", HARMED)
+@pytest.mark.parametrize("damage", DAMAGED)
 @pytest.mark.parametrize("name", ["zero2 bf16 odd groups", "zero3 bf16 many"])
-def test_harmed_rank_files_are_refused(
-    checkpoints: Checkpoints, tmp_path: Path, name: str, harm: str
+def test_damaged_rank_files_are_refused(
+    checkpoints: Checkpoints, tmp_path: Path, name: str, damage: str
 ) -> None:
-    directory = shutil.copytree(checkpoints(2) / name, tmp_path / "harmed") / "here"
+    directory = shutil.copytree(checkpoints(2) / name, tmp_path / "damaged") / "here"
     other = checkpoints(2) / ("zero1 bf16" if "zero2" in name else "zero3 bf16 offloaded") / "here"
-    act, message = HARMED[harm]
+    act, message = DAMAGED[damage]
     act(directory, other)
     with pytest.raises(HarnessError, match=message) as caught:
         converted(directory, tmp_path / "x.sft", verify=True)
     assert str(directory) in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["harmed"]
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
 def test_weights_that_are_not_the_rounded_masters_are_noticed(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    """A rank's file of another run may fit in every respect but this one."""
+    """A rank's file of another run may match in everything else."""
     directory = shutil.copytree(checkpoints(2) / "zero1 bf16", tmp_path / "mixed") / "here"
     changed(only(directory, RANK_1), lambda master: master.add_(1), "master")
     converted(directory, tmp_path / "x.sft")
-    with pytest.raises(HarnessError, match="are not its master weights, rounded"):
+    with pytest.raises(HarnessError, match="are not its rounded master weights"):
         converted(directory, tmp_path / "x.sft", verify=True)
 
 
 @pytest.mark.parametrize("tag", ["../here", "", "/etc", "nowhere", "x\0y", "."])
 def test_a_hostile_latest_is_refused(checkpoints: Checkpoints, tmp_path: Path, tag: str) -> None:
-    directory = shutil.copytree(checkpoints(1) / "zero0 fp32", tmp_path / "harmed")
+    directory = shutil.copytree(checkpoints(1) / "zero0 fp32", tmp_path / "damaged")
     (directory / "latest").write_text(tag)
     with pytest.raises(HarnessError, match="latest"):
         converted(directory, tmp_path / "x.sft")
@@ -459,9 +445,9 @@ def test_a_disk_without_room_is_one_message(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_what_is_interrupted_leaves_no_file(tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupted_conversion_leaves_no_file(tmp_path: Path, number: signal.Signals) -> None:
     torch.save({f"w{n}": torch.zeros(1 << 20) for n in range(64)}, tmp_path / "src.pt")
-    # Each buffer waits, so that the signal comes in the middle.
+    # Each write waits, so that the signal arrives during the conversion.
     slow = (
         "import os, time; write = os.pwrite\n"
         "os.pwrite = lambda *args: (time.sleep(0.02), write(*args))[1]\n"
@@ -475,13 +461,13 @@ def test_what_is_interrupted_leaves_no_file(tmp_path: Path, number: signal.Signa
         time.sleep(0.01)
     time.sleep(0.1)
     process.send_signal(number)
-    _, told = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=30)
     expected = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
-    assert process.returncode == expected[number], told
+    assert process.returncode == expected[number], stderr
     left = {path.name for path in tmp_path.iterdir()} - {"src.pt"}
     assert "dst.sft" not in left
     if number != signal.SIGKILL:
-        assert not left and b"Traceback" not in told, told
+        assert not left and b"Traceback" not in stderr, stderr
 
 
 def test_tied_masters_at_zero_0_stay_tied(two_ranks: RankPool, tmp_path: Path) -> None:
@@ -493,15 +479,15 @@ def test_tied_masters_at_zero_0_stay_tied(two_ranks: RankPool, tmp_path: Path) -
     assert found["again.weight"].data_ptr() == found["middle.weight"].data_ptr()
 
 
-def test_a_run_of_ours_is_converted(two_ranks: RankPool, tmp_path: Path) -> None:
+def test_a_run_of_harness_is_converted(two_ranks: RankPool, tmp_path: Path) -> None:
     """Its newest checkpoint, which is what its last export holds."""
     config = tiny_config(tmp_path, 2, run={"steps": 4}, trainer={"save_every": 2})
     two_ranks.run(run_in_world, config)
     exported = io.load(config.run_dir / "exports/step-00000004/net.sft")
     checkpoints = config.run_dir / "checkpoints"
     for src in (config.run_dir, checkpoints, checkpoints / "step-00000004"):
-        assert_same(converted(src, tmp_path / "x.sft", verify=True), exported)
-    assert_same(converted(checkpoints / "step-00000004/net", tmp_path / "x.sft"), exported)
+        assert_equal(converted(src, tmp_path / "x.sft", verify=True), exported)
+    assert_equal(converted(checkpoints / "step-00000004/net", tmp_path / "x.sft"), exported)
     with pytest.raises(HarnessError, match=r"no engine 'nte'.*did you mean 'net'"):
         converted(config.run_dir, tmp_path / "y.sft", engine="nte")
     old, new = (only(checkpoints / f"step-0000000{n}/net", RANK_1) for n in (2, 4))

@@ -13,7 +13,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from harness.convert.convert import Options, convert
 from harness.io import load, save
 
-transformers = pytest.importorskip("transformers", reason="needs the extra: pip install .[hf]")
+transformers = pytest.importorskip("transformers", reason="needs the extra: hf")
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
@@ -41,7 +41,7 @@ def opened(directory: Path, dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.parametrize("shard_size", [None, 10_000])
-def test_a_model_of_transformers_goes_there_and_back(
+def test_a_model_of_transformers_there_and_back(
     model: Any, shard_size: int | None, tmp_path: Path
 ) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -61,7 +61,7 @@ def test_a_model_of_transformers_goes_there_and_back(
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the job has left."""
+    """The files that the job has written."""
     pytest.importorskip("accelerate", reason="needs accelerate")
     directory = tmp_path_factory.mktemp("saved")
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -77,7 +77,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("by", ["accelerate", "trainer"])
-def test_what_others_save_is_converted(saved: Path, tmp_path: Path, by: str, stage: int) -> None:
+def test_checkpoints_of_accelerate_and_trainer_are_converted(
+    saved: Path, tmp_path: Path, by: str, stage: int
+) -> None:
     src = saved / f"{by}-{stage}"
     dst = tmp_path / "x.sft"
     convert(src, dst, Options(dtype="keep", verify=True), lambda _: None)

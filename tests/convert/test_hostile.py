@@ -1,4 +1,4 @@
-"""Checkpoints that lie: each is one short error. No rank is needed to write them."""
+"""Hostile checkpoints: each is one short error. They are written without ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.convert.resolve_source import locate
+from harness.convert.resolve_source import resolve_source
 from harness.errors import HarnessError
 from harness.zero.reader import SavedEngine
 
@@ -14,7 +14,7 @@ MODEL = "mp_rank_00_model_states.pt"
 
 
 @pytest.mark.parametrize("world", [0, -1, 10**6, "2", None])
-def test_a_lying_world_size_is_one_short_message(tmp_path: Path, world: Any) -> None:
+def test_a_false_world_size_is_one_short_message(tmp_path: Path, world: Any) -> None:
     model = {"module": {}, "dp_world_size": world, "param_shapes": [{}], "optimizer": None}
     torch.save(model, tmp_path / MODEL)
     state = {"optimizer_state_dict": {"zero_stage": 1}}
@@ -40,4 +40,4 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, manifest: str) -> None:
     torch.save({}, tmp_path / "net" / MODEL)
     (tmp_path / "manifest.json").write_text(manifest)
     with pytest.raises(HarnessError, match=r"manifest\.json is damaged"):
-        locate(tmp_path)
+        resolve_source(tmp_path)

@@ -1,5 +1,6 @@
-"""The laws of the samplers: once an epoch, the same on any number of ranks, resumed anywhere."""
+"""Laws of the samplers: once an epoch, the same on any number of ranks, resumable anywhere."""
 
+import importlib
 import io
 import pickle
 import sys
@@ -14,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from harness.data.sampler import (
+from harness.data import (
     BatchedOrderedSampler,
     OrderedSampler,
     PoolSampler,
@@ -54,7 +55,7 @@ laws = settings(deadline=None, max_examples=60)
 
 
 def interleaved(ranks: list[Sampler[Any]]) -> Iterator[Any]:
-    """The whole stream: the draws of all ranks, round by round."""
+    """The complete stream: the draws of all ranks, round by round."""
     for round_ in zip(*[sampler.stream() for sampler in ranks], strict=True):
         yield from round_
 
@@ -117,7 +118,7 @@ def test_iterating_gives_the_rounds_that_begin_in_the_epoch(
     assert in_rounds == list(islice(interleaved(ranks), len(in_rounds)))
     assert len(in_rounds) - world_size < total - position <= len(in_rounds)
 
-    assert all((s.epoch, s.position) == (epoch, position) for s in ranks), "iterating moved it"
+    assert all((s.epoch, s.position) == (epoch, position) for s in ranks), "iterating advanced it"
     ranks[0].advance(len(ranks[0]) - 1)
     assert ranks[0].epoch == epoch
     ranks[0].advance()
@@ -126,17 +127,17 @@ def test_iterating_gives_the_rounds_that_begin_in_the_epoch(
 
 @laws
 @given(builds, counts, world_sizes, st.integers(0, 100))
-def test_many_rounds_at_once_are_as_many_single_ones(
+def test_advancing_many_rounds_equals_advancing_one_by_one(
     build: Build, count: int, world_size: int, rounds: int
 ) -> None:
-    at_once, singly = build(count, world_size=world_size), build(count, world_size=world_size)
-    at_once.advance(rounds)
+    together, singly = build(count, world_size=world_size), build(count, world_size=world_size)
+    together.advance(rounds)
     for _ in range(rounds):
         singly.advance()
-    assert at_once.state_dict() == singly.state_dict()
+    assert together.state_dict() == singly.state_dict()
 
 
-def test_a_round_is_completed_from_the_next_epoch_which_goes_on_after_it() -> None:
+def test_a_round_is_completed_from_the_next_epoch_which_continues_after_it() -> None:
     ranks = on_all_ranks(OrderedSampler, 5, world_size=3, seed=0)
     assert [list(sampler) for sampler in ranks] == [[0, 3], [1, 4], [2, 0]]
     for sampler in ranks:
@@ -152,7 +153,7 @@ def test_one_round_may_span_many_epochs() -> None:
     assert (sampler.epoch, sampler.position) == (3, 1)
 
 
-def test_a_stream_starts_where_the_sampler_was_when_it_was_made() -> None:
+def test_a_stream_starts_at_the_position_of_its_call() -> None:
     sampler = OrderedSampler(10)
     stream = sampler.stream()
     sampler.advance(3)
@@ -182,14 +183,14 @@ def test_an_epoch_is_ordered_once_even_while_the_stream_is_ahead(
 
 @laws
 @given(builds, counts, world_sizes, seeds, st.integers(0, 60), st.data())
-def test_a_resumed_stream_goes_on_as_the_uninterrupted_one(
+def test_a_resumed_stream_equals_the_uninterrupted_one(
     build: Build, count: int, world_size: int, seed: int, rounds: int, data: st.DataObject
 ) -> None:
     rank = data.draw(st.integers(0, world_size - 1))
     uninterrupted = build(count, seed=seed, rank=rank, world_size=world_size).stream()
     stopped = build(count, seed=seed, rank=rank, world_size=world_size)
     stopped.advance(rounds)
-    # Another seed, and another place, which the state must replace.
+    # Another seed and position, which the state must replace.
     resumed = build(count, seed=seed + 1, rank=rank, world_size=world_size)
     next(resumed.stream())
     resumed.advance(3)
@@ -242,7 +243,7 @@ def test_runs_at_changing_world_sizes_make_one_stream(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_state_that_does_not_match_is_refused_and_changes_nothing(
+def test_a_state_that_does_not_match_is_rejected_and_changes_nothing(
     saved: Sampler[Any], loading: Sampler[Any], names: list[str]
 ) -> None:
     saved.advance(2)
@@ -286,7 +287,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("name", ["random", "batched, shuffled"])
-def test_workers_fetch_ahead_but_only_what_is_consumed_counts(name: str) -> None:
+def test_workers_prefetch_but_only_what_is_consumed_counts(name: str) -> None:
     """Two workers, three samples a step, stopped in the second epoch, resumed without a gap."""
     in_lists = name.startswith("batched")
     per_step = 1 if in_lists else 3
@@ -332,7 +333,7 @@ def test_permutations_differ_by_epoch_and_by_seed() -> None:
     assert len(set(orders)) == 100
 
 
-def test_permutations_are_even() -> None:
+def test_permutations_are_uniform() -> None:
     """Over 3000 epochs each of 5 items comes first about 600 times (sigma is 22)."""
     sampler = RandomSampler(5, seed=2)
     first = Counter(sampler.order(epoch)[0] for epoch in range(3000))
@@ -344,10 +345,10 @@ def test_a_permutation_takes_about_eight_bytes_an_index() -> None:
     assert sys.getsizeof(RandomSampler(100_000).order(0)) < 9 * 100_000
 
 
-def test_an_order_is_let_go_when_its_epoch_ends() -> None:
+def test_an_order_is_freed_when_its_epoch_ends() -> None:
     sampler = RandomSampler(10_000)
-    fetched_ahead = list(islice(sampler.stream(), 10_001))
-    sampler.advance(len(fetched_ahead))
+    prefetched = list(islice(sampler.stream(), 10_001))
+    sampler.advance(len(prefetched))
     assert sampler.epoch == 1
     assert 80_000 < len(pickle.dumps(sampler)) < 100_000, "one order is 80,000 bytes"
 
@@ -357,18 +358,18 @@ def test_draws_are_plain_ints() -> None:
     assert {type(i) for batch in batched(20, shuffle=True) for i in batch} == {int}
 
 
-# The bag
+# The pool
 
 
-def test_a_bag_is_emptied_before_it_is_refilled() -> None:
-    bag = PoolSampler("abcde", keep_all=True, seed=4)
-    first, second = [[bag.sample() for _ in range(5)] for _ in range(2)]
+def test_a_pool_is_emptied_before_it_is_refilled() -> None:
+    pool = PoolSampler("abcde", keep_all=True, seed=4)
+    first, second = [[pool.sample() for _ in range(5)] for _ in range(2)]
     assert sorted(first) == sorted(second) == list("abcde")
     assert first != second
-    assert (bag.epoch, bag.position) == (2, 0)
+    assert (pool.epoch, pool.position) == (2, 0)
 
 
-def test_a_bag_gives_indices_or_items() -> None:
+def test_a_pool_gives_indices_or_items() -> None:
     pool = [30, 10, 20]
     indices = PoolSampler(pool, seed=1)
     items = PoolSampler(pool, keep_all=True, seed=1)
@@ -376,14 +377,14 @@ def test_a_bag_gives_indices_or_items() -> None:
     assert [pool[index] for index in indices] == list(items)
 
 
-def test_an_unshuffled_bag_keeps_its_order() -> None:
+def test_an_unshuffled_pool_keeps_its_order() -> None:
     assert list(PoolSampler([30, 10, 20], keep_all=True, shuffle=False)) == [30, 10, 20]
     assert list(PoolSampler(3, shuffle=False)) == [0, 1, 2]
 
 
-def test_ranks_sample_from_one_bag() -> None:
-    bags = [PoolSampler(6, rank=rank, world_size=3) for rank in range(3)]
-    assert sorted(bag.sample() for _ in range(2) for bag in bags) == list(range(6))
+def test_ranks_sample_from_one_pool() -> None:
+    pools = [PoolSampler(6, rank=rank, world_size=3) for rank in range(3)]
+    assert sorted(pool.sample() for _ in range(2) for pool in pools) == list(range(6))
 
 
 # Batches
@@ -404,7 +405,7 @@ def tokens(batch: list[int], lengths: list[float], padded: bool) -> float:
 @given(item_lengths, limits, st.booleans(), st.integers(1, 9), st.booleans(), seeds)
 @example([*range(1, 21)] * 3, {"max_tokens": 50}, True, 1, True, 0)
 @example([*range(1, 21)] * 3, {"max_tokens": 50}, False, 1, True, 0)
-def test_batches_keep_within_both_limits_and_are_as_large_as_they_allow(
+def test_batches_are_as_large_as_both_limits_allow(
     lengths: list[float],
     limit: dict[str, Any],
     padded: bool,
@@ -484,8 +485,8 @@ def test_drop_last_leaves_only_batches_of_the_full_size(
 @pytest.mark.parametrize(
     ("lengths", "batches"),
     [
-        ([5, 5, 5, 5], [[0, 1], [2, 3]]),  # the last is full to the brim
-        ([4, 4, 4, 4], [[0, 1], [2, 3]]),  # the last has room, but for no item of the bucket
+        ([5, 5, 5, 5], [[0, 1], [2, 3]]),  # the last is exactly full
+        ([4, 4, 4, 4], [[0, 1], [2, 3]]),  # the last has room, but not for any item of the bucket
         ([5, 5, 5], [[0, 1]]),
     ],
 )
@@ -498,7 +499,7 @@ def test_drop_last_drops_a_batch_that_could_have_taken_more(
     assert list(sampler) == batches
 
 
-def test_drop_last_asks_whether_the_shortest_item_would_have_fitted() -> None:
+def test_drop_last_considers_the_shortest_item() -> None:
     """[1, 4] is full at 7; [4] would have taken the 1, if not another 4."""
     sampler = BatchedOrderedSampler([1, 4, 4], max_tokens=7, padded=False, drop_last=True)
     assert list(sampler) == [[0, 1]]
@@ -530,6 +531,14 @@ def test_drop_last_asks_whether_the_shortest_item_would_have_fitted() -> None:
         (lambda: batched(5, max_tokens=100, drop_last=True), "leaves no batch of the 5 items"),
     ],
 )
-def test_bad_arguments_are_named(make: Callable[[], Any], message: str) -> None:
+def test_invalid_arguments_are_named(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_samplers_import_nothing_else_of_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "harness"]:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.import_module("harness.data.sampler")
+    imported = {name for name in sys.modules if name.partition(".")[0] == "harness"}
+    assert imported == {"harness", "harness.data", "harness.data.sampler"}

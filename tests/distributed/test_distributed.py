@@ -1,4 +1,4 @@
-"""Ranks agree, fail together, and the pool that tests them tells the truth."""
+"""Ranks agree and fail together; the pool that tests them reports failures."""
 
 import os
 import time
@@ -11,16 +11,13 @@ from harness.errors import CheckpointError, HarnessError
 from harness.testing.pool import RankError, RankPool
 
 
-def agree_on_rank() -> list[int]:
+def reduce_ranks() -> list[int]:
     rank = distributed.global_rank()
     return distributed.all_reduce_max([rank, -rank, 7])
 
 
-def leaders() -> tuple[str | None, str | None]:
-    return (
-        distributed.global_leader_only(lambda: "global")(),
-        distributed.local_leader_only(lambda: "local")(),
-    )
+def leader() -> str | None:
+    return distributed.global_leader_only(lambda: "leader")()
 
 
 def fail_on(rank: int, kind: type[Exception]) -> tuple[str, str]:
@@ -33,7 +30,7 @@ def fail_on(rank: int, kind: type[Exception]) -> tuple[str, str]:
     return "none", ""
 
 
-def hand_around() -> tuple[str, list[int]]:
+def exchange() -> tuple[str, list[int]]:
     rank = distributed.global_rank()
     return distributed.broadcast(f"from {rank}"), distributed.all_gather(rank * 10)
 
@@ -63,22 +60,22 @@ def hang_on_one() -> None:
 def test_without_a_launcher_the_world_is_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    facts = (distributed.global_rank(), distributed.local_rank(), distributed.world_size())
-    assert facts == (0, 0, 1)
-    assert distributed.is_global_leader() and distributed.is_local_leader()
+    place = (distributed.global_rank(), distributed.local_rank(), distributed.world_size())
+    assert place == (0, 0, 1)
+    assert distributed.is_global_leader()
     assert distributed.local_world_size() == 1
 
 
-def test_agree_is_the_maximum_place_by_place(three_ranks: RankPool) -> None:
-    assert three_ranks.run(agree_on_rank) == [[2, 0, 7]] * 3
+def test_all_reduce_max_is_elementwise(three_ranks: RankPool) -> None:
+    assert three_ranks.run(reduce_ranks) == [[2, 0, 7]] * 3
 
 
 def test_leader_only_runs_on_the_leader(two_ranks: RankPool) -> None:
-    assert two_ranks.run(leaders) == [("global", "local"), (None, None)]
+    assert two_ranks.run(leader) == ["leader", None]
 
 
 def test_broadcast_and_all_gather(three_ranks: RankPool) -> None:
-    assert three_ranks.run(hand_around) == [("from 0", [0, 10, 20])] * 3
+    assert three_ranks.run(exchange) == [("from 0", [0, 10, 20])] * 3
 
 
 def test_ranks_are_seeded_apart_and_repeatably(two_ranks: RankPool) -> None:
@@ -108,7 +105,7 @@ def test_the_pool_reports_what_a_rank_raised_and_recovers() -> None:
     with RankPool(2, timeout_s=30) as pool:
         with pytest.raises(RankError, match=r"rank 1: (.|\n)*rank one is unwell"):
             pool.run(raise_on_one)
-        assert pool.run(agree_on_rank) == [[1, 0, 7]] * 2
+        assert pool.run(reduce_ranks) == [[1, 0, 7]] * 2
         with pytest.raises(RankError, match="rank 1: died with exit code 7"):
             pool.run(die_on_one)
 

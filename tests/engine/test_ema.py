@@ -1,6 +1,6 @@
-"""The average of an engine's weights: right at every ZeRO stage, kept, and in nobody's way.
+"""The average of an engine's weights: correct at every ZeRO stage, saved, without side effects.
 
-That it is the one of plain PyTorch is tested in test_engines.py.
+test_engines.py compares it with plain PyTorch's.
 """
 
 import shutil
@@ -19,7 +19,17 @@ from harness.io.stored import read
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.zero.reader import SavedEngine
-from tests.support.helpers import ROOT, error_of, losses, records, tiny_config
+from tests.support.helpers import (
+    ROOT,
+    Pools,
+    assert_equal,
+    checkpoint,
+    error_of,
+    exported,
+    losses,
+    records,
+    tiny_config,
+)
 
 STAGES = [0, 1, 2, 3]
 DECAY = 0.8
@@ -39,16 +49,12 @@ def config_of(directory: Path, stage: int, **engine: Any) -> Config:
     )
 
 
-def exported(config: Config, step: int, stem: str) -> dict[str, Tensor]:
-    return load(config.run_dir / f"exports/step-{step:08d}/{stem}.sft")
-
-
 def saved(config: Config, step: int) -> SavedEngine:
-    return SavedEngine(config.run_dir / f"checkpoints/step-{step:08d}/net")
+    return SavedEngine(checkpoint(config, step) / "net")
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_it_follows_the_master_weights_and_disturbs_nothing(
+def test_it_averages_the_master_weights_and_changes_nothing_else(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
     bf16 = {"bf16": {"enabled": True}}
@@ -66,21 +72,18 @@ def test_it_follows_the_master_weights_and_disturbs_nothing(
             averages[name] = torch.lerp(averages.get(name, master), master, 1 - DECAY)
             assert torch.equal(read(engine.moment(name, "ema")), averages[name])
             assert averages[name].dtype == torch.float32
-    weights, average = exported(config, 6, "net"), exported(config, 6, "net.ema")
+    weights, average = exported(config), exported(config, file="net.ema.sft")
     assert weights.keys() == average.keys() > averages.keys()
     last = saved(config, 6)
     for name, tensor in averages.items():
         assert torch.equal(average[name], tensor.bfloat16())
         assert torch.equal(weights[name], read(last.master(name)).bfloat16())
     convert(config.run_dir, tmp_path / "x.sft", Options(what="ema", verify=True), print)
-    converted = load(tmp_path / "x.sft")
-    assert converted.keys() == average.keys()
     averages |= {"again.weight": averages["middle.weight"], "scale": weights["scale"].float()}
-    assert all(torch.equal(converted[name], averages[name]) for name in converted)
+    assert_equal(load(tmp_path / "x.sft"), averages)
     convert(config.run_dir, tmp_path / "y.sft", Options(what="ema", dtype="keep"), print)
-    kept = load(tmp_path / "y.sft")
-    assert all(torch.equal(kept[name], average[name]) for name in average)
-    with pytest.raises(CheckpointError, match="no average of the weights here"):
+    assert_equal(load(tmp_path / "y.sft"), average)
+    with pytest.raises(CheckpointError, match="it has no average of the weights"):
         convert(without.run_dir, tmp_path / "z.sft", Options(what="ema"), print)
     assert torch.equal(average["again.weight"], average["middle.weight"])
 
@@ -91,23 +94,23 @@ def test_it_resumes_to_the_bit_and_can_be_switched_off_and_on(
 ) -> None:
     config = config_of(tmp_path, stage)
     two_ranks.run(run_in_world, config)
-    whole = {name: read(saved(config, 6).moment(name, "ema")) for name in saved(config, 6).shapes}
+    averages = {n: read(saved(config, 6).moment(n, "ema")) for n in saved(config, 6).shapes}
 
     def again(**engine: Any) -> SavedEngine:
         for step in (4, 5, 6):
-            shutil.rmtree(config.run_dir / f"checkpoints/step-{step:08d}")
+            shutil.rmtree(checkpoint(config, step))
         two_ranks.run(run_in_world, config_of(tmp_path, stage, **engine))
         return saved(config, 6)
 
     resumed = again()
-    assert all(torch.equal(read(resumed.moment(name, "ema")), whole[name]) for name in whole)
+    assert_equal({name: read(resumed.moment(name, "ema")) for name in averages}, averages)
     off = again(ema_decay=None)
-    assert all("ema" not in off.state_keys(name) for name in whole)
+    assert all("ema" not in off.state_keys(name) for name in averages)
     for step in (5, 6):
-        shutil.rmtree(config.run_dir / f"checkpoints/step-{step:08d}")
+        shutil.rmtree(checkpoint(config, step))
     two_ranks.run(run_in_world, config)  # on again: it begins with the weights of step 5
     engine, first = saved(config, 6), saved(config, 5)
-    for name in whole:
+    for name in averages:
         assert torch.equal(read(first.moment(name, "ema")), read(first.master(name)))
         expected = torch.lerp(read(first.master(name)), read(engine.master(name)), 1 - DECAY)
         assert torch.equal(read(engine.moment(name, "ema")), expected)
@@ -124,16 +127,10 @@ def test_it_resumes_to_the_bit_and_can_be_switched_off_and_on(
     ],
     ids=str,
 )
-def test_it_goes_over_to_another_layout(
-    two_ranks: RankPool,
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    before: Layout,
-    after: Layout,
-    optimizer: dict[str, Any],
+def test_it_is_resharded(
+    pools: Pools, tmp_path: Path, before: Layout, after: Layout, optimizer: dict[str, Any]
 ) -> None:
     """The task has two parameter groups, frozen parameters and odd sizes."""
-    after_ranks = two_ranks if after[0] == 2 else request.getfixturevalue("four_ranks")
 
     def config(name: str, layout: Layout, steps: int) -> Config:
         engine = {
@@ -149,15 +146,15 @@ def test_it_goes_over_to_another_layout(
             data={"micro_batch_size": 8 // layout[0]},
         )
 
-    two_ranks.run(run_in_world, config("whole", before, 8))
-    two_ranks.run(run_in_world, config("parts", before, 4))
-    after_ranks.run(run_in_world, config("parts", after, 8))
-    ends = [config("whole", before, 8), config("parts", after, 8)]
-    whole, parts = (exported(end, 8, "net.ema") for end in ends)
-    weights = exported(ends[0], 8, "net")
-    for name, tensor in whole.items():
-        torch.testing.assert_close(parts[name], tensor, atol=1e-5, rtol=0)
-    assert max(float((weights[n] - whole[n]).abs().max()) for n in whole) > 1e-2
+    full, resumed = config("full", before, 8), config("resumed", after, 8)
+    pools(before[0]).run(run_in_world, full)
+    pools(before[0]).run(run_in_world, config("resumed", before, 4))
+    pools(after[0]).run(run_in_world, resumed)
+    expected, found = (exported(run, file="net.ema.sft") for run in (full, resumed))
+    weights = exported(full)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
+    assert max(float((weights[n] - expected[n]).abs().max()) for n in expected) > 1e-2
 
 
 def test_an_optimizer_with_an_average_of_its_own_is_refused(
@@ -165,8 +162,8 @@ def test_an_optimizer_with_an_average_of_its_own_is_refused(
 ) -> None:
     pytest.importorskip("schedulefree")
     config = config_of(tmp_path, 0, optimizer={"name": "schedulefree"})
-    (told, _) = two_ranks.run(error_of, config)
-    assert "engines.net.ema_decay: optimizer 'schedulefree' keeps an average of its own" in told
+    (error, _) = two_ranks.run(error_of, config)
+    assert "engines.net.ema_decay: optimizer 'schedulefree' keeps an average of its own" in error
     assert not config.run_dir.exists()
 
 
@@ -179,9 +176,9 @@ def test_apollo_can_be_averaged(two_ranks: RankPool, tmp_path: Path, stage: int)
     assert losses(config) == losses(without)
     averages: dict[str, Tensor] = {}
     for step in range(1, 7):
-        for name, weight in exported(without, step, "net").items():
+        for name, weight in exported(without, step).items():
             averages[name] = torch.lerp(averages.get(name, weight), weight, 1 - DECAY)
-    found = exported(config, 6, "net.ema")
+    found = exported(config, file="net.ema.sft")
     assert found.keys() == averages.keys()
     for name, tensor in averages.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0)

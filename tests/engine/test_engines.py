@@ -10,26 +10,33 @@ import digits
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from harness.checkpoint.manifest import checkpoints_in
 from harness.config import Config
 from harness.config.sections import merge
 from harness.engine.turns import Turn
-from harness.io import load
-from harness.io.stored import read
 from harness.run import run_in_world
 from harness.task import load_task
 from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool
 from harness.zero.reader import SavedEngine
-from tests.checkpoint.test_resume_table import tensors
 from tests.control.test_control import commanded
-from tests.support.helpers import ROOT, error_of, records, tiny_config
+from tests.support.fake_digits import fake_digits, train_on_fake_digits
+from tests.support.helpers import (
+    ROOT,
+    assert_same_optimizer,
+    checkpoint,
+    error_of,
+    exported,
+    records,
+    tensor_crcs,
+    tiny_config,
+    without_times,
+)
 from tests.support.plain_engines import plain_loop
 
 STAGES = [0, 1, 2, 3]
-EXACT: dict[str, Any] = {"atol": 1e-6, "rtol": 0}
 
 
 def config_of(directory: Path, path: str, engines: dict[str, Any], **overrides: Any) -> Config:
@@ -44,29 +51,15 @@ def config_of(directory: Path, path: str, engines: dict[str, Any], **overrides: 
     return Config.model_validate(merge(table, {"run": {"steps": 10}} | overrides))
 
 
-def fake_digits() -> tuple[Tensor, Tensor]:
-    """Blobs in ten places, in the stead of scikit-learn's digits."""
-    generator = torch.Generator().manual_seed(0)
-    digits_N = torch.randint(10, (digits.HELD_OUT + 200,), generator=generator)
-    blobs_CP = torch.randn(10, digits.PIXELS, generator=generator)
-    noise_NP = torch.randn(len(digits_N), digits.PIXELS, generator=generator)
-    return torch.tanh(blobs_CP[digits_N] + 0.3 * noise_NP), digits_N
-
-
-def train_on_fake_digits(config: Config) -> None:
-    with patch.object(digits, "read", fake_digits):
-        run_in_world(config)
-
-
 def compare(config: Config, expected: list[dict[str, float]], models: dict[str, nn.Module]) -> None:
     """Compares losses and exported weights: `models` by the stem of their file."""
     for record, losses in zip(records(config), expected, strict=True):
-        told = {k.partition("/")[0]: v for k, v in record.items() if k.endswith("/loss")}
-        assert told == pytest.approx(losses, abs=1e-6, rel=1e-6)
+        found = {k.partition("/")[0]: v for k, v in record.items() if k.endswith("/loss")}
+        assert found == pytest.approx(losses, abs=1e-6, rel=1e-6)
     for name, model in models.items():
-        found = load(config.run_dir / f"exports/step-{config.run.steps:08d}/{name}.sft")
-        for path, tensor in model.state_dict().items():
-            torch.testing.assert_close(found[path], tensor, **EXACT)
+        torch.testing.assert_close(
+            exported(config, file=f"{name}.sft"), dict(model.state_dict()), atol=1e-6, rtol=0
+        )
 
 
 # ------------------------------------------------------------------------------ a loss through both
@@ -88,8 +81,8 @@ def test_a_gan_and_its_average_equal_plain_torch(
     assert task.eval_data is not None and task.evaluate is not None
     plain["G"].module = average
     found = task.evaluate(plain["G"], task.eval_data[:])["energy_distance"]
-    told = records(config, "eval/")[-1]["eval/G/energy_distance"]
-    assert told == pytest.approx(float(found), abs=1e-5)
+    recorded = records(config, "eval/")[-1]["eval/G/energy_distance"]
+    assert recorded == pytest.approx(float(found), abs=1e-5)
 
 
 @pytest.mark.parametrize(("stages", "loss_fn"), [((3, 0), "kl"), ((1, 3), "mse")], ids=str)
@@ -106,13 +99,13 @@ def test_distillation_equals_plain_torch(
 
 
 @pytest.mark.parametrize(("stages", "way"), [((0, 2), "lend"), ((3, 1), "lend a part")], ids=str)
-def test_engines_of_their_own_stage_accumulation_and_frequency(
+def test_engines_with_their_own_stage_accumulation_and_frequency(
     two_ranks: RankPool, tmp_path: Path, stages: tuple[int, int], way: str
 ) -> None:
     twice = {"gradient_accumulation_steps": 2}
     engines = {
         "D": {"stage": stages[0], "ds_overrides": twice},
-        "G": {"stage": stages[1], "every": 3},
+        "G": {"stage": stages[1], "train_every": 3},
     }
     config = config_of(
         tmp_path, "tests/tasks/engines_task.py", engines, task={"args": {"way": way}}
@@ -124,7 +117,7 @@ def test_engines_of_their_own_stage_accumulation_and_frequency(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_is_lent_stays_frozen_while_the_backward_computes_it_again(
+def test_what_is_lent_stays_frozen_while_the_backward_recomputes_it(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
     engines = {"D": {"stage": stage}, "G": {"stage": stage}}
@@ -162,8 +155,8 @@ def test_the_wrong_way_is_an_error_that_says_the_right_one(
     config = config_of(
         tmp_path, "tests/tasks/engines_task.py", engines, task={"args": {"way": way}}
     )
-    for told in two_ranks.run(error_of, config):
-        assert re.search(REFUSED[way], told, re.DOTALL), told
+    for error in two_ranks.run(error_of, config):
+        assert re.search(REFUSED[way], error, re.DOTALL), error
 
 
 @pytest.mark.parametrize("way", ["block", "turn", "broken turn"])
@@ -192,21 +185,23 @@ def test_a_parameter_of_two_engines_is_refused(two_ranks: RankPool, tmp_path: Pa
     config = config_of(
         tmp_path, "tests/tasks/engines_task.py", engines, task={"args": {"shared": True}}
     )
-    for told in two_ranks.run(error_of, config):
-        assert "the models 'D' and 'G' share the parameter '0.weight'" in told
+    for error in two_ranks.run(error_of, config):
+        assert "the models 'D' and 'G' share the parameter '0.weight'" in error
 
 
 @pytest.mark.parametrize(
-    ("engines", "told"),
+    ("engines", "message"),
     [
-        ({"net": {"every": 2}}, "none is trained at every step, found every = {'net': 2}"),
-        ({"net": {}, "slow": {"every": 7}}, "every = 7: it would never be trained in 6 steps"),
-        ({"net": {"every": 0}}, "greater than or equal to 1"),
+        ({"net": {"train_every": 2}}, "trained at every step, found train_every = {'net': 2}"),
+        ({"net": {}, "slow": {"train_every": 7}}, "train_every = 7: it would never be trained in"),
+        ({"net": {"train_every": 0}}, "greater than or equal to 1"),
         ({"net": {"ema_decay": 1.0}}, "less than 1"),
         ({"net": {}, "wise": {"role": "teacher", "ema_decay": 0.9}}, "a teacher never changes"),
     ],
 )
-def test_impossible_settings_are_told(tmp_path: Path, engines: dict[str, Any], told: str) -> None:
+def test_impossible_settings_are_refused(
+    tmp_path: Path, engines: dict[str, Any], message: str
+) -> None:
     known = tiny_config(tmp_path).model_dump()
     trained = known["engines"]["net"]
     taught = {"ds_config": trained["ds_config"]}
@@ -214,11 +209,11 @@ def test_impossible_settings_are_told(tmp_path: Path, engines: dict[str, Any], t
         name: (taught if "role" in settings else trained) | settings
         for name, settings in engines.items()
     }
-    with pytest.raises(ValidationError, match=re.escape(told)):
+    with pytest.raises(ValidationError, match=re.escape(message)):
         Config.model_validate(known | {"engines": tables})
 
 
-# ------------------------------------------------------------------------------------- going on
+# ------------------------------------------------------------------------------------ resuming
 
 
 def train_and_die(config: Config, step: int) -> None:
@@ -227,46 +222,36 @@ def train_and_die(config: Config, step: int) -> None:
 
 
 @pytest.mark.parametrize("stages", [(3, 1)], ids=str)
-def test_a_gan_that_is_killed_goes_on_to_the_bit(
+def test_a_gan_that_is_killed_resumes_to_the_bit(
     two_ranks: RankPool, tmp_path: Path, stages: tuple[int, int]
 ) -> None:
     def config(name: str) -> Config:
         engines = {
             "D": {"stage": stages[0], "ema_decay": 0.9},
-            "G": {"stage": stages[1], "every": 2, "scheduler": {"name": "cosine"}},
+            "G": {"stage": stages[1], "train_every": 2, "scheduler": {"name": "cosine"}},
         }
         trainer = {"save_every": 3, "eval_every": 4}
         run = {"steps": 12, "name": name}
         return config_of(tmp_path, "launch/tasks/gan.py", engines, trainer=trainer, run=run)
 
-    whole, killed = config("whole"), config("killed")
-    two_ranks.run(train_on_fake_digits, whole)
+    full, killed = config("full"), config("killed")
+    two_ranks.run(train_on_fake_digits, full)
     with pytest.raises(RankError, match="died with exit code -9"):
         two_ranks.run(train_and_die, killed, 9)
     assert "00000006" in checkpoints_in(killed.run_dir / "checkpoints")[0].name
     two_ranks.run(train_on_fake_digits, killed)
-    times = {"step_time_s", "tokens_per_s"}
     for prefix in ("", "eval/"):
-        one, two = (
-            [{k: v for k, v in record.items() if k not in times} for record in found]
-            for found in (records(whole, prefix), records(killed, prefix))
-        )
-        assert one == two
-    ends = [c.run_dir / "checkpoints/step-00000012" for c in (whole, killed)]
-    assert tensors(ends[0] / "rank-00001.pt") == tensors(ends[1] / "rank-00001.pt")
+        assert without_times(records(killed, prefix)) == without_times(records(full, prefix))
+    one, two = (checkpoint(run, 12) for run in (full, killed))
+    assert tensor_crcs(one / "rank-00001.pt") == tensor_crcs(two / "rank-00001.pt")
     for name in killed.engines:
-        one, two = (SavedEngine(end / name) for end in ends)
-        for path in one.shapes:
-            keys = one.state_keys(path)
-            assert torch.equal(read(one.master(path)), read(two.master(path)))
-            assert all(
-                torch.equal(read(one.moment(path, k)), read(two.moment(path, k))) for k in keys
-            )
-            assert ("ema" in keys) == (name == "D")
+        resumed = SavedEngine(two / name)
+        assert_same_optimizer(resumed, SavedEngine(one / name))
+        assert {"ema" in resumed.state_keys(n) for n in resumed.shapes} == {name == "D"}
 
 
-def test_a_command_can_mean_one_engine(two_ranks: RankPool, tmp_path: Path) -> None:
-    engines = {"D": {"stage": 2}, "G": {"stage": 3, "every": 2}}
+def test_a_command_can_apply_to_one_engine(two_ranks: RankPool, tmp_path: Path) -> None:
+    engines = {"D": {"stage": 2}, "G": {"stage": 3, "train_every": 2}}
     config = config_of(tmp_path, "tests/tasks/engines_task.py", engines, control={"stdin": True})
     two_ranks.run(commanded, config, "lr G 1e-4@3\nclip D 0.5@4\n")
     found = records(config)

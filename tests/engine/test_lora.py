@@ -1,4 +1,4 @@
-"""Adapters: what they train, what they leave alone, and what they are exported as (extra: lora)."""
+"""Adapters: what they train, what they leave alone, how they are exported (extra: lora)."""
 
 import copy
 import sys
@@ -19,7 +19,15 @@ from harness.errors import ConfigError
 from harness.io import load, save
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
-from tests.support.helpers import ROOT, error_of, losses, tiny_config
+from tests.support.helpers import (
+    ROOT,
+    assert_equal,
+    error_of,
+    exported,
+    exports,
+    losses,
+    tiny_config,
+)
 from tests.tasks.tiny_task import Classifier, Points
 
 STAGES = [0, 1, 2, 3]
@@ -28,7 +36,7 @@ LORA = {"targets": "first|last", "rank": 3, "alpha": 12}
 
 @pytest.fixture
 def peft() -> Any:
-    return pytest.importorskip("peft", reason="needs harness[lora]")
+    return pytest.importorskip("peft", reason="needs the extra: lora")
 
 
 def config_of(directory: Path, stage: int, steps: int = 6, **engine: Any) -> Config:
@@ -40,10 +48,6 @@ def config_of(directory: Path, stage: int, steps: int = 6, **engine: Any) -> Con
         save(Classifier().state_dict(), base)
     settings = {"lora": LORA, "init_from": base, "optimizer": {"lr": 5e-2, "weight_decay": 0.0}}
     return tiny_config(directory, stage, run={"steps": steps}, engines={"net": settings | engine})
-
-
-def exports(config: Config) -> Path:
-    return config.run_dir / f"exports/step-{config.run.steps:08d}"
 
 
 def logits(model: Any) -> Tensor:
@@ -66,7 +70,7 @@ def test_adapters_learn_beside_weights_that_stay_and_are_exported_alone_and_merg
     two_ranks.run(run_in_world, config)
     found = losses(config)
     assert sum(found[-3:]) < 0.7 * sum(found[:3])
-    base, weights = load(tmp_path / "base.sft"), load(exports(config) / "net.sft")
+    base, weights = load(tmp_path / "base.sft"), exported(config)
     assert base.keys() == weights.keys()
     for name, tensor in base.items():
         is_same = name not in ("first.weight", "last.weight")
@@ -87,32 +91,33 @@ def test_a_run_with_adapters_resumes_to_the_bit(
     lora = LORA | {"dropout": 0.2}
     bf16 = {"bf16": {"enabled": stage == 3}}
     engine = {"lora": lora, "ema_decay": 0.5, "ds_overrides": bf16}
-    whole = config_of(tmp_path / "whole", stage, **engine)
-    parts = [config_of(tmp_path / "cut", stage, steps, **engine) for steps in (3, 6)]
-    for config in (whole, *parts):
+    full = config_of(tmp_path / "full", stage, **engine)
+    first, resumed = (config_of(tmp_path / "cut", stage, steps, **engine) for steps in (3, 6))
+    for config in (full, first, resumed):
         two_ranks.run(run_in_world, config)
-    assert losses(parts[1]) == losses(whole)
-    for name in ("net.sft", "net.ema.sft", "net.lora/adapter_model.safetensors"):
-        found, expected = (load(exports(config) / name) for config in (parts[1], whole))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in expected), name
-    one, other = (load(exports(whole) / f"net{of}.sft") for of in ("", ".ema"))
-    assert not torch.equal(one["last.weight"], other["last.weight"])
-    assert one["middle.weight"].dtype == (torch.bfloat16 if stage == 3 else torch.float32)
+    assert losses(resumed) == losses(full)
+    for file in ("net.sft", "net.ema.sft", "net.lora/adapter_model.safetensors"):
+        assert_equal(exported(resumed, file=file), exported(full, file=file))
+    weights, average = exported(full), exported(full, file="net.ema.sft")
+    assert not torch.equal(weights["last.weight"], average["last.weight"])
+    assert weights["middle.weight"].dtype == (torch.bfloat16 if stage == 3 else torch.float32)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 0)])
 def test_adapters_move_to_another_stage(
     peft: Any, two_ranks: RankPool, tmp_path: Path, before: int, after: int
 ) -> None:
-    whole = config_of(tmp_path / "whole", after)
-    parts = [config_of(tmp_path / "cut", before, 3), config_of(tmp_path / "cut", after)]
-    for config in (whole, *parts):
+    full = config_of(tmp_path / "full", after)
+    first, resumed = config_of(tmp_path / "cut", before, 3), config_of(tmp_path / "cut", after)
+    for config in (full, first, resumed):
         two_ranks.run(run_in_world, config)
-    assert losses(parts[1]) == pytest.approx(losses(whole), abs=1e-6)
-    found, expected = (load(exports(config) / "net.sft") for config in (parts[1], whole))
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
+    assert_close(resumed, full)
+
+
+def assert_close(run: Config, expected: Config) -> None:
+    """Losses and final weights of two runs agree to 1e-6."""
+    assert losses(run) == pytest.approx(losses(expected), abs=1e-6)
+    torch.testing.assert_close(exported(run), exported(expected), atol=1e-6, rtol=0)
 
 
 def test_a_model_that_is_sharded_while_it_is_built_is_adapted(
@@ -124,20 +129,17 @@ def test_a_model_that_is_sharded_while_it_is_built_is_adapted(
     sharded = sharded.model_copy(update={"task": TaskConfig.model_validate(task)})
     for config in (plain, sharded):
         two_ranks.run(run_in_world, config)
-    assert losses(sharded) == pytest.approx(losses(plain), abs=1e-6)
-    found, expected = (load(exports(config) / "net.sft") for config in (sharded, plain))
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
+    assert_close(sharded, plain)
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(
     peft: Any, two_ranks: RankPool, tmp_path: Path
 ) -> None:
     two_ranks.run(run_in_world, config_of(tmp_path, 2, steps=2))
-    (told, _) = two_ranks.run(error_of, config_of(tmp_path, 2, lora=LORA | {"rank": 4}))
-    assert "'first.lora_A.default.weight' has the shape (4, 6) here, and (3, 6) in the" in told
-    (told, _) = two_ranks.run(error_of, config_of(tmp_path, 2, lora=LORA | {"alpha": 24}))
-    assert "engine 'net': lora.alpha = 24.0 here, and 12.0 in the checkpoint" in told
+    (error, _) = two_ranks.run(error_of, config_of(tmp_path, 2, lora=LORA | {"rank": 4}))
+    assert "'first.lora_A.default.weight' has the shape (4, 6) in this run, and (3, 6)" in error
+    (error, _) = two_ranks.run(error_of, config_of(tmp_path, 2, lora=LORA | {"alpha": 24}))
+    assert "engine 'net': lora.alpha = 24.0 in the config, and 12.0 in the checkpoint" in error
 
 
 class Mixed(nn.Module):
@@ -195,8 +197,8 @@ def test_adapters_are_called_in_the_evaluation_of_torchs_own_encoder(peft: Any) 
         torch.testing.assert_close(layer.eval()(x), trained)
 
 
-class Unfit(nn.Sequential):
-    """Layers with settings that an adapter of peft's has not."""
+class Unsupported(nn.Sequential):
+    """Layers with settings that peft's adapters lack."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -215,21 +217,21 @@ class Unfit(nn.Sequential):
         (Mixed, "attention", "'attention' is a MultiheadAttention, which has no `weight`"),
         (Mixed, r"attention\.out_proj", "'attention.out_proj' is a part of nn.MultiheadAttention"),
         (Classifier, "again", "'again' is tied: middle.weight, again.weight are one tensor"),
-        (Unfit, "0", "'0' has groups = 2, which peft's adapter would not do alike"),
-        (Unfit, "1", r"'1' has dilation = \(1, 2\)"),
-        (Unfit, "2", "'2' has padding_mode = 'circular'"),
-        (Unfit, "3", "'3' has max_norm = 1.0"),
+        (Unsupported, "0", "'0' has groups = 2, which peft's adapter does not support"),
+        (Unsupported, "1", r"'1' has dilation = \(1, 2\)"),
+        (Unsupported, "2", "'2' has padding_mode = 'circular'"),
+        (Unsupported, "3", "'3' has max_norm = 1.0"),
     ],
 )
-def test_what_cannot_be_adapted_is_told(
+def test_what_cannot_be_adapted_is_an_error(
     peft: Any, kind: type[nn.Module], targets: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         adapt(kind(), LoraConfig(targets=targets))
 
 
-def test_a_word_of_peft_is_no_regular_expression(peft: Any) -> None:
-    with pytest.raises(ValidationError, match="'All-Linear' is a word of peft's"):
+def test_a_keyword_of_peft_is_not_a_regular_expression(peft: Any) -> None:
+    with pytest.raises(ValidationError, match="'All-Linear', a keyword of peft"):
         LoraConfig(targets="All-Linear")
 
 
@@ -237,5 +239,5 @@ def test_without_peft_it_is_an_error_of_the_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValidationError, match=r"not installed: pip install 'harness\[lora\]'"):
+    with pytest.raises(ValidationError, match="peft is not installed: pip install peft"):
         config_of(tmp_path, 0)

@@ -26,7 +26,7 @@ def check(data: Any, suffix: str, lazy: bool) -> None:
 @pytest.mark.parametrize("suffix", [".sft", ".pt"])
 @settings(LAWS, max_examples=100)
 @given(structures())
-def test_what_was_saved_comes_back(suffix: str, lazy: bool, data: Any) -> None:
+def test_what_was_saved_is_loaded(suffix: str, lazy: bool, data: Any) -> None:
     check(data, suffix, lazy)
 
 
@@ -34,5 +34,5 @@ def test_what_was_saved_comes_back(suffix: str, lazy: bool, data: Any) -> None:
 @pytest.mark.parametrize("suffix", [".sft", ".pt"])
 @settings(LAWS, max_examples=100)
 @given(families())
-def test_what_shares_memory_does_so_again(suffix: str, lazy: bool, data: Any) -> None:
+def test_what_shared_memory_shares_it_again(suffix: str, lazy: bool, data: Any) -> None:
     check(data, suffix, lazy)

@@ -1,4 +1,4 @@
-"""Structures come back as they went, and others see the tensors of an `.sft` under their names."""
+"""Structures are loaded as they were saved; other programs read the tensors of an `.sft`."""
 
 import os
 import random
@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from harness.errors import FormatError
-from harness.formats import json_tree, safetensors
+from harness.formats import json_tree
+from harness.formats.tensor_writer import TensorWriter
 from harness.io import load, save
 from harness.io.structure import unpack
 from tests.support.structures import assert_same
@@ -67,7 +68,7 @@ def module_state() -> Any:
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("make", [state, optimizer_state, random_state, module_state])
-def test_what_training_keeps_comes_back(
+def test_the_state_of_a_training_comes_back(
     tmp_path: Path, make: Callable[[], Any], suffix: str, lazy: bool
 ) -> None:
     path, saved = tmp_path / f"x{suffix}", make()
@@ -95,7 +96,7 @@ def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path: Path, made: Any) -
     assert_same(load(tmp_path / "x.pt"), expected)
 
 
-def test_others_see_flat_weights_under_their_own_names(tmp_path: Path) -> None:
+def test_other_programs_see_flat_weights_under_their_own_names(tmp_path: Path) -> None:
     path, saved = tmp_path / "x.sft", state()
     save(saved, path)
     with safe_open(path, "pt") as file:
@@ -113,17 +114,17 @@ def test_a_plain_state_dict_needs_no_structure(tmp_path: Path) -> None:
     assert list(load(tmp_path / "x.sft")) == list(saved)
 
 
-def test_a_permuted_tensor_is_row_major_to_others_and_permuted_to_us(tmp_path: Path) -> None:
+def test_a_permuted_tensor_is_row_major_to_other_programs(tmp_path: Path) -> None:
     image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     expanded = torch.arange(3).expand(2, 3)
     save({"image": image, "expanded": expanded}, tmp_path / "x.sft")
-    others, ours = load_file(tmp_path / "x.sft"), load(tmp_path / "x.sft")
-    assert torch.equal(others["image"], image) and torch.equal(others["expanded"], expanded)
+    theirs, ours = load_file(tmp_path / "x.sft"), load(tmp_path / "x.sft")
+    assert torch.equal(theirs["image"], image) and torch.equal(theirs["expanded"], expanded)
     assert ours["image"].is_contiguous(memory_format=torch.channels_last)
     assert ours["expanded"].stride() == (0, 1)
 
 
-def test_nested_tensors_go_by_their_keys_and_no_two_by_one_name(tmp_path: Path) -> None:
+def test_nested_tensors_are_named_by_their_keys_and_all_names_differ(tmp_path: Path) -> None:
     saved = {
         "a": {"b": torch.tensor(1), 3: [torch.tensor(2)]},
         "a.b": torch.tensor(3),
@@ -134,8 +135,8 @@ def test_nested_tensors_go_by_their_keys_and_no_two_by_one_name(tmp_path: Path) 
     }
     save(saved, tmp_path / "x.sft")
     assert_same(load(tmp_path / "x.sft"), saved)
-    others = {name: tensor.tolist() for name, tensor in load_file(tmp_path / "x.sft").items()}
-    assert others == {
+    theirs = {name: tensor.tolist() for name, tensor in load_file(tmp_path / "x.sft").items()}
+    assert theirs == {
         "a.b": 3,
         "a.b~2": 1,
         "a.3.0": 2,
@@ -147,7 +148,7 @@ def test_nested_tensors_go_by_their_keys_and_no_two_by_one_name(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("suffix", [".sft", ".pt"])
-def test_a_conjugate_is_stored_as_what_it_is(tmp_path: Path, suffix: str) -> None:
+def test_a_conjugate_is_stored_conjugated(tmp_path: Path, suffix: str) -> None:
     """The safetensors library stores what it is the conjugate of."""
     path = tmp_path / f"x{suffix}"
     conjugate = torch.tensor([1 + 2j, 3 - 4j]).conj()
@@ -192,12 +193,12 @@ def test_windows_do_not_unfold_in_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "view", [[1, [3], [1]], [0, [2, 2], [1, 2]], [3, [], []], [0, [1], [1, 1]]]
 )
-def test_no_view_reaches_over_its_tensor(view: list[Any]) -> None:
+def test_a_view_beyond_its_tensor_is_refused(view: list[Any]) -> None:
     with pytest.raises(FormatError, match="a view of"):
         unpack({"tensor": "a", "view": view}, lambda _: torch.arange(10)[:3])
 
 
-def test_columns_of_one_matrix_are_no_ties(tmp_path: Path) -> None:
+def test_columns_of_one_matrix_are_not_tied(tmp_path: Path) -> None:
     matrix = torch.arange(12.0).reshape(3, 4)
     halves = dict(zip("ab", matrix.chunk(2, dim=1), strict=True))
     save(halves, tmp_path / "x.sft")
@@ -217,7 +218,7 @@ for _ in range(200):
     DEEP = [DEEP]
 BYTES = torch.zeros(8, dtype=torch.uint8)
 ATTRIBUTES = OrderedDict()
-ATTRIBUTES.mine = 3  # type: ignore[attr-defined]
+ATTRIBUTES.extra = 3  # type: ignore[attr-defined]
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "object": (object(), "model.0.x: cannot store a builtins.object"),
@@ -225,7 +226,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "namedtuple": (Pair(1, 2), "cannot store a tests.io.test_save_load.Pair"),
     "defaultdict": (defaultdict(int), "cannot store a collections.defaultdict"),
     "range": (range(3), "cannot store a builtins.range"),
-    "attributes": (ATTRIBUTES, "model.0.x: cannot store attributes: mine"),
+    "attributes": (ATTRIBUTES, "model.0.x: cannot store attributes: extra"),
     "object array": (np.array([object()]), "cannot store a numpy array of object"),
     "records": (np.zeros(2, "i4,f4"), "cannot store a numpy array of"),
     "masked array": (np.ma.array([1]), "cannot store a numpy.ma.MaskedArray"),
@@ -250,7 +251,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("suffix", [".pt", ".sft"])
 @pytest.mark.parametrize(("value", "complaint"), REFUSED.values(), ids=list(REFUSED))
-def test_what_cannot_be_stored_is_named_and_the_old_file_stays(
+def test_what_cannot_be_stored_is_named_and_the_old_file_kept(
     tmp_path: Path, value: Any, complaint: str, suffix: str
 ) -> None:
     path = tmp_path / f"x{suffix}"
@@ -263,7 +264,7 @@ def test_what_cannot_be_stored_is_named_and_the_old_file_stays(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_list_that_unfolds_for_ever_is_refused(
+def test_a_list_with_exponentially_many_values_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(json_tree, "MAX_NODES", 100_000)
@@ -282,7 +283,7 @@ def test_a_write_that_fails_leaves_the_old_file(
         raise OSError(28, "No space left on device")
 
     save({"a": 1}, tmp_path / f"x{suffix}")
-    monkeypatch.setattr(safetensors.Writer, "write", fail)
+    monkeypatch.setattr(TensorWriter, "write", fail)
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="No space left"):
         save({"a": torch.ones(2)}, tmp_path / f"x{suffix}")
@@ -313,7 +314,9 @@ def test_a_pickle_with_code_is_not_run_unless_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".sft"])
-def test_lazy_tensors_lie_in_the_file_and_do_not_change_it(tmp_path: Path, suffix: str) -> None:
+def test_lazy_tensors_are_mapped_from_the_file_and_do_not_change_it(
+    tmp_path: Path, suffix: str
+) -> None:
     path = tmp_path / f"x{suffix}"
     save({"big": torch.zeros(1 << 26, dtype=torch.uint8), "small": torch.ones(3)}, path)
     before = _resident()

@@ -114,13 +114,13 @@ def test_missing_sounds_are_told(tmp_path: Path, sounds: Path) -> None:
         build(config(path=tmp_path))
     (tmp_path / "cut.wav").write_bytes(b"RIFF")
     write(tmp_path / "silent.wav", torch.zeros(0))
-    with pytest.raises(ConfigError, match=r"; cut.wav: it ends early; silent.wav: it holds no"):
+    with pytest.raises(ConfigError, match=r"; cut.wav: truncated; silent.wav: no samples"):
         build(config(path=tmp_path))
     with pytest.raises(ConfigError, match=r"too little sound: \d+ clips, \d+ frames"):
         build(config(path=sounds, codebook_size=5000))
     with (
         patch.object(codec_lm, "find_spec", lambda name: None),
-        pytest.raises(ConfigError, match=r"pip install 'harness\[tasks\]'"),
+        pytest.raises(ConfigError, match="pip install pygame-ce"),
     ):
         build(config())
 
@@ -228,9 +228,9 @@ def test_untrained_it_is_indifferent() -> None:
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        ({"pattern": "parallel", "delays": (0, 1, 2, 3)}, "delays is no option of pattern = 'par"),
-        ({"flattening": (0, 1, 1, 1)}, "flattening is no option of pattern = 'delay'"),
-        ({"delays": (0, 1)}, "delays: expected 4 numbers from 0 on, found [0, 1]"),
+        ({"pattern": "parallel", "delays": (0, 1, 2, 3)}, "delays is not an option of pattern"),
+        ({"flattening": (0, 1, 1, 1)}, "flattening is not an option of pattern = 'delay'"),
+        ({"delays": (0, 1)}, "delays: expected 4 numbers >= 0, found [0, 1]"),
         ({"pattern": "zigzag"}, "Input should be 'parallel', 'delay'"),
         ({"dim": 30}, "dim = 30 is not divisible by heads = 4"),
     ],

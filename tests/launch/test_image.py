@@ -1,4 +1,4 @@
-"""The image, built and run by docker/check.sh, which fails where it is not as it should be."""
+"""The image, built and checked by docker/check.sh."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The entry point as users start it: every launcher, every kind of stdin, every mistake."""
+"""The entry point as users start it: every launcher, every kind of stdin, every error."""
 
 import json
 import os
@@ -7,145 +7,31 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from harness.distributed import free_port
 from tests.support.helpers import ROOT
-
-BIN = Path(sys.executable).parent
-PYTHON = [sys.executable]
-DEEPSPEED = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "0"]
-TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-LAUNCHERS = {"python": PYTHON, "deepspeed": DEEPSPEED, "torchrun": TORCHRUN}
-
-
-def written_config(directory: Path) -> Path:
-    """The tiny task's config, as a file in `directory`."""
-    toml = directory / "tiny.toml"
-    toml.write_text(
-        f"""
-        [run]
-        dir = "{directory}/runs"
-        steps = 4
-        timeout_s = 60
-        [task]
-        path = "{ROOT}/tests/tiny_task.py"
-        [engines.net]
-        ds_config = "{ROOT}/ds_configs/zero2.json"
-        optimizer = {{ name = "adamw", lr = 1e-2 }}
-        """
-    )
-    return toml
-
-
-def popen(launcher: str, directory: Path, *words: str, **files: Any) -> subprocess.Popen[str]:
-    """Starts the entry point on the tiny task's config below `directory`."""
-    launch = [str(free_port()) if word == "0" else word for word in LAUNCHERS[launcher]]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    toml = written_config(directory)
-    return subprocess.Popen(
-        [*launch, str(ROOT / "launch/train.py"), "--config", str(toml), *words],
-        env=environment | {"PATH": f"{BIN}:{os.environ['PATH']}"},
-        cwd=directory,
-        text=True,
-        **files,
-    )
-
-
-def start(
-    launcher: str, directory: Path, *words: str, stdin: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Runs the entry point, and waits for its end."""
-    pipe = subprocess.PIPE
-    source = subprocess.DEVNULL if stdin is None else pipe
-    with popen(launcher, directory, *words, stdin=source, stdout=pipe, stderr=pipe) as process:
-        try:
-            out, err = process.communicate(stdin, timeout=100)
-        finally:
-            process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def ctl(directory: Path, *words: str) -> tuple[int, str]:
-    """What `harness ctl` says to the run below `directory`: `(exit code, output)`."""
-    done = subprocess.run(
-        [BIN / "harness", "ctl", directory / "runs/tiny", *words],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-@contextmanager
-def job(
-    launcher: str, directory: Path, stdin: int = subprocess.DEVNULL
-) -> Iterator[subprocess.Popen[str]]:
-    """A run without end, once it takes commands and steps. What is left of it is killed at last."""
-    with (
-        (directory / "output").open("w") as log,
-        popen(
-            launcher,
-            directory,
-            "--run.steps=1000000",
-            "--data.workers=1",  # which no signal may end
-            stdin=stdin,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        ) as process,
-    ):
-        try:
-            until(lambda: ctl(directory, "status")[0] == 0, process)
-            until(lambda: bool(steps_of(directory)), process)  # before the first, nothing is saved
-            yield process
-        finally:
-            for rank in ranks_of(directory):
-                rank.kill()
-            process.kill()
-
-
-def until(condition: Callable[[], bool], process: subprocess.Popen[Any] | None = None) -> None:
-    """Waits for a condition, as long as the process lives."""
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true within 90 s"
-        assert process is None or process.poll() is None, "the process has ended"
-        time.sleep(0.1)
-
-
-def ranks_of(directory: Path) -> list[psutil.Process]:
-    """The ranks of the run below `directory`, by rank; without their data-loader workers."""
-    found = {}
-    for process in psutil.process_iter(["cmdline", "environ", "ppid"]):
-        words = process.info["cmdline"] or []
-        ended = process.info["environ"] is None  # between the two looks at it
-        ours = str(directory / "tiny.toml") in words
-        if ours and str(ROOT / "launch/train.py") in words[1:3] and not ended:
-            found[process.pid] = process
-    ranks = [process for process in found.values() if process.info["ppid"] not in found]
-    return sorted(ranks, key=lambda process: process.info["environ"].get("RANK", "0"))
-
-
-def log_of(directory: Path) -> str:
-    return (directory / "runs/tiny/log.txt").read_text()
-
-
-def steps_of(directory: Path) -> list[int]:
-    lines = (directory / "runs/tiny/metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines if "eval/" not in line]
+from tests.support.jobs import (
+    LAUNCHERS,
+    PYTHON,
+    answers,
+    ctl,
+    job,
+    log_of,
+    ranks_of,
+    start,
+    steps_of,
+    until,
+    written_config,
+)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_front_under_every_launcher(tmp_path: Path, launcher: str) -> None:
-    """A pipe, `harness ctl` and a signal to the last rank; and at last a `quit`."""
+    """A pipe, `harness ctl`, a signal to the last rank, and finally a `quit`."""
     with job(launcher, tmp_path, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         process.stdin.write("lr 1e-4\nlr bad\nsave as one\n")
@@ -159,8 +45,8 @@ def test_every_front_under_every_launcher(tmp_path: Path, launcher: str) -> None
         assert len(ranks) == (1 if launcher == "python" else 2)
         ranks[-1].send_signal(signal.SIGUSR1)
         until(lambda: "SIGUSR1: done" in log_of(tmp_path), process)
-        code, told = ctl(tmp_path, "quit")
-        assert code == 0 and "the run ends here" in told
+        code, output = ctl(tmp_path, "quit")
+        assert code == 0 and "the run ends here" in output
         assert process.wait(timeout=60) == 0
     last = steps_of(tmp_path)[-1]
     manifest = tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json"
@@ -169,13 +55,13 @@ def test_every_front_under_every_launcher(tmp_path: Path, launcher: str) -> None
 
 
 def ctl_line(directory: Path, command: str, result: str) -> str:
-    """What `harness ctl` prints of a command that is done, with the step that the history says."""
+    """What `harness ctl` prints for a command that is done, with its step from the history."""
     lines = (directory / "runs/tiny/commands.jsonl").read_text().splitlines()
     done = [r for r in map(json.loads, lines) if (r["text"], r["state"]) == (command, "done")]
     return f"step {done[-1]['step']}: {result}\n"
 
 
-def whole_group(process: subprocess.Popen[str], directory: Path) -> None:
+def process_group(process: subprocess.Popen[str], directory: Path) -> None:
     os.killpg(process.pid, signal.SIGTERM)
 
 
@@ -205,7 +91,7 @@ def launcher_is_killed(process: subprocess.Popen[str], directory: Path) -> None:
         ("deepspeed", ctrl_c),
         pytest.param("torchrun", the_command, marks=pytest.mark.slow),
         ("torchrun", launcher_is_killed),
-        ("python", whole_group),
+        ("python", process_group),
     ],
 )
 def test_a_signal_ends_the_job_with_a_checkpoint(
@@ -223,7 +109,7 @@ def test_a_signal_ends_the_job_with_a_checkpoint(
     assert "this ends the run" not in log_of(tmp_path)
 
 
-def test_a_second_signal_ends_a_rank_that_hangs(tmp_path: Path) -> None:
+def test_a_second_signal_ends_a_hanging_rank(tmp_path: Path) -> None:
     """The other rank is stopped, so that no agreement is ever reached."""
     with job("torchrun", tmp_path) as process:
         first, second = ranks_of(tmp_path)
@@ -233,13 +119,13 @@ def test_a_second_signal_ends_a_rank_that_hangs(tmp_path: Path) -> None:
         assert first.is_running()
         first.send_signal(signal.SIGTERM)
         until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE)
-        assert "SIGTERM again: out at once" in log_of(tmp_path)
+        assert "SIGTERM again: exiting immediately" in log_of(tmp_path)
         process.kill()
 
 
 def test_without_stdin_it_trains_and_then_resumes(tmp_path: Path) -> None:
     assert start("deepspeed", tmp_path).returncode == 0
-    again = start("deepspeed", tmp_path, "--run.steps=6", "--metrics.tensorboard=true")
+    again = start("torchrun", tmp_path, "--run.steps=6", "--metrics.tensorboard=true")
     assert again.returncode == 0
     assert "resumed from" in again.stderr and "step 4 of 6 on 2 ranks" in again.stderr
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
@@ -261,13 +147,13 @@ def test_fp16_on_a_gpu(tmp_path: Path, stage: int) -> None:
 
 @pytest.mark.skipif(shutil.which("nohup") is None, reason="nohup is not installed")
 def test_in_the_background_under_nohup(tmp_path: Path) -> None:
-    """A hang-up does nothing; `harness ctl` works."""
+    """SIGHUP does nothing; `harness ctl` works."""
     command = (
         f"nohup {sys.executable} {ROOT}/launch/train.py --config {written_config(tmp_path)} "
         "--run.steps=1000000 >out 2>&1 & wait $!"
     )
     with subprocess.Popen(["sh", "-c", command], cwd=tmp_path) as shell:
-        until(lambda: ctl(tmp_path, "status")[0] == 0, shell)
+        until(lambda: answers(tmp_path), shell)
         (rank,) = ranks_of(tmp_path)
         rank.send_signal(signal.SIGHUP)
         assert ctl(tmp_path, "save")[0] == 0
@@ -278,7 +164,7 @@ def test_in_the_background_under_nohup(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("script") is None, reason="script is not installed")
 def test_on_a_terminal(tmp_path: Path) -> None:
-    """There is a bar, what is typed is obeyed, and when the terminal goes, the run is saved."""
+    """There is a bar, typed commands are executed, and when the terminal is gone the run saves."""
     command = (
         f"stty cols 120 rows 40; exec {sys.executable} {ROOT}/launch/train.py "
         f"--config {written_config(tmp_path)} --run.steps=1000000"
@@ -293,7 +179,7 @@ def test_on_a_terminal(tmp_path: Path) -> None:
     ) as terminal:
         try:
             assert terminal.stdin is not None
-            until(lambda: ctl(tmp_path, "status")[0] == 0, terminal)
+            until(lambda: answers(tmp_path), terminal)
             terminal.stdin.write("lr 1e-4\n")
             terminal.stdin.flush()
             until(lambda: "stdin: lr 1e-4" in log_of(tmp_path), terminal)
@@ -308,24 +194,24 @@ def test_on_a_terminal(tmp_path: Path) -> None:
     assert (tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json").exists()
 
 
-@pytest.mark.parametrize("rank", ["1", "one"])
-def test_a_mistake_of_one_rank_is_told(tmp_path: Path, rank: str) -> None:
-    """Also where rank 0 has found nothing, and where it is nobody."""
-    world = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    done = subprocess.run(
-        [*PYTHON, ROOT / "launch/train.py", "--config", tmp_path / "missing.toml"],
-        env=os.environ | world,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith(f"error on rank {rank}: "), done.stderr
+def test_an_error_on_one_rank_is_printed(tmp_path: Path) -> None:
+    """Also if rank 0 has no error, and if RANK is not a number. Each waits for rank 0 first."""
+    command = [*PYTHON, ROOT / "launch/train.py", "--config", tmp_path / "missing.toml"]
+    world = {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    processes = {
+        rank: subprocess.Popen(
+            command, env=os.environ | world | {"RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("1", "one")
+    }
+    for rank, process in processes.items():
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 2 and "Traceback" not in stderr
+        assert stderr.startswith(f"error on rank {rank}: "), stderr
 
 
 @pytest.mark.parametrize(
-    ("launcher", "word", "code", "told"),
+    ("launcher", "word", "code", "message"),
     [
         ("python", "--run.stesp=1", 2, "run.stesp (command line): unknown key (did you mean"),
         ("deepspeed", "--task.path=missing.py", 2, "missing.py"),
@@ -334,14 +220,14 @@ def test_a_mistake_of_one_rank_is_told(tmp_path: Path, rank: str) -> None:
         ("deepspeed", "--run.resume=broken", 1, "checkpoint broken: manifest.json is damaged"),
     ],
 )
-def test_a_mistake_is_one_message_and_an_exit_code(
-    tmp_path: Path, launcher: str, word: str, code: int, told: str
+def test_an_error_is_one_message_and_an_exit_code(
+    tmp_path: Path, launcher: str, word: str, code: int, message: str
 ) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/manifest.json").write_text("{}")
     done = start(launcher, tmp_path, word)
     assert done.returncode == (1 if launcher == "torchrun" else code)
-    assert done.stderr.count(told) == 1 and done.stderr.count("error: ") == 1, done.stderr
+    assert done.stderr.count(message) == 1 and done.stderr.count("error: ") == 1, done.stderr
     # torchrun itself ends with a traceback; a task's own failure shows where it failed.
     tracebacks = {"torchrun": 1, "deepspeed": int("raise" in word), "python": 0}[launcher]
     assert done.stderr.count("Traceback") <= tracebacks, done.stderr

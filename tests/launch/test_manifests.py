@@ -1,4 +1,4 @@
-"""What Kubernetes, Compose, shells and image builders are given: well-formed, and in agreement."""
+"""Files for Kubernetes, Compose, shells and image builders: valid and consistent."""
 
 import re
 import shlex
@@ -114,7 +114,7 @@ def check(document: dict[str, Any]) -> None:
         check(job)
 
 
-def test_only_a_mistake_in_the_config_ends_a_job_for_good() -> None:
+def test_only_a_config_error_fails_a_job_for_good() -> None:
     (job,) = documents(ROOT / "launch/k8s/job.yaml")
     (rule,) = [r for r in job["spec"]["podFailurePolicy"]["rules"] if r["action"] == "FailJob"]
     errors = [HarnessError, *HarnessError.__subclasses__()]
@@ -127,7 +127,7 @@ def test_a_manifest_is_valid(path: Path) -> None:
         check(document)
 
 
-def test_a_mistake_in_a_manifest_is_found() -> None:
+def test_an_error_in_a_manifest_is_found() -> None:
     """Also deep in the Job of a JobSet."""
     for spoil in ("imgae", "terminationGracePeriod"):
         (document,) = documents(ROOT / "launch/k8s/jobset.yaml")
@@ -212,7 +212,7 @@ def test_the_containers_of_compose_meet() -> None:
 def run(tool: str, *words: str | Path) -> None:
     """Runs a linter of the dev extra; what it finds is the failure."""
     path = shutil.which(tool, path=Path(sys.executable).parent) or shutil.which(tool)
-    assert path, f"{tool} is not installed: pip install '.[dev]'"
+    assert path, f"{tool} is not installed: pip install -e '.[dev]'"
     done = subprocess.run([path, *words], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, f"{shlex.join(map(str, words))}\n{done.stdout}{done.stderr}"
 

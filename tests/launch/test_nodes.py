@@ -19,8 +19,8 @@ from torch.distributed import DistStoreError  # pyright: ignore[reportPrivateImp
 
 from harness.distributed.network import bounded, choose_interface, raise_lost_rank
 from harness.errors import LostRank
-from tests.launch.test_launch import log_of, steps_of, until, written_config
 from tests.support.helpers import ROOT
+from tests.support.jobs import log_of, steps_of, until, written_config
 from tests.support.nodes import Node, Pair, environment, two_nodes, why_not
 
 pytestmark = pytest.mark.timeout(400)
@@ -64,7 +64,7 @@ def over_pdsh(directory: Path, *options: str) -> list[str | Path]:
 
 
 def trains_on(directory: Path, job: subprocess.Popen[str], steps: int) -> None:
-    """Waits until a run is that many steps further."""
+    """Waits until a run has taken that many more steps."""
     metrics = directory / "runs/tiny/metrics.jsonl"
     until(metrics.exists, job)
     goal = max(steps_of(directory), default=0) + steps
@@ -79,13 +79,13 @@ def ended(job: subprocess.Popen[str], *nodes: Node) -> int:
 
 
 def losses_in(directory: Path) -> list[str]:
-    """Who says in the log that a rank was lost: "rank 1 ERROR node2"."""
+    """Who logs that a rank was lost: "rank 1 ERROR node2"."""
     pattern = r"(rank . ERROR \S+) has lost another rank: .+ run\.timeout_s = 20 s"
     return sorted(re.findall(pattern, log_of(directory)))
 
 
 @needs("pdsh")
-def test_a_cut_cable_and_a_lost_node_end_the_run_and_it_goes_on(pair: Pair, tmp_path: Path) -> None:
+def test_after_a_cut_cable_and_a_lost_node_the_run_resumes(pair: Pair, tmp_path: Path) -> None:
     """Twice on both nodes, then on the one that is left."""
     job = start(pair.first, tmp_path, over_pdsh(tmp_path), *ENDLESS)
     trains_on(tmp_path, job, 12)
@@ -94,7 +94,7 @@ def test_a_cut_cable_and_a_lost_node_end_the_run_and_it_goes_on(pair: Pair, tmp_
     assert losses_in(tmp_path) == ["rank 0 ERROR node1", "rank 1 ERROR node2"]
     assert "node1: error: node1 has lost another rank" in (tmp_path / "node1.output").read_text()
 
-    pair.mend()
+    pair.reconnect()
     job = start(pair.first, tmp_path, over_pdsh(tmp_path), *ENDLESS)
     until(lambda: "resumed from" in log_of(tmp_path), job)
     assert "step 0 of" not in log_of(tmp_path).rpartition("resumed from")[2]
@@ -115,8 +115,8 @@ def test_a_cut_cable_and_a_lost_node_end_the_run_and_it_goes_on(pair: Pair, tmp_
 @needs("pdsh")
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_deepspeed_is_told_to_stop(pair: Pair, tmp_path: Path, number: signal.Signals) -> None:
-    """By Ctrl-C, which all in the terminal's foreground get, or by one SIGTERM."""
+def test_deepspeed_is_stopped(pair: Pair, tmp_path: Path, number: signal.Signals) -> None:
+    """By Ctrl-C, which every process in the foreground receives, or by one SIGTERM."""
     job = start(pair.first, tmp_path, over_pdsh(tmp_path), *ENDLESS)
     trains_on(tmp_path, job, 7)
     (command,) = [p for p in pair.first.processes() if p.name() == "deepspeed"]
@@ -191,16 +191,16 @@ def test_which_interface() -> None:
                 assert chosen(MASTER_ADDR=address.address) == name
 
 
-def test_what_a_collective_raises_is_told() -> None:
+def test_errors_of_collectives_become_lost_rank() -> None:
     gloo = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]"
-    for error, told in (
+    for error, message in (
         (RuntimeError(f"{gloo}. This is typically..."), "rank: Connection closed by peer [::1]. "),
         (RuntimeError("Application timeout caused pair closure"), "timeout caused pair closure. "),
         (DistStoreError("1/2 clients joined."), "rank: 1/2 clients joined. "),
     ):
-        with pytest.raises(LostRank) as found, raise_lost_rank(7):
+        with pytest.raises(LostRank) as caught, raise_lost_rank(7):
             raise error
-        assert told in str(found.value)
+        assert message in str(caught.value)
     with pytest.raises(RuntimeError, match="shapes differ"), raise_lost_rank(7):
         raise RuntimeError("shapes differ")
 
@@ -210,7 +210,7 @@ def join_for_ever() -> None:
         os.read(os.pipe()[0], 1)
 
 
-def test_what_obeys_no_timeout_ends_the_process() -> None:
+def test_what_has_no_timeout_ends_the_process() -> None:
     with bounded(30, "nothing"):
         process = multiprocessing.get_context("fork").Process(target=join_for_ever)
         process.start()

@@ -1,4 +1,4 @@
-"""Jobs of a real Slurm: saved and requeued before their time is over, talked to, cancelled."""
+"""Jobs of a real Slurm: saved and requeued before their time limit, commanded, cancelled."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.test_launch import ctl, log_of, steps_of, until, written_config
 from tests.support.helpers import ROOT
+from tests.support.jobs import answers, ctl, log_of, steps_of, until, written_config
 from tests.support.slurm_cluster import NODES, Cluster, cluster, why_not
 
 pytestmark = [
@@ -20,24 +20,24 @@ pytestmark = [
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
 ]
 
-ADOPT = """
+PRINT_RANK = """
 import json, os
-from harness.ranks import adopt
-adopt()
+from harness.launcher.environment import set_rank_variables
+set_rank_variables()
 keys = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 print(json.dumps({key: os.environ[key] for key in (*keys, "SLURMD_NODENAME")}))
 """
 
 AWAY = """#!/bin/bash
-# Stands for Slurm's commands, whose controller is away at first: the second try is heard.
+# Stands in for Slurm's commands; the controller is away at first, and answers the second try.
 name=${0##*/}
 echo "$name" >>calls
 tries=$(grep --count "^$name$" calls)
 case $name in
 srun)
-    trap 'told=yes' TERM
+    trap 'signalled=yes' TERM
     echo $$ >ranks
-    until [[ $told && -e saved ]]; do /bin/sleep 0.1; kill -0 $PPID || exit; done
+    until [[ $signalled && -e saved ]]; do /bin/sleep 0.1; kill -0 $PPID || exit; done
     exit 143
     ;;
 sleep) ;;
@@ -64,7 +64,7 @@ def is_up(slurm: Cluster) -> bool:
 
 @contextmanager
 def job(slurm: Cluster, directory: Path, *words: str, stdin: str = "") -> Iterator[str]:
-    """The number of a job that trains the tiny task below `directory`; cancelled at last."""
+    """The number of a job that trains the tiny task below `directory`; cancelled at the end."""
     (directory / "stdin").write_text(stdin)
     files = [f"--output={directory}/output", f"--input={directory}/stdin"]
     config = ["--config", str(written_config(directory))]
@@ -85,14 +85,16 @@ def runs(slurm: Cluster, number: str) -> bool:
 
 def is_training(directory: Path) -> bool:
     """Whether it takes commands, and has taken a step."""
-    return ctl(directory, "status")[0] == 0 and bool(steps_of(directory))
+    return answers(directory) and bool(steps_of(directory))
 
 
-def test_a_job_that_is_to_end_saves_and_resumes_by_itself(slurm: Cluster, tmp_path: Path) -> None:
-    """It hears standard input and `harness ctl` as well; and once it has finished, that is all."""
-    stdin = "lr 1e-4\nsave as told\n"
+def test_a_job_near_its_time_limit_saves_and_resumes_by_itself(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    """It also takes standard input and `harness ctl`; once finished, it is not requeued again."""
+    stdin = "lr 1e-4\nsave as typed\n"
     with job(slurm, tmp_path, "--run.steps=1000000", stdin=stdin) as number:
-        until(lambda: is_training(tmp_path) and "save as told: done" in log_of(tmp_path))
+        until(lambda: is_training(tmp_path) and "save as typed: done" in log_of(tmp_path))
         assert "on 2 ranks" in log_of(tmp_path)
         assert "net: lr held at 0.0001" in ctl(tmp_path, "status")[1]
         slurm.run("scancel", "--signal=USR1", "--batch", number)
@@ -110,7 +112,7 @@ def test_a_job_that_is_to_end_saves_and_resumes_by_itself(slurm: Cluster, tmp_pa
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_job_that_is_cancelled_saves_and_stays_so(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Cluster, tmp_path: Path) -> None:
     with job(slurm, tmp_path, "--run.steps=1000000") as number:
         until(lambda: is_training(tmp_path))
         slurm.run("scancel", number)
@@ -121,17 +123,17 @@ def test_a_job_that_is_cancelled_saves_and_stays_so(slurm: Cluster, tmp_path: Pa
     assert f"saved {tmp_path}/runs/tiny/checkpoints/step-{last:08d}\n" in log_of(tmp_path)
 
 
-def test_a_mistake_is_not_tried_again(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_job_with_a_config_error_is_not_requeued(slurm: Cluster, tmp_path: Path) -> None:
     with job(slurm, tmp_path, "--run.stesp=1") as number:
         until(lambda: slurm.job(number)["JobState"] == "FAILED")
         assert slurm.job(number)["ExitCode"] == "2:0"
     output = (tmp_path / "output").read_text()
-    assert output.startswith("error: config "), output  # and later rank 1, which srun lets go on
+    assert output.startswith("error: config "), output  # and later rank 1, which srun does not end
     assert "run.stesp (command line): unknown key" in output.partition("rank 1")[0], output
 
 
-def test_a_controller_that_is_away_costs_no_requeue(tmp_path: Path) -> None:
-    """A USR1 that reached the ranks is the last; one that did not is not."""
+def test_an_absent_controller_costs_no_requeue(tmp_path: Path) -> None:
+    """A USR1 that reached the ranks is not sent again; one that did not is."""
     for name in ("srun", "scancel", "squeue", "scontrol", "sleep"):
         (tmp_path / name).write_text(AWAY)
         (tmp_path / name).chmod(0o755)
@@ -142,14 +144,14 @@ def test_a_controller_that_is_away_costs_no_requeue(tmp_path: Path) -> None:
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "1"},
     ) as script:
 
-        def times_told() -> int:
+        def times_signalled() -> int:
             script.send_signal(signal.SIGUSR1)
             return calls.read_text().count("scancel")
 
         try:
             until((tmp_path / "ranks").exists, script)
-            until(lambda: times_told() == 2, script)
-            times_told()
+            until(lambda: times_signalled() == 2, script)
+            times_signalled()
             (tmp_path / "saved").touch()
             assert script.wait(timeout=60) == 143
         finally:
@@ -169,7 +171,7 @@ def test_a_controller_that_is_away_costs_no_requeue(tmp_path: Path) -> None:
     ],
 )
 def test_ranks_find_each_other(slurm: Cluster, words: str) -> None:
-    printed = slurm.run(*words.split(), "python", "-c", ADOPT).splitlines()
+    printed = slurm.run(*words.split(), "python", "-c", PRINT_RANK).splitlines()
     ranks = sorted(map(json.loads, printed), key=lambda rank: int(rank["RANK"]))
     nodes = [rank["SLURMD_NODENAME"] for rank in ranks]
     assert len({rank["MASTER_PORT"] for rank in ranks}) == 1
@@ -180,12 +182,12 @@ def test_ranks_find_each_other(slurm: Cluster, words: str) -> None:
         assert rank["LOCAL_WORLD_SIZE"] == str(nodes.count(nodes[number]))
 
 
-def test_where_rank_0_is_may_have_to_be_said(slurm: Cluster, tmp_path: Path) -> None:
+def test_the_host_of_rank_0_may_have_to_be_given(slurm: Cluster, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text(f"{NODES[1]}\n{NODES[0]}\n")
     words = ["srun", "--distribution=arbitrary", f"--nodelist={hosts}", "--ntasks=2"]
     with pytest.raises(subprocess.CalledProcessError):
-        slurm.run(*words, "python", "-c", ADOPT)
-    printed = slurm.run("env", f"MASTER_ADDR={NODES[1]}", *words, "python", "-c", ADOPT)
+        slurm.run(*words, "python", "-c", PRINT_RANK)
+    printed = slurm.run("env", f"MASTER_ADDR={NODES[1]}", *words, "python", "-c", PRINT_RANK)
     (first,) = [rank for rank in map(json.loads, printed.splitlines()) if rank["RANK"] == "0"]
     assert first["SLURMD_NODENAME"] == first["MASTER_ADDR"] == NODES[1]

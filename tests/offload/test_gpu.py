@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from harness import offload
+from harness.offload.backends import CudaBackend
 from harness.offload.saved import WINDOW
-from harness.offload.streams import CudaBackend
 from launch.tasks.byte_lm import ByteLM, ByteLMArgs
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
@@ -51,7 +51,7 @@ def checkpointed(model: ByteLM) -> ByteLM:
 
 
 def attached(model: ByteLM, **settings: Any) -> offload.OffloadPlan:
-    return offload.attach(model, **{"budget": "all", "min_bytes": 0} | settings)
+    return offload.attach(model, **{"fraction": "all", "min_bytes": 0} | settings)
 
 
 def loss_of(model: ByteLM, rows: int = BATCH, length: int = ARGS.seq_len) -> Tensor:
@@ -75,7 +75,7 @@ def trained(model: ByteLM, steps: int) -> list[Tensor]:
     return [*losses, *(p.detach().clone() for p in model.parameters()), *states]
 
 
-@pytest.mark.parametrize("settings", [{}, {"mode": "saved"}, {"budget": 0.5}, {"keep_last": 0}])
+@pytest.mark.parametrize("settings", [{}, {"mode": "saved"}, {"fraction": 0.5}, {"keep_last": 0}])
 def test_200_steps_equal_to_the_bit(settings: dict[str, Any]) -> None:
     expected = trained(checkpointed(build()), 200)
     model = build()
@@ -202,9 +202,9 @@ def test_a_refusal_to_pin_harms_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     backend.unpin(taken)
 
 
-def test_a_budget_of_auto_offloads_nothing_that_fits() -> None:
+def test_auto_offloads_nothing_that_fits() -> None:
     model = build()
-    plan = attached(model, budget="auto")
+    plan = attached(model, fraction="auto")
     expected = trained(checkpointed(build()), 6)
     assert all(map(torch.equal, trained(model, 6), expected))
     before = plan.stats().bytes_out

@@ -10,7 +10,7 @@ from torch import Tensor
 from harness import offload
 from tests.support.offload_models import gradients, one_thread, same
 
-transformers = pytest.importorskip("transformers", reason="needs harness[hf]")
+transformers = pytest.importorskip("transformers", reason="needs the extra: hf")
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def step(model: Any) -> list[Tensor]:
 def check(model: Any, mode: offload.Mode, blocks: int = 4) -> None:
     expected = step(model)
     plan = offload.attach(
-        model, mode=mode, budget="all", keep_last=0, min_bytes=0, host_budget=1 << 24
+        model, mode=mode, fraction="all", keep_last=0, min_bytes=0, host_bytes=1 << 24
     )
     assert len(plan.modules) == blocks
     assert {type(m).__name__ for m in plan.modules.values()} == {"LlamaDecoderLayer"}
@@ -73,7 +73,7 @@ def test_llama_with_its_own_checkpointing(mode: offload.Mode) -> None:
     expected = step(model)
     model.gradient_checkpointing_enable()
     plan = offload.attach(
-        model, mode=mode, budget="all", keep_last=0, min_bytes=0, host_budget=1 << 24
+        model, mode=mode, fraction="all", keep_last=0, min_bytes=0, host_bytes=1 << 24
     )
     assert same(step(model), expected)
     plan.detach()
@@ -82,7 +82,7 @@ def test_llama_with_its_own_checkpointing(mode: offload.Mode) -> None:
 @pytest.mark.parametrize("mode", ["inputs", "saved"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_lora(mode: offload.Mode, dropout: float) -> None:
-    peft = pytest.importorskip("peft", reason="needs harness[lora]")
+    peft = pytest.importorskip("peft", reason="needs the extra: lora")
     adapter = peft.LoraConfig(
         r=4, lora_dropout=dropout, target_modules=["q_proj", "v_proj", "down_proj"]
     )

@@ -1,4 +1,4 @@
-"""The pool of host memory, and the planner that says how much to use it."""
+"""The pool of host memory, and the planner that decides how much to use it."""
 
 import itertools
 import random
@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import offload
-from harness.offload.attach import available_host_memory
+from harness.offload.backends import CpuBackend
+from harness.offload.host_memory import available_host_memory
 from harness.offload.planner import WARM_UP, Planner
 from harness.offload.pool import PAGE, Pool, Slab, size_class
-from harness.offload.streams import CpuBackend
 from harness.testing.sim import SimBackend
 from tests.support.offload_models import WIDTH, Model, one_thread, same, step
 
@@ -38,7 +38,7 @@ def test_size_classes_waste_an_eighth_at_most(size: int) -> None:
 def one_step(pool: Pool, size: int, blocks: int = 16) -> int:
     """Leases as a forward does, and gives back as a backward does. How many leases were refused."""
     slabs = [pool.lease(size) for _ in range(blocks)]
-    assert pool.held <= pool.budget
+    assert pool.held <= pool.host_bytes
     for slab in reversed(slabs):
         if slab is not None:
             assert slab.size >= size
@@ -108,7 +108,7 @@ def test_a_system_that_refuses_is_asked_no_more() -> None:
     backend = Refusing()
     pool = Pool(backend, 100 * MB)
     slabs = [pool.lease(MB) for _ in range(5)]
-    assert slabs.count(None) == 3 and backend.asked == 3 and pool.budget == 2 * MB
+    assert slabs.count(None) == 3 and backend.asked == 3 and pool.host_bytes == 2 * MB
 
 
 def test_slabs_come_back_from_other_threads() -> None:
@@ -128,27 +128,27 @@ def test_slabs_come_back_from_other_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert pool.leased == 0 and pool.held <= pool.budget
+    assert pool.leased == 0 and pool.held <= pool.host_bytes
 
 
-@pytest.mark.parametrize("budget", [1 << 30, 100_000, 30_000])
-def test_a_model_over_forty_lengths(budget: int) -> None:
-    """On real graphs: never over the budget, no pin on the second pass, nothing left."""
+@pytest.mark.parametrize("limit", [1 << 30, 100_000, 30_000])
+def test_a_model_over_forty_lengths(limit: int) -> None:
+    """On real graphs: never over the limit, no pin on the second pass, nothing left."""
     model = Model(4)
-    settings = {"budget": "all", "keep_last": 0, "min_bytes": 0, "host_budget": budget}
+    settings = {"fraction": "all", "keep_last": 0, "min_bytes": 0, "host_bytes": limit}
     lengths = random.Random(2).sample(range(8, 400), 40)
     expected = [step(model, rows=rows) for rows in lengths]
     plan = offload.attach(model, **settings)  # pyright: ignore
     pool = plan.store.pool
     for rows, wanted in zip(lengths, expected, strict=True):
         assert same(step(model, rows=rows), wanted)
-        assert pool.held <= budget and pool.leased == 0
+        assert pool.held <= limit and pool.leased == 0
     pins = pool.pins
     random.Random(3).shuffle(lengths)
     for rows in lengths:
         step(model, rows=rows)
-        assert pool.held <= budget and pool.leased == 0
-    if budget == 1 << 30:
+        assert pool.held <= limit and pool.leased == 0
+    if limit == 1 << 30:
         assert pool.pins == pins and plan.stats().kept == 0
     else:
         assert plan.stats().kept > 0
@@ -175,13 +175,13 @@ def offloaded(planner: Planner, passes: int, size: int = 1, blocks: int = 10) ->
     return found
 
 
-@pytest.mark.parametrize(("budget", "count"), [("all", 10), (1, 10), (0.5, 5), (0.3, 3), (0, 0)])
-def test_a_fixed_part(budget: float, count: int) -> None:
-    planner = Planner(budget, lambda: pytest.fail("nothing to measure"))
+@pytest.mark.parametrize(("fraction", "count"), [("all", 10), (1, 10), (0.5, 5), (0.3, 3), (0, 0)])
+def test_a_fixed_fraction(fraction: float, count: int) -> None:
+    planner = Planner(fraction, lambda: pytest.fail("nothing to measure"))
     assert sum(offloaded(planner, 10)) == pytest.approx(10 * count, abs=1)
 
 
-def test_a_part_is_spread_evenly() -> None:
+def test_a_fraction_is_spread_evenly() -> None:
     planner = Planner(0.5, lambda: (0, 0, 0))
     assert [planner.wants(n, 1, 0) for n in range(6)] == [False, True] * 3
 
@@ -197,7 +197,7 @@ def test_auto_offloads_what_has_no_room(headroom: float, count: int) -> None:
     assert headroom != 99 or sum(found[WARM_UP:]) <= 1
 
 
-def test_auto_starts_anew_for_larger_inputs() -> None:
+def test_auto_measures_again_for_larger_inputs() -> None:
     planner = Planner("auto", lambda: (100, 1000.0, 0.0))
     assert offloaded(planner, WARM_UP + 2, size=10) == [10] * WARM_UP + [0, 0]
     assert offloaded(planner, 2, size=5) == [0, 0]
@@ -215,7 +215,7 @@ def test_a_block_that_is_called_many_times_is_one_pass() -> None:
     assert wanted == [12] * WARM_UP + [0, 0]
 
 
-def test_a_plan_that_keeps_all_its_blocks_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_plan_that_keeps_all_its_blocks_warns(caplog: pytest.LogCaptureFixture) -> None:
     offload.attach(Model(2), keep_last=2).detach()
     assert "keep_last = 2 keeps all 2 blocks" in caplog.text
 
@@ -225,7 +225,7 @@ def test_auto_on_a_device_with_some_room() -> None:
     backend = SimBackend()
     size = 64 * WIDTH * 4
     backend.room = 8 * size_class(size)  # of 16 tensors, two of each block
-    plan = offload.attach(model, keep_last=0, min_bytes=0, host_budget=MB, backend=backend)
+    plan = offload.attach(model, keep_last=0, min_bytes=0, host_bytes=MB, backend=backend)
     expected = None
     moved = []
     for _ in range(WARM_UP + 2):

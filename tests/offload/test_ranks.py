@@ -40,7 +40,7 @@ def trained(stage: int, precision: str, lora: bool, mode: offload.Mode | None) -
         for block in model.blocks:
             block.linear = Lora()  # pyright: ignore
     plan = None
-    settings: dict[str, Any] = {"budget": "all", "min_bytes": 0, "host_budget": 1 << 22}
+    settings: dict[str, Any] = {"fraction": "all", "min_bytes": 0, "host_bytes": 1 << 22}
     if mode is not None and stage % 2:  # before DeepSpeed, and else after it
         plan = offload.attach(model, mode=mode, **settings)
     config = {
@@ -124,7 +124,7 @@ def piped(way: str) -> list[float]:
     )
     plan = None
     if way == "attach":
-        plan = offload.attach(model, Piped, budget="all", min_bytes=0, host_budget=1 << 24)
+        plan = offload.attach(model, Piped, fraction="all", min_bytes=0, host_bytes=1 << 24)
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 6,
@@ -170,7 +170,7 @@ def with_unsloth(config: Config, **settings: Any) -> Config:
 def test_the_default_task_has_the_identical_loss_curve(two_ranks: RankPool, tmp_path: Path) -> None:
     plain = byte_lm_config(tmp_path, 3)
     two_ranks.run(run_in_world, plain)
-    config = with_unsloth(plain, min_bytes=0, budget="all")
+    config = with_unsloth(plain, min_bytes=0, fraction="all")
     two_ranks.run(run_in_world, config)
     assert losses(config) == losses(plain)
     assert len(losses(plain)) == 20
@@ -180,7 +180,7 @@ def test_the_default_task_has_the_identical_loss_curve(two_ranks: RankPool, tmp_
     assert record["offload/bytes_in"] > 0 and record["offload/prefetch_misses"] == 0
     assert record["offload/pins"] == 0 and record["offload/pool_peak_bytes"] > 0
     log = (config.run_dir / "log.txt").read_text()
-    assert "engine lm: offload (mode inputs, budget all): 4 blocks of class Block" in log
+    assert "engine lm: offload (mode inputs, fraction all): 4 blocks of class Block" in log
     assert "GB out" in log
 
 
@@ -196,10 +196,10 @@ def test_by_default_a_cpu_offloads_nothing_once_it_has_measured(
 
 def test_several_engines_and_one_without_blocks(two_ranks: RankPool, tmp_path: Path) -> None:
     config = with_unsloth(tiny_config(tmp_path))
-    told = two_ranks.run(error_of, config)
-    assert all("engine 'net': offload: no nn.ModuleList of one class" in text for text in told)
+    errors = two_ranks.run(error_of, config)
+    assert all("engine 'net': offload: no nn.ModuleList of one class" in text for text in errors)
     assert not config.run_dir.exists()
-    config = with_unsloth(tiny_config(tmp_path), match="first|middle", min_bytes=0, budget="all")
+    config = with_unsloth(tiny_config(tmp_path), match="first|middle", min_bytes=0, fraction="all")
     plain = tiny_config(tmp_path)
     two_ranks.run(run_in_world, plain)
     two_ranks.run(run_in_world, config)

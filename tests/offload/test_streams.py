@@ -62,10 +62,10 @@ def is_right(
     plan = offload.attach(
         model,
         mode=mode,
-        budget="all",
+        fraction="all",
         keep_last=0,
         min_bytes=0,
-        host_budget=1 << 20,
+        host_bytes=1 << 20,
         backend=backend,
     )
     try:

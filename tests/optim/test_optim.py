@@ -17,8 +17,9 @@ from harness.errors import ConfigError
 from harness.io import load
 from harness.io.stored import read
 from harness.optim import Apollo, ApolloMini
-from harness.optim.build import build_optimizer, check_zero
+from harness.optim.build import build_optimizer
 from harness.optim.schedules import build_scheduler
+from harness.optim.sharding import check_zero
 from harness.run import run_in_world
 from harness.testing.pool import RankError, RankPool
 from harness.zero.reader import SavedEngine
@@ -56,7 +57,7 @@ def test_apollo_gets_its_groups_and_its_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"name": "apolo"}, "did you mean 'apollo'"),
         ({"name": "apollo", "scal": 1}, "unknown key 'scal' (did you mean 'scale'?)"),
@@ -66,10 +67,10 @@ def test_apollo_gets_its_groups_and_its_settings() -> None:
         ({"name": "torch.optim:Nothing"}, "Nothing"),
     ],
 )
-def test_mistakes_are_told(settings: dict[str, Any], told: str) -> None:
+def test_mistakes_are_config_errors(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         built(**settings)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_PACKAGES)
@@ -86,19 +87,13 @@ ADAFACTOR = "keeps means of a matrix's rows and columns"
 
 
 @pytest.mark.parametrize(
-    ("name", "deepspeed", "told"),
+    ("name", "deepspeed", "message"),
     [
         ("adafactor", {"zero_optimization": {"stage": 1}}, ADAFACTOR),
         ("schedulefree", {"zero_optimization": {"stage": 1}}, "use ZeRO stage 0 in fp32"),
         ("schedulefree", {"bf16": {"enabled": True}}, "use ZeRO stage 0 in fp32"),
         ("muon", {"zero_optimization": {"stage": 3}}, "reduce_scatter to false"),
         ("apollo", {"fp16": {"enabled": True}}, "use stage 1, or bf16"),
-        ("apollo", {"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic"),
-        (
-            "apollo-mini",
-            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
-            "offload_optimizer.device to 'cpu'",
-        ),
         (
             "apollo",
             {
@@ -107,12 +102,12 @@ ADAFACTOR = "keeps means of a matrix's rows and columns"
                     "offload_optimizer": {"device": "cpu", "ratio": 0.3},
                 }
             },
-            "offload_optimizer.ratio to 1.0",
+            "offload_optimizer.ratio: found 0.3, expected 1.0",
         ),
     ],
 )
-def test_what_zero_would_degrade_is_refused(name: str, deepspeed: Any, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_zero_would_degrade_is_refused(name: str, deepspeed: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         check_zero(optimizer_config(name=name), deepspeed)
 
 
@@ -125,7 +120,7 @@ def test_what_zero_does_not_degrade_is_not(caplog: pytest.LogCaptureFixture) -> 
     for name in ("tests.tasks.reshard_task:TwoGroups", "torch.optim:Adafactor"):
         with caplog.at_level(logging.WARNING):
             check_zero(optimizer_config(name=name), zero)
-        assert f"{name!r} is not known to treat every element alone" in caplog.text
+        assert f"{name!r} is not known to be elementwise" in caplog.text
 
 
 def with_muon(stage: int) -> dict[str, Tensor]:
@@ -236,8 +231,10 @@ def test_a_resumed_run_is_the_same_to_the_bit(
 def test_another_rank_is_refused_before_the_first_step(two_ranks: RankPool, tmp_path: Path) -> None:
     two_ranks.run(run_in_world, apollo_config(tmp_path, 1, "apollo", "fp32", run={"steps": 3}))
     config = apollo_config(tmp_path, 1, "apollo", "fp32", rank=2, run={"steps": 6})
-    told = r"CheckpointError: engine 'net': rank = 2 here, and 3 in the checkpoint"
-    with pytest.raises(RankError, match=told):
+    message = (
+        r"CheckpointError: engine 'net': optimizer.rank = 2 in the config, and 3 in the checkpoint"
+    )
+    with pytest.raises(RankError, match=message):
         two_ranks.run(run_in_world, config)
     assert len(records(config)) == 3
 

@@ -22,7 +22,7 @@ SHAPES: Shapes = {
     "long": (3, 211),
     "bias": (7,),
 }
-"""Odd sizes, so that the boundaries of shards fall inside of rows."""
+"""Odd sizes, so that the boundaries of shards are inside of rows."""
 
 
 class Given(nn.Module):
@@ -44,7 +44,7 @@ def gradients_of(step: int, shapes: Shapes = SHAPES) -> dict[str, Tensor]:
     """Three times numbers of four bits: two to four ranks average them exactly, even in bf16,
     whether they divide before they add up or after."""
     generator = torch.Generator().manual_seed(100 + step)
-    size = 4.0 if step % 7 == 0 else 1.0  # gives the limiter something to limit
+    size = 4.0 if step % 7 == 0 else 1.0  # so that the norm-growth limiter acts
     found = {}
     for name, shape in shapes.items():
         mantissa, exponent = torch.frexp(torch.randn(shape, generator=generator) * size)
@@ -112,18 +112,18 @@ def take_plain_steps(
 
 
 def masters(optimizer: Apollo) -> dict[str, Tensor]:
-    """Every parameter's fp32 master, flattened, put together from all ranks' shards. Collective."""
-    mine = [
-        (piece.name, piece.start, flat.detach().flatten()[piece.offset :][: piece.length].cpu())
-        for _, flats, shards in optimizer._located_groups.values()
+    """Every parameter's fp32 master, flattened, joined from all ranks' shards. Collective."""
+    own = [
+        (s.name, s.start, flat.detach().flatten()[s.offset :][: s.length].cpu())
+        for _, flats, shards in optimizer._located.values()
         for flat, shard in zip(flats, shards, strict=True)
-        for piece in shard.own
+        for s in shard.own
     ]
-    whole: dict[str, Tensor] = {}
-    for name, start, part in (entry for rank in distributed.all_gather(mine) for entry in rank):
+    full: dict[str, Tensor] = {}
+    for name, start, part in (entry for rank in distributed.all_gather(own) for entry in rank):
         size = torch.Size(optimizer._shapes[name]).numel()
-        whole.setdefault(name, torch.full((size,), torch.nan))[start : start + len(part)] = part
-    return whole
+        full.setdefault(name, torch.full((size,), torch.nan))[start : start + len(part)] = part
+    return full
 
 
 def worst(found: dict[str, Tensor], model: nn.Module) -> float:
@@ -146,7 +146,7 @@ def difference(
 ) -> float:
     """How far training under DeepSpeed ends from training unsharded. Collective.
 
-    `born_sharded`: the model is made under zero.Init, where no rank ever has a whole parameter.
+    `born_sharded`: the model is made under zero.Init, where no rank ever has a complete parameter.
     """
     settings = settings or {}
     with deepspeed.zero.Init(

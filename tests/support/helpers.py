@@ -1,20 +1,29 @@
-"""What several test files need: a tiny run's config, and how to read what a run left."""
+"""Shared by several test files: a tiny run's config, and what a run has left in its directory."""
 
 import json
 import subprocess
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from harness.config import Config
 from harness.config.sections import merge
 from harness.errors import HarnessError
+from harness.io import load
+from harness.io.stored import materialize, read
 from harness.run import run_in_world
+from harness.testing.pool import RankPool
+from harness.zero.reader import SavedEngine
 
 ROOT = Path(__file__).parents[2]
+Pools = Callable[[int], RankPool]
+"""The fixture `pools`: by the number of ranks."""
 
 OFFLOAD = {
     "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
@@ -52,8 +61,71 @@ def losses(config: Config) -> list[float]:
     return [record["loss"] for record in records(config)]
 
 
+def without_times(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what differs from run to run."""
+    return [
+        {k: v for k, v in record.items() if k not in ("step_time_s", "tokens_per_s")}
+        for record in found
+    ]
+
+
+def log_text(config: Config) -> str:
+    """log.txt."""
+    return (config.run_dir / "log.txt").read_text()
+
+
+def checkpoint(config: Config, step: int) -> Path:
+    """The directory of a step's checkpoint."""
+    return config.run_dir / f"checkpoints/step-{step:08d}"
+
+
+def exports(config: Config, step: int | None = None) -> Path:
+    """The directory of a step's exports; by default the last step's."""
+    return config.run_dir / f"exports/step-{step or config.run.steps:08d}"
+
+
+def exported(config: Config, step: int | None = None, file: str = "net.sft") -> dict[str, Tensor]:
+    """The weights in an exported file, by name."""
+    return load(exports(config, step) / file)
+
+
+def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Fails unless both are the same tensors, to the bit."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_same_optimizer(found: SavedEngine, expected: SavedEngine) -> None:
+    """Fails unless masters, state and settings of the optimizer are the same, by parameter."""
+    assert found.shapes == expected.shapes
+    for name in expected.shapes:
+        assert torch.equal(read(found.master(name)), read(expected.master(name))), name
+        assert set(found.state_keys(name)) == set(expected.state_keys(name))
+        for key in expected.state_keys(name):
+            state = (read(saved.moment(name, key)) for saved in (found, expected))
+            assert torch.equal(*state), (name, key)
+        assert materialize(found.scalars(name)) == materialize(expected.scalars(name))
+        assert found.group_of(name) == expected.group_of(name)
+    assert materialize(found.groups) == materialize(expected.groups)
+
+
+def tensor_crcs(path: Path) -> dict[str, int]:
+    """The CRC-32 of every tensor in a `.pt`."""
+    with zipfile.ZipFile(path) as archive:
+        return {item.filename: item.CRC for item in archive.infolist() if "/data/" in item.filename}
+
+
+def flip_bit(path: Path, at: int | None = None) -> None:
+    """Damages a file: the lowest bit of one byte, by default the middle one."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if at is None else at] ^= 1
+    path.write_bytes(data)
+
+
 def error_of(config: Config) -> str:
-    """What a run on this rank tells the user; an empty string if all went well."""
+    """The error that a run on this rank reports to the user; empty if there is none."""
     try:
         run_in_world(config)
     except HarnessError as error:

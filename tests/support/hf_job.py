@@ -1,8 +1,8 @@
 """A job of several ranks that saves as users of Accelerate and of the HF Trainer do.
 
-`torchrun ... -m tests.support.hf_job DIRECTORY`: for each ZeRO stage, 2 and 3, come the checkpoints
-`accelerate-STAGE/` and `trainer-STAGE/`, and beside them `accelerate-STAGE.pt` and
-`trainer-STAGE.pt`: the weights, gathered from the running engines.
+`torchrun ... -m tests.support.hf_job DIRECTORY` writes for ZeRO 2 and 3 the checkpoints
+`accelerate-STAGE/` and `trainer-STAGE/`, and beside them the weights, gathered from the running
+engines: `accelerate-STAGE.pt` and `trainer-STAGE.pt`.
 """
 
 import sys
@@ -18,11 +18,12 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import nn
 
 from harness import distributed
+from harness.zero.startup import join
 
 
 def main(directory: Path) -> None:
     """Trains two steps with each, and saves."""
-    distributed.init()
+    distributed.init(1800.0, join)
     for stage in (2, 3):
         with_accelerate(directory / f"accelerate-{stage}", stage)
         with_trainer(directory / f"trainer-{stage}", stage)
@@ -77,7 +78,7 @@ def with_accelerate(directory: Path, stage: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
     accelerator.save_state(str(directory))
-    keep(engine, directory)
+    write_weights(engine, directory)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -97,11 +98,11 @@ def with_trainer(directory: Path, stage: int) -> None:
     )
     trainer = transformers.Trainer(model=llama(), args=arguments, train_dataset=samples())
     trainer.train()
-    keep(trainer.model_wrapped, directory)
+    write_weights(trainer.model_wrapped, directory)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def keep(engine: Any, directory: Path) -> None:
+def write_weights(engine: Any, directory: Path) -> None:
     """Writes the weights of a running engine, as it computes with them. Collective."""
     found = {}
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""Two machines in one: nodes with a network, a host name, processes and an sshd of their own.
+"""Two machines in one: nodes with their own network, host name, processes and sshd.
 
 A node is a set of Linux namespaces. When its first process ends, its sshd, all its processes are
 killed. Nodes share the disk. They are joined by one cable, which can be cut.
@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from tests.launch.test_launch import BIN, until
 from tests.support.helpers import ROOT
+from tests.support.jobs import BIN, until
 
 PROGRAMS = ("unshare", "nsenter", "setpriv", "ip", "sshd", "ssh-keygen")
 SEARCHED = f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -67,7 +67,7 @@ class Node:
         until(lambda: bool(psutil.Process(boot.pid).children()), boot)
         (self.init,) = psutil.Process(boot.pid).children()
         self._network = os.open(f"/proc/{boot.pid}/ns/net", os.O_RDONLY)
-        """Keeps the cable's end when all processes are killed, and with it the other node's."""
+        """Keeps this end of the cable when all processes are killed, and with it the other end."""
 
     def command(self, directory: Path, *words: str | Path) -> list[str]:
         """A command line that runs `words` on this node, in a directory."""
@@ -88,13 +88,13 @@ class Node:
         )
 
     def processes(self) -> list[psutil.Process]:
-        """All that runs on this node but its sshd and what that has forked for connections."""
+        """All processes on this node except its sshd and its forks for connections."""
         namespace = Path(f"/proc/{self.init.pid}/ns/pid").readlink()
         found = []
         for process in psutil.process_iter():
             try:
-                there = Path(f"/proc/{process.pid}/ns/pid").readlink() == namespace
-                if there and process.name() != "sshd":
+                is_ours = Path(f"/proc/{process.pid}/ns/pid").readlink() == namespace
+                if is_ours and process.name() != "sshd":
                     found.append(process)
             except (OSError, psutil.Error):  # it has ended
                 continue
@@ -106,26 +106,26 @@ class Node:
         self.run("ip", "route", "replace", "default", "dev", "eth0")
 
     def kill(self) -> None:
-        """Kills all that runs on this node, at one blow."""
+        """Kills all processes on this node at once."""
         self.init.kill()
         self._boot.wait(timeout=30)
 
     def close(self) -> None:
-        """Takes the node away."""
+        """Removes the node."""
         if self._boot.poll() is None:
             self.kill()
         os.close(self._network)
 
 
 def environment() -> dict[str, str]:
-    """What a user's shell on a node has set, and no launcher: two nodes cannot share a GPU."""
-    kept = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "TMPDIR")}
-    return kept | {"PATH": SEARCHED, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    """The environment of a user's shell on a node, without a GPU: two nodes cannot share one."""
+    shell = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "TMPDIR")}
+    return shell | {"PATH": SEARCHED, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
 
 
 @cache
 def why_not(*programs: str) -> str:
-    """Why there can be no nodes here that have these programs; empty if there can."""
+    """Why nodes with these programs cannot be made on this machine; empty if they can."""
     if os.geteuid() != 0:
         return "nodes need root"
     for program in (*PROGRAMS, *programs):
@@ -145,23 +145,23 @@ class Pair:
         self.second = second
 
     def cut(self) -> None:
-        """Cuts the cable: nothing gets through, and neither node is told."""
+        """Cuts the cable: nothing gets through, and neither node is notified."""
         self.second.run("ip", "link", "set", "eth0", "down")
 
-    def mend(self) -> None:
-        """Mends the cable."""
+    def reconnect(self) -> None:
+        """Repairs the cable."""
         self.second.connect()
 
 
 @contextmanager
 def two_nodes(directory: Path) -> Iterator[Pair]:
-    """`node1` and `node2`, which know each other by name, and let root in by key."""
+    """`node1` and `node2`, which resolve each other's names, and admit root by key."""
     directory.mkdir(exist_ok=True)
     for key in ("host_key", "key"):
         words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / key]
         subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
     addresses = {"node1": "10.0.0.1", "node2": "10.0.0.2"}
-    for own in addresses:  # a host's own name is a loopback's, as Debian's installer has it
+    for own in addresses:  # a host's own name is a loopback address, as in Debian
         seen = {"localhost": "127.0.0.1"} | addresses | {own: "127.0.1.1"}
         lines = [f"{address} {name}\n" for name, address in seen.items()]
         (directory / f"{own}.hosts").write_text("".join(lines))

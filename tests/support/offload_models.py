@@ -1,4 +1,4 @@
-"""A small model of repeated blocks, and what a step of it leaves, for the tests of offloading."""
+"""A small model of repeated blocks, and the results of its steps, for the tests of offloading."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,8 +1,8 @@
 """Checkpoints that plain DeepSpeed writes, of every layout, and what they should convert to.
 
 Runs on the ranks of a pool. For each layout `NAME/` holds the checkpoint under the tag `here`, and
-beside it what is true: `NAME/live.pt`, the gathered weights of the running engine in the dtype that
-it computes in; `NAME/state.pt`, masters and moments; `NAME/fp32.pt`, DeepSpeed's own zero_to_fp32.
+the references: `NAME/live.pt`, the gathered weights of the running engine in the dtype that it
+computes in; `NAME/state.pt`, masters and moments; `NAME/fp32.pt`, DeepSpeed's own zero_to_fp32.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ ODD = {"round_robin_gradients": True, "parameter_alignment": True}
 
 
 class Odd(nn.Module):
-    """What makes a layout odd: tied, frozen and odd-sized parameters, buffers of two dtypes."""
+    """An irregular layout: tied, frozen and odd-sized parameters, buffers of two dtypes."""
 
     def __init__(self, frozen: bool = True) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Experts(nn.Module):
 
 
 def layouts(world: int) -> dict[str, Tree]:
-    """The configs of DeepSpeed by name: what is in `zero_optimization`, and beside it."""
+    """DeepSpeed's configs by name; "zero" is `zero_optimization`, two keys are `write`'s own."""
     found: dict[str, Tree] = {
         "zero0 fp32": {"zero": {"stage": 0}},
         "zero0 bf16": {"zero": {"stage": 0}} | BF16,
@@ -134,26 +134,26 @@ def write(directory: Path, layout: Tree) -> None:
     engine.save_checkpoint(str(directory), tag="here")
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         live = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    everyone = distributed.all_gather(live)
+    per_rank = distributed.all_gather(live)
     is_odd = "experts" in layout or "round_robin_gradients" in layout["zero"]
     is_odd |= stage < 3 and "groups" in layout
     state = full_state(model) if stage and not is_odd else {}
     if distributed.is_global_leader():
-        experts = {} if "experts" not in layout else expert_weights(everyone, layout["experts"])
+        experts = {} if "experts" not in layout else expert_weights(per_rank, layout["experts"])
         live = {key: value for key, value in live.items() if ".deepspeed_experts." not in key}
         torch.save(live | experts, directory / "live.pt")
         torch.save(state, directory / "state.pt")
         if stage and "experts" not in layout and "data_types" not in layout:
-            whole = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag="here")
-            torch.save(whole, directory / "fp32.pt")
+            fp32 = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag="here")
+            torch.save(fp32, directory / "fp32.pt")
     engine.destroy()
 
 
 def full_state(model: nn.Module) -> Tree:
     """Masters and moments of the running engine, as `harness convert --what optimizer` names them.
 
-    DeepSpeed gathers wrong ones with round_robin_gradients, and fails for experts, and for a second
-    group below stage 3. Collective.
+    Not with round_robin_gradients, where DeepSpeed gathers wrong ones, nor with experts or a second
+    group below stage 3, where it fails. Collective.
     """
     found = {}
     for name, parameter in model.named_parameters():
@@ -165,10 +165,10 @@ def full_state(model: nn.Module) -> Tree:
     return {key: value.clone() for key, value in found.items()}
 
 
-def expert_weights(everyone: list[Tree], count: int) -> Tree:
-    """The experts of ranks 0 and 1 under their global numbers: others have the same ones."""
+def expert_weights(per_rank: list[Tree], count: int) -> Tree:
+    """The experts of ranks 0 and 1 under their global numbers: the other ranks have copies."""
     found = {}
-    for rank, live in enumerate(everyone[:2]):
+    for rank, live in enumerate(per_rank[:2]):
         for key, value in live.items():
             before, mark, after = key.partition(".deepspeed_experts.")
             if mark:

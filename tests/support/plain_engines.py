@@ -16,7 +16,7 @@ from harness.task import load_task
 
 
 class Plain:
-    """A model, its optimizer and its average in the place of an engine."""
+    """A model, its optimizer and its average in place of an engine."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -40,21 +40,23 @@ class Plain:
 
     @contextmanager
     def lend(self, name: str) -> Iterator[nn.Module]:
-        """As of `engine.peers`: in its turn all others are frozen."""
+        """As `engine.peers.lend`: in a turn all other models are frozen."""
         yield self.models[name]
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Nothing but its own parameters gets gradients."""
-        kept = [p for model in self.models.values() for p in model.parameters() if p.requires_grad]
+        """Only its own parameters get gradients."""
+        trained = [
+            p for model in self.models.values() for p in model.parameters() if p.requires_grad
+        ]
         for model in self.models.values():
             model.requires_grad_(model is self.module)
         yield
-        for parameter in kept:
+        for parameter in trained:
             parameter.requires_grad_(True)
 
     def end_micro_batch(self) -> None:
-        """Steps if the gradients are those of as many micro-batches as accumulate."""
+        """Steps if this micro-batch completes the accumulation."""
         self.filled += 1
         if self.filled % self.settings.gradient_accumulation == 0:
             nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
@@ -80,7 +82,7 @@ def plain_loop(config: Config, world_size: int) -> tuple[list[dict[str, float]],
     draws = RandomSampler(len(task.train_data), seed=config.run.seed).stream()
     found = []
     for step in range(1, config.run.steps + 1):
-        due = {name: e for name, e in trained.items() if step % e.settings.every == 0}
+        due = {name: e for name, e in trained.items() if step % e.settings.train_every == 0}
         losses = dict.fromkeys(due, 0.0)
         for _ in range(micro_batches):
             size = config.data.micro_batch_size * world_size

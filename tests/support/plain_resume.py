@@ -1,4 +1,4 @@
-"""Plain DeepSpeed going on from a checkpoint, on the ranks of a pool."""
+"""Plain DeepSpeed resuming from a checkpoint, on the ranks of a pool."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tests.support.plain_deepspeed import Odd
 Tree = dict[str, Any]
 
 
-def go_on(ds: Tree, steps: int, load: Path | None = None, save: Path | None = None) -> list[float]:
+def train(ds: Tree, steps: int, load: Path | None = None, save: Path | None = None) -> list[float]:
     """Loads a checkpoint, trains, and saves one. Collective.
 
     Returns the loss of every step over the same 8 sequences, whatever the number of ranks.
@@ -49,6 +49,6 @@ def go_on(ds: Tree, steps: int, load: Path | None = None, save: Path | None = No
         torch.distributed.all_reduce(total)
         losses.append(total.item() / 8)
     if save is not None:
-        engine.save_checkpoint(str(save), client_state={"mine": 7})
+        engine.save_checkpoint(str(save), client_state={"note": 7})
     engine.destroy()
     return losses

@@ -19,9 +19,9 @@ from tests.support.helpers import ROOT
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "salloc", "srun", "scancel", "scontrol")
 NODES = ("127.0.0.1", "127.0.0.2")
-"""Nodes are found by their names, so here these are addresses; a port tells the daemons apart."""
+"""Nodes are found by their names, so these are addresses; a port distinguishes the daemons."""
 CRED_EXPIRE = 5
-"""Seconds: a requeued job waits for one more. Slurm's default is 120, and less than 5 is that."""
+"""Seconds: a requeued job waits for one more. Slurm's default is 120, also for less than 5."""
 CONFIG = """
 ClusterName=test
 FirstJobId={first_job}
@@ -46,7 +46,7 @@ PartitionName=main Nodes=ALL Default=YES State=UP
 
 
 def why_not() -> str:
-    """Why there can be no cluster here; empty if there can."""
+    """Why a cluster cannot be made on this machine; empty if it can."""
     missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (Debian: slurm-wlm munge)"
@@ -66,7 +66,7 @@ class Cluster:
         }
 
     def run(self, *words: str | Path) -> str:
-        """What a command prints that is run as a user's, in the root of the repository.
+        """What a user's command prints, in the root of the repository.
 
         Raises CalledProcessError if it fails.
         """
@@ -82,12 +82,12 @@ class Cluster:
         ).stdout
 
     def job(self, job: str) -> dict[str, str]:
-        """What Slurm says of a job: JobState, ExitCode, Restarts and so on."""
-        said = self.run("scontrol", "--oneliner", "show", "job", job)
-        return dict(word.split("=", 1) for word in said.split() if "=" in word)
+        """Slurm's record of a job: JobState, ExitCode, Restarts and so on."""
+        line = self.run("scontrol", "--oneliner", "show", "job", job)
+        return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
     def processes(self) -> list[psutil.Process]:
-        """The daemons, and all that jobs run; without what watches over a job on a node."""
+        """The daemons, and all processes of jobs; without the step daemons (slurmstepd)."""
         found = []
         for process in psutil.process_iter(["environ"]):
             environ = process.info["environ"] or {}
@@ -96,7 +96,7 @@ class Cluster:
         return found
 
     def end(self) -> None:
-        """Ends the jobs, with what watches over them, and then the daemons."""
+        """Ends the jobs, with their step daemons, and then the other daemons."""
         with contextlib.suppress(subprocess.SubprocessError):
             self.run("scancel", "--user=root")
             self.run("scancel", "--user=root", "--signal=KILL", "--full")
@@ -110,7 +110,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(directory: Path) -> Iterator[Cluster]:
-    """A cluster with all of its files in `directory`; nothing of it runs on afterwards."""
+    """A cluster with all of its files in `directory`; all of its processes are ended afterwards."""
     ours = Cluster(directory)
     (directory / "munge.key").write_bytes(secrets.token_bytes(128))
     (directory / "munge.key").chmod(0o600)
@@ -119,7 +119,7 @@ def cluster(directory: Path) -> Iterator[Cluster]:
         host=socket.gethostname(),
         port=free_port(),
         directory=directory,
-        first_job=free_port(),  # other tests' jobs beside ours need other ports, made of the number
+        first_job=free_port(),  # a job's port is made of its number: other tests' jobs need others
         cred_expire=CRED_EXPIRE,
     )
     for node in NODES:

@@ -1,4 +1,4 @@
-"""Structures to be stored, and what it takes for one to have come back."""
+"""Structures to be stored, and the comparison of what is loaded with what was saved."""
 
 import math
 from collections import Counter, OrderedDict
@@ -38,7 +38,7 @@ def assert_same(found: Any, saved: Any) -> None:
                     part = part.narrow(dimension, 0, min(1, part.size(dimension)))
                 _bytes(unexpanded(part)).fill_((7 * number + dimension) % 254 + 1)
             for ours, theirs in pairs:
-                assert torch.equal(_bits(ours), _bits(theirs)), "memory is shared in another way"
+                assert torch.equal(_bits(ours), _bits(theirs)), "memory is shared differently"
 
 
 def _assert_equal(found: Any, saved: Any) -> None:
@@ -71,7 +71,7 @@ def _assert_equal(found: Any, saved: Any) -> None:
 
 
 def _text(value: Any) -> str:
-    """`repr`, which tells all numbers apart; of a set in one order, which nan leaves to chance."""
+    """`repr`, which distinguishes all numbers; sets are sorted, as nan makes their order random."""
     match value:
         case set() | frozenset():
             return f"{type(value)} {sorted(map(_text, value))}"
@@ -84,11 +84,11 @@ def _text(value: Any) -> str:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a tensor as bytes, to be written to."""
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    whole = torch.empty(0, dtype=torch.uint8)
+    bytes_ = torch.empty(0, dtype=torch.uint8)
     size, stride, width = tensor.shape, tensor.stride(), tensor.itemsize
     start = int(tensor.storage_offset()) * width
     steps = (*(step * width for step in stride), 1)
-    return whole.set_(tensor.untyped_storage(), start, (*size, width), steps)
+    return bytes_.set_(tensor.untyped_storage(), start, (*size, width), steps)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from tests.tasks import tiny_task
 
 
 class Broken(tiny_task.Points):
-    """Points, but not on rank 1, except for the one that there is to look at."""
+    """Points that rank 1 cannot read."""
 
     def __getitem__(self, index: int) -> Any:
         if distributed.global_rank() == 1:
@@ -26,14 +26,14 @@ def greet(engines: Engines, whom: str) -> str:
 
 
 def number(engines: Engines) -> Any:
-    """Says what is no text."""
+    """Answers with what is not a text."""
     return torch.ones(1)
 
 
 def fail(engines: Engines, rank: str) -> None:
     """Fails on one rank alone."""
     if distributed.global_rank() == int(rank):
-        raise RuntimeError(f"rank {rank} is unwell")
+        raise RuntimeError(f"rank {rank} has failed")
 
 
 def build(config: Config) -> Task:

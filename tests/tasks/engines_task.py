@@ -1,4 +1,4 @@
-"""Two engines of which one's loss goes through the other, rightly or in a way that is refused."""
+"""Two engines, the loss of one through the other, correctly or in a way that is refused."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from tests.tasks.tiny_task import Points
 
 
 class Reentrant(nn.Module):
-    """Two layers that are computed again in the backward, by torch's older way."""
+    """Two layers that torch's older, reentrant checkpointing recomputes in the backward."""
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Reentrant(nn.Module):
         self.last = nn.Linear(width, outputs)
 
     def forward(self, points: Tensor) -> Tensor:
-        if not points.requires_grad:  # else this way of checkpointing gives no gradients
+        if not points.requires_grad:  # else reentrant checkpointing gives no gradients
             points = points.detach().requires_grad_()
         hidden = checkpoint(self.inner, points, use_reentrant=True)
         return self.last(torch.tanh(hidden))
@@ -30,7 +30,7 @@ def build(config: Config) -> Task:
     """Engine "G" moves points, engine "D" scores them. `way`: how G's loss uses D."""
     way = config.task.args.get("way", "lend")
     kind = Reentrant if config.task.args.get("reentrant") else _layers
-    kept: list[Any] = []
+    loaned: list[Any] = []
 
     def feed(engine: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Stats]:
         points = batch[0].to(engine.dtype)
@@ -41,11 +41,11 @@ def build(config: Config) -> Task:
             return (wrong - right).mean() + right.square().mean(), {}
         moved = engine(points)
         match way:
-            case "after the loan" if kept:
-                score = kept[0](moved)
+            case "after the loan" if loaned:
+                score = loaned[0](moved)
             case "lend" | "after the loan":
                 with engine.peers.lend("D") as module:
-                    kept[:] = [module]
+                    loaned[:] = [module]
                     score = module(moved)
             case "lend a part":
                 with engine.peers.lend("D") as module:

@@ -1,4 +1,4 @@
-"""The tiny task with modules of its own, and a task whose models are built in the context."""
+"""The tiny task with replaced modules, also while ZeRO 3 shards the model as it is built."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -9,22 +9,22 @@ from torch import Tensor, nn
 
 from harness.config import Config
 from harness.task import Task
-from harness.wrapper.wrapper import ModuleChange, inject, replace
+from harness.wrapper import ModuleChange, inject, replace
 from tests.tasks import tiny_task
 
 
 class Same(nn.Linear):
-    """No different from nn.Linear."""
+    """nn.Linear under another name."""
 
 
 def same_from(old: nn.Module) -> nn.Module:
-    """A new module of the same shape, with weights that are soon gone."""
+    """A new module of the same shape, with weights that are soon replaced."""
     assert isinstance(old, nn.Linear)
     return Same(old.in_features, old.out_features, bias=old.bias is not None)
 
 
 class Twice(nn.Module):
-    """A module that holds another one, and something of its own."""
+    """A module that contains another one, and a parameter of its own."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -36,7 +36,7 @@ class Twice(nn.Module):
 
 
 def changed(model: nn.Module) -> list[ModuleChange]:
-    """What the tests' runs replace: all linear layers."""
+    """Replaces all linear layers, in the tests' runs."""
     return replace(model, nn.Linear, Same)
 
 

@@ -1,4 +1,4 @@
-"""The tiny task with what makes a layout odd: frozen parameters, and two parameter groups."""
+"""The tiny task with an irregular layout: frozen parameters, odd sizes, two parameter groups."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,14 +51,14 @@ class TwoGroups(torch.optim.AdamW):
     """Decays the matrices alone, and steps the vectors half as far."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float):
-        known = list(params)
-        matrices = {"params": [p for p in known if p.dim() > 1], "weight_decay": weight_decay}
-        vectors = {"params": [p for p in known if p.dim() < 2], "weight_decay": 0.0, "lr": lr / 2}
+        given = list(params)
+        matrices = {"params": [p for p in given if p.dim() > 1], "weight_decay": weight_decay}
+        vectors = {"params": [p for p in given if p.dim() < 2], "weight_decay": 0.0, "lr": lr / 2}
         super().__init__([matrices, vectors], lr=lr)
 
 
-class Noted(Points):
-    """Writes down the index of every sample that a rank reads."""
+class Logged(Points):
+    """Appends the index of every sample that a rank reads to a file."""
 
     def __init__(self, path: Path):
         super().__init__(SAMPLES)
@@ -86,5 +86,5 @@ def build(config: Config) -> Task:
         modules["first"] = modules.pop("first")
     data = Points(SAMPLES)
     if args["notes"]:
-        data = Noted(Path(args["notes"]) / f"rank-{distributed.global_rank()}.txt")
+        data = Logged(Path(args["notes"]) / f"rank-{distributed.global_rank()}.txt")
     return Task(models=models, train_data=data)

@@ -1,4 +1,4 @@
-"""A task small enough for tests: a two-layer classifier of fixed random points, and its rivals."""
+"""A task small enough for tests: one small classifier of fixed random points for each engine."""
 
 from collections.abc import Mapping
 from typing import Any

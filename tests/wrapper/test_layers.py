@@ -12,12 +12,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from harness.config import Config
-from harness.config.sections import ADAPTERS
+from harness.config.sections import LAYER_PACKAGES
 from harness.errors import ConfigError
 from harness.io import load
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
-from harness.wrapper.wrapper import imported, replace
+from harness.utils import import_path
+from harness.wrapper import replace
 from harness.zero.reader import SavedEngine
 from tests.support.helpers import error_of, losses, tiny_config
 
@@ -26,8 +27,7 @@ LINEARS = [f"{AO}:float8_linear", f"{AO}:int8_linear", f"{BNB}:Int8Linear"]
 
 
 def needs(path: str) -> None:
-    package, extra = ADAPTERS[path.partition(":")[0]]
-    pytest.importorskip(package, reason=f"needs harness[{extra}]")
+    pytest.importorskip(LAYER_PACKAGES[path.partition(":")[0]], reason="needs the extra: quant")
 
 
 def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -51,7 +51,7 @@ def test_a_layer_of_8_bits_computes_about_the_same(by: str, dtype: torch.dtype) 
     expected = gradients(model, x)
     model.zero_grad()
     weight = model[0].weight
-    replace(model, nn.Linear, imported(by))
+    replace(model, nn.Linear, import_path(by))
     assert not any(type(module) is nn.Linear for module in model)
     assert model[0].weight is weight
     found = gradients(model, x)
@@ -97,19 +97,19 @@ def exports(config: Config) -> Path:
     return config.run_dir / f"exports/step-{config.run.steps:08d}/net.sft"
 
 
-def test_sizes_that_have_no_fp8_are_told() -> None:
+def test_sizes_that_have_no_fp8_are_refused() -> None:
     needs(AO)
     with pytest.raises(ConfigError, match=r"multiples of 16, found \[16, 6\]: exclude this layer"):
-        replace(nn.Sequential(nn.Linear(6, 16)), nn.Linear, imported(f"{AO}:float8_linear"))
+        replace(nn.Sequential(nn.Linear(6, 16)), nn.Linear, import_path(f"{AO}:float8_linear"))
 
 
-def test_a_gpu_without_fp8_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     needs(AO)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(ConfigError, match=r"capability \(8, 9\) or more is needed, found \(8, 0\)"):
-        replace(nn.Sequential(nn.Linear(16, 16)), nn.Linear, imported(f"{AO}:float8_linear"))
+        replace(nn.Sequential(nn.Linear(16, 16)), nn.Linear, import_path(f"{AO}:float8_linear"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,7 +117,7 @@ def test_a_stable_embedding_is_normed_in_fp32(dtype: torch.dtype) -> None:
     needs(BNB)
     model: Any = nn.Sequential(nn.Embedding(10, 16, padding_idx=3)).to(dtype)
     weight = model[0].weight
-    replace(model, nn.Embedding, imported(f"{BNB}:stable_embedding"))
+    replace(model, nn.Embedding, import_path(f"{BNB}:stable_embedding"))
     assert model[0].weight is weight and not weight[3].any()
     assert list(model.state_dict()) == ["0.weight", "0.norm.weight", "0.norm.bias"]
     assert {p.dtype for p in model.parameters()} == {dtype}
@@ -126,15 +126,16 @@ def test_a_stable_embedding_is_normed_in_fp32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("module", ADAPTERS)
+@pytest.mark.parametrize("module", LAYER_PACKAGES)
 def test_a_package_that_is_missing_is_an_error_of_the_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
-    package, extra = ADAPTERS[module]
+    requirement = LAYER_PACKAGES[module]
+    package = requirement.partition("[")[0]
     importlib.import_module("harness.wrapper.layers")
     monkeypatch.setitem(sys.modules, package, None)
     entry = {"what": "torch.nn:Linear", "by": f"{module}:float8_linear"}
-    with pytest.raises(ValidationError, match=rf"{package} is not installed.*harness\[{extra}\]"):
+    with pytest.raises(ValidationError, match=f"{package} is not installed: pip install"):
         tiny_config(tmp_path, optimizations={"replace": [entry]})
 
 
@@ -166,8 +167,8 @@ def test_an_optimizer_with_8_bit_state_resumes_to_the_bit(
     assert losses(parts[1]) == losses(whole)
     assert losses(whole)[-1] < losses(whole)[0]
     saved = SavedEngine(whole.run_dir / "checkpoints/step-00000006/net")
-    kept = [flat.state.get("__bnb_optimizer_quant_state__") for flat in saved.flats[0]]
-    assert "uint8" in {state["state1"].dtype for state in kept if state}
+    saved_states = [flat.state.get("__bnb_optimizer_quant_state__") for flat in saved.flats[0]]
+    assert "uint8" in {state["state1"].dtype for state in saved_states if state}
     found, expected = load(exports(parts[1])), load(exports(whole))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -175,6 +176,6 @@ def test_an_optimizer_with_8_bit_state_resumes_to_the_bit(
 def test_8_bit_state_is_not_cut_for_another_layout(two_ranks: RankPool, tmp_path: Path) -> None:
     needs(BNB)
     two_ranks.run(run_in_world, eight_bit(tmp_path, 2, "adamw8bit", 2))
-    (told, _) = two_ranks.run(error_of, eight_bit(tmp_path, 3, "adamw8bit", 4))
-    assert "is a table of tensors, as of 8-bit optimizers: it cannot be cut" in told
-    assert "Traceback" not in told
+    (error, _) = two_ranks.run(error_of, eight_bit(tmp_path, 3, "adamw8bit", 4))
+    assert "is a table of tensors, as of 8-bit optimizers: it cannot be cut" in error
+    assert "Traceback" not in error

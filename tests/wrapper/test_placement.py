@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from harness.errors import ConfigError
 from harness.utils import tensor_leaves
-from harness.wrapper.placement import place, plan
+from harness.wrapper import place, plan_placement
 from tests.support.offload_models import Block
 
 MB = 1e6
@@ -91,34 +91,44 @@ def test_each_part_goes_to_the_first_device_with_room_and_tied_ones_together() -
     limits = {"cuda:0": OWN + EMBED + 2 * BLOCK, "cuda:1": BLOCK, "cpu": 2 * BLOCK}
     expected = {"": "cuda:0", "embed": "cuda:0", "head": "cuda:0", "norm": "cpu"}
     expected |= dict(zip(BLOCKS, ["cuda:0", "cuda:0", "cuda:1", "cpu"], strict=True))
-    assert named(plan(model, limits)) == expected
+    assert named(plan_placement(model, limits)) == expected
     limits["cuda:0"] += NORM  # a small one still fits where the last block did not
-    assert named(plan(model, limits)) == expected | {"norm": "cuda:0"}
+    assert named(plan_placement(model, limits)) == expected | {"norm": "cuda:0"}
 
 
 def test_what_has_no_list_is_divided_at_the_top_and_match_divides_elsewhere() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
-    assert list(plan(model, {"cpu": MB})) == ["", "0", "1"]
-    assert list(plan(model, {"cpu": MB}, match=r"1\.0")) == ["", "0", "1.0", "1.1"]
+    assert list(plan_placement(model, {"cpu": MB})) == ["", "0", "1"]
+    assert list(plan_placement(model, {"cpu": MB}, match=r"1\.0")) == ["", "0", "1.0", "1.1"]
     tower = Tower(tied=False)
-    assert list(plan(tower, {"cpu": MB}, match="body")) == ["", "embed", "body", "norm", "head"]
+    assert list(plan_placement(tower, {"cpu": MB}, match="body")) == [
+        "",
+        "embed",
+        "body",
+        "norm",
+        "head",
+    ]
 
 
 @pytest.mark.parametrize(
     ("limits", "match", "message"),
     [
         ({}, None, "no device is given"),
-        ({"cpu": OWN + EMBED, "cuda": BLOCK - 1}, None, r"'body.blocks.0': 0\.001 MB, and there"),
-        ({"cpu": OWN, "cuda": EMBED - 1}, None, r"'embed' with 'head': 0\.002 MB, and there is"),
-        ({"cpu": OWN - 1, "cuda": MB}, None, r"own tensors: 0\.000 MB, and there is left cpu"),
-        ({"cpu": MB}, "blocks", "'blocks' fits no module of Tower"),
+        (
+            {"cpu": OWN + EMBED, "cuda": BLOCK - 1},
+            None,
+            r"'body.blocks.0': 0\.001 MB do not fit; free:",
+        ),
+        ({"cpu": OWN, "cuda": EMBED - 1}, None, r"'embed' with 'head': 0\.002 MB do not fit; free"),
+        ({"cpu": OWN - 1, "cuda": MB}, None, r"own tensors: 0\.000 MB do not fit; free: cpu"),
+        ({"cpu": MB}, "blocks", "'blocks' matches no module of Tower"),
     ],
 )
-def test_what_fits_nowhere_is_told(
+def test_what_fits_nowhere_is_refused(
     limits: dict[str, float], match: str | None, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan(Tower(), limits, match)
+        plan_placement(Tower(), limits, match)
 
 
 def compare(model: nn.Module, limits: dict[str, float], mode: Callable[[], Any]) -> dict[str, str]:
@@ -128,7 +138,7 @@ def compare(model: nn.Module, limits: dict[str, float], mode: Callable[[], Any])
     with torch.no_grad():
         expected = model(tokens, scale=scale)["logits"]
         placed = copy.deepcopy(model)
-        places = plan(placed, limits)
+        places = plan_placement(placed, limits)
         with mode():
             hooks = place(placed, places)
             found = placed(tokens, scale=scale)["logits"]
@@ -153,15 +163,17 @@ def test_without_hooks_the_devices_would_not_meet() -> None:
     model = Tower().eval()
     tokens, scale = torch.arange(12).view(3, 4), torch.randn(16)
     with torch.no_grad(), Devices():
-        for hook in place(model, plan(model, {"cpu:1": OWN + EMBED + BLOCK, "cpu:2": MB})):
+        for hook in place(
+            model, plan_placement(model, {"cpu:1": OWN + EMBED + BLOCK, "cpu:2": MB})
+        ):
             hook.remove()
         with pytest.raises(RuntimeError, match=r"tensors on \['cpu', 'cpu:1'\]"):
             model(tokens, scale=scale)
 
 
 def test_places_of_another_model_are_refused() -> None:
-    with pytest.raises(ConfigError, match="Tower has no part '0'"):
-        place(Tower(), plan(nn.Sequential(nn.Linear(1, 1)), {"cpu": MB}))
+    with pytest.raises(ConfigError, match="Tower has no module '0'"):
+        place(Tower(), plan_placement(nn.Sequential(nn.Linear(1, 1)), {"cpu": MB}))
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """The arithmetic of ZeRO's partitions and shards.
 
-That DeepSpeed does the same is tested on real ranks: tests/optim/apollo/test_zero.py, tests/convert.
+Real ranks compare it with DeepSpeed in tests/optim/apollo/test_zero.py and tests/convert.
 """
 
 import subprocess
@@ -30,7 +30,7 @@ worlds = st.integers(1, 6)
 
 
 def check_cover(by_rank: list[list[Segment]], sizes: dict[str, int], size: int) -> None:
-    """Every element of every parameter lies in one place, in order and without overlap."""
+    """Every element of every parameter is in one place, in order and without overlap."""
     for name, numel in sizes.items():
         elements = [
             e for own in by_rank for s in own if s.name == name for e in range(s.start, s.stop)

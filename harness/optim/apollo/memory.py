@@ -1,18 +1,10 @@
-"""How much state APOLLO keeps on each rank, before anything is built.
+"""How much state APOLLO keeps on each rank, before anything is built."""
 
-python -m harness.optim.apollo.memory        # the table of docs/apollo.md
-"""
-
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
-import torch
-from torch import nn
-
 from harness.optim.apollo.channels import ChannelPlan, matrices_of
-from harness.optim.apollo.groups import apollo_param_groups
 from harness.zero.partition import (
     end_to_end,
     partition_segments,
@@ -27,10 +19,10 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def state_bytes(groups: Sequence[Mapping[str, Any]], stage: int, world: int) -> list[int]:
-    """Bytes of optimizer state by rank, for the groups that `apollo_param_groups` makes.
+    """Bytes of optimizer state by rank, for the groups that `apollo_param_groups` returns.
 
-    Exact for DeepSpeed's default layout (at stage 3 up to the padding of several sub-groups).
-    Parameters may be on the meta device: nothing is allocated but an integer for every channel.
+    Exact for DeepSpeed's default layout (at stage 3 except for the padding of several sub-groups).
+    Parameters may be on the meta device: only an integer for every channel is allocated.
     """
     total = [0] * world
     for group in groups:
@@ -51,13 +43,13 @@ def state_bytes(groups: Sequence[Mapping[str, Any]], stage: int, world: int) -> 
                     plan = ChannelPlan([shard], matrices)
                     total[rank] += 2 * 4 * plan.rows * group["rank"] + 4 * len(plan.matrices)
                     if group.get("projection") == "svd":
-                        rows = sum(size for _, size in plan.projected.values())
+                        rows = sum(size for _, size in plan.projection_rows.values())
                         total[rank] += 4 * rows * group["rank"]
     return total
 
 
 def _shards(shapes: Shapes, stage: int, world: int, rank: int) -> Iterator[tuple[Shard, int]]:
-    """The tensors that a rank steps for one parameter group: their layout, and their elements."""
+    """The tensors that a rank steps for one parameter group: what each holds, and its elements."""
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     if stage == 0:
         for name, size in sizes.items():
@@ -74,44 +66,3 @@ def _shards(shapes: Shapes, stage: int, world: int, rank: int) -> Iterator[tuple
             for of in range(world)
         ]
     yield Shard(tuple(map(tuple, by_rank)), rank), elements
-
-
-def llama(width: int, hidden: int, layers: int, vocabulary: int = 32000) -> nn.Module:
-    """The parameters of a LLaMA of the paper's sizes, without memory; not a model that runs."""
-
-    def linear(inputs: int, outputs: int) -> nn.Module:
-        return nn.Linear(inputs, outputs, bias=False)
-
-    with torch.device("meta"):
-        model = nn.ModuleDict({"embedding": nn.Embedding(vocabulary, width)})
-        for layer in range(layers):
-            block = nn.ModuleDict({n: linear(width, width) for n in ("q", "k", "v", "o")})
-            block["gate"], block["up"] = linear(width, hidden), linear(width, hidden)
-            block["down"] = linear(hidden, width)
-            block["norms"] = nn.ModuleList([nn.RMSNorm(width), nn.RMSNorm(width)])
-            model[f"layer{layer}"] = block
-        model["norm"], model["lm_head"] = nn.RMSNorm(width), linear(width, vocabulary)
-    return model
-
-
-def main() -> None:
-    """Prints the state of the fullest rank, in MiB."""
-    sizes = {"130M": (768, 2048, 12), "1B": (2048, 5461, 24), "7B": (4096, 11008, 32)}
-    layouts = {"1 rank": (0, 1), "ZeRO 1/2, 8 ranks": (1, 8), "ZeRO 3, 8 ranks": (3, 8)}
-    rows = [
-        "| model | layout | AdamW | APOLLO, r = width / 4 | APOLLO-Mini |",
-        "|---|---|--:|--:|--:|",
-    ]
-    for name, size in sizes.items():
-        model = llama(*size)
-        dense = apollo_param_groups(model, rank=size[0] // 4)
-        everything = [group | {"rank": 0} for group in dense]
-        kinds = [everything, dense, apollo_param_groups(model, rank=1)]
-        for layout, (stage, world) in layouts.items():
-            found = [max(state_bytes(groups, stage, world)) / 2**20 for groups in kinds]
-            rows.append(f"| {name} | {layout} | " + " | ".join(f"{x:,.0f}" for x in found) + " |")
-    sys.stdout.write("\n".join(rows) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -9,18 +9,19 @@ For a gradient G whose channels (rows or columns, along the longer side) are g_c
 
     R_c = g_c P                          P: inner x r, entries from N(0, 1/r), new every `gap` steps
     M <- b1 M + (1 - b1) R,   V <- b2 V + (1 - b2) R^2,   N = M / (sqrt(V) + eps)
-    s_c = |N_c| / |R_c|                  (Mini: r = 1, and one s = |N| / |R| for the whole matrix)
+    s_c = |N_c| / |R_c|                  (Mini: r = 1, and one s = |N| / |R| for the matrix)
     U_c = s_c g_c
-    U <- U / L,   L = max(|U| / n, gamma) / gamma,   n <- |U|        (the limiter; n: |U| of before)
+    U <- U / L,   L = max(|U| / n, gamma) / gamma,   n <- |U|        (limiter; n: the previous |U|)
     W <- (W - lr sqrt(scale) sqrt(1 - b2^t) / (1 - b1^t) U) (1 - lr weight_decay)
 
-A rank keeps M and V of its own channels only (channels.py), and P is made where it is needed
+A rank keeps M and V of its own channels only (channels.py), and makes P where it needs it
 (philox.py). Channels that a shard's boundary cuts are completed by one reduce-scatter of (R_c,
-|g_c|^2), and s_c comes back in one all-gather. |U|^2 = sum s_c^2 |g_c|^2, so the limiter costs no
-further one. Arithmetic and state are fp32, sums over channels fp64; nothing waits for the device.
+|g_c|^2), and s_c comes back in one all-gather. |U|^2 = sum s_c^2 |g_c|^2, so the limiter needs no
+further collective. Arithmetic and state are fp32, sums over channels fp64; nothing waits for the
+device.
 
 A step with a gradient that is not finite (or whose square is not), on any rank, is skipped by all
-ranks: it changes neither weights nor state, and only `calls`, which refreshes P, counts it.
+ranks: neither weights nor state change, except for `calls`, which decides when P is refreshed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,8 +31,11 @@ import torch
 from torch import Tensor
 
 from harness.optim.apollo.channels import matrices_of
-from harness.optim.apollo.lowrank import PROJECTIONS, LowRank, Projections
-from harness.optim.apollo.parts import Dense, Exchange, Group, Part
+from harness.optim.apollo.exchange import Exchange
+from harness.optim.apollo.lowrank import LowRank
+from harness.optim.apollo.projections import PROJECTIONS, Projections
+from harness.optim.apollo.tensor_groups import Dense, ParamGroup, TensorGroup
+from harness.zero.parameters import full_shape
 from harness.zero.shards import Shard, locate
 
 
@@ -39,13 +43,13 @@ class Apollo(torch.optim.Optimizer):
     """APOLLO for matrices, AdamW for the rest; with plain tensors, or as DeepSpeed's client.
 
     A parameter group with `rank = 0` is dense AdamW; `apollo_param_groups` makes the groups of a
-    model. A group may say `stacked = True`: its parameters are stacks of matrices, one per expert.
-    State is by tensor that is stepped: `exp_avg` and `exp_avg_sq` of shape (channels here, rank),
-    `limiter` (matrices,), `step` (), and the int `calls`.
+    model. A group with `stacked = True` has stacks of matrices, one per expert. State is by tensor
+    that is stepped: `exp_avg` and `exp_avg_sq` of shape (channels on this rank, rank), `limiter`
+    (matrices,), `step` (), and the int `calls`.
     """
 
     RANK: ClassVar = 256
-    """The usual rank."""
+    """The default rank."""
 
     def __init__(
         self,
@@ -64,21 +68,23 @@ class Apollo(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
     ):
-        """`scale`: alpha, whose root is applied, with `scale_front` already before the limiter.
+        """`scale`: alpha, whose root is applied, with `scale_front` before the limiter.
 
-        `gamma`: what the update's norm may grow by in a step; None or inf: no limiter. `eps` counts
-        before the correction of the bias for matrices, after it for dense AdamW. `projection`:
-        "svd" takes P from the gradient at each refresh (spectral.py), which every rank then keeps
-        for the matrices that it has elements of, as `projection` (any, rank). Raises ValueError
-        for impossible settings, and for a group of rank > 0 with a parameter that is no matrix.
+        `gamma`: the most that the update's norm may grow by in a step; None or inf: no limiter.
+        `eps` is added before the bias correction for matrices, after it for dense AdamW.
+        `projection`: "svd" takes P from the gradient at each refresh (spectral.py), and every rank
+        then keeps it for the matrices that it has elements of, as `projection` (any, rank). Raises
+        ValueError for impossible settings, and for a group of rank > 0 with a parameter that is not
+        a matrix.
         """
         self._parameters: dict[str, Tensor] = {}
         self._shapes: dict[str, torch.Size] = {}
         self._group_of: dict[str, int] = {}
-        self._parts: dict[tuple[int, ...], Part] = {}
-        self._located_groups: dict[tuple[int, ...], tuple[Group, list[Tensor], list[Shard]]] = {}
+        self._tensor_groups: dict[tuple[int, ...], TensorGroup] = {}
+        self._located: dict[tuple[int, ...], tuple[ParamGroup, list[Tensor], list[Shard]]] = {}
         self._projections = Projections()
-        self._named: dict[str, Tensor] = {}
+        self._loaded: dict[str, Tensor] = {}
+        """State by name that no tensor has taken yet."""
         settings = {
             "lr": lr,
             "rank": rank,
@@ -96,8 +102,8 @@ class Apollo(torch.optim.Optimizer):
         }
         super().__init__(params, settings)
 
-    def add_param_group(self, param_group: Group) -> None:
-        """As torch's. Parameters without names get `GROUP.INDEX`, which P then depends on."""
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """As torch's. Parameters without names are named `GROUP.INDEX`; P depends on the names."""
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         if not any(isinstance(parameter, tuple) for parameter in given):
@@ -110,7 +116,7 @@ class Apollo(torch.optim.Optimizer):
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in self._parameters:
                 raise ValueError(f"two parameters are called {name!r}")
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves shape (0,)
+            shape = full_shape(parameter)
             if group["rank"]:
                 matrices_of(name, shape, group["stacked"])
             self._parameters[name], self._shapes[name] = parameter, shape
@@ -125,74 +131,74 @@ class Apollo(torch.optim.Optimizer):
                 loss = closure()
         if not self.state and self._is_probe():
             return loss
-        parts = self._begun()
-        if not parts:
+        groups = self._begin()
+        if not groups:
             return loss
-        exchange = Exchange(parts)
-        sent = [part.project() for part in parts]
-        failed = ~torch.stack([part.square_sum() for part in parts]).sum().isfinite()
-        sent.append(failed.float().expand(parts[0].world, 1))
+        exchange = Exchange(groups)
+        sent = [group.project() for group in groups]
+        failed = ~torch.stack([group.square_sum() for group in groups]).sum().isfinite()
+        sent.append(failed.float().expand(groups[0].world, 1))
         *received, failures = exchange.reduce_scatter(sent)
         all_finite = (failures == 0).squeeze()
-        told = [part.adapt(mine, all_finite) for part, mine in zip(parts, received, strict=True)]
-        is_cut = any(part.is_cut for part in parts)
-        heard = exchange.all_gather(told) if is_cut else [mine[None] for mine in told]
-        for part, per_rank in zip(parts, heard, strict=True):
-            part.apply(per_rank, all_finite)
+        sent = [group.adapt(own, all_finite) for group, own in zip(groups, received, strict=True)]
+        is_cut = any(group.is_cut for group in groups)
+        gathered = exchange.all_gather(sent) if is_cut else [own[None] for own in sent]
+        for group, per_rank in zip(groups, gathered, strict=True):
+            group.apply(per_rank, all_finite)
         return loss
 
-    def telemetry(self) -> dict[str, Tensor]:
-        """Figures of the last step, on the device, over the matrices that this rank has a part of:
-        mean |N| / |R|, the share that the limiter held back, and the steps skipped so far.
+    def step_metrics(self) -> dict[str, Tensor]:
+        """Numbers of the last step, on the device, over the matrices that this rank has elements
+        of: mean |N| / |R|, the fraction that was limited, and the steps skipped so far.
 
         With several low-rank groups also for each, with the group's number behind the name.
         """
-        groups: dict[int, list[dict[str, Tensor]]] = {}
-        for part in self._parts.values():
-            if figures := part.telemetry():
-                number = self._group_of[part.group["param_names"][0]]
-                groups.setdefault(number, []).append(figures)
-        if not groups:
+        by_group: dict[int, list[dict[str, Tensor]]] = {}
+        for group in self._tensor_groups.values():
+            if metrics := group.step_metrics():
+                number = self._group_of[group.settings["param_names"][0]]
+                by_group.setdefault(number, []).append(metrics)
+        if not by_group:
             return {}
-        found = _means([figures for told in groups.values() for figures in told])
-        for number, told in groups.items() if len(groups) > 1 else ():
-            found |= {f"{key}/{number}": mean for key, mean in _means(told).items()}
+        means = _means([metrics for group in by_group.values() for metrics in group])
+        for number, group in by_group.items() if len(by_group) > 1 else ():
+            means |= {f"{key}/{number}": mean for key, mean in _means(group).items()}
         states = [state for state in self.state.values() if "calls" in state]
         skipped = torch.stack([state["calls"] - state["step"] for state in states]).max()
-        return found | {"apollo/skipped": skipped}
+        return means | {"apollo/skipped": skipped}
 
     def named_state(self) -> dict[str, Tensor]:
-        """The state by the names of parameters and matrices, whole and in no layout, on the CPU of
-        every rank: `NAME/exp_avg` and so on, ready for a .sft file.
+        """The state by the names of parameters and matrices, complete and in no layout, on the CPU
+        of every rank: `NAME/exp_avg` and so on, ready for a .sft file.
 
         Empty before the first step. Collective where parameters are sharded.
         """
-        found = dict(self._named)  # what has had no gradient since it was loaded
-        for group, flats, shards in self._located_groups.values():
+        named = dict(self._loaded)
+        for param_group, flats, shards in self._located.values():
             pairs = zip(flats, shards, strict=True)
-            kept = [(flat, shard) for flat, shard in pairs if flat in self.state]
-            if kept:
-                states = [self.state[flat] for flat, _ in kept]
-                named = self._make_part(group, kept).named(states)
-                found |= {name: value.cpu().clone() for name, value in named}
-        return found
+            stepped = [(flat, shard) for flat, shard in pairs if flat in self.state]
+            if stepped:
+                states = [self.state[flat] for flat, _ in stepped]
+                items = self._new_tensor_group(param_group, stepped).named_state(states)
+                named |= {name: value.cpu().clone() for name, value in items}
+        return named
 
     def load_named_state(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from what `named_state` gave, on any number of ranks and at any ZeRO stage.
+        """Restores what `named_state` returned, on any number of ranks and at any ZeRO stage.
 
-        Each tensor takes its part when it is stepped next. `exp_avg`, `exp_avg_sq` and `step` of an
-        AdamW fit dense parameters; what does not fit a matrix is told, and its state starts anew.
+        Each tensor takes its entries when it is stepped next. `exp_avg`, `exp_avg_sq` and `step` of
+        an AdamW fit dense parameters; a state that does not fit is logged, and reset.
         """
         self.state.clear()
-        self._named = dict(state)
+        self._loaded = dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. Raises RuntimeError while a state by name has not been taken up."""
-        names = [key.removesuffix("/exp_avg") for key in self._named if key.endswith("/exp_avg")]
+        """As torch's. Raises RuntimeError while a parameter has not taken its state by name."""
+        names = [key.removesuffix("/exp_avg") for key in self._loaded if key.endswith("/exp_avg")]
         if waiting := [n for n in names if {n, n.rpartition("[")[0]} & self._parameters.keys()]:
             raise RuntimeError(
-                "a state that was loaded by name is taken up by the next step that has a gradient "
-                f"for it; until then save named_state(). Waiting: {', '.join(waiting)}"
+                "a state that was loaded by name is taken by the next step that has a gradient for "
+                f"it; until then save named_state(). Waiting: {', '.join(waiting)}"
             )
         return super().state_dict()
 
@@ -207,7 +213,7 @@ class Apollo(torch.optim.Optimizer):
                 "moments of an AdamW, by name"
             )
         super().load_state_dict(state_dict)
-        self._named = {}
+        self._loaded = {}
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         flats = [flat for group in self.param_groups for flat in group["params"]]
         for number, flat in zip(saved, flats, strict=True):
@@ -216,60 +222,65 @@ class Apollo(torch.optim.Optimizer):
                     self.state[flat][key] = value.to(flat.device, copy=True)
 
     def _is_probe(self) -> bool:
-        """Whether this is no step at all: DeepSpeed's FP16_UnfusedOptimizer calls `step` when it is
-        built, with zeros for gradients, so that state is allocated."""
+        """Whether this is not a real step: DeepSpeed's FP16_UnfusedOptimizer calls `step` in its
+        constructor, with zeros for gradients, so that state is allocated."""
         gradients = []
         for group in self.param_groups:
-            for flat, shard in zip(group["params"], self._located(group), strict=True):
+            for flat, shard in zip(group["params"], self._locate(group), strict=True):
                 if shard.group is not None or self._parameters[shard.own[0].name] is flat:
                     return False
                 gradients.append(flat.grad)
         return not any(bool(gradient.any()) for gradient in gradients if gradient is not None)
 
-    def _located(self, group: Group) -> list[Shard]:
-        """What each tensor of a group holds; found out when they are seen for the first time."""
-        flats = group["params"]
+    def _locate(self, param_group: ParamGroup) -> list[Shard]:
+        """What each tensor of a group holds; cached. Collective, raises ShardError, at first."""
+        flats = param_group["params"]
         if not flats:
             return []
         key = tuple(map(id, flats))
-        if key not in self._located_groups:
-            parameters = {name: self._parameters[name] for name in group["param_names"]}
-            self._located_groups[key] = group, list(flats), locate(flats, parameters)
-        return self._located_groups[key][2]
+        if key not in self._located:
+            parameters = {name: self._parameters[name] for name in param_group["param_names"]}
+            self._located[key] = param_group, list(flats), locate(flats, parameters)
+        return self._located[key][2]
 
-    def _begun(self) -> list[Part]:
-        """What there is to do for the tensors that have gradients, by group."""
-        parts = []
-        for group in self.param_groups:
-            pairs = zip(group["params"], self._located(group), strict=True)
+    def _begin(self) -> list[TensorGroup]:
+        """The tensors that have gradients, by parameter group, ready for this step."""
+        groups = []
+        for param_group in self.param_groups:
+            pairs = zip(param_group["params"], self._locate(param_group), strict=True)
             stepped = [(flat, shard) for flat, shard in pairs if flat.grad is not None]
             if stepped:
-                part = self._part(group, group["params"], stepped)
-                part.begin(group, [self.state[flat] for flat in part.flats], self._named)
-                parts.append(part)
-        return parts
+                group = self._tensor_group(param_group, stepped)
+                states = [self.state[flat] for flat in group.flats]
+                group.begin(param_group, states, self._loaded)
+                groups.append(group)
+        return groups
 
-    def _part(self, group: Group, flats: list[Tensor], some: list[tuple[Tensor, Shard]]) -> Part:
-        """The part for some of a group's tensors; the last one of a group is kept."""
-        key = tuple(map(id, flats))
-        part = self._parts.get(key)
-        if part is None or list(map(id, part.flats)) != [id(flat) for flat, _ in some]:
-            part = self._parts[key] = self._make_part(group, some)
-        return part
+    def _tensor_group(
+        self, param_group: ParamGroup, stepped: list[tuple[Tensor, Shard]]
+    ) -> TensorGroup:
+        """That of the last step, if it has the same tensors, or a new one."""
+        key = tuple(map(id, param_group["params"]))
+        group = self._tensor_groups.get(key)
+        if group is None or list(map(id, group.flats)) != [id(flat) for flat, _ in stepped]:
+            group = self._tensor_groups[key] = self._new_tensor_group(param_group, stepped)
+        return group
 
-    def _make_part(self, group: Group, some: list[tuple[Tensor, Shard]]) -> Part:
-        flats, shards = [flat for flat, _ in some], [shard for _, shard in some]
-        if not group["rank"]:
+    def _new_tensor_group(
+        self, param_group: ParamGroup, stepped: list[tuple[Tensor, Shard]]
+    ) -> TensorGroup:
+        flats, shards = [flat for flat, _ in stepped], [shard for _, shard in stepped]
+        if not param_group["rank"]:
             return Dense(flats, shards)
         matrices = {
-            name: matrices_of(name, self._shapes[name], group["stacked"])
-            for name in group["param_names"]
+            name: matrices_of(name, self._shapes[name], param_group["stacked"])
+            for name in param_group["param_names"]
         }
         return LowRank(flats, shards, matrices, self._projections)
 
 
 class ApolloMini(Apollo):
-    """APOLLO of rank 1 with one scale for a whole matrix: hardly any state."""
+    """APOLLO of rank 1 with one scale per matrix: hardly any state."""
 
     RANK: ClassVar = 1
 
@@ -279,10 +290,10 @@ class ApolloMini(Apollo):
         super().__init__(params, lr, **(defaults | settings))
 
 
-def _means(told: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The telemetry of some parts, over all their matrices that this rank has a part of."""
+def _means(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The metrics of some tensor groups, over all their matrices that this rank has elements of."""
     scale, limited, seen = (
-        torch.cat([figures[key] for figures in told]) for key in ("scale", "limited", "seen")
+        torch.cat([group[key] for group in metrics]) for key in ("scale", "limited", "seen")
     )
     count = seen.sum().clamp(min=1)
     return {
@@ -291,7 +302,7 @@ def _means(told: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def _check(group: Group) -> None:
+def _check(group: ParamGroup) -> None:
     """Raises ValueError for impossible settings of a parameter group."""
     beta1, beta2 = group["betas"]
     allowed = {
@@ -304,7 +315,7 @@ def _check(group: Group) -> None:
         "gamma": group["gamma"] is None or group["gamma"] >= 1,
         "projection": group["projection"] in (*PROJECTIONS, "svd"),
         "betas": 0 <= beta1 < 1 and 0 <= beta2 < 1,
-        "eps": group["eps"] > 0 or (group["eps"] == 0 and not group["rank"]),  # 0 / 0 in N
+        "eps": group["eps"] > 0 or (group["eps"] == 0 and not group["rank"]),  # or N is 0 / 0
         "weight_decay": group["weight_decay"] >= 0,
     }
     for key, is_allowed in allowed.items():

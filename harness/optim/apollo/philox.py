@@ -1,8 +1,8 @@
-"""Random numbers by address: any process can make any block of a random matrix, bit for bit.
+"""Random numbers by address: any process can make any part of a random matrix, bit for bit.
 
 Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011: Philox4x32-10
-enciphers a counter of four 32-bit words under a key of two; there is no state to keep or to share.
-Here the counter is (column group, row, refresh, kind) and the key stands for a seed and a name.
+encrypts a counter of four 32-bit words with a key of two; there is no state to keep or to share.
+The counter is (column group, row, refresh, kind), and the key is made from a seed and a name.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
-_STRIP = 2**14  # counters that are enciphered at once: their words stay in a CPU's cache
+_STRIP = 2**14  # counters that are encrypted at once: their words stay in a CPU's cache
 
-_GAUSSIAN, _SIGNS = 0, 1  # the counter's last word, so that no two kinds share their numbers
+_GAUSSIAN, _SIGNS = 0, 1  # the counter's last word: each kind has numbers of its own
 
 
 def philox4x32(counter: Words, key: Key) -> Words:
@@ -31,7 +31,7 @@ def philox4x32(counter: Words, key: Key) -> Words:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # The product's 64 bits are right although int64 takes the highest one for a sign.
+        # The product's 64 bits are correct, although int64 uses the highest one as its sign.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK
         c2, c3 = (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
@@ -40,7 +40,7 @@ def philox4x32(counter: Words, key: Key) -> Words:
 
 
 def key_of(seed: int, name: str) -> Key:
-    """The key of a name under a seed: the same in every process, and in every order of names."""
+    """The key of a name and a seed: the same in every process, and in every order of names."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
@@ -48,19 +48,19 @@ def key_of(seed: int, name: str) -> Key:
 def gaussian(rows: range, columns: range, refresh: int, key: Key, device: torch.device) -> Tensor:
     """Rows and columns of a matrix with entries from N(0, 1): float32 (rows, columns).
 
-    Box and Muller, "A note on the generation of random normal deviates", 1958. In float64, so that
-    devices and blocks, which may differ in the last bit of a logarithm, agree after rounding.
+    Box and Muller, "A note on the generation of random normal deviates", 1958. In float64: results
+    that differ in the last bit of a logarithm, by device or by part, agree after rounding.
     """
 
     def normal(words: Words) -> list[Tensor]:
         uniform = [(word.double() + 0.5) * 2**-32 for word in words]
-        found = []
+        normals = []
         for first, second in (uniform[:2], uniform[2:]):
             radius, angle = first.log_().mul_(-2).sqrt_(), second.mul_(2 * math.pi)
-            found += [angle.cos().mul_(radius), angle.sin_().mul_(radius)]
-        return found
+            normals += [angle.cos().mul_(radius), angle.sin_().mul_(radius)]
+        return normals
 
-    return _block(rows, columns, (refresh, _GAUSSIAN), key, device, normal, 4)
+    return _part(rows, columns, (refresh, _GAUSSIAN), key, device, normal, 4)
 
 
 def rademacher(rows: range, columns: range, refresh: int, key: Key, device: torch.device) -> Tensor:
@@ -69,10 +69,10 @@ def rademacher(rows: range, columns: range, refresh: int, key: Key, device: torc
     def signs(words: Words) -> list[Tensor]:
         return [1 - 2 * (word >> bit & 1) for word in words for bit in range(32)]
 
-    return _block(rows, columns, (refresh, _SIGNS), key, device, signs, 128)
+    return _part(rows, columns, (refresh, _SIGNS), key, device, signs, 128)
 
 
-def _block(
+def _part(
     rows: range,
     columns: range,
     last_words: tuple[int, int],
@@ -81,15 +81,15 @@ def _block(
     entries: Callable[[Words], list[Tensor]],
     width: int,
 ) -> Tensor:
-    """The entries at (rows, columns), where `entries` makes `width` neighbours of one counter."""
+    """The entries at (rows, columns); `entries` makes `width` adjacent ones from a counter."""
     first, stop = columns.start // width, -(-columns.stop // width)
     groups = torch.arange(first, stop, device=device)
-    high, low = (torch.full((), word, device=device) for word in last_words)  # no copy
-    block = torch.empty(len(rows), stop - first, width, device=device)
+    high, low = (torch.full((), word, device=device) for word in last_words)  # no transfer
+    part = torch.empty(len(rows), stop - first, width, device=device)
     strip = max(1, _STRIP // max(1, len(groups)))
     for start in range(0, len(rows), strip):
-        some = torch.arange(rows.start, rows.stop, device=device)[start : start + strip, None]
-        made = entries(philox4x32((groups, some, high, low), key))
-        block[start : start + strip] = torch.stack(made, dim=-1)
+        row_strip = torch.arange(rows.start, rows.stop, device=device)[start : start + strip, None]
+        made = entries(philox4x32((groups, row_strip, high, low), key))
+        part[start : start + strip] = torch.stack(made, dim=-1)
     skipped = columns.start - first * width
-    return block.flatten(1)[:, skipped : skipped + len(columns)]
+    return part.flatten(1)[:, skipped : skipped + len(columns)]

@@ -2,7 +2,7 @@
 
 Wang et al., "BitNet: Scaling 1-bit Transformers for Large Language Models", 2023; the weights as in
 Ma et al., "The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits", 2024. The papers
-normalise a layer's input inside of the layer; here that is the model's own business.
+normalise a layer's input inside the layer; here that is left to the model.
 """
 
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 
 class BitLinear(nn.Linear):
-    """`nn.Linear` that computes with quantized copies; gradients pass straight through to the
-    weights themselves, which stay what the optimizer made them."""
+    """`nn.Linear` that computes with quantized copies of its inputs and weights; gradients pass
+    straight through to the weights, which keep full precision."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -23,7 +23,7 @@ class BitLinear(nn.Linear):
 
 
 def ternary(weight: Tensor) -> Tensor:
-    """Every weight as -m, 0 or m, of the mean m of their absolute values (absmean)."""
+    """Every weight as -m, 0 or m, where m is the mean of their absolute values (absmean)."""
     mean = weight.abs().mean().clamp(min=1e-5)
     return (weight / mean).round().clamp(-1, 1) * mean
 

@@ -1,4 +1,7 @@
-"""Layers of bitsandbytes in the place of torch's (extra: quant). Its optimizers are in optim/."""
+"""Layers of bitsandbytes in place of torch's (pip install bitsandbytes).
+
+Its optimizers are registered in optim/registry.py.
+"""
 
 import importlib
 from typing import Any
@@ -12,9 +15,10 @@ _bnb: Any = importlib.import_module("bitsandbytes")
 class Int8Linear(nn.Linear):
     """`nn.Linear` that multiplies in int8 (Dettmers et al., "LLM.int8()", 2022).
 
-    The weight stays of the model's dtype and is trained; it is rounded anew in every forward, where
-    `bitsandbytes.nn.Linear8bitLt` keeps rounded ones for as long as it sees a gradient, of which
-    ZeRO leaves it none. What is multiplied goes through fp16, and must fit in there.
+    The weight keeps the model's dtype and is trained; it is rounded again in every forward.
+    (`bitsandbytes.nn.Linear8bitLt` keeps the rounded weight for as long as the weight has a
+    gradient, and ZeRO leaves it none.) What is multiplied is cast to fp16 first, and must be within
+    its range.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -25,7 +29,7 @@ class Int8Linear(nn.Linear):
 
 
 class StableEmbedding(_bnb.nn.StableEmbedding):
-    """bitsandbytes' embedding with a layer norm after it, which is done in fp32 here in any dtype.
+    """bitsandbytes' embedding followed by a layer norm, which runs in fp32 whatever the dtype.
 
     Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021. bitsandbytes' optimizers
     keep 32-bit state for its weight where they step it itself: at ZeRO 0 in fp32.
@@ -33,14 +37,15 @@ class StableEmbedding(_bnb.nn.StableEmbedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """[...] of indices -> [..., embedding_dim], in the weight's dtype."""
-        found = nn.Embedding.forward(self, input)
+        embedded = nn.Embedding.forward(self, input)
         norm = self.norm
         weight, bias = norm.weight.float(), norm.bias.float()
-        return F.layer_norm(found.float(), norm.normalized_shape, weight, bias, norm.eps).to(found)
+        normed = F.layer_norm(embedded.float(), norm.normalized_shape, weight, bias, norm.eps)
+        return normed.to(embedded)
 
 
 def stable_embedding(old: nn.Embedding) -> StableEmbedding:
-    """With a layer norm that is new, so the model computes something else, and learns to."""
+    """With a new layer norm: the model computes something else from then on."""
     return StableEmbedding(
         old.num_embeddings,
         old.embedding_dim,

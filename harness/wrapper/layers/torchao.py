@@ -1,7 +1,7 @@
-"""Linear layers of torchao that multiply in 8 bits while they train (extra: quant).
+"""Linear layers of torchao that multiply in 8 bits while they train (pip install torchao).
 
-Weights, gradients and what the optimizer sees stay of the model's dtype: inputs, weights and output
-gradients are rounded anew for every multiplication, in forward and backward.
+Weights, gradients and the optimizer's inputs keep the model's dtype: inputs, weights and output
+gradients are rounded again for every multiplication, in forward and backward.
 """
 
 import importlib
@@ -17,14 +17,14 @@ _float8: Any = importlib.import_module("torchao.float8")
 _int8: Any = importlib.import_module("torchao.prototype.quantized_training")
 
 FLOAT8_CAPABILITY = (8, 9)
-"""CUDA compute capability from which on a GPU multiplies in fp8: Ada, Hopper and later."""
+"""The lowest CUDA compute capability with fp8 multiplication: Ada; Hopper has it, too."""
 
 
 def float8_linear(old: nn.Linear) -> nn.Module:
     """fp8, each tensor scaled by its largest value (Micikevicius et al., "FP8 Formats for Deep
     Learning", 2022).
 
-    Raises ConfigError on a GPU without fp8, and for sizes that are no multiple of 16.
+    Raises ConfigError on a GPU without fp8, and for sizes that are not multiples of 16.
     """
     device = distributed.device()
     if device.type == "cuda":

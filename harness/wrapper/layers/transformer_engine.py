@@ -1,4 +1,4 @@
-"""Linear layers of NVIDIA's TransformerEngine that multiply in fp8 (extra: te). GPUs only."""
+"""Linear layers of NVIDIA's TransformerEngine that multiply in fp8. GPUs only."""
 
 import importlib
 from typing import Any
@@ -15,22 +15,22 @@ _recipe: Any = importlib.import_module("transformer_engine.common.recipe")
 class Float8Linear(_te.Linear):
     """`transformer_engine.pytorch.Linear` under its own fp8 context.
 
-    Scales come from the tensors at hand, not from those of earlier steps; so there is no state
-    beside the weights, and a resumed run goes on exactly.
+    Scales come from the current tensors, not from those of earlier steps; so there is no state
+    besides the weights, and a resumed run continues exactly.
     """
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]; the other sizes multiply to 8, 16, 24 ..."""
+        """[..., in_features] -> [..., out_features]; other sizes multiply to a multiple of 8."""
         with _te.autocast(enabled=True, recipe=_recipe.Float8CurrentScaling()):
             return super().forward(input)
 
 
 def float8_linear(old: nn.Linear) -> Float8Linear:
-    """Raises ConfigError where TransformerEngine says that there is no fp8, and for sizes that are
-    no multiple of 16."""
+    """Raises ConfigError where TransformerEngine reports no fp8, and for sizes that are not
+    multiples of 16."""
     has_gpu = distributed.device().type == "cuda"
     available, reason = _te.is_fp8_available(return_reason=True) if has_gpu else (False, "no GPU")
     if not available:

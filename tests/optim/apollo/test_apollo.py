@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from harness.optim import Apollo, ApolloMini, apollo_param_groups
 from harness.optim.apollo import spectral
 from harness.optim.apollo.philox import gaussian, key_of
+from tests.support.imports import loaded_by
 
 CPU = torch.device("cpu")
 KINDS = pytest.mark.parametrize("kind", [Apollo, ApolloMini])
@@ -106,21 +107,21 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(kind: Any, poison: float)
     assert naive(matrix(12, 5), spoiled)[-1].isnan().any()
 
 
-def test_telemetry_counts_what_was_skipped_and_limited() -> None:
+def test_step_metrics_count_what_was_skipped_and_limited() -> None:
     optimizer = Apollo([matrix(12, 5)], rank=2, gamma=1.0)
-    assert optimizer.telemetry() == {}
+    assert optimizer.step_metrics() == {}
     limited = 0.0
     for gradient in random_gradients((12, 5), 10):
         drive(optimizer, [gradient])
-        told = optimizer.telemetry()
-        assert 0.1 < told["apollo/scale"] < 10 and told["apollo/skipped"] == 0
-        limited += float(told["apollo/limited"])
+        metrics = optimizer.step_metrics()
+        assert 0.1 < metrics["apollo/scale"] < 10 and metrics["apollo/skipped"] == 0
+        limited += float(metrics["apollo/limited"])
     assert 0 < limited < 10
     drive(optimizer, [torch.full((12, 5), math.inf)])
-    assert optimizer.telemetry()["apollo/skipped"] == 1
+    assert optimizer.step_metrics()["apollo/skipped"] == 1
 
 
-def test_telemetry_tells_the_groups_apart() -> None:
+def test_step_metrics_by_group() -> None:
     groups = [
         {"params": [matrix(12, 5)], "rank": 0},
         {"params": [matrix(12, 5)], "rank": 2},
@@ -131,10 +132,12 @@ def test_telemetry_tells_the_groups_apart() -> None:
         for parameter in group["params"]:
             parameter.grad = torch.randn(parameter.shape)
     optimizer.step()
-    told = {key: float(value) for key, value in optimizer.telemetry().items()}
-    assert {key for key in told if "scale" in key} == {f"apollo/scale{n}" for n in ("", "/1", "/2")}
-    assert told["apollo/scale"] == pytest.approx(
-        (told["apollo/scale/1"] + told["apollo/scale/2"]) / 2
+    metrics = {key: float(value) for key, value in optimizer.step_metrics().items()}
+    assert {key for key in metrics if "scale" in key} == {
+        f"apollo/scale{n}" for n in ("", "/1", "/2")
+    }
+    assert metrics["apollo/scale"] == pytest.approx(
+        (metrics["apollo/scale/1"] + metrics["apollo/scale/2"]) / 2
     )
 
 
@@ -311,7 +314,7 @@ def test_a_column_major_parameter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"rank": -1}, "rank = -1"),
         ({"rank": 2.0}, "rank = 2.0"),
@@ -322,8 +325,8 @@ def test_a_column_major_parameter() -> None:
         ({"update_proj_gap": 0}, "update_proj_gap = 0"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Apollo([matrix(6, 4)], **settings)
 
 
@@ -338,7 +341,7 @@ def test_a_limiter_that_lets_everything_pass_is_none() -> None:
 
 
 def test_a_vector_of_rank_above_0_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'bias' of shape \(7,\) is no matrix"):
+    with pytest.raises(ValueError, match=r"'bias' of shape \(7,\) is not a matrix"):
         Apollo([{"params": [matrix(7)], "param_names": ["bias"], "rank": 2}])
 
 
@@ -441,3 +444,15 @@ def test_a_projection_that_cannot_be_made_stays(monkeypatch: pytest.MonkeyPatch)
     optimizer.step()
     assert torch.equal(optimizer.state[weight]["projection"], before)
     assert weight.isfinite().all()
+
+
+def test_usable_alone() -> None:
+    """Nothing of harness is imported but the arithmetic and the marks of ZeRO, and no DeepSpeed."""
+    loaded = loaded_by(
+        "import torch; from harness.optim import Apollo\n"
+        "p = torch.nn.Parameter(torch.ones(4, 3)); p.grad = torch.ones(4, 3)\n"
+        "Apollo([p], rank=2).step()\n"
+    )
+    own = {name for name in loaded if name.startswith("harness.optim.apollo")}
+    zero = {f"harness.zero.{name}" for name in ("partition", "shards", "parameters")}
+    assert loaded - own <= {"harness", "harness.optim", "harness.zero"} | zero

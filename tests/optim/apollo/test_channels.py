@@ -1,4 +1,4 @@
-"""The plan of channels: everything is somewhere, once, however ZeRO cuts."""
+"""ChannelPlan: every element is in one tile and every channel on one rank, however ZeRO cuts."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_every_element_and_every_channel_once(shapes: Shapes, world: int, gap: i
     matrices = {str(n): matrices_of(str(n), shape, False) for n, shape in enumerate(shapes)}
     plans = [ChannelPlan([shard], matrices) for shard in shards]
     seen = [torch.zeros(shape) for shape in shapes]
-    kept: dict[tuple[int, int], int] = {}
+    owned: dict[tuple[int, int], int] = {}
     holders = [
         sum(segments[number].length > 0 for segments in shards[0].segments)
         for number in range(len(shapes))
@@ -55,51 +55,52 @@ def test_every_element_and_every_channel_once(shapes: Shapes, world: int, gap: i
         assert plan.shared == plans[0].shared
         assert plan.is_cut == (max(holders) > 1)
         assert len(plan.matrix_of_slot) == plan.slots
-        for block in plan.blocks:
-            matrix = plan.matrices[block.matrix]
-            piece = shard.own[block.matrix]
-            first = block.offset - piece.offset + piece.start
-            assert first - piece.start >= 0
-            size = len(block.channels) * len(block.inner)
-            assert first - piece.start <= piece.length - size
+        for tile in plan.tiles:
+            matrix = plan.matrices[tile.matrix]
+            segment = shard.own[tile.matrix]
+            first = tile.offset - segment.offset + segment.start
+            assert first - segment.start >= 0
+            size = len(tile.channels) * len(tile.inner)
+            assert first - segment.start <= segment.length - size
             row, column = divmod(first, matrix.columns)
-            here = (block.channels, block.inner)
-            rows, columns = here if matrix.by_rows else here[::-1]
+            sides = (tile.channels, tile.inner)
+            rows, columns = sides if matrix.by_rows else sides[::-1]
             assert (rows.start, columns.start) == (row, column)
-            assert block.strides == ((len(columns), 1) if matrix.by_rows else (1, len(columns)))
-            seen[block.matrix][rows.start : rows.stop, columns.start : columns.stop] += 1
-            slots = range(block.slots.start, block.slots.stop)
-            for channel, slot in zip(block.channels, slots, strict=True):
-                assert slot_of(plan, block.matrix, channel) == slot
-        for row, run in plan.owned():
-            for ahead in range(run.count):
+            assert tile.strides == ((len(columns), 1) if matrix.by_rows else (1, len(columns)))
+            seen[tile.matrix][rows.start : rows.stop, columns.start : columns.stop] += 1
+            slots = range(tile.slots.start, tile.slots.stop)
+            for channel, slot in zip(tile.channels, slots, strict=True):
+                assert slot_of(plan, tile.matrix, channel) == slot
+        for row, channels in plan.owned():
+            for ahead in range(channels.count):
                 assert row + ahead < plan.rows
-                place = run.matrix, run.channel + ahead
-                assert place not in kept
-                kept[place] = 1
+                place = channels.matrix, channels.channel + ahead
+                assert place not in owned
+                owned[place] = 1
     assert all(elements.eq(1).all() for elements in seen)
-    assert len(kept) == sum(max(shape) for shape in shapes)
+    assert len(owned) == sum(max(shape) for shape in shapes)
 
 
 def slot_of(plan: ChannelPlan, matrix: int, channel: int) -> int:
     slot = 0
-    for first, runs in ((0, plan.local), (plan.rows_here, plan.shared)):
+    for first, ranges in ((0, plan.local), (plan.local_rows, plan.shared)):
         slot = first
-        for run in runs:
-            if run.matrix == matrix and run.channel <= channel < run.channel + run.count:
-                return slot + channel - run.channel
-            slot += run.count
+        for channels in ranges:
+            ahead = channel - channels.channel
+            if channels.matrix == matrix and 0 <= ahead < channels.count:
+                return slot + ahead
+            slot += channels.count
     raise AssertionError("no slot")
 
 
 def test_tall_matrices_share_only_the_rows_that_are_cut() -> None:
     shards = each_cut([(100, 7)], 4)
     plans = [ChannelPlan([shard], {"0": [Matrix("0", 0, 100, 7)]}) for shard in shards]
-    assert [plan.rows_here for plan in plans] == [25, 25, 25, 25]
+    assert [plan.local_rows for plan in plans] == [25, 25, 25, 25]
     shards = each_cut([(101, 7)], 4)  # 177 elements each, and 177 is no multiple of 7
     plans = [ChannelPlan([shard], {"0": [Matrix("0", 0, 101, 7)]}) for shard in shards]
     assert [len(plan.shared) for plan in plans] == [3] * 4
-    assert sum(plan.rows_here for plan in plans) == 101 - 3
+    assert sum(plan.local_rows for plan in plans) == 101 - 3
 
 
 def test_the_matrices_of_a_parameter() -> None:
@@ -109,5 +110,5 @@ def test_the_matrices_of_a_parameter() -> None:
         Matrix("experts[1]", 12, 4, 3),
     ]
     for shape, stacked in (((7,), False), ((7, 3), True), ((0, 3), False)):
-        with pytest.raises(ValueError, match=r"'odd' of shape .* is no matrix"):
+        with pytest.raises(ValueError, match=r"'odd' of shape .* is not a matrix"):
             matrices_of("odd", shape, stacked)

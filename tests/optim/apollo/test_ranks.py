@@ -66,7 +66,7 @@ def what_a_step_does(stage: int, overrides: dict[str, Any]) -> tuple[list[list[s
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowrank, "_if_well", lowrank._masked)
+        patch.setattr(lowrank, "_zeros_unless", lowrank._masked)
         patch.setattr(optimizer, "step", watched.__get__(optimizer))
         engine.backward(engine(gradients_of(2)))
         for name in COLLECTIVES:
@@ -106,7 +106,7 @@ def test_two_collectives_and_no_wait(
 def test_no_operator_waits_inside(mini: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an operator reads of a device by itself, which the profiler sees. (Fused Adam reads its
     steps on CPUs only.)"""
-    monkeypatch.setattr(lowrank, "_if_well", lowrank._masked)
+    monkeypatch.setattr(lowrank, "_zeros_unless", lowrank._masked)
     model = Given()
     optimizer = apollo(model, mini)
     take_plain_steps(model, optimizer, range(1))
@@ -152,8 +152,8 @@ def test_a_rank_with_a_bad_gradient_holds_up_all(two_ranks: RankPool) -> None:
         assert difference <= 5e-7
 
 
-def told(stage: int, overrides: dict[str, Any], spoil: bool) -> str:
-    """What the first step says, after rank 1 has changed weights without their masters."""
+def first_step_error(stage: int, overrides: dict[str, Any], spoil: bool) -> str:
+    """The error of the first step, after rank 1 has changed weights without their masters."""
     shapes = {"a": (4, 6), "b": (5, 3)}
     model = Given(shapes)
     group = {"params": list(model.parameters()), "param_names": list(shapes)}
@@ -174,15 +174,15 @@ def told(stage: int, overrides: dict[str, Any], spoil: bool) -> str:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_weights_that_are_not_those_of_the_masters_are_refused_by_all(stage: int) -> None:
     with RankPool(2) as pool:  # of its own, since DeepSpeed is left in mid-step
-        first, second = pool.run(told, stage, {}, True)
-    assert first == "another rank cannot tell the layout of its shards; its own message says why"
+        first, second = pool.run(first_step_error, stage, {}, True)
+    assert first == "another rank does not know the layout of its shards; its own message says why"
     assert second.startswith("parameter 'a': elements ")
 
 
 def test_elastic_checkpoints_are_refused_by_all() -> None:
     offload = {"elastic_checkpoint": True, "offload_optimizer": {"device": "cpu"}}
     with RankPool(2) as pool:
-        messages = pool.run(told, 1, {"zero_optimization": offload}, False)
+        messages = pool.run(first_step_error, 1, {"zero_optimization": offload}, False)
     assert all("elastic_checkpoint can only save" in message for message in messages)
 
 
@@ -222,13 +222,13 @@ def measured_and_computed(stage: int, mini: bool, projection: str) -> tuple[int,
     """This rank's bytes of state after a step, and what `state_bytes` says of it before."""
     model = Given()
     optimizer = apollo(model, mini, projection=projection)
-    told_before = state_bytes(optimizer.param_groups, stage, distributed.world_size())
+    computed = state_bytes(optimizer.param_groups, stage, distributed.world_size())
     engine = engine_of(model, optimizer, stage, "fp32", {})
     take_steps(engine, range(1))
     values = [value for state in optimizer.state.values() for value in state.values()]
     engine.destroy()
     measured = sum(value.nbytes for value in values if isinstance(value, Tensor))
-    return measured, told_before[distributed.global_rank()]
+    return measured, computed[distributed.global_rank()]
 
 
 @pytest.mark.parametrize(

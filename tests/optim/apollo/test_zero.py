@@ -146,8 +146,8 @@ def cut_between_rows(stage: int, mini: bool) -> float:
     take_steps(engine, range(20), shapes)
     take_plain_steps(reference, make(reference), range(20), shapes)
     found = masters(optimizer)
-    (part,) = optimizer._parts.values()
-    assert isinstance(part, LowRank) and part.plan.is_cut and not part.plan.shared
+    (group,) = optimizer._tensor_groups.values()
+    assert isinstance(group, LowRank) and group.plan.is_cut and not group.plan.shared
     engine.destroy()
     return worst(found, reference)
 

@@ -1,0 +1,64 @@
+"""The files of a checkpoint: written durably, identified by a digest, verified without loading.
+
+torch's files are zip archives that hold a CRC-32 of every tensor. The digest of a file is the
+SHA-256 of its table of contents, CRCs included: made without reading the tensors back, and yet no
+bit of them can change unnoticed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from harness import distributed
+from harness.errors import CheckpointError, FormatError
+from harness.formats import zips
+from harness.utils import write_durably
+
+
+@contextmanager
+def checkpoint_error_on_all_ranks(failure: str) -> Iterator[None]:
+    """Turns an error of a file or a checkpoint, on any rank, into a CheckpointError on all ranks:
+    "failure: ..."."""
+    with distributed.raise_on_all_ranks(failure):
+        try:
+            yield
+        except (OSError, CheckpointError) as error:
+            raise CheckpointError(f"{failure}: {error}") from None
+
+
+class FileEntry(BaseModel):
+    """What the manifest says of a file."""
+
+    model_config = ConfigDict(extra="forbid")
+    size: int
+    """Bytes."""
+    digest: str
+    """SHA-256 of the archive's table of contents, in hex."""
+    rank: int
+    """Who wrote it."""
+
+
+def write_file(state: Any, path: Path) -> FileEntry:
+    """Writes a tree of tensors and plain values with torch.save, and syncs it to the disk.
+
+    Raises OSError, which names `path`.
+    """
+    write_durably(state, path)
+    size, digest = path.stat().st_size, zips.digest(path)
+    return FileEntry(size=size, digest=digest, rank=distributed.global_rank())
+
+
+def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:
+    """Checks size and table of contents, and with `read` the CRC of every tensor.
+
+    Raises CheckpointError that says what was found and what was expected.
+    """
+    try:
+        zips.check(path, entry.size, entry.digest)
+        for record in zips.records(path).values() if read else ():
+            record.verify()
+    except (FormatError, OSError) as error:
+        raise CheckpointError(f"damaged: {error}") from None

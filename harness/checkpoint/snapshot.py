@@ -1,0 +1,54 @@
+"""Copies of live tensors in CPU memory, which a save behind the training writes."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from harness.utils import tensor_leaves
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of all tensors of a tree, shared memory counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensor_leaves(tree)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+class Snapshots:
+    """Copies of trees in CPU memory that no later step changes; shared memory stays shared.
+
+    The memory of a copy is kept for the next one: it is paid for once, and no page of it is faulted
+    in again. Pinned where there is a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.UntypedStorage] = []
+
+    def take(self, tree: Any) -> Any:
+        """A copy of the tree. It overwrites the one before."""
+        spare: dict[int, list[torch.UntypedStorage]] = {}
+        for buffer in self._buffers:
+            spare.setdefault(buffer.nbytes(), []).append(buffer)
+        copies: dict[int, torch.UntypedStorage] = {}
+
+        def copy(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return deepcopy(leaf)
+            storage = leaf.untyped_storage()
+            if storage.data_ptr() not in copies:
+                fitting = spare.get(storage.nbytes())
+                buffer = fitting.pop() if fitting else _buffer(storage.nbytes())
+                copies[storage.data_ptr()] = buffer.copy_(storage)
+            view = (leaf.storage_offset(), leaf.size(), leaf.stride())
+            buffer = copies[storage.data_ptr()]
+            return torch.empty(0, dtype=leaf.dtype).set_(buffer, *view)
+
+        copied = tree_map(copy, tree)
+        self._buffers = list(copies.values())
+        return copied
+
+
+def _buffer(size: int) -> torch.UntypedStorage:
+    pin = torch.cuda.is_available()
+    return torch.empty(size, dtype=torch.uint8, pin_memory=pin).untyped_storage()

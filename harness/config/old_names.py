@@ -1,0 +1,88 @@
+"""Names that have changed: keys of the config, and modules that a config or a manifest names.
+
+What was written with an old name keeps working; help, messages and files show the new one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RenamedKey:
+    """A key with another name than before, and perhaps other words for its values."""
+
+    section: str
+    """Its section; `*` is any name."""
+    old: str
+    new: str
+    values: Mapping[str, str] = field(default_factory=dict)
+    """New words for old ones."""
+
+
+RENAMED_KEYS = (
+    RenamedKey("engines.*", "every", "train_every"),
+    RenamedKey("trainer", "save_on_quit", "save_at_end"),
+    RenamedKey("trainer", "export_on_quit", "export_at_end"),
+    RenamedKey("checkpoint", "best", "best_mode", {"lowest": "min", "highest": "max"}),
+    RenamedKey("optimizations.offload", "budget", "fraction"),
+    RenamedKey("optimizations.offload", "host_budget", "host_bytes"),
+)
+
+MOVED_MODULES = {
+    "harness.adapters.ao": "harness.wrapper.layers.torchao",
+    "harness.adapters.bnb": "harness.wrapper.layers.bitsandbytes",
+    "harness.adapters.te": "harness.wrapper.layers.transformer_engine",
+    "harness.bitnet": "harness.wrapper.layers.bitnet",
+    "harness.optim.apollo": "harness.optim.apollo.optimizer",
+}
+"""Modules with classes and functions that configs and manifests name."""
+
+
+def current_keys(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables, as of a config file, with today's keys.
+
+    Raises ValueError if a key is given by its old and its new name.
+    """
+    current: Any = dict(tables)
+    for key in RENAMED_KEYS:
+        current = _renamed(current, key.section.split("."), key)
+    return current
+
+
+def _renamed(table: Any, section: Sequence[str], key: RenamedKey) -> Any:
+    if not isinstance(table, Mapping):  # a mistake, which validation explains
+        return table
+    if section:
+        return {
+            name: _renamed(value, section[1:], key) if section[0] in ("*", name) else value
+            for name, value in table.items()
+        }
+    if {key.old, key.new} <= table.keys():
+        raise ValueError(
+            f"{key.section}: {key.new!r} and {key.old!r}, its name of before, are both given: "
+            f"leave out {key.old!r}"
+        )
+    return dict(_renamed_item(name, value, key) for name, value in table.items())
+
+
+def _renamed_item(name: str, value: Any, key: RenamedKey) -> tuple[str, Any]:
+    if name != key.old:
+        return name, value
+    return key.new, key.values.get(value, value) if isinstance(value, str) else value
+
+
+def current_setting(key: str, text: str) -> tuple[str, str]:
+    """A dotted key and the text of its value, quoted or not, as `set KEY VALUE` takes them."""
+    for renamed in RENAMED_KEYS:
+        if key == f"{renamed.section}.{renamed.old}":
+            word = text.strip("\"'")
+            new = renamed.values.get(word)
+            return f"{renamed.section}.{renamed.new}", text.replace(word, new) if new else text
+    return key, text
+
+
+def current_import_path(path: str) -> str:
+    """An import path `module:name` with the module's place of today."""
+    module, colon, name = path.partition(":")
+    return f"{MOVED_MODULES.get(module, module)}{colon}{name}"

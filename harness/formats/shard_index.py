@@ -1,0 +1,130 @@
+"""Weights in several safetensors files with an index, as Hugging Face stores them.
+
+    model-00001-of-00002.safetensors, model-00002-of-00002.safetensors
+    model.safetensors.index.json          {"metadata": {...}, "weight_map": {name: file}}
+
+The index is removed first and written last: where there is one, its files are complete.
+The format: https://github.com/huggingface/huggingface_hub, serialization/_base.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import FormatError, first_few
+from harness.files import json_write
+from harness.formats import json_tree, safetensors, suffixes
+
+SUFFIX = ".index.json"
+INDEX = f"model.safetensors{SUFFIX}"
+SINGLE = "model.safetensors"
+MAX_INDEX = safetensors.MAX_HEADER
+
+
+@dataclass(frozen=True)
+class Index:
+    """The content of an index: the file beside it that has each tensor, and the metadata."""
+
+    files: dict[str, Path]
+    metadata: dict[str, Any]
+
+
+def shard_name(number: int, count: int) -> str:
+    """The file of shard `number` (from 0) of `count`."""
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in shards of at most `limit` bytes, in order; a larger tensor has a shard alone."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def write_index(
+    directory: Path, shards: Sequence[Sequence[str]], metadata: Mapping[str, Any]
+) -> None:
+    """Writes the index of complete shards; other programs expect `total_size`, in bytes, in
+    `metadata`."""
+    files = {
+        name: shard_name(number, len(shards))
+        for number, names in enumerate(shards)
+        for name in names
+    }
+    json_write({"metadata": dict(metadata), "weight_map": files}, directory / INDEX)
+
+
+def find_index(directory: Path) -> Path:
+    """The index in a directory, or its one weights file if it has none.
+
+    Raises FormatError if there is neither, or several indices.
+    """
+    if (directory / INDEX).is_file():
+        return directory / INDEX
+    indices = sorted(directory.glob(f"*{SUFFIX}"))
+    if len(indices) == 1:
+        return indices[0]
+    if not indices and (directory / SINGLE).is_file():
+        return directory / SINGLE
+    names = first_few([path.name for path in indices]) or "none"
+    raise FormatError(f"{directory}: expected {INDEX} or {SINGLE}; indices found: {names}")
+
+
+def read_index(path: Path) -> Index:
+    """The index at `path`, checked: its files are beside it, under plain names.
+
+    They may be symbolic links, as all files are in Hugging Face's cache. Raises FormatError
+    otherwise, OSError if the index cannot be read.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_INDEX + 1)
+    if len(content) > MAX_INDEX:
+        raise FormatError(f"{path}: more than {MAX_INDEX} bytes")
+    try:
+        index = json_tree.loads(content.decode())
+    except (FormatError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: not an index of shards: {error}") from None
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    metadata = index.get("metadata") or {} if isinstance(index, dict) else {}
+    if not isinstance(weights, dict) or not isinstance(metadata, dict):
+        raise FormatError(f'{path}: not an index of shards: expected {{"weight_map": {{...}}}}')
+    known: dict[Any, Path] = {}
+    for name, file in weights.items():
+        if not isinstance(file, str):
+            raise FormatError(f"{path}: {name!r} is in no file")
+        if file not in known:
+            known[file] = _beside(path, file)
+    return Index({name: known[file] for name, file in weights.items()}, metadata)
+
+
+def check_shards(path: Path, index: Index, headers: Mapping[Path, safetensors.Header]) -> None:
+    """Raises FormatError unless each shard has exactly the tensors that the index lists."""
+    expected: dict[Path, set[str]] = {}
+    for name, file in index.files.items():
+        expected.setdefault(file, set()).add(name)
+    for file, names in expected.items():
+        if missing := sorted(names - headers[file].tensors.keys()):
+            raise FormatError(f"{file}: missing: {_names(missing)}, listed in {path.name}")
+        if unexpected := sorted(headers[file].tensors.keys() - names):
+            raise FormatError(
+                f"{file}: unexpected: {_names(unexpected)}, not listed in {path.name}"
+            )
+
+
+def _names(names: Sequence[str]) -> str:
+    return first_few(list(map(repr, names)), most=3)
+
+
+def _beside(index: Path, file: str) -> Path:
+    if Path(file).name != file or "\0" in file or Path(file).suffix not in suffixes.SAFETENSORS:
+        raise FormatError(f"{index}: {file!r} is not the plain name of a file like {SINGLE}")
+    if not index.with_name(file).is_file():
+        raise FormatError(f"{index}: the shard {file!r} is missing")
+    return index.with_name(file)

@@ -1,0 +1,74 @@
+"""Terminal and log file: one place for what a rank prints and logs.
+
+Every line of the log carries its rank. Rank 0 logs from INFO on, the other ranks from WARNING on.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+from tqdm import tqdm
+
+LINES_BEFORE_THE_FILE = 10_000
+"""Log lines kept in memory until `log_to_file`."""
+
+
+def write_to_terminal(text: str) -> None:
+    """Writes a line to standard error, above a progress bar."""
+    with contextlib.suppress(OSError):  # a terminal that is gone must not end the run
+        tqdm.write(text, file=sys.stderr)
+
+
+class _TerminalHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        write_to_terminal(self.format(record))
+
+
+def configure_logging() -> None:
+    """Logs to the terminal, and keeps the lines for `log_to_file`."""
+    logger = logging.getLogger("harness")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    earlier = (_TerminalHandler, MemoryHandler)
+    logger.handlers = [h for h in logger.handlers if not isinstance(h, earlier)]
+    for handler in (_TerminalHandler(), MemoryHandler(capacity=LINES_BEFORE_THE_FILE)):
+        _set_up(handler)
+        logger.addHandler(handler)
+
+
+def log_to_file(path: Path) -> logging.Handler:
+    """Appends the log to a file that all ranks share, line by line. Returns the handler.
+
+    The lines logged since `configure_logging` come first.
+    """
+    handler = logging.FileHandler(path)
+    _set_up(handler)
+    logger = logging.getLogger("harness")
+    for early in [h for h in logger.handlers if isinstance(h, MemoryHandler)]:
+        early.setTarget(handler)
+        early.close()
+        logger.removeHandler(early)
+    logger.addHandler(handler)
+    return handler
+
+
+def set_log_level(level: str) -> None:
+    """Logs from a level on ("debug", "info", ...); ranks other than 0 from WARNING on at least."""
+    logger = logging.getLogger("harness")
+    logger.setLevel(level.upper())
+    for handler in logger.handlers:
+        handler.setLevel(max(logging.WARNING if _rank() else logging.DEBUG, logger.level))
+
+
+def _set_up(handler: logging.Handler) -> None:
+    line = f"%(asctime)s rank {_rank()} %(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(line, "%Y-%m-%d %H:%M:%S"))
+    handler.setLevel(logging.WARNING if _rank() else logging.INFO)
+
+
+def _rank() -> int:
+    """This process's rank, as `distributed.global_rank`, which is above this module."""
+    return int(os.environ.get("RANK", 0))

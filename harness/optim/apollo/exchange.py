@@ -1,0 +1,42 @@
+"""What ranks exchange in a step: one reduce-scatter and one all-gather for all tensor groups."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from harness.optim.apollo.tensor_groups import TensorGroup
+from harness.zero.shards import ShardError
+
+
+class Exchange:
+    """The collectives of one step; none where no ranks share."""
+
+    def __init__(self, tensor_groups: Sequence[TensorGroup]):
+        """Raises ShardError if they are sharded among different process groups."""
+        self._shard = tensor_groups[0].shard
+        self._world = tensor_groups[0].world
+        if any(group.shard.group is not self._shard.group for group in tensor_groups):
+            raise ShardError(
+                "one step() is to step parameters that are sharded among different groups of ranks "
+                "(experts, with BF16_Optimizer): use ZeRO stage 2, which steps them one by one"
+            )
+
+    def reduce_scatter(self, sent: Sequence[Tensor]) -> list[Tensor]:
+        """For every tensor (W, any), its row for this rank, summed over the ranks: (any,)."""
+        outgoing = torch.cat(list(sent), dim=1)
+        incoming = outgoing[0]
+        if self._world > 1:
+            outgoing = outgoing.to(self._shard.device)
+            incoming = torch.empty_like(outgoing[0])
+            dist.reduce_scatter_tensor(incoming, outgoing.flatten(), group=self._shard.group)
+            incoming = incoming.to(sent[0].device)
+        return list(incoming.split([tensor.shape[1] for tensor in sent]))
+
+    def all_gather(self, sent: Sequence[Tensor]) -> list[Tensor]:
+        """For every tensor (any,), those of all ranks: (W, any)."""
+        outgoing = torch.cat(list(sent)).to(self._shard.device)
+        incoming = outgoing.new_empty(self._world, len(outgoing))
+        dist.all_gather_into_tensor(incoming.view(-1), outgoing, group=self._shard.group)
+        return list(incoming.to(sent[0].device).split([len(tensor) for tensor in sent], dim=1))

@@ -1,0 +1,24 @@
+"""The arguments of an optimizer or a schedule, checked against its signature."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from harness.errors import ConfigError, did_you_mean
+
+
+def check_arguments(
+    what: str, function: Callable[..., Any], args: Mapping[str, Any], extra: Sequence[str] = ()
+) -> None:
+    """Raises ConfigError if an argument is not a parameter of `function`, nor in `extra`.
+
+    The first parameter and `lr` are the caller's. A function with `**kwargs` takes anything.
+    """
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = [*(name for name in list(parameters)[1:] if name != "lr"), *extra]
+    for key in args:
+        if key not in known:
+            hint = did_you_mean(key, known)
+            raise ConfigError(f"{what}: unknown key {key!r}{hint}; known: {', '.join(known)}")

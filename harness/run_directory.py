@@ -1,0 +1,106 @@
+"""The directory of a run, `runs/NAME/`: its lock, its log, its resolved config."""
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Self
+
+from harness import distributed
+from harness.checkpoint.disks import find_disks
+from harness.checkpoint.retention import clean
+from harness.config import Config
+from harness.distributed.network import raise_lost_rank
+from harness.errors import HarnessError
+from harness.files import locked, toml_write
+from harness.logs import log_to_file
+
+log = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """One run directory, the same path on every rank and maybe on several disks. A context.
+
+    An earlier run's directory is locked, and logged into, when the context is entered: before
+    anything is read from it, and so that its log says why it cannot be resumed. A new one is made
+    by `create`, once everything else has proved good. At the end `log.txt` says why the run ended.
+    """
+
+    def __init__(self, config: Config):
+        """Collective. Raises HarnessError, on all ranks, if the path cannot be looked into."""
+        self.path = config.run_dir
+        self.checkpoints = self.path / "checkpoints"
+        self.exports = self.path / "exports"
+        self._config = config
+        self._stack = ExitStack()
+        self.disks = find_disks(self.checkpoints)
+        if self.disks.count > 1:
+            log.info(
+                "%s is on %d disks: each has what its ranks write", self.path, self.disks.count
+            )
+        with distributed.raise_on_all_ranks(f"run directory {self.path}"):
+            self._existed = self.path.exists()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._stack = stack
+            self._lock_and_log(self._existed)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._stack.__exit__(kind, error, trace)
+
+    def create(self) -> None:
+        """Makes the directory if it is new; removes half-written exports. Collective.
+
+        Raises HarnessError, on all ranks, if another run has it, or it cannot be written.
+        """
+        self._lock_and_log(not self._existed)
+        with distributed.raise_on_all_ranks(f"exports in {self.exports}"):
+            if self.disks.is_leader:
+                clean(self.exports)
+
+    def write_config(self) -> None:
+        """Writes the resolved config, on rank 0. Collective. Raises HarnessError on all ranks."""
+        with distributed.raise_on_all_ranks(f"run directory {self.path}"):
+            if distributed.is_global_leader():
+                write_config(self._config)
+
+    def _lock_and_log(self, now: bool) -> None:
+        """If it is to be `now`, locks the directory, once on each disk, and then logs into it."""
+        with distributed.raise_on_all_ranks(f"run directory {self.path}"):
+            if now and self.disks.is_leader:
+                self._stack.enter_context(locked(self.path / "control/lock"))
+        with distributed.raise_on_all_ranks(f"log of run directory {self.path}"):
+            if now:
+                handler = log_to_file(self.path / "log.txt")
+                self._stack.callback(handler.close)
+                self._stack.callback(logging.getLogger("harness").removeHandler, handler)
+                self._stack.enter_context(_errors_logged_by(handler))
+                self._stack.enter_context(raise_lost_rank(self._config.run.timeout_s))
+
+
+@contextmanager
+def _errors_logged_by(handler: logging.Handler) -> Iterator[None]:
+    """Has log.txt say why the run ended: the terminal may be lost together with a node."""
+    try:
+        yield
+    except Exception as error:
+        trace = None if isinstance(error, HarnessError) else sys.exc_info()
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error), (), trace))
+        raise
+
+
+def write_config(config: Config) -> None:
+    """Writes the resolved config into the run directory, ready to be given to `--config`."""
+    plain = config.model_dump()
+    tables: dict[str, Mapping] = {k: v for k, v in plain.items() if k != "engines"}
+    tables |= {f"engines.{name}": engine for name, engine in plain["engines"].items()}
+    toml_write(tables, config.run_dir / "config.toml")

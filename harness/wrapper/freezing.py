@@ -1,0 +1,34 @@
+"""Parameters that training leaves as they are."""
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from harness.errors import ConfigError
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Sets `requires_grad` to False for the parameters that match. Returns their names.
+
+    A pattern is a regular expression for the full name of a parameter, or of a module that contains
+    it. A tied parameter matches by any of its names. Raises ConfigError, with the model unchanged,
+    for a pattern that matches nothing.
+    """
+    matches: dict[str, list[tuple[str, nn.Parameter]]] = {pattern: [] for pattern in patterns}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path = name.split(".")
+        names = [".".join(path[:count]) for count in range(1, len(path) + 1)]
+        for pattern, matched in matches.items():
+            if any(re.fullmatch(pattern, name) for name in names):
+                matched.append((name, parameter))
+    for pattern, matched in matches.items():
+        if not matched:
+            names = ", ".join(name for name, _ in model.named_parameters())
+            raise ConfigError(
+                f"frozen: {pattern!r} matches no parameter; the model has: {names[:500]}"
+            )
+    frozen = dict(pair for matched in matches.values() for pair in matched)
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    return list(frozen)

@@ -1,0 +1,209 @@
+"""What a live DeepSpeed engine holds, and what can be set on it.
+
+The functions take the DeepSpeed engine (`Engine.ds`), and read and write attributes that DeepSpeed
+does not document: the files of its `runtime/` that are named here say where they come from.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from harness import distributed
+from harness.zero.layout import PARAMETER_NAMES, Shapes, Tree, flats, group_shapes
+from harness.zero.parameters import full_shape, is_sharded, shard
+from harness.zero.partition import shard_range
+
+Jobs = dict[str, Tree]
+"""What a rank has to write: trees of tensors and plain values, by path below the checkpoint."""
+
+Read = Callable[[str, int, int], Tensor]
+"""`(name, start, stop)`: these elements of a flattened weight, as (stop - start,)."""
+
+
+def compute_dtype(ds: Any) -> torch.dtype:
+    """The dtype that the model computes in."""
+    if ds.bfloat16_enabled():
+        return torch.bfloat16
+    return torch.float16 if ds.fp16_enabled() else torch.float32
+
+
+def optimizer_device(ds: Any) -> torch.device:
+    """Where the optimizer steps: this rank's device, or the CPU with offload_optimizer."""
+    return torch.device("cpu") if ds.zero_use_cpu_optimizer() else distributed.device()
+
+
+def base_optimizer(ds: Any) -> Optimizer:
+    """The optimizer of torch's kind below DeepSpeed's wrapper, or alone where there is none."""
+    return ds.basic_optimizer
+
+
+def set_gradient_clipping(ds: Any, norm: float) -> None:
+    """Writes the clipping norm where DeepSpeed reads it: engine.py at fp32 stage 0, and elsewhere
+    its optimizers."""
+    ds._config.gradient_clipping = norm
+    if hasattr(ds.optimizer, "clip_grad"):
+        ds.optimizer.clip_grad = norm
+
+
+def loss_scale(ds: Any) -> float:
+    """The fp16 loss scale; 1 in fp32 and bf16."""
+    return float(_scaler(ds).cur_scale) if ds.fp16_enabled() else 1.0
+
+
+def set_loss_scale(ds: Any, scale: float) -> None:
+    """Sets the fp16 loss scale; a dynamic one continues from there."""
+    _scaler(ds).cur_scale = scale
+
+
+def _scaler(ds: Any) -> Any:
+    """What holds the fp16 loss scale: a config at stage 0 (fp16/unfused_optimizer.py), a scaler
+    above it."""
+    return getattr(ds.optimizer, "loss_scale_config", None) or ds.optimizer.loss_scaler
+
+
+@contextmanager
+def gathered(tensor: Tensor) -> Iterator[None]:
+    """In the block the tensor is whole, also a parameter that ZeRO stage 3 has sharded.
+
+    Collective where it is sharded.
+    """
+    import deepspeed  # late: zero.startup patches it first
+
+    with deepspeed.zero.GatheredParameters([tensor], enabled=is_sharded(tensor)):
+        yield
+
+
+@torch.no_grad()
+def write_weights(ds: Any) -> None:
+    """Makes the model's weights from their fp32 masters, as DeepSpeed does after a step.
+
+    Collective.
+    """
+    optimizer = ds.optimizer
+    if isinstance(optimizer, Optimizer):
+        return  # the weights are their own masters
+    if hasattr(optimizer, "update_lp_params"):  # zero/stage_1_and_2.py, bf16_optimizer.py
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # zero/stage3.py
+        optimizer._partition_all_parameters()
+        for number in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        if persistent := optimizer.persistent_parameters:
+            persistent[0].all_gather(persistent)
+    else:  # 16 bits at stage 0: the masters of a group are a list, or one flat tensor
+        flat = getattr(optimizer, "fp32_groups_flat", None)
+        groups = optimizer.fp16_groups
+        masters = optimizer.fp32_groups if flat is None else map(_unflattened, flat, groups)
+        for weights, group in zip(groups, masters, strict=True):
+            for weight, master in zip(weights, group, strict=True):
+                weight.data.copy_(master)
+
+
+def _unflattened(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    parts = flat.split([tensor.numel() for tensor in like])
+    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
+
+
+def collect(ds: Any, name: str, parameter_names: list[list[str]]) -> Jobs:
+    """The trees that DeepSpeed would write for this rank, under `name/`, without writing them.
+
+    They refer to the live tensors. At ZeRO 0 DeepSpeed would write no names: `parameter_names`, by
+    parameter group, are added. Collective.
+    """
+    collector = _Collector()
+    own_engine = ds.checkpoint_engine
+    ds.checkpoint_engine = collector
+    ds._copy_recovery_script = lambda directory: None  # `zero_to_fp32.py` and the like
+    names = {PARAMETER_NAMES: parameter_names}
+    try:
+        ds.save_checkpoint(".", tag=name, client_state=names, save_latest=False)
+    finally:
+        ds.checkpoint_engine = own_engine
+    return collector.jobs
+
+
+class _Collector:
+    """Stands in for DeepSpeed's checkpoint engine: takes the trees, and touches no disk."""
+
+    def __init__(self) -> None:
+        self.jobs: Jobs = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.jobs[str(Path(path))] = state_dict
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def create(self, info: Any) -> None:
+        pass
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        return dp_rank == 0
+
+    def preserves_storage_sharing(self) -> bool:
+        return True
+
+
+def shapes_of(jobs: Jobs) -> list[Shapes]:
+    """Rank 0's `layout.group_shapes` of what `collect` gave, on every rank. Collective."""
+    models = [tree for tree in jobs.values() if "module" in tree]
+    return distributed.broadcast(group_shapes(models[0]) if models else [])
+
+
+@torch.no_grad()
+def fill_weight(tensor: Tensor, name: str, read: Read) -> None:
+    """Overwrites a parameter or buffer; of a sharded one this rank's shard, and the whole where
+    DeepSpeed keeps it whole (small ones persist)."""
+    shape = full_shape(tensor)
+    numel = shape.numel()
+    own = shard(tensor)
+    if own is not None:
+        start, stop = shard_range(numel=numel, size=own.numel(), rank=distributed.global_rank())
+        own.view(-1)[: stop - start].copy_(read(name, start, stop))
+    if tensor.shape == shape:
+        tensor.copy_(read(name, 0, numel).view(shape))
+
+
+@torch.no_grad()
+def fill_masters(ds: Any, module: Mapping[str, Tensor], shapes: list[Shapes], read: Read) -> None:
+    """Overwrites this rank's fp32 masters where they are tensors beside the parameters.
+
+    `module`: the entries of the model's state dict. `shapes`: as of `shapes_of`.
+    """
+    rank, world = distributed.global_rank(), distributed.world_size()
+    parameters = {id(tensor) for tensor in module.values()}
+    for flat in flats(ds.optimizer.state_dict(), dict(module), shapes, rank, world):
+        if id(flat.master) in parameters:
+            continue
+        for segment in filter(lambda segment: segment.length, flat.segments):
+            part = read(segment.name, segment.start, segment.stop)
+            if segment.length == flat.master.numel():
+                flat.master.copy_(part.view(flat.master.shape))
+            else:
+                flat.master.view(-1)[segment.place].copy_(part)
+
+
+def zero_stage(ds: Any) -> int:
+    """The ZeRO stage, 0 to 3."""
+    return ds.zero_optimization_stage()
+
+
+def plain_grad_norm(ds: Any) -> Tensor | None:
+    """The gradients' L2 norm where DeepSpeed neither wraps the optimizer nor reports it: in fp32 at
+    stage 0, before the step. None elsewhere."""
+    if zero_stage(ds) or compute_dtype(ds) != torch.float32:
+        return None
+    module: nn.Module = ds.module
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)

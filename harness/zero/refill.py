@@ -1,0 +1,159 @@
+"""The trees of a new layout, filled with what an engine saved in another one.
+
+DeepSpeed's own trees say where everything belongs in the new layout; the old files are read by
+parameter name (reader.py). Tensors are read on the CPU, each rank its own segments only.
+"""
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.errors import CheckpointError
+from harness.io.stored import materialize, read
+from harness.zero.layout import Flat, Shapes, Tree, base_state, flats, is_extra_state
+from harness.zero.partition import shard_range
+from harness.zero.reader import SavedEngine
+
+# What a model file holds besides weights and optimizer, and what is the same in every layout.
+_CARRIED = ("lr_scheduler", "global_steps", "global_samples", "skipped_steps")
+
+FlatsOf = Callable[[int], list[Flat]]
+"""The flats of a rank in the new layout."""
+
+
+@dataclass(frozen=True)
+class Refill:
+    """An engine's saved state, on its way into one rank's trees of a new layout."""
+
+    saved: SavedEngine
+    shapes: list[Shapes]
+    """Of the new layout: see `layout.group_shapes`."""
+    stage: int
+    rank: int
+    world: int
+    states: Callable[[FlatsOf], dict[int, Tree]]
+    """The optimizer's state of every flat of this rank, by its number."""
+
+    def model(self, tree: Tree) -> Tree:
+        """A tree of model_states, filled. Raises CheckpointError."""
+        saved, is_sharded = self.saved, self.stage == 3
+        module = type(tree["module"])()
+        for name, value in tree["module"].items():
+            if is_extra_state(name):
+                module[name] = materialize(saved.extra[name])
+            else:
+                is_placeholder = is_sharded and name not in tree["buffer_names"]
+                module[name] = value if is_placeholder else weight_of(saved, name)
+        changed: Tree = {key: materialize(saved.model[key]) for key in _CARRIED}
+        changed["module"] = module
+        if tree["frozen_param_fragments"] is not None:
+            changed["frozen_param_fragments"] = {
+                name: shard_of(weight_of(saved, name), fragment.numel(), self.rank)
+                if is_sharded
+                else weight_of(saved, name)
+                for name, fragment in tree["frozen_param_fragments"].items()
+            }
+        if tree["optimizer"] is not None:
+            changed["optimizer"] = self.optimizer(tree["optimizer"], module)
+        return tree | changed
+
+    def optimizer(self, tree: Tree, module: Tree) -> Tree:
+        """What DeepSpeed's optimizer gives as its state dict, filled. Raises CheckpointError.
+
+        `module`: the new model's entries, which are the masters in fp32 at stage 0.
+        """
+
+        def flats_of(rank: int) -> list[Flat]:
+            return flats(tree, module, self.shapes, rank, self.world)
+
+        own = flats_of(self.rank)
+        groups = [
+            group
+            | materialize(self.saved.groups[number])
+            | {key: group[key] for key in ("params", "param_names") if key in group}
+            for number, group in enumerate(base_state(tree)["param_groups"])
+        ]
+        states = {number: state for number, state in self.states(flats_of).items() if state}
+        base = {"state": states, "param_groups": groups}
+        masters = [filled_flat(flat, self.saved, None) for flat in own]
+        if "single_partition_of_fp32_groups" in tree:
+            trimmed = without_padding(masters, own)
+            filled = {"base_optimizer_state": base, "single_partition_of_fp32_groups": trimmed}
+        elif "fp32_flat_groups" in tree:
+            filled = {"optimizer_state_dict": base, "fp32_flat_groups": masters}
+        elif "fp32_groups_flat" in tree:
+            filled = {"optimizer_state_dict": base, "fp32_groups_flat": masters}
+        elif "fp32_groups" in tree:
+            by_group = [
+                [m for m, flat in zip(masters, own, strict=True) if flat.group == number]
+                for number in range(len(groups))
+            ]
+            filled = {"optimizer_state_dict": base, "fp32_groups": by_group}
+        else:
+            return base
+        return tree | filled | self._loss_scaler(tree)
+
+    def _loss_scaler(self, tree: Tree) -> Tree:
+        """What an fp16 engine's loss scaler has come to, in the form that the tree has."""
+        scale = self.saved.loss_scale()
+        if "loss_scaler" not in tree:
+            return {key: scale[key] for key in scale.keys() & tree.keys()}
+        scaler: Any = copy(tree["loss_scaler"])
+        vars(scaler).update({key: scale[key] for key in scale.keys() & vars(scaler).keys()})
+        return {"loss_scaler": scaler}
+
+
+def weight_of(saved: SavedEngine, name: str) -> Tensor:
+    """An entry of the model's state dict, complete and in the dtype that the model computes in."""
+    return read(saved.weight(name)).to(getattr(torch, saved.model["module"][name].dtype))
+
+
+def shard_of(weight: Tensor, size: int, rank: int) -> Tensor:
+    """A rank's shard of a frozen parameter at stage 3, padded with zeros: (size,)."""
+    start, stop = shard_range(numel=weight.numel(), size=size, rank=rank)
+    shard = torch.zeros(size, dtype=weight.dtype)
+    shard[: stop - start] = weight.reshape(-1)[start:stop]
+    return shard
+
+
+def without_padding(masters: list[Tensor], flats: list[Flat]) -> list[Tensor]:
+    """The masters of partitions as DeepSpeed saves them."""
+    return [m[: m.numel() - flat.padding] for m, flat in zip(masters, flats, strict=True)]
+
+
+def filled_state(flat: Flat, saved: SavedEngine) -> Tree:
+    """The optimizer's state of one flat: moments cut for it, and scalars as they were.
+
+    Scalars are read again for each: two flats that shared a `step` tensor would count every step
+    twice. Raises CheckpointError if the flat's parameters were saved with different scalars.
+    """
+    state: Tree = {}
+    for segment in flat.segments:
+        for key, value in materialize(saved.scalars(segment.name)).items():
+            if state.setdefault(key, value) != value:
+                raise CheckpointError(
+                    f"optimizer state {key!r} of parameter {segment.name!r} is {value}, and "
+                    f"{state[key]} of {flat.segments[0].name!r}, which ZeRO keeps in one group"
+                )
+    keys = {key for segment in flat.segments for key in saved.state_keys(segment.name)}
+    return state | {key: filled_flat(flat, saved, key) for key in sorted(keys)}
+
+
+def filled_flat(flat: Flat, saved: SavedEngine, key: str | None) -> Tensor:
+    """A flat's master (key None) or moment from the checkpoint, on the CPU; padding is 0."""
+    filled: Tensor | None = None
+    for segment in flat.segments:
+        if not segment.length:
+            continue
+        if key is not None and key not in saved.state_keys(segment.name):
+            continue  # never had a gradient
+        tensor = saved.master(segment.name) if key is None else saved.moment(segment.name, key)
+        part = read(tensor, segment.start, segment.stop)
+        if filled is None:
+            filled = torch.zeros(flat.shape, dtype=part.dtype)
+        filled.view(-1)[segment.place] = part
+    return torch.zeros(flat.shape) if filled is None else filled

@@ -1,0 +1,34 @@
+"""DeepSpeed, imported and patched where its defaults would hang a run."""
+
+import importlib
+import os
+from datetime import timedelta
+from types import ModuleType
+
+import torch.distributed as dist
+
+from harness import distributed
+
+
+def join(timeout: timedelta) -> None:
+    """Makes torch's default process group through DeepSpeed, each collective bounded by `timeout`.
+
+    For `distributed.init`. Blocks until all ranks have joined.
+    """
+    deepspeed = _patched(timeout)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+
+
+def _patched(timeout: timedelta) -> ModuleType:
+    """DeepSpeed with two things changed.
+
+    Its shared-memory op (comm/torch.py, build_shm_op) serves only inference, but is compiled on the
+    first start of every CPU run: a minute, or for ever after a compilation that was killed. And the
+    groups of ZeRO (comm/torch.py, new_group) ignore the timeout and wait 30 minutes.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", distributed.device().type)
+    deepspeed = importlib.import_module("deepspeed")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = importlib.import_module("deepspeed.comm.torch").TorchBackend
+    backend.new_group = lambda self, ranks: dist.new_group(list(ranks), timeout=timeout)
+    return deepspeed

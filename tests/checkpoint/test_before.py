@@ -1,0 +1,74 @@
+"""What older versions wrote keeps working: it parses, resumes to the bit, reshards and converts.
+
+tests/fixtures/README.md: how the files were made.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.config import Config
+from harness.config.load import load
+from harness.convert.convert import Options, convert
+from harness.io import load as load_weights
+from harness.run import run_in_world
+from harness.testing.pool import RankPool
+from tests.support.helpers import ROOT, assert_equal, exports, records, without_times
+
+BEFORE = ROOT / "tests/fixtures/before"
+RUNS = ["zero2_bf16_ema", "zero3_apollo"]
+
+
+def old_run(name: str, tmp_path: Path, **overrides: Any) -> Config:
+    """A copy of an old run directory, and the config of that run."""
+    shutil.copytree(BEFORE / name, tmp_path / name)
+    control = {"control": {"stdin": False, "socket": False}, "run": {"dir": str(tmp_path)}}
+    return load(BEFORE / f"{name}.toml", control | overrides)
+
+
+def expected(name: str) -> list[dict[str, Any]]:
+    return json.loads((BEFORE / f"{name}.expected.json").read_text())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_before_resumes_to_the_bit(two_ranks: RankPool, tmp_path: Path, name: str) -> None:
+    config = old_run(name, tmp_path)
+    two_ranks.run(run_in_world, config)
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    resumed = without_times([json.loads(line) for line in lines][-len(expected(name)) :])
+    assert resumed == without_times(expected(name))
+    assert [r["lr"] for r in resumed if r["step"] == 7] == [pytest.approx(0.001125)]  # the event
+    for file in (BEFORE / f"{name}.exports").iterdir():
+        assert_equal(load_weights(exports(config) / file.name), load_weights(file))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_resumes_at_another_stage_and_world_size(
+    three_ranks: RankPool, tmp_path: Path, name: str
+) -> None:
+    stage = {"zero_optimization": {"stage": 1 if "zero3" in name else 3}}
+    config = old_run(name, tmp_path, engines={"net": {"ds_overrides": stage}})
+    three_ranks.run(run_in_world, config)
+    assert [record["step"] for record in records(config)][-4:] == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_its_resolved_config_parses(tmp_path: Path, name: str) -> None:
+    config = load(BEFORE / name / "config.toml")
+    assert config.run.name == name
+    assert config.checkpoint.best_mode == "max"
+    assert config.checkpoint.best_metric == "eval/accuracy"
+    assert config.trainer.save_at_end and config.trainer.export_at_end
+    assert config.engines["net"].train_every == 1
+    assert config.optimizations.offload.fraction == "auto"
+    assert config == load(BEFORE / f"{name}.toml")
+
+
+@pytest.mark.parametrize(("name", "what"), [(RUNS[0], "all"), (RUNS[1], "weights")])
+def test_its_checkpoint_converts_to_the_same_file(tmp_path: Path, name: str, what: str) -> None:
+    checkpoint = BEFORE / name / "checkpoints/step-00000004"
+    convert(checkpoint, tmp_path / "new.sft", Options(what=what, verify=True), print)
+    assert (tmp_path / "new.sft").read_bytes() == (BEFORE / f"{name}.converted.sft").read_bytes()

@@ -1,0 +1,59 @@
+"""What rank 0 knows of the run at any moment, by a clock that the tests advance."""
+
+import pytest
+
+from harness.metrics.status import Status, format_duration
+
+
+class Clock:
+    """A clock in the place of `time`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("harness.metrics.status.time.monotonic", clock.monotonic)
+    return clock
+
+
+def test_the_estimate_excludes_pauses_and_what_happens_in_them(clock: Clock) -> None:
+    status = Status(0, 100)
+    assert status.time_left() == "no step has been completed since the run started"
+    clock.now += 2
+    status.stepped(1)
+    with status.doing("paused"):
+        clock.now += 500
+        with status.doing("evaluating"):
+            clock.now += 70
+    clock.now += 2
+    status.stepped(2)
+    assert status.time_left().startswith("3 min 16 s to step 100, at ")
+    assert status.time_left(4).startswith("4 s to step 4, at ")
+    assert status.time_left(4).endswith("(2 s a step)")
+    assert status.time_left(1) == "step 1 has already passed: the run is at step 2"
+
+
+def test_the_line_shows_the_activity_and_the_newest_numbers(clock: Clock) -> None:
+    status = Status(3, 9)
+    assert status.line() == "step 3 of 9, training"
+    status.show({"step": 3, "G/loss": 0.123456, "lr": 1e-3, "grad_norm": 2.0, "tokens_per_s": 7})
+    numbers = "G/loss 0.1235, lr 0.001, tokens_per_s 7"
+    assert status.line() == f"step 3 of 9, training, {numbers}"
+    with status.doing("saving"):
+        clock.now += 90
+        assert status.line() == f"step 3 of 9, saving (last step 1 min 30 s ago), {numbers}"
+    assert status.line() == f"step 3 of 9, training, {numbers}"  # a save is not counted
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (367, "6 min 7 s"), (14_700, "4 h 5 min"), (183_600, "2 d 3 h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

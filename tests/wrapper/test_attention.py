@@ -1,0 +1,32 @@
+"""The attention backend that a run is limited to."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.errors import ConfigError
+from harness.testing.pool import RankPool
+from harness.wrapper import (
+    attention_backend,
+)
+from tests.support.helpers import error_of, tiny_config
+
+
+def test_a_backend_without_a_kernel_is_an_error(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, optimizations={"attention": "cudnn"})
+    (error, _) = two_ranks.run(error_of, config)
+    assert "attention = 'cudnn': no kernel for torch.float32 on cpu" in error
+    assert not config.run_dir.exists()
+
+
+def test_only_the_chosen_backend_attends_and_an_impossible_one_is_refused() -> None:
+    cpu = torch.device("cpu")
+    flags = torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.flash_sdp_enabled
+    assert [flag() for flag in flags] == [True, True]
+    with attention_backend("math", [torch.float32, torch.bfloat16], cpu):
+        assert [flag() for flag in flags] == [True, False]
+    message = "attention = 'cudnn': no kernel for torch.float32 on cpu"
+    with pytest.raises(ConfigError, match=message):
+        attention_backend("cudnn", [torch.float32], cpu).__enter__()
+    assert [flag() for flag in flags] == [True, True]
