@@ -5,7 +5,8 @@ trainer nor the engines.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 from harness.control import commands as c
 from harness.control.bus import Ticket
@@ -17,47 +18,65 @@ from harness.errors import CommandError
 from harness.evaluate import check_eval_data
 from harness.logs import set_log_level
 from harness.metrics.status import Status
-
-if TYPE_CHECKING:
-    from harness.trainer import Trainer
+from harness.task import Task
 
 
-def execute(trainer: "Trainer", ticket: Ticket) -> str | None:
+class Run(Protocol):
+    """What commands do to a run: `trainer.Trainer` does it."""
+
+    live: LiveConfig
+    task: Task
+    engines: Engines
+    paused: bool
+    ending: c.Quit | None
+
+    def is_over(self) -> bool: ...
+
+    def move_end(self, steps: int) -> None: ...
+
+    def evaluate(self) -> str | None: ...
+
+    def export(self, format: str = "sft") -> Path: ...
+
+    def trace(self, steps: int, ticket: Ticket) -> None: ...
+
+
+def execute(run: Run, ticket: Ticket) -> str | None:
     """Executes a command other than save. Every rank calls it.
 
     Returns the answer, or None if that comes later. Raises HarnessError if the command fails.
     """
     match ticket.command:
         case c.Export(format):
-            return f"exported {trainer.export(format)}"
+            return f"exported {run.export(format)}"
         case c.Eval():
-            return _evaluate(trainer)
+            return _evaluate(run)
         case c.Quit() as command:
-            trainer.ending = command
+            run.ending = command
             return "the run ends here"
         case c.Pause() | c.Resume() as command:
-            return _pause_or_resume(trainer, command)
+            return _pause_or_resume(run, command)
         case c.SetLr() | c.ScaleLr() | c.FollowSchedule() as command:
-            return _change_lr(trainer.engines, command)
+            return _change_lr(run.engines, command)
         case c.SetLossScale(scale, name):
-            return _set_loss_scale(trainer.engines, scale, name)
+            return _set_loss_scale(run.engines, scale, name)
         case c.SetClip(norm, name):
-            return _set_clip(trainer.engines, norm, name)
+            return _set_clip(run.engines, norm, name)
         case c.SetSteps(n):
-            return _set(trainer, "run.steps", str(n))
+            return _set(run, "run.steps", str(n))
         case c.Set(key, value):
-            return _set(trainer, key, value)
+            return _set(run, key, value)
         case c.Profile(n):
-            return trainer.trace(n, ticket)
+            return run.trace(n, ticket)
         case c.SetLog(level):
             set_log_level(level)
             return f"log level {level}"
         case c.At() | c.Every() as command:
-            return _add_event(trainer, command)
+            return _add_event(run, command)
         case c.ClearEvents(number):
-            return _clear_events(trainer.live, number)
+            return _clear_events(run.live, number)
         case c.TaskCommand(name, args):
-            result = trainer.task.commands[name](trainer.engines, *args)
+            result = run.task.commands[name](run.engines, *args)
             return "done" if result is None else str(result)
         case command:
             raise AssertionError(command)
@@ -82,25 +101,25 @@ def answer(
             raise AssertionError(query)
 
 
-def _evaluate(trainer: "Trainer") -> str:
-    result = trainer.evaluate()
+def _evaluate(run: Run) -> str:
+    result = run.evaluate()
     if result is None:
-        has_data = trainer.task.eval_data is not None
+        has_data = run.task.eval_data is not None
         raise CommandError(
             "interrupted: the run is ending" if has_data else "the task has no eval_data"
         )
     return result
 
 
-def _pause_or_resume(trainer: "Trainer", command: c.Pause | c.Resume) -> str:
+def _pause_or_resume(run: Run, command: c.Pause | c.Resume) -> str:
     if isinstance(command, c.Pause):
-        if trainer.is_over():
+        if run.is_over():
             raise CommandError("this was the last step")
-        trainer.paused = True
+        run.paused = True
         return "paused until resume"
-    if not trainer.paused:
+    if not run.paused:
         raise CommandError("the run is not paused")
-    trainer.paused = False
+    run.paused = False
     return "resumed"
 
 
@@ -131,18 +150,18 @@ def _set_clip(engines: Engines, norm: float, name: str | None) -> str:
     return f"gradients are clipped to {norm:g}" if norm else "gradients are not clipped"
 
 
-def _set(trainer: "Trainer", key: str, text: str) -> str:
+def _set(run: Run, key: str, text: str) -> str:
     """Changes a live key, and what depends on it. Raises HarnessError, with nothing changed."""
-    old, new = trainer.live.config, trainer.live.with_changes({key: text})
-    check_eval_data(trainer.task, new)
+    old, new = run.live.config, run.live.with_changes({key: text})
+    check_eval_data(run.task, new)
     if new.run.steps != old.run.steps:
-        trainer.move_end(new.run.steps)
-    trainer.live.set(key, text)
+        run.move_end(new.run.steps)
+    run.live.set(key, text)
     return f"{key} = {value_of(new, key)} (was {value_of(old, key)})"
 
 
-def _add_event(trainer: "Trainer", command: c.At | c.Every) -> str:
-    step, events = trainer.engines.global_step, trainer.live.events
+def _add_event(run: Run, command: c.At | c.Every) -> str:
+    step, events = run.engines.global_step, run.live.events
     if isinstance(command, c.Every):
         return str(events.add(command.command, step, every=command.n))
     if command.step < step:

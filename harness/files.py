@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls `write` with a temporary path beside `path`, syncs the file, and renames it to `path`.
 
-    A reader sees the old file or the new one, whole. On an error the old file stays.
+    A reader sees all of the old file or all of the new one. On an error the old file stays.
     """
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -98,8 +98,8 @@ def json_line(record: Mapping[str, Any], digits: int = 9) -> str:
 class JsonLines:
     """Appends JSON objects to a file, one a line; any thread may write.
 
-    What cannot be written (a full disk) is told once, and lost: one rank's history must not end the
-    run. A line that was cut off, now or by an earlier crash, is ended before the next one.
+    What cannot be written (a full disk) is logged once, and lost: one rank's history must not end
+    the run. A line that was cut off, now or by an earlier crash, is ended before the next one.
     """
 
     def __init__(self, path: Path):

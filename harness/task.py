@@ -10,24 +10,40 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import default_collate
 
+from harness.config import Config
 from harness.control.commands import COMMANDS
 from harness.errors import ConfigError, HarnessError, TaskError
 from harness.metrics.meters import Stats
 from harness.utils import tensor_leaves, to_device
 
-if TYPE_CHECKING:
-    from harness.config import Config
-    from harness.engine.engine import Engine
+
+class FedEngine(Protocol):
+    """What the default feeder uses of an engine; feeders get an `engine.engine.Engine`."""
+
+    name: str
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def gather_attribute(self, name: str, kind: type = object) -> dict[str, Any]: ...
 
 
-def default_feeder(engine: "Engine", batch: Any) -> tuple[torch.Tensor, Stats]:
+def default_feeder(engine: FedEngine, batch: Any) -> tuple[torch.Tensor, Stats]:
     """Calls the model with the batch and sums the losses of its submodules.
 
     A dict is passed as keywords, a list or tuple as positional arguments. In its forward every
@@ -109,7 +125,7 @@ RESERVED = {
 """Names that harness itself uses in the metrics."""
 
 
-def feed(task: Task, engine: "Engine", batch: Any) -> tuple[torch.Tensor, Stats]:
+def feed(task: Task, engine: FedEngine, batch: Any) -> tuple[torch.Tensor, Stats]:
     """The feeder's loss and stats of a batch. Raises TaskError if they are not valid."""
     result = task.feeder(engine, batch)
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
@@ -147,7 +163,7 @@ def validate(task: Any, path: str) -> Task:
     return task
 
 
-def load_task(config: "Config") -> Task:
+def load_task(config: Config) -> Task:
     """Imports the task's code and builds the Task.
 
     Raises TaskError, with the traceback of the task's own frames, if that fails or the Task is

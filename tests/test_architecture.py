@@ -49,17 +49,9 @@ def entries(directory: Path) -> set[str]:
 
 
 def imported_by(file: Path, package: Path) -> Iterator[tuple[int, list[str]]]:
-    """`(line, parts of a dotted name below the package)` of what a file imports at run time."""
+    """`(line, parts of a dotted name below the package)` of what a file imports, anywhere in it."""
     tree = ast.parse(file.read_text())
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
-    }
     for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -32,9 +32,9 @@ class Disks:
 
     def sum(self, number: int) -> int:
         """The sum of a number over the ranks that write to this rank's disk. Collective."""
-        mine = self.leaders[distributed.global_rank()]
+        own = self.leaders[distributed.global_rank()]
         shares = zip(distributed.all_gather(number), self.leaders, strict=True)
-        return sum(share for share, leader in shares if leader == mine)
+        return sum(share for share, leader in shares if leader == own)
 
 
 def find_disks(directory: Path) -> Disks:

@@ -27,7 +27,7 @@ LATEST = "latest"
 
 
 class EngineManifest(BaseModel):
-    """What an engine's state is, and how it is laid out."""
+    """What an engine's state is, and its layout."""
 
     model_config = ConfigDict(extra="forbid")
     zero_stage: int

@@ -249,7 +249,7 @@ def commit(manifest: Manifest, staged: Path, target: Path, is_leader: bool) -> N
     """Turns the staging directory into a checkpoint, on all disks or on none. Collective.
 
     `is_leader`: whether this rank does it for its disk. A kill between two disks leaves something
-    that is not whole on all, and what it has replaced comes back (`retain.clean`). Raises
+    that is incomplete, and what it has replaced is restored (`retention.clean`). Raises
     CheckpointError on all ranks.
     """
     doing = f"cannot save {target}"

@@ -1,9 +1,11 @@
 """Who this process is among the ranks, and the small messages that they exchange.
 
-collectives.py   agree, broadcast, gather; fail on all ranks together
-rng.py           the random generators of a rank
-world.py         ranks and devices; joining the world and leaving it
-network.py       which network the nodes meet on; the error when a rank is lost
+Its files, from the top down:
+
+    collectives.py   agree, broadcast, gather; fail on all ranks together
+    rng.py           the random generators of a rank
+    world.py         ranks and devices; joining the world and leaving it
+    network.py       which network the nodes meet on; the error when a rank is lost
 """
 
 from harness.distributed.collectives import (

@@ -82,7 +82,7 @@ def raise_lost_rank(timeout_s: float) -> Iterator[None]:
 def bounded(seconds: float, doing: str) -> Iterator[None]:
     """Ends this process with exit code 1 if the body takes longer.
 
-    For what obeys no timeout: gloo waits five times its own for a connection.
+    For what respects no timeout: gloo waits five times its own for a connection.
     """
 
     def give_up() -> None:

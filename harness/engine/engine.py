@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from harness.config.engine_sections import EngineConfig
 from harness.engine.ema import Ema, remove_average
 from harness.engine.lora import adapt
 from harness.engine.overrides import Overrides
-from harness.engine.turns import Turn
+from harness.engine.turns import Peers, Turn
 from harness.errors import CheckpointError, ConfigError
 from harness.offload import OffloadPlan
 from harness.optim.apollo import Apollo
@@ -24,9 +24,6 @@ from harness.optim.schedules import build_scheduler
 from harness.optim.sharding import check_zero, is_elementwise
 from harness.wrapper import freeze
 from harness.zero import live
-
-if TYPE_CHECKING:
-    from harness.engine.engines import Engines
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +57,7 @@ class Engine:
     """Of the parameters that the optimizer was given, by its groups, in its order."""
     overrides: Overrides
     """Learning rate and clipping of a trained engine, and what live commands changed of them."""
-    peers: "Engines"
+    peers: Peers
     """The set that it belongs to, itself included."""
 
     def __init__(

@@ -138,12 +138,12 @@ class Engines(Mapping[str, Engine]):
         the log."""
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.due(self.global_step):
-            figures = {
+            metrics = {
                 "grad_norm": engine.last_grad_norm,
                 **engine.optimizer_metrics(),
                 **engine.offload_metrics(),
             }
-            report |= self.label(engine, figures)
+            report |= self.label(engine, metrics)
         return report
 
     def count(self, step: int, samples: int, tokens: int) -> None:

@@ -74,7 +74,7 @@ def base_weights(model: nn.Module, entries: Mapping[str, Tensor]) -> dict[str, T
 def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Plain weights under the names from before, with the adapters merged.
 
-    `state`: the whole state dict of the adapted model, which `model` itself need not have.
+    `state`: the full state dict of the adapted model, which `model` itself need not have.
     """
     plain = base_weights(model, state)
     for name, layer in _layers(model).items():

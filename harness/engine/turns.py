@@ -7,13 +7,24 @@ frozen parameters is right at every stage; everything else is refused here.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from harness.errors import TaskError
+
+
+class Peers(Protocol):
+    """The set that an engine belongs to, as a feeder sees it: `engine.engines.Engines`."""
+
+    def lend(self, name: str) -> AbstractContextManager[nn.Module]:
+        """Another engine's bare model, frozen, for a loss that goes through it."""
+        ...
+
+    def __getitem__(self, name: str, /) -> Any: ...
 
 
 class Turn:

@@ -96,7 +96,7 @@ class RankPool:
     def _start(self) -> None:
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["harness.testing.preload"])
-        # The ranks meet at a store of ours, so that no other process can take its port before them.
+        # The ranks meet at the pool's own store: no other process can take its port before them.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world_size):
             pipe, theirs = server.Pipe()

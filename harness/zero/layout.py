@@ -1,9 +1,9 @@
 """Where DeepSpeed's own checkpoint files keep what belongs to a parameter, at every ZeRO stage.
 
-An optimizer steps *flat* tensors: at stage 0 whole parameters, above it one shard per rank of each
-parameter group (stages 1 and 2: runtime/zero/stage_1_and_2.py) or sub-group (stage 3:
+An optimizer steps *flat* tensors: at stage 0 complete parameters, above it one shard per rank of
+each parameter group (stages 1 and 2: runtime/zero/stage_1_and_2.py) or sub-group (stage 3:
 runtime/zero/stage3.py). A flat has a fp32 master and the optimizer's state of the same size; a
-`Segment` says which stretch of a parameter lies where in it. Of tensors only their sizes are asked
+`Segment` says which stretch of a parameter is where in it. Of tensors only their sizes are asked
 for: live ones of a running engine do, and references into files (`formats.pt_reader.TensorRef`).
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 from harness.errors import CheckpointError
 from harness.zero.partition import (
     Segment,
-    all_whole,
     end_to_end,
+    full_segment,
+    full_segments,
     partition_segments,
     shard_segments,
     shards_numel,
-    whole,
 )
 
 PARAMETER_NAMES = "parameter_names"
@@ -47,7 +47,7 @@ class Flat:
     group: int
     """The parameter group that it belongs to."""
     segments: list[Segment]
-    """One for every parameter of the whole flat, also for those with no element on this rank."""
+    """One for every parameter of the flat on any rank, also if this rank has no element of it."""
     master: Any
     """The tensor, or what stands for it. At stages 1 and 2 it may lack the padding at the end."""
     size: int
@@ -104,7 +104,7 @@ def flats(optimizer: Tree, module: Tree, shapes: list[Shapes], rank: int, world:
         masters = [p for g in optimizer.get("fp32_groups", []) for p in g]
         masters = masters or [module[name] for name in names]
         found = [
-            (master, master.numel(), 0, [whole(name=name, numel=master.numel())])
+            (master, master.numel(), 0, [full_segment(name=name, numel=master.numel())])
             for name, master in _pairs(names, masters)
         ]
     return [
@@ -182,10 +182,10 @@ def _sub_groups(optimizer: Tree, shapes: list[Shapes], rank: int, world: int) ->
 
 
 def _whole_groups(optimizer: Tree, shapes: list[Shapes]) -> _Found:
-    """FusedAdam at stage 0: a group is one tensor of whole parameters."""
+    """FusedAdam at stage 0: a group is one tensor of complete parameters."""
     for group, master in _pairs(shapes, optimizer["fp32_groups_flat"]):
         sizes = {name: shape.numel() for name, shape in group.items()}
-        yield master, sum(sizes.values()), 0, all_whole(sizes=sizes)
+        yield master, sum(sizes.values()), 0, full_segments(sizes=sizes)
 
 
 def layout_digest(trees: Collection[Tree]) -> str:
@@ -211,7 +211,7 @@ def layout_digest(trees: Collection[Tree]) -> str:
 def group_shapes(model: Tree) -> list[Shapes]:
     """The shapes of the parameters by name, for each (sub-)group in the optimizer's order.
 
-    `model`: rank 0's tree of model_states. Raises CheckpointError if it does not tell the names.
+    `model`: rank 0's tree of model_states. Raises CheckpointError if it does not have the names.
     """
     if model["param_shapes"] is not None:
         return model["param_shapes"]

@@ -68,7 +68,7 @@ def _scaler(ds: Any) -> Any:
 
 @contextmanager
 def gathered(tensor: Tensor) -> Iterator[None]:
-    """In the block the tensor is whole, also a parameter that ZeRO stage 3 has sharded.
+    """In the block the tensor is complete, also a parameter that ZeRO stage 3 has sharded.
 
     Collective where it is sharded.
     """
@@ -163,8 +163,8 @@ def shapes_of(jobs: Jobs) -> list[Shapes]:
 
 @torch.no_grad()
 def fill_weight(tensor: Tensor, name: str, read: Read) -> None:
-    """Overwrites a parameter or buffer; of a sharded one this rank's shard, and the whole where
-    DeepSpeed keeps it whole (small ones persist)."""
+    """Overwrites a parameter or buffer; of a sharded one this rank's shard, and all of it
+    where DeepSpeed keeps it gathered (small ones persist)."""
     shape = full_shape(tensor)
     numel = shape.numel()
     own = shard(tensor)

@@ -16,12 +16,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def full_shape(tensor: Tensor) -> torch.Size:
-    """The shape of the whole tensor, also of a sharded parameter."""
+    """The full shape, also of a sharded parameter."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def full_numel(tensor: Tensor) -> int:
-    """The elements of the whole tensor, also of a sharded parameter."""
+    """The number of all elements, also of a sharded parameter."""
     return getattr(tensor, "ds_numel", tensor.numel())
 
 

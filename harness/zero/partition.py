@@ -2,7 +2,7 @@
 
 Two layouts (deepspeed/runtime/zero/):
 
-- *partitions*, stages 1 and 2 (stage_1_and_2.py): the parameters of a group lie end to end in one
+- *partitions*, stages 1 and 2 (stage_1_and_2.py): the parameters of a group are end to end in one
   long tensor, padded at its end, which is cut into equal parts, one a rank;
 - *shards*, stage 3 (partition_parameters.py, stage3.py): every parameter is padded and cut into
   equal parts, and a rank has its parts of a sub-group's parameters end to end.
@@ -46,13 +46,13 @@ class Segment:
         return slice(self.offset, self.offset + self.length)
 
 
-def whole(*, name: str, numel: int, offset: int = 0) -> Segment:
-    """A parameter that lies in a flat tensor as a whole."""
+def full_segment(*, name: str, numel: int, offset: int = 0) -> Segment:
+    """A parameter that is complete in a flat tensor."""
     return Segment(name=name, start=0, offset=offset, length=numel)
 
 
 def end_to_end(*, sizes: Mapping[str, int], gaps: Sequence[int] | None = None) -> dict[str, int]:
-    """Where each parameter begins if they lie one after the other, each with a gap behind it."""
+    """Where each parameter begins if they follow each other, each with a gap behind it."""
     places, end = {}, 0
     for (name, size), gap in zip(sizes.items(), gaps or [0] * len(sizes), strict=True):
         places[name] = end
@@ -60,10 +60,10 @@ def end_to_end(*, sizes: Mapping[str, int], gaps: Sequence[int] | None = None) -
     return places
 
 
-def all_whole(*, sizes: Mapping[str, int]) -> list[Segment]:
-    """Whole parameters end to end in one flat tensor."""
+def full_segments(*, sizes: Mapping[str, int]) -> list[Segment]:
+    """Complete parameters end to end in one flat tensor."""
     places = end_to_end(sizes=sizes)
-    return [whole(name=n, numel=size, offset=places[n]) for n, size in sizes.items()]
+    return [full_segment(name=n, numel=size, offset=places[n]) for n, size in sizes.items()]
 
 
 def partition_size(*, numel: int, world: int) -> int:
@@ -79,7 +79,7 @@ def partition_padding(*, numel: int, size: int, rank: int) -> int:
 def partition_segments(
     *, places: Mapping[str, int], sizes: Mapping[str, int], size: int, rank: int
 ) -> list[Segment]:
-    """What lies in a rank's partition of `size`: a segment for every parameter, in that order.
+    """What a rank's partition of `size` holds: a segment for every parameter, in that order.
 
     `places`: where the parameters begin in the long tensor, as of `end_to_end`.
     """
@@ -104,7 +104,7 @@ def shard_range(*, numel: int, size: int, rank: int) -> tuple[int, int]:
 
 
 def shard_segments(*, sizes: Mapping[str, int], world: int, rank: int) -> list[Segment]:
-    """What lies in a rank's flat tensor of shards: a segment for every parameter, in that order."""
+    """What a rank's flat tensor of shards holds: a segment for every parameter, in that order."""
     segments, offset = [], 0
     for name, numel in sizes.items():
         size = shard_size(numel=numel, world=world)

@@ -165,11 +165,11 @@ class SavedEngine:
                     )
 
     def master(self, name: str) -> StoredTensor:
-        """A parameter's whole fp32 master, in its shape."""
+        """A parameter's complete fp32 master, in its shape."""
         return self._joined(name, [(s, f.master) for s, f in self._pieces[name]])
 
     def moment(self, name: str, key: str) -> StoredTensor:
-        """A parameter's whole optimizer state of its size, in its shape."""
+        """A parameter's complete optimizer state of its size, in its shape."""
         return self._joined(name, [(s, f.state[key]) for s, f in self._pieces[name]])
 
     def weight(self, name: str) -> StoredTensor:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.zero.partition import Segment, partition_segments, shard_segments, whole
+from harness.zero.partition import Segment, full_segment, partition_segments, shard_segments
 
 
 class ShardError(RuntimeError):
@@ -35,7 +35,7 @@ class Shard:
     rank: int = 0
     """This rank in the group."""
     group: dist.ProcessGroup | None = None
-    """The ranks that share the parameters; None where each has them whole."""
+    """The ranks that share the parameters; None where each has all of them."""
     device: torch.device | None = None
     """Where the group's collectives find their tensors."""
 
@@ -94,7 +94,7 @@ def _known(
 
 
 def _whole(name: str, flat: Tensor) -> Shard:
-    return Shard(((whole(name=name, numel=flat.numel()),),))
+    return Shard(((full_segment(name=name, numel=flat.numel()),),))
 
 
 def _clone(flat: Tensor, name: str, parameter: Tensor) -> Shard:
@@ -205,13 +205,13 @@ def _verify(flat: Tensor, shard: Shard, parameters: Mapping[str, Tensor]) -> Non
             )
 
 
-def _agree(well: bool, found: Sequence[Shard], group: Any, device: torch.device) -> str:
+def _agree(succeeded: bool, found: Sequence[Shard], group: Any, device: torch.device) -> str:
     """The error of this rank if another one failed, or if the layouts differ; empty if neither."""
     layout = zlib.crc32(repr([shard.segments for shard in found]).encode())
-    answers = torch.tensor([well, layout, -layout], dtype=torch.int64, device=device)
+    answers = torch.tensor([succeeded, layout, -layout], dtype=torch.int64, device=device)
     dist.all_reduce(answers, dist.ReduceOp.MIN, group=group)
-    all_well, least, most = answers.tolist()
-    if not all_well:
+    all_succeeded, least, most = answers.tolist()
+    if not all_succeeded:
         return "another rank does not know the layout of its shards; its own message says why"
     if least != -most:
         return "the ranks disagree on the layout of their shards: did they build the same model?"

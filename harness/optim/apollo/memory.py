@@ -7,11 +7,11 @@ from typing import Any
 from harness.optim.apollo.channels import ChannelPlan, matrices_of
 from harness.zero.partition import (
     end_to_end,
+    full_segment,
     partition_segments,
     partition_size,
     shard_segments,
     shards_numel,
-    whole,
 )
 from harness.zero.shards import Shard
 
@@ -53,7 +53,7 @@ def _shards(shapes: Shapes, stage: int, world: int, rank: int) -> Iterator[tuple
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     if stage == 0:
         for name, size in sizes.items():
-            yield Shard(((whole(name=name, numel=size),),)), size
+            yield Shard(((full_segment(name=name, numel=size),),)), size
         return
     if stage == 3:
         by_rank = [shard_segments(sizes=sizes, world=world, rank=of) for of in range(world)]
