@@ -279,7 +279,7 @@ def damage_a_copy(root: Path) -> str:
 def mix_saves(root: Path) -> str:
     path = place(root, "b", 6) / "manifest.json"
     path.write_text(path.read_text().replace('"saved_at": ', '"saved_at": 1'))
-    return "step-00000006: not of one save on all nodes"
+    return "step-00000006: not of the same save on all nodes"
 
 
 @pytest.mark.parametrize("damage", [lose_a_shard, lose_a_step, damage_a_copy, mix_saves])

@@ -80,7 +80,8 @@ def test_a_gan_and_its_average_equal_plain_torch(
     compare(config, expected, models)
     assert task.eval_data is not None and task.evaluate is not None
     plain["G"].module = average
-    found = task.evaluate(plain["G"], task.eval_data[:])["energy_distance"]
+    with torch.no_grad():
+        found = task.evaluate(plain["G"], task.eval_data[:])["energy_distance"]
     recorded = records(config, "eval/")[-1]["eval/G/energy_distance"]
     assert recorded == pytest.approx(float(found), abs=1e-5)
 
