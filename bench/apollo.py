@@ -1,10 +1,10 @@
-"""What a step of APOLLO costs, beside torch's AdamW and the authors' `apollo_torch`.
+"""The cost of an APOLLO step, compared with torch's AdamW and the authors' `apollo_torch`.
 
     python bench/apollo.py [--apollo-torch DIRECTORY] [--steps 20]
 
-Time: all of them step the same matrices with the same gradients in turn, in one process; medians.
+Time: all step the same matrices with the same gradients, interleaved in one process; medians.
 Bytes: the optimizer state of one process; and under ZeRO on 2 gloo ranks the state of a rank and
-what it hands to collectives in a step. DIRECTORY holds `apollo_torch`, if it is not installed:
+what it passes to collectives in a step. DIRECTORY contains `apollo_torch`, if it is not installed:
 `pip install --no-deps --target DIRECTORY apollo-torch`.
 """
 
@@ -88,7 +88,7 @@ def in_turn(
 
 
 def optimizers(rank: int, official: Any) -> Makers:
-    """Every optimizer's constructor, by name. `official`: the authors' own, if it is here."""
+    """Each optimizer's constructor, by name. `official`: the authors' class, if installed."""
     makers: Makers = {
         "adamw foreach": lambda p: torch.optim.AdamW(p, foreach=True),
         "adamw fused": lambda p: torch.optim.AdamW(p, fused=True),
@@ -144,8 +144,8 @@ class Wide(nn.Module):
 
 
 def bytes_under_zero(stage: int, mini: bool) -> tuple[int, int, int]:
-    """A rank's bytes of state, of what it hands to collectives in a step of the optimizer, and of
-    the gradients of the whole model in bf16."""
+    """Bytes of a rank's state, of what it passes to collectives in an optimizer step, and of the
+    full model's gradients in bf16."""
     import deepspeed
 
     model = Wide()
@@ -161,17 +161,17 @@ def bytes_under_zero(stage: int, mini: bool) -> tuple[int, int, int]:
     plain = optimizer.step
 
     def counting(collective: Callable[..., Any]) -> Callable[..., Any]:
-        def call(output: Tensor, given: Tensor, **options: Any) -> Any:
-            sent[0] += given.nbytes
-            return collective(output, given, **options)
+        def call(output: Tensor, input: Tensor, **options: Any) -> Any:
+            sent[0] += input.nbytes
+            return collective(output, input, **options)
 
         return call
 
     def step() -> None:
-        kept = dist.reduce_scatter_tensor, dist.all_gather_into_tensor
-        dist.reduce_scatter_tensor, dist.all_gather_into_tensor = map(counting, kept)
+        originals = dist.reduce_scatter_tensor, dist.all_gather_into_tensor
+        dist.reduce_scatter_tensor, dist.all_gather_into_tensor = map(counting, originals)
         plain()
-        dist.reduce_scatter_tensor, dist.all_gather_into_tensor = kept
+        dist.reduce_scatter_tensor, dist.all_gather_into_tensor = originals
 
     for _ in range(2):
         optimizer.step = step  # type: ignore[method-assign]

@@ -2,7 +2,7 @@
 
     python bench/apollo_memory.py
 
-Computed from shapes: nothing is allocated. Each number is that of the fullest rank, in MiB.
+Computed from shapes: nothing is allocated. Each number is that of the rank with the most, in MiB.
 """
 
 import sys

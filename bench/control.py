@@ -1,4 +1,4 @@
-"""What live control costs in a step without commands.
+"""The cost of live control per step without commands.
 
     python bench/control.py [--steps 300] [--step-ms 20] [--rounds 3]
 

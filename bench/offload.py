@@ -1,15 +1,15 @@
-"""What activation offload costs, and on a GPU what it saves.
+"""The cost of activation offload and, on a GPU, what it saves.
 
     python bench/offload.py [--model 1b|7b] [--lengths 8192 32768] [--rounds 5]
 
-On a CPU: the CPU time that one region takes beside its computing, for blocks too small to take any:
+On a CPU: the CPU time per region without its computation, for blocks too small to take any:
 without checkpointing, with torch's, and offloaded; medians over interleaved rounds.
 
 On a GPU: blocks of the default task in bf16, shaped as those of a model of 1 or 7 billion
 parameters, forward and backward of one sequence, without a head, whose logits would hide the rest.
-For every way: the peak of the device's memory, the time of a step beside plain checkpointing's
-(medians over interleaved rounds), the part of it that compute waits for copies, and the longest
-sequence that fits. `--longest 0` leaves out the last.
+For every way: the peak of the device's memory, the time of a step relative to plain checkpointing
+(medians over interleaved rounds), the fraction in which compute waits for copies, and the longest
+sequence that fits. `--longest 0` skips the last.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Tiny(nn.Module):
 
 
 def bookkeeping(regions: int, rounds: int) -> dict[str, float]:
-    """CPU seconds a region, forward and backward, by way."""
+    """CPU seconds per region, forward and backward, by way."""
     torch.set_num_threads(1)
     models = {way: nn.ModuleList(Tiny() for _ in range(regions)) for way in ("plain", "offload")}
     offload.attach(models["offload"], fraction="all", keep_last=0, min_bytes=0, host_bytes=1 << 26)
@@ -66,16 +66,17 @@ def bookkeeping(regions: int, rounds: int) -> dict[str, float]:
                 y = call(block, y)
             y.sum().backward()
             seconds[way].append((time.process_time() - started) / regions)
-    return {way: statistics.median(found[rounds // 10 :]) for way, found in seconds.items()}
+    return {way: statistics.median(values[rounds // 10 :]) for way, values in seconds.items()}
 
 
 def on_cpu(rounds: int) -> None:
-    """Prints what a region costs."""
-    found = bookkeeping(regions=32, rounds=rounds)
-    ratio = (found["offload"] - found["plain"]) / (found["checkpoint"] - found["plain"])
-    times = ", ".join(f"{way} {1e6 * seconds:.0f} us" for way, seconds in found.items())
+    """Prints the cost per region."""
+    measured = bookkeeping(regions=32, rounds=rounds)
+    plain_s = measured["plain"]
+    ratio = (measured["offload"] - plain_s) / (measured["checkpoint"] - plain_s)
+    times = ", ".join(f"{way} {1e6 * seconds:.0f} us" for way, seconds in measured.items())
     say(f"a region: {times}\n")
-    say(f"beside its computing, offload takes {ratio:.2f} x what checkpoint takes\n")
+    say(f"without its computation, offload takes {ratio:.2f} x what checkpoint takes\n")
 
 
 class Blocks(nn.Module):
@@ -109,9 +110,9 @@ def plain(model: Blocks) -> Iterator[AbstractContextManager[Any]]:
 @contextmanager
 def checkpointed(model: Blocks) -> Iterator[AbstractContextManager[Any]]:
     """torch's checkpointing."""
-    was, model.call = model.call, partial(checkpoint, use_reentrant=False)
+    original, model.call = model.call, partial(checkpoint, use_reentrant=False)
     yield nullcontext()
-    model.call = was
+    model.call = original
 
 
 @contextmanager
@@ -134,14 +135,14 @@ def deepspeed_offload(model: Blocks) -> Iterator[AbstractContextManager[Any]]:
         context.mark(x)  # as it does itself in blocks of transformers
         return checkpoint(block, x, *angles, use_reentrant=False)
 
-    was, model.call = model.call, call
+    original, model.call = model.call, call
     yield context
-    model.call = was
+    model.call = original
 
 
 @contextmanager
 def offloaded(
-    model: Blocks, settings: dict[str, Any], stats: Callable[[offload.Stats], None]
+    model: Blocks, settings: dict[str, Any], stats: Callable[[offload.OffloadStats], None]
 ) -> Iterator[AbstractContextManager[Any]]:
     """This package."""
     plan = offload.attach(model, fraction="all", **settings)
@@ -189,14 +190,14 @@ def on_gpu(name: str, lengths: list[int], rounds: int, most: int) -> None:
     """Prints a line for every way and length."""
     width, layers, heads = SHAPES[name]
     model = Blocks(width, layers, heads)
-    found: list[offload.Stats] = []
+    collected: list[offload.OffloadStats] = []
     ways: dict[str, Callable[..., Any]] = {
         "plain": plain,
         "checkpoint": checkpointed,
         "save_on_cpu": on_host,
         "deepspeed": deepspeed_offload,
-        "offload": partial(offloaded, settings={"mode": "inputs"}, stats=found.append),
-        "offload saved": partial(offloaded, settings={"mode": "saved"}, stats=found.append),
+        "offload": partial(offloaded, settings={"mode": "inputs"}, stats=collected.append),
+        "offload saved": partial(offloaded, settings={"mode": "saved"}, stats=collected.append),
     }
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {name}, {layers} blocks\n")
     for length in lengths:
@@ -205,14 +206,14 @@ def on_gpu(name: str, lengths: list[int], rounds: int, most: int) -> None:
         peaks, stalls = dict.fromkeys(fitting, 0), dict.fromkeys(fitting, 0.0)
         for _ in range(rounds):
             for way, make in fitting.items():
-                found.clear()
+                collected.clear()
                 torch.cuda.reset_peak_memory_stats()
                 with make(model) as context:
                     step(model, context, length)  # pins what it needs
                     seconds[way] += [step(model, context, length) for _ in range(3)]
                 peaks[way] = torch.cuda.max_memory_allocated()
-                if found:
-                    stalls[way] = found[0].stall_s / 4
+                if collected:
+                    stalls[way] = collected[0].stall_s / 4
         base = statistics.median(seconds["checkpoint"]) if "checkpoint" in fitting else None
         for way in ways:
             if way not in fitting:

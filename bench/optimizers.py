@@ -3,7 +3,7 @@
     python bench/optimizers.py [--steps 400] [--ranks 2] [--rank 32] [--lrs 1e-3 2e-3 5e-3 1e-2]
 
 Every optimizer gets the same grid of learning rates, the same data, and no weight decay. Prints
-each run as it ends, then the best of each optimizer and its state on the fullest rank.
+each run as it ends, then the best of each optimizer and its state on the rank with the most.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def config_of(directory: Path, optimizer: dict[str, Any], steps: int) -> Config:
-    """The default task with another optimizer, evaluated at its end alone."""
+    """The default task with another optimizer, evaluated only at its end."""
     overrides = {
         "run": {"dir": str(directory), "steps": steps},
         "engines": {"lm": {"scheduler": {"warmup": max(1, steps // 10)}}},

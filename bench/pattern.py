@@ -1,4 +1,4 @@
-"""What a codebook pattern costs per batch, beside a Python loop over timesteps and a plain copy.
+"""The cost of a codebook pattern per batch, compared with a Python loop and a plain copy.
 
     python bench/pattern.py [--codebooks 8] [--timesteps 1500] [--batch 8] [--vocabulary 128]
 

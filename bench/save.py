@@ -2,8 +2,8 @@
 
     python bench/save.py [--ranks 2] [--width 9200] [--rounds 3] [--directory DIR]
 
-Prints medians, each as a ratio to `cp` of the same bytes in the same rounds; all but the background
-stall, which is how long the training is held up, until everything is on the disk (fsync).
+Prints medians, also as ratios to `cp` of the same bytes in the same rounds. All but the background
+stall, which is the time that training is blocked, include writing everything to disk (fsync).
 """
 
 import argparse
@@ -42,7 +42,7 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
         "data": {"micro_batch_size": 1},
     }
     config = Config.model_validate(table)
-    behind = Config.model_validate(merge(table, {"checkpoint": {"background": True}}))
+    background_config = Config.model_validate(merge(table, {"checkpoint": {"background": True}}))
     task = load_task(config)
     rank, world_size = distributed.global_rank(), distributed.world_size()
     batches = train_batches(task.train_data, config.data, task.collate, 0, rank, world_size)
@@ -51,7 +51,7 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {}
     disks = find_disks(directory)
     saver = Saver(engines, batches, LiveConfig(config), disks)
-    background = Saver(engines, batches, LiveConfig(behind), disks)
+    background = Saver(engines, batches, LiveConfig(background_config), disks)
     target = directory / "bench/checkpoints/step-00000000"
 
     def ours() -> None:
@@ -69,8 +69,8 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     def stall() -> None:
         background.save({})
 
-    def settle() -> None:
-        """Nothing is left to be written by the time the next way begins."""
+    def clean_up() -> None:
+        """Finishes all writing before the next way begins."""
         background.wait()
         for name in ("copy", "plain"):
             if rank == 0:
@@ -79,7 +79,7 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
 
     ours()
     stall()  # the first one also allocates its buffers
-    settle()
+    clean_up()
     ways = [("cp", cp), ("deepspeed", deepspeed), ("harness", ours), ("background stall", stall)]
     for number in range(rounds):
         for name, way in ways[number % 4 :] + ways[: number % 4]:
@@ -88,7 +88,7 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
             way()
             took = time.perf_counter() - started
             seconds.setdefault(name, []).append(max(distributed.all_gather(took)))
-            settle()
+            clean_up()
     seconds["bytes"] = [float(sum(f.stat().st_size for f in target.rglob("*") if f.is_file()))]
     return seconds
 

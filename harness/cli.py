@@ -1,4 +1,4 @@
-"""The command `harness`: tools beside a run."""
+"""Command-line tools for runs, checkpoints and weight files."""
 
 import argparse
 import re
@@ -12,7 +12,7 @@ from harness.errors import HarnessError
 
 
 class Subcommand(NamedTuple):
-    """A row of COMMANDS. Packages that are slow to import are imported by `run` only."""
+    """A row of COMMANDS. Only `run` imports packages that are slow to import."""
 
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -21,11 +21,11 @@ class Subcommand(NamedTuple):
     description: str = ""
     epilog: str = "exit code: 0 done, 2 failed, 130 interrupted"
     uses_error_codes: bool = False
-    """Whether an error's own code is the exit code, and not 2."""
+    """Whether the exit code of an error is its own code, instead of 2."""
 
 
 def main() -> None:
-    """Runs a subcommand; a mistake of the user is one message and exit code 2."""
+    """Runs a subcommand; a user error is one message and exit code 2."""
     parser = argparse.ArgumentParser(prog="harness", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
@@ -47,7 +47,7 @@ def main() -> None:
         sys.exit(error.code if command.uses_error_codes else 2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader, like `head`, has closed the pipe
+    except BrokenPipeError:  # the reader, like `head`, closed the pipe
         sys.stderr.close()
     except OSError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -57,11 +57,11 @@ def main() -> None:
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `harness inspect`."""
     parser.add_argument("path", type=Path, help="run directory, checkpoint, .sft or .pt")
-    parser.add_argument("--verify", action="store_true", help="read all of it, and check every CRC")
+    parser.add_argument("--verify", action="store_true", help="read all data, and check every CRC")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Prints what a path holds."""
+    """Prints what a path contains."""
     from harness.checkpoint.inspect import describe_path
 
     for line in describe_path(args.path, args.verify):
@@ -71,7 +71,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def add_ctl_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `harness ctl`."""
-    parser.add_argument("--json", action="store_true", help="print every answer as a JSON object")
+    parser.add_argument("--json", action="store_true", help="print each answer as a JSON object")
     parser.add_argument("run_dir", type=Path, help="the job's run directory, on rank 0's machine")
     parser.add_argument("words", nargs="*", metavar="COMMAND", help="like: lr x0.5")
 
@@ -93,66 +93,67 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         type=Path,
         help="run directory, checkpoint directory (also of plain DeepSpeed, Accelerate, the HF "
-        "Trainer), one tag of it, a folder of Hugging Face shards, .sft or .pt",
+        "Trainer) or one of its tags, folder of Hugging Face shards, .sft or .pt",
     )
     add("dst", metavar="DST", type=Path, help=".sft, .safetensors, .pt or .pth")
     add(
         "--shard-size",
         metavar="SIZE",
         type=size,
-        help="like 5GB: DST is a new directory of Hugging Face shards and their index",
+        help="like 5GB: write Hugging Face shards and their index; DST must be a new directory",
     )
     add(
         "--dtype",
         choices=["fp32", "bf16", "fp16", "keep"],
-        help="of floating-point weights; keep: the dtype that the model computes in. fp32 for a "
-        "checkpoint (its master weights, bit for bit), keep for a file",
+        help="dtype of floating-point weights; keep: the dtype that the model computes in. "
+        "Default: fp32 for a checkpoint (its master weights, bit for bit), keep for a file",
     )
     add(
         "--what",
         choices=["weights", "ema", "optimizer", "all"],
         default="weights",
-        help="ema: the averages of ema_decay in place of the weights; optimizer: master weights "
+        help="ema: the EMA weights of ema_decay instead of the weights; optimizer: master weights "
         "and moments, as optimizer.KEY.NAME",
     )
-    add("--engine", metavar="NAME", help="which engine of a checkpoint of several")
+    add("--engine", metavar="NAME", help="engine to convert, if the checkpoint has several")
     add_zero_arguments(parser)
-    for option, what in (("include", "take only"), ("exclude", "leave out")):
+    for option, action in (("include", "keep only"), ("exclude", "skip")):
         add(
             f"--{option}",
             metavar="REGEX",
             action="append",
             default=[],
-            help=f"{what} tensors whose name it matches in part; may be repeated",
+            help=f"{action} tensors whose name contains a match of REGEX; may be repeated",
         )
     add(
         "--rename",
         metavar="OLD=NEW",
         action="append",
         default=[],
-        help="replace the regular expression OLD in names, like '^module\\.='; may be repeated",
+        help="replace matches of the regular expression OLD in names, like '^module\\.='; may be "
+        "repeated",
     )
     add("--dry-run", action="store_true", help="print what would be written")
     add(
         "--verify",
         action="store_true",
-        help="check the CRCs of what is read, that the layout is understood (ZeRO 1 and 2 at 16 "
-        "bits: weights are the rounded masters), and read back what was written",
+        help="check the CRCs of what is read and the layout (ZeRO 1 and 2 at 16 bits: weights must "
+        "be the rounded masters), and read back what was written",
     )
 
 
 def add_zero_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `harness convert` for a checkpoint as output."""
+    """Arguments of `harness convert` that write a checkpoint."""
     parser.add_argument(
         "--to-zero",
         metavar="STAGE",
         type=int,
         choices=[1, 2, 3],
-        help="write no weights, but a checkpoint that plain DeepSpeed loads at this ZeRO stage: "
-        "DST is a new directory. With --ranks, and --round-robin",
+        help="instead of weights, write a checkpoint that plain DeepSpeed loads at this ZeRO "
+        "stage; DST must be a new directory. See --ranks and --round-robin",
     )
     parser.add_argument(
-        "--ranks", metavar="N", type=int, help="how many ranks will load it; 1 by default"
+        "--ranks", metavar="N", type=int, help="number of ranks that will load it; default 1"
     )
     parser.add_argument(
         "--round-robin",
@@ -162,7 +163,7 @@ def add_zero_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    """Converts, and prints the result. SIGTERM cleans up as SIGINT does."""
+    """Converts, and prints the result. SIGTERM cleans up like SIGINT."""
     from harness.convert.convert import Options, convert
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -185,7 +186,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def size(text: str) -> int:
-    """Bytes from a text like 500MB or 5GB; units are powers of 1000, of 1024 with an i (GiB)."""
+    """Parses a size like 500MB or 5GiB into bytes; units are powers of 1000, with an i of 1024."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a size like 5GB")
@@ -201,24 +202,24 @@ def print_line(line: str) -> None:
 
 COMMANDS = {
     "inspect": Subcommand(
-        "what a checkpoint, an .sft or a .pt holds", add_inspect_arguments, run_inspect
+        "show what a checkpoint, .sft or .pt contains", add_inspect_arguments, run_inspect
     ),
     "ctl": Subcommand(
-        "commands to a running job",
+        "send commands to a running job",
         add_ctl_arguments,
         run_ctl,
         description="Sends a command to a running job, and waits for its result; without a "
-        "command, reads them from standard input, or a prompt. `harness ctl RUN_DIR help` lists "
-        "them.",
+        "command, reads commands from standard input or a prompt. `harness ctl RUN_DIR help` "
+        "lists all commands.",
         epilog="exit code: 0 done, 1 failed, 2 rejected, 3 no answer",
         uses_error_codes=True,
     ),
     "convert": Subcommand(
-        "a checkpoint into plain weights, or weights into another format",
+        "convert a checkpoint to plain weights, or weights to another format",
         add_convert_arguments,
         run_convert,
-        description="Streams the weights of any DeepSpeed checkpoint, or of a file, to DST: peak "
-        "memory does not depend on their size. DST appears complete, or not at all.",
+        description="Streams the weights of any DeepSpeed checkpoint, or of a file, to DST, in "
+        "constant memory. DST appears complete, or not at all.",
     ),
 }
 

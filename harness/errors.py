@@ -1,23 +1,24 @@
-"""Errors that are addressed to the user: one readable message, an exit code, no traceback.
+"""Errors for the user: one readable message, an exit code, no traceback.
 
-Where the ranks have agreed on an error (`distributed.raise_on_all_ranks`), rank 0 speaks for all.
+An error that is raised on all ranks (`distributed.raise_on_all_ranks`) is printed by rank 0 only.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import islice
 from pathlib import Path
 
 
 class HarnessError(Exception):
-    """What the user can fix: the entry point prints the message and exits with `code`."""
+    """An error that the user can fix: the entry point prints the message and exits with `code`."""
 
     code = 1
-    agreed = False
-    """Whether every rank has raised the same error."""
+    on_all_ranks = False
+    """Whether every rank raises the same error."""
 
 
 class ConfigError(HarnessError):
-    """A wrong, missing or impossible setting: the same start again fails in the same way."""
+    """A wrong, missing or impossible setting: starting again fails in the same way."""
 
     code = 2
 
@@ -27,11 +28,12 @@ class CheckpointError(HarnessError):
 
 
 class FormatError(HarnessError):
-    """A file of weights that is damaged, hostile or of another format; or data it cannot hold."""
+    """A file of weights that is damaged, malicious or in another format; or data that the format
+    cannot hold."""
 
 
 class CommandError(HarnessError):
-    """A control command that cannot be understood or executed; the run continues."""
+    """A command that is invalid or cannot be executed; the run continues."""
 
 
 class TaskError(HarnessError):
@@ -39,21 +41,29 @@ class TaskError(HarnessError):
 
 
 class LostRank(HarnessError):
-    """Another rank is gone or does not answer: its process, its node or the network."""
+    """Another rank is gone or does not respond: its process, its node or the network failed."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'steps'?)"` for the known word nearest to `word`, or an empty string."""
+    """`" (did you mean 'steps'?)"` with the known word closest to `word`, or an empty string."""
     import difflib  # late: only errors need it
 
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def compile_pattern(text: str) -> re.Pattern[str]:
+    """Compiles a regular expression of the user. Raises ValueError, which quotes it."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+
+
 def first_few(items: Iterable[object], most: int = 6, between: str = ", ") -> str:
     """`"a, b and 3 more"`: the first `most` items as text, and the number of the others.
 
-    Of an iterator, which may be endless, only one more is read: "a, b, ...".
+    An iterator may be endless, so only one more item is read: "a, b, ...".
     """
     iterator = iter(items)
     text = between.join(map(str, islice(iterator, most)))
@@ -63,14 +73,14 @@ def first_few(items: Iterable[object], most: int = 6, between: str = ", ") -> st
 
 
 def written_by(rank: int, hosts: Sequence[str]) -> str:
-    """The rank that wrote a file of a checkpoint. `hosts`: by rank, as the manifest lists them."""
+    """The rank that wrote a file of a checkpoint. `hosts`: by rank, as in the manifest."""
     return f"rank {rank} on host {hosts[rank]}" if 0 <= rank < len(hosts) else "an unknown rank"
 
 
 def missing_files(directory: Path, files: Mapping[str, str], hosts: Iterable[str]) -> str:
     """One line about missing files of a checkpoint and where to find them.
 
-    `files`: their names, each with its `written_by`. `hosts`: those where they are missing.
+    `files`: their names, each with its `written_by`. `hosts`: where they are missing.
     """
     by_writer: dict[str, list[str]] = {}
     for name, writer in files.items():

@@ -1,14 +1,12 @@
-"""Evaluation on the held-out data: each rank its share, in equally many micro-batches."""
+"""Evaluation on the held-out data, split over the ranks into equally many micro-batches."""
 
 from collections.abc import Callable
 
 import torch
 
 from harness import distributed
-from harness.config import Config
 from harness.data.loader import eval_shares
 from harness.engine.engines import Engines
-from harness.errors import ConfigError, TaskError
 from harness.task import Task
 from harness.utils import to_device
 
@@ -19,7 +17,7 @@ def evaluate(
     """The trained engines' losses and stats on `task.eval_data`, averaged over its samples.
 
     Collective; the same result on every rank. The engines are in evaluation mode meanwhile, with
-    their EMA weights where they keep any. None if `should_stop`, which every rank calls after each
+    their EMA weights if they keep them. None if `should_stop`, which every rank calls after each
     micro-batch, returned True. A failure on one rank is raised on all of them, once the others have
     evaluated their shares.
     """
@@ -55,19 +53,8 @@ def evaluate(
 
 
 def _means(engines: Engines, task: Task, share: range) -> dict[str, torch.Tensor]:
-    """The means of one micro-batch; none if its share is empty, when they may be NaN."""
+    """The means over one micro-batch; none for an empty share, whose values are meaningless."""
     assert task.eval_data is not None
     batch = task.collate([task.eval_data[index] for index in share or [0]])
     stats = engines.evaluate(to_device(batch, distributed.device()))
     return {n: torch.as_tensor(v).to(torch.float64).mean() for n, v in stats.items() if share}
-
-
-def check_eval_data(task: Task, config: Config) -> None:
-    """Raises ConfigError or TaskError if the evaluation that is asked for has no usable data."""
-    if task.eval_data is None:
-        if config.trainer.eval_every:
-            raise ConfigError("trainer.eval_every is set, but the task has no eval_data")
-    elif not (hasattr(task.eval_data, "__getitem__") and hasattr(task.eval_data, "__len__")):
-        raise TaskError("eval_data is not a map-style dataset (`__len__` and `__getitem__`)")
-    elif len(task.eval_data) == 0:
-        raise TaskError(f"eval_data: {type(task.eval_data).__name__} has no items")

@@ -1,7 +1,6 @@
-"""What each command does to a run, between two steps, and what it answers.
+"""Executes commands between two steps of a run, and answers queries.
 
-It is beside trainer.py rather than in control/, which transports commands and knows neither the
-trainer nor the engines.
+This is not part of control/, which transports commands and knows neither trainer nor engines.
 """
 
 from collections.abc import Iterable
@@ -15,14 +14,13 @@ from harness.control.grammar import Grammar
 from harness.control.live import LiveConfig, live_keys, value_of
 from harness.engine.engines import Engines
 from harness.errors import CommandError
-from harness.evaluate import check_eval_data
 from harness.logs import set_log_level
 from harness.metrics.status import Status
-from harness.task import Task
+from harness.task import Task, check_eval_data
 
 
-class Run(Protocol):
-    """What commands do to a run: `trainer.Trainer` does it."""
+class CommandTarget(Protocol):
+    """What commands are executed on: `trainer.Trainer`."""
 
     live: LiveConfig
     task: Task
@@ -41,10 +39,10 @@ class Run(Protocol):
     def trace(self, steps: int, ticket: Ticket) -> None: ...
 
 
-def execute(run: Run, ticket: Ticket) -> str | None:
+def execute(run: CommandTarget, ticket: Ticket) -> str | None:
     """Executes a command other than save. Every rank calls it.
 
-    Returns the answer, or None if that comes later. Raises HarnessError if the command fails.
+    Returns the answer, or None if it follows later. Raises HarnessError if the command fails.
     """
     match ticket.command:
         case c.Export(format):
@@ -53,7 +51,7 @@ def execute(run: Run, ticket: Ticket) -> str | None:
             return _evaluate(run)
         case c.Quit() as command:
             run.ending = command
-            return "the run ends here"
+            return "ending the run"
         case c.Pause() | c.Resume() as command:
             return _pause_or_resume(run, command)
         case c.SetLr() | c.ScaleLr() | c.FollowSchedule() as command:
@@ -89,8 +87,8 @@ def answer(
     match query:
         case c.Help():
             return grammar.help()
-        case c.Status():
-            return "\n".join([status.line(), *engines.overrides(), *live.changes()])
+        case c.ShowStatus():
+            return "\n".join([status.line(), *engines.describe_overrides(), *live.changes()])
         case c.TimeLeft(step):
             return status.time_left(step)
         case c.ShowEvents():
@@ -101,7 +99,7 @@ def answer(
             raise AssertionError(query)
 
 
-def _evaluate(run: Run) -> str:
+def _evaluate(run: CommandTarget) -> str:
     result = run.evaluate()
     if result is None:
         has_data = run.task.eval_data is not None
@@ -111,7 +109,7 @@ def _evaluate(run: Run) -> str:
     return result
 
 
-def _pause_or_resume(run: Run, command: c.Pause | c.Resume) -> str:
+def _pause_or_resume(run: CommandTarget, command: c.Pause | c.Resume) -> str:
     if isinstance(command, c.Pause):
         if run.is_over():
             raise CommandError("this was the last step")
@@ -150,7 +148,7 @@ def _set_clip(engines: Engines, norm: float, name: str | None) -> str:
     return f"gradients are clipped to {norm:g}" if norm else "gradients are not clipped"
 
 
-def _set(run: Run, key: str, text: str) -> str:
+def _set(run: CommandTarget, key: str, text: str) -> str:
     """Changes a live key, and what depends on it. Raises HarnessError, with nothing changed."""
     old, new = run.live.config, run.live.with_changes({key: text})
     check_eval_data(run.task, new)
@@ -160,7 +158,7 @@ def _set(run: Run, key: str, text: str) -> str:
     return f"{key} = {value_of(new, key)} (was {value_of(old, key)})"
 
 
-def _add_event(run: Run, command: c.At | c.Every) -> str:
+def _add_event(run: CommandTarget, command: c.At | c.Every) -> str:
     step, events = run.engines.global_step, run.live.events
     if isinstance(command, c.Every):
         return str(events.add(command.command, step, every=command.n))

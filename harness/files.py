@@ -1,4 +1,4 @@
-"""Files that another process may read: by atomic rename, or a whole line at a time; locks."""
+"""Files that another process may read: atomic rename, append by complete lines; locks."""
 
 import ctypes
 import errno
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary path beside `path`, syncs the file, and renames it to `path`.
+    """Calls `write` with a temporary path next to `path`, syncs the file, and renames it to `path`.
 
     A reader sees all of the old file or all of the new one. On an error the old file stays.
     """
@@ -29,7 +29,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         staged.replace(path)
     except OSError as error:
-        if str(error.filename) == str(staged):  # of which its user knows nothing
+        if str(error.filename) == str(staged):  # a path that the user does not know
             error.filename = str(path)
         raise
     finally:
@@ -46,10 +46,10 @@ def sync_directory(path: Path) -> None:
 
 
 def reserve(file: int, size: int, path: Path) -> None:
-    """Gives a new file (a descriptor) its size and, where the file system can, room on the disk.
+    """Sets the size of a new file (a descriptor), and reserves its disk space if possible.
 
-    With its blocks reserved, a file is also written a quarter faster. Raises OSError, which names
-    `path`, if there is no room.
+    Writing to reserved blocks is also a quarter faster. Raises OSError, which names `path`, if
+    there is not enough space.
     """
     disk = os.fstatvfs(file)
     code = errno.ENOSPC if disk.f_bavail * disk.f_frsize < size else 0
@@ -65,9 +65,10 @@ def reserve(file: int, size: int, path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds a lock file, which says who has it. The system lets go of it when the process ends.
+    """Holds a lock file, which names its owner. The system releases it when the process ends.
 
-    Makes its directory, of mode 0700, if needed. Raises BlockingIOError if another process has it.
+    Makes its directory, with mode 0700, if needed. Raises BlockingIOError if another process
+    has it.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -88,18 +89,18 @@ def json_write(value: Any, path: Path) -> None:
 
 
 def json_line(record: Mapping[str, Any], digits: int = 9) -> str:
-    """One compact JSON object on one line, floats cut to `digits` significant digits.
+    """A JSON object on one line, floats rounded to `digits` significant digits.
 
-    JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf".
+    JSON has no NaN or infinity: they become the strings "nan", "inf" and "-inf".
     """
     return json.dumps({key: truncate(value, digits) for key, value in record.items()})
 
 
 class JsonLines:
-    """Appends JSON objects to a file, one a line; any thread may write.
+    """Appends JSON objects to a file, one per line; any thread may write.
 
-    What cannot be written (a full disk) is logged once, and lost: one rank's history must not end
-    the run. A line that was cut off, now or by an earlier crash, is ended before the next one.
+    A write error (a full disk) is logged once, and the records are lost: it must not end the run.
+    An incomplete line, by an error or an earlier crash, is terminated before the next one.
     """
 
     def __init__(self, path: Path):
@@ -114,7 +115,7 @@ class JsonLines:
         """Appends `json_line(record, digits)`."""
         line = json_line(record, digits).encode() + b"\n"
         with self._lock:
-            if self._file.closed:  # a thread that comes too late
+            if self._file.closed:  # a thread that outlived the run
                 return
             try:
                 text = b"\n" + line if self._is_cut else line
@@ -134,14 +135,14 @@ class JsonLines:
 
 
 def truncate(value: Any, digits: int = 9) -> Any:
-    """A float with `digits` significant digits (or its name, if it is not finite); others as is."""
+    """A float rounded to `digits` significant digits, as text if not finite; others unchanged."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)
 
 
 def toml_write(tables: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Writes tables of plain values (None is left out), deeper tables inline."""
+    """Writes tables of plain values (None is omitted), nested tables inline."""
     text = "\n".join(
         f"[{name}]\n"
         + "".join(f"{_key(k)} = {_toml(v)}\n" for k, v in table.items() if v is not None)

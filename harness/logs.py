@@ -1,6 +1,6 @@
-"""Terminal and log file: one place for what a rank prints and logs.
+"""Logging to the terminal and to the log file.
 
-Every line of the log carries its rank. Rank 0 logs from INFO on, the other ranks from WARNING on.
+Each line has its rank. Rank 0 logs at INFO and above, the other ranks at WARNING and above.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ LINES_BEFORE_THE_FILE = 10_000
 
 def write_to_terminal(text: str) -> None:
     """Writes a line to standard error, above a progress bar."""
-    with contextlib.suppress(OSError):  # a terminal that is gone must not end the run
+    with contextlib.suppress(OSError):  # a closed terminal must not end the run
         tqdm.write(text, file=sys.stderr)
 
 
@@ -32,31 +32,31 @@ def configure_logging() -> None:
     logger = logging.getLogger("harness")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    earlier = (_TerminalHandler, MemoryHandler)
-    logger.handlers = [h for h in logger.handlers if not isinstance(h, earlier)]
+    previous = (_TerminalHandler, MemoryHandler)
+    logger.handlers = [h for h in logger.handlers if not isinstance(h, previous)]
     for handler in (_TerminalHandler(), MemoryHandler(capacity=LINES_BEFORE_THE_FILE)):
         _set_up(handler)
         logger.addHandler(handler)
 
 
 def log_to_file(path: Path) -> logging.Handler:
-    """Appends the log to a file that all ranks share, line by line. Returns the handler.
+    """Appends the log to a file shared by all ranks. Returns the handler.
 
-    The lines logged since `configure_logging` come first.
+    Starts with the lines logged since `configure_logging`.
     """
     handler = logging.FileHandler(path)
     _set_up(handler)
     logger = logging.getLogger("harness")
-    for early in [h for h in logger.handlers if isinstance(h, MemoryHandler)]:
-        early.setTarget(handler)
-        early.close()
-        logger.removeHandler(early)
+    for buffer in [h for h in logger.handlers if isinstance(h, MemoryHandler)]:
+        buffer.setTarget(handler)
+        buffer.close()
+        logger.removeHandler(buffer)
     logger.addHandler(handler)
     return handler
 
 
 def set_log_level(level: str) -> None:
-    """Logs from a level on ("debug", "info", ...); ranks other than 0 from WARNING on at least."""
+    """Sets the log level ("debug", "info", ...); on ranks other than 0, at least WARNING."""
     logger = logging.getLogger("harness")
     logger.setLevel(level.upper())
     for handler in logger.handlers:
@@ -70,5 +70,5 @@ def _set_up(handler: logging.Handler) -> None:
 
 
 def _rank() -> int:
-    """This process's rank, as `distributed.global_rank`, which is above this module."""
+    """This process's rank; `distributed.global_rank` is above this module."""
     return int(os.environ.get("RANK", 0))

@@ -1,15 +1,15 @@
 """Codebook patterns: the order in which a model sees the tokens of several codebooks.
 
-An audio codec gives K tokens at every timestep. A pattern assigns each of them a step of a
-sequence, which a language model can then predict step by step. The idea, and the names, are from
-Copet et al., "Simple and Controllable Music Generation" (MusicGen), 2023; coarse first is the order
-of VALL-E (Wang et al., "Neural Codec Language Models are Zero-Shot Text to Speech Synthesizers",
-2023).
+An audio codec produces K tokens per timestep. A pattern assigns each token to a step of a
+sequence, which a language model then predicts step by step. The idea, and the names, are from
+Copet et al., "Simple and Controllable Music Generation" (MusicGen), 2023; "coarse first" is the
+order of VALL-E (Wang et al., "Neural Codec Language Models are Zero-Shot Text to Speech
+Synthesizers", 2023).
 
     sequence_BKS, mask_KS = delay(codebooks, timesteps).build(tokens_BKT, empty=1024)
 
 Tensor names end in their shape: B batch, K codebooks, T timesteps, S steps of the sequence, V
-vocabulary. Step 0 is empty for all codebooks: from it the first tokens are predicted.
+vocabulary. Step 0 is empty for all codebooks: the first tokens are predicted from it.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,27 +19,27 @@ import torch
 from torch import Tensor
 
 CACHED = 256
-"""Patterns that are cached, by their arguments, since every batch needs one."""
+"""Number of patterns cached by arguments, since every batch needs one."""
 
 
 class Pattern:
-    """A step for each token, which is given by codebook and timestep.
+    """The step of each token, by codebook and timestep.
 
-    The indices are cached on every device on which the pattern is used.
+    The indices are cached on each device that uses the pattern.
     """
 
     def __init__(self, step_KT: Tensor):
         """`step_KT`: the step of each token, int64, at least 1.
 
-        Raises ValueError for a step below 1, or one with two tokens of one codebook.
+        Raises ValueError for a step < 1, or one with two tokens of the same codebook.
         """
         if step_KT.dim() != 2 or step_KT.dtype != torch.int64 or not step_KT.numel():
             raise ValueError(
-                f"a pattern is an int64 tensor [codebooks, timesteps], found {step_KT.dtype} "
-                f"{list(step_KT.shape)}"
+                f"found {step_KT.dtype} {list(step_KT.shape)}, expected a non-empty int64 tensor "
+                "[codebooks, timesteps]"
             )
         if (first := int(step_KT.min())) < 1:
-            raise ValueError(f"step {first}: expected steps >= 1, since step 0 is empty")
+            raise ValueError(f"found step {first}, expected steps >= 1, since step 0 is empty")
         self.codebooks, self.timesteps = step_KT.shape
         self.steps = int(step_KT.max()) + 1
         """The length of a complete sequence, step 0 included."""
@@ -47,7 +47,7 @@ class Pattern:
         counts_KS.scatter_add_(1, step_KT.cpu(), torch.ones_like(step_KT, device="cpu"))
         if int(counts_KS.max()) > 1:
             codebook, step = (counts_KS > 1).nonzero()[0].tolist()
-            raise ValueError(f"step {step} holds more than one token of codebook {codebook}")
+            raise ValueError(f"step {step} has more than one token of codebook {codebook}")
         self._step_KT = {torch.device("cpu"): step_KT.cpu()}
         self._mask_KS = {torch.device("cpu"): counts_KS > 0}
 
@@ -67,8 +67,8 @@ class Pattern:
         batch, *shape = tokens_BKT.shape
         if shape != [self.codebooks, self.timesteps]:
             raise ValueError(
-                f"this pattern is for tokens [batch, {self.codebooks}, {self.timesteps}], found "
-                f"{list(tokens_BKT.shape)}"
+                f"found tokens of shape {list(tokens_BKT.shape)}, expected "
+                f"[batch, {self.codebooks}, {self.timesteps}]"
             )
         sequence_BKS = tokens_BKT.new_full((batch, self.codebooks, self.steps), empty)
         step_1KT = self.step_KT(tokens_BKT.device)[None]
@@ -78,16 +78,16 @@ class Pattern:
     def revert(self, sequence_BKS: Tensor, empty: int) -> tuple[Tensor, Tensor]:
         """`(tokens_BKT, mask_KT)`: the inverse of `build`.
 
-        A sequence may be incomplete, with the first steps only: the missing tokens are `empty`, and
-        False in the mask. Raises ValueError for another number of codebooks, or more steps.
+        The sequence may have only the first steps: the missing tokens are `empty`, and False in the
+        mask. Raises ValueError for another number of codebooks, or too many steps.
         """
         return self._revert(sequence_BKS, 0, empty)
 
     def revert_logits(self, logits_BKSV: Tensor, empty: float = 0.0) -> tuple[Tensor, Tensor]:
         """`(logits_BKTV, mask_KT)`, for a model that predicts the next step at each step.
 
-        Its input is all steps but the last, `sequence_BKS[..., :-1]`, or fewer: the missing logits
-        are `empty`, and False in the mask. Raises as `revert` does.
+        The model's input is all steps but the last, `sequence_BKS[..., :-1]`, or fewer: the missing
+        logits are `empty`, and False in the mask. Raises as `revert` does.
         """
         return self._revert(logits_BKSV, 1, empty)
 
@@ -97,12 +97,12 @@ class Pattern:
         complete = self.steps - shift
         if codebooks != self.codebooks or steps > complete:
             raise ValueError(
-                f"this pattern is for [batch, {self.codebooks}, at most {complete}, ...], found "
-                f"{list(values.shape)}"
+                f"found shape {list(values.shape)}, expected "
+                f"[batch, {self.codebooks}, at most {complete}, ...]"
             )
         step_KT = self.step_KT(values.device) - shift
         mask_KT = step_KT < steps
-        if steps < complete:  # missing values are read from one more step, which is empty
+        if steps < complete:  # missing values are read from an extra, empty step
             values = torch.cat([values, values.new_full((batch, codebooks, 1, *rest), empty)], 2)
             step_KT = step_KT.where(mask_KT, steps)
         row_K1 = torch.arange(codebooks, device=values.device)[:, None]
@@ -121,7 +121,7 @@ def parallel(codebooks: int, timesteps: int) -> Pattern:
 
 
 def delay(codebooks: int, timesteps: int, delays: Sequence[int] | None = None) -> Pattern:
-    """Codebook k at `delays[k]` steps after its timestep; by default k."""
+    """Codebook k is delayed by `delays[k]` steps; default: k."""
     delays = _one_per_codebook("delays", range(codebooks) if delays is None else delays, codebooks)
     return regular(timesteps, delays)
 
@@ -132,8 +132,8 @@ def unrolled(
     flattening: Sequence[int] | None = None,
     delays: Sequence[int] | None = None,
 ) -> Pattern:
-    """Each timestep as several steps: codebook k at its inner step `flattening[k]`, by default k,
-    and `delays[k]` timesteps late. [0, 1, 1, 1] is the paper's partial flattening."""
+    """Each timestep as several steps: codebook k at inner step `flattening[k]` (default: k), and
+    delayed by `delays[k]` timesteps. [0, 1, 1, 1] is the paper's partial flattening."""
     inner = range(codebooks) if flattening is None else flattening
     inner = _one_per_codebook("flattening", inner, codebooks)
     late = _one_per_codebook("delays", (0,) * codebooks if delays is None else delays, codebooks)
@@ -143,20 +143,20 @@ def unrolled(
 
 
 def coarse_first(codebooks: int, timesteps: int, delays: Sequence[int] | None = None) -> Pattern:
-    """All of codebook 0, then the others in parallel; codebook k is `delays[k]` steps late."""
+    """All of codebook 0, then the others in parallel, codebook k delayed by `delays[k]` steps."""
     late = _one_per_codebook("delays", (0,) * codebooks if delays is None else delays, codebooks)
     return regular(timesteps, (late[0], *(timesteps + d for d in late[1:])))
 
 
 @lru_cache(CACHED)
 def regular(timesteps: int, starts: tuple[int, ...], stride: int = 1) -> Pattern:
-    """Codebook k at the steps `1 + starts[k]`, and every `stride`-th after it."""
+    """Codebook k at step `1 + starts[k]` and every `stride`-th step after it."""
     starts_K1 = torch.tensor(starts, dtype=torch.int64)[:, None]
     return Pattern(1 + starts_K1 + stride * torch.arange(timesteps))
 
 
 def from_steps(steps: Sequence[Collection[tuple[int, int]]]) -> Pattern:
-    """Any pattern: `steps[s]` holds the `(timestep, codebook)` of the tokens at step s + 1.
+    """Any pattern: `steps[s]` lists the `(timestep, codebook)` of the tokens at step s + 1.
 
     Raises ValueError if a token is missing, or has two steps.
     """

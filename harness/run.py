@@ -1,4 +1,4 @@
-"""A run from its config to its end, as named steps: task, engines, run directory, loop."""
+"""A run from its config to its end, in named steps: task, engines, run directory, loop."""
 
 import logging
 import socket
@@ -22,14 +22,13 @@ from harness.data.loader import Batches, train_batches
 from harness.distributed.network import raise_lost_rank
 from harness.engine.engines import Engines, build_engines
 from harness.errors import ConfigError, TaskError
-from harness.evaluate import check_eval_data
 from harness.execute import answer
 from harness.logs import configure_logging
 from harness.metrics.progress import Progress
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
 from harness.metrics.status import Status
 from harness.run_directory import RunDirectory
-from harness.task import Task, load_task
+from harness.task import Task, check_eval_data, load_task
 from harness.trainer import Trainer
 from harness.utils import flattened
 from harness.wrapper import attention_backend
@@ -43,8 +42,8 @@ def run(config: Config) -> int:
     """Trains what the config describes. Every rank calls it; it ends on all of them together.
 
     Returns the exit code: 0, or 128 + the number of the signal that ended the run. Raises
-    HarnessError, on all ranks, for what the user can fix; until the models, the data and the
-    checkpoint have proved good, nothing is written but an earlier run's log.
+    HarnessError, on all ranks, for what the user can fix; until models, data and checkpoint have
+    been validated, nothing is written except to an earlier run's log.
     """
     with raise_lost_rank(config.run.timeout_s):
         distributed.init(config.run.timeout_s, join)
@@ -55,7 +54,7 @@ def run(config: Config) -> int:
 
 
 def run_in_world(config: Config) -> int:
-    """What `run` does once all ranks have joined the world."""
+    """`run`, once all ranks have joined the world."""
     configure_logging()
     _check_same_config(config)
     signals = Signals()
@@ -86,26 +85,28 @@ def run_in_world(config: Config) -> int:
 def _restore(
     config: Config, directory: RunDirectory, engines: Engines, batches: Batches, live: LiveConfig
 ) -> Path | None:
-    """Puts the run at its start: a checkpoint, given weights, or the task's own. Collective.
+    """Loads the run's starting point: a checkpoint, `init_from`, or the task's weights. Collective.
 
-    Returns the checkpoint. What it starts from has been checked before the directory is made.
+    Returns the checkpoint, if any. It is validated before the directory is created.
     """
-    checkpoint = resume.choose(config.run.resume, directory.checkpoints, engines, directory.disks)
-    weights = init_weights.find(engines, config.engines, resumes=checkpoint is not None)
+    checkpoint = resume.choose_checkpoint(
+        config.run.resume, directory.checkpoints, engines, directory.disks
+    )
+    weights = init_weights.find_weights(engines, config.engines, resumes=checkpoint is not None)
     directory.create()
-    # Other dropout on every rank.
+    # Different dropout on every rank.
     distributed.seed_everything(config.run.seed + distributed.global_rank())
-    for name, given in weights.items():
-        init_weights.fill(engines[name], given)
+    for name, loaded in weights.items():
+        init_weights.load_weights(engines[name], loaded)
     if checkpoint is not None:
-        resume.resume(checkpoint, engines, batches, live)
+        resume.restore(checkpoint, engines, batches, live)
     return checkpoint
 
 
 def _check_same_config(config: Config) -> None:
-    """Raises ConfigError if the ranks were given different configs, but for paths. Collective.
+    """Raises ConfigError if the configs of the ranks differ, except for paths. Collective.
 
-    Each node may have read a file of its own; and DeepSpeed's JSON is another one.
+    Each node may have read its own files, the config as well as DeepSpeed's JSON.
     """
     settings = dict(flattened(config.model_dump()))
     for name, engine in config.engines.items():
@@ -113,12 +114,12 @@ def _check_same_config(config: Config) -> None:
     per_rank = distributed.all_gather(settings)
     with distributed.raise_on_all_ranks("config"):
         for key in sorted(set().union(*per_rank)):
-            values = [given.get(key) for given in per_rank]
+            values = [settings.get(key) for settings in per_rank]
             for rank, value in enumerate(values):
                 if value != values[0] and not isinstance(value, Path):
                     raise ConfigError(
-                        f"the ranks were given different configs: {key} is {value!r} on rank "
-                        f"{rank}, and {values[0]!r} on rank 0"
+                        f"the configs of the ranks differ: {key} is {value!r} on rank {rank}, and "
+                        f"{values[0]!r} on rank 0"
                     )
 
 
@@ -143,7 +144,7 @@ def _build_task(config: Config) -> tuple[Task, Batches]:
 
 
 def _use_attention_backend(config: Config, engines: Engines, stack: ExitStack) -> None:
-    """Has models use the configured attention back end while the stack is open. Collective."""
+    """Makes models use the configured attention back end while the stack is open. Collective."""
     with distributed.raise_on_all_ranks("optimizations.attention"):
         dtypes = {engine.dtype for engine in engines.values()}
         backend = config.optimizations.attention
@@ -158,7 +159,7 @@ def _build_control(
     status: Status,
     stack: ExitStack,
 ) -> Bus:
-    """The bus, and on rank 0 its history and what commands come from. Collective."""
+    """The bus, and on rank 0 its audit log and its fronts. Collective."""
     config = live.config
     helps = {name: getdoc(function) or "" for name, function in task.commands.items()}
     grammar = Grammar([engine.name for engine in engines.trained], helps)
@@ -175,19 +176,23 @@ def _build_control(
 
 
 def _open_fronts(config: Config, bus: Bus, stack: ExitStack) -> None:
-    """Opens what commands come from; the bus answers what is left before they close."""
+    """Opens the sources of commands; the bus answers pending commands before they close."""
     if config.control.socket:
         try:
             stack.callback(SocketFront(bus, config.run_dir).close)
-        except OSError as error:  # a file system without sockets must not keep anyone from training
-            log.warning("no socket in %s, so no `harness ctl`: %s", config.run_dir, error)
+        except OSError as error:  # e.g. a file system without sockets: train anyway
+            log.warning(
+                "`harness ctl` is not available: cannot create a socket in %s: %s",
+                config.run_dir,
+                error,
+            )
     stack.callback(bus.close)
     if config.control.stdin:
         stack.callback(StdinFront(bus).close)
 
 
 def _open_sinks(config: Config, step: int, stack: ExitStack) -> list[Sink]:
-    """On rank 0 what receives the metrics, cut off after `step`; elsewhere nothing. Collective."""
+    """The metric sinks, truncated after `step`, on rank 0; elsewhere none. Collective."""
     sinks: list[Sink] = []
     with distributed.raise_on_all_ranks(f"run directory {config.run_dir}"):
         if distributed.is_global_leader():
@@ -219,5 +224,5 @@ def _log_start(live: LiveConfig, engines: Engines) -> None:
         distributed.device().type,
         socket.gethostname(),
     )
-    for change in (*engines.overrides(), *live.changes()):
+    for change in (*engines.describe_overrides(), *live.changes()):
         log.info("restored live change: %s", change)

@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 
 
 class RunDirectory:
-    """One run directory, the same path on every rank and maybe on several disks. A context.
+    """One run directory, the same path on every rank, possibly on several disks. A context.
 
-    An earlier run's directory is locked, and logged into, when the context is entered: before
-    anything is read from it, and so that its log says why it cannot be resumed. A new one is made
-    by `create`, once everything else has proved good. At the end `log.txt` says why the run ended.
+    Entering the context locks an earlier run's directory before anything is read from it, and opens
+    its log, so that it records why the run cannot be resumed. A new directory is made by `create`,
+    once everything else has been validated. On an error, `log.txt` records why the run ended.
     """
 
     def __init__(self, config: Config):
-        """Collective. Raises HarnessError, on all ranks, if the path cannot be looked into."""
+        """Collective. Raises HarnessError, on all ranks, if the path cannot be accessed."""
         self.path = config.run_dir
         self.checkpoints = self.path / "checkpoints"
         self.exports = self.path / "exports"
@@ -37,7 +37,7 @@ class RunDirectory:
         self.disks = find_disks(self.checkpoints)
         if self.disks.count > 1:
             log.info(
-                "%s is on %d disks: each has what its ranks write", self.path, self.disks.count
+                "%s is on %d disks: each has the files of its ranks", self.path, self.disks.count
             )
         with distributed.raise_on_all_ranks(f"run directory {self.path}"):
             self._existed = self.path.exists()
@@ -60,7 +60,7 @@ class RunDirectory:
     def create(self) -> None:
         """Makes the directory if it is new; removes half-written exports. Collective.
 
-        Raises HarnessError, on all ranks, if another run has it, or it cannot be written.
+        Raises HarnessError, on all ranks, if another run uses it, or it cannot be written.
         """
         self._lock_and_log(not self._existed)
         with distributed.raise_on_all_ranks(f"exports in {self.exports}"):
@@ -74,7 +74,7 @@ class RunDirectory:
                 write_config(self._config)
 
     def _lock_and_log(self, now: bool) -> None:
-        """If it is to be `now`, locks the directory, once on each disk, and then logs into it."""
+        """If `now`, locks the directory, once on each disk, and opens its log. Collective."""
         with distributed.raise_on_all_ranks(f"run directory {self.path}"):
             if now and self.disks.is_leader:
                 self._stack.enter_context(locked(self.path / "control/lock"))
@@ -89,7 +89,7 @@ class RunDirectory:
 
 @contextmanager
 def _errors_logged_by(handler: logging.Handler) -> Iterator[None]:
-    """Has log.txt say why the run ended: the terminal may be lost together with a node."""
+    """Logs to log.txt why the run ended: the terminal's output may be lost with a node."""
     try:
         yield
     except Exception as error:
@@ -99,7 +99,7 @@ def _errors_logged_by(handler: logging.Handler) -> Iterator[None]:
 
 
 def write_config(config: Config) -> None:
-    """Writes the resolved config into the run directory, ready to be given to `--config`."""
+    """Writes the resolved config into the run directory, where `--config` can read it."""
     plain = config.model_dump()
     tables: dict[str, Mapping] = {k: v for k, v in plain.items() if k != "engines"}
     tables |= {f"engines.{name}": engine for name, engine in plain["engines"].items()}

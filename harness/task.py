@@ -1,4 +1,4 @@
-"""The task: everything that harness knows about the user's code.
+"""The task: the interface to the user's code.
 
 A task is a Python file, or an importable module, with one function `build(config) -> Task`.
 """
@@ -25,7 +25,7 @@ from harness.utils import tensor_leaves, to_device
 
 
 class FedEngine(Protocol):
-    """What the default feeder uses of an engine; feeders get an `engine.engine.Engine`."""
+    """The part of an `engine.engine.Engine` that the default feeder uses."""
 
     name: str
 
@@ -46,9 +46,9 @@ class FedEngine(Protocol):
 def default_feeder(engine: FedEngine, batch: Any) -> tuple[torch.Tensor, Stats]:
     """Calls the model with the batch and sums the losses of its submodules.
 
-    A dict is passed as keywords, a list or tuple as positional arguments. In its forward every
+    A dict is passed as keyword arguments, a list or tuple as positional arguments. In forward any
     submodule may set `self.loss` (a scalar tensor) and `self.stats` (a dict of numbers); both are
-    removed again.
+    removed afterwards.
     """
     batch = to_device(batch, engine.device, engine.dtype)
     match batch:
@@ -61,8 +61,8 @@ def default_feeder(engine: FedEngine, batch: Any) -> tuple[torch.Tensor, Stats]:
     losses = engine.gather_attribute("loss", torch.Tensor)
     if not losses:
         raise TaskError(
-            f"engine {engine.name!r}: its forward set no `loss` on any submodule of "
-            f"{type(engine.module).__name__}; set `self.loss`, or give the Task a feeder"
+            f"engine {engine.name!r}: forward set no `loss` on any submodule of "
+            f"{type(engine.module).__name__}: set `self.loss`, or Task.feeder"
         )
     stats = (
         {f"loss.{path}": loss.detach() for path, loss in losses.items()} if len(losses) > 1 else {}
@@ -72,7 +72,7 @@ def default_feeder(engine: FedEngine, batch: Any) -> tuple[torch.Tensor, Stats]:
     for path, loss in losses.items():
         if loss.ndim:
             raise TaskError(
-                f"engine {engine.name!r}: the loss of {path or 'the model'} has the shape "
+                f"engine {engine.name!r}: the loss of {path or 'the model'} has shape "
                 f"{list(loss.shape)}, expected a scalar"
             )
     return torch.stack(list(losses.values())).sum(), stats
@@ -89,14 +89,14 @@ def count_batch(batch: Any) -> tuple[int, int]:
 
 @dataclass(kw_only=True)
 class Task:
-    """The user's models and data, and how a batch becomes a loss."""
+    """The user's models and data, and how to compute a loss from a batch."""
 
     models: Mapping[str, nn.Module]
-    """One model for every `[engines.NAME]` of the config, under the same name."""
+    """A model for each `[engines.NAME]` of the config, by name."""
 
     train_data: Any
-    """A map-style dataset (`__len__`, `__getitem__`), or a loader (`__len__`, `__iter__`) that
-    gives this rank its own batches."""
+    """A map-style dataset (`__len__`, `__getitem__`), or a loader (`__len__`, `__iter__`) of this
+    rank's batches."""
 
     eval_data: Any | None = None
     """Held-out data: a map-style dataset, or None for a run without evaluation."""
@@ -105,24 +105,24 @@ class Task:
     """`(engine, batch) -> (loss, stats)`: a scalar loss with its graph, and numbers to log."""
 
     evaluate: Callable[[Any, Any], Stats] | None = None
-    """`(engine, batch) -> stats` for evaluation; by default the feeder, under `no_grad`."""
+    """`(engine, batch) -> stats` for evaluation; default: the feeder, under `no_grad`."""
 
     collate: Callable[[list[Any]], Any] = default_collate
-    """Makes a batch from a list of samples."""
+    """Collates a list of samples into a batch."""
 
     count: Callable[[Any], tuple[int, int]] = count_batch
-    """`batch -> (samples, tokens)`, for the counters and the throughput."""
+    """`batch -> (samples, tokens)`, for counters and throughput."""
 
     commands: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
-    """The task's own live commands, by name: `function(engines, *words) -> answer`, which every
-    rank calls between the same two steps. Its docstring is shown by `help`."""
+    """The task's live commands, by name: `function(engines, *words) -> answer`. All ranks call it
+    between the same two steps; `help` shows its docstring."""
 
 
 RESERVED = {
     *("step", "epoch", "loss", "lr", "grad_norm", "loss_scale"),
     *("samples", "tokens", "step_time_s", "tokens_per_s"),
 }
-"""Names that harness itself uses in the metrics."""
+"""Names of harness's own metrics."""
 
 
 def feed(task: Task, engine: FedEngine, batch: Any) -> tuple[torch.Tensor, Stats]:
@@ -132,10 +132,10 @@ def feed(task: Task, engine: FedEngine, batch: Any) -> tuple[torch.Tensor, Stats
         raise TaskError(f"the feeder returned {type(result).__name__}, expected (loss, stats)")
     loss, stats = result
     if not isinstance(loss, torch.Tensor) or loss.ndim:
-        found = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise TaskError(f"the feeder returned the loss {found}, expected a scalar tensor")
+        actual = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise TaskError(f"the feeder returned the loss {actual}, expected a scalar tensor")
     if reserved := RESERVED & stats.keys():
-        raise TaskError(f"the feeder returned stats named {sorted(reserved)}: reserved names")
+        raise TaskError(f"the feeder returned stats with reserved names: {sorted(reserved)}")
     for name, value in stats.items():
         if not isinstance(value, torch.Tensor | float | int):
             raise TaskError(f"the feeder returned the stat {name!r} = {value!r}, expected a number")
@@ -147,27 +147,37 @@ def validate(task: Any, path: str) -> Task:
     if not isinstance(task, Task):
         raise TaskError(f"task {path}: build returned {type(task).__name__}, expected Task")
     if not isinstance(task.models, Mapping):
-        found = type(task.models).__name__
-        raise TaskError(f"task {path}: models is a {found}, expected a dict of name and module")
+        kind = type(task.models).__name__
+        raise TaskError(f"task {path}: models is a {kind}, expected a dict of modules")
     for name, model in task.models.items():
         if not isinstance(model, nn.Module):
-            found = type(model).__name__
-            raise TaskError(f"task {path}: model {name!r} is a {found}, expected an nn.Module")
-    own = {form.split()[0] for command in COMMANDS for form in command.forms}
+            kind = type(model).__name__
+            raise TaskError(f"task {path}: model {name!r} is a {kind}, expected an nn.Module")
+    builtin = {form.split()[0] for command in COMMANDS for form in command.forms}
     for name, function in task.commands.items():
-        if not (name.isidentifier() and callable(function)) or name in own:
+        if not (name.isidentifier() and callable(function)) or name in builtin:
             raise TaskError(
-                f"task {path}: command {name!r}: expected a function named by an identifier that "
-                "is not one of harness's own commands"
+                f"task {path}: command {name!r}: expected a function, and an identifier that is "
+                "not a built-in command"
             )
     return task
+
+
+def check_eval_data(task: Task, config: Config) -> None:
+    """Raises ConfigError or TaskError if evaluations are configured without usable data."""
+    if task.eval_data is None:
+        if config.trainer.eval_every:
+            raise ConfigError("trainer.eval_every is set, but the task has no eval_data")
+    elif not (hasattr(task.eval_data, "__getitem__") and hasattr(task.eval_data, "__len__")):
+        raise TaskError("eval_data is not a map-style dataset (`__len__` and `__getitem__`)")
+    elif len(task.eval_data) == 0:
+        raise TaskError(f"eval_data: {type(task.eval_data).__name__} has no items")
 
 
 def load_task(config: Config) -> Task:
     """Imports the task's code and builds the Task.
 
-    Raises TaskError, with the traceback of the task's own frames, if that fails or the Task is
-    invalid.
+    Raises TaskError, with the task's traceback, if that fails or the Task is invalid.
     """
     path = config.task.path
     try:
@@ -188,9 +198,9 @@ def load_task(config: Config) -> Task:
 
 
 def _import_task(path: str) -> ModuleType:
-    """Imports the task's module; of a file, with its folder on `sys.path`, as Python runs a script.
+    """Imports the task's module; for a file, with its folder on `sys.path`, as for a script.
 
-    So it can import its neighbours, and data-loader workers can unpickle what it defines.
+    So it can import modules next to it, and data-loader workers can unpickle its classes.
     """
     if not path.endswith(".py"):
         return importlib.import_module(path)

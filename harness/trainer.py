@@ -1,4 +1,4 @@
-"""The loop: steps, and between them commands, reports, evaluations, saves and exports."""
+"""The training loop: steps, and between them commands, metrics, evaluations, saves, exports."""
 
 import logging
 import time
@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 log_error = distributed.global_leader_only(log.error)
 
 SECONDS_BETWEEN_POLLS = 0.05  # of a paused run
-MOST_TRACED = 1000  # steps
+MAX_TRACED_STEPS = 1000  # their trace is kept in memory
 
 
 class Trainer:
-    """Drives the engines over the batches. Every rank runs the same loop, step by step."""
+    """Runs the engines over the batches. Every rank runs the same loop in lockstep."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Trainer:
         """The command that ends the run before its last step."""
         self.finishing = False
         self._received: deque[Ticket] = deque()
-        """Commands that the ranks have agreed on, and that are still to be executed."""
+        """Commands that all ranks have received and not yet executed."""
         self._saving: list[Ticket] = []
         """Commands that wait for the save in flight."""
         self._tracing: list[tuple[Trace, Ticket]] = []
@@ -91,7 +91,7 @@ class Trainer:
         """Steps, and what is due between them, until the run is over."""
         self.engines.train()
         if self.live.config.trainer.eval_every and self.engines.global_step == 0:
-            self.evaluate()  # the starting point; and a broken evaluation is found now
+            self.evaluate()  # the starting point; and a broken evaluation fails now
         self.handle_commands()
         while not self.is_over():
             self.step()
@@ -132,13 +132,15 @@ class Trainer:
         return self.ending is not None or self.engines.global_step >= self.live.config.run.steps
 
     def is_due(self, every: int) -> bool:
-        """Whether this step is a multiple of `every`; at the run's end `finish` sees to it."""
+        """Whether this step is a multiple of `every`; at the run's end `finish` takes over."""
         return bool(every) and self.engines.global_step % every == 0 and not self.is_over()
 
     def move_end(self, steps: int) -> None:
         """Sets another `run.steps`. Raises CommandError if that step has passed."""
         if steps <= self.engines.global_step:
-            raise CommandError(f"the run is at step {self.engines.global_step}; quit ends it here")
+            raise CommandError(
+                f"the run is already at step {self.engines.global_step}: use quit to end it"
+            )
         self.engines.set_total_steps(steps)
         self.status.steps = steps
         self.progress.set_steps(steps)
@@ -159,9 +161,9 @@ class Trainer:
                 self.execute_all()
 
     def poll_commands(self) -> bool:
-        """Receives commands, which are executed once the work in progress has ended.
+        """Receives commands, to be executed once the work in progress has ended.
 
-        True if that should be given up: for a signal, and for a `quit` that came after it began.
+        True if that work should be aborted: by a signal, or by a `quit` since the last call.
         """
         new = self.bus.poll(self.engines.global_step)
         self._received.extend(new)
@@ -172,7 +174,7 @@ class Trainer:
     def execute_all(self) -> None:
         """Executes the events that are due and the commands received, in order.
 
-        Once the run is ending, only commands that end it otherwise are executed.
+        Once the run is ending, only commands that change how it ends are executed.
         """
         self.execute_events()
         while self._received:
@@ -194,14 +196,14 @@ class Trainer:
             try:
                 self.execute(self.bus.ticket(event.command, f"event {event.id}"))
             except CommandError as error:
-                log_error("%s is removed: %s", event, error)
+                log_error("%s: removed: %s", event, error)
                 self.live.events.clear(event.id)
             if self.ending is not None:  # the others stay pending
                 return
 
     def execute(self, ticket: Ticket) -> None:
-        """Executes a command on all ranks; one that fails on any of them has failed, and the run
-        continues. A save is answered when it has ended, by `finish_save`."""
+        """Executes a command on all ranks. If it fails on any, it has failed on all, and the run
+        continues. A save is answered by `finish_save`."""
         step = self.engines.global_step
         log.info("step %d: %s: %s", step, ticket.front, ticket.text)
         if isinstance(ticket.command, Save):
@@ -218,14 +220,14 @@ class Trainer:
         if isinstance(ticket.command, StateChange):
             self._saved_step = None  # a checkpoint of this step would not contain it
 
-    # What happens between steps
+    # Between steps
 
     def finish(self) -> None:
-        """What is due when the run ends, or is to quit.
+        """Evaluates, exports and saves at the end of the run or after `quit`.
 
-        The checkpoint comes last: a run that resumes from it finds nothing left to do.
+        The checkpoint comes last: a run that resumes from it has nothing left to do.
         """
-        self.end_traces(at_once=True)
+        self.end_traces(immediately=True)
         self.finish_save(self.saver.wait())
         self.finishing = True
         if self.ending is None or isinstance(self.ending, EvalQuit):
@@ -247,28 +249,28 @@ class Trainer:
     def rescue(self, error: HarnessError) -> None:
         """Saves the steps since the last save before an error ends the run.
 
-        Only where all ranks have agreed on the error, between two steps, and saving has not failed.
+        Only if the error was raised on all ranks, between two steps, and not by a save.
         """
         is_saved = self._saved_step == self.engines.global_step
-        if not error.agreed or isinstance(error, CheckpointError) or is_saved:
+        if not error.on_all_ranks or isinstance(error, CheckpointError) or is_saved:
             return
-        log_error("%s\nthis ends the run: saving it first", error)
+        log_error("%s\nsaving a checkpoint before the run ends", error)
         try:
             self.save()
             self.finish_save(self.saver.wait())
-        except CheckpointError as second:
-            log_error("%s", second)
+        except CheckpointError as save_error:
+            log_error("%s", save_error)
 
     def save(self, name: str | None = None, ticket: Ticket | None = None) -> None:
-        """Writes a checkpoint of this step, unless there is one already and no name is given.
+        """Writes a checkpoint of this step, unless one exists and there is no `name` to pin it.
 
-        `ticket`: the command that asks for it. Raises CheckpointError as `finish_save` does.
+        `ticket`: the command that requested it. Raises CheckpointError as `finish_save` does.
         """
         if self._saved_step == self.engines.global_step and name is None:
             if ticket is not None and self.saver.is_writing:
                 self._saving.append(ticket)
             elif ticket is not None:
-                self.bus.end(ticket, "done", self.engines.global_step, "saved already")
+                self.bus.end(ticket, "done", self.engines.global_step, "already saved")
             return
         self.finish_save(self.saver.wait())
         if ticket is not None:
@@ -280,11 +282,11 @@ class Trainer:
         self.finish_save(result)
 
     def finish_save(self, result: SaveResult | None) -> None:
-        """Answers the commands that asked for a save which has ended; None: it has not.
+        """Answers the commands that requested a save, once it has ended. `result`: None if not yet.
 
-        A failure that no command is answered with is logged; the next save tries again. Raises its
-        CheckpointError, on all ranks, where `checkpoint.on_error` says so, and at the run's end,
-        where no save follows.
+        A failure is logged if no command requested the save; the next save tries again. Raises its
+        CheckpointError, on all ranks, if `checkpoint.on_error` = "stop", and at the run's end, when
+        no save follows.
         """
         if result is None:
             return
@@ -302,55 +304,57 @@ class Trainer:
             log_error("%s; the run continues, and the next save tries again", error)
 
     def export(self, format: str = "sft") -> Path:
-        """Writes the plain weights of this step. Returns where."""
+        """Writes the plain weights of this step. Returns their directory."""
         with self.status.doing("exporting"):
             return export(
                 self.engines, self.live.config.run_dir / "exports", format, self.poll_commands
             )
 
     def try_to_export(self) -> None:
-        """Exports; a failure that all ranks agree on is logged, and the run continues."""
+        """Exports; a failure that is raised on all ranks is logged, and the run continues."""
         try:
             self.export()
         except HarnessError as error:
-            if not error.agreed:
+            if not error.on_all_ranks:
                 raise
             log_error("%s; the run continues, and the next export tries again", error)
 
     def evaluate(self) -> str | None:
         """Evaluates on the held-out data, and records the result as `eval/...`. Returns it as text.
 
-        None if there is no such data, or a `quit` has come meanwhile.
+        None if there is no such data, or a `quit` was received meanwhile.
         """
         if self.task.eval_data is None:
             return None
         self.report(self.meter.drain())
         size = self.live.config.data.micro_batch_size
         with self.status.doing("evaluating"):
-            found = evaluate(self.engines, self.task, size, self.poll_commands)
-        if found is None:
+            means = evaluate(self.engines, self.task, size, self.poll_commands)
+        if means is None:
             return None
         step = self.engines.global_step
-        text = " ".join(f"{name} {value:.4f}" for name, value in found.items())
+        text = " ".join(f"{name} {value:.4f}" for name, value in means.items())
         log.info("step %d: eval %s", step, text)
-        self._evaluation = {f"eval/{name}": value for name, value in found.items()}
+        self._evaluation = {f"eval/{name}": value for name, value in means.items()}
         self.record({"step": step, "epoch": self.batches.epoch} | self._evaluation)
         return text
 
     def trace(self, steps: int, ticket: Ticket) -> None:
-        """Traces the next steps; `ticket`, the command that asks for it, is answered when the trace
-        is written."""
+        """Traces the next steps. `ticket`, the command that requested it, is answered when the
+        trace is written."""
         if self._tracing:
             raise CommandError("another trace is being recorded")
-        if steps > MOST_TRACED:
-            raise CommandError(f"at most {MOST_TRACED} steps, which must fit into memory")
+        if steps > MAX_TRACED_STEPS:
+            raise CommandError(
+                f"at most {MAX_TRACED_STEPS} steps can be traced: a trace is kept in memory"
+            )
         self._tracing.append((Trace(self.engines.global_step, steps), ticket))
 
-    def end_traces(self, at_once: bool = False) -> None:
-        """Writes a trace whose steps have been taken."""
+    def end_traces(self, immediately: bool = False) -> None:
+        """Writes a trace whose steps have been taken, or `immediately`."""
         step = self.engines.global_step
         for trace, ticket in list(self._tracing):
-            if not (at_once or trace.is_over(step)):
+            if not (immediately or trace.is_over(step)):
                 continue
             self._tracing.clear()
             directory = step_directory(self.live.config.run_dir / "traces", step)
@@ -361,7 +365,7 @@ class Trainer:
                 self.bus.end(ticket, "failed", step, str(error))
 
     def report(self, done: Sequence[StepNumbers]) -> None:
-        """Counts finished steps, and on rank 0 records and shows them."""
+        """Adds finished steps to the counters, and on rank 0 records and shows them."""
         for numbers in done:
             self.engines.count(numbers.local["step"], numbers.samples, numbers.tokens)
             counters = max((e.counters for e in self.engines.trained), key=lambda c: c.samples)
@@ -378,6 +382,6 @@ class Trainer:
             self.status.show(record)
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Gives a record to every sink."""
+        """Writes a record to every sink."""
         for sink in self.sinks:
             sink.write(record)

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import pwd
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ def import_path(path: str) -> Any:
 
 
 def to_device(tree: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """The same tree with every tensor on `device`, the floating ones in `dtype` if given."""
+    """The tree with every tensor on `device`, floating-point ones cast to `dtype` if not None."""
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -40,7 +39,7 @@ def tensor_leaves(tree: Any) -> list[torch.Tensor]:
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts with string keys, by their keys, joined with dots."""
+    """The leaves of nested dicts with string keys, each with its keys joined with dots."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flattened(value, f"{prefix}{key}.")
@@ -49,7 +48,7 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def may_overlap(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether two elements of a strided tensor may be at one place in memory; in doubt, yes."""
+    """Whether two elements of a strided tensor may share memory; True in doubt."""
     end = 0
     for step, size in sorted(zip(stride, shape, strict=True)):
         if size > 1:
@@ -67,9 +66,9 @@ def write_durably(value: Any, path: Path) -> None:
 
 
 def torch_write(value: Any, path: Path) -> None:
-    """Writes with torch.save. Raises OSError, which names `path`, if the disk does not take it.
+    """Writes with torch.save. Raises OSError, which names `path`, if that fails.
 
-    A file that torch's zip writer opens by itself hides why: a full disk is an "unexpected pos".
+    When torch opens the file itself, its error hides the cause: a full disk is an "unexpected pos".
     """
     try:
         with path.open("wb") as file:
@@ -84,11 +83,3 @@ def torch_write(value: Any, path: Path) -> None:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype, like "bfloat16"."""
     return str(dtype).removeprefix("torch.")
-
-
-def user_name(uid: int) -> str:
-    """The name of a user of this machine, or the number where it has none."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)

@@ -13,7 +13,7 @@ from harness.errors import HarnessError
 from harness.launcher import environment, parent
 
 LEADER_TIME_S = 5.0
-"""Seconds that another rank waits, so that rank 0 reports an error before the launcher kills it."""
+"""Seconds that other ranks wait, so that rank 0 reports an error before the launcher kills it."""
 
 
 def main() -> None:
@@ -37,10 +37,10 @@ def main() -> None:
 
 
 def exit_with(error: HarnessError) -> NoReturn:
-    """Reports an error and exits with its code; where all ranks agree, rank 0 alone reports it."""
+    """Reports an error and exits with its code; if all ranks agree, only rank 0 reports it."""
     if is_leader():
         sys.stderr.write(f"error: {error}\n")
-    elif error.agreed:
+    elif error.on_all_ranks:
         time.sleep(LEADER_TIME_S)
     else:
         sys.stderr.write(f"error on rank {os.environ['RANK']}: {error}\n")

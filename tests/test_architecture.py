@@ -25,6 +25,8 @@ PRIVATE = re.compile(
     |\bfp32_flat_groups\b|\bsingle_partition_of_fp32_groups\b|\bpersistent_parameters\b
     |\bbasic_optimizer\b|\bcheckpoint_engine\b|\b_copy_recovery_script\b
     |\.clip_grad\b|\bloss_scale_config\b|\.loss_scaler\b(?!\.[A-Z])|\bcur_scale\b
+    |zero_pp_rank|\boptimizer_state_dict\b|\bmodel\[["']module["']\]  # in its files
+    |\[["']global_steps["']\]
     |\bupdate_lp_params\b|\bpartition_numel\b|\bswap_optimizer\b|\bpartial_offload\b
     |\bGatheredParameters\b|__compatible_ops__
     |(from|import)\s+deepspeed\.|import_module\("deepspeed\.  # all but `import deepspeed`""",
@@ -134,7 +136,7 @@ def copied(tmp_path: Path) -> Path:
     ("file", "line"),
     [
         ("errors.py", "from harness.files import locked"),
-        ("zero/partition.py", "from harness.zero import live"),
+        ("zero/partition.py", "from harness.zero import engine_state"),
         ("formats/dtypes.py", "def late():\n    import harness.io.save_load"),
         ("config/sections.py", "from harness.testing.pool import RankPool"),
     ],
@@ -152,6 +154,10 @@ def test_an_import_that_points_up_is_found(copied: Path, file: str, line: str) -
         "engine.ds._config.gradient_clipping = 1.0",
         "from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3",
         'getattr(parameter, "ds_id", None)',
+        'state = tree["optimizer_state_dict"]',
+        'steps = saved.model["global_steps"]',
+        'weights = saved.model["module"]',
+        'path.glob("zero_pp_rank_*")',
     ],
 )
 def test_a_use_of_deepspeeds_insides_is_found(copied: Path, line: str) -> None:

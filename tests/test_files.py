@@ -43,7 +43,7 @@ def test_lines_are_appended_after_one_that_was_cut_off(tmp_path: Path) -> None:
     assert path.read_text() == '{"a": 1}\n{"a"\n{"a": 2}\n{"a": 3}\n'
 
 
-def test_a_full_disk_loses_lines_and_says_so_once(
+def test_a_full_disk_loses_lines_and_warns_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with small_disk(tmp_path, "64k"):
@@ -61,7 +61,7 @@ def test_a_full_disk_loses_lines_and_says_so_once(
     assert "x.jsonl: records are lost: " in message and "No space left" in message
 
 
-def test_an_error_names_the_file_that_was_meant(tmp_path: Path) -> None:
+def test_an_error_names_the_target_file(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k"), pytest.raises(OSError, match="No space") as error:
         save(torch.zeros(100_000), tmp_path / "disk/x.pt")
     assert error.value.filename == str(tmp_path / "disk/x.pt")

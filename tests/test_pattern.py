@@ -52,7 +52,7 @@ def by_the_step(pattern: Pattern, tokens_BKT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @given(patterns())
-def test_every_token_stands_once_and_the_inverse_finds_it(pattern: Pattern) -> None:
+def test_every_token_occurs_once_and_is_inverted(pattern: Pattern) -> None:
     tokens_BKT = tokens_for(pattern)
     sequence_BKS, mask_KS = pattern.build(tokens_BKT, EMPTY)
     expected_BKS, expected_KS = by_the_step(pattern, tokens_BKT)
@@ -64,9 +64,7 @@ def test_every_token_stands_once_and_the_inverse_finds_it(pattern: Pattern) -> N
 
 
 @given(patterns(), st.data())
-def test_the_inverse_of_a_beginning_has_what_is_there(
-    pattern: Pattern, data: st.DataObject
-) -> None:
+def test_an_incomplete_sequence_is_inverted(pattern: Pattern, data: st.DataObject) -> None:
     steps = data.draw(st.integers(1, pattern.steps))
     tokens_BKT = tokens_for(pattern)
     sequence_BKS, mask_KS = pattern.build(tokens_BKT, EMPTY)
@@ -76,7 +74,7 @@ def test_the_inverse_of_a_beginning_has_what_is_there(
 
 
 @given(patterns())
-def test_logits_come_back_to_the_tokens_that_they_predict(pattern: Pattern) -> None:
+def test_logits_are_reverted_to_the_tokens_that_they_predict(pattern: Pattern) -> None:
     tokens_BKT = tokens_for(pattern)
     vocabulary = int(tokens_BKT.max()) + 1
     sequence_BKS, _ = pattern.build(tokens_BKT, 0)
@@ -89,7 +87,7 @@ def test_logits_come_back_to_the_tokens_that_they_predict(pattern: Pattern) -> N
 
 
 @given(patterns())
-def test_time_goes_forwards_in_the_named_patterns(pattern: Pattern) -> None:
+def test_time_increases_in_the_named_patterns(pattern: Pattern) -> None:
     named = [
         parallel(pattern.codebooks, pattern.timesteps),
         delay(pattern.codebooks, pattern.timesteps),
@@ -128,19 +126,19 @@ def test_published_tables(pattern: Pattern, rows: list[str]) -> None:
     assert table(pattern) == [row.ljust(width, ".") for row in rows]
 
 
-def test_any_from_steps_can_be_written_down() -> None:
+def test_every_pattern_can_be_built_from_steps() -> None:
     pattern = from_steps([[(0, 0)], [], [(1, 0), (0, 1)], [(1, 1)]])
     assert table(pattern) == [".1.2.", "...12"]
     same = from_steps([[(0, 0), (0, 1)], [(1, 1), (1, 0)]])
     assert torch.equal(same.step_KT(), parallel(2, 2).step_KT())
 
 
-def test_a_pattern_is_made_once() -> None:
+def test_a_pattern_is_cached() -> None:
     assert delay(4, 100) is delay(4, 100, [0, 1, 2, 3])
     assert delay(4, 100).step_KT("cpu") is delay(4, 100).step_KT()
 
 
-def test_tokens_of_any_integer_type_keep_it() -> None:
+def test_tokens_keep_their_integer_dtype() -> None:
     sequence_BKS, _ = delay(2, 3).build(torch.ones(1, 2, 3, dtype=torch.int16), 7)
     assert sequence_BKS.dtype == torch.int16
     assert delay(2, 3).revert(sequence_BKS, 7)[0].dtype == torch.int16
@@ -151,17 +149,29 @@ def test_tokens_of_any_integer_type_keep_it() -> None:
     [
         (lambda: delay(3, 4, [0, 1]), "delays: expected 3 numbers >= 0, found [0, 1]"),
         (lambda: unrolled(2, 4, [0, -1]), "flattening: expected 2 numbers >= 0"),
-        (lambda: Pattern(torch.ones(2, 2)), "int64 tensor [codebooks, timesteps], found torch.fl"),
-        (lambda: Pattern(torch.zeros(1, 1, dtype=torch.int64)), "step 0: expected steps >= 1"),
-        (lambda: Pattern(torch.tensor([[1, 2], [3, 3]])), "step 3 holds more than one token of co"),
+        (
+            lambda: Pattern(torch.ones(2, 2)),
+            "found torch.float32 [2, 2], expected a non-empty int64 tensor",
+        ),
+        (
+            lambda: Pattern(torch.zeros(1, 1, dtype=torch.int64)),
+            "found step 0, expected steps >= 1",
+        ),
+        (lambda: Pattern(torch.tensor([[1, 2], [3, 3]])), "step 3 has more than one token of co"),
         (lambda: from_steps([[(0, 0)], [(0, 0)]]), "timestep 0 of codebook 0 has two steps"),
         (lambda: from_steps([[(0, 0)], [(1, 1)]]), "timestep 1 of codebook 0 has no step"),
-        (lambda: delay(2, 3).build(torch.ones(1, 2, 4), 0), "[batch, 2, 3], found [1, 2, 4]"),
-        (lambda: delay(2, 3).revert(torch.ones(1, 2, 6), 0), "at most 5, ...], found [1, 2, 6]"),
-        (lambda: delay(2, 3).revert_logits(torch.ones(1, 2, 5, 1)), "at most 4, ...], found"),
+        (lambda: delay(2, 3).build(torch.ones(1, 2, 4), 0), "[1, 2, 4], expected [batch, 2, 3]"),
+        (
+            lambda: delay(2, 3).revert(torch.ones(1, 2, 6), 0),
+            "[1, 2, 6], expected [batch, 2, at most 5",
+        ),
+        (
+            lambda: delay(2, 3).revert_logits(torch.ones(1, 2, 5, 1)),
+            "expected [batch, 2, at most 4",
+        ),
     ],
 )
-def test_mistakes_are_told(make: object, told: str) -> None:
+def test_invalid_arguments_are_reported(make: object, told: str) -> None:
     assert callable(make)
     with pytest.raises(ValueError) as caught:
         make()

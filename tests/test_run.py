@@ -225,7 +225,7 @@ def test_every_sampler_and_workers(two_ranks: RankPool, tmp_path: Path, sampler:
         ),
         (
             {"engines": {"net": {"scheduler": {"name": "cosine", "warmup": -5}}}},
-            "warmup = -5, expected a number from 0 on",
+            "warmup = -5, expected a number >= 0",
         ),
         ({"engines": {"net": {"optimizer": {"name": "adam"}}}}, "did you mean 'adamw'"),
         ({"engines": {"net": {"scheduler": {"name": "cosin"}}}}, "did you mean 'cosine'"),
@@ -267,7 +267,7 @@ def test_the_log_has_the_ranks_and_the_reason_of_an_end(
         (torch.ones(()), "the feeder returned Tensor, expected (loss, stats)"),
         ((torch.ones(3), {}), "the loss [3], expected a scalar tensor"),
         ((1.0, {}), "the loss float, expected a scalar tensor"),
-        ((torch.ones(()), {"lr": 1.0}), "stats named ['lr']: reserved names"),
+        ((torch.ones(()), {"lr": 1.0}), "stats with reserved names: ['lr']"),
         ((torch.ones(()), {"word": "x"}), "the stat 'word' = 'x', expected a number"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -2,16 +2,17 @@
 
 Its files, from the top down:
 
-    resume.py         finding, verifying and loading one
+    resume.py         chooses, verifies and loads one
     init_weights.py   weights from files as an engine's starting point
-    reshard.py        rewriting one for another number of ranks, ZeRO stage or other layout
-    save.py           Saver: one atomic commit of all engines and ranks, also behind the training
+    reshard.py        rewrites one for another number of ranks, ZeRO stage or other layout
+    save.py           Saver: one atomic commit of all engines and ranks, also in the background
     export.py         plain weights
     inspect.py        what a checkpoint, an .sft or a .pt holds
-    completeness.py   whether one is complete over all disks; its files where they are read
+    copy_missing.py   copies files to the nodes that read them
+    completeness.py   whether one is complete over all disks
     disks.py          which ranks share a disk
-    retention.py      which checkpoints stay; clearing up after a kill
+    retention.py      which checkpoints are kept; cleaning up after a kill
     manifest.py       what makes a directory a checkpoint
     files.py          durable files and their digests
-    snapshot.py       copies of live tensors for a save behind the training
+    snapshot.py       copies of live tensors for a save in the background
 """

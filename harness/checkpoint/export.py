@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.manifest import step_directory
-from harness.checkpoint.retention import forget_replaced, put_in_place
+from harness.checkpoint.retention import delete_replaced, move_into_place
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.engine.lora import merged, save_adapters
@@ -19,14 +19,15 @@ log = logging.getLogger(__name__)
 def export(
     engines: Engines, parent: Path, format: str, between: Callable[[], object] = lambda: None
 ) -> Path:
-    """Writes every trained engine's full weights as `parent/step-N/ENGINE.FORMAT`, and their
-    average, where one is kept, as `ENGINE.ema.FORMAT`. Collective.
+    """Writes every trained engine's full weights to `parent/step-N/ENGINE.FORMAT`, and their EMA,
+    if one is kept, to `ENGINE.ema.FORMAT`. Collective.
 
-    They are those of evaluation mode, which the engines are in meanwhile. Where adapters are
-    trained, the weights have them merged, and `ENGINE.lora/` has them alone, as peft loads them.
+    The engines are in evaluation mode meanwhile (schedule-free optimizers swap weights). If
+    adapters are trained, they are merged into the weights; `ENGINE.lora/` has only the adapters, as
+    peft loads them.
 
     `format`: "sft" or "pt". `between` is called, on every rank, after each tensor. Raises
-    HarnessError, on all ranks, if it cannot be written.
+    HarnessError, on all ranks, if a file cannot be written.
     """
     target = step_directory(parent, engines.global_step)
     staged = target.with_name(f"{target.name}.tmp")
@@ -41,11 +42,11 @@ def export(
                     _export_weights(engine, staged / f"{engine.name}.ema.{format}", between)
         with distributed.raise_on_all_ranks(f"cannot export to {target}"):
             if distributed.is_global_leader():
-                put_in_place(staged, target)
-                forget_replaced(target)
+                move_into_place(staged, target)
+                delete_replaced(target)
     finally:
         engines.train()
-        if distributed.is_global_leader():  # a save may need the room
+        if distributed.is_global_leader():  # a save may need the space
             shutil.rmtree(staged, ignore_errors=True)
     log.info("exported %s", target)
     return target

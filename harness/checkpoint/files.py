@@ -1,8 +1,8 @@
 """The files of a checkpoint: written durably, identified by a digest, verified without loading.
 
-torch's files are zip archives that hold a CRC-32 of every tensor. The digest of a file is the
-SHA-256 of its table of contents, CRCs included: made without reading the tensors back, and yet no
-bit of them can change unnoticed.
+torch's files are zip archives with a CRC-32 of every tensor. The digest of a file is the SHA-256 of
+its table of contents, CRCs included: it is computed without reading the tensors back, and still
+detects any changed bit.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from harness.utils import write_durably
 
 @contextmanager
 def checkpoint_error_on_all_ranks(failure: str) -> Iterator[None]:
-    """Turns an error of a file or a checkpoint, on any rank, into a CheckpointError on all ranks:
+    """Turns an OSError or CheckpointError on any rank into a CheckpointError on all ranks:
     "failure: ..."."""
     with distributed.raise_on_all_ranks(failure):
         try:
@@ -30,7 +30,7 @@ def checkpoint_error_on_all_ranks(failure: str) -> Iterator[None]:
 
 
 class FileEntry(BaseModel):
-    """What the manifest says of a file."""
+    """A file's entry in the manifest."""
 
     model_config = ConfigDict(extra="forbid")
     size: int
@@ -38,7 +38,7 @@ class FileEntry(BaseModel):
     digest: str
     """SHA-256 of the archive's table of contents, in hex."""
     rank: int
-    """Who wrote it."""
+    """The rank that wrote it."""
 
 
 def write_file(state: Any, path: Path) -> FileEntry:
@@ -54,7 +54,7 @@ def write_file(state: Any, path: Path) -> FileEntry:
 def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:
     """Checks size and table of contents, and with `read` the CRC of every tensor.
 
-    Raises CheckpointError that says what was found and what was expected.
+    Raises CheckpointError with what was expected and found.
     """
     try:
         zips.check(path, entry.size, entry.digest)

@@ -1,8 +1,8 @@
-"""Weights from files as an engine's starting point, at every ZeRO stage: `init_from`.
+"""Loads weights from files into a new engine, at every ZeRO stage: `init_from`.
 
-A freshly built engine is filled in place, one tensor after the other: the model's own weights, and
-the fp32 masters beside them, which are read too, so that they are not the rounded weights. Of what
-ZeRO shards a rank reads the stretches that it keeps.
+A newly built engine is overwritten tensor by tensor: the model's weights, and the fp32 masters,
+which are read from the files too, so that they are not rounded. Of sharded parameters a rank reads
+only its own part.
 """
 
 import logging
@@ -22,10 +22,10 @@ from harness.errors import ConfigError, FormatError, did_you_mean
 from harness.formats import tensor_file
 from harness.formats.dtypes import FLOATS
 from harness.formats.stored_tensor import StoredTensor
-from harness.io.stored import read
+from harness.io.stored import read_tensor
 from harness.utils import dtype_name
+from harness.zero.engine_state import fill_masters, fill_weight, shapes_of
 from harness.zero.layout import is_extra_state
-from harness.zero.live import fill_masters, fill_weight, shapes_of
 from harness.zero.parameters import full_shape, is_expert
 from harness.zero.reader import SavedEngine
 
@@ -35,25 +35,25 @@ Weights = dict[str, StoredTensor]
 """A source for every entry of a model's state dict."""
 
 
-def find(
+def find_weights(
     engines: Engines, configs: Mapping[str, EngineConfig], resumes: bool
 ) -> dict[str, Weights]:
-    """The weights that engines start from, by engine: checked, none of them read. Collective.
+    """The weights to load, by engine: checked, but not read yet. Collective.
 
-    Of a run that resumes they are the teachers', which no checkpoint holds. Raises ConfigError,
-    on all ranks, if a file does not have exactly the weights of its model; CheckpointError or
+    If the run resumes, only those of teachers, which no checkpoint holds. Raises ConfigError, on
+    all ranks, if a file does not have exactly the weights of its model; CheckpointError or
     FormatError if it cannot be read.
     """
-    found: dict[str, Weights] = {}
+    weights: dict[str, Weights] = {}
     for name, config in configs.items():
         if config.init_from is not None and (config.role == "teacher" or not resumes):
             with distributed.raise_on_all_ranks(f"engines.{name}.init_from"):
-                found[name] = fitted(engines[name], config.init_from)
-    return found
+                weights[name] = match_weights(engines[name], config.init_from)
+    return weights
 
 
-def fill(engine: Engine, weights: Weights) -> None:
-    """Overwrites the engine's weights, and their masters, with those found for it. Collective.
+def load_weights(engine: Engine, weights: Weights) -> None:
+    """Overwrites the engine's weights and their masters with `weights`. Collective.
 
     Raises FormatError or HarnessError, on all ranks, if a file cannot be read.
     """
@@ -63,7 +63,7 @@ def fill(engine: Engine, weights: Weights) -> None:
         shapes = shapes_of(engine.collect())
 
     def read_weight(name: str, start: int, stop: int) -> torch.Tensor:
-        return read(weights[name], start, stop).view(-1)
+        return read_tensor(weights[name], start, stop).view(-1)
 
     with distributed.raise_on_all_ranks(f"engines.{engine.name}.init_from"):
         module = _entries(engine)
@@ -81,80 +81,78 @@ def _log_casts(engine: Engine, module: Mapping[str, torch.Tensor], weights: Weig
             text = f"{weights[name].dtype} to {dtype_name(tensor.dtype)}"
             casts[text] = casts.get(text, 0) + 1
     cast = "".join(f"; {count} cast from {text}" for text, count in casts.items())
-    log.info("engine %s: starts from %d given weights%s", engine.name, len(weights), cast)
+    log.info("engine %s: loaded %d weights from init_from%s", engine.name, len(weights), cast)
 
 
-def fitted(engine: Engine, path: Path) -> Weights:
-    """The weights at `path` under the names of the model. Raises as `find` does."""
-    given = _given(path, engine.name)
+def match_weights(engine: Engine, path: Path) -> Weights:
+    """The weights at `path` under the names of the model. Raises as `find_weights` does."""
+    weights = _read_weights(path, engine.name)
     module = _entries(engine)
-    if extra := [name for name in given if is_extra_state(name)]:
-        log.info("engine %s: extra state is not taken: %s", engine.name, ", ".join(extra))
-        given = {name: weight for name, weight in given.items() if name not in extra}
+    if extra := [name for name in weights if is_extra_state(name)]:
+        log.info("engine %s: extra state is ignored: %s", engine.name, ", ".join(extra))
+        weights = {name: weight for name, weight in weights.items() if name not in extra}
     if any(map(is_expert, module.values())):
-        raise ConfigError(
-            f"engines.{engine.name}.init_from: DeepSpeed's experts cannot be started from weights"
-        )
+        raise ConfigError(f"engines.{engine.name}.init_from: not supported for DeepSpeed's experts")
     names: dict[int, list[str]] = {}
     for name, tensor in module.items():
         names.setdefault(id(tensor), []).append(name)
-    fitted: Weights = {}
+    matched: Weights = {}
     missing, wrong = [], []
     for tied in names.values():
-        there = [name for name in tied if name in given]
-        if not there:
+        present = [name for name in tied if name in weights]
+        if not present:
             missing.append(tied[0])
             continue
-        fitted |= dict.fromkeys(tied, given[there[0]])
-        for name in there:
-            if text := _misfit(module[name], given[name]):
+        matched |= dict.fromkeys(tied, weights[present[0]])
+        for name in present:
+            if text := _mismatch(module[name], weights[name]):
                 wrong.append(f"{name!r} {text}")
-            elif not _equal(given[there[0]], given[name]):
+            elif not _equal(weights[present[0]], weights[name]):
                 wrong.append(
-                    f"{name!r} differs from {there[0]!r}: tied in the model, and not in the file"
+                    f"{name!r} differs from {present[0]!r}: tied in the model, but not in the file"
                 )
-    unexpected = [name for name in given if name not in module]
+    unexpected = [name for name in weights if name not in module]
     report = [
-        *_listed("missing", _with_nearest(missing, unexpected or given)),
-        *_listed("unexpected", _with_nearest(unexpected, missing or module)),
-        *_listed("wrong", wrong),
+        *_report("missing", _with_nearest(missing, unexpected or weights)),
+        *_report("unexpected", _with_nearest(unexpected, missing or module)),
+        *_report("wrong", wrong),
     ]
     if report:
         raise ConfigError(
-            f"engines.{engine.name}.init_from: {path} does not have the weights of the model:\n"
+            f"engines.{engine.name}.init_from: {path} does not match the model:\n"
             + "\n".join(report)
-            + "\n`harness convert` writes a file that fits: --rename OLD=NEW, --exclude REGEX"
+            + "\n`harness convert` can write a matching file: --rename OLD=NEW, --exclude REGEX"
         )
-    return fitted
+    return matched
 
 
-def _given(path: Path, engine: str) -> Weights:
+def _read_weights(path: Path, engine: str) -> Weights:
     """All weights at `path` by name; of several engines, those of this one."""
     for suffix in ("sft", "pt"):
         if (path / f"{engine}.{suffix}").is_file():
             path = path / f"{engine}.{suffix}"
             break
-    found = resolve_source(path, default_engine=engine)
-    if isinstance(found, SavedEngine):
+    source = resolve_source(path, default_engine=engine)
+    if isinstance(source, SavedEngine):
         return {
             name: planned.source
-            for name, planned in plan.plan_weights(found, "fp32").tensors.items()
+            for name, planned in plan.plan_weights(source, "fp32").tensors.items()
         }
-    content = tensor_file.read(found)
+    content = tensor_file.read(source)
     if content is None:
-        raise FormatError(f"{found}: expected weights by name, found other structures")
+        raise FormatError(f"{source}: expected weights by name, found other structures")
     return content.tensors
 
 
 def _entries(engine: Engine) -> dict[str, torch.Tensor]:
-    """The parameters and persistent buffers by name, adapters aside; tied ones are one tensor."""
+    """The parameters and persistent buffers by name, without adapters; tied ones are one tensor."""
     state = engine.module.state_dict(keep_vars=True)
     entries = {name: value for name, value in state.items() if not is_extra_state(name)}
     return base_weights(engine.module, entries) if engine.has_lora else entries
 
 
-def _misfit(tensor: torch.Tensor, weight: StoredTensor) -> str:
-    """What is wrong with the shape or dtype of a weight; an empty string if nothing is."""
+def _mismatch(tensor: torch.Tensor, weight: StoredTensor) -> str:
+    """What is wrong with the shape or dtype of a weight; an empty string if it matches."""
     expected, shape = list(full_shape(tensor)), list(weight.shape)
     if expected != shape:
         return f"has the shape {shape} in the file, and {expected} in the model"
@@ -165,14 +163,14 @@ def _misfit(tensor: torch.Tensor, weight: StoredTensor) -> str:
 
 
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:
-    return one == other or torch.equal(read(one), read(other))
+    return one == other or torch.equal(read_tensor(one), read_tensor(other))
 
 
 def _with_nearest(names: Iterable[str], known: Iterable[str]) -> list[str]:
     return [f"{name!r}{did_you_mean(name, known)}" for name in names]
 
 
-def _listed(what: str, texts: list[str], most: int = 10) -> list[str]:
-    """Lines for the first of them, and how many more there are."""
+def _report(what: str, texts: list[str], most: int = 10) -> list[str]:
+    """Lines for the first `most` texts, and how many more there are."""
     more = [f"  ... and {len(texts) - most} more {what}"] if len(texts) > most else []
     return [f"  {what}: {text}" for text in texts[:most]] + more

@@ -10,7 +10,8 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from harness.checkpoint.files import verify_file
-from harness.checkpoint.manifest import NAME, Manifest, checkpoints_in, read_manifest
+from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest
+from harness.convert.resolve_source import MANIFEST
 from harness.errors import CheckpointError, FormatError, missing_files
 from harness.formats import suffixes
 from harness.formats.json_tree import dotted, from_metadata, leaf_nodes
@@ -22,14 +23,14 @@ def describe_path(path: Path, verify: bool = False) -> Iterator[str]:
     """Lines that describe a run directory, a checkpoint, an `.sft` or a `.pt`.
 
     `verify` reads the files of a checkpoint and checks every CRC; otherwise their sizes are
-    checked. Raises CheckpointError for any other path, and for what is damaged or incomplete; of a
-    run directory after all its checkpoints have been described.
+    checked. Raises CheckpointError for any other path, and for what is damaged or incomplete; for a
+    run directory, after all its checkpoints have been described.
     """
     if path.suffix in suffixes.SAFETENSORS and path.is_file():
         yield from _describe_tensors(path, _sft_tensors(path))
     elif path.suffix in suffixes.PT and path.is_file():
         yield from _describe_tensors(path, _pt_tensors(path))
-    elif (path / NAME).is_file():
+    elif (path / MANIFEST).is_file():
         yield from _describe_checkpoint(path, read_manifest(path), verify)
     else:
         yield from _describe_run(path, verify)
@@ -61,15 +62,15 @@ def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterat
         yield f"  engine {name}: ZeRO stage {engine.zero_stage}, {kind}"
     for name, value in manifest.metrics.items():
         yield f"  {name} {value:.6g}"
-    absent = {n: manifest.writer(n) for n in manifest.files if not (path / n).is_file()}
+    missing = {n: manifest.writer(n) for n in manifest.files if not (path / n).is_file()}
     for name, entry in manifest.files.items():
-        note = f"  missing, written by {absent[name]}" if name in absent else ""
+        note = f"  missing, written by {missing[name]}" if name in missing else ""
         yield f"  {_bytes(entry.size)}  {name}{note}"
     for name, entry in manifest.files.items():
-        if name not in absent:
+        if name not in missing:
             verify_file(path / name, entry, read=verify)
-    if absent:
-        raise CheckpointError(missing_files(path, absent, [socket.gethostname()]))
+    if missing:
+        raise CheckpointError(missing_files(path, missing, [socket.gethostname()]))
     total = sum(entry.size for entry in manifest.files.values())
     checks = "every CRC checked" if verify else "sizes checked"
     yield f"  {_bytes(total)}  in total, {checks}: complete"
@@ -101,7 +102,7 @@ def _sft_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
 
 
 class _Opaque:
-    """In place of an object of a class that is not loaded."""
+    """Placeholder for an object of a class that is not loaded."""
 
     def __init__(self, *_: Any, **__: Any):
         pass
@@ -111,7 +112,7 @@ class _Opaque:
 
 
 def _pt_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
-    """The tensors by the keys that lead to them, on the meta device."""
+    """Dtype, shape and bytes of the tensors, by their keys joined with dots."""
     try:
         unknown = get_unsafe_globals_in_checkpoint(path)
         with safe_globals([(_Opaque, name) for name in unknown]):

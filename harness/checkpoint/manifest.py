@@ -19,15 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from harness.checkpoint.files import FileEntry
 from harness.config.old_names import current_import_path
+from harness.convert.resolve_source import MANIFEST
 from harness.errors import CheckpointError, written_by
 from harness.files import json_write
 
-NAME = "manifest.json"
-LATEST = "latest"
-
 
 class EngineManifest(BaseModel):
-    """What an engine's state is, and its layout."""
+    """An engine's kind of state, and its layout."""
 
     model_config = ConfigDict(extra="forbid")
     zero_stage: int
@@ -52,19 +50,19 @@ class Manifest(BaseModel):
     world_size: int
     engines: dict[str, EngineManifest]
     files: dict[str, FileEntry]
-    """By path below the checkpoint. Where each node has a disk of its own, a node has those that
-    its ranks wrote."""
+    """By path relative to the checkpoint. A node with its own disk has those that its ranks
+    wrote."""
     hosts: list[str]
     """The host of every rank."""
     config_digest: str
     """SHA-256 of the resolved config."""
     pinned: str | None = None
-    """The name that `save as NAME` gave; a pinned checkpoint is never pruned."""
+    """NAME of `save as NAME`; a pinned checkpoint is never pruned."""
     metrics: dict[str, float] = {}
     """The evaluation at this step, if there was one."""
     saved_at: float = Field(default_factory=time.time)
-    """Seconds since 1970; the newest checkpoint is the one that was saved last. Where a clock was
-    set back, a moment after the one before."""
+    """Seconds since 1970, always greater than in the previous checkpoint, even if a clock was set
+    back: the newest checkpoint is the one with the largest value."""
     versions: dict[str, str] = Field(
         default_factory=lambda: {
             "harness": version("deepspeed-harness"),
@@ -79,23 +77,25 @@ class Manifest(BaseModel):
 
     def write(self, directory: Path) -> None:
         """Makes the directory a checkpoint."""
-        json_write(self.model_dump(), directory / NAME)
+        json_write(self.model_dump(), directory / MANIFEST)
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises CheckpointError if there is none that can be read."""
+    """The manifest of a checkpoint. Raises CheckpointError if it is missing or unreadable."""
     try:
-        return Manifest.model_validate_json((directory / NAME).read_bytes())
+        return Manifest.model_validate_json((directory / MANIFEST).read_bytes())
     except OSError as error:
         raise CheckpointError(
-            f"{directory} is not a checkpoint: {NAME}: {error.strerror}"
+            f"{directory} is not a checkpoint: {MANIFEST}: {error.strerror}"
         ) from None
     except ValidationError as error:
         mistakes = {".".join(map(str, mistake["loc"])): mistake for mistake in error.errors()}
         where = "format" if "format" in mistakes else next(iter(mistakes))
-        reason = f"{NAME} is damaged: {where} {mistakes[where]['msg']}"
+        reason = f"{MANIFEST} is damaged: {where} {mistakes[where]['msg']}"
         if where == "format":
-            reason = f"format {mistakes[where]['input']}, and this version of harness reads 4"
+            reason = (
+                f"has format {mistakes[where]['input']}; this version of harness reads format 4"
+            )
         raise CheckpointError(f"checkpoint {directory}: {reason}") from None
 
 
@@ -111,18 +111,19 @@ def step_directory(parent: Path, step: int, name: str | None = None) -> Path:
 
 def checkpoints_in(parent: Path) -> list[Path]:
     """The directories that hold a manifest, readable or not, the newest first."""
-    directories = [path.parent for path in parent.glob(f"step-*/{NAME}")]
-    found = [
+    directories = [path.parent for path in parent.glob(f"step-*/{MANIFEST}")]
+    checkpoints = [
         path
         for path in directories
         if re.fullmatch(r"step-\d{8,}(-[\w.-]+)?", path.name) and path.suffix != ".tmp"
     ]
-    return sorted(found, key=lambda path: (saved_at(path), path.name), reverse=True)
+    return sorted(checkpoints, key=lambda path: (saved_at(path), path.name), reverse=True)
 
 
 def saved_at(directory: Path) -> float:
-    """When a checkpoint was saved; if its manifest cannot be read, when that was written."""
+    """When a checkpoint was saved, in seconds since 1970; if its manifest is unreadable, the
+    manifest's modification time."""
     try:
         return read_manifest(directory).saved_at
     except CheckpointError:
-        return (directory / NAME).stat().st_mtime
+        return (directory / MANIFEST).stat().st_mtime

@@ -1,10 +1,9 @@
 """The same checkpoint for another number of ranks, another ZeRO stage, or any other layout.
 
-A freshly built engine gives the trees that DeepSpeed would write for it: they say where everything
-belongs in the new layout. Refilled from the old files (`zero.refill`), they are written as
-DeepSpeed's own files, which it then loads like any others. A rank reads and writes the segments of
-its own shards only; complete weights are written by the ranks that DeepSpeed has write them (rank 0
-below stage 3).
+A newly built engine provides the trees that DeepSpeed would write for it: they say where everything
+belongs in the new layout. Filled from the old files (`zero.refill`), they are written as files of
+DeepSpeed, which it then loads like any others. A rank reads and writes only the segments of its own
+shards; complete weights are written by the same ranks as in DeepSpeed (rank 0 below stage 3).
 """
 
 import logging
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from harness import distributed
-from harness.checkpoint.completeness import (
+from harness.checkpoint.copy_missing import (
     copy_missing_checkpoint,
     copy_missing_files,
     files_read_by,
@@ -26,17 +25,17 @@ from harness.checkpoint.completeness import (
 from harness.checkpoint.disks import find_disks
 from harness.checkpoint.files import FileEntry, checkpoint_error_on_all_ranks, write_file
 from harness.checkpoint.manifest import EngineManifest, Manifest, step_directory
-from harness.checkpoint.save import engine_manifest, make_room
+from harness.checkpoint.save import create_staging, engine_manifest
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, missing_files
 from harness.io.stored import materialize
 from harness.optim.apollo import named_state
 from harness.optim.apollo.channels import ChannelPlan, matrices_of
+from harness.zero.engine_state import shapes_of
 from harness.zero.layout import EMA, Flat, Shapes, Tree
-from harness.zero.live import shapes_of
 from harness.zero.reader import SavedEngine
-from harness.zero.refill import FlatsOf, Refill, filled_flat, filled_state
+from harness.zero.refill import FlatsOf, TreeFiller, filled_flat, filled_state
 from harness.zero.shards import Shard
 
 log = logging.getLogger(__name__)
@@ -46,55 +45,68 @@ log = logging.getLogger(__name__)
 def in_current_layout(
     engines: Engines, directory: Path, manifest: Manifest, parent: Path
 ) -> Iterator[dict[str, Path]]:
-    """Where to load each engine from: `directory`, or a copy in its own layout. Collective.
+    """The directory to load each engine from: `directory`, or a copy in its own layout.
 
-    The copy is in `parent/step-N.reshard.tmp` while the context lasts, among the run's own
-    checkpoints: other runs may read the same checkpoint. Raises CheckpointError, on all ranks, if
-    the engine's optimizer cannot be resharded, its parameters are different, or the copy cannot be
-    written.
+    Collective. The copy is in `parent/step-N.reshard.tmp` while the context lasts, among the run's
+    own checkpoints: other runs may read the same checkpoint. Raises CheckpointError, on all ranks,
+    if an engine's optimizer cannot be resharded, its parameters are different, or the copy cannot
+    be written.
     """
-    current = {engine.name: engine_manifest(engine) for engine in engines.trained}
-    foreign = [engines[n] for n, layout in current.items() if manifest.engines[n] != layout]
-    if foreign:
-        _check_files(directory, manifest, [engine.name for engine in foreign])
-    rank, world_size = distributed.global_rank(), distributed.world_size()
-    same_world = manifest.world_size == world_size
-    copy_missing_checkpoint(
-        directory, manifest, files_read_by(rank if same_world else 0, manifest.files)
-    )
-    if not foreign:
-        yield dict.fromkeys(engines, directory)
+    layouts = {engine.name: engine_manifest(engine) for engine in engines.trained}
+    changed = [engines[name] for name in layouts if manifest.engines[name] != layouts[name]]
+    if changed:
+        _check_files(directory, manifest, [engine.name for engine in changed])
+    same_world = manifest.world_size == distributed.world_size()
+    saved_rank = distributed.global_rank() if same_world else 0
+    copy_missing_checkpoint(directory, manifest, files_read_by(saved_rank, manifest.files))
+    sources = dict.fromkeys(engines, directory)
+    if not changed:
+        yield sources
         return
-    staged = step_directory(parent, manifest.step).with_suffix(".reshard.tmp")
-    needed = sum(entry.size for entry in manifest.files.values())
-    is_leader = find_disks(parent).is_leader
-    with checkpoint_error_on_all_ranks(f"cannot reshard checkpoint {directory}"):
-        for engine in foreign:
-            _check_optimizer(
-                engine, _layout_text(manifest.world_size, manifest.engines[engine.name])
-            )
-        if is_leader:
-            make_room(staged, needed)
-            for engine in foreign:
-                (staged / engine.name).mkdir()
-    try:
-        places = dict.fromkeys(engines, directory)
-        for engine in foreign:
-            written = write_resharded(directory, engine, staged)
-            copy_missing_files(staged, written, files_read_by(rank, written))
-            places[engine.name] = staged
+    with _staging(changed, directory, manifest, parent) as staged:
+        for engine in changed:
+            old, new = manifest.engines[engine.name], layouts[engine.name]
+            _reshard(directory, engine, staged)
             log.info(
                 "resharded %s/%s from %s to %s",
                 directory.name,
                 engine.name,
-                _layout_text(manifest.world_size, manifest.engines[engine.name]),
-                _layout_text(world_size, current[engine.name]),
+                _layout_text(manifest.world_size, old),
+                _layout_text(distributed.world_size(), new),
             )
-        yield places
+            sources[engine.name] = staged
+        yield sources
         distributed.barrier()
+
+
+@contextmanager
+def _staging(
+    changed: Collection[Engine], directory: Path, manifest: Manifest, parent: Path
+) -> Iterator[Path]:
+    """An empty directory for the files of the `changed` engines, once on each disk. Collective."""
+    staged = step_directory(parent, manifest.step).with_suffix(".reshard.tmp")
+    needed = sum(entry.size for entry in manifest.files.values())
+    is_leader = find_disks(parent).is_leader
+    with checkpoint_error_on_all_ranks(f"cannot reshard checkpoint {directory}"):
+        for engine in changed:
+            _check_optimizer(
+                engine, _layout_text(manifest.world_size, manifest.engines[engine.name])
+            )
+        if is_leader:
+            create_staging(staged, needed)
+            for engine in changed:
+                (staged / engine.name).mkdir()
+    try:
+        yield staged
     finally:
         if is_leader:
             shutil.rmtree(staged, ignore_errors=True)
+
+
+def _reshard(directory: Path, engine: Engine, staged: Path) -> None:
+    """Writes an engine's files in its own layout below `staged`, on every disk. Collective."""
+    files = write_resharded(directory, engine, staged)
+    copy_missing_files(staged, files, files_read_by(distributed.global_rank(), files))
 
 
 def _layout_text(world_size: int, engine: EngineManifest) -> str:
@@ -109,32 +121,32 @@ def _check_files(directory: Path, manifest: Manifest, engines: Collection[str]) 
             for name in manifest.files
             if name.partition("/")[0] in engines and not (directory / name).is_file()
         }
-    lack = missing_files(directory, files, [socket.gethostname()]) if files else ""
-    per_rank = sorted(set(distributed.all_gather(lack)) - {""})
+    report = missing_files(directory, files, [socket.gethostname()]) if files else ""
+    reports = sorted(set(distributed.all_gather(report)) - {""})
     with distributed.raise_on_all_ranks(f"cannot reshard checkpoint {directory}"):
-        if per_rank:
+        if reports:
             raise CheckpointError(
-                "in another layout than the checkpoint's, every node reads all of its files, on a "
-                "disk of its own or one that all share:\n  " + "\n  ".join(per_rank)
+                "to reshard a checkpoint, every node needs all of its files, on its own disk or a "
+                "shared one:\n  " + "\n  ".join(reports)
             )
 
 
-def _check_optimizer(engine: Engine, was: str) -> None:
-    """Raises CheckpointError if the optimizer's state cannot be cut. `was`: the layout to keep."""
+def _check_optimizer(engine: Engine, saved_layout: str) -> None:
+    """Raises CheckpointError if the optimizer's state cannot be resharded."""
     if not engine.is_low_rank and not engine.is_elementwise:
         raise CheckpointError(
             f"engine {engine.name!r}: the state of {engine.optimizer_path} depends on the "
-            f"parameters' shapes, and cannot be resharded: resume on {was}, as it was saved"
+            f"parameters' shapes, and cannot be resharded: resume with {saved_layout}"
         )
 
 
 def write_resharded(directory: Path, engine: Engine, staged: Path) -> dict[str, FileEntry]:
     """Writes this rank's files of an engine in its new layout below `staged`. Collective.
 
-    Returns those of all ranks.
+    Returns the entries of all ranks' files, by path below `staged`.
     """
-    jobs, written = engine.collect(), {}
-    shapes = shapes_of(jobs)
+    trees, written = engine.collect(), {}
+    shapes = shapes_of(trees)
     with checkpoint_error_on_all_ranks(f"cannot reshard checkpoint {directory}"):
         saved = SavedEngine(directory / engine.name)
         if not engine.is_low_rank:
@@ -142,27 +154,24 @@ def write_resharded(directory: Path, engine: Engine, staged: Path) -> dict[str, 
         _check_names(saved, engine, shapes)
         rank, world = distributed.global_rank(), distributed.world_size()
         states = _low_rank_states if engine.is_low_rank else _states
-        refill = Refill(
+        filler = TreeFiller(
             saved, shapes, engine.zero_stage, rank, world, partial(states, saved, engine)
         )
-        for path, tree in jobs.items():
-            if "module" in tree:
-                tree |= refill.model(tree)
-            else:
-                optimizer = refill.optimizer(tree["optimizer_state_dict"], {})
-                tree |= {"optimizer_state_dict": optimizer}
-            written[path] = write_file(tree, staged / path)
-    return {path: e for share in distributed.all_gather(written) for path, e in share.items()}
+        for path, tree in trees.items():
+            written[path] = write_file(filler.fill(tree), staged / path)
+    per_rank = distributed.all_gather(written)
+    return {path: entry for files in per_rank for path, entry in files.items()}
 
 
 def _check_names(saved: SavedEngine, engine: Engine, shapes: list[Shapes]) -> None:
     """Raises CheckpointError unless the optimizer has the same parameters in the same groups."""
     for number, names in enumerate(engine.parameter_names):
         expected = {name for name in saved.shapes if saved.group_of(name) == number}
-        if odd := {name for group in shapes for name in group if name in names} ^ expected:
+        current = {name for group in shapes for name in group if name in names}
+        if different := sorted(current ^ expected):
             raise CheckpointError(
                 f"engine {engine.name!r}: parameter group {number} has other parameters than in "
-                f"the checkpoint: {', '.join(sorted(odd))}"
+                f"the checkpoint: only in one of them: {', '.join(different)}"
             )
     for name, shape in (item for group in shapes for item in group.items()):
         if saved.shapes[name] != shape:
@@ -173,20 +182,20 @@ def _check_names(saved: SavedEngine, engine: Engine, shapes: list[Shapes]) -> No
 
 
 def _states(saved: SavedEngine, engine: Engine, flats_of: FlatsOf) -> dict[int, Tree]:
-    """The state of every flat of this rank, for an optimizer that treats every element alone."""
+    """The state of every flat of this rank, for an elementwise optimizer."""
     own = flats_of(distributed.global_rank())
     return {number: filled_state(flat, saved) for number, flat in enumerate(own)}
 
 
 def _low_rank_states(saved: SavedEngine, engine: Engine, flats_of: FlatsOf) -> dict[int, Tree]:
-    """The same of APOLLO, whose state of matrices is cut by their channels."""
-    own, place = flats_of(distributed.global_rank()), 0
+    """The same for APOLLO, whose state of matrices is split by their channels."""
+    own, rank = flats_of(distributed.global_rank()), 0
     per_rank = [own]  # at stage 0 every rank has everything
     if engine.zero_stage:
         per_rank = [flats_of(rank) for rank in range(distributed.world_size())]
-        place = distributed.global_rank()
+        rank = distributed.global_rank()
     return {
-        number: _low_rank_state([flats[number] for flats in per_rank], place, saved)
+        number: _low_rank_state([flats[number] for flats in per_rank], rank, saved)
         if saved.groups[flat.group]["rank"]
         else filled_state(flat, saved)
         for number, flat in enumerate(own)
@@ -194,8 +203,8 @@ def _low_rank_states(saved: SavedEngine, engine: Engine, flats_of: FlatsOf) -> d
 
 
 def _low_rank_state(per_rank: Sequence[Flat], rank: int, saved: SavedEngine) -> Tree:
-    """APOLLO's state of one flat of low-rank matrices, from the flats of the old layout that have
-    any of them. `per_rank`: the flat on each rank."""
+    """APOLLO's state of one flat of low-rank matrices, from the flats of the old layout that hold
+    some of them. `per_rank`: the flat on each rank."""
     new = _plan(per_rank, rank, saved)
     names = {segment.name for segment in per_rank[0].segments}
     state: Tree = {}
@@ -213,7 +222,7 @@ def _low_rank_state(per_rank: Sequence[Flat], rank: int, saved: SavedEngine) -> 
 
 
 def _plan(per_rank: Sequence[Flat], rank: int, saved: SavedEngine) -> ChannelPlan:
-    """Which of APOLLO's channels a rank has the state of. `per_rank`: a flat by rank."""
+    """The channels whose APOLLO state a rank has. `per_rank`: a flat by rank."""
     segments = tuple(tuple(flat.segments) for flat in per_rank)
     is_stacked = saved.groups[per_rank[0].group]["stacked"]
     matrices = {

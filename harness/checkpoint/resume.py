@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from harness import distributed
-from harness.checkpoint.completeness import common_manifest, verified
+from harness.checkpoint.completeness import common_manifest, verify_checkpoint
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest
 from harness.checkpoint.reshard import in_current_layout
@@ -25,37 +25,37 @@ log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)
 
 
-def choose(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | None:
-    """The checkpoint that `run.resume` asks for, verified; None to start over. Collective.
+def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | None:
+    """The checkpoint to resume from, verified; None to start from step 0. Collective.
 
-    "latest" is the newest one in `parent` that is complete over all `disks` together; those that
-    are not are logged and skipped. Raises, on all ranks, CheckpointError if there are some and none
-    is complete, or if the one that was asked for is not; ConfigError if it is another run's, or if
-    "none" is asked for where an earlier run has left checkpoints.
+    `wanted`: `run.resume`. "latest" is the newest one in `parent` that is complete over all `disks`
+    together; incomplete ones are logged and skipped. Raises, on all ranks, CheckpointError if there
+    are checkpoints and none is complete, or the requested one is not; ConfigError if it does not
+    match this run, or if "none" is requested and an earlier run has left checkpoints.
     """
-    found, everywhere = list_checkpoints(parent, disks)
+    names, everywhere = list_checkpoints(parent, disks)
     with distributed.raise_on_all_ranks(f"cannot list {parent}"):
         if disks.is_leader:
-            clean(parent, set(found) - everywhere)
-    found, _ = list_checkpoints(parent, disks)
+            clean(parent, set(names) - everywhere)
+    names, _ = list_checkpoints(parent, disks)
     with distributed.raise_on_all_ranks(f"cannot start over in {parent}"):
-        if found and wanted == "none":
+        if names and wanted == "none":
             raise ConfigError(
-                f"run.resume = 'none', but {parent} holds {len(found)} checkpoints of an earlier "
+                f"run.resume = 'none', but {parent} has {len(names)} checkpoints of an earlier "
                 "run: choose another run.name, or move that run away"
             )
     if wanted not in ("latest", "none"):
-        check_fit(Path(wanted), verified(Path(wanted)), engines)
+        check_compatible(Path(wanted), verify_checkpoint(Path(wanted)), engines)
         return Path(wanted)
     failures = []
-    for directory in [parent / name for name in found]:
+    for directory in [parent / name for name in names]:
         try:
-            manifest = verified(directory)
+            manifest = verify_checkpoint(directory)
         except CheckpointError as error:
             failures.append(str(error))
             log_warning("skipped: %s", error)
         else:
-            check_fit(directory, manifest, engines)
+            check_compatible(directory, manifest, engines)
             return directory
     with distributed.raise_on_all_ranks(f"cannot resume from {parent}"):
         if failures:
@@ -63,8 +63,8 @@ def choose(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | 
     return None
 
 
-def check_fit(directory: Path, manifest: Manifest, engines: Engines) -> None:
-    """Checks that a checkpoint was made for these engines, in whatever layout. Collective.
+def check_compatible(directory: Path, manifest: Manifest, engines: Engines) -> None:
+    """Checks that a checkpoint was saved by the same engines, in any layout. Collective.
 
     Raises ConfigError, on all ranks.
     """
@@ -73,31 +73,30 @@ def check_fit(directory: Path, manifest: Manifest, engines: Engines) -> None:
         for what, current in _identity(engines).items():
             if saved[what] != current:
                 raise ConfigError(
-                    f"checkpoint {directory} does not fit this run: {what} is {current} in this "
-                    f"run, and {saved[what]} in the checkpoint: set it as it was, or start a new "
-                    "run under another run.name"
+                    f"checkpoint {directory} does not match this run: {what} is {current} in this "
+                    f"run, and {saved[what]} in the checkpoint: restore the old value, or start a "
+                    "new run under another run.name"
                 )
 
 
 def _identity(engines: Mapping[str, Engine | EngineManifest]) -> dict[str, Any]:
-    """What must be the same in the run and the checkpoint, by what to call it."""
+    """What must be the same in the run and the checkpoint, by its name in messages."""
     facts: dict[str, Any] = {"engines": sorted(engines)}
     for name, engine in engines.items():
         facts[f"engine {name!r}: dtype"] = str(engine.dtype)
-        is_live = isinstance(engine, Engine)
-        facts[f"engine {name!r}: optimizer"] = (
-            engine.optimizer_path if is_live else engine.optimizer
-        )
+        is_engine = isinstance(engine, Engine)
+        optimizer = engine.optimizer_path if is_engine else engine.optimizer
+        facts[f"engine {name!r}: optimizer"] = optimizer
     return facts
 
 
-def resume(directory: Path, engines: Engines, batches: Batches, live: LiveConfig) -> None:
-    """Puts engines, data position, random generators and what live commands have changed where a
-    verified checkpoint left them.
+def restore(directory: Path, engines: Engines, batches: Batches, live: LiveConfig) -> None:
+    """Restores engines, data position, random generators and live changes from a verified
+    checkpoint.
 
-    Collective. With another number of ranks no rank can continue with its generators: each seeds
-    them from the run's seed, the step and its rank. Raises CheckpointError, on all ranks, for other
-    data, and for an optimizer's state that does not fit another layout.
+    Collective. With another number of ranks the generators cannot continue: each rank seeds them
+    from the run's seed, the step and its rank. Raises CheckpointError, on all ranks, if the data
+    differs, or an optimizer's state cannot be resharded.
     """
     manifest = common_manifest(directory)
     same_world = manifest.world_size == distributed.world_size()
@@ -115,7 +114,9 @@ def resume(directory: Path, engines: Engines, batches: Batches, live: LiveConfig
         try:
             batches.load_state_dict(state["batches"])
         except ValueError as error:
-            raise CheckpointError(f"checkpoint {directory}: other data: {error}") from None
+            raise CheckpointError(
+                f"checkpoint {directory}: the data has changed: {error}"
+            ) from None
         if same_world:
             set_rng_state(state["rng"])
         else:

@@ -1,12 +1,13 @@
-"""How directories come and go, and which checkpoints stay. One rank for each disk calls this."""
+"""Moving and removing directories, and which checkpoints are kept. One rank per disk calls this."""
 
 import logging
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from harness.checkpoint.manifest import LATEST, Manifest, checkpoints_in, read_manifest
+from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest
 from harness.config.sections import CheckpointConfig
+from harness.convert.resolve_source import LATEST
 from harness.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -20,10 +21,10 @@ def prune(
 ) -> None:
     """Removes the checkpoints that no rule keeps; with `keep_last = 0` none.
 
-    `everywhere`: of several disks, the names that mean the same save on all. The rules choose
-    among them, so that all disks keep the same; what else is on this one goes when it is as old.
-    Called after a commit only, so that the newest checkpoint is a good one; what `latest` names
-    stays in any case. What cannot be removed is logged and left.
+    `everywhere`: with several disks, the names with the same save on all. The rules choose among
+    them, so that all disks keep the same ones; others on this disk are removed at the same age.
+    Called only after a commit, so the newest checkpoint is valid. The one that `latest` names is
+    always kept. A failure to remove one is logged.
     """
     if not settings.keep_last:
         return
@@ -32,20 +33,22 @@ def prune(
         try:
             manifests[path] = read_manifest(path)
         except CheckpointError as error:
-            log.warning("kept, although it cannot be read: %s", error)
+            log.warning("unreadable checkpoint is not removed: %s", error)
     common = manifests
     if everywhere is not None:
-        common = {path: found for path, found in manifests.items() if path.name in everywhere}
-    named = {directory / path.read_text().strip() for path in directory.glob(LATEST)}
-    for path in manifests.keys() - kept(common, settings) - kept(manifests, settings) - named:
+        common = {path: m for path, m in manifests.items() if path.name in everywhere}
+    latest = {directory / path.read_text().strip() for path in directory.glob(LATEST)}
+    for path in (
+        manifests.keys() - to_keep(common, settings) - to_keep(manifests, settings) - latest
+    ):
         try:
             remove(path)
         except OSError as error:
             log.warning("cannot remove %s: %s", path, error)
 
 
-def kept(manifests: dict[Path, Manifest], settings: CheckpointConfig) -> set[Path]:
-    """The checkpoints to keep, of those given, the newest first."""
+def to_keep(manifests: dict[Path, Manifest], settings: CheckpointConfig) -> set[Path]:
+    """The checkpoints to keep. `manifests`: by path, the newest first."""
     keep = set(list(manifests)[: max(1, settings.keep_last)])
     keep |= {path for path, manifest in manifests.items() if manifest.pinned}
     if settings.keep_every:
@@ -60,41 +63,41 @@ def kept(manifests: dict[Path, Manifest], settings: CheckpointConfig) -> set[Pat
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint: first its name, so that a half removed one is not a checkpoint."""
-    doomed = path.with_name(f"{path.name}{PRUNED}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    """Removes a checkpoint. It is renamed first: a half removed one must not look like one."""
+    renamed = path.with_name(f"{path.name}{PRUNED}")
+    path.rename(renamed)
+    shutil.rmtree(renamed)
 
 
-def put_in_place(staged: Path, target: Path) -> None:
-    """Renames a staging directory to `target`. An existing one is put aside until
-    `forget_replaced`, or `take_back`, or a crash, which `clean` repairs."""
-    if target.exists():  # the same step again
+def move_into_place(staged: Path, target: Path) -> None:
+    """Renames a staging directory to `target`. An existing target is renamed until
+    `delete_replaced` or `undo_move`; after a crash `clean` handles it."""
+    if target.exists():  # the same step was saved before
         replaced = _replaced(target)
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     staged.rename(target)
 
 
-def take_back(staged: Path, target: Path) -> None:
-    """Undoes `put_in_place`, however far it came."""
+def undo_move(staged: Path, target: Path) -> None:
+    """Undoes `move_into_place`, also one that failed halfway."""
     if not staged.exists():
         target.rename(staged)
     if _replaced(target).exists():
         _replaced(target).rename(target)
 
 
-def forget_replaced(target: Path) -> None:
-    """Removes what `put_in_place` has put aside, if anything."""
+def delete_replaced(target: Path) -> None:
+    """Removes the directory that `move_into_place` has replaced, if any."""
     if _replaced(target).exists():
         shutil.rmtree(_replaced(target))
 
 
 def clean(directory: Path, unfinished: Collection[str] = ()) -> None:
-    """Clears away what a killed run left: half-made, half-removed and replaced directories.
+    """Removes what a killed run left: half-written, half-removed and replaced directories.
 
-    `unfinished`: names that do not mean the same save on all disks. Where one of these has replaced
-    another on this disk, that one is restored.
+    `unfinished`: names that are not the same save on all disks. If one of them has replaced another
+    directory on this disk, that one is restored.
     """
     for replaced in directory.glob(f"step-*{REPLACED}"):
         target = replaced.with_name(replaced.name.removesuffix(REPLACED))
@@ -102,12 +105,12 @@ def clean(directory: Path, unfinished: Collection[str] = ()) -> None:
             target.rename(target.with_name(f"{target.name}.tmp"))
         if not target.exists():
             replaced.rename(target)
-            log.warning("restored %s, which a crash had cut off from its replacement", target)
+            log.warning("restored %s: a crash interrupted its replacement", target)
     for path in directory.glob("step-*.tmp"):
         shutil.rmtree(path)
-        log.warning("removed %s, which a crash left unfinished", path)
+        log.warning("removed %s: unfinished, left by a crash", path)
 
 
 def _replaced(target: Path) -> Path:
-    """Where a directory is put aside while another takes its place."""
+    """The path of a replaced directory until it is removed."""
     return target.with_name(f"{target.name}{REPLACED}")

@@ -1,9 +1,9 @@
 """Saving: one atomic commit across all engines and ranks, or nothing at all.
 
 All files are staged in `step-N.tmp/` and synced; the ranks agree that every write succeeded; rank 0
-writes the manifest, renames the directory, and points `latest` at it. Where each node has a disk of
-its own, the first rank of each does so, and they agree after every step. Whatever fails, on any
-rank, fails the save on all ranks together, and the older checkpoints stay as they are.
+writes the manifest, renames the directory, and updates `latest`. If each node has its own disk, the
+first rank of each does so, and they agree after every operation. Any failure on any rank fails the
+save on all ranks, and leaves the older checkpoints unchanged.
 """
 
 import logging
@@ -19,7 +19,6 @@ from harness import distributed
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.files import FileEntry, checkpoint_error_on_all_ranks, write_file
 from harness.checkpoint.manifest import (
-    LATEST,
     EngineManifest,
     Manifest,
     checkpoints_in,
@@ -27,17 +26,18 @@ from harness.checkpoint.manifest import (
     saved_at,
     step_directory,
 )
-from harness.checkpoint.retention import forget_replaced, prune, put_in_place, take_back
+from harness.checkpoint.retention import delete_replaced, move_into_place, prune, undo_move
 from harness.checkpoint.snapshot import Snapshots, bytes_of
 from harness.control.live import LiveConfig
+from harness.convert.resolve_source import LATEST
 from harness.data.loader import Batches
 from harness.distributed.rng import rng_state
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError
 from harness.files import sync_directory, write_atomically
+from harness.zero.engine_state import FileTrees
 from harness.zero.layout import layout_digest
-from harness.zero.live import Jobs
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +46,11 @@ Entries = dict[str, FileEntry]
 
 @dataclass(frozen=True)
 class SaveResult:
-    """How a save has ended, the same on every rank."""
+    """The outcome of a save, the same on every rank."""
 
     path: Path
     error: CheckpointError | None = None
-    """Why there is no checkpoint at `path`."""
+    """Why the save failed; None if there is a checkpoint at `path`."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Saver:
     """
 
     def __init__(self, engines: Engines, batches: Batches, live: LiveConfig, disks: Disks):
-        """`disks`: those behind the run directory.
+        """`disks`: of the run directory.
 
         Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved.
         """
@@ -84,7 +84,7 @@ class Saver:
         self._live = live
         self._config_digest = digest(live.config.model_dump_json())
         self._engine_manifests = {name: engine_manifest(engine) for name, engine in engines.items()}
-        self._saved_at = 0.0  # of the newest checkpoint; what counts is what rank 0 knows
+        self._saved_at = 0.0  # of the newest checkpoint; used on rank 0 only
         doing = f"cannot list {self.directory}"
         with checkpoint_error_on_all_ranks(doing):
             if distributed.is_global_leader():
@@ -99,40 +99,39 @@ class Saver:
         """Whether a save is in flight."""
         return self._pending is not None
 
-    def place(self, pinned: str | None = None) -> Path:
-        """The path of the checkpoint of this step, or of the pinned one of that name."""
-        return step_directory(self.directory, self._engines.global_step, pinned)
-
     def save(self, metrics: dict[str, float], pinned: str | None = None) -> SaveResult | None:
         """Saves this step; no other save may be in flight. Collective.
 
-        `metrics`: the evaluation at this step, for `keep_best`. `pinned`: a name that keeps the
-        checkpoint for good. With `checkpoint.background` it returns None once the tensors are
-        copied, and `poll` or `wait` give the result later.
+        `metrics`: the evaluation at this step, for `keep_best`. `pinned`: a name; a pinned
+        checkpoint is never pruned. With `checkpoint.background` this returns None once the tensors
+        are copied, and `poll` or `wait` return the result later.
         """
         assert self._pending is None
-        jobs = self._collect()
-        target = self.place(pinned)
+        trees = self._collect()
+        target = step_directory(self.directory, self._engines.global_step, pinned)
         staged = target.with_name(f"{target.name}.tmp")
-        needed = self._disks.sum(sum(map(bytes_of, jobs.values())))
+        needed = self._disks.sum(sum(map(bytes_of, trees.values())))
         manifest = distributed.broadcast(self._manifest(metrics, pinned))
         self._saved_at = manifest.saved_at
         background = self._live.config.checkpoint.background
         try:
             with checkpoint_error_on_all_ranks(f"cannot save {target}"):
                 if self._disks.is_leader:
-                    make_room(staged, needed)
+                    create_staging(staged, needed)
             if background:
-                jobs = self._copied(jobs, target)
+                trees = self._copied(trees, target)
         except CheckpointError as error:
             self._discard(staged)
             return SaveResult(target, error)
-        writing = self._thread.submit(write_files, staged, jobs)
+        writing = self._thread.submit(write_files, staged, trees)
         self._pending = _Pending(manifest, staged, target, writing)
         return None if background else self.wait()
 
     def poll(self) -> SaveResult | None:
-        """The result of the save in flight if all ranks have written. Call it once a step."""
+        """Commits the save in flight if all ranks have written it, and returns the result.
+
+        None if there is none, or it is not written yet. Every rank calls this once per step.
+        """
         if self._pending is None:
             return None
         still_writing = self._all_written.wait()
@@ -151,49 +150,50 @@ class Saver:
             self._commit(pending)
         except CheckpointError as error:
             return SaveResult(pending.target, error)
-        finally:  # what was not committed must not fill the disk
+        finally:  # uncommitted files must not fill the disk
             self._discard(pending.staged)
         return SaveResult(pending.target)
 
     def _commit(self, pending: _Pending) -> None:
-        """Makes a checkpoint of what all ranks have written. Raises CheckpointError on all."""
+        """Makes the staged files of all ranks a checkpoint. Raises CheckpointError on all ranks."""
         entries: Entries = {}
         failure = None
         try:
             entries = pending.writing.result()
-        except Exception as error:  # whatever it was, all ranks must know
+        except Exception as error:  # any error: all ranks must learn of it
             failure = f"rank {distributed.global_rank()}: {type(error).__name__}: {error}"
-        shares = distributed.all_gather((entries, failure))
-        if failures := [text for _, text in shares if text]:
+        per_rank = distributed.all_gather((entries, failure))
+        if failures := [text for _, text in per_rank if text]:
             raise CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
-        files = {path: entry for share, _ in shares for path, entry in share.items()}
+        files = {path: entry for entries, _ in per_rank for path, entry in entries.items()}
         manifest = pending.manifest.model_copy(update={"files": files})
         commit(manifest, pending.staged, pending.target, self._disks.is_leader)
         log.info("saved %s", pending.target)
         if self._live.config.checkpoint.keep_last:
-            several = self._disks.count > 1
-            on_every_disk = list_checkpoints(self.directory, self._disks)[1] if several else None
+            everywhere = None
+            if self._disks.count > 1:
+                _, everywhere = list_checkpoints(self.directory, self._disks)
             if self._disks.is_leader:
-                prune(self.directory, self._live.config.checkpoint, on_every_disk)
+                prune(self.directory, self._live.config.checkpoint, everywhere)
 
     def close(self) -> None:
-        """Ends the thread; a save in flight is given up."""
+        """Ends the thread; a save in flight is abandoned."""
         self._thread.shutdown(cancel_futures=True)
 
     def _discard(self, staged: Path) -> None:
-        """Removes a staging directory, where it still is one."""
+        """Removes a staging directory, if it still exists."""
         if self._disks.is_leader:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _copied(self, jobs: Jobs, target: Path) -> Jobs:
+    def _copied(self, trees: FileTrees, target: Path) -> FileTrees:
         with checkpoint_error_on_all_ranks(f"cannot save {target}"):
             try:
-                return self._snapshots.take(jobs)
-            except (MemoryError, RuntimeError) as error:  # there is no room for a copy
+                return self._snapshots.take(trees)
+            except (MemoryError, RuntimeError) as error:  # not enough memory for a copy
                 raise CheckpointError(f"{type(error).__name__}: {error}") from None
 
-    def _collect(self) -> Jobs:
-        jobs: Jobs = {
+    def _collect(self) -> FileTrees:
+        trees: FileTrees = {
             rank_file(distributed.global_rank()): {
                 "rng": rng_state(),
                 "engines": self._engines.state_dict(),
@@ -201,9 +201,9 @@ class Saver:
                 "live": self._live.state_dict(),
             }
         }
-        for engine in self._engines.trained:  # a teacher is what the task made it
-            jobs |= engine.collect()
-        return jobs
+        for engine in self._engines.trained:  # a teacher is built by the task again
+            trees |= engine.collect()
+        return trees
 
     def _manifest(self, metrics: dict[str, float], pinned: str | None) -> Manifest:
         return Manifest(
@@ -215,29 +215,30 @@ class Saver:
             config_digest=self._config_digest,
             metrics=metrics,
             pinned=pinned,
-            saved_at=max(time.time(), self._saved_at + 1e-3),  # clocks step back
+            saved_at=max(time.time(), self._saved_at + 1e-3),  # a clock may be set back
         )
 
 
 def rank_file(rank: int) -> str:
-    """The path of a rank's own file in a checkpoint."""
+    """The name of a rank's own file in a checkpoint."""
     return f"rank-{rank:05d}.pt"
 
 
-def make_room(staged: Path, needed: int) -> None:
-    """Makes the empty staging directory. Raises OSError, also if `needed` bytes do not fit."""
+def create_staging(staged: Path, needed: int) -> None:
+    """Creates the empty staging directory. Raises OSError, also if fewer than `needed` bytes are
+    free."""
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     free = shutil.disk_usage(staged).free
     if needed > free:
         staged.rmdir()
-        raise OSError(f"it needs {needed / 1e6:,.0f} MB, and only {free / 1e6:,.0f} MB are free")
+        raise OSError(f"needs {needed / 1e6:,.0f} MB, and only {free / 1e6:,.0f} MB are free")
 
 
-def write_files(staged: Path, jobs: Jobs) -> Entries:
+def write_files(staged: Path, trees: FileTrees) -> Entries:
     """Writes and syncs a rank's files below the staging directory. Raises OSError."""
     entries: Entries = {}
-    for name, tree in jobs.items():
+    for name, tree in trees.items():
         path = staged / name
         path.parent.mkdir(exist_ok=True)
         entries[name] = write_file(tree, path)
@@ -248,8 +249,8 @@ def write_files(staged: Path, jobs: Jobs) -> Entries:
 def commit(manifest: Manifest, staged: Path, target: Path, is_leader: bool) -> None:
     """Turns the staging directory into a checkpoint, on all disks or on none. Collective.
 
-    `is_leader`: whether this rank does it for its disk. A kill between two disks leaves something
-    that is incomplete, and what it has replaced is restored (`retention.clean`). Raises
+    `is_leader`: whether this rank does it for its disk. After a kill between two disks
+    `retention.clean` restores what the incomplete checkpoint has replaced. Raises
     CheckpointError on all ranks.
     """
     doing = f"cannot save {target}"
@@ -260,37 +261,37 @@ def commit(manifest: Manifest, staged: Path, target: Path, is_leader: bool) -> N
     try:
         with checkpoint_error_on_all_ranks(doing):
             if is_leader:
-                put_in_place(staged, target)
+                move_into_place(staged, target)
                 sync_directory(target.parent)
     except CheckpointError:
         if is_leader:
-            with suppress(OSError):  # a broken disk: `clean` does it when the run starts again
-                take_back(staged, target)
+            with suppress(OSError):  # a broken disk: `clean` does it at the next start
+                undo_move(staged, target)
         raise
     with checkpoint_error_on_all_ranks(doing):
         if is_leader:
-            point_latest(target)
-            forget_replaced(target)
+            write_latest(target)
+            delete_replaced(target)
 
 
-def point_latest(target: Path) -> None:
-    """Writes the checkpoint's name into `latest` beside it."""
+def write_latest(target: Path) -> None:
+    """Writes the checkpoint's name into `latest` next to it."""
     write_atomically(target.with_name(LATEST), lambda path: path.write_text(f"{target.name}\n"))
 
 
 def engine_manifest(engine: Engine) -> EngineManifest:
-    """What the manifest says of an engine, the same on every rank. Collective.
+    """An engine's entry in the manifest, the same on every rank. Collective.
 
-    Raises CheckpointError, on all ranks, if the engine's layout is not one that can be read.
+    Raises CheckpointError, on all ranks, if the engine's layout is unknown.
     """
     trees = engine.collect().values() if engine.role == "train" else []
-    found = ""
+    digest_of_layout = ""
     with checkpoint_error_on_all_ranks(f"engine {engine.name!r}"):
         if trees and distributed.is_global_leader():
-            found = layout_digest(trees)
+            digest_of_layout = layout_digest(trees)
     return EngineManifest(
         zero_stage=engine.zero_stage,
         dtype=str(engine.dtype),
         optimizer=engine.optimizer_path,
-        layout=distributed.broadcast(found),
+        layout=distributed.broadcast(digest_of_layout),
     )

@@ -1,4 +1,4 @@
-"""Copies of live tensors in CPU memory, which a save behind the training writes."""
+"""Copies of live tensors in CPU memory, which a save in the background writes."""
 
 from copy import deepcopy
 from typing import Any
@@ -10,23 +10,23 @@ from harness.utils import tensor_leaves
 
 
 def bytes_of(tree: Any) -> int:
-    """Bytes of all tensors of a tree, shared memory counted once."""
+    """Bytes of all tensors of a tree; shared storages are counted once."""
     storages = [tensor.untyped_storage() for tensor in tensor_leaves(tree)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class Snapshots:
-    """Copies of trees in CPU memory that no later step changes; shared memory stays shared.
+    """Copies of trees in CPU memory that no later step changes; shared storages stay shared.
 
-    The memory of a copy is kept for the next one: it is paid for once, and no page of it is faulted
-    in again. Pinned where there is a GPU.
+    The memory of a copy is reused for the next one, which avoids allocation and page faults. It is
+    pinned if there is a GPU.
     """
 
     def __init__(self) -> None:
         self._buffers: list[torch.UntypedStorage] = []
 
     def take(self, tree: Any) -> Any:
-        """A copy of the tree. It overwrites the one before."""
+        """A copy of the tree. It overwrites the previous one."""
         spare: dict[int, list[torch.UntypedStorage]] = {}
         for buffer in self._buffers:
             spare.setdefault(buffer.nbytes(), []).append(buffer)
@@ -37,8 +37,8 @@ class Snapshots:
                 return deepcopy(leaf)
             storage = leaf.untyped_storage()
             if storage.data_ptr() not in copies:
-                fitting = spare.get(storage.nbytes())
-                buffer = fitting.pop() if fitting else _buffer(storage.nbytes())
+                reusable = spare.get(storage.nbytes())
+                buffer = reusable.pop() if reusable else _buffer(storage.nbytes())
                 copies[storage.data_ptr()] = buffer.copy_(storage)
             view = (leaf.storage_offset(), leaf.size(), leaf.stride())
             buffer = copies[storage.data_ptr()]

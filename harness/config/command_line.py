@@ -18,7 +18,7 @@ from harness.errors import ConfigError
 
 
 def parse_args(argv: Sequence[str]) -> Config:
-    """The config of a command line. `--help` prints every key and exits. Raises ConfigError."""
+    """The config of a command line; `--help` prints all keys and exits. Raises ConfigError."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         usage="train.py --config FILE.toml [--section.key=value ...]",
@@ -36,8 +36,8 @@ def parse_args(argv: Sequence[str]) -> Config:
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     """`["--run.steps=5", "--run.name", "x"]` as nested tables.
 
-    A value is parsed as TOML (numbers, true, lists, inline tables); what is not TOML is a plain
-    string. Raises ConfigError.
+    Values are parsed as TOML (numbers, true, lists, inline tables), and kept as strings if they are
+    not valid TOML. Raises ConfigError.
     """
     overrides: dict[str, Any] = {}
     queue = list(words)
@@ -45,10 +45,10 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         word = queue.pop(0)
         key, has_value, text = word.partition("=")
         if not key.startswith("--") or "." not in key:
-            raise ConfigError(f"command line: found {word!r}, expected --section.key=value")
+            raise ConfigError(f"command line: {word!r}: expected --section.key=value")
         if not has_value:
             if not queue:
-                raise ConfigError(f"command line: {word} has no value")
+                raise ConfigError(f"command line: {word}: missing value")
             text = queue.pop(0)
         path = key.removeprefix("--").split(".")
         nested: Any = _parse_value(path, text)
@@ -66,7 +66,7 @@ def _parse_value(path: Sequence[str], text: str) -> Any:
 
 
 def _is_text(path: Sequence[str]) -> bool:
-    """Whether a key is a string or a path, whose values are not parsed as TOML."""
+    """Whether a key is a string or a path: its value is not parsed as TOML."""
     section: type[BaseModel] | None = Config
     for position, part in enumerate(path):
         if section is None:

@@ -20,13 +20,13 @@ from harness.config.sections import Section, check_pattern, importable, merge
 
 
 class NamedConfig(BaseModel):
-    """Something chosen by name, with arguments of its own, which are passed on unchanged."""
+    """Something selected by name; all other keys are its arguments, passed on unchanged."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     @property
     def args(self) -> dict[str, Any]:
-        """Its own arguments."""
+        """The arguments."""
         return dict(self.model_extra or {})
 
 
@@ -37,18 +37,18 @@ OPTIMIZER_PACKAGES = {
     "adamw8bit": "bitsandbytes",
     "lion8bit": "bitsandbytes",
 }
-"""Packages of registered optimizers that are not dependencies of harness."""
+"""Optional packages of registered optimizers."""
 
 
 class OptimizerConfig(NamedConfig):
-    """[engines.NAME.optimizer] an optimizer; further keys are its own arguments."""
+    """[engines.NAME.optimizer] an optimizer; other keys are its arguments."""
 
     name: str = "adamw"
     """A registered optimizer ("adamw", "apollo", "apollo-mini", "muon", "adafactor", "prodigy",
     "schedulefree", "adam8bit", "adamw8bit", "lion8bit"), or an import path, like
     "torch.optim:SGD"."""
     lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
-    """Learning rate: the schedule's peak."""
+    """Learning rate: the peak of the schedule."""
 
     @field_validator("name")
     @classmethod
@@ -60,7 +60,7 @@ class OptimizerConfig(NamedConfig):
 
 
 class SchedulerConfig(NamedConfig):
-    """[engines.NAME.scheduler] a learning-rate schedule; further keys are its own arguments."""
+    """[engines.NAME.scheduler] a learning-rate schedule; other keys are its arguments."""
 
     name: str
     """A registered schedule: "constant", "linear", "cosine", "one-cycle", "noam" or
@@ -71,21 +71,21 @@ class LoraConfig(Section):
     """[engines.NAME.lora] low-rank adapters, trained instead of the weights (needs peft)."""
 
     targets: str
-    """Regular expression for the full names of the layers, like ".*\\.(query|value)"."""
+    """Regular expression that matches full layer names, like ".*\\.(query|value)"."""
     rank: int = Field(default=8, ge=1)
-    """Rank of the update of a weight."""
+    """Rank of the weight updates."""
     alpha: float = Field(default=16, gt=0, allow_inf_nan=False)
     """Updates are scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout of an adapter's input."""
+    """Dropout on the adapters' input."""
 
     @field_validator("targets")
     @classmethod
     def _is_pattern(cls, targets: str) -> str:
         if targets.lower() == "all-linear":
             raise ValueError(
-                f"found {targets!r}, a keyword of peft: expected a regular expression for the "
-                "names of the layers"
+                f"found {targets!r}, a peft keyword: expected a regular expression that matches "
+                "layer names"
             )
         return check_pattern(targets)
 
@@ -106,24 +106,24 @@ class EngineConfig(Section):
     role: Literal["train", "teacher"] = "train"
     """"train", or "teacher": frozen, in eval mode, never stepped."""
     optimizer: OptimizerConfig | None = None
-    """Optimizer of a trained engine."""
+    """Optimizer; required for role "train"."""
     scheduler: SchedulerConfig | None = None
     """Learning-rate schedule; constant by default."""
     frozen: list[str] = Field(default=[])
-    """Parameters that are not trained: regular expressions for the full names of parameters, or of
-    modules with all their parameters, like "blocks\\.[0-3]"."""
+    """Parameters that are not trained: regular expressions that match full names of parameters, or
+    of modules (all their parameters), like "blocks\\.[0-3]"."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters, and no other parameter."""
+    """Train low-rank adapters only."""
     init_from: Path | None = None
     """Initial weights, instead of the task's: a .sft or .pt, a Hugging Face folder, an export or a
-    checkpoint. Not read when a run resumes, except for a teacher."""
+    checkpoint. Ignored when a run resumes, except for a teacher."""
     train_every: int = Field(default=1, ge=1)
-    """Train it at every N-th step of the run only."""
+    """Train only at every N-th step of the run."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an exponential moving average of its weights, like 0.999: evaluations use it, and
-    exports write it too, as NAME.ema. Default: no average."""
+    """Decay of an exponential moving average (EMA) of the weights, like 0.999: evaluations use the
+    EMA weights, and exports also write them, as NAME.ema. Default: no EMA."""
     _file: tuple[Path, dict[str, Any]] | None = PrivateAttr(default=None)
-    """The path and the content of `ds_config`."""
+    """Path and content of `ds_config`."""
 
     @field_validator("frozen")
     @classmethod
@@ -134,13 +134,13 @@ class EngineConfig(Section):
     def _fits_role(self) -> "EngineConfig":
         if self.role == "train":
             if self.optimizer is None:
-                raise ValueError("a trained engine needs an optimizer, like {name = 'adamw'}")
+                raise ValueError("role = 'train' needs an optimizer, like {name = 'adamw'}")
             return self
         if self.optimizer or self.scheduler:
-            raise ValueError("a teacher is never stepped: it takes no optimizer and no scheduler")
+            raise ValueError("a teacher is not trained: remove optimizer and scheduler")
         if self.train_every > 1 or self.ema_decay or self.frozen or self.lora:
             raise ValueError(
-                "a teacher never changes: it takes no train_every, ema_decay, frozen or lora"
+                "a teacher is not trained: remove train_every, ema_decay, frozen and lora"
             )
         return self
 
@@ -149,32 +149,32 @@ class EngineConfig(Section):
         self._file = self.ds_config, _json_object(self.ds_config)
         try:
             self._check_deepspeed(self.deepspeed())
-        except rules.Refused as error:
+        except rules.UnsupportedSetting as error:
             is_override = rules.value_at(self.ds_overrides, error.key) is not None
             origin = "ds_overrides" if is_override else f"ds_config {self.ds_config}"
             raise ValueError(f"{origin}: {error}") from None
         return self
 
     def _check_deepspeed(self, ds: Mapping[str, Any]) -> None:
-        rules.leaves_out_what_harness_sets(ds)
-        rules.precision_is_in_tables(ds)
-        rules.zero_stage_is_known(ds)
-        rules.accumulation_is_a_count(ds)
-        rules.is_not_elastic(ds)
-        rules.leaves_node_local_storage_to_harness(ds)
+        rules.check_no_harness_keys(ds)
+        rules.check_precision_tables(ds)
+        rules.check_zero_stage(ds)
+        rules.check_accumulation_steps(ds)
+        rules.check_not_elastic(ds)
+        rules.check_no_node_local_storage(ds)
         if self.role == "train":
-            rules.nothing_is_on_nvme(ds, "a checkpoint would lack what is there")
+            rules.check_no_nvme(ds, "checkpoints would lack the state on NVMe")
         else:
-            rules.teacher_needs_no_optimizer_shards(ds)
+            rules.check_teacher_stage(ds)
         if self.init_from is not None:
-            rules.nothing_is_on_nvme(ds, "init_from cannot fill what is there")
+            rules.check_no_nvme(ds, "init_from cannot initialize state on NVMe")
         if self.ema_decay:
-            rules.ema_is_in_32_bits(ds)
-            rules.ema_is_of_all_parameters(ds)
+            rules.check_ema_precision(ds)
+            rules.check_ema_covers_all(ds)
 
     @property
     def gradient_accumulation(self) -> int:
-        """Micro-batches of one optimizer step."""
+        """Micro-batches per optimizer step."""
         return self.deepspeed().get("gradient_accumulation_steps", 1)
 
     @property
@@ -183,9 +183,9 @@ class EngineConfig(Section):
         return self.deepspeed().get("zero_optimization", {}).get("stage", 0)
 
     def deepspeed(self) -> dict[str, Any]:
-        """`ds_config`, as it was read at validation, with `ds_overrides` merged in: a copy.
+        """A copy of `ds_config`, as read at validation, with `ds_overrides` merged in.
 
-        Raises ValueError if another file has come in its place since, and cannot be read.
+        Raises ValueError if `ds_config` was replaced since, and the new file cannot be read.
         """
         path, table = self._file or (None, {})
         if path != self.ds_config:  # after model_copy(update=...), which validates nothing

@@ -1,4 +1,4 @@
-"""A TOML file and overrides into a `Config`, with one line for every mistake."""
+"""Loads a TOML file and overrides into a `Config`, with one error line per mistake."""
 
 import re
 import tomllib
@@ -17,8 +17,7 @@ from harness.errors import ConfigError, did_you_mean
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """The config in a TOML file, with `overrides` (nested, like the file) merged over it.
 
-    Without `run.name` the run is called after the file. Raises ConfigError with one line for every
-    mistake.
+    `run.name` defaults to the name of the file. Raises ConfigError with one line per mistake.
     """
     table = _with_current_keys(_read(path), f"config {path}")
     overrides = _with_current_keys(overrides or {}, "command line")
@@ -49,7 +48,7 @@ def _with_current_keys(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 
 def _explain(mistake: dict[str, Any], overrides: Mapping[str, Any]) -> str:
-    """One line for one mistake: the key, where it was set, what was found, what is allowed."""
+    """One line: the key, where it was set, what was found, what is expected."""
     location = mistake["loc"]
     key = ".".join(map(str, location))
     override: Any = overrides
@@ -62,14 +61,14 @@ def _explain(mistake: dict[str, Any], overrides: Mapping[str, Any]) -> str:
             hint = did_you_mean(str(location[-1]), known)
             return f"{key}{origin}: unknown key{hint}; known: {', '.join(known)}"
         case "missing":
-            return f"{key}: missing; it has no default"
+            return f"{key}: missing (required)"
         case "value_error":
             reason = str(mistake["ctx"]["error"])
             return f"{key}{origin}: {reason}" if location else reason
         case _:
-            found = mistake["input"]
+            value = mistake["input"]
             reason = mistake["msg"][0].lower() + mistake["msg"][1:]
-            return f"{key}{origin}: found {found!r} ({type(found).__name__}): {reason}"
+            return f"{key}{origin}: found {value!r} ({type(value).__name__}): {reason}"
 
 
 def _section_at(path: Sequence[Any]) -> type[BaseModel]:

@@ -1,6 +1,6 @@
-"""Names that have changed: keys of the config, and modules that a config or a manifest names.
+"""Renamed config keys, and moved modules that configs and manifests name.
 
-What was written with an old name keeps working; help, messages and files show the new one.
+The old names still work; help, messages and new files use the new ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RenamedKey:
-    """A key with another name than before, and perhaps other words for its values."""
+    """A config key that was renamed, possibly along with its values."""
 
     section: str
-    """Its section; `*` is any name."""
+    """Its section; `*` matches any name."""
     old: str
     new: str
     values: Mapping[str, str] = field(default_factory=dict)
-    """New words for old ones."""
+    """Old values and their new names."""
 
 
 RENAMED_KEYS = (
@@ -36,13 +36,13 @@ MOVED_MODULES = {
     "harness.bitnet": "harness.wrapper.layers.bitnet",
     "harness.optim.apollo": "harness.optim.apollo.optimizer",
 }
-"""Modules with classes and functions that configs and manifests name."""
+"""New paths of modules that configs and manifests name."""
 
 
 def current_keys(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables, as of a config file, with today's keys.
+    """Nested tables, like those of a config file, with all keys under their current names.
 
-    Raises ValueError if a key is given by its old and its new name.
+    Raises ValueError if a key is set under both its old and its new name.
     """
     current: Any = dict(tables)
     for key in RENAMED_KEYS:
@@ -51,7 +51,7 @@ def current_keys(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(table: Any, section: Sequence[str], key: RenamedKey) -> Any:
-    if not isinstance(table, Mapping):  # a mistake, which validation explains
+    if not isinstance(table, Mapping):  # validation reports it
         return table
     if section:
         return {
@@ -60,8 +60,8 @@ def _renamed(table: Any, section: Sequence[str], key: RenamedKey) -> Any:
         }
     if {key.old, key.new} <= table.keys():
         raise ValueError(
-            f"{key.section}: {key.new!r} and {key.old!r}, its name of before, are both given: "
-            f"leave out {key.old!r}"
+            f"{key.section}: {key.old!r} was renamed to {key.new!r}, and both are set: "
+            f"remove {key.old!r}"
         )
     return dict(_renamed_item(name, value, key) for name, value in table.items())
 
@@ -73,7 +73,7 @@ def _renamed_item(name: str, value: Any, key: RenamedKey) -> tuple[str, Any]:
 
 
 def current_setting(key: str, text: str) -> tuple[str, str]:
-    """A dotted key and the text of its value, quoted or not, as `set KEY VALUE` takes them."""
+    """The current names of a dotted key and its value (text, quoted or not)."""
     for renamed in RENAMED_KEYS:
         if key == f"{renamed.section}.{renamed.old}":
             word = text.strip("\"'")
@@ -83,6 +83,6 @@ def current_setting(key: str, text: str) -> tuple[str, str]:
 
 
 def current_import_path(path: str) -> str:
-    """An import path `module:name` with the module's place of today."""
+    """An import path `module:name` with the module's current path."""
     module, colon, name = path.partition(":")
     return f"{MOVED_MODULES.get(module, module)}{colon}{name}"

@@ -1,4 +1,4 @@
-"""`Config`: all tables of a config file, and the rules between them."""
+"""`Config`: all tables of a config file, and the constraints between them."""
 
 import re
 from collections.abc import Mapping
@@ -28,23 +28,23 @@ class Config(Section):
     """All settings of a run."""
 
     run: RunConfig = RunConfig()
-    """The run."""
+    """Run settings."""
     task: TaskConfig
-    """The task."""
+    """Task settings."""
     engines: dict[str, EngineConfig] = Field(min_length=1)
-    """The engines, by name."""
+    """Engine settings, by name."""
     data: DataConfig = DataConfig()
-    """The data."""
+    """Data settings."""
     trainer: TrainerConfig = TrainerConfig()
-    """The loop."""
+    """Training loop settings."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """The checkpoints."""
+    """Checkpoint settings."""
     optimizations: OptimizationsConfig = OptimizationsConfig()
-    """The optimizations."""
+    """Optimizations."""
     control: ControlConfig = ControlConfig()
-    """The commands."""
+    """Live command settings."""
     metrics: MetricsConfig = MetricsConfig()
-    """The metrics."""
+    """Metrics settings."""
 
     @property
     def run_dir(self) -> Path:
@@ -61,9 +61,9 @@ class Config(Section):
     def _are_named_and_trained(cls, engines: dict[str, EngineConfig]) -> dict[str, EngineConfig]:
         for name in engines:
             if not (name.isidentifier() and name.isascii()):
-                raise ValueError(f"an engine's name is a plain word, found {name!r}")
+                raise ValueError(f"the name {name!r}: expected letters, digits and _")
         if all(engine.role == "teacher" for engine in engines.values()):
-            raise ValueError("no engine has role = 'train': there is nothing to train")
+            raise ValueError("no engine has role = 'train'")
         return engines
 
     @model_validator(mode="after")
@@ -71,13 +71,13 @@ class Config(Section):
         periods = {n: e.train_every for n, e in self.engines.items() if e.role == "train"}
         if min(periods.values()) > 1:
             raise ValueError(
-                f"engines: none is trained at every step, found train_every = {periods}"
+                f"engines: train_every = {periods}: at least one must be trained at every step"
             )
         for name, period in periods.items():
             if period > self.run.steps:
                 raise ValueError(
-                    f"engines.{name}.train_every = {period}: it would never be trained in "
-                    f"{self.run.steps} steps"
+                    f"engines.{name}.train_every = {period}: expected at most "
+                    f"run.steps = {self.run.steps}"
                 )
         return self
 
@@ -87,7 +87,7 @@ class Config(Section):
             if self.optimizations.compile and engine.zero_stage == 3:
                 raise ValueError(
                     f"optimizations.compile: engine {name!r} is at ZeRO stage 3, where torch would "
-                    "compile DeepSpeed's gathering as well, for minutes: use stage 0 to 2"
+                    "spend minutes compiling DeepSpeed's gathering too: use stage 0 to 2"
                 )
         return self
 
@@ -98,10 +98,10 @@ class Config(Section):
             key = f"optimizations.replace.{number}"
             if entry.engine and entry.engine not in self.engines:
                 hint = did_you_mean(entry.engine, self.engines)
-                raise ValueError(f"{key}.engine: there is no engine {entry.engine!r}{hint}")
+                raise ValueError(f"{key}.engine: no engine is named {entry.engine!r}{hint}")
             for path in (entry.what, entry.by):
                 package = re.split("[.:]", path)[0]
-                is_beside_task = folder is not None and (folder / f"{package}.py").is_file()
-                if not (is_beside_task or importable(package)):
+                is_next_to_task = folder is not None and (folder / f"{package}.py").is_file()
+                if not (is_next_to_task or importable(package)):
                     raise ValueError(f"{key}: {path!r}: package {package!r} is not installed")
         return self

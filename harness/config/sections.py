@@ -1,7 +1,6 @@
-"""The tables of a config file but the engines': keys, values and defaults."""
+"""The tables of a config file, except the engines': keys, values and defaults."""
 
 import importlib.util
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
@@ -10,6 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from harness.config.old_names import current_import_path
+from harness.errors import compile_pattern
 
 LIVE: dict[str, Any] = {"live": True}
 """Marks a key that `set KEY VALUE` can change during a run."""
@@ -22,7 +22,7 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    """[run] name, directory and length of the run, and what it resumes."""
+    """[run] name, directory and length of the run, and what it resumes from."""
 
     name: str = Field(default="", pattern=r"^(\w[\w.-]*)?$")
     """Name of the run; its directory is DIR/NAME. Default: the config file's name."""
@@ -31,12 +31,12 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the models' initial weights, of the data order, and (with the rank) of dropout."""
     steps: int = Field(default=1000, ge=1, json_schema_extra=LIVE)
-    """Optimizer steps of the complete run, those before a resume included."""
+    """Optimizer steps of the complete run, including those before a resume."""
     resume: str = "latest"
-    """"latest": resume the run's newest checkpoint, if any; "none": start over; or a checkpoint's
-    path."""
+    """"latest": resume from the run's newest checkpoint, if any; "none": start over; or the path
+    of a checkpoint."""
     timeout_s: float = Field(default=1800.0, gt=0, le=1e8)
-    """Seconds that a collective waits for a rank before the run ends."""
+    """Timeout of collectives, in seconds; after it the run ends."""
 
 
 class TaskConfig(Section):
@@ -45,7 +45,7 @@ class TaskConfig(Section):
     path: str
     """A Python file, or an importable module, with one function `build(config) -> Task`."""
     args: dict[str, Any] = {}
-    """The task's own arguments: `config.task.args` in `build`."""
+    """Arguments for the task: `config.task.args` in `build`."""
 
     @field_validator("path")
     @classmethod
@@ -54,27 +54,27 @@ class TaskConfig(Section):
             if not Path(path).is_file():
                 raise ValueError(f"no such file: {Path(path).absolute()}")
             if "." in Path(path).stem:
-                raise ValueError(f"Python cannot import a file with a dot in its name: {path}")
+                raise ValueError(f"{path}: Python cannot import a file with a dot in its name")
         elif "/" in path or not importable(path):
-            raise ValueError("neither a .py file nor an importable module")
+            raise ValueError(f"{path!r} is neither a .py file nor an importable module")
         return path
 
 
 class DataConfig(Section):
-    """[data] from a dataset to a rank's micro-batches. Not used for a task's own loaders."""
+    """[data] how a dataset becomes micro-batches. Ignored if the task returns a loader."""
 
     micro_batch_size: int = Field(default=8, ge=1)
-    """Samples in a micro-batch of one rank (at most, with the "batched" sampler)."""
+    """Samples per micro-batch and rank (with the "batched" sampler: at most)."""
     sampler: Literal["random", "ordered", "pool", "batched"] = "random"
     """Order of the training samples; "batched" packs samples of similar length, and needs
     `train_data.lengths`."""
     max_tokens: int = Field(default=0, ge=0)
-    """"batched" only: limit of a padded micro-batch (longest sample x samples), in tokens; 0: no
+    """"batched" only: most tokens in a padded micro-batch (longest sample x samples); 0: no
     limit."""
     buckets: int = Field(default=8, ge=1)
-    """"batched" only: groups of similar length, within which samples are shuffled."""
+    """"batched" only: number of length buckets, within which samples are shuffled."""
     workers: int = Field(default=0, ge=0)
-    """Processes of each rank that load samples; 0: the rank itself loads them."""
+    """Data-loading processes per rank; 0: samples are loaded in the rank's own process."""
 
     @model_validator(mode="after")
     def _fits_sampler(self) -> "DataConfig":
@@ -93,28 +93,28 @@ class TrainerConfig(Section):
     export_every: int = Field(default=0, ge=0, json_schema_extra=LIVE)
     """Steps between exports of plain weights; 0: only at the end and on command."""
     save_at_end: bool = Field(default=True, json_schema_extra=LIVE)
-    """Save when the run ends, also by `quit`. A signal saves in any case."""
+    """Save when the run ends, also by `quit`. A signal always saves."""
     export_at_end: bool = Field(default=True, json_schema_extra=LIVE)
     """Export when the run ends, also by `quit`. A signal never exports."""
 
 
 class CheckpointConfig(Section):
-    """[checkpoint] how checkpoints are written, and which ones are kept."""
+    """[checkpoint] how checkpoints are written, and which are kept."""
 
     keep_last: int = Field(default=0, ge=0, json_schema_extra=LIVE)
-    """Newest checkpoints to keep; 0: all. Pinned ones (`save as NAME`) are always kept."""
+    """Number of newest checkpoints to keep; 0: all. Pinned ones (`save as NAME`) always stay."""
     keep_best: int = Field(default=0, ge=0, json_schema_extra=LIVE)
-    """Best checkpoints to keep as well, among those with an evaluation at their step."""
+    """Number of best checkpoints to keep as well, among those with an evaluation at their step."""
     best_metric: str = Field(default="eval/loss", json_schema_extra=LIVE)
-    """The metric of the evaluation that ranks checkpoints."""
+    """The evaluation metric that ranks checkpoints."""
     best_mode: Literal["min", "max"] = Field(default="min", json_schema_extra=LIVE)
     """Whether the lowest or the highest `best_metric` is best."""
     keep_every: int = Field(default=0, ge=0, json_schema_extra=LIVE)
-    """Keep as well the checkpoints whose step is a multiple of this; 0: none."""
+    """Also keep checkpoints whose step is a multiple of this; 0: none."""
     background: bool = Field(default=False, json_schema_extra=LIVE)
     """Write in the background: training waits only while the tensors are copied."""
     on_error: Literal["continue", "stop"] = Field(default="continue", json_schema_extra=LIVE)
-    """What the run does after a failed save; if it continues, the next save tries again."""
+    """What the run does after a failed save; if it continues, the next save retries."""
 
     @model_validator(mode="after")
     def _fits_keep_last(self) -> "CheckpointConfig":
@@ -124,23 +124,23 @@ class CheckpointConfig(Section):
 
 
 class OffloadConfig(Section):
-    """[optimizations.offload] which activations go to host memory, if `unsloth` is true."""
+    """[optimizations.offload] which activations to offload to host memory, if `unsloth` is true."""
 
     match: str = ""
-    """Regular expression for the full names of the modules that are blocks, like
-    "model\\.layers\\.\\d+". Default: the largest list of modules of one class."""
+    """Regular expression that matches the full names of the blocks, like "model\\.layers\\.\\d+".
+    Default: the largest list of modules of one class."""
     mode: Literal["inputs", "saved"] = "inputs"
-    """"inputs": only blocks' inputs go to host memory, and backward recomputes the blocks from
-    them; "saved": all saved tensors go there, many times the bytes, and nothing is recomputed."""
+    """"inputs": offload only the blocks' inputs, and recompute the blocks in backward; "saved":
+    offload all saved tensors, many times the bytes, and recompute nothing."""
     fraction: Literal["auto", "all"] | float = "auto"
-    """Blocks to offload: "auto", as many as the device's memory makes necessary; "all"; or a
-    fraction, from 0 to 1."""
+    """Blocks to offload: "auto", as many as the device's memory requires; "all"; or a fraction from
+    0 to 1."""
     keep_last: int = Field(default=1, ge=0)
-    """Last blocks, whose tensors stay on the device, as backward needs them immediately."""
+    """Number of last blocks that stay on the device, as backward needs them first."""
     min_bytes: int = Field(default=2 * 2**20, ge=0)
     """Smaller tensors stay on the device."""
     host_bytes: int = Field(default=0, ge=0)
-    """Limit of one rank's pinned host memory, in bytes; 0: its share of half of what is free."""
+    """Limit of pinned host memory per rank, in bytes; 0: its share of half of the free memory."""
 
     @field_validator("match")
     @classmethod
@@ -160,24 +160,24 @@ LAYER_PACKAGES = {
     "harness.wrapper.layers.bitsandbytes": "bitsandbytes",
     "harness.wrapper.layers.transformer_engine": "transformer_engine[pytorch]",
 }
-"""What the layers of a module need, as pip calls it."""
+"""The pip requirement of each module of layers."""
 
 
 class ReplaceConfig(Section):
-    """[[optimizations.replace]] modules of one class, and what replaces them."""
+    """[[optimizations.replace]] the modules of one class, and what replaces them."""
 
     what: str = Field(pattern=r"^[\w.]+:\w+$")
-    """Import path of the class of the modules, like "torch.nn:Linear"; its subclasses stay."""
+    """Import path of the class to replace, like "torch.nn:Linear"; its subclasses are kept."""
     by: str = Field(pattern=r"^[\w.]+:\w+$")
     """Import path of a subclass, like "harness.wrapper.layers.bitnet:BitLinear", or of a
-    function that makes a new module from the old one, like
+    function that builds a new module from the old one, like
     "harness.wrapper.layers.torchao:float8_linear"."""
     include: str = ".*"
-    """Regular expression for the full names of the modules."""
+    """Regular expression that matches full names of modules to replace."""
     exclude: str = ""
-    """Regular expression for the full names of modules that stay."""
+    """Regular expression that matches full names of modules to keep."""
     engine: str = ""
-    """The engine whose model it is. Default: all engines."""
+    """Engine whose model is changed. Default: all engines."""
 
     @field_validator("what", "by")
     @classmethod
@@ -200,20 +200,19 @@ class ReplaceConfig(Section):
 
 
 class OptimizationsConfig(Section):
-    """[optimizations] what makes models smaller or faster; only `replace` changes what they
-    compute."""
+    """[optimizations] make models smaller or faster; only `replace` changes results."""
 
     unsloth: bool = False
     """Offload activations of trained models to host memory until backward (docs/offload.md)."""
     offload: OffloadConfig = OffloadConfig()
-    """Settings of that."""
+    """Settings of `unsloth`."""
     replace: list[ReplaceConfig] = []
-    """Modules to replace by others, one entry after the other (docs/replace.md)."""
+    """Modules to replace, applied in order (docs/replace.md)."""
     compile: bool | Literal["blocks"] = False
-    """torch.compile: true, each model in one piece; "blocks", its repeated blocks, which share one
-    compilation. Not at ZeRO stage 3."""
+    """torch.compile: true compiles each model as a whole; "blocks" its repeated blocks, which share
+    one compilation. Not at ZeRO stage 3."""
     attention: Literal["any", "math", "flash", "efficient", "cudnn"] = "any"
-    """The only backend that torch's scaled_dot_product_attention may use."""
+    """Restrict torch's scaled_dot_product_attention to this backend."""
 
 
 class ControlConfig(Section):
@@ -222,16 +221,16 @@ class ControlConfig(Section):
     stdin: bool = True
     """Read commands from rank 0's standard input."""
     socket: bool = True
-    """Read commands from `harness ctl`, through a socket in the run directory."""
+    """Accept commands from `harness ctl`, through a socket in the run directory."""
 
 
 class MetricsConfig(Section):
-    """[metrics] where metrics go, besides metrics.jsonl."""
+    """[metrics] where to report metrics, besides metrics.jsonl."""
 
     progress: bool = True
     """Show a progress bar on rank 0."""
     tensorboard: bool = False
-    """Write TensorBoard events into the run directory (needs tensorboard)."""
+    """Write TensorBoard events to the run directory (needs tensorboard)."""
 
     @field_validator("tensorboard")
     @classmethod
@@ -242,7 +241,7 @@ class MetricsConfig(Section):
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with its values replaced by those of `over`, table by table."""
+    """`base`, with `over` merged in recursively."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -253,18 +252,15 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds: directly, optionally, or as a table's values."""
+    """The section in a field's type: itself, optional, or as the values of a table or list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(section_of, get_args(annotation))), None)
 
 
 def check_pattern(text: str) -> str:
-    """The text. Raises ValueError if it is not a regular expression."""
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+    """Returns the text. Raises ValueError if it is not a regular expression."""
+    compile_pattern(text)
     return text
 
 

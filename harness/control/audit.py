@@ -1,4 +1,4 @@
-"""commands.jsonl: who sent which command, when, and with which result."""
+"""The audit log, commands.jsonl: who sent which command, when, and its result."""
 
 import json
 from collections.abc import Mapping
@@ -9,9 +9,9 @@ from harness.files import JsonLines
 
 
 class Audit:
-    """Appends an object for each answer to a command.
+    """Appends one JSON object per answer to a command.
 
-    A resumed run appends to the file, whatever step it starts from.
+    A resumed run appends to the same file, whatever step it resumes from.
     """
 
     def __init__(self, path: Path):

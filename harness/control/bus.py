@@ -14,18 +14,18 @@ from harness.control.audit import Audit
 from harness.control.commands import Command, Interrupt, Query, Save
 from harness.control.grammar import Grammar
 from harness.control.signals import Signals
-from harness.control.wire import FINAL_STATES, Answer, State
+from harness.control.wire import FINAL_STATES, Answer, CommandState
 from harness.errors import CommandError
 
 log = logging.getLogger(__name__)
 
 MAX_QUEUED = 1000
-SECONDS_BETWEEN_AGREEMENTS = 0.05
+SECONDS_BETWEEN_REDUCTIONS = 0.05
 MAX_SKIPPED = 4
-"""Polls without an agreement, however fast the steps are: the next ones may be slow."""
+"""Most polls without a reduction, even if steps are fast: the next ones may be slow."""
 
 ENDING = "the run is already ending"
-"""Why a command is rejected or fails at the end of the run."""
+"""Why commands are rejected or fail at the end of the run."""
 
 Reply = Callable[[Answer], None]
 
@@ -35,7 +35,7 @@ class Ticket:
     """A command between its front and its final answer."""
 
     id: int
-    """Its number in the run directory's history; of an event, known to rank 0 only."""
+    """Its number in the audit log; of an event, 0 on ranks other than 0."""
     front: str
     user: str
     text: str
@@ -43,12 +43,12 @@ class Ticket:
 
 
 class Bus:
-    """A queue on rank 0, and one small asynchronous agreement a step.
+    """A queue on rank 0, and one small asynchronous all-reduce per step.
 
-    At the end of a step the ranks start to agree whether rank 0 has commands waiting and whether
-    any rank received a signal; at the end of the next step they read the result, and only if there
-    are commands does rank 0 broadcast them. Where steps are fast, rank 0 has the ranks skip some
-    agreements. Every command gets exactly one final answer, from `submit`, `end` or `close`.
+    At the end of a step the ranks start a reduction: does rank 0 have commands waiting, has any
+    rank received a signal? At the end of the next step they read the result, and only if there are
+    commands does rank 0 broadcast them. If steps are fast, rank 0 makes the ranks skip some
+    reductions. Every command gets exactly one final answer, from `submit`, `end` or `close`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Bus:
         answer: Callable[[Query], str],
         audit: Audit | None,
     ):
-        """`answer` answers queries; `audit` is the history of commands, None except on rank 0."""
+        """`answer` answers queries; `audit` is the audit log, None on ranks other than 0."""
         self._grammar = grammar
         self._signals = signals
         self._answer = answer
@@ -66,10 +66,10 @@ class Bus:
         self._ids = itertools.count(1 if audit is None else audit.last_id + 1)
         self._queue: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         self._pending: dict[int, tuple[Ticket, Reply]] = {}  # by id, without a final answer
-        self._lock = threading.Lock()  # ids, queue and history in one order
+        self._lock = threading.Lock()  # ids, queue and audit log in one order
         self._is_open = True
-        self._agreement = distributed.AsyncAllReduceMax(size=4)
-        self._to_skip = 0  # polls without an agreement that are still to come
+        self._reduction = distributed.AsyncAllReduceMax(size=4)
+        self._to_skip = 0  # polls without a reduction that are still to come
         self._polled_at: float | None = None
 
     @property
@@ -78,9 +78,9 @@ class Bus:
         return self._queue.qsize() >= MAX_QUEUED
 
     def submit(self, text: str, front: str, user: str, reply: Reply) -> bool:
-        """Takes a control line on rank 0, from any thread. Returns False if it is rejected.
+        """Accepts a control line on rank 0, from any thread. Returns False if it is rejected.
 
-        `reply` is called with each of its answers, from any thread.
+        `reply` is called, from any thread, with each answer to it.
         """
         ticket = Ticket(next(self._ids), front, user, text, Command())
         try:
@@ -93,12 +93,12 @@ class Bus:
                 if not self._is_open:
                     raise CommandError(ENDING)
                 if self.is_full:
-                    raise CommandError(f"{MAX_QUEUED} commands are waiting; try again later")
+                    raise CommandError(f"{MAX_QUEUED} commands are queued; try again later")
                 self._pending[ticket.id] = (ticket, reply)
                 self._publish(ticket, "queued")
                 self._queue.put(ticket)
         except Exception as error:
-            if not isinstance(error, CommandError):  # our own bug must not end the front
+            if not isinstance(error, CommandError):  # our own bug must not kill the front
                 log.exception("command %.300r", text)
             self._publish(ticket, "rejected", result=str(error), reply=reply)
             return False
@@ -111,9 +111,9 @@ class Bus:
         """
         tickets: list[Ticket] = []
         skip = self._polls_to_skip()
-        agreed = self._agreement.wait()
-        if agreed is not None:
-            has_commands, stop, save, self._to_skip = agreed
+        reduced = self._reduction.wait()
+        if reduced is not None:
+            has_commands, stop, save, self._to_skip = reduced
             if has_commands or stop or save:
                 tickets = distributed.broadcast(self._collect(stop, save))
             for ticket in tickets:
@@ -121,28 +121,28 @@ class Bus:
         if self._to_skip:
             self._to_skip -= 1
         else:
-            self._agreement.start([not self._queue.empty(), *self._signals.take(), skip])
+            self._reduction.start([not self._queue.empty(), *self._signals.take(), skip])
         return tickets
 
     def _polls_to_skip(self) -> int:
-        """How many polls rank 0 would skip, given the time since the last one."""
+        """How many polls rank 0 would skip, from the time since the last one; 0 on other ranks."""
         if not distributed.is_global_leader():
             return 0
-        now, before = time.monotonic(), self._polled_at
+        now, previous = time.monotonic(), self._polled_at
         self._polled_at = now
-        if before is None:
+        if previous is None:
             return 0
-        return min(MAX_SKIPPED, int(SECONDS_BETWEEN_AGREEMENTS / max(now - before, 1e-3)))
+        return min(MAX_SKIPPED, int(SECONDS_BETWEEN_REDUCTIONS / max(now - previous, 1e-3)))
 
     def ticket(self, text: str, front: str) -> Ticket:
-        """A ticket for a command that every rank knows already, like that of a due event.
+        """A ticket for a command that every rank already has, like that of a due event.
 
         Raises CommandError if this run does not know the command.
         """
         number = next(self._ids) if distributed.is_global_leader() else 0
         return Ticket(number, front, "", text, self._grammar.parse(text))
 
-    def end(self, ticket: Ticket, state: State, step: int, result: str) -> None:
+    def end(self, ticket: Ticket, state: CommandState, step: int, result: str) -> None:
         """Publishes the final answer to a command. Every rank calls it; only rank 0 acts."""
         if distributed.is_global_leader():
             level = logging.WARNING if state == "failed" else logging.INFO
@@ -150,11 +150,11 @@ class Bus:
         self._publish(ticket, state, step, result)
 
     def finish(self) -> None:
-        """Completes the last agreement. Collective."""
-        self._agreement.wait()
+        """Completes the last reduction. Collective."""
+        self._reduction.wait()
 
     def close(self) -> None:
-        """Takes no further command, and answers the pending ones: the run is ending."""
+        """Rejects further commands, and fails the pending ones: the run is ending."""
         with self._lock:
             self._is_open = False
         for ticket, _ in list(self._pending.values()):
@@ -162,7 +162,7 @@ class Bus:
             self._publish(ticket, "failed", result=ENDING)
 
     def _collect(self, stop: int, save: int) -> list[Ticket]:
-        """On rank 0, the waiting commands and those that the signals stand for."""
+        """On rank 0, the queued commands and those of the signals; empty on other ranks."""
         if not distributed.is_global_leader():
             return []
         tickets = [self._queue.get() for _ in range(self._queue.qsize())]
@@ -176,12 +176,12 @@ class Bus:
     def _publish(
         self,
         ticket: Ticket,
-        state: State,
+        state: CommandState,
         step: int | None = None,
         result: str = "",
         reply: Reply | None = None,
     ) -> None:
-        """Records an answer in the history and passes it on. Does nothing on ranks other than 0."""
+        """Logs an answer in the audit log and passes it on. Does nothing on ranks other than 0."""
         if self._audit is None:
             return
         answer = Answer(ticket.id, ticket.text, state, step, result)

@@ -1,4 +1,4 @@
-"""`harness ctl`: commands to a running job, through the socket in its run directory."""
+"""`harness ctl`: sends commands to a running job, through the socket in its run directory."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ SECONDS_BETWEEN_UPDATES = 1.0
 
 
 class NoAnswer(HarnessError):
-    """No job listens, or it ended before it answered."""
+    """No job is listening, or it ended before it answered."""
 
     code = NO_ANSWER
 
@@ -27,7 +27,7 @@ class Client:
     """A connection to a running job."""
 
     def __init__(self, run_dir: Path):
-        """Raises NoAnswer if no job listens in that run directory on this machine."""
+        """Raises NoAnswer if no job is listening in that run directory on this machine."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         path = run_dir / SOCKET
         try:
@@ -51,9 +51,9 @@ class Client:
         """
         line = " ".join(command.split())
         if not line:
-            yield Answer(0, line, "rejected", result="an empty command; help lists all")
+            yield Answer(0, line, "rejected", result="empty command; help lists all commands")
             return
-        with contextlib.suppress(BrokenPipeError):  # its reason may still be there to read
+        with contextlib.suppress(BrokenPipeError):  # the reason may still be readable
             self._socket.sendall(line.encode(errors="replace") + b"\n")
         while True:
             try:
@@ -61,7 +61,7 @@ class Client:
             except ConnectionError:
                 received = ""
             if not received:
-                raise NoAnswer(f"{line!r}: the run ended before it answered")
+                raise NoAnswer(f"{line!r}: no answer: the run has ended")
             answer = Answer(**json.loads(received))
             yield answer
             if answer.state in FINAL_STATES:
@@ -92,9 +92,9 @@ def _send_and_print(client: Client, command: str, as_json: bool) -> int:
 
 
 def send_stdin(run_dir: Path, as_json: bool) -> int:
-    """Sends the lines of standard input one after the other, and returns the worst exit code.
+    """Sends the lines of standard input one by one, and returns the highest exit code.
 
-    On a terminal this is a prompt with history, and the run's live status above it.
+    On a terminal: a prompt with history, below the live status of the run.
     """
     if sys.stdin.isatty() and sys.stdout.isatty():
         return _prompt(run_dir, as_json)
@@ -123,7 +123,7 @@ def _prompt(run_dir: Path, as_json: bool) -> int:
 @contextlib.contextmanager
 def _status_above(client: Client) -> Iterator[None]:
     """Updates the line above the prompt while the user types, until the input fills a line."""
-    import readline  # also gives `input` its history and line editing
+    import readline  # also adds history and line editing to `input`
 
     typed = threading.Event()
     columns = os.get_terminal_size().columns - 1

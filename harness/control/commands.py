@@ -1,4 +1,4 @@
-"""The commands that a run understands: a closed set.
+"""The commands of a run: a closed set.
 
 A command is a frozen dataclass. Its docstring is its line in `help`, and its `forms` are its
 grammar: words in lower case are literal, a word in capitals is a value of that kind (`grammar.py`),
@@ -11,19 +11,19 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Command:
-    """A control line, parsed."""
+    """A parsed control line."""
 
     forms: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
 class Query(Command):
-    """A command that rank 0 answers alone and at once, whatever the run is doing."""
+    """A command that rank 0 answers by itself, immediately, whatever the run is doing."""
 
 
 @dataclass(frozen=True)
 class StateChange(Command):
-    """A command that alters what a checkpoint of this step holds."""
+    """A command that changes what a checkpoint of this step contains."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class QuitUnsaved(Quit):
 
 @dataclass(frozen=True)
 class Interrupt(Quit):
-    """From a signal: ends the run now; always saves, never exports."""
+    """Sent by a signal: ends the run now; always saves, never exports."""
 
     signal: int
 
@@ -93,7 +93,7 @@ class Resume(Command):
 
 @dataclass(frozen=True)
 class SetLr(StateChange):
-    """Holds the learning rate (of one engine) at RATE, whatever the schedule says."""
+    """Holds the learning rate (of one engine) at RATE, ignoring the schedule."""
 
     forms = ("lr RATE", "lr ENGINE RATE")
     rate: float
@@ -161,7 +161,7 @@ class SetLog(Command):
 
 @dataclass(frozen=True)
 class Set(StateChange):
-    """Changes a config key; set alone lists the keys that can be changed."""
+    """Changes a config key; without KEY, lists the keys that can be changed."""
 
     forms = ("set KEY VALUE",)
     key: str
@@ -170,7 +170,7 @@ class Set(StateChange):
 
 @dataclass(frozen=True)
 class At(StateChange):
-    """Schedules COMMAND for the end of step STEP; also COMMAND@STEP alone."""
+    """Schedules COMMAND for the end of step STEP; short form: COMMAND@STEP."""
 
     forms = ("event COMMAND@STEP",)
     command: str
@@ -209,15 +209,15 @@ class ShowSettings(Query):
 
 
 @dataclass(frozen=True)
-class Status(Query):
-    """Shows where the run is and what live commands have changed."""
+class ShowStatus(Query):
+    """Shows the progress of the run, and what live commands have changed."""
 
     forms = ("status",)
 
 
 @dataclass(frozen=True)
 class TimeLeft(Query):
-    """Estimates the time left until the end of the run, or until STEP."""
+    """Estimates the time left to the end of the run, or to STEP."""
 
     forms = ("time", "time to STEP")
     step: int | None = None
@@ -241,5 +241,5 @@ class TaskCommand(StateChange):
 COMMANDS: tuple[type[Command], ...] = (
     *(Save, Export, Eval, Quit, EvalQuit, QuitUnsaved, Pause, Resume),
     *(SetLr, ScaleLr, FollowSchedule, SetLossScale, SetClip, SetSteps, Profile, SetLog),
-    *(Set, ShowSettings, At, Every, ShowEvents, ClearEvents, Status, TimeLeft, Help),
+    *(Set, ShowSettings, At, Every, ShowEvents, ClearEvents, ShowStatus, TimeLeft, Help),
 )

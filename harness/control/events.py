@@ -1,4 +1,4 @@
-"""Commands scheduled for a step, or for every multiple of a number of steps."""
+"""Commands scheduled for a step, or for every N steps."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -7,17 +7,17 @@ from typing import Any
 
 @dataclass
 class Event:
-    """A command, and when it is due: after step `at`, or after every multiple of `every` steps."""
+    """A command, due after step `at`, or after every multiple of `every` steps."""
 
     id: int
     command: str
     at: int | None = None
     every: int | None = None
     last_step: int = 0
-    """The step of its last execution, or that it was added at; "obeyed" in checkpoints."""
+    """The step at which it was last executed, or added; the key "obeyed" in checkpoints."""
 
     def is_due(self, step: int) -> bool:
-        """Whether it is due after this step, and was not executed yet."""
+        """Whether it is due after this step and has not been executed at it."""
         if self.every is not None:
             return step % self.every == 0 and step > self.last_step
         return self.at is not None and step >= self.at
@@ -30,8 +30,8 @@ class Event:
 class Events:
     """The pending events, by number; part of every checkpoint.
 
-    An event is removed, or marked, just before it is executed: so a checkpoint that an event writes
-    holds the remaining events of the same step, and a resumed run executes those first.
+    An event is removed, or marked, just before it is executed. So a checkpoint that is saved by an
+    event contains the remaining events of that step, and a resumed run executes those first.
     """
 
     def __init__(self) -> None:
@@ -44,14 +44,14 @@ class Events:
     def add(
         self, command: str, step: int, *, at: int | None = None, every: int | None = None
     ) -> Event:
-        """Adds an event after `step`, which does not count for `every`."""
+        """Adds an event at `step`, which is itself not due for `every`."""
         self._last_id += 1
         event = Event(self._last_id, command, at, every, last_step=step)
         self._events[event.id] = event
         return event
 
     def clear(self, id: int | None = None) -> list[Event]:
-        """Removes one event (all, if None), and returns what was removed."""
+        """Removes one event (None: all), and returns the removed ones."""
         removed = [event for event in self if id in (None, event.id)]
         for event in removed:
             del self._events[event.id]

@@ -1,4 +1,4 @@
-"""The parser of control lines, made from the forms of the commands."""
+"""The parser of control lines, built from the forms of the commands."""
 
 import inspect
 import math
@@ -20,11 +20,11 @@ from harness.control.commands import (
 from harness.control.live import live_keys, parse_value
 from harness.errors import CommandError, ConfigError, did_you_mean
 
-MAX_QUOTED = 80  # characters of a wrong line that an answer repeats
+MAX_QUOTED = 80  # characters of an invalid line that the answer repeats
 
 
 class Grammar:
-    """All commands of a run: harness's own, for its trained engines, and the task's.
+    """All commands of a run: the built-in ones, for its trained engines, and the task's.
 
     `task_commands`: the help of the task's commands, by name.
     """
@@ -49,14 +49,14 @@ class Grammar:
                 return self._unscheduled(line, words)
 
     def help(self) -> str:
-        """All forms, each command with its help."""
+        """The forms and the help of all commands."""
         rows = [("  ".join(command.forms), inspect.getdoc(command)) for command in COMMANDS]
         rows += self._task_commands.items()
         width = max(len(forms) for forms, _ in rows)
         return "\n".join(f"{forms:<{width}}  {text}" for forms, text in rows)
 
     def _event(self, line: str, kind: str, words: Sequence[str], number: str) -> tuple[str, int]:
-        """The command of an event, and the number that schedules it; both are checked."""
+        """An event's command, and its step or period; both are checked."""
         text = " ".join(words)
         if isinstance(self._unscheduled(line, words), ClearEvents | Query):
             raise CommandError(f"{_quoted(line)}: {_quoted(text)} cannot be scheduled")
@@ -67,7 +67,7 @@ class Grammar:
             raise CommandError(f"{_quoted(line)}: {kind}: {error}; usage: {usage}") from None
 
     def _unscheduled(self, line: str, words: Sequence[str]) -> Command:
-        """The command of words without event, @STEP and every N."""
+        """The command of a line without event, @STEP and every N."""
         if words and words[0] in self._task_commands:
             return TaskCommand(words[0], tuple(words[1:]))
         if words[:1] == ["set"] and len(words) > 2:
@@ -112,15 +112,17 @@ class Grammar:
     def _suggestion(self, words: Sequence[str]) -> str:
         known = {form[0] for form, _ in self._forms} | set(self._task_commands)
         hint = did_you_mean(words[0], sorted(known)) if words else ""
-        near = hint.split("'")[1] if hint else ""
-        return f"{hint}: {self._usage(near) or near}" if near else "; help lists all"
+        nearest = hint.split("'")[1] if hint else ""
+        return (
+            f"{hint}: {self._usage(nearest) or nearest}" if nearest else "; help lists all commands"
+        )
 
     def _usage(self, word: str) -> str:
         return " | ".join(" ".join(form) for form, _ in self._forms if form[0] == word)
 
 
 class _Mismatch(Exception):
-    """Words that do not have a form, from word number `depth` on."""
+    """Words that do not match a form, from word number `depth` on."""
 
     def __init__(self, reason: str, depth: int, same_length: bool, is_similar: bool = False):
         super().__init__(reason)
@@ -151,7 +153,7 @@ def _kinds(engines: Sequence[str]) -> dict[str, Kind]:
 
 def _name(text: str) -> str:
     if not re.fullmatch(r"[\w.-]{1,100}", text) or text.endswith(".tmp"):
-        raise ValueError(f"a name consists of letters, digits and .-_, found {_quoted(text)}")
+        raise ValueError(f"found {_quoted(text)}, expected letters, digits and .-_")
     return text
 
 

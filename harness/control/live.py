@@ -1,4 +1,4 @@
-"""The config as live commands have changed it, and the events that are pending."""
+"""The config with the changes of live commands, and the pending events."""
 
 import logging
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class LiveConfig:
-    """The config as it is now: as the run was started, with the changes of `set KEY VALUE`.
+    """The current config: as at the start of the run, with the changes of `set KEY VALUE`.
 
-    Every checkpoint holds the changes. On a resume the config takes precedence: a change stays in
-    force only as long as the config still gives the value that was changed.
+    Checkpoints contain the changes. On a resume the config takes precedence: a change is applied
+    again only if the config still has the value that was changed.
     """
 
     def __init__(self, config: Config):
@@ -51,7 +51,7 @@ class LiveConfig:
     def changes(self) -> list[str]:
         """One line for each changed key and each pending event."""
         changed = [
-            f"{key} = {value_of(self.config, key)} (the config says {value_of(self._initial, key)})"
+            f"{key} = {value_of(self.config, key)} (config: {value_of(self._initial, key)})"
             for key in self._changes
         ]
         return changed + [str(event) for event in self.events]
@@ -62,23 +62,23 @@ class LiveConfig:
         return {"changes": changes, "events": self.events.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Applies the changes again that the config does not contradict, and logs the others."""
+        """Applies the changes again, except (and logs) those whose value the config has changed."""
         self.events.load_state_dict(state["events"])
         sections: dict[str, dict[str, str]] = {}
         for name, (new, old) in state["changes"].items():
             key, text = current_setting(name, new)
-            _, was = current_setting(name, old)
-            if key in live_keys() and repr(value_of(self._initial, key)) == was:
+            _, old_value = current_setting(name, old)
+            if key in live_keys() and repr(value_of(self._initial, key)) == old_value:
                 sections.setdefault(key.partition(".")[0], {})[key] = text
             else:
-                log.info("live change %s = %s is dropped: the config has changed", key, text)
+                log.info("dropping the live change %s = %s: the config has changed", key, text)
         for changes in sections.values():
             try:
                 self.config = self.with_changes(changes)
                 self._changes |= changes
             except ConfigError as error:
                 text = ", ".join(f"{key} = {text}" for key, text in changes.items())
-                log.warning("live change %s is dropped, as the config rejects it: %s", text, error)
+                log.warning("dropping the live change %s: %s", text, error)
 
 
 def live_keys() -> list[str]:
@@ -103,7 +103,7 @@ def parse_value(key: str, text: str) -> Any:
     section, _, name = key.partition(".")
     try:
         value = parse_overrides([f"--{key}={text}"])[section][name]
-    except (ValueError, RecursionError) as error:  # numbers too long, brackets nested too deeply
+    except (ValueError, RecursionError) as error:  # too many digits, too deeply nested
         raise ConfigError(f"{key}: found {text[:80]!r}: {error}") from None
     inner = section_of(Config.model_fields[section].annotation)
     assert inner is not None

@@ -1,8 +1,7 @@
-"""Signals as a front: a rank only records them, and the ranks agree on them between two steps.
+"""Signals as a front: a rank only records them, and all ranks act on them after the same step.
 
-The launchers signal one rank after another, so no rank may act alone: SIGTERM, SIGINT and SIGHUP
-save and end the run, SIGUSR1 saves, on all ranks after the same step. SIGHUP stays ignored where
-it was (nohup).
+Launchers signal the ranks one by one, so a rank must not act on its own. SIGTERM, SIGINT and SIGHUP
+save and end the run; SIGUSR1 saves. SIGHUP remains ignored if it was (nohup).
 """
 
 import contextlib
@@ -22,18 +21,18 @@ log = logging.getLogger(__name__)
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAVING = signal.SIGUSR1
 SECONDS_OF_ONE_STOP = 1.0
-"""Ctrl-C reaches a rank twice, from the terminal and from the launcher: that counts as one stop."""
+"""Ctrl-C reaches a rank twice, from the terminal and the launcher, which counts as one stop."""
 SECONDS_BETWEEN_CHECKS = 1.0
-"""Of whether the launcher is still alive."""
+"""Checks that the launcher is still alive."""
 
 
 class Signals:
     """The signals that this rank has received since the last `take`.
 
-    Python runs a signal's handler only when the main thread returns to the interpreter, which a
-    hanging collective never does. So a thread reads the signals from the wake-up descriptor, and a
-    second stop ends the process even then. The thread also checks on the launcher: DeepSpeed's
-    dies of SIGTERM alone and leaves its ranks behind, which counts as a SIGTERM if none came first.
+    Python runs signal handlers only when the main thread returns to the interpreter, which never
+    happens in a hanging collective. So a thread reads the signals from the wake-up descriptor, and
+    a second stop ends the process even then. The thread also watches the launcher: DeepSpeed's dies
+    of SIGTERM without ending its ranks, so its death counts as a SIGTERM unless one came first.
     """
 
     def __init__(self) -> None:
@@ -43,7 +42,7 @@ class Signals:
         self._lock = threading.Lock()
 
     def take(self) -> tuple[int, bool]:
-        """`(number of the signal that ends the run, or 0; whether one asks for a save)`."""
+        """`(number of the signal that ends the run, or 0; whether a save was requested)`."""
         with self._lock:
             received = self._stop, self._save
             self._stop, self._save = 0, False
@@ -51,18 +50,18 @@ class Signals:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Records signals within the context; afterwards the earlier handlers are in place again.
+        """Records signals within the context, and restores the previous handlers at its end.
 
-        Only a process's main thread can install handlers: in any other this does nothing.
+        Only the main thread can install handlers: in any other this does nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        global _earlier_handlers
+        global _previous_handlers
         handled = [s for s in (*STOPPING, SAVING) if signal.getsignal(s) is not signal.SIG_IGN]
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        _earlier_handlers = {number: signal.signal(number, _do_nothing) for number in handled}
+        _previous_handlers = {number: signal.signal(number, _do_nothing) for number in handled}
         old_descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         thread = threading.Thread(
             target=self._listen, args=(reading, set(handled)), name="signals", daemon=True
@@ -106,27 +105,27 @@ class Signals:
             self._stopped_at = self._stopped_at or now
 
 
-_earlier_handlers: dict[signal.Signals, Any] = {}
-"""The handlers before `Signals.installed`; forked processes get them back."""
+_previous_handlers: dict[signal.Signals, Any] = {}
+"""The handlers before `Signals.installed`, which forked processes restore."""
 
 
 def _restore() -> None:
-    for number, handler in _earlier_handlers.items():
+    for number, handler in _previous_handlers.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    _earlier_handlers.clear()
+    _previous_handlers.clear()
 
 
 def _block() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, list(_earlier_handlers))
+    signal.pthread_sigmask(signal.SIG_BLOCK, list(_previous_handlers))
 
 
 def _unblock() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, list(_earlier_handlers))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, list(_previous_handlers))
 
 
 def _detach() -> None:
-    """In a forked process: a signal to it is not a signal to this rank."""
-    blocked = list(_earlier_handlers)
+    """In a forked process: a signal sent to it is not for this rank."""
+    blocked = list(_previous_handlers)
     if blocked:
         signal.set_wakeup_fd(-1)
         _restore()
@@ -137,10 +136,10 @@ os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_det
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """For data-loader workers, which their rank ends."""
+    """For data-loader workers: their rank ends them."""
     for number in (*STOPPING, SAVING):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _do_nothing(number: int, frame: object) -> None:
-    """Without a Python handler nothing is written to the wake-up descriptor."""
+    """A Python handler, without which nothing is written to the wake-up descriptor."""

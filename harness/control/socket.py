@@ -1,6 +1,6 @@
 """A Unix socket in the run directory as a front: `harness ctl` connects to it.
 
-It has mode 0600 in a directory of mode 0700, and accepts only the run's own user and root.
+It has mode 0600 in a directory of mode 0700, and accepts only the user of the run and root.
 """
 
 import asyncio
@@ -15,8 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from harness.control.bus import Bus
-from harness.control.wire import MAX_LINE, SOCKET, Answer, short_path
-from harness.utils import user_name
+from harness.control.wire import MAX_LINE, SOCKET, Answer, short_path, user_name
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +28,8 @@ SECONDS_TO_DISCONNECT = 2.0
 class SocketFront:
     """A thread on rank 0 that serves many clients, none of which can block the run or the others.
 
-    A client that sends an incomplete line or one that is too long, or that reads no answers, is
-    disconnected; the commands that it has sent are executed all the same.
+    A client that sends an incomplete or overlong line, or does not read its answers, is
+    disconnected; the commands that it has sent are still executed.
     """
 
     def __init__(self, bus: Bus, run_dir: Path):
@@ -58,7 +57,7 @@ class SocketFront:
         self._loop.close()
 
     async def _disconnect_all(self) -> None:
-        """Lets every client read its answers, and drops those that do not."""
+        """Lets every client read its answers, then drops the others."""
         serving = asyncio.all_tasks() - {asyncio.current_task()}
         for disconnect in (asyncio.StreamWriter.close, _abort):
             for writer in list(self._clients):
@@ -78,7 +77,7 @@ class SocketFront:
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # it has disconnected; an incomplete line is not a command
         except asyncio.LimitOverrunError:
-            reason = f"a line of more than {MAX_LINE} bytes"
+            reason = f"line longer than {MAX_LINE} bytes"
             self._send(writer, Answer(0, "", "rejected", result=reason))
         finally:
             self._clients.discard(writer)
@@ -90,7 +89,7 @@ class SocketFront:
         user = user_name(_peer(writer))
 
         def reply(answer: Answer) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: no client is left
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and with it all clients
                 self._loop.call_soon_threadsafe(self._send, writer, answer)
 
         while True:
@@ -109,7 +108,7 @@ class SocketFront:
 
 
 def _listen(path: Path) -> socket.socket:
-    """The socket at `path`, in place of a dead run's; once it appears it accepts connections."""
+    """The socket at `path`, replacing a dead run's; it appears when it can accept connections."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     path.parent.chmod(0o700)
     staged = path.with_name(f".{path.name}.tmp")
@@ -128,7 +127,7 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _peer(writer: asyncio.StreamWriter) -> int:
-    """The user number of the client's process (of this one, where the system does not know it)."""
+    """The user ID of the client's process (this process's, where the system does not report it)."""
     if not hasattr(socket, "SO_PEERCRED"):
         return os.getuid()
     size = struct.calcsize("3i")
@@ -139,10 +138,10 @@ def _peer(writer: asyncio.StreamWriter) -> int:
 
 
 def _refusal(writer: asyncio.StreamWriter) -> str:
-    """Why this client is not served; empty if it is."""
+    """Why a client is not served; empty if it is."""
     if _peer(writer) in (0, os.getuid()):
         return ""
-    return f"only {user_name(os.getuid())}, who owns this run, may send it commands"
+    return f"only {user_name(os.getuid())}, the owner of this run, may send commands"
 
 
 def _abort(writer: asyncio.StreamWriter) -> None:

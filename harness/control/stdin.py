@@ -1,4 +1,4 @@
-"""Standard input as a front: every line on rank 0's is a command."""
+"""Standard input of rank 0 as a front: each line is a command."""
 
 import logging
 import os
@@ -8,9 +8,8 @@ import sys
 import threading
 
 from harness.control.bus import Bus
-from harness.control.wire import FINAL_STATES, MAX_LINE, Answer
+from harness.control.wire import FINAL_STATES, MAX_LINE, Answer, user_name
 from harness.logs import write_to_terminal
-from harness.utils import user_name
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +19,11 @@ SECONDS_AFTER_A_REJECTED_LINE = 0.05
 class StdinFront:
     """A daemon thread that submits every line of standard input to the bus.
 
-    It reads the raw file descriptor and splits lines itself, since a buffered reader would hold
-    back lines that have arrived and would block on an incomplete one. A closed stdin, /dev/null and
-    the end of a pipe end it silently; a job in a terminal's background waits until it is in the
-    foreground again. It reads no faster than commands are executed, nor floods the log with the
-    errors of a stream that was not meant for it.
+    It reads the raw file descriptor and splits lines itself: a buffered reader would hold back
+    complete lines and block on an incomplete one. It ends silently at a closed stdin, /dev/null or
+    the end of a pipe; a background job reads again once it is in the foreground. It reads no faster
+    than commands are executed, and slows down after rejected lines, in case the stream is not meant
+    for it.
     """
 
     def __init__(self, bus: Bus):
@@ -52,7 +51,7 @@ class StdinFront:
                     continue
                 chunk = os.read(descriptor, 65536)
             except (OSError, ValueError) as error:
-                log.warning("stdin can no longer be read: %s", error)
+                log.warning("cannot read stdin any more: %s", error)
                 return
             *lines, rest = (rest + chunk).split(b"\n")
             if too_long and (lines or not chunk):  # the long line ends in this chunk
@@ -67,7 +66,7 @@ class StdinFront:
                 return
             if too_long or len(rest) > MAX_LINE:
                 if not too_long:
-                    log.error("stdin: dropped a line of more than %d bytes", MAX_LINE)
+                    log.error("stdin: dropped a line longer than %d bytes", MAX_LINE)
                 rest, too_long = b"", True
 
     def _submit(self, text: str) -> None:
@@ -78,8 +77,8 @@ class StdinFront:
 
 
 def _show(answer: Answer) -> None:
-    """Shows what the log does not: why a line was rejected, the answers to queries, and at a log
-    level above INFO the results of commands."""
+    """Shows what is not logged: why a line was rejected, the answers to queries, and, if the log
+    level is above INFO, the results of commands."""
     is_logged = answer.step is not None and log.isEnabledFor(logging.INFO)
     if answer.state == "rejected":
         log.error("command rejected: %s", answer.result)
@@ -88,7 +87,7 @@ def _show(answer: Answer) -> None:
 
 
 def _stdin_descriptor() -> int | None:
-    """The descriptor of standard input; None if it is closed, or a directory."""
+    """The descriptor of standard input; None if it is closed or a directory."""
     try:
         descriptor = sys.stdin.fileno()
         mode = os.fstat(descriptor).st_mode
@@ -98,7 +97,7 @@ def _stdin_descriptor() -> int | None:
 
 
 def _is_foreground(descriptor: int) -> bool:
-    """False on a terminal whose foreground job is another: reading would stop this process."""
+    """False for a background job on a terminal: reading would stop the process."""
     try:
         return os.tcgetpgrp(descriptor) == os.getpgrp()
     except OSError:  # not a terminal, or not our controlling one

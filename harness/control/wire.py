@@ -1,11 +1,12 @@
 """What a run and its clients share: where the socket is, and what is sent through it.
 
-A client sends lines, each a command, and receives lines, each an `Answer` as a JSON object. This
-module must not import torch: `harness ctl` starts at once.
+A client sends commands, one per line, and receives an `Answer` per line, as a JSON object. This
+module must not import torch, so that `harness ctl` starts fast.
 """
 
 import contextlib
 import os
+import pwd
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Literal
 SOCKET = Path("control/control.sock")
 """Relative to the run directory."""
 MAX_LINE = 64 * 1024
-"""Bytes of a command."""
+"""Most bytes of a command."""
 
-State = Literal["queued", "agreed", "done", "failed", "rejected"]
-FINAL_STATES: tuple[State, ...] = ("done", "failed", "rejected")
+CommandState = Literal["queued", "agreed", "done", "failed", "rejected"]
+FINAL_STATES: tuple[CommandState, ...] = ("done", "failed", "rejected")
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,10 @@ class Answer:
     """The state of a command: queued, agreed at a step, then done or failed; or rejected."""
 
     id: int
-    """The command's number in the run directory's history."""
+    """The command's number in the audit log."""
     text: str
     """The command as it was sent."""
-    state: State
+    state: CommandState
     step: int | None = None
     """The step after which it was agreed or executed."""
     result: str = ""
@@ -37,7 +38,7 @@ class Answer:
 
 @contextlib.contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """Another name of the same file that fits into a socket's address, of at most 107 bytes."""
+    """Another path of the same file, short enough for a socket address (107 bytes)."""
     if len(os.fsencode(path)) < 100:
         yield str(path)
         return
@@ -46,3 +47,11 @@ def short_path(path: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{descriptor}/{path.name}"
     finally:
         os.close(descriptor)
+
+
+def user_name(uid: int) -> str:
+    """The name of a user of this machine, or the ID if it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

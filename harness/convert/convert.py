@@ -1,7 +1,7 @@
-"""Checkpoints into plain weights, and weights from one file format into another, streamed.
+"""Converts checkpoints to plain weights, and weights to another file format, streamed.
 
 Without torch: a plan lists which bytes go where (`plan`), and threads copy them (`copy`). Only
-structures that are more than flat tensors are loaded and saved, by `harness.io`.
+files of other structures than flat tensors are loaded and saved, by `harness.io`.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.convert import plan as planning
-from harness.convert.copy import Progress, copy
+from harness.convert.copy import OnProgress, copy
 from harness.convert.plan import ConversionPlan, PlannedTensor
 from harness.convert.resolve_source import LATEST, resolve_source
 from harness.convert.verify import check_masters, check_output, check_sources
@@ -54,20 +54,20 @@ class Options:
     dry_run: bool = False
     verify: bool = False
     to_zero: int | None = None
-    """ZeRO stage of the DeepSpeed checkpoint that is written instead of weights."""
+    """Write a DeepSpeed checkpoint of this ZeRO stage instead of weights."""
     ranks: int | None = None
-    """The number of ranks that will load it; None: 1."""
+    """Number of ranks that will load it; None: 1."""
     round_robin: bool | None = None
     """round_robin_gradients of the engine that will load it; None: false."""
     workers: int = 0
-    """Threads; 0: as many as there are processors, at most 4."""
+    """Threads; 0: as many as processors, at most 4."""
 
 
 def convert(src: Path, dst: Path, options: Options, print_line: PrintLine) -> None:
     """Converts `src` (see `resolve_source`) to `dst`: `.sft`, `.pt`, or a directory of shards.
 
-    `print_line` is called with lines for the user. Raises HarnessError if the conversion is not
-    possible, OSError if files cannot be read or written; then `dst` is as it was.
+    `print_line` is called with each line for the user. Raises HarnessError if the conversion is not
+    possible, OSError if files cannot be read or written; `dst` is then unchanged.
     """
     _check_destination(dst, options)
     source = resolve_source(src, options.engine)
@@ -84,7 +84,7 @@ def convert(src: Path, dst: Path, options: Options, print_line: PrintLine) -> No
     metadata = planning.output_metadata(plan)
     planning.deduplicate(plan)
     if metadata and dst.suffix in suffixes.PT:
-        plan.notes.append(f"a {dst.suffix} has no place for the metadata: {', '.join(metadata)}")
+        plan.notes.append(f"a {dst.suffix} cannot store metadata: dropped {', '.join(metadata)}")
     for note in plan.notes:
         print_line(f"note: {note}")
     if options.dry_run:
@@ -105,18 +105,18 @@ def convert(src: Path, dst: Path, options: Options, print_line: PrintLine) -> No
 def _check_destination(dst: Path, options: Options) -> None:
     zero_options = (options.ranks, options.round_robin)
     if options.to_zero is None and any(value is not None for value in zero_options):
-        raise HarnessError("--ranks and --round-robin are for --to-zero")
+        raise HarnessError("--ranks and --round-robin need --to-zero")
     if options.to_zero is not None:
         _check_new_directory(dst, "a checkpoint")
     elif options.shard_size is not None:
         if options.shard_size <= 0:
-            raise HarnessError("--shard-size must be above 0")
+            raise HarnessError("--shard-size must be > 0")
         if dst.suffix in suffixes.KNOWN:
-            raise HarnessError(f"{dst}: with --shard-size it must be a directory")
+            raise HarnessError(f"{dst}: with --shard-size DST must be a directory")
         _check_new_directory(dst, "shards")
     elif dst.suffix not in suffixes.KNOWN:
         raise HarnessError(
-            f"{dst}: expected one of {suffixes.listed()}, or --shard-size with a directory"
+            f"{dst}: expected one of {suffixes.listed()}, or a directory with --shard-size"
         )
     if not dst.absolute().parent.is_dir():
         raise HarnessError(f"{dst.parent}: no such directory")
@@ -124,15 +124,15 @@ def _check_destination(dst: Path, options: Options) -> None:
 
 def _check_new_directory(dst: Path, content: str) -> None:
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise HarnessError(f"{dst} exists already: {content} need a new directory")
+        raise HarnessError(f"{dst} already exists: {content} must be written to a new directory")
 
 
 def _make_plan(source: SavedEngine | Path, options: Options) -> ConversionPlan | None:
-    """None for a file that holds more than flat tensors."""
+    """None for a file of another structure than flat tensors."""
     if isinstance(source, SavedEngine):
         return planning.plan_engine(source, options.what, DTYPES[options.dtype or "fp32"])
     if options.what != "weights" or options.engine is not None:
-        raise HarnessError(f"{source}: --what and --engine are for checkpoints")
+        raise HarnessError(f"{source}: --what and --engine need a checkpoint")
     content = tensor_file.read(source)
     if content is None:
         return None
@@ -148,14 +148,14 @@ def _verify_source(source: SavedEngine | Path, plan: ConversionPlan) -> None:
 
 
 def _convert_structure(src: Path, dst: Path, options: Options, print_line: PrintLine) -> None:
-    """A structure of more than flat tensors, through `harness.io`."""
-    given = (options.dtype, options.include, options.exclude, options.rename, options.dry_run)
-    if any(given) or options.verify:
+    """Converts a file of another structure than flat tensors, through `harness.io`."""
+    unsupported = (options.dtype, options.include, options.exclude, options.rename, options.dry_run)
+    if any(unsupported) or options.verify:
         raise HarnessError(
-            f"{src}: more than flat tensors: --dtype, --include, --exclude, --rename, --dry-run "
-            "and --verify do not apply"
+            f"{src} is not a flat dict of tensors: --dtype, --include, --exclude, --rename, "
+            "--dry-run and --verify are not supported"
         )
-    from harness import io  # late: it needs torch
+    from harness import io  # late: imports torch
 
     io.save(io.load(src, lazy=True), dst, options.shard_size)
     print_line(f"{dst}: {dst.stat().st_size / 1e9:.3f} GB" if dst.is_file() else str(dst))
@@ -164,20 +164,28 @@ def _convert_structure(src: Path, dst: Path, options: Options, print_line: Print
 def _write_zero_checkpoint(
     source: SavedEngine | Path, dst: Path, options: Options, print_line: PrintLine
 ) -> None:
-    """A checkpoint of plain DeepSpeed, resharded for another ZeRO stage and number of ranks."""
-    given = (options.dtype, options.include, options.exclude, options.rename, options.shard_size)
-    if any(given) or options.what != "weights" or options.dry_run or options.verify:
-        raise HarnessError("--to-zero takes no option but --ranks, --round-robin and --engine")
+    """Writes a plain DeepSpeed checkpoint, resharded for another ZeRO stage and number of ranks."""
+    unsupported = (
+        options.dtype,
+        options.include,
+        options.exclude,
+        options.rename,
+        options.shard_size,
+    )
+    if any(unsupported) or options.what != "weights" or options.dry_run or options.verify:
+        raise HarnessError(
+            "--to-zero can only be combined with --ranks, --round-robin and --engine"
+        )
     if not isinstance(source, SavedEngine):
-        raise HarnessError(f"{source}: --to-zero needs a checkpoint: it has no optimizer state")
+        raise HarnessError(f"{source}: --to-zero needs a checkpoint with optimizer state")
     ranks = 1 if options.ranks is None else options.ranks
     if ranks < 1:
-        raise HarnessError(f"--ranks {ranks}: expected 1 or more")
-    from harness.zero.writer import ZeroWriter  # late: it needs torch
+        raise HarnessError(f"--ranks {ranks}: expected an integer >= 1")
+    from harness.zero.writer import ZeroWriter  # late: imports torch
 
     assert options.to_zero is not None
     writer = ZeroWriter(source, options.to_zero, ranks, options.round_robin)
-    tag = f"global_step{source.model['global_steps']}"
+    tag = f"global_step{source.global_steps}"
     needed = sum(path.stat().st_size for path in source.directory.iterdir())
     with _staged_directory(dst, needed) as staged:
         (staged / tag).mkdir()
@@ -189,7 +197,11 @@ def _write_zero_checkpoint(
 
 
 def _write(
-    plan: ConversionPlan, metadata: dict[str, str], dst: Path, options: Options, progress: Progress
+    plan: ConversionPlan,
+    metadata: dict[str, str],
+    dst: Path,
+    options: Options,
+    progress: OnProgress,
 ) -> None:
     if options.shard_size is None:
         _write_file(plan.tensors, dst, plan.aliases, metadata, options, progress)
@@ -212,7 +224,7 @@ def _write_file(
     aliases: Mapping[str, str],
     metadata: dict[str, str],
     options: Options,
-    progress: Progress,
+    progress: OnProgress,
 ) -> None:
     workers = options.workers or min(4, os.cpu_count() or 1)
     is_pt = path.suffix in suffixes.PT
@@ -240,15 +252,17 @@ def _write_file(
 
 @contextmanager
 def _staged_directory(dst: Path, needed: int) -> Iterator[Path]:
-    """A new directory that becomes `dst` if the context ends without an error."""
+    """A new directory, renamed to `dst` if the context ends without an error."""
     free = shutil.disk_usage(dst.absolute().parent).free
     if needed > free:
-        raise HarnessError(f"{dst}: {needed / 1e9:.3f} GB do not fit: {free / 1e9:.3f} GB are free")
+        raise HarnessError(
+            f"{dst}: needs {needed / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free"
+        )
     staged = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
     staged.mkdir()
     try:
         yield staged
-        staged.replace(dst)  # also if it exists, and is empty
+        staged.replace(dst)  # also if it is an empty directory
         sync_directory(dst.absolute().parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -256,17 +270,17 @@ def _staged_directory(dst: Path, needed: int) -> Iterator[Path]:
 
 def _safetensors_dtype(name: str, dtype: str) -> str:
     if dtype not in dtypes.SAFETENSORS or dtype == "float4_e2m1fn_x2":
-        raise FormatError(f"tensor {name!r}: safetensors files have no {dtype}; convert to .pt")
+        raise FormatError(f"tensor {name!r}: safetensors does not support {dtype}: convert to .pt")
     return dtypes.SAFETENSORS[dtype]
 
 
 @contextmanager
-def _progress_bar(total: int, label: str) -> Iterator[Progress]:
-    """A progress bar in GB/s, on a terminal only."""
+def _progress_bar(total: int, label: str) -> Iterator[OnProgress]:
+    """A progress bar with the data rate, only on a terminal."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
-    from tqdm import tqdm  # late: it is not needed without a terminal
+    from tqdm import tqdm  # late: not needed without a terminal
 
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False) as bar:
         yield bar.update

@@ -1,8 +1,8 @@
 """Copies the bytes of planned tensors from their files to the output, with several threads.
 
-A thread gathers byte ranges in a buffer that fits into the processor's cache, and writes it at the
-beginning of a page. That takes less processor time than larger buffers, and than `copy_file_range`,
-which moves single pages if source and target have different offsets within a page.
+Each thread gathers byte ranges in a buffer that fits into the CPU cache, and writes it at the
+beginning of a page. That takes less CPU time than larger buffers, and than `copy_file_range`, which
+moves single pages if source and target have different offsets within a page.
 """
 
 import resource
@@ -18,21 +18,21 @@ from harness.convert.plan import PlannedTensor
 from harness.formats.dtypes import SIZES
 from harness.formats.raw_io import read_into, write_at
 from harness.formats.stored_tensor import StoredTensor
-from harness.formats.tensor_writer import Entry
+from harness.formats.tensor_writer import TensorEntry
 
 BUFFER_SIZE = 512 << 10
-"""Bytes; of each thread."""
+"""Bytes per thread."""
 TASK_SIZE = 16 << 20
-"""Bytes of the output that a thread writes before it takes the next task."""
+"""Bytes of output per task of a thread."""
 _PAGE = 4096
 
-Progress = Callable[[int], object]
-"""Called by any thread with the number of further bytes that have been written."""
+OnProgress = Callable[[int], object]
+"""Called by any thread with the number of bytes just written."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """`size` bytes of a tensor's output, from its byte `first` on; `start` in the file."""
+    """`size` bytes of a tensor's output, from its byte `first` on; at `start` in the file."""
 
     name: str
     planned: PlannedTensor
@@ -48,7 +48,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Written:
-    """`size` bytes that were written from `start` on, and their CRC-32 (0 if not asked for)."""
+    """`size` bytes written from `start` on, and their CRC-32 (0 if not computed)."""
 
     name: str
     start: int
@@ -57,7 +57,7 @@ class Written:
 
 
 class SourceFiles:
-    """Descriptors of the sources, each opened once. A context; threads may share it."""
+    """The open source files, each opened once. A context manager; threads may share it."""
 
     def __enter__(self) -> "SourceFiles":
         self._stack = ExitStack()
@@ -71,7 +71,7 @@ class SourceFiles:
         self._stack.close()
 
     def read(self, path: Path, view: memoryview, start: int) -> None:
-        """Fills the view with a file's bytes from `start` on. Raises as `read_into` does."""
+        """Fills the view with the bytes of a file, from `start` on. Raises as `read_into` does."""
         with self._lock:
             if path not in self._descriptors:
                 file = self._stack.enter_context(path.open("rb"))
@@ -81,14 +81,14 @@ class SourceFiles:
     def read_elements(
         self, source: StoredTensor, first: int, size: int, buffer: memoryview
     ) -> None:
-        """Fills the beginning of the buffer with `size` bytes of a source, from `first` on."""
+        """Reads `size` bytes of a source, from `first` on, into the beginning of the buffer."""
         for range_ in source.cut(first, size):
             self.read(range_.path, buffer[: range_.size], range_.start)
             buffer = buffer[range_.size :]
 
     def read_row_major(self, source: StoredTensor) -> Iterator[memoryview]:
-        """The bytes of a source whose elements are in another order, row-major, in chunks of about
-        BUFFER_SIZE. Its bytes in the file are in memory meanwhile."""
+        """The bytes of a source that is not row-major, in row-major order, in chunks of about
+        BUFFER_SIZE. Its range of the file is read into memory completely."""
         import numpy as np  # late: few tensors need it
 
         ref = source.strided
@@ -110,18 +110,18 @@ class SourceFiles:
 
 def copy(
     tensors: Mapping[str, PlannedTensor],
-    places: Mapping[str, Entry],
+    entries: Mapping[str, TensorEntry],
     target: int,
     workers: int,
-    progress: Progress,
+    progress: OnProgress,
     with_crc: bool = False,
     by_tensor: bool = False,
 ) -> list[Written]:
-    """Writes every tensor to its place in the file `target`, a descriptor.
+    """Writes every tensor to its entry in the file `target`, a descriptor.
 
-    `by_tensor`: the result has one item for each tensor; otherwise an item is up to TASK_SIZE bytes
-    of one tensor or several. Raises FormatError or OSError if something cannot be read or written;
-    on that, and on an interrupt, the threads end before their next buffer.
+    `by_tensor`: the result has one item per tensor; otherwise an item is up to TASK_SIZE bytes of
+    one or more tensors. Raises FormatError or OSError if a read or write fails; the threads then
+    end before their next buffer, as on an interrupt.
     """
     stop = threading.Event()
     with SourceFiles() as files, ThreadPoolExecutor(workers, thread_name_prefix="copy") as pool:
@@ -130,7 +130,7 @@ def copy(
             return _Copier(files, target, progress, with_crc, stop).run(task)
 
         try:
-            tasks = split_into_tasks(tensors, places, by_tensor)
+            tasks = split_into_tasks(tensors, entries, by_tensor)
             futures = [pool.submit(run, task) for task in tasks]
             wait(futures, return_when=FIRST_EXCEPTION)
             return [future.result() for future in futures if future.done()]
@@ -140,13 +140,13 @@ def copy(
 
 
 def split_into_tasks(
-    tensors: Mapping[str, PlannedTensor], places: Mapping[str, Entry], by_tensor: bool
+    tensors: Mapping[str, PlannedTensor], entries: Mapping[str, TensorEntry], by_tensor: bool
 ) -> Iterator[list[Chunk]]:
-    """Chunks that are contiguous in the output, up to TASK_SIZE bytes at a time."""
+    """Lists of chunks that are contiguous in the output, of up to TASK_SIZE bytes each."""
     task: list[Chunk] = []
     task_size = 0
-    for name in sorted(tensors, key=lambda name: places[name].start):
-        planned, start = tensors[name], places[name].start
+    for name in sorted(tensors, key=lambda name: entries[name].start):
+        planned, start = tensors[name], entries[name].start
         can_split = not by_tensor and planned.source.strided is None
         step = TASK_SIZE if can_split else max(planned.nbytes, 1)
         for first in range(0, max(planned.nbytes, 1), step):
@@ -168,7 +168,7 @@ class _Copier:
         self,
         files: SourceFiles,
         target: int,
-        progress: Progress,
+        progress: OnProgress,
         with_crc: bool,
         stop: threading.Event,
     ):
@@ -179,7 +179,7 @@ class _Copier:
         self.stop = stop
         self.buffer = memoryview(bytearray(BUFFER_SIZE))
         self.filled = 0  # bytes of the buffer
-        self.position = 0  # in the file, where the buffer belongs
+        self.position = 0  # of the buffer in the file
         self.crc = 0
 
     def run(self, task: list[Chunk]) -> Written:

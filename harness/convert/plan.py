@@ -1,20 +1,20 @@
-"""The tensors that a conversion writes: their names, their dtypes, and the bytes of their sources.
+"""The tensors that a conversion writes: names, dtypes, and byte ranges of their sources.
 
-Planning reads no tensor. The names are those of the model's state dict; state of the optimizer is
-named `optimizer.KEY.NAME`, where KEY is "master" (fp32 weights), "exp_avg", "step" and so on.
+Planning reads no tensor data. Names are those of the model's state dict; optimizer state is named
+`optimizer.KEY.NAME`, where KEY is "master" (fp32 weights), "exp_avg", "step" and so on.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.errors import CheckpointError, HarnessError, did_you_mean
+from harness.errors import CheckpointError, HarnessError, compile_pattern, did_you_mean
 from harness.formats.dtypes import FLOATS, SIZES
 from harness.formats.pt_reader import TensorRef
 from harness.formats.stored_tensor import ByteRange, StoredTensor
-from harness.formats.tensor_file import FlatFile
+from harness.formats.tensor_file import TensorFile
 from harness.zero.layout import EMA
 from harness.zero.reader import SavedEngine
 
@@ -23,23 +23,23 @@ OPTIMIZER = "optimizer"
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the output: its source, and the dtype that it is written in."""
+    """A tensor of the output: its source, and its dtype in the output."""
 
     source: StoredTensor
     dtype: str
     key: str = ""
-    """Which state of the optimizer it is: "master", "exp_avg" ... Empty for a weight."""
+    """The key of optimizer state: "master", "exp_avg", ... Empty for a weight."""
     parameter: str = ""
-    """The parameter that the state belongs to, by its name in the checkpoint."""
+    """The name in the checkpoint of the parameter that the state belongs to."""
 
     @property
     def prefix(self) -> str:
-        """Of its name, before the parameter's."""
+        """The part of its name before the parameter's name."""
         return f"{OPTIMIZER}.{self.key}." if self.key else ""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its sizes."""
+        """Its shape."""
         return self.source.shape
 
     @property
@@ -54,15 +54,15 @@ class ConversionPlan:
 
     tensors: dict[str, PlannedTensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    """Further names of tied tensors, each with the name that the tensor is stored under."""
+    """Other names of tied tensors, with the name under which each is stored."""
     groups: list[Any] = field(default_factory=list)
-    """Of the optimizer: settings, and the names of the group's parameters as `params`."""
+    """Parameter groups of the optimizer: settings, and parameter names as `params`."""
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """State of the optimizer that is not a tensor, by key and parameter."""
+    """Optimizer state that is not a tensor, by key and parameter."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Metadata of the source."""
     notes: list[str] = field(default_factory=list)
-    """For the user: where the output has less than expected."""
+    """For the user: what the output lacks."""
 
     @property
     def nbytes(self) -> int:
@@ -70,19 +70,18 @@ class ConversionPlan:
         return sum(planned.nbytes for planned in self.tensors.values())
 
     def ranges(self) -> Iterable[ByteRange]:
-        """All bytes that are read."""
+        """All byte ranges that are read."""
         return (range_ for planned in self.tensors.values() for range_ in planned.source.ranges)
 
 
 def plan_weights(saved: SavedEngine, dtype: str) -> ConversionPlan:
-    """The entries of the model's state dict, floating ones in `dtype`; "keep": the model's own.
+    """The entries of the model's state dict, floating ones in `dtype` ("keep": the model's).
 
-    Trained parameters are read from their fp32 masters, except where the model's own weights have
-    the wanted dtype. Extra state that is a tensor is unchanged; other extra state is left out, with
-    a note.
+    Trained parameters are read from their fp32 masters, unless the model's own weights have the
+    target dtype. Extra state is unchanged if it is a tensor, and otherwise skipped, with a note.
     """
     plan = ConversionPlan()
-    weights: Mapping[str, TensorRef] = saved.model["module"] | saved.experts
+    weights = saved.weights
     for name in dict.fromkeys([*weights, *saved.shapes]):
         own_dtype = weights[name].dtype if name in weights else "float32"
         target = own_dtype if dtype == "keep" else dtype
@@ -98,48 +97,48 @@ def plan_weights(saved: SavedEngine, dtype: str) -> ConversionPlan:
             plan.tensors[name] = PlannedTensor(StoredTensor.from_ref(value), value.dtype)
         else:
             kind = type(value).__name__
-            plan.notes.append(f"{name!r} is not a tensor, and is left out: a {kind}")
+            plan.notes.append(f"skipped {name!r}: not a tensor, but a {kind}")
     if not saved.has_parameter_names and saved.optimizer is not None:
         dtypes = {ref.dtype for ref in weights.values()} & {"float16", "bfloat16"}
         if dtypes and dtype not in ("keep", *dtypes):
             plan.notes.append(
-                "DeepSpeed does not name the fp32 masters at ZeRO 0: the weights are the "
-                f"{', '.join(dtypes)} ones that the model computes with"
+                "at ZeRO 0 DeepSpeed does not record the names of the fp32 masters: the weights "
+                f"are those that the model computes with, in {', '.join(dtypes)}"
             )
     return plan
 
 
 def plan_ema(saved: SavedEngine, dtype: str) -> ConversionPlan:
-    """As `plan_weights`, with the averages of `engines.NAME.ema_decay` in place of the weights.
+    """As `plan_weights`, with the EMA weights of `engines.NAME.ema_decay` in place of the weights.
 
-    What is not averaged, frozen parameters and buffers, is unchanged. Raises CheckpointError if
-    there are no averages.
+    Frozen parameters and buffers, which have no EMA, are unchanged. Raises CheckpointError if the
+    checkpoint has no EMA weights.
     """
     plan = plan_weights(saved, dtype)
-    has_average = False
+    has_ema = False
     for name, planned in plan.tensors.items():
         parameter = saved.shared.get(name, name)
         if parameter in saved.shapes and EMA in saved.state_keys(parameter):
             plan.tensors[name] = PlannedTensor(saved.moment(parameter, EMA), planned.dtype)
-            has_average = True
-    if not has_average:
+            has_ema = True
+    if not has_ema:
         raise CheckpointError(
-            f"{saved.directory}: it has no average of the weights: engines.NAME.ema_decay saves one"
+            f"{saved.directory} has no EMA weights: it was saved without engines.NAME.ema_decay"
         )
     return plan
 
 
 def plan_optimizer(saved: SavedEngine) -> ConversionPlan:
-    """Masters, moments and further state of every parameter, and settings of the groups.
+    """Masters, moments and other state of every parameter, and settings of the groups.
 
-    Raises CheckpointError if there is none, parameters are not named, or the state has other shapes
-    than the parameters.
+    Raises CheckpointError if there is no optimizer state, if its parameters have no names, or if
+    its shapes are not those of the parameters.
     """
     if saved.optimizer is None:
-        raise CheckpointError(f"{saved.directory}: it has no state of an optimizer")
+        raise CheckpointError(f"{saved.directory} has no optimizer state")
     if not saved.has_parameter_names:
         raise CheckpointError(
-            f"{saved.directory}: at ZeRO 0 DeepSpeed does not say which parameter the optimizer's "
+            f"{saved.directory}: at ZeRO 0 DeepSpeed does not record which parameter optimizer "
             "state belongs to"
         )
     saved.check_moments()
@@ -171,15 +170,15 @@ def plan_engine(saved: SavedEngine, what: str, dtype: str) -> ConversionPlan:
         state = plan_optimizer(saved)
         if clashes := sorted(plan.tensors.keys() & state.tensors.keys()):
             raise CheckpointError(
-                f"{saved.directory}: {clashes[0]!r} is both a weight and state of the optimizer: "
-                "convert them one by one, with --what weights and --what optimizer"
+                f"{saved.directory}: {clashes[0]!r} is both a weight and optimizer state: convert "
+                "them separately, with --what weights and --what optimizer"
             )
         plan.tensors |= state.tensors
         plan.groups, plan.values = state.groups, state.values
     return plan
 
 
-def plan_file(content: FlatFile, dtype: str) -> ConversionPlan:
+def plan_file(content: TensorFile, dtype: str) -> ConversionPlan:
     """The tensors of a file."""
     plan = ConversionPlan(metadata=dict(content.metadata))
     for name, stored in content.tensors.items():
@@ -188,35 +187,38 @@ def plan_file(content: FlatFile, dtype: str) -> ConversionPlan:
     return plan
 
 
-def _target_dtype(dtype: str, wanted: str) -> str:
-    return wanted if dtype in FLOATS and wanted in FLOATS else dtype
+def _target_dtype(dtype: str, target: str) -> str:
+    return target if dtype in FLOATS and target in FLOATS else dtype
 
 
 def select(plan: ConversionPlan, include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Keeps the tensors whose name matches a pattern of `include`, if there is one, and none of
-    `exclude`. Raises HarnessError for an invalid pattern, or one that matches no name.
+    """Keeps the tensors whose name contains a match of a pattern of `include` (if any), and of none
+    of `exclude`. Raises HarnessError for a pattern that is invalid or matches no name.
     """
-    wanted, unwanted = [_compiled(text) for text in include], [_compiled(text) for text in exclude]
-    for pattern in wanted + unwanted:
+    included, excluded = (
+        [_compiled(text) for text in include],
+        [_compiled(text) for text in exclude],
+    )
+    for pattern in included + excluded:
         if not any(pattern.search(name) for name in plan.tensors):
             hint = did_you_mean(pattern.pattern, plan.tensors)
-            raise HarnessError(f"no tensor has a name that matches {pattern.pattern!r}{hint}")
+            raise HarnessError(f"no tensor name matches {pattern.pattern!r}{hint}")
     plan.tensors = {
         name: planned
         for name, planned in plan.tensors.items()
-        if (not wanted or any(p.search(name) for p in wanted))
-        and not any(p.search(name) for p in unwanted)
+        if (not included or any(p.search(name) for p in included))
+        and not any(p.search(name) for p in excluded)
     }
     if not plan.tensors:
-        raise HarnessError("no tensor is left to be written")
+        raise HarnessError("--include and --exclude leave no tensor to write")
 
 
 def rename(plan: ConversionPlan, renames: Sequence[str]) -> None:
-    """Applies "OLD=NEW" to every name, in order: each match of the pattern OLD becomes NEW.
+    """Applies each "OLD=NEW" to all names, in order: every match of the pattern OLD becomes NEW.
 
-    Of the optimizer's state the parameter's name is changed, so that both keep the same name.
-    Raises HarnessError for a pattern that is invalid, changes nothing, or gives two tensors the
-    same name or a tensor an empty one.
+    In optimizer state it changes the parameter's name, so that it still matches the parameter.
+    Raises HarnessError for a pattern that is invalid, changes nothing, or leads to an empty name or
+    two equal names.
     """
     for text in renames:
         old, equals, new = text.partition("=")
@@ -231,11 +233,11 @@ def rename(plan: ConversionPlan, renames: Sequence[str]) -> None:
         except (re.error, IndexError) as error:
             raise HarnessError(f"--rename {text}: {error}") from None
         if all(name == new_name for name, new_name in new_names.items()):
-            raise HarnessError(f"--rename {text}: no name has {old!r} in it")
+            raise HarnessError(f"--rename {text}: no tensor name matches {old!r}")
         renamed: dict[str, PlannedTensor] = {}
         for name, new_name in new_names.items():
             if new_name == plan.tensors[name].prefix:
-                raise HarnessError(f"--rename {text}: nothing would be left of {name!r}")
+                raise HarnessError(f"--rename {text}: the new name of {name!r} is empty")
             if new_name in renamed:
                 raise HarnessError(f"--rename {text}: two tensors would be named {new_name!r}")
             renamed[new_name] = plan.tensors[name]
@@ -243,8 +245,8 @@ def rename(plan: ConversionPlan, renames: Sequence[str]) -> None:
 
 
 def output_metadata(plan: ConversionPlan) -> dict[str, str]:
-    """The metadata of the output. The settings of the optimizer are JSON with the parameters' new
-    names; parameters without a tensor in the output are left out."""
+    """The metadata of the output. The optimizer's settings are JSON with the new parameter names,
+    without parameters that have no tensor in the output."""
     if not plan.groups:
         return plan.metadata
     names = {
@@ -265,7 +267,7 @@ def output_metadata(plan: ConversionPlan) -> dict[str, str]:
 
 
 def deduplicate(plan: ConversionPlan) -> None:
-    """Keeps one of the tensors that have the same bytes; the others become its aliases."""
+    """Keeps one of the tensors that are read from the same bytes; the others become its aliases."""
     names: dict[Any, str] = {}
     for name, planned in list(plan.tensors.items()):
         strided = planned.source.strided
@@ -282,13 +284,13 @@ def deduplicate(plan: ConversionPlan) -> None:
 
 def _compiled(text: str) -> re.Pattern[str]:
     try:
-        return re.compile(text)
-    except re.error as error:
-        raise HarnessError(f"{text!r} is not a regular expression: {error}") from None
+        return compile_pattern(text)
+    except ValueError as error:
+        raise HarnessError(str(error)) from None
 
 
 def print_plan(plan: ConversionPlan, print_line: Callable[[str], object]) -> None:
-    """Prints a line for each tensor, and the total."""
+    """Prints a line per tensor, and the total."""
     width = max(map(len, [*plan.tensors, *plan.aliases]), default=0)
     for name, planned in plan.tensors.items():
         files = {range_.path for range_ in planned.source.ranges}

@@ -1,4 +1,4 @@
-"""From the path that a user gives to an engine's files of a checkpoint, or to a file of weights."""
+"""From a user's path to an engine's files in a checkpoint, or to a file of weights."""
 
 import json
 import re
@@ -19,12 +19,15 @@ def resolve_source(
 ) -> SavedEngine | Path:
     """What to read for `path`.
 
-    A run directory, or one of checkpoints: the newest checkpoint. A checkpoint: its engine, or the
-    one named `engine`; of several, without a name, `default_engine` if it is one of them. A
-    directory with `latest`, as plain DeepSpeed, Accelerate and the HF Trainer write it: the tag
-    that it names. The Trainer's output directory: its newest checkpoint. A tag. A directory of
-    Hugging Face shards: the index, or the one file. A file: itself. Raises CheckpointError or
-    FormatError.
+    - A run directory, or its `checkpoints`: the newest checkpoint.
+    - A checkpoint: its only engine, the engine named `engine`, or else `default_engine`.
+    - A directory with `latest`, from plain DeepSpeed, Accelerate or the HF Trainer: the tag that it
+      names.
+    - The output directory of the HF Trainer: its newest checkpoint.
+    - A tag, or a file: itself.
+    - A directory of Hugging Face shards: the index, or the only file.
+
+    Raises CheckpointError or FormatError.
     """
     if path.is_file():
         if path.suffix not in suffixes.KNOWN and not path.name.endswith(shard_index.SUFFIX):
@@ -57,34 +60,39 @@ def _latest(path: Path) -> Path:
     with (path / LATEST).open("rb") as file:
         tag = file.read(4096).decode(errors="replace").strip()
     if not _is_plain(tag):
-        raise CheckpointError(f"{path / LATEST}: {tag!r:.80} is not the name of a directory in it")
+        raise CheckpointError(
+            f"{path / LATEST}: {tag!r:.80} is not the name of a directory next to it"
+        )
     if not (path / tag).is_dir():
         raise CheckpointError(f"{path / LATEST} names {tag!r:.80}, which does not exist")
     return path / tag
 
 
 def _trainer_steps(path: Path) -> list[int]:
-    """The steps of the HF Trainer's checkpoints in a directory that have DeepSpeed's files."""
+    """The steps of the HF Trainer's checkpoints in a directory that were saved by DeepSpeed."""
     names = (latest.parent.name for latest in path.glob(f"checkpoint-*/{LATEST}"))
     return [int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d{1,18}", name)]
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name is that of an entry of a directory, and leads nowhere else."""
+    """Whether a name is that of a directory entry, not a path to elsewhere."""
     return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 
 
 def _open_checkpoint(path: Path, engine: str | None, default_engine: str | None) -> SavedEngine:
-    """One engine of a checkpoint of harness, after a check of its files against the manifest."""
+    """An engine of a harness checkpoint, its files checked against the manifest."""
     engines, files, writers = _read_manifest(path)
     if engine is None and default_engine in engines:
         engine = default_engine
     if engine is None and len(engines) != 1:
-        hint = "name one:" if default_engine is not None else "name one with --engine, or"
-        raise CheckpointError(f"{path}: {hint} {path}/NAME: {', '.join(engines) or 'none'}")
+        hint = "use" if default_engine is not None else "use --engine NAME, or"
+        names = ", ".join(engines) or "none"
+        raise CheckpointError(f"{path}: expected one engine, found {names}: {hint} {path}/NAME")
     if engine is not None and engine not in engines:
         hint = did_you_mean(engine, engines)
-        raise CheckpointError(f"{path}: no engine {engine!r}, but {', '.join(engines)}{hint}")
+        raise CheckpointError(
+            f"{path} has no engine {engine!r}{hint}; engines: {', '.join(engines)}"
+        )
     name = engine or engines[0]
     files = {file: entry for file, entry in files.items() if file.startswith(f"{name}/")}
     if absent := {file: writers[file] for file in files if not (path / file).is_file()}:
@@ -98,12 +106,12 @@ def _open_checkpoint(path: Path, engine: str | None, default_engine: str | None)
 
 
 def _read_manifest(path: Path) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, str]]:
-    """Of a checkpoint's manifest, read without pydantic: the engines that have files, the entry of
-    every file, and who wrote it. Raises CheckpointError if it is damaged."""
+    """Reads a manifest without pydantic: the engines that have files, the entry of each file, and
+    who wrote it. Raises CheckpointError if it is damaged."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if invalid := [name for name in manifest["engines"] if not _is_plain(name)]:
-            raise ValueError(f"{invalid[0]!r:.80} cannot be the name of an engine")
+            raise ValueError(f"invalid engine name {invalid[0]!r:.80}")
         files: dict[str, dict[str, Any]] = manifest["files"]
         directories = {file.partition("/")[0] for file in files}
         engines = [name for name in manifest["engines"] if name in directories]

@@ -1,11 +1,11 @@
-"""Checks of a conversion: CRCs of sources and output, and whether the layout was understood."""
+"""Checks of a conversion: CRCs of sources and output, and the layout of the checkpoint."""
 
 import bisect
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from harness.convert.copy import BUFFER_SIZE, Progress, SourceFiles, Written
+from harness.convert.copy import BUFFER_SIZE, OnProgress, SourceFiles, Written
 from harness.errors import CheckpointError, FormatError
 from harness.formats import suffixes, zips
 from harness.formats.raw_io import read_crc
@@ -13,8 +13,8 @@ from harness.formats.stored_tensor import ByteRange, StoredTensor
 from harness.zero.reader import SavedEngine
 
 
-def check_sources(ranges: Iterable[ByteRange], progress: Progress) -> None:
-    """Reads every record that something is copied from. Raises FormatError at a wrong CRC.
+def check_sources(ranges: Iterable[ByteRange], progress: OnProgress) -> None:
+    """Reads every record that is copied from. Raises FormatError for a wrong CRC.
 
     Only `.pt` files have CRCs.
     """
@@ -32,14 +32,14 @@ def check_sources(ranges: Iterable[ByteRange], progress: Progress) -> None:
 
 
 def check_masters(saved: SavedEngine) -> None:
-    """Checks that the weights at stages 1 and 2 are the rounded masters, as they must be.
+    """Checks that the weights at stages 1 and 2 are the rounded masters.
 
-    They are in different files, and only the layout says which belong together. Raises
-    CheckpointError that names the first parameter whose weights differ.
+    They are in different files, and match only if the layout was understood. Raises CheckpointError
+    that names the first parameter whose weights differ.
     """
-    from harness.formats.cast import cast, is_same  # late: it needs numpy
+    from harness.formats.cast import cast, is_same  # late: imports numpy
 
-    weights = saved.model["module"] | saved.experts
+    weights = saved.weights
     if saved.stage not in (1, 2):
         return
     with SourceFiles() as files:
@@ -60,12 +60,12 @@ def check_masters(saved: SavedEngine) -> None:
                 if not is_same(rounded, read(weight, first, count), weight.dtype):
                     raise CheckpointError(
                         f"{saved.directory}: the {weight.dtype} weights of {name!r} are not its "
-                        "rounded master weights: files of two runs, or an unknown layout"
+                        "rounded master weights: files of different runs, or an unknown layout"
                     )
 
 
 def check_output(target: int, path: Path, written: Iterable[Written]) -> None:
-    """Reads back from the disk what was written to `target`, a descriptor that is synced.
+    """Reads back from the disk what was written to `target`, a synced descriptor.
 
     Raises FormatError, which names `path`, if a CRC differs.
     """
@@ -74,4 +74,4 @@ def check_output(target: int, path: Path, written: Iterable[Written]) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         for part in written:
             if read_crc(descriptor, part.start, part.size, path, BUFFER_SIZE) != part.crc:
-                raise FormatError(f"{path}: the file differs from what was written: {part.name!r}")
+                raise FormatError(f"{path}: {part.name!r} read back differs from what was written")

@@ -1,4 +1,4 @@
-"""This rank's micro-batches of a dataset: endless, equal in number on all ranks, resumable."""
+"""This rank's micro-batches of a dataset: endless, the same number on all ranks, resumable."""
 
 import io
 import itertools
@@ -50,9 +50,9 @@ class Batches(Protocol):
 class Loader:
     """Micro-batches of a map-style dataset in a sampler's order.
 
-    Workers prefetch, but the position counts the micro-batches that were returned. In a worker the
-    random generators are seeded for each micro-batch, so that random augmentation is repeated
-    exactly after a resume; without workers it draws from the rank's own generators.
+    Workers prefetch, but the position counts only micro-batches that were returned. Workers seed
+    the random generators for each micro-batch, so that random augmentation is repeated exactly
+    after a resume; without workers it draws from the rank's own generators.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Loader:
         seed: int = 0,
     ):
         self.sampler = sampler
-        # A draw of a batched sampler is a complete micro-batch.
+        # Each draw of a batched sampler is a complete micro-batch.
         self._rounds = 1 if isinstance(sampler, BatchedOrderedSampler) else micro_batch_size
         self._fetch = _Fetch(dataset, collate, seed)
         self._workers = workers
@@ -97,7 +97,7 @@ class Loader:
         return {"given": self._returned, "sampler": self.sampler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at a saved position. Raises ValueError if it is another dataset's."""
+        """Continues at a saved position. Raises ValueError if it belongs to another dataset."""
         self.sampler.load_state_dict(state["sampler"])
         self._returned = state["given"]
         self._iterator = None
@@ -110,13 +110,13 @@ class Loader:
             collate_fn=_unchanged,
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # so that the loader does not draw from the global one
+            generator=torch.Generator(),  # keeps the global generator untouched
             worker_init_fn=ignore_signals,
         )
         return iter(loader)
 
     def _indices(self) -> Iterator[tuple[int, list[int]]]:
-        """`(number, indices)` of every micro-batch from the current position on."""
+        """`(number, indices)` of each micro-batch, from the current position on."""
         draws = self.sampler.stream()
         for number in itertools.count(self._returned):
             batch = list(itertools.islice(draws, self._rounds))
@@ -125,7 +125,7 @@ class Loader:
 
 
 class _Fetch(Dataset):
-    """A dataset of micro-batches: `[(number, indices)]` loads and collates them."""
+    """A dataset of micro-batches: indexing with `(number, indices)` loads and collates one."""
 
     def __init__(self, dataset: Any, collate: Collate, seed: int):
         self.dataset, self.collate, self.seed = dataset, collate, seed
@@ -147,8 +147,8 @@ def _unchanged(batch: Any) -> Any:
 class TaskLoader:
     """A loader from the task, iterated epoch after epoch.
 
-    Its position is restored by its own `state_dict`, where it has one, and otherwise by skipping
-    batches, which is exact only if its order does not depend on the global random generators.
+    Its position is restored through its `state_dict`, if it has one, or else by skipping batches,
+    which is exact only if its order does not depend on the global random generators.
     """
 
     def __init__(self, loader: Any):
@@ -165,9 +165,9 @@ class TaskLoader:
             self._iterator = iter(self.loader)
         batch = next(self._iterator, _END)
         if batch is _END:
-            raise RuntimeError(  # on this rank alone
-                f"train_data has {len(self.loader)} batches by its length, but ended after "
-                f"{self._returned} in epoch {self.epoch}"
+            raise RuntimeError(  # on this rank only
+                f"train_data: its length is {len(self.loader)} batches, but epoch {self.epoch} "
+                f"ended after {self._returned}"
             )
         self._returned += 1
         if self._returned == len(self.loader):
@@ -179,7 +179,7 @@ class TaskLoader:
         self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, batches returned in it, and the loader's own state if it has one."""
+        """Epoch, batches returned in it, and the loader's own state, if any."""
         own = self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
         return {"epoch": self.epoch, "given": self._returned, "loader": own}
 
@@ -201,7 +201,7 @@ _END = object()
 def train_batches(
     data: Any, config: DataConfig, collate: Collate, seed: int, rank: int, world_size: int
 ) -> Batches:
-    """The training micro-batches of one rank. Raises TaskError if `data` gives none."""
+    """The training micro-batches of one rank. Raises TaskError if `data` is not usable."""
     if not hasattr(data, "__len__"):
         raise TaskError(f"train_data: {type(data).__name__} has no length (`__len__`)")
     if len(data) == 0:
@@ -215,7 +215,7 @@ def train_batches(
 
 
 def _check_state(loader: Any) -> None:
-    """Raises TaskError if a loader's state could be saved, but not loaded safely."""
+    """Raises TaskError if a loader's state could be saved, but not loaded with weights_only."""
     if not hasattr(loader, "state_dict"):
         return
     file = io.BytesIO()
@@ -225,8 +225,8 @@ def _check_state(loader: Any) -> None:
         torch.load(file, weights_only=True)
     except pickle.UnpicklingError:
         raise TaskError(
-            f"train_data: the state_dict of {type(loader).__name__} holds more than tensors and "
-            "plain values (numpy values, for instance): it could be saved, but not resumed from"
+            f"train_data: the state_dict of {type(loader).__name__} must contain only tensors and "
+            "plain values (no numpy values, for instance): otherwise a run could not resume"
         ) from None
 
 
@@ -244,7 +244,7 @@ def _sampler(data: Any, config: DataConfig, seed: int, rank: int, world_size: in
             if lengths is None:
                 raise ConfigError(
                     f"data.sampler = 'batched' needs train_data.lengths (the length of every "
-                    f"sample); {type(data).__name__} has no lengths"
+                    f"sample), which {type(data).__name__} does not have"
                 )
             try:
                 return BatchedOrderedSampler(
@@ -260,10 +260,10 @@ def _sampler(data: Any, config: DataConfig, seed: int, rank: int, world_size: in
 
 
 def eval_shares(length: int, micro_batch_size: int, rank: int, world_size: int) -> Iterator[range]:
-    """One rank's micro-batches of the held-out data, as ranges of indices; each sample once.
+    """One rank's micro-batches of the held-out data, as ranges of indices, each sample once.
 
-    Every rank gets the same number of micro-batches, so that none waits for another; those beyond
-    its samples are empty.
+    All ranks get the same number of micro-batches, so that their collectives match; those past the
+    end of the data are empty.
     """
     for start in range(0, length, micro_batch_size * world_size):
         first = start + rank * micro_batch_size

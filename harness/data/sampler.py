@@ -1,15 +1,15 @@
 """Samplers that stop at any draw and resume exactly there, on any number of ranks.
 
-A sampler is one endless stream of draws: epoch 0's order, then epoch 1's, and so on, each order a
-pure function of (seed, epoch). A draw is an index into a dataset, or a list of them. Rank r of W
-takes the places r, r + W, r + 2W, ... of the stream; one draw on every rank is a round. A round
-that an epoch cannot fill is completed with the first draws of the next epoch, which continues after
-them: all ranks draw equally often, and nothing is dropped or drawn twice.
+A sampler is one endless stream of draws: the order of epoch 0, then of epoch 1, and so on, each a
+pure function of (seed, epoch). A draw is an index into a dataset, or a list of indices. Rank r of W
+takes draws r, r + W, r + 2W, ... of the stream; one draw on every rank is a round. A round that an
+epoch cannot fill is completed with the first draws of the next epoch, which continues after them:
+all ranks draw equally often, and nothing is dropped or drawn twice.
 
     sampler = RandomSampler(len(dataset), seed=1, rank=rank, world_size=world_size)
     for batch in DataLoader(dataset, batch_size=8, sampler=sampler.stream(), num_workers=2):
         train(batch)
-        sampler.advance(8)  # counts them as consumed; what workers have prefetched is not
+        sampler.advance(8)  # counts them as consumed; prefetched draws are not
 """
 
 import hashlib
@@ -27,18 +27,18 @@ Draw = TypeVar("Draw")
 
 
 class Sampler(ABC, Generic[Draw]):
-    """One rank's share of an endless stream; a subclass defines the order of each epoch.
+    """One rank's share of an endless stream; subclasses define the order of each epoch.
 
     `length` is the number of items in the dataset. Raises ValueError for arguments out of range.
     """
 
     def __init__(self, length: int, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         if length <= 0:
-            raise ValueError(f"length must be positive, not {length}")
+            raise ValueError(f"length = {length}: expected an integer >= 1")
         if world_size <= 0:
-            raise ValueError(f"world_size must be positive, not {world_size}")
+            raise ValueError(f"world_size = {world_size}: expected an integer >= 1")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0..{world_size - 1} (world_size - 1), not {rank}")
+            raise ValueError(f"rank = {rank}: expected 0 to {world_size - 1} (world_size - 1)")
         self.length = length
         self.seed = seed
         self.rank = rank
@@ -52,44 +52,44 @@ class Sampler(ABC, Generic[Draw]):
         """All draws of an epoch, over all ranks: a pure function of `seed` and `epoch`."""
 
     def draws(self, epoch: int) -> int:
-        """How many draws an epoch has, over all ranks; override it if not `length`."""
+        """Number of draws in an epoch, over all ranks; override it if it is not `length`."""
         return self.length
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next round begins in."""
+        """The epoch in which the next round begins."""
         return self._epoch
 
     @property
     def position(self) -> int:
-        """Draws of this epoch that all ranks together have consumed."""
+        """Draws of this epoch consumed by all ranks together."""
         return self._position
 
     def stream(self) -> Iterator[Draw]:
         """This rank's draws from the current position on, endless; does not advance."""
         return self._stream(self._epoch, self._position + self.rank)
 
-    def _stream(self, epoch: int, place: int) -> Iterator[Draw]:
+    def _stream(self, epoch: int, index: int) -> Iterator[Draw]:
         while True:
             order = self._cached_order(epoch)
-            while place < len(order):
-                yield order[place]
-                place += self.world_size
-            place -= len(order)
+            while index < len(order):
+                yield order[index]
+                index += self.world_size
+            index -= len(order)
             epoch += 1
 
     def __iter__(self) -> Iterator[Draw]:
-        """This rank's draws of the rounds still to begin in this epoch; does not advance."""
+        """This rank's draws of the rounds that remain in this epoch; does not advance."""
         return islice(self.stream(), len(self))
 
     def __len__(self) -> int:
-        """Rounds still to begin in this epoch: the length of `iter`, the same on every rank."""
+        """Rounds that remain in this epoch: the length of `iter`, the same on every rank."""
         return math.ceil((self.draws(self._epoch) - self._position) / self.world_size)
 
     def advance(self, rounds: int = 1) -> None:
-        """Counts the next rounds as consumed; every rank must call it alike."""
+        """Counts the next rounds as consumed; all ranks must make the same call."""
         if rounds < 0:
-            raise ValueError(f"rounds must not be negative, not {rounds}")
+            raise ValueError(f"rounds = {rounds}: expected an integer >= 0")
         self._position += rounds * self.world_size
         while self._position >= (draws := self.draws(self._epoch)):
             self._position -= draws
@@ -97,21 +97,21 @@ class Sampler(ABC, Generic[Draw]):
             self._epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, in plain values: the same on every rank, for any world size."""
-        place = {"seed": self.seed, "epoch": self._epoch, "position": self._position}
-        return self._identity() | place
+        """The position, as plain values: the same on every rank and for any world size."""
+        position = {"seed": self.seed, "epoch": self._epoch, "position": self._position}
+        return self._identity() | position
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Moves to the saved position, with the saved seed; take a new stream afterwards.
+        """Moves to the saved position and seed; call `stream` again afterwards.
 
-        Raises ValueError if the state belongs to another class, dataset or set of options, whose
-        order differs.
+        Raises ValueError if the state belongs to a sampler of another class, dataset or options,
+        whose order differs.
         """
         for key, expected in self._identity().items():
             if (saved := state.get(key)) != expected:
                 raise ValueError(
                     f"{type(self).__name__} cannot load this state: "
-                    f"{key} is {saved!r} in the state, but {expected!r} in this sampler"
+                    f"{key} is {saved!r} in the state, but {expected!r} in the sampler"
                 )
         self.seed = state["seed"]
         self._epoch = state["epoch"]
@@ -119,11 +119,11 @@ class Sampler(ABC, Generic[Draw]):
         self._orders.clear()
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal, besides the seed, for two samplers to have the same order."""
+        """What two samplers must have in common, besides the seed, to have the same order."""
         return {"sampler": type(self).__name__, "length": self.length}
 
     def _cached_order(self, epoch: int) -> Sequence[Draw]:
-        """`order(epoch)`, cached; of the others only the current epoch's is kept, for `advance`."""
+        """`order(epoch)`, cached, along with that of the current epoch, which `advance` needs."""
         if epoch not in self._orders:
             self._orders = {e: order for e, order in self._orders.items() if e == self._epoch}
             self._orders[epoch] = self.order(epoch)
@@ -131,13 +131,13 @@ class Sampler(ABC, Generic[Draw]):
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
-    # torch seeds its CPU generator with the low 32 bits only, hence a hash of seed and epoch.
+    # torch uses only the low 32 bits of a CPU generator's seed, so seed and epoch are hashed.
     digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def _permutation(length: int, seed: int, epoch: int) -> Sequence[int]:
-    # An array of int64 is about as small as the tensor, and its items are plain ints.
+    # An int64 array takes about as much memory as the tensor, and its items are plain ints.
     permutation = torch.randperm(length, generator=_generator(seed, epoch))
     return array("q", permutation.numpy().tobytes())
 
@@ -150,7 +150,7 @@ class OrderedSampler(Sampler[int]):
 
 
 class RandomSampler(Sampler[int]):
-    """A new permutation of 0 to length - 1 every epoch; takes about 8 bytes an index."""
+    """A new permutation of 0 to length - 1 every epoch; takes about 8 bytes per index."""
 
     def order(self, epoch: int) -> Sequence[int]:
         return _permutation(self.length, self.seed, epoch)
@@ -160,8 +160,8 @@ class PoolSampler(Sampler[Any]):
     """A pool that is drawn from without replacement and refilled when it is empty.
 
     The pool is a sequence, or an int n for range(n). A draw is an index into it, or with `keep_all`
-    the item itself. Without `shuffle` the pool is drawn in its own order. It is shuffled once per
-    refill, so that a draw costs O(1).
+    the item itself. The pool is shuffled once per refill, so that a draw costs O(1); without
+    `shuffle` it is drawn in order.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class PoolSampler(Sampler[Any]):
         return [self.pool[index] for index in indices] if self.keep_all else indices
 
     def sample(self) -> Any:
-        """This rank's next draw, consumed at once; every rank must call it alike."""
+        """This rank's next draw, which is consumed; all ranks must make the same call."""
         draw = next(self.stream())
         self.advance()
         return draw
@@ -198,17 +198,17 @@ class PoolSampler(Sampler[Any]):
 class BatchedOrderedSampler(Sampler[list[int]]):
     """Batches of items of similar length, each within limits; a draw is one batch's indices.
 
-    The items are sorted by length, ties by index, and cut into `buckets` parts of equal count. From
-    each part in turn a batch takes the next items while they exceed neither limit; at least one is
+    The items are sorted by length, ties by index, and split into `buckets` buckets of equal count.
+    A batch takes the next items of a bucket while they exceed neither limit; at least one limit is
     required. `max_batch_size` counts items. `max_tokens`, in the unit of `lengths`, bounds the
     longest item times the batch's size if `padded`, else the sum of the lengths.
 
     `shuffle` reshuffles the items within their buckets, and all batches, every epoch: more buckets
-    then mean less padding, and the number of batches may differ from epoch to epoch. `drop_last`
-    drops the last batch of a bucket if the bucket's shortest item would still have fit.
+    then mean less padding, and the number of batches may differ between epochs. `drop_last` drops
+    the last batch of a bucket if the bucket's shortest item would still fit into it.
 
-    Raises ValueError for arguments out of range, for an item that alone exceeds `max_tokens`, and
-    if `drop_last` leaves no batch.
+    Raises ValueError for arguments out of range, for a single item that exceeds `max_tokens`, and
+    if `drop_last` drops all batches.
     """
 
     def __init__(
@@ -227,11 +227,11 @@ class BatchedOrderedSampler(Sampler[list[int]]):
     ) -> None:
         super().__init__(len(lengths), seed=seed, rank=rank, world_size=world_size)
         if max_tokens is None and max_batch_size is None:
-            raise ValueError("give max_tokens, max_batch_size, or both")
+            raise ValueError("set max_tokens, max_batch_size, or both")
         if max_batch_size is not None and max_batch_size <= 0:
-            raise ValueError(f"max_batch_size must be positive, not {max_batch_size}")
+            raise ValueError(f"max_batch_size = {max_batch_size}: expected an integer >= 1")
         if buckets <= 0:
-            raise ValueError(f"buckets must be positive, not {buckets}")
+            raise ValueError(f"buckets = {buckets}: expected an integer >= 1")
         self.max_tokens = math.inf if max_tokens is None else max_tokens
         self.max_batch_size = math.inf if max_batch_size is None else max_batch_size
         self.padded = padded
@@ -242,15 +242,13 @@ class BatchedOrderedSampler(Sampler[list[int]]):
         self._lengths: list[float] = sizes.tolist()
         for index, size in enumerate(self._lengths):
             if not 0 <= size < math.inf:
-                raise ValueError(f"item {index} has the invalid length {size:g}")
+                raise ValueError(f"lengths[{index}] = {size:g}: expected a finite number >= 0")
             if size > self.max_tokens:
-                raise ValueError(
-                    f"item {index} of length {size:g} alone exceeds max_tokens = {max_tokens}"
-                )
+                raise ValueError(f"lengths[{index}] = {size:g} exceeds max_tokens = {max_tokens}")
         self._lengths_crc32 = zlib.crc32(sizes.numpy().tobytes())
         self._buckets = sizes.sort(stable=True).indices.tensor_split(min(buckets, self.length))
         if drop_last and not self.draws(0):
-            raise ValueError(f"drop_last leaves no batch of the {self.length} items")
+            raise ValueError(f"drop_last drops all batches of the {self.length} items")
 
     def draws(self, epoch: int) -> int:
         return len(self._cached_order(epoch))
@@ -264,7 +262,7 @@ class BatchedOrderedSampler(Sampler[list[int]]):
             return indices[torch.randperm(len(indices), generator=generator)]
 
         batches = [b for bucket in self._buckets for b in self._pack(shuffled(bucket).tolist())]
-        return [batches[place] for place in shuffled(torch.arange(len(batches))).tolist()]
+        return [batches[index] for index in shuffled(torch.arange(len(batches))).tolist()]
 
     def _pack(self, bucket: list[int]) -> Iterator[list[int]]:
         batch: list[int] = []

@@ -1,11 +1,11 @@
-"""Who this process is among the ranks, and the small messages that they exchange.
+"""Who this process is among the ranks, and the small messages between them.
 
 Its files, from the top down:
 
-    collectives.py   agree, broadcast, gather; fail on all ranks together
+    collectives.py   all-reduce, broadcast, gather; raising on all ranks together
     rng.py           the random generators of a rank
-    world.py         ranks and devices; joining the world and leaving it
-    network.py       which network the nodes meet on; the error when a rank is lost
+    world.py         ranks and devices; joining and leaving the world
+    network.py       which interface gloo uses; the error when a rank is lost
 """
 
 from harness.distributed.collectives import (

@@ -1,4 +1,4 @@
-"""Small collectives on the control group: agreeing, broadcasting, failing together."""
+"""Small collectives on the control group: all-reduce, broadcast, gather, raising together."""
 
 import traceback
 from collections.abc import Iterator, Sequence
@@ -15,17 +15,17 @@ T = TypeVar("T")
 
 
 def all_reduce_max(vector: Sequence[int]) -> list[int]:
-    """The largest value that any rank gave, place by place. Blocks until every rank has called."""
+    """The elementwise maximum over all ranks. Blocks until every rank has called."""
     flags = torch.tensor(vector, dtype=torch.int64)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=control_group())
     return flags.tolist()
 
 
 class AsyncAllReduceMax:
-    """`all_reduce_max` behind other work: started at one moment, its result taken at a later one.
+    """`all_reduce_max` in the background: `start` it, and `wait` for the result later.
 
-    It is part of every step: so it calls the process group directly, and writes and reads its
-    `size` numbers through numpy, which together take half the time of the usual calls.
+    It is part of every step, so it calls the process group directly and accesses its `size` numbers
+    through numpy, which takes half the time of the usual calls.
     """
 
     def __init__(self, size: int = 1) -> None:
@@ -36,12 +36,12 @@ class AsyncAllReduceMax:
         self._work: dist.Work | None = None
 
     def start(self, vector: Sequence[int]) -> None:
-        """Gives this rank's values. Every rank must call it at the same place."""
+        """Contributes this rank's values. Every rank must call it at the same point."""
         self._numbers[:] = vector
         self._work = control_group().allreduce([self._flags], self._options)
 
     def wait(self) -> list[int] | None:
-        """The largest values, place by place; None if it was not started. Blocks."""
+        """The elementwise maximum; None if it was not started. Blocks."""
         if self._work is None:
             return None
         self._work.wait()
@@ -55,7 +55,7 @@ def barrier() -> None:
 
 
 def broadcast(value: T, source: int = 0) -> T:
-    """The value that rank `source` has (any picklable object), on every rank."""
+    """The value of rank `source` (any picklable object), on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=source, group=control_group())
     return box[0]
@@ -70,11 +70,11 @@ def all_gather(value: T) -> list[T]:
 
 @contextmanager
 def raise_on_all_ranks(doing: str) -> Iterator[None]:
-    """Makes a failure on some ranks a failure on all, so that none is left waiting.
+    """Makes a failure on any rank a failure on all, so that none is left waiting.
 
-    The body must contain no collective, unless what fails in it fails on all ranks. If it raised
-    anywhere, every rank raises the error of the first rank that failed: a HarnessError as it was,
-    anything else with that rank's traceback. `doing` says what was being done, for the message.
+    The body must contain no collective, except ones that fail on all ranks. If it raised anywhere,
+    every rank raises the error of the first rank that failed: a HarnessError unchanged, any other
+    error with that rank's traceback. `doing`: what was being done, for the message.
     """
     failure: HarnessError | None = None
     try:
@@ -89,5 +89,5 @@ def raise_on_all_ranks(doing: str) -> Iterator[None]:
     for rank, failed in enumerate(failures):
         if failed is not None:
             error = failed if all(failures) else type(failed)(f"rank {rank}: {failed}")
-            error.agreed = True
+            error.on_all_ranks = True
             raise error

@@ -1,4 +1,4 @@
-"""The network between the nodes: which one the ranks meet on, and what it says when one is lost."""
+"""The network between the nodes: which interface gloo uses, and the error when a rank is lost."""
 
 import ipaddress
 import os
@@ -13,16 +13,16 @@ from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUs
 from harness.errors import LostRank
 
 ANYWHERE = "192.0.2.1"
-"""An address that no machine has (RFC 5737): the way there is the default route."""
+"""An address that no machine has (RFC 5737): packets to it take the default route."""
 
 
 def choose_interface(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Has gloo listen where the other nodes come in; for a world of several nodes.
+    """Makes gloo listen on an interface that the other nodes can reach; for several nodes.
 
-    Gloo by itself asks for the address of the host's own name, which is a loopback's on many
-    machines (Debian's /etc/hosts), or nobody's. So GLOO_SOCKET_IFNAME becomes the interface that
-    leads to MASTER_ADDR, or the default route's where that is a name for the node itself. It is
-    left alone if it is set, or if there is no such interface.
+    By default gloo resolves the host's own name, which is a loopback address on many machines
+    (Debian's /etc/hosts), or unknown. So GLOO_SOCKET_IFNAME is set to the interface that leads to
+    MASTER_ADDR, or to the default route's if that is this node. It is not changed if it is already
+    set, or if there is no such interface.
     """
     master = environ.get("MASTER_ADDR", "localhost")
     if "GLOO_SOCKET_IFNAME" in environ or master == "localhost" or _is_loopback(master):
@@ -33,18 +33,18 @@ def choose_interface(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _interface_to(host: str) -> str:
-    """The interface that packets to a host leave by; empty if none, or if it is this machine."""
+    """The interface of the route to a host; empty if there is none, or it is this machine."""
     try:
-        family, kind, *_, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        family, kind, *_, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(there)  # sends nothing: it asks for the route
-            here = probe.getsockname()[0]
+            probe.connect(address)  # sends nothing, but selects the route
+            own = probe.getsockname()[0]
     except OSError:
         return ""
-    if _is_loopback(here):
+    if _is_loopback(own):
         return ""
     for name, addresses in psutil.net_if_addrs().items():
-        if here in (address.address.partition("%")[0] for address in addresses):
+        if own in (address.address.partition("%")[0] for address in addresses):
             return name
     return ""
 
@@ -58,9 +58,9 @@ def _is_loopback(address: str) -> bool:
 
 @contextmanager
 def raise_lost_rank(timeout_s: float) -> Iterator[None]:
-    """Makes what a collective raises for a rank that is gone or silent a LostRank.
+    """Turns the error of a collective, if a rank is gone or hangs, into a LostRank.
 
-    `timeout_s`: the bound of every collective, for the message.
+    `timeout_s`: of every collective, for the message.
     """
     try:
         yield
@@ -72,9 +72,9 @@ def raise_lost_rank(timeout_s: float) -> Iterator[None]:
         reason = reason.partition(" This is typically")[0].rstrip(".")
         raise LostRank(
             f"{socket.gethostname()} has lost another rank: {reason}. Its process has ended, its "
-            f"node or the network is down, or it has hung for run.timeout_s = {timeout_s:g} s; "
-            "its own output may say which. Started again, on these nodes or on those that are "
-            "left, the run resumes from its newest checkpoint"
+            f"node or the network is down, or it has hung for run.timeout_s = {timeout_s:g} s: see "
+            "its own output. Start the run again, on these or the remaining nodes: it resumes from "
+            "its newest checkpoint"
         ) from error
 
 
@@ -82,7 +82,7 @@ def raise_lost_rank(timeout_s: float) -> Iterator[None]:
 def bounded(seconds: float, doing: str) -> Iterator[None]:
     """Ends this process with exit code 1 if the body takes longer.
 
-    For what respects no timeout: gloo waits five times its own for a connection.
+    For calls that ignore timeouts: gloo waits for a connection five times as long as its own.
     """
 
     def give_up() -> None:

@@ -23,7 +23,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores what `rng_state` gave."""
+    """Restores what `rng_state` returned."""
     random.setstate(state["python"])
     name, keys, *others = state["numpy"]
     np.random.set_state((name, keys.numpy(), *others))

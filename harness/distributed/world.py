@@ -1,8 +1,7 @@
-"""Who this process is among the ranks; joining the world and leaving it.
+"""Who this process is among the ranks; joining and leaving the world.
 
-Two process groups are used: DeepSpeed's own for tensors (NCCL on GPUs, gloo on CPUs), and a gloo
-group beside it, the control group, for harness's own messages, so that they never queue behind
-gradients.
+There are two process groups: DeepSpeed's for tensors (NCCL on GPUs, gloo on CPUs), and the control
+group, a gloo group for harness's own messages, so that they never queue behind gradients.
 """
 
 import functools
@@ -45,12 +44,12 @@ def local_world_size() -> int:
 
 
 def is_global_leader() -> bool:
-    """True on rank 0 of the world."""
+    """Whether this is rank 0."""
     return global_rank() == 0
 
 
 def global_leader_only(function: Callable[P, T]) -> Callable[P, T | None]:
-    """Runs the function on rank 0 of the world alone; elsewhere it returns None."""
+    """Runs the function on rank 0 only; elsewhere it returns None."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -67,25 +66,25 @@ def device() -> torch.device:
 
 
 def init(timeout_s: float, join: Callable[[timedelta], object]) -> None:
-    """Joins the world: the process group for tensors, and the control group beside it.
+    """Joins the world: creates the process group for tensors, and the control group.
 
-    `timeout_s` bounds every collective. `join` makes torch's default process group with that
-    timeout; `zero.startup.join` does it through DeepSpeed. Without a launcher this is a world of
-    one process. Blocks until all ranks have joined, and ends the process a minute after `timeout_s`
-    if they have not.
+    `timeout_s` bounds every collective. `join` creates torch's default process group with that
+    timeout; `zero.startup.join` does so through DeepSpeed. Without a launcher this is a world of
+    one process. Blocks until all ranks have joined; if they have not a minute after `timeout_s`,
+    ends the process.
     """
     global _control
     timeout = timedelta(seconds=timeout_s)
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
-        os.environ.update(alone, MASTER_PORT=str(free_port()))
+        os.environ.update(single, MASTER_PORT=str(free_port()))
     if device().type == "cuda":
         torch.cuda.set_device(device())
     if local_world_size() < world_size():
         network.choose_interface()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    where = f"rank 0 at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    doing = f"rank {global_rank()} on {socket.gethostname()} joins {where}"
+    master = f"rank 0 at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    doing = f"rank {global_rank()} on {socket.gethostname()} joins {master}"
     with network.bounded(timeout_s + 60, doing):
         join(timeout)
         group = dist.new_group(backend="gloo", timeout=timeout)
@@ -96,7 +95,7 @@ def init(timeout_s: float, join: Callable[[timedelta], object]) -> None:
 
 
 def _threads_of_this_rank() -> int:
-    """This rank's share of the processors that it may run on. Collective."""
+    """This rank's share of the CPU cores that it may run on. Collective."""
     processors = (socket.gethostname(), os.sched_getaffinity(0))
     per_rank: list[object] = [None] * world_size()
     dist.all_gather_object(per_rank, processors, group=control_group())
@@ -112,13 +111,13 @@ def shutdown() -> None:
 
 
 def free_port() -> int:
-    """A TCP port that is free on this machine now."""
+    """A TCP port that is currently free on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def control_group() -> dist.ProcessGroup:
-    """The gloo group of all ranks for harness's own small messages. `init` must have run."""
-    assert _control is not None, "harness.distributed.init() has not run"
+    """The gloo group of all ranks for harness's own small messages. Call `init` first."""
+    assert _control is not None, "harness.distributed.init() has not been called"
     return _control

@@ -2,11 +2,11 @@
 
 Its files, from the top down:
 
-    engines.py         Engines: the named set, stepped as one; built from task and config
-    optimizations.py   what [optimizations] asks for: replacing, compiling, offloading
+    engines.py         Engines: the named set, stepped together; built from task and config
+    optimizations.py   applies [optimizations]: replacing, compiling, offloading
     engine.py          Engine: one model under one DeepSpeed engine, by composition
-    overrides.py       learning rate and clipping, as live commands have changed them
+    overrides.py       learning rate and clipping as changed by live commands
     turns.py           whose turn it is, and how one engine uses the model of another
-    lora.py            low-rank adapters by peft: put in, merged into the weights, saved alone
-    ema.py             the average of an engine's weights, in the optimizer's state
+    lora.py            low-rank adapters by peft: injected, merged into the weights, saved
+    ema.py             EMA of an engine's weights, in the optimizer's state
 """

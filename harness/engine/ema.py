@@ -1,9 +1,9 @@
 """An exponential moving average of an engine's weights, at every ZeRO stage.
 
-The average is in the optimizer's state, a tensor beside the moments. So each rank averages its own
-shard of the master weights, with no collective; every checkpoint has it; and another layout cuts it
-as it cuts a moment. It is that of torch's `AveragedModel` with `get_ema_multi_avg_fn`: the
-weights after the first step, and after every other one decay * average + (1 - decay) * weights.
+The EMA is part of the optimizer's state, next to the moments. So each rank averages its own shard
+of the master weights, with no collective; every checkpoint has it; and it is resharded like a
+moment. It equals that of torch's `AveragedModel` with `get_ema_multi_avg_fn`: the weights after the
+first step, and after every other one decay * EMA + (1 - decay) * weights.
 
 Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; with exponential
 weights as in Tarvainen and Valpola, "Mean teachers are better role models", 2017.
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from harness.zero.engine_state import base_optimizer, write_weights
 from harness.zero.layout import EMA
-from harness.zero.live import base_optimizer, write_weights
 
 
 class Ema:
-    """Follows the weights of one engine."""
+    """Averages the weights of one engine."""
 
     def __init__(self, ds: Any, decay: float):
         """`ds`: the DeepSpeed engine."""
@@ -31,7 +31,7 @@ class Ema:
 
     @torch.no_grad()
     def _update(self, base: Optimizer, *_: Any) -> None:
-        """Updates the average with the parameters that a step has changed."""
+        """Updates the EMA with the parameters that a step has changed."""
         stepped = [
             p
             for group in base.param_groups
@@ -49,31 +49,31 @@ class Ema:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model with the average for its weights; before the first step, with its own.
+        """The model with its EMA weights; before the first step, with its own.
 
-        Collective. The weights, and their masters, are afterwards what they were, to the bit. No
-        gradient may be accumulating.
+        Collective. Afterwards the weights and their masters are restored, bit for bit. Call it
+        between optimizer steps only: no gradient may be accumulating.
         """
-        self._exchange()
+        self._swap()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
-        """Exchanges the master weights and their average."""
+    def _swap(self) -> None:
+        """Swaps the master weights and their EMA."""
         state = base_optimizer(self._ds).state
         averaged = [parameter for parameter in state if EMA in state[parameter]]
         for parameter in averaged:
-            kept = parameter.detach().clone()
+            weight = parameter.detach().clone()
             parameter.copy_(state[parameter][EMA])
-            state[parameter][EMA].copy_(kept)
+            state[parameter][EMA].copy_(weight)
         if averaged:
             write_weights(self._ds)
 
 
 def remove_average(ds: Any) -> None:
-    """Removes the average from the optimizer's state."""
+    """Removes the EMA from the optimizer's state."""
     for state in base_optimizer(ds).state.values():
         state.pop(EMA, None)

@@ -21,9 +21,9 @@ from harness.offload import OffloadPlan
 from harness.optim.apollo import Apollo
 from harness.optim.build import build_optimizer
 from harness.optim.schedules import build_scheduler
-from harness.optim.sharding import check_zero, is_elementwise
+from harness.optim.zero_compatibility import check_zero, is_elementwise
 from harness.wrapper import freeze
-from harness.zero import live
+from harness.zero import engine_state
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ class Counters:
     micro_step: int = 0
     """Micro-batches of each rank."""
     samples: int = 0
-    """Samples of the whole world; exact between steps once the metrics have been drained."""
+    """Samples over all ranks; exact between steps once the metrics have been drained."""
     tokens: int = 0
-    """Tokens of the whole world, likewise."""
+    """Tokens over all ranks, likewise."""
 
 
 class Engine:
@@ -54,11 +54,11 @@ class Engine:
     optimizer_path: str = "none"
     """Import path of the optimizer's class; "none" for a teacher."""
     parameter_names: list[list[str]]
-    """Of the parameters that the optimizer was given, by its groups, in its order."""
+    """Of the optimizer's parameters, by parameter group, in its order."""
     overrides: Overrides
-    """Learning rate and clipping of a trained engine, and what live commands changed of them."""
+    """Learning rate and clipping of a trained engine, as changed by live commands."""
     peers: Peers
-    """The set that it belongs to, itself included."""
+    """All engines of the run, this one included."""
 
     def __init__(
         self,
@@ -80,14 +80,14 @@ class Engine:
         self.counters = Counters()
         self.parameter_names = []
         self.turn = Turn()
-        """Which engine of the set is at work."""
+        """Which engine of the run is in its turn."""
         self.last_lr = 0.0
         self.last_grad_norm: torch.Tensor | float = 0.0
         self.offloading: OffloadPlan | None = None
-        """Which of its activations wait in host memory."""
+        """Which of its activations are kept in host memory."""
         self._config = config
         self._chosen: list[dict[str, Any]] = []
-        """The optimizer's settings that the config names, by parameter group."""
+        """The optimizer's settings that are set in the config, by parameter group."""
         self._ema: Ema | None = None
         optimizer = scheduler = None
         with distributed.raise_on_all_ranks(f"engines.{name}"):
@@ -105,25 +105,26 @@ class Engine:
                 self._ema = Ema(self.ds, config.ema_decay)
 
     def _choose_parameters(self, model: nn.Module) -> None:
-        """Puts adapters into the model, and freezes what is not trained. Raises ConfigError."""
+        """Injects adapters, and freezes what is not trained. Raises ConfigError."""
         if self._config.lora is not None:
             adapted = adapt(model, self._config.lora)
-            log.info("engine %s: adapters for %s", self.name, ", ".join(adapted))
+            log.info("engine %s: LoRA adapters for %s", self.name, ", ".join(adapted))
         if frozen := freeze(model, self._config.frozen):
             log.info("engine %s: frozen: %s", self.name, ", ".join(frozen))
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(f"engines.{self.name}: the model has no trainable parameter")
 
     def _build_optimizer(self, model: nn.Module) -> Optimizer:
-        """The optimizer; notes its settings and parameters. Raises ConfigError."""
+        """Builds the optimizer, and records its settings and parameters. Raises ConfigError."""
         settings = self._config.optimizer
         assert settings is not None
         check_zero(settings, self._config.deepspeed())
         optimizer = build_optimizer(model, settings)
         if self._config.ema_decay and hasattr(optimizer, "eval"):
             raise ConfigError(
-                f"engines.{self.name}.ema_decay: optimizer {settings.name!r} keeps an average of "
-                "its own, which evaluations and exports use: leave one of them out"
+                f"engines.{self.name}.ema_decay: optimizer {settings.name!r} keeps its own average "
+                "of the weights for evaluations and exports: remove ema_decay, or use another "
+                "optimizer"
             )
         kind = type(optimizer)
         self.optimizer_path = f"{kind.__module__}:{kind.__qualname__}"
@@ -167,23 +168,23 @@ class Engine:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the model computes in."""
-        return live.compute_dtype(self.ds)
+        return engine_state.compute_dtype(self.ds)
 
     @property
     def zero_stage(self) -> int:
         """The ZeRO stage, 0 to 3."""
-        return live.zero_stage(self.ds)
+        return engine_state.zero_stage(self.ds)
 
     @property
     def is_elementwise(self) -> bool:
-        """Whether the optimizer's state can be split anywhere: `optim.sharding.is_elementwise`."""
+        """`optim.zero_compatibility.is_elementwise`: its state can be split at any element."""
         assert self._config.optimizer is not None
-        return is_elementwise(self._config.optimizer, live.optimizer_device(self.ds))
+        return is_elementwise(self._config.optimizer, engine_state.optimizer_device(self.ds))
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether the optimizer is APOLLO, whose state is kept by the channels of matrices."""
-        return isinstance(live.base_optimizer(self.ds), Apollo)
+        """Whether the optimizer is APOLLO, whose state is per channel of a matrix."""
+        return isinstance(engine_state.base_optimizer(self.ds), Apollo)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through DeepSpeed. Raises TaskError in another engine's turn."""
@@ -194,13 +195,13 @@ class Engine:
         """Training mode; a teacher stays in eval mode."""
         if self.role == "train":
             self.ds.train()
-            getattr(live.base_optimizer(self.ds), "train", lambda: None)()
+            getattr(engine_state.base_optimizer(self.ds), "train", lambda: None)()
 
     def eval(self) -> None:
-        """Evaluation mode, also of an optimizer that has one (schedule-free ones)."""
+        """Evaluation mode, also of the optimizer if it has one (schedule-free optimizers)."""
         self.ds.eval()
         if self.role == "train":
-            getattr(live.base_optimizer(self.ds), "eval", lambda: None)()
+            getattr(engine_state.base_optimizer(self.ds), "eval", lambda: None)()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Back-propagates a scalar loss of one micro-batch."""
@@ -211,7 +212,7 @@ class Engine:
         """Ends a micro-batch. True if it was the last of an optimizer step, which is then taken."""
         self.turn.check(self.name, "stepped")
         boundary = self.ds.is_gradient_accumulation_boundary()
-        norm = live.plain_grad_norm(self.ds) if boundary else None
+        norm = engine_state.plain_grad_norm(self.ds) if boundary else None
         lr = self.get_lr()
         self.ds.step()
         self.counters.micro_step += 1
@@ -234,15 +235,15 @@ class Engine:
     @property
     def loss_scale(self) -> float:
         """The fp16 loss scale; 1 in fp32 and bf16."""
-        return live.loss_scale(self.ds)
+        return engine_state.loss_scale(self.ds)
 
     def set_loss_scale(self, scale: float) -> None:
         """Sets the fp16 loss scale; a dynamic one continues from there."""
-        live.set_loss_scale(self.ds, scale)
+        engine_state.set_loss_scale(self.ds, scale)
 
     @property
     def has_lora(self) -> bool:
-        """Whether adapters are trained, and nothing else."""
+        """Whether only adapters are trained."""
         return self._config.lora is not None
 
     @property
@@ -251,43 +252,43 @@ class Engine:
 
     @property
     def has_ema(self) -> bool:
-        """Whether an average of its weights is kept: `ema_decay` is set."""
+        """Whether an EMA of its weights is kept: `ema_decay` is set."""
         return self._ema is not None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model with the average for its weights, if one is kept and a step was taken.
+        """The model with its EMA weights, if they are kept and a step was taken.
 
-        Collective, and for the time between steps only. Nothing is left of it afterwards.
+        Collective; between optimizer steps only. Afterwards everything is restored.
         """
         with self._ema.in_place() if self._ema else nullcontext():
             yield
 
     def optimizer_metrics(self) -> dict[str, torch.Tensor]:
-        """What the optimizer reports of its last step, as APOLLO does; on the device."""
-        report = getattr(live.base_optimizer(self.ds), "step_metrics", None)
+        """Metrics of the optimizer's last step (APOLLO has some); on the device."""
+        report = getattr(engine_state.base_optimizer(self.ds), "step_metrics", None)
         return report() if report is not None else {}
 
     def offload_metrics(self) -> dict[str, float]:
-        """What offloading has done on this rank since the last call."""
+        """Metrics of offloading on this rank since the last call."""
         return self.offloading.step_metrics() if self.offloading is not None else {}
 
     def log_offload_stats(self) -> None:
-        """Logs what offloading has done in all on this rank."""
+        """Logs the totals of offloading on this rank."""
         if self.offloading is not None:
             log.info("engine %s: offload: %s", self.name, self.offloading.stats())
 
     def close(self) -> None:
-        """Takes DeepSpeed and offloading off the model; the engine is of no further use."""
+        """Removes DeepSpeed and offloading from the model; the engine cannot be used afterwards."""
         if self.offloading is not None:
             self.offloading.detach()
         self.ds.destroy()
 
     def gather_attribute(self, name: str, kind: type = object) -> dict[str, Any]:
-        """Takes attribute `name` off every submodule that has it: `{module path: value}`.
+        """Removes attribute `name` from every submodule that has it; `{module path: value}`.
 
-        Values that are not of `kind` are left alone. Models may leave a `loss` and `stats` on their
-        submodules, for the default feeder.
+        Values that are not of type `kind` are left alone. Models may set `loss` and `stats` on
+        their submodules for the default feeder.
         """
         values = {}
         for path, module in self.module.named_modules():
@@ -310,22 +311,22 @@ class Engine:
             setattr(module, name, value)
         return len(chosen)
 
-    def collect(self) -> live.Jobs:
+    def collect(self) -> engine_state.FileTrees:
         """The trees that DeepSpeed would write into a checkpoint for this rank. Collective."""
-        return live.collect(self.ds, self.name, self.parameter_names)
+        return engine_state.collect(self.ds, self.name, self.parameter_names)
 
     def state_dict(self) -> dict[str, Any]:
-        """What DeepSpeed's checkpoint does not hold: counters, and what live commands changed."""
+        """What DeepSpeed's checkpoint does not hold: counters and live changes."""
         state = {"counters": asdict(self.counters), "lora_alpha": self._lora_alpha}
         return state | (self.overrides.state_dict() if self.role == "train" else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave. Call it after DeepSpeed's own loading.
+        """Restores what `state_dict` returned. Call it after DeepSpeed's own loading.
 
-        The config takes precedence: the optimizer's settings that it names are taken from it, and
-        the schedule continues at its place with the config's learning rate. What live commands have
-        changed stays, as `Overrides.load_state_dict` says. Raises CheckpointError if the config has
-        another rank for APOLLO, or alpha for adapters, than the checkpoint.
+        The optimizer's settings in the config take precedence, and the schedule continues at its
+        step with the config's learning rate. For live changes see `Overrides.load_state_dict`.
+        Raises CheckpointError if APOLLO's rank, or the adapters' alpha, differs from the
+        checkpoint.
         """
         self.counters = Counters(**state["counters"])
         if self.role == "teacher":
@@ -345,31 +346,31 @@ class Engine:
         """Raises CheckpointError if a setting that the state depends on has changed."""
         if configured != saved:
             raise CheckpointError(
-                f"engine {self.name!r}: {key} = {configured} in the config, and {saved} in the "
-                "checkpoint, whose state does not fit: set it as it was, or start a new run under "
-                "another run.name"
+                f"engine {self.name!r}: {key} is {configured} in the config, and {saved} in the "
+                "checkpoint, whose state depends on it: restore the old value, or start a new run "
+                "under another run.name"
             )
 
     def full_tensors(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """The model's parameters, persistent buffers and extra state, complete, one at a time.
 
         `(name, tensor)`, copies on rank 0's CPU (tied tensors stay one tensor); None elsewhere.
-        Extra state (`Module.get_extra_state`) that is not a tensor is logged, and left out.
+        Extra state (`Module.get_extra_state`) that is not a tensor is logged and skipped.
         Collective: at ZeRO stage 3 every parameter is gathered. Raises HarnessError, on all ranks
-        and after the last one, if rank 0 has no room for them.
+        and after the last tensor, if rank 0 runs out of memory.
         """
         copies: dict[int, torch.Tensor] = {}
         failure: Exception | None = None
         state = self.module.state_dict(keep_vars=True)
         tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
-        if others := sorted(state.keys() - tensors.keys()):
-            log.info("engine %s: left out, not a tensor: %s", self.name, ", ".join(others))
+        if skipped := sorted(state.keys() - tensors.keys()):
+            log.info("engine %s: skipped, not a tensor: %s", self.name, ", ".join(skipped))
         for name, tensor in tensors.items():
-            with live.gathered(tensor):
+            with engine_state.gathered(tensor):
                 if distributed.is_global_leader() and id(tensor) not in copies and not failure:
                     try:
                         copies[id(tensor)] = tensor.detach().cpu().clone()
-                    except Exception as error:  # the others must not wait for this rank
+                    except Exception as error:  # the other ranks must not wait for this one
                         failure = error
             yield name, copies.get(id(tensor))
         with distributed.raise_on_all_ranks(f"cannot gather engine {self.name!r}"):

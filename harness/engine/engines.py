@@ -1,4 +1,4 @@
-"""The named set of engines, stepped, saved, exported and resumed as one."""
+"""The named set of engines, stepped, saved, exported and resumed together."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ class Engines(Mapping[str, Engine]):
 
     A step of the run is as many micro-batches as it takes for every trained engine to end an
     optimizer step together: the least common multiple of their gradient accumulations. An engine
-    with `train_every = n` is trained at the steps n, 2n, ... alone.
+    with `train_every = n` is trained only at the steps n, 2n, ...
     """
 
     def __init__(self, engines: Mapping[str, Engine], task: Task):
@@ -77,18 +77,20 @@ class Engines(Mapping[str, Engine]):
     def lend(self, name: str) -> AbstractContextManager[nn.Module]:
         """Another engine's bare model, frozen, for a loss that goes through it.
 
-        Right at every ZeRO stage: at stage 3 each submodule's forward and backward gather what they
-        need. In an engine's turn the model stays frozen until its backward is over; outside of one,
-        for the `with` block. Raises TaskError for an unknown engine, and in its own turn.
+        Correct at every ZeRO stage: at stage 3 each submodule's forward and backward gather what
+        they need. In an engine's turn the model stays frozen until its backward is over; outside of
+        one, for the `with` block. Raises TaskError for an unknown engine, and in its own turn.
         """
         if name not in self:
             hint = did_you_mean(name, self)
-            raise TaskError(f"there is no engine {name!r} to lend{hint}; there are {list(self)}")
+            raise TaskError(
+                f"there is no engine {name!r} to lend{hint}; the engines are {', '.join(self)}"
+            )
         return self._turn.lend(name, self[name].module)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Every engine that keeps an average of its weights with that average for its weights."""
+        """Every engine that keeps EMA weights with these in place. Collective; between steps."""
         with ExitStack() as stack:
             for engine in self.trained:
                 stack.enter_context(engine.averaged())
@@ -118,8 +120,8 @@ class Engines(Mapping[str, Engine]):
             micro_batches = steps // engine.train_every * self.gradient_accumulation
             engine.overrides.set_total_steps(micro_batches // engine.gradient_accumulation)
 
-    def overrides(self) -> list[str]:
-        """What live commands have changed, in words."""
+    def describe_overrides(self) -> list[str]:
+        """What live commands have changed, a line for each thing."""
         return [f"{e.name}: {text}" for e in self.trained for text in e.overrides]
 
     def get_lr(self) -> dict[str, float]:
@@ -127,15 +129,15 @@ class Engines(Mapping[str, Engine]):
         return {engine.name: engine.get_lr() for engine in self.trained}
 
     def rates(self) -> dict[str, torch.Tensor | float]:
-        """Learning rate and loss scale that the last step was taken with, named for the log."""
+        """Learning rate and loss scale of the last step, under their log names."""
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.due(self.global_step):
             report |= self.label(engine, {"lr": engine.last_lr, "loss_scale": engine.loss_scale})
         return report
 
     def step_metrics(self) -> dict[str, torch.Tensor | float]:
-        """The last step's gradient norms, and what optimizers and offloading report, named for
-        the log."""
+        """The last step's gradient norms, and metrics of optimizers and offloading, under their log
+        names."""
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.due(self.global_step):
             metrics = {
@@ -147,36 +149,28 @@ class Engines(Mapping[str, Engine]):
         return report
 
     def count(self, step: int, samples: int, tokens: int) -> None:
-        """Adds a step's samples and tokens of the whole world to the counters."""
+        """Adds a step's samples and tokens, over all ranks, to the counters."""
         for engine in self.due(step):
             engine.counters.samples += samples
             engine.counters.tokens += tokens
 
     def label(self, engine: Engine, stats: Stats) -> dict[str, torch.Tensor | float]:
-        """The stats under the names of the log: prefixed `NAME/` if there are several engines."""
+        """The stats under their log names: with the prefix `NAME/` if there are several engines."""
         prefix = f"{engine.name}/" if len(self) > 1 else ""
         return {f"{prefix}{key}": value for key, value in stats.items()}
 
-    def gather_attribute(self, name: str) -> dict[str, dict[str, Any]]:
-        """`Engine.gather_attribute` of every engine."""
-        return {engine.name: engine.gather_attribute(name) for engine in self.values()}
-
-    def dispatch_attribute(self, name: str, value: Any) -> int:
-        """`Engine.dispatch_attribute` on every engine; the number of submodules that were set."""
-        return sum(engine.dispatch_attribute(name, value) for engine in self.values())
-
     def close(self) -> None:
-        """Takes DeepSpeed and offloading off the models; the engines are of no further use."""
+        """Removes DeepSpeed and offloading from the models; the engines are unusable afterwards."""
         for engine in self.values():
             engine.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The run's step, and each engine's own state beside DeepSpeed's."""
+        """The run's step, and each engine's state besides DeepSpeed's."""
         engines = {engine.name: engine.state_dict() for engine in self.values()}
         return {"global_step": self.global_step, "engines": engines}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.global_step = state["global_step"]
         for name, engine in self.items():
             engine.load_state_dict(state["engines"][name])
@@ -185,14 +179,14 @@ class Engines(Mapping[str, Engine]):
 def build_engines(task: Task, config: Config) -> Engines:
     """An engine for every model of the task. Collective.
 
-    Raises TaskError if the task's models are not those of the config, or share a parameter, and
-    ConfigError if they cannot be changed as the config says.
+    Raises TaskError if the task's models do not match the config's engines, or share a parameter,
+    and ConfigError if [optimizations] or an engine's section cannot be applied.
     """
     with distributed.raise_on_all_ranks(f"task {config.task.path}"):
         if set(task.models) != set(config.engines):
             raise TaskError(
-                f"task {config.task.path} has the models {sorted(task.models)}, and the config the "
-                f"engines {sorted(config.engines)}"
+                f"task {config.task.path} has the models {sorted(task.models)}, but the config has "
+                f"the engines {sorted(config.engines)}: they must have the same names"
             )
         owners: dict[nn.Parameter, str] = {}
         for name, model in task.models.items():
@@ -200,7 +194,7 @@ def build_engines(task: Task, config: Config) -> Engines:
                 if (owner := owners.setdefault(parameter, name)) != name:
                     raise TaskError(
                         f"task {config.task.path}: the models {owner!r} and {name!r} share the "
-                        f"parameter {path!r}, which only one engine can train; give each its own"
+                        f"parameter {path!r}, which only one engine can train: give each its own"
                     )
         change_models(task.models, config.optimizations)
     trained = [engine for engine in config.engines.values() if engine.role == "train"]

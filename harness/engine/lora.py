@@ -1,7 +1,7 @@
-"""Low-rank adapters beside a model's frozen weights, by peft (extra: lora).
+"""Low-rank adapters next to a model's frozen weights, by peft (extra: lora).
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. The layers are peft's own,
-put into the model in place: its class, its forward and what it leaves on itself stay.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. The layers are peft's,
+injected in place: the model keeps its class, its forward and its attributes.
 """
 
 import importlib
@@ -20,18 +20,18 @@ from harness.io import save
 from harness.wrapper import disable_encoder_fast_path
 
 ADAPTER = "default"
-"""What peft calls an adapter that is the only one."""
+"""peft's name for the only adapter."""
 
 
 def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
-    """Freezes the model, and puts adapters beside the layers that fit. Returns their names.
+    """Freezes the model, and adds adapters to the layers that match. Returns their names.
 
     A weight W [out, in] then acts as W + alpha / rank * B A, with trained A [rank, in], random at
-    first, and B [out, rank], zero at first. Raises ConfigError if nothing fits, or a layer that
-    cannot be adapted does: one of a kind that peft does not know or has no `weight`, one whose
-    weight is another's as well, which merging could change for one of them only, a part of
-    `nn.MultiheadAttention`, which computes with weights and calls no parts, and a convolution or
-    embedding with a setting that peft's adapter (tuners/lora/layer.py) does not take over.
+    first, and B [out, rank], zero at first. Raises ConfigError if no layer matches, or one that
+    cannot be adapted: of a class that peft does not support, without a `weight`, or with a tied
+    weight, which merging would change for one name only; a submodule of `nn.MultiheadAttention`,
+    which uses weights without calling submodules; a convolution or embedding with a setting that
+    peft's adapter (tuners/lora/layer.py) ignores.
     """
     peft = _peft()
     names: dict[Tensor, list[str]] = defaultdict(list)
@@ -48,33 +48,34 @@ def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
     except (ValueError, TypeError, NotImplementedError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"lora.targets = {settings.targets!r}: {text:.400}") from None
-    found = _layers(model)
-    for name, layer in found.items():
+    layers = _layers(model)
+    for name, layer in layers.items():
         parent = model.get_submodule(name.rpartition(".")[0])
-        if reason := _unfit(layer.base_layer, parent, names):
+        if reason := _unsupported(layer.base_layer, parent, names):
             raise ConfigError(f"lora.targets: {name!r} {reason}")
     disable_encoder_fast_path(model)
-    return list(found)
+    return list(layers)
 
 
 def base_weights(model: nn.Module, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What an adapted model's state dict has of the model itself, under the names from before."""
+    """The entries of an adapted model's state dict without the adapters, under the model's own
+    names."""
     names = {f"{name}.base_layer.": f"{name}." for name in _layers(model)}
-    found = {}
+    base = {}
     for key, tensor in entries.items():
         inner = next((name for name in names if key.startswith(name)), None)
         if inner is not None:
-            found[names[inner] + key.removeprefix(inner)] = tensor
+            base[names[inner] + key.removeprefix(inner)] = tensor
         elif not any(key.startswith(outer) for outer in names.values()):
-            found[key] = tensor
-    return found
+            base[key] = tensor
+    return base
 
 
 @torch.no_grad()
 def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Plain weights under the names from before, with the adapters merged.
+    """Plain weights under the model's own names, with the adapters merged.
 
-    `state`: the full state dict of the adapted model, which `model` itself need not have.
+    `state`: the full state dict of the adapted model; `model` itself may be sharded.
     """
     plain = base_weights(model, state)
     for name, layer in _layers(model).items():
@@ -88,16 +89,16 @@ def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_adapters(model: nn.Module, state: Mapping[str, Tensor], directory: Path) -> None:
-    """Writes the adapters alone, as `peft.PeftModel.from_pretrained` loads them.
+    """Writes only the adapters, as `peft.PeftModel.from_pretrained` loads them.
 
-    `state`: as of `merged`. Raises OSError.
+    `state`: as for `merged`. Raises OSError.
     """
     adapted: Any = model
-    found = _peft().get_peft_model_state_dict(
+    adapters = _peft().get_peft_model_state_dict(
         adapted, state_dict=dict(state), adapter_name=ADAPTER, save_embedding_layers=False
     )
     replace(adapted.peft_config[ADAPTER], inference_mode=True).save_pretrained(str(directory))
-    tensors = {f"base_model.model.{name}": tensor for name, tensor in found.items()}
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in adapters.items()}
     save(tensors, directory / "adapter_model.safetensors")
 
 
@@ -122,20 +123,20 @@ def _peft() -> Any:
     return importlib.import_module("peft")  # late: it takes seconds
 
 
-def _unfit(layer: nn.Module, parent: nn.Module, names: Mapping[Tensor, list[str]]) -> str:
+def _unsupported(layer: nn.Module, parent: nn.Module, names: Mapping[Tensor, list[str]]) -> str:
     """Why a layer cannot be adapted; an empty string if it can. `names`: of all parameters."""
     weight = layer._parameters.get("weight")
     if not isinstance(weight, nn.Parameter):
         return f"is a {type(layer).__name__}, which has no `weight`"
     if isinstance(parent, nn.MultiheadAttention):
         return (
-            "is a part of nn.MultiheadAttention, which computes with its weight and does not call "
-            "it: leave it out"
+            "is a submodule of nn.MultiheadAttention, which uses its weight without calling it: "
+            "remove it from the targets"
         )
     if len(names[weight]) > 1:
         return (
             f"is tied: {', '.join(names[weight])} are one tensor, and an adapter would make them "
-            "differ: leave it out"
+            "differ: remove it from the targets"
         )
     expected: dict[str, Any] = {}
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -144,6 +145,9 @@ def _unfit(layer: nn.Module, parent: nn.Module, names: Mapping[Tensor, list[str]
     elif isinstance(layer, nn.Embedding):
         expected = {"max_norm": None}
     for key, value in expected.items():
-        if (found := getattr(layer, key)) != value:
-            return f"has {key} = {found!r}, which peft's adapter does not support: leave it out"
+        if (actual := getattr(layer, key)) != value:
+            return (
+                f"has {key} = {actual!r}, which peft's adapter does not support: remove it from "
+                "the targets"
+            )
     return ""

@@ -1,4 +1,4 @@
-"""What [optimizations] asks for, done to the models and their engines."""
+"""Applies [optimizations] to the models and their engines."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,22 +17,22 @@ log = logging.getLogger(__name__)
 
 
 def change_models(models: Mapping[str, nn.Module], settings: OptimizationsConfig) -> None:
-    """Replaces modules and compiles, before there are engines. Raises ConfigError."""
+    """Replaces modules and compiles, before the engines are built. Raises ConfigError."""
     _replace(models, settings.replace)
     for model in models.values():
-        disable_encoder_fast_path(model)  # a task may have replaced some by itself
+        disable_encoder_fast_path(model)  # a task may have replaced modules itself
     for model in models.values() if settings.compile else ():
         compile_model(model, blocks=settings.compile == "blocks")
 
 
 def _replace(models: Mapping[str, nn.Module], entries: Sequence[ReplaceConfig]) -> None:
-    """Does what the config says, in all models or in one, and logs it.
+    """Replaces the modules of each entry, in all models or in one, and logs it.
 
-    Raises ConfigError if an entry cannot be imported, or fits no module at all.
+    Raises ConfigError if an entry cannot be imported, or matches no module in any model.
     """
     for entry in entries:
         what, by = import_path(entry.what), import_path(entry.by)
-        refused = []
+        errors = []
         chosen = [entry.engine] if entry.engine else list(models)
         for name in chosen:
             try:
@@ -40,34 +40,34 @@ def _replace(models: Mapping[str, nn.Module], entries: Sequence[ReplaceConfig]) 
                     models[name], what, by, include=entry.include, exclude=entry.exclude
                 )
             except ConfigError as error:
-                refused.append(f"engine {name!r}: {error}")
+                errors.append(f"engine {name!r}: {error}")
             else:
                 log.info("engine %s: replaced %s", name, "; ".join(map(str, changes)))
-        if len(refused) == len(chosen):
-            raise ConfigError("optimizations.replace:\n" + "\n".join(refused))
-        for text in refused:
-            log.warning("%s; it stays as it is", text)
+        if len(errors) == len(chosen):
+            raise ConfigError("optimizations.replace:\n" + "\n".join(errors))
+        for text in errors:
+            log.warning("%s; the model is not changed", text)
 
 
 def offload_engines(engines: Mapping[str, Engine], settings: OffloadConfig) -> None:
-    """Offloads the activations of the trained engines, within one limit of host memory.
+    """Offloads the activations of the trained engines, within a shared limit of host memory.
 
-    Collective. An engine whose model has no blocks stays as it is; ConfigError if that is true of
-    all of them.
+    Collective. An engine whose model has no blocks is trained without offloading; ConfigError if
+    that is true of all of them.
     """
     with distributed.raise_on_all_ranks("optimizations.unsloth"):
         trained = [engine for engine in engines.values() if engine.role == "train"]
         host_bytes = settings.host_bytes or available_host_memory() // 2
-        refused: list[str] = []
+        errors: list[str] = []
         for engine in trained:
             try:
                 _offload(engine, settings, host_bytes // len(trained))
             except ConfigError as error:
-                refused.append(f"engine {engine.name!r}: {error}")
-        if len(refused) == len(trained):
-            raise ConfigError("optimizations.unsloth:\n" + "\n".join(refused))
-        for text in refused:
-            log.warning("%s; it is trained without", text)
+                errors.append(f"engine {engine.name!r}: {error}")
+        if len(errors) == len(trained):
+            raise ConfigError("optimizations.unsloth:\n" + "\n".join(errors))
+        for text in errors:
+            log.warning("%s; it is trained without offloading", text)
 
 
 def _offload(engine: Engine, settings: OffloadConfig, host_bytes: int) -> None:
@@ -88,7 +88,7 @@ def _offload(engine: Engine, settings: OffloadConfig, host_bytes: int) -> None:
     blocks = engine.offloading.modules
     log.info(
         "engine %s: offload (mode %s, fraction %s): %d blocks of class %s, at most %.1f GB of host "
-        "memory a rank",
+        "memory per rank",
         engine.name,
         settings.mode,
         settings.fraction,

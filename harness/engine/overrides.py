@@ -1,4 +1,4 @@
-"""The learning rate and the clipping of an engine, as live commands have changed them."""
+"""The learning rate and the clipping of an engine, as changed by live commands."""
 
 import logging
 import math
@@ -8,15 +8,15 @@ from typing import Any
 from harness.config.engine_sections import EngineConfig
 from harness.errors import CommandError
 from harness.optim.schedules import build_factor
-from harness.zero import live
+from harness.zero import engine_state
 
 log = logging.getLogger(__name__)
 
 
 class Overrides:
-    """What live commands have changed of a trained engine; part of every checkpoint.
+    """Live changes of a trained engine; part of every checkpoint.
 
-    The learning rate of a step is that of the schedule, or one that is held, times a factor.
+    The learning rate of a step is the scheduled or a held one, times a factor.
     """
 
     def __init__(self, name: str, ds: Any, config: EngineConfig, base_lrs: Sequence[float]):
@@ -32,7 +32,7 @@ class Overrides:
         self._schedule = repr((config.optimizer, config.scheduler))
 
     def set_lr(self, lr: float) -> None:
-        """Holds the learning rate at `lr` from the next step on, whatever the schedule says.
+        """Holds the learning rate at `lr` from the next step on, regardless of the schedule.
 
         Other parameter groups keep their ratio to the first.
         """
@@ -51,7 +51,7 @@ class Overrides:
         self.apply_lr()
 
     def follow_schedule(self) -> None:
-        """Gives the learning rate back to the schedule, from the next step on."""
+        """Returns the learning rate to the schedule, from the next step on."""
         self._held_lr, self._lr_factor = None, 1.0
         self.apply_lr()
 
@@ -63,7 +63,7 @@ class Overrides:
         self.apply_lr()
 
     def set_clip(self, norm: float) -> None:
-        """Clips gradients to the L2 norm `norm` from the next step on; 0: not at all."""
+        """Clips gradients to the L2 norm `norm` from the next step on; 0: no clipping."""
         self._clip = norm
         self._apply_clip()
 
@@ -80,7 +80,7 @@ class Overrides:
 
     def _apply_clip(self) -> None:
         norm = self._configured_clip if self._clip is None else self._clip
-        live.set_gradient_clipping(self._ds, norm)
+        engine_state.set_gradient_clipping(self._ds, norm)
 
     def __iter__(self) -> Any:
         """What differs from the config, a line for each thing."""
@@ -89,10 +89,10 @@ class Overrides:
         if self._lr_factor != 1:
             yield f"lr x{self._lr_factor:g}"
         if self._clip is not None:
-            yield f"clip {self._clip:g} (the config says {self._configured_clip:g})"
+            yield f"clip {self._clip:g} (config: {self._configured_clip:g})"
 
     def state_dict(self) -> dict[str, Any]:
-        """What was changed, and what it was changed from."""
+        """The live changes, and the configured values that they replace."""
         return {
             "held_lr": self._held_lr,
             "lr_factor": self._lr_factor,
@@ -102,10 +102,10 @@ class Overrides:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave, after DeepSpeed's own loading.
+        """Restores what `state_dict` returned, after DeepSpeed's own loading.
 
-        What the config has changed since takes precedence: optimizer or schedule over the learning
-        rate, `gradient_clipping` over the clipping.
+        Changes of the config since then take precedence: of optimizer or schedule over the learning
+        rate, of `gradient_clipping` over the clipping.
         """
         self._ds.lr_scheduler.base_lrs = list(self._base_lrs)
         self._held_lr, self._lr_factor = state["held_lr"], state["lr_factor"]
@@ -118,7 +118,7 @@ class Overrides:
         for text in saved:
             if text not in list(self):
                 log.info(
-                    "engine %s: %s, set live, is dropped: the config has changed since",
+                    "engine %s: dropping the live change %s: the config has changed",
                     self._name,
                     text,
                 )

@@ -1,9 +1,9 @@
-"""Whose turn it is among several engines, and how one of them uses the model of another.
+"""Turns of several engines, and how one of them uses the model of another.
 
 A loss may go through the model of another engine, as a generator's goes through the discriminator.
-DeepSpeed knows nothing of that: by stage and order, it pollutes the other engine's gradients
-silently, or fails with errors that explain nothing (DeepSpeed #399, #4923). The bare module with
-frozen parameters is right at every stage; everything else is refused here.
+DeepSpeed does not support that: depending on stage and order, it silently pollutes the other
+engine's gradients, or fails with unhelpful errors (DeepSpeed #399, #4923). The bare module with
+frozen parameters is correct at every stage; everything else raises an error here.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from harness.errors import TaskError
 
 
 class Peers(Protocol):
-    """The set that an engine belongs to, as a feeder sees it: `engine.engines.Engines`."""
+    """The engines of the run, as a feeder sees them: `engine.engines.Engines`."""
 
     def lend(self, name: str) -> AbstractContextManager[nn.Module]:
         """Another engine's bare model, frozen, for a loss that goes through it."""
@@ -28,7 +28,7 @@ class Peers(Protocol):
 
 
 class Turn:
-    """Which engine of a set is at work, from its forward to the end of its backward."""
+    """Which engine has its turn: from its forward to the end of its backward."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -36,8 +36,8 @@ class Turn:
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """Makes it the turn of an engine. What is lent meanwhile stays frozen to the turn's end,
-        since a backward may run parts of a forward again (activation checkpointing)."""
+        """The turn of an engine. Lent models stay frozen until it ends, since a backward may run
+        parts of a forward again (activation checkpointing)."""
         with ExitStack() as loans:
             self.name, self._loans = name, loans
             try:
@@ -47,14 +47,14 @@ class Turn:
 
     @contextmanager
     def lend(self, name: str, module: nn.Module) -> Iterator[nn.Module]:
-        """`module` of engine `name`, frozen. Outside of any turn, for the `with` block alone.
+        """`module` of engine `name`, frozen. Outside of any turn, for the `with` block only.
 
         Raises TaskError for the engine whose turn it is: it would get no gradients.
         """
         if name == self.name:
             raise TaskError(
-                f"engine {name!r} cannot be lent in its own turn: it would get no gradients; call "
-                "it, as engine(...)"
+                f"engine {name!r} cannot be lent in its own turn: it would get no gradients: call "
+                "engine(...) instead"
             )
         with ExitStack() as block:
             loans = block if self.name is None else self._loans
@@ -62,16 +62,16 @@ class Turn:
             yield module
 
     def check(self, name: str, verb: str) -> None:
-        """Raises TaskError if engine `name` is used (`verb`: "called") in another one's turn."""
+        """Raises TaskError if engine `name` is used in another's turn. `verb`: like "called"."""
         if self.name not in (None, name):
             raise TaskError(
                 f"engine {name!r} was {verb} in the turn of engine {self.name!r}: that would mix "
-                f"up their gradients. {_instead(name)}"
+                f"up their gradients. {_remedy(name)}"
             )
 
     def guard(self, name: str, module: nn.Module) -> None:
-        """Makes every gradient that would reach a parameter of `module` in another engine's turn a
-        TaskError, before it is added to anything."""
+        """Raises TaskError when a gradient reaches a parameter of `module`, of engine `name`, in
+        another engine's turn, before it is accumulated."""
         for path, parameter in module.named_parameters():
             if parameter.requires_grad:
                 parameter.register_hook(partial(self._refuse, name, path))
@@ -80,11 +80,11 @@ class Turn:
         if self.name not in (None, name):
             raise TaskError(
                 f"the loss of engine {self.name!r} would give a gradient to {path!r} of engine "
-                f"{name!r}, whose turn it is not. {_instead(name)}"
+                f"{name!r}, whose turn it is not. {_remedy(name)}"
             )
 
 
-def _instead(name: str) -> str:
+def _remedy(name: str) -> str:
     return (
         "To use another engine's model in a loss: `with engine.peers.lend"
         f"({name!r}) as model: ... model(...)`"
@@ -93,12 +93,12 @@ def _instead(name: str) -> str:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """`module` without a parameter that needs gradients.
+    """`module` with no parameter that needs gradients.
 
-    `requires_grad` and the training mode of every part are put back as they were, whatever happens.
+    `requires_grad` and the training mode of every submodule are restored in any case.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    modes = [(part, part.training) for part in module.modules()]
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
@@ -106,5 +106,5 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-        for part, is_training in modes:
-            part.training = is_training
+        for submodule, is_training in modes:
+            submodule.training = is_training

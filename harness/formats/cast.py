@@ -1,7 +1,7 @@
-"""Floating-point numbers in another dtype, on chunks of bytes: numpy, which has no bfloat16.
+"""Casts floating-point numbers, as bytes, with numpy, which has no bfloat16.
 
-Rounding is to the nearest, ties to even, as in torch; NaN stays NaN, what is too large for float16
-becomes infinite.
+Rounds to nearest, ties to even, as torch does; NaN stays NaN, and values too large for float16
+become infinite.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ _KINDS = {"float16": np.float16, "float32": np.float32, "float64": np.float64}
 
 
 def cast(data: memoryview | bytes, dtype: str, target: str) -> memoryview:
-    """Elements of `dtype` as bytes of `target`, both of `dtypes.FLOATS`."""
+    """Casts bytes from `dtype` to `target`, both in `dtypes.FLOATS`."""
     numbers = _widened(data) if dtype == "bfloat16" else np.frombuffer(data, _KINDS[dtype])
     if target == "bfloat16":
         narrow = _narrowed(numbers.astype(np.float32, copy=False))
@@ -21,7 +21,7 @@ def cast(data: memoryview | bytes, dtype: str, target: str) -> memoryview:
 
 
 def is_same(one: memoryview, other: memoryview, dtype: str) -> bool:
-    """Whether two arrays of numbers are equal, any NaN being equal to any other."""
+    """Whether two arrays of numbers are equal, where NaN equals NaN."""
     if one == other:
         return True
     wide = (np.frombuffer(cast(data, dtype, "float64"), np.float64) for data in (one, other))
@@ -35,7 +35,7 @@ def _widened(data: memoryview | bytes) -> np.ndarray:
 
 
 def _narrowed(numbers: np.ndarray) -> np.ndarray:
-    """The upper halves of float32, rounded: half of the last place is added, less 1 if even."""
+    """The upper halves of float32, rounded: adds half a unit in the last place, less 1 if even."""
     bits = numbers.view(np.uint32)
     half = bits >> 16
     half &= 1

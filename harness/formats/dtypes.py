@@ -24,10 +24,10 @@ SIZES = {
     "complex64": 8,
     "complex128": 16,
 }
-"""Bytes of an element."""
+"""Bytes per element."""
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-"""Those that `cast` converts, each to each."""
+"""The dtypes between which `cast` converts."""
 
 SAFETENSORS = {
     "bool": "BOOL",
@@ -51,7 +51,7 @@ SAFETENSORS = {
     "float64": "F64",
     "complex64": "C64",
 }
-"""Their names in safetensors files, which have no other complex dtypes."""
+"""Their names in safetensors files, which support no other complex dtypes."""
 
 STORAGES = {
     "bool": "BoolStorage",

@@ -1,13 +1,13 @@
-"""A nested structure of plain values as JSON that keeps all of their types.
+"""A nested structure of plain values as JSON that preserves all types.
 
     null, true, 1, 1.5, "text", [...]     themselves
     {"dict": {"a": node}}                 a dict whose keys are all strings
     {"items": [[key, node], ...]}         any other dict
     {"tuple": [...]}, {"float": "nan"}, {"int": "0x..."}, {"bytes": base64}, ...
-    {"ints_in": name}, {"text_in": name}, ...     long values are stored outside, as arrays
-    {anything else: ..., ...}             what the caller encodes: tensors, dtypes
+    {"ints_in": name}, {"text_in": name}, ...     long values, stored outside as arrays
+    {anything else: ..., ...}             encoded by the caller: tensors, dtypes
 
-So the first key of a JSON object is always its tag.
+The first key of a JSON object is always its tag.
 """
 
 import base64
@@ -26,11 +26,11 @@ VERSION = 1
 MAX_DEPTH = 100
 MAX_NODES = 5_000_000
 LONG = 64
-"""Lists of more numbers, and texts and bytes of more than 16 times that, are stored outside."""
+"""Lists of more numbers, and strings and bytes of more than 16 times that, are stored outside."""
 
 Node = Any  # a JSON value
 Keys = tuple[Any, ...]
-"""The path to a value: keys of dicts, positions in lists."""
+"""The path to a value: dict keys and list indices."""
 
 _KEY_TYPES = (str, int, float, bool, type(None), bytes, complex)
 _DICTS: dict[str, type[dict]] = {"items": dict, "OrderedDict": OrderedDict, "Counter": Counter}
@@ -40,7 +40,7 @@ _INT64 = range(-(2**63), 2**63)
 
 
 class LeafEncoder(Protocol):
-    """Encodes the values of types that a tree does not know itself."""
+    """Encodes values of other types."""
 
     def encode(self, value: Any, keys: Keys) -> dict[str, Any] | None:
         """The node of a value, or None if it cannot be stored."""
@@ -69,12 +69,12 @@ def dotted(keys: Keys) -> str:
 
 
 def flat_dict(names: Iterable[str]) -> Node:
-    """The tree of a dict of tensors under the names that they are stored by."""
+    """The tree of a dict of tensors, each under the name that it is stored by."""
     return {"dict": {name: {"tensor": name} for name in names}}
 
 
 def to_metadata(node: Node, names: Iterable[str]) -> dict[str, str]:
-    """The metadata for a tree in a file of these tensors: empty if it is the dict of them.
+    """The metadata for a tree in a file of these tensors: empty if it is their flat dict.
 
     Raises FormatError if the tree is too large.
     """
@@ -87,17 +87,17 @@ def from_metadata(metadata: Mapping[str, Any], names: Iterable[str]) -> Node:
         return flat_dict(names)
     stored = loads(str(metadata[KEY]))
     if not isinstance(stored, dict) or stored.get("version") != VERSION or "tree" not in stored:
-        raise FormatError("its structure is damaged, or of a later version of harness")
+        raise FormatError("the structure is damaged, or from a newer version of harness")
     return stored["tree"]
 
 
 def encode(value: Any, leaves: LeafEncoder) -> Node:
-    """The tree of a value. Raises FormatError, which names the keys, for what cannot be stored."""
+    """The tree of a value. Raises FormatError, with the keys, for unsupported values."""
     return _Encoder(leaves).node(value, ())
 
 
 def dumps(node: Node) -> str:
-    """The tree as ASCII text. Raises FormatError if it is one that `loads` would refuse."""
+    """The tree as ASCII text. Raises FormatError if it is too large for `loads`."""
     text = json.dumps(node, separators=(",", ":"))
     _check_size(text)
     return text
@@ -107,7 +107,7 @@ def loads(text: str) -> Node:
     """The tree that `dumps` wrote. Raises FormatError if it is not JSON, too large or too deep."""
     _check_size(text)
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse)
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_reject)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"the structure is not JSON: {error}") from None
 
@@ -135,12 +135,12 @@ class _Encoder:
     def __init__(self, leaves: LeafEncoder):
         self.leaves = leaves
         self.nodes = 0
-        self.parents: set[int] = set()  # ids of the containers that the value is inside
+        self.parents: set[int] = set()  # ids of the containers around the value
 
     def node(self, value: Any, keys: Keys) -> Node:
         self.nodes += 1
         if self.nodes > MAX_NODES:
-            raise FormatError(f"{dotted(keys)}: more than {MAX_NODES} values")
+            raise FormatError(f"{dotted(keys)}: more than {MAX_NODES} values in total")
         kind = type(value)
         if value is None or kind is bool:
             return value
@@ -153,9 +153,9 @@ class _Encoder:
                 raise FormatError(f"{dotted(keys) or 'the data'}: cannot store a {name}")
             return node
         if len(self.parents) >= MAX_DEPTH:
-            raise FormatError(f"{dotted(keys)[:200]}...: nested more than {MAX_DEPTH} deep")
+            raise FormatError(f"{dotted(keys)[:200]}...: nested deeper than {MAX_DEPTH} levels")
         if id(value) in self.parents:
-            raise FormatError(f"{dotted(keys)}: holds itself")
+            raise FormatError(f"{dotted(keys)}: contains itself")
         self.parents.add(id(value))
         node = self.container(kind, value, keys)
         self.parents.discard(id(value))
@@ -236,7 +236,7 @@ class _Decoder:
 
     def value(self, node: Node, depth: int) -> Any:
         if depth < 0:
-            raise FormatError(f"the structure is nested more than {MAX_DEPTH} deep")
+            raise FormatError(f"the structure is nested deeper than {MAX_DEPTH} levels")
         if isinstance(node, list):
             return [self.value(item, depth - 1) for item in node]
         if not isinstance(node, dict):
@@ -266,7 +266,7 @@ class _Decoder:
     def key(self, node: Node, depth: int) -> Any:
         key = self.value(node, depth - 1)
         if not all(type(part) in _KEY_TYPES for part in (key if type(key) is tuple else (key,))):
-            raise TypeError(f"a key of type {type(key).__name__}")
+            raise TypeError(f"unsupported key type {type(key).__name__}")
         return key
 
     def decode_tuple(self, content: Any, depth: int) -> Any:
@@ -279,7 +279,7 @@ class _Decoder:
     def decode_bytearray(self, content: Any, depth: int) -> bytearray:
         data = self.value(content, depth)
         if not isinstance(data, bytes):  # a number would be a size
-            raise TypeError("a bytearray without bytes")
+            raise TypeError("expected bytes for a bytearray")
         return bytearray(data)
 
     def numbers(self, dtype: str, name: Any) -> list[Any]:
@@ -324,26 +324,26 @@ def _walk(node: Node, keys: Keys) -> Iterator[tuple[Keys, dict[str, Any]]]:
 def _tag_and_content(node: dict[str, Any]) -> tuple[str, Any]:
     for tag, content in node.items():
         return tag, content
-    raise ValueError("an empty node")
+    raise ValueError("empty node")
 
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError(f"a {type(value).__name__} where a list should be")
+        raise TypeError(f"expected a list, found a {type(value).__name__}")
     return value
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a duplicate key")
+        raise ValueError("duplicate key")
     return result
 
 
-def _refuse(constant: str) -> Any:
+def _reject(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
 def _check_size(text: str) -> None:
     if (size := sum(map(text.count, "[{,"))) > 2 * MAX_NODES:
-        raise FormatError(f"the structure has {size} values, at most {2 * MAX_NODES}")
+        raise FormatError(f"the structure has {size} values, expected at most {2 * MAX_NODES}")

@@ -1,9 +1,9 @@
-"""The `.pt` files that torch.save writes, read without torch, and without running any code.
+"""Reads the `.pt` files of torch.save without torch, and without running code.
 
-`read` returns the tree of values with a `TensorRef` in the place of every tensor: what it is, and
-which bytes of the file it is made of. Nothing of the tensors is read. All that a pickle may name is
-listed here; any other name is an error, and so is an archive that torch did not write (`zips`), and
-a pickle that would never end (`unpickler`).
+`read` returns the tree of values with a `TensorRef` in place of each tensor, which describes it and
+its bytes in the file; tensor data is not read. All globals that a pickle may name are listed here;
+any other name is an error, and so is an archive that torch did not write (`zips`) or a pickle that
+would not end (`unpickler`).
 """
 
 import math
@@ -15,14 +15,14 @@ from typing import Any
 from harness.errors import FormatError
 from harness.formats import unpickler, zips
 from harness.formats.dtypes import SIZES, STORAGES
-from harness.formats.unpickler import Callee, PickleError, StandIn
+from harness.formats.unpickler import AllowedGlobal, PickleError, Placeholder
 
 MAX_PICKLE = 256 << 20
-"""Bytes of the part of a file that is not tensors."""
+"""Most bytes of the pickle in a file."""
 
 
 class Shape(tuple[int, ...]):
-    """Stands for torch.Size."""
+    """Placeholder of a torch.Size."""
 
     def numel(self) -> int:
         """The number of elements."""
@@ -31,14 +31,14 @@ class Shape(tuple[int, ...]):
 
 @dataclass(frozen=True)
 class DType:
-    """Stands for a torch.dtype; `name` is without "torch."."""
+    """Placeholder of a torch.dtype; `name` is without "torch."."""
 
     name: str
 
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """The memory of one tensor or several, as a record of the file."""
+    """The memory of one or more tensors: a record of the file."""
 
     record: zips.Record
     location: str
@@ -47,7 +47,7 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class TensorRef:
-    """A tensor that has not been read; `offset` and `stride` count elements of the storage."""
+    """A reference to a tensor in a file; `offset` and `stride` count elements of the storage."""
 
     storage: Storage
     dtype: str
@@ -58,7 +58,7 @@ class TensorRef:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element."""
+        """Bytes per element."""
         return SIZES[self.dtype]
 
     def numel(self) -> int:
@@ -76,17 +76,17 @@ class TensorRef:
 
     @property
     def start(self) -> int:
-        """The position of its first element in the file, in bytes."""
+        """The byte offset of its first element in the file."""
         return self.storage.record.start + self.offset * self.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements; in the file only if it is contiguous."""
+        """Bytes of its elements; the extent in the file only if it is contiguous."""
         return self.numel() * self.itemsize
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its elements are one after the other in the file, from `start` on."""
+        """Whether its elements are contiguous in the file, row-major, from `start` on."""
         expected = 1
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and stride != expected:
@@ -98,9 +98,10 @@ class TensorRef:
 def read(path: Path, extra_globals: Mapping[str, Callable[..., Any]] | None = None) -> Any:
     """The tree in a `.pt` file, tensors as TensorRef.
 
-    `extra_globals`: what else the pickle may call, by full name. Dicts of any kind come back as
-    dict, torch.Size as Shape, torch.dtype as DType, torch.device and the classes in `STAND_INS` as
-    StandIn. Raises FormatError that names the file, also if it cannot be opened.
+    `extra_globals`: what else the pickle may call, by full name. All kinds of dict are returned as
+    dict, torch.Size as Shape, torch.dtype as DType, and torch.device and the other globals in
+    `PLACEHOLDERS` as Placeholder. Raises FormatError, which names the file, also if it cannot be
+    opened.
     """
     try:
         archive = zips.records(path)
@@ -111,36 +112,38 @@ def read(path: Path, extra_globals: Mapping[str, Callable[..., Any]] | None = No
 
     def load_storage(reference: Any) -> tuple[Storage, str]:
         match reference:
-            case ("storage", Callee(name=kind), str(number), str(location), int()):
+            case ("storage", AllowedGlobal(name=kind), str(number), str(location), int()):
                 record = archive.get(f"{prefix}data/{number}")
                 if kind not in _STORAGE_DTYPES or record is None:
-                    raise PickleError(f"the tensor data {number!r} are missing")
+                    raise PickleError(f"the tensor data {number!r} is missing")
                 storage = storages.setdefault(number, Storage(record, location))
                 return storage, _STORAGE_DTYPES[kind]
         raise PickleError("malformed: not a reference to tensor data")
 
-    extra = {name: Callee(name, make) for name, make in (extra_globals or {}).items()}
+    extra = {name: AllowedGlobal(name, make) for name, make in (extra_globals or {}).items()}
     try:
         return unpickler.unpickle(pickled.read(), _GLOBALS | extra, load_storage)
     except PickleError as error:
-        raise FormatError(f"{path}: not read: {error}") from None
+        raise FormatError(f"{path}: cannot be read: {error}") from None
 
 
 def _find_pickle(path: Path, archive: Mapping[str, zips.Record]) -> tuple[str, zips.Record]:
-    """The prefix of all names in an archive, and its pickle. Raises FormatError if torch.save did
-    not write it, or on a machine of another byte order."""
+    """The prefix of all names in an archive, and its pickle. Raises FormatError if it was not
+    written by torch.save, or on a machine with another byte order."""
     pickles = [name for name in archive if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise FormatError(f"{path}: a zip archive, but not one that torch.save wrote")
+        raise FormatError(f"{path}: a zip archive, but not written by torch.save")
     prefix = pickles[0].removesuffix("data.pkl")
     if f"{prefix}constants.pkl" in archive:
-        raise FormatError(f"{path}: a TorchScript archive, which is code")
+        raise FormatError(f"{path}: a TorchScript archive, which contains code")
     order = archive.get(f"{prefix}byteorder")
     if order is not None and (order.size > 16 or order.read() != b"little"):
         raise FormatError(f"{path}: not in little-endian byte order")
     pickled = archive[pickles[0]]
     if pickled.size > MAX_PICKLE:
-        raise FormatError(f"{path}: a pickle of {pickled.size} bytes, at most {MAX_PICKLE}")
+        raise FormatError(
+            f"{path}: its pickle has {pickled.size} bytes, expected at most {MAX_PICKLE}"
+        )
     return prefix, pickled
 
 
@@ -151,17 +154,19 @@ def _is_count(value: Any) -> bool:
 def _tensor(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, *rest: Any
 ) -> TensorRef:
-    """`torch._utils._rebuild_tensor_v2`, and `_v3`, whose dtype follows the hooks."""
+    """`torch._utils._rebuild_tensor_v2`, and `_v3`, which has the dtype after the hooks."""
     memory, dtype = storage
     if rest[1:] and isinstance(rest[1], DType):
         dtype = rest[1].name
     if any(isinstance(flags, dict) and any(flags.values()) for flags in rest[1:]):
-        raise PickleError("a conjugated or negated tensor: resolve_conj(), resolve_neg() first")
+        raise PickleError(
+            "a conjugated or negated tensor: save it after resolve_conj() and resolve_neg()"
+        )
     sizes = [offset, *size, *stride]
     if not isinstance(memory, Storage) or len(size) != len(stride) or len(size) > 64:
         raise PickleError("malformed: a tensor")
     if dtype not in SIZES:
-        raise PickleError(f"a tensor of dtype {dtype}")
+        raise PickleError(f"a tensor of unsupported dtype {dtype}")
     if not all(map(_is_count, sizes)):
         raise PickleError("malformed: the shape of a tensor")
     ref = TensorRef(memory, dtype, Shape(size), tuple(stride), offset, bool(requires_grad))
@@ -171,7 +176,7 @@ def _tensor(
     record = memory.record
     if ref.numel() and (last + 1) * ref.itemsize > record.size:
         raise PickleError(
-            f"a tensor reaches over the end of its data {record.name}, {record.size} bytes"
+            f"a tensor extends past the end of its data {record.name} of {record.size} bytes"
         )
     return ref
 
@@ -188,14 +193,14 @@ def _parameter(data: Any, *_: Any) -> Any:
 
 def _of_type(rebuild: Any, _: Any, args: Any, __: Any) -> Any:
     """`torch._tensor._rebuild_from_type_v2`: a tensor that carries attributes."""
-    make = rebuild.make if isinstance(rebuild, Callee) else None
+    make = rebuild.make if isinstance(rebuild, AllowedGlobal) else None
     if make is None or make not in (_tensor, _parameter):
         raise PickleError("malformed: a tensor")
     return make(*args)
 
 
 def mapping(items: Any = ()) -> dict[Any, Any]:
-    """A dict made of another, or of pairs whose keys are quick to hash."""
+    """A dict from another dict, or from pairs whose keys are quick to hash."""
     if isinstance(items, dict):
         return dict(items)
     return {unpickler.hashable(key): value for key, value in items}
@@ -219,8 +224,8 @@ def _set(items: Any = ()) -> set[Any]:
     return {unpickler.hashable(item) for item in items}
 
 
-def _stand_in(name: str) -> Callee:
-    return Callee(name, lambda *values: StandIn(name, *values))
+def _placeholder(name: str) -> AllowedGlobal:
+    return AllowedGlobal(name, lambda *values: Placeholder(name, *values))
 
 
 _STORAGE_DTYPES = {f"torch.{name}": dtype for dtype, name in STORAGES.items()} | {
@@ -228,7 +233,7 @@ _STORAGE_DTYPES = {f"torch.{name}": dtype for dtype, name in STORAGES.items()} |
     "torch.storage.UntypedStorage": "uint8",
 }
 
-STAND_INS = (
+PLACEHOLDERS = (
     "torch.device",
     "torch._utils._rebuild_sparse_tensor",
     "torch._utils._rebuild_qtensor",
@@ -242,30 +247,30 @@ STAND_INS = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-"""What comes back as StandIn: only their arguments and attributes are needed."""
+"""Globals that are returned as Placeholder: only their arguments and attributes are needed."""
 
 _GLOBALS: dict[str, Any] = {
-    callee.name: callee
-    for callee in (
-        *map(Callee, _STORAGE_DTYPES),
-        *map(_stand_in, STAND_INS),
-        Callee("torch.Tensor"),
-        Callee("torch.nn.parameter.Parameter"),
-        Callee("torch.Size", _shape),
-        Callee("torch._utils._rebuild_tensor_v2", _tensor),
-        Callee("torch._utils._rebuild_tensor_v3", _tensor),
-        Callee("torch._utils._rebuild_parameter", _parameter),
-        Callee("torch._utils._rebuild_parameter_with_state", _parameter),
-        Callee("torch._tensor._rebuild_from_type_v2", _of_type),
-        Callee("collections.OrderedDict", mapping),
-        Callee("collections.Counter", mapping),
-        Callee("collections.defaultdict", lambda _=None: {}),
-        Callee("builtins.set", _set),
-        Callee("builtins.frozenset", lambda items=(): frozenset(_set(items))),
-        Callee("builtins.bytes", lambda: b""),
-        Callee("builtins.complex", complex),
-        Callee("builtins.bytearray", _bytearray),
-        Callee("_codecs.encode", _bytes),
-        *map(Callee, ("builtins.dict", "builtins.list", "builtins.int", "builtins.float")),
+    allowed.name: allowed
+    for allowed in (
+        *map(AllowedGlobal, _STORAGE_DTYPES),
+        *map(_placeholder, PLACEHOLDERS),
+        AllowedGlobal("torch.Tensor"),
+        AllowedGlobal("torch.nn.parameter.Parameter"),
+        AllowedGlobal("torch.Size", _shape),
+        AllowedGlobal("torch._utils._rebuild_tensor_v2", _tensor),
+        AllowedGlobal("torch._utils._rebuild_tensor_v3", _tensor),
+        AllowedGlobal("torch._utils._rebuild_parameter", _parameter),
+        AllowedGlobal("torch._utils._rebuild_parameter_with_state", _parameter),
+        AllowedGlobal("torch._tensor._rebuild_from_type_v2", _of_type),
+        AllowedGlobal("collections.OrderedDict", mapping),
+        AllowedGlobal("collections.Counter", mapping),
+        AllowedGlobal("collections.defaultdict", lambda _=None: {}),
+        AllowedGlobal("builtins.set", _set),
+        AllowedGlobal("builtins.frozenset", lambda items=(): frozenset(_set(items))),
+        AllowedGlobal("builtins.bytes", lambda: b""),
+        AllowedGlobal("builtins.complex", complex),
+        AllowedGlobal("builtins.bytearray", _bytearray),
+        AllowedGlobal("_codecs.encode", _bytes),
+        *map(AllowedGlobal, ("builtins.dict", "builtins.list", "builtins.int", "builtins.float")),
     )
 } | {f"torch.{name}": DType(name) for name in SIZES}

@@ -1,7 +1,7 @@
-"""`.pt` files of flat named tensors as torch.save writes them, streamed: places first, then bytes.
+"""Writes `.pt` files of flat named tensors as torch.save does, streamed.
 
 torch.load reads them with `weights_only=True`, and with `mmap=True`. The archive: `zips`; the
-pickle: torch/serialization.py `_save`.
+pickle: `_save` in torch/serialization.py.
 """
 
 import math
@@ -17,7 +17,7 @@ from harness.files import reserve, write_atomically
 from harness.formats import pt_reader, zips
 from harness.formats.dtypes import SIZES, STORAGES
 from harness.formats.raw_io import write_at
-from harness.formats.tensor_writer import Entry, TensorWriter
+from harness.formats.tensor_writer import TensorEntry, TensorWriter
 
 
 def write(
@@ -28,20 +28,23 @@ def write(
 ) -> None:
     """Writes a file whose `tensors` are `{name: (dtype, shape)}`, by atomic rename.
 
-    dtypes are those of `dtypes.SIZES`; `aliases` maps further names to names of tensors. `fill` is
-    called once with the writer, must write every byte, and set every CRC. Raises FormatError,
-    before anything is written, for what torch could not read; OSError if the disk is too full.
+    The dtypes are those of `dtypes.SIZES`; `aliases` maps other names to names of tensors. `fill`
+    is called once with the writer; it must write every byte and set every CRC. Raises FormatError,
+    before writing, for what torch could not read; OSError if the disk is too full.
     """
     pickled = _pickle(tensors, aliases or {})
     if len(pickled) > pt_reader.MAX_PICKLE:
-        raise FormatError(f"{path}: the names of {len(tensors)} tensors take too much room")
+        raise FormatError(
+            f"{path}: the names of {len(tensors)} tensors take {len(pickled)} bytes, expected at "
+            f"most {pt_reader.MAX_PICKLE}"
+        )
     small = {"data.pkl": pickled, "byteorder": b"little", "version": b"3\n"}
     sizes = {name: len(content) for name, content in small.items()}
     for number, (dtype, shape) in enumerate(tensors.values()):
         sizes[f"data/{number}"] = math.prod(shape) * SIZES[dtype]
     records, headers, end = _records(path, sizes)
     entries = {
-        name: Entry(dtype, tuple(shape), record.start, record.start + record.size)
+        name: TensorEntry(dtype, tuple(shape), record.start, record.start + record.size)
         for (name, (dtype, shape)), record in zip(
             tensors.items(), records[len(small) :], strict=True
         )
@@ -65,7 +68,7 @@ def write(
 
 
 def _records(path: Path, sizes: Mapping[str, int]) -> tuple[list[zips.Record], list[int], int]:
-    """The records one after the other, without CRCs; where their headers are; where they end."""
+    """The records in a row, without CRCs; the offsets of their headers; the end of the last one."""
     records, headers, end = [], [], 0
     for name, size in sizes.items():
         name = f"{path.stem}/{name}"
@@ -76,7 +79,7 @@ def _records(path: Path, sizes: Mapping[str, int]) -> tuple[list[zips.Record], l
 
 
 def _pickle(tensors: Mapping[str, tuple[str, Sequence[int]]], aliases: Mapping[str, str]) -> bytes:
-    """The pickle of `{name: tensor}`: `_value` encodes plain values, the rest is written out."""
+    """The pickle of `{name: tensor}`, in opcodes; `_value` encodes plain values."""
     numbers = {name: number for number, name in enumerate(tensors)}
     opcodes = [b"\x80\x02}("]
     for name, stored in [*((name, name) for name in tensors), *aliases.items()]:

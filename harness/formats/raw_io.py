@@ -1,6 +1,6 @@
-"""Reads and writes at a position of an open file: all of the bytes, or an error.
+"""Reads and writes at a position of an open file: all bytes, or an error.
 
-Threads may share a descriptor: its own position is neither used nor moved.
+Threads may share a descriptor: its own position is not used.
 """
 
 import os
@@ -14,14 +14,14 @@ CHUNK_SIZE = 8 << 20
 
 
 def read_into(file: int, view: memoryview, start: int, path: Path) -> None:
-    """Fills the view with the bytes of a file (a descriptor) from `start` on.
+    """Fills the view with bytes of a file (a descriptor), from `start` on.
 
     Raises FormatError, which names `path`, if there are fewer; OSError if they cannot be read.
     """
     while view:
         count = os.preadv(file, [view], start)
         if not count:
-            raise FormatError(f"{path}: became shorter while it was read")
+            raise FormatError(f"{path}: truncated while it was read")
         view, start = view[count:], start + count
 
 

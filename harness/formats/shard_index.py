@@ -3,7 +3,7 @@
     model-00001-of-00002.safetensors, model-00002-of-00002.safetensors
     model.safetensors.index.json          {"metadata": {...}, "weight_map": {name: file}}
 
-The index is removed first and written last: where there is one, its files are complete.
+The index is removed first and written last: if it exists, its files are complete.
 The format: https://github.com/huggingface/huggingface_hub, serialization/_base.py.
 """
 
@@ -24,19 +24,19 @@ MAX_INDEX = safetensors.MAX_HEADER
 
 @dataclass(frozen=True)
 class Index:
-    """The content of an index: the file beside it that has each tensor, and the metadata."""
+    """The content of an index: the file of each tensor, next to the index, and the metadata."""
 
     files: dict[str, Path]
     metadata: dict[str, Any]
 
 
 def shard_name(number: int, count: int) -> str:
-    """The file of shard `number` (from 0) of `count`."""
+    """The file name of shard `number` (from 0) of `count`."""
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in shards of at most `limit` bytes, in order; a larger tensor has a shard alone."""
+    """Splits names into shards of at most `limit` bytes, in order; larger tensors get their own."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -51,8 +51,8 @@ def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 def write_index(
     directory: Path, shards: Sequence[Sequence[str]], metadata: Mapping[str, Any]
 ) -> None:
-    """Writes the index of complete shards; other programs expect `total_size`, in bytes, in
-    `metadata`."""
+    """Writes the index of complete shards. Other programs expect `total_size` in `metadata`, in
+    bytes."""
     files = {
         name: shard_name(number, len(shards))
         for number, names in enumerate(shards)
@@ -62,9 +62,9 @@ def write_index(
 
 
 def find_index(directory: Path) -> Path:
-    """The index in a directory, or its one weights file if it has none.
+    """The index in a directory, or else its only weights file.
 
-    Raises FormatError if there is neither, or several indices.
+    Raises FormatError if there is neither, or more than one index.
     """
     if (directory / INDEX).is_file():
         return directory / INDEX
@@ -78,15 +78,15 @@ def find_index(directory: Path) -> Path:
 
 
 def read_index(path: Path) -> Index:
-    """The index at `path`, checked: its files are beside it, under plain names.
+    """The index at `path`, after a check that its files are next to it, under plain names.
 
-    They may be symbolic links, as all files are in Hugging Face's cache. Raises FormatError
-    otherwise, OSError if the index cannot be read.
+    They may be symbolic links, like all files in Hugging Face's cache. Raises FormatError if the
+    index is invalid, OSError if it cannot be read.
     """
     with path.open("rb") as file:
         content = file.read(MAX_INDEX + 1)
     if len(content) > MAX_INDEX:
-        raise FormatError(f"{path}: more than {MAX_INDEX} bytes")
+        raise FormatError(f"{path}: longer than {MAX_INDEX} bytes")
     try:
         index = json_tree.loads(content.decode())
     except (FormatError, UnicodeDecodeError) as error:
@@ -98,9 +98,9 @@ def read_index(path: Path) -> Index:
     known: dict[Any, Path] = {}
     for name, file in weights.items():
         if not isinstance(file, str):
-            raise FormatError(f"{path}: {name!r} is in no file")
+            raise FormatError(f"{path}: {name!r}: expected the name of a file, found {file!r:.60}")
         if file not in known:
-            known[file] = _beside(path, file)
+            known[file] = _next_to(path, file)
     return Index({name: known[file] for name, file in weights.items()}, metadata)
 
 
@@ -122,9 +122,9 @@ def _names(names: Sequence[str]) -> str:
     return first_few(list(map(repr, names)), most=3)
 
 
-def _beside(index: Path, file: str) -> Path:
+def _next_to(index: Path, file: str) -> Path:
     if Path(file).name != file or "\0" in file or Path(file).suffix not in suffixes.SAFETENSORS:
-        raise FormatError(f"{index}: {file!r} is not the plain name of a file like {SINGLE}")
+        raise FormatError(f"{index}: {file!r} is not a plain file name like {SINGLE}")
     if not index.with_name(file).is_file():
         raise FormatError(f"{index}: the shard {file!r} is missing")
     return index.with_name(file)

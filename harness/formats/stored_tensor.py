@@ -1,4 +1,4 @@
-"""A tensor as byte ranges of files: what a conversion, or a resume, copies from."""
+"""A tensor as byte ranges of files, from which conversions and resumes copy."""
 
 import math
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor whose elements, row-major, are the bytes of the ranges one after the other."""
+    """A tensor whose row-major elements are the concatenated bytes of the ranges."""
 
     dtype: str
-    """As in `dtypes.SIZES`."""
+    """A key of `dtypes.SIZES`."""
     shape: tuple[int, ...]
     ranges: tuple[ByteRange, ...]
     strided: TensorRef | None = None
-    """Set if its elements are in another order, inside the one range that has all of them."""
+    """Set if the elements are in another order, within a single range."""
 
     @classmethod
     def from_ref(cls, ref: TensorRef) -> "StoredTensor":
@@ -45,7 +45,7 @@ class StoredTensor:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element."""
+        """Bytes per element."""
         return SIZES[self.dtype]
 
     @property
@@ -54,7 +54,7 @@ class StoredTensor:
         return self.numel() * self.itemsize
 
     def cut(self, start: int, size: int) -> Iterator[ByteRange]:
-        """The ranges of `size` of its bytes, from byte `start` on; not of a strided one."""
+        """The ranges of `size` of its bytes, from byte `start` on; not for a strided tensor."""
         for range_ in self.ranges:
             skipped = min(start, range_.size)
             length = min(size, range_.size - skipped)

@@ -1,4 +1,4 @@
-"""Suffixes of the files that tensors are stored in."""
+"""Suffixes of tensor files."""
 
 PT = frozenset({".pt", ".pth"})
 SAFETENSORS = frozenset({".sft", ".safetensors"})
@@ -6,5 +6,5 @@ KNOWN = PT | SAFETENSORS
 
 
 def listed() -> str:
-    """All of them, for error messages: ".pt, .pth, .safetensors, .sft"."""
+    """All suffixes, for error messages: ".pt, .pth, .safetensors, .sft"."""
     return ", ".join(sorted(KNOWN))

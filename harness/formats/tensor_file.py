@@ -1,4 +1,4 @@
-"""Files of flat tensors and nothing else: `.pt`, `.sft`, Hugging Face shards."""
+"""Files that contain only flat tensors: `.pt`, `.sft`, Hugging Face shards."""
 
 import json
 from collections.abc import Mapping
@@ -18,25 +18,25 @@ from harness.formats import (
 )
 from harness.formats.pt_reader import TensorRef
 from harness.formats.stored_tensor import ByteRange, StoredTensor
-from harness.formats.tensor_writer import Entry
+from harness.formats.tensor_writer import TensorEntry
 
 _DTYPES = {short: dtype for dtype, short in dtypes.SAFETENSORS.items() if short != "F4"}
 _OURS = {json_tree.KEY, "format", "total_size"}
-"""Metadata that our files, or indices, have of their own."""
+"""Metadata keys of our own files and indices."""
 
 
 @dataclass(frozen=True)
-class FlatFile:
+class TensorFile:
     """The content of a file, or of an index of shards."""
 
     tensors: dict[str, StoredTensor]
-    """By name; tied ones under all of their names."""
+    """By name; tied tensors under all of their names."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Metadata of other programs."""
 
 
-def read(path: Path) -> FlatFile | None:
-    """The tensors of a file; None if it holds another structure.
+def read(path: Path) -> TensorFile | None:
+    """The tensors of a file; None if it contains another structure.
 
     Raises FormatError if a file is damaged, OSError if it cannot be read.
     """
@@ -48,32 +48,32 @@ def read(path: Path) -> FlatFile | None:
             name: _stored(file, name, headers[file].tensors[name])
             for name, file in index.files.items()
         }
-        return _flat_file(stored, index.metadata)
+        return _tensor_file(stored, index.metadata)
     if path.suffix in suffixes.SAFETENSORS:
         header = safetensors.read_header(path)
         stored = {name: _stored(path, name, entry) for name, entry in header.tensors.items()}
-        return _flat_file(stored, header.metadata)
+        return _tensor_file(stored, header.metadata)
     tree = pt_reader.read(path)
     if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
         return None
     if not all(isinstance(value, TensorRef) for value in tree.values()):
         return None
-    return FlatFile({name: StoredTensor.from_ref(ref) for name, ref in tree.items()})
+    return TensorFile({name: StoredTensor.from_ref(ref) for name, ref in tree.items()})
 
 
-def _flat_file(stored: dict[str, StoredTensor], metadata: Mapping[str, Any]) -> FlatFile | None:
+def _tensor_file(stored: dict[str, StoredTensor], metadata: Mapping[str, Any]) -> TensorFile | None:
     names = tied_weights.stored_names(metadata, stored)
     if names is None:
         return None
     theirs = {key: value for key, value in metadata.items() if key not in _OURS}
-    return FlatFile(
+    return TensorFile(
         {name: stored[stored_name] for name, stored_name in names.items()},
         {key: v if isinstance(v, str) else json.dumps(v) for key, v in theirs.items()},
     )
 
 
-def _stored(path: Path, name: str, entry: Entry) -> StoredTensor:
+def _stored(path: Path, name: str, entry: TensorEntry) -> StoredTensor:
     if entry.dtype not in _DTYPES:
-        raise FormatError(f"{path}: {name!r}: a tensor of {entry.dtype} cannot be converted")
+        raise FormatError(f"{path}: {name!r}: cannot convert dtype {entry.dtype}")
     ranges = (ByteRange(path, entry.start, entry.nbytes),) if entry.nbytes else ()
     return StoredTensor(_DTYPES[entry.dtype], entry.shape, ranges)

@@ -1,6 +1,6 @@
-"""Tied tensors in a safetensors file: stored once, with all of their names in the metadata.
+"""Tied tensors in a safetensors file: stored once, with all names in the metadata.
 
-The simplest of the structures that `harness.io` writes: a dict of tensors, some under two names.
+The structure that `harness.io` writes for a dict of tensors, some under several names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,17 +10,17 @@ from harness.formats import json_tree
 
 
 def to_metadata(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:
-    """The metadata for tensors of these names, and `aliases` of some; empty without aliases."""
+    """The metadata for tensors of these names, with `aliases` of some; empty without aliases."""
     node = json_tree.flat_dict(names)
     node["dict"] |= {alias: {"tensor": name} for alias, name in aliases.items()}
     return json_tree.to_metadata(node, names)
 
 
 def stored_names(metadata: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str] | None:
-    """For every name of a file's tensors the one that it is stored under.
+    """Maps every tensor name in a file to the name that the tensor is stored under.
 
-    None if the file holds another structure than a dict, or a module's state dict, of complete
-    tensors. Raises FormatError if the metadata are damaged.
+    None if the file contains another structure than a dict, or a module's state dict, of complete
+    tensors. Raises FormatError if the metadata is damaged.
     """
     match json_tree.from_metadata(metadata, tensors):
         case {"dict": dict(nodes), **rest} if not rest:

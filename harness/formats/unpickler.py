@@ -1,9 +1,8 @@
-"""An unpickler that runs no code: it builds plain values, and knows a closed list of globals.
+"""An unpickler that runs no code: it builds plain values from a closed list of globals.
 
-It executes the opcodes that torch.save's pickles are made of, and none that look anything up. What
-it builds is limited: in the number of its operations, in its depth, and in the size that it has
-when it is walked ("billion laughs"). Keys are plain, as hashing a nested tuple can take for ever.
-The opcodes: Python's pickletools.py.
+It executes only the opcodes in torch.save's pickles, and imports nothing. Limited are the number of
+operations, the depth of the tree, and its size when it is walked ("billion laughs"). Keys must be
+plain, as hashing a nested tuple can take forever. The opcodes: Python's pickletools.py.
 """
 
 import pickle
@@ -15,29 +14,29 @@ from typing import Any
 MAX_OPERATIONS = 5_000_000
 MAX_DEPTH = 200
 MAX_NODES = 20_000_000
-"""Values in a tree; one that it holds several times is counted as often."""
+"""Values in a tree; a shared value counts each time it occurs."""
 
 _MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 """Python 2's names, which pickles of protocol 2 use."""
 
 
 class PickleError(Exception):
-    """Why a pickle was not read."""
+    """A pickle that cannot be read, and why."""
 
 
-class Callee:
-    """What a pickle may call, or name: `make(*args)`. No attributes can be set on it."""
+class AllowedGlobal:
+    """A global that a pickle may name, and call if it has `make`. Its attributes cannot be set."""
 
     __slots__ = ("make", "name")
 
     def __init__(self, name: str, make: Callable[..., Any] | None = None):
-        """With `make` None it may be named, like a class that is an argument, but not called."""
+        """`make` None: it may be named, like a class that is an argument, but not called."""
         self.name = name
         self.make = make
 
 
-class StandIn:
-    """An object of a class that is not loaded: its arguments and state, as plain values."""
+class Placeholder:
+    """An object whose class is not imported: its arguments and state, as plain values."""
 
     def __init__(self, name: str, *values: Any):
         self.class_name = name
@@ -45,15 +44,15 @@ class StandIn:
         self.state: dict[str, Any] = {}
 
     def set_state(self, state: Any) -> None:
-        """Takes the attributes that the pickle sets."""
-        if isinstance(state, tuple) and len(state) == 2:  # of a class with __slots__
+        """Stores the attributes that the pickle sets."""
+        if isinstance(state, tuple) and len(state) == 2:  # for a class with __slots__
             state = {**(state[0] or {}), **(state[1] or {})}
         if not isinstance(state, dict):
             raise PickleError(f"malformed: the attributes of {self.class_name}")
         self.state |= state
 
 
-_CONTAINERS = (dict, list, tuple, set, StandIn)
+_CONTAINERS = (dict, list, tuple, set, Placeholder)
 
 
 def unpickle(
@@ -61,9 +60,9 @@ def unpickle(
 ) -> Any:
     """The tree that a pickle describes.
 
-    `known_globals` has a Callee, or another value, for every global that it may name, by full name;
-    `load_persistent(id)` returns what is outside the pickle. Raises PickleError for a pickle that
-    is malformed, too large, or names or does anything else.
+    `known_globals`: an AllowedGlobal, or another value, for each global that the pickle may name,
+    by full name. `load_persistent(id)` returns objects outside the pickle. Raises PickleError for a
+    pickle that is malformed or too large, or that names or does anything else.
     """
     unpickler = _Unpickler(data, known_globals, load_persistent)
     try:
@@ -100,11 +99,13 @@ class _Unpickler:
             if code == _STOP:
                 (tree,) = self.stack
                 if tree is _MARK:
-                    raise PickleError("malformed: nothing but a mark")
+                    raise PickleError("malformed: a mark instead of a value")
                 return tree
             execute = opcodes.get(code)
             if execute is None:
-                raise PickleError(f"opcode {bytes([code])!r} at byte {self.position - 1}")
+                raise PickleError(
+                    f"unsupported opcode {bytes([code])!r} at byte {self.position - 1}"
+                )
             execute(self)
         raise PickleError(f"more than {MAX_OPERATIONS} operations")
 
@@ -124,7 +125,7 @@ class _Unpickler:
     def pop(self) -> Any:
         value = self.stack.pop()
         if value is _MARK:
-            raise PickleError("malformed: a mark where a value should be")
+            raise PickleError("malformed: a mark instead of a value")
         return value
 
     def pop_mark(self) -> list[Any]:
@@ -142,7 +143,7 @@ class _Unpickler:
     def top(self, kind: type) -> Any:
         value = self.stack[-1]
         if not isinstance(value, kind):
-            raise PickleError(f"malformed: {type(value).__name__} where {kind.__name__} is needed")
+            raise PickleError(f"malformed: expected {kind.__name__}, found {type(value).__name__}")
         return value
 
     def remember(self, key: int) -> None:
@@ -154,7 +155,7 @@ class _Unpickler:
     def push_global(self, module: str, name: str) -> None:
         full = f"{_MODULES.get(module, module)}.{name}"
         if full not in self.known_globals:
-            raise PickleError(f"it names {full}: loading it could run code, and nothing was run")
+            raise PickleError(f"it names {full}, which could run code; nothing was run")
         self.push(self.known_globals[full])
 
     def set_items(self, items: list[Any]) -> None:
@@ -164,33 +165,33 @@ class _Unpickler:
 
     def call(self) -> None:
         args = self.pop()
-        callee = self.pop()
-        if not isinstance(args, tuple) or not isinstance(callee, Callee) or callee.make is None:
-            raise PickleError(f"calls {_name_of(callee)}")
-        self.push(callee.make(*args))
+        target = self.pop()
+        if not (isinstance(args, tuple) and isinstance(target, AllowedGlobal) and target.make):
+            raise PickleError(f"it calls {_name_of(target)}")
+        self.push(target.make(*args))
 
     def set_state(self) -> None:
         state = self.pop()
         target = self.top(object)
-        if isinstance(target, StandIn):
+        if isinstance(target, Placeholder):
             target.set_state(state)
         elif isinstance(target, OrderedDict) and isinstance(state, dict):
             if "_metadata" in state:  # of Module.state_dict()
                 vars(target)["_metadata"] = state["_metadata"]
         elif not isinstance(target, dict):
-            raise PickleError(f"sets attributes of {_name_of(target)}")
+            raise PickleError(f"it sets attributes of {_name_of(target)}")
 
 
 def _name_of(value: Any) -> str:
-    return value.name if isinstance(value, Callee) else type(value).__name__
+    return value.name if isinstance(value, AllowedGlobal) else type(value).__name__
 
 
 def hashable(key: Any) -> Any:
     """The key, if it is quick to hash. Raises PickleError otherwise."""
     parts = key if isinstance(key, tuple) else (key,)
-    plain = (str, int, float, bool, bytes, complex, type(None), Callee)
+    plain = (str, int, float, bool, bytes, complex, type(None), AllowedGlobal)
     if not all(isinstance(part, plain) or type(part).__hash__ is object.__hash__ for part in parts):
-        raise PickleError(f"a key of type {type(key).__name__}")
+        raise PickleError(f"unsupported key type {type(key).__name__}")
     return key
 
 
@@ -299,19 +300,19 @@ _OPCODES: dict[int, Callable[[_Unpickler], None]] = {
 
 
 def _children(node: Any) -> list[Any]:
-    """The values inside a node of a tree, without keys."""
+    """The values in a node of a tree, without keys."""
     match node:
         case dict():
             return [*node.values(), getattr(node, "__dict__", None)]
         case list() | tuple() | set():
             return list(node)
-        case StandIn():
+        case Placeholder():
             return [*node.values, *node.state.values()]
     return []
 
 
 def _check_size(tree: Any) -> None:
-    """Raises PickleError if the tree is too deep or too large to be walked, or holds itself."""
+    """Raises PickleError if the tree is too deep or too large to be walked, or contains itself."""
     sizes: dict[int, tuple[int, int]] = {}  # of finished containers: nodes, depth
     unfinished: set[int] = set()
     stack = [(tree, False)]
@@ -322,7 +323,7 @@ def _check_size(tree: Any) -> None:
             if key in sizes:
                 continue
             if key in unfinished:
-                raise PickleError("a value that holds itself")
+                raise PickleError("a value that contains itself")
             unfinished.add(key)
             stack.append((node, True))
             stack.extend(
@@ -335,7 +336,7 @@ def _check_size(tree: Any) -> None:
         nodes = 1 + len(values) + sum(size for size, _ in inner)
         depth = 1 + max((depth for _, depth in inner), default=0)
         if depth > MAX_DEPTH:
-            raise PickleError(f"values nested more than {MAX_DEPTH} deep")
+            raise PickleError(f"values nested deeper than {MAX_DEPTH} levels")
         if nodes > MAX_NODES:
             raise PickleError(f"a tree of more than {MAX_NODES} values")
         sizes[key] = nodes, depth

@@ -1,7 +1,7 @@
 """Zip archives as torch writes them: uncompressed records, one after the other, and a directory.
 
-To read one, only the directory at its end is parsed. Nothing is ever inflated, so no archive grows
-in memory; what torch does not write (compression, encryption, comments, split archives) is refused.
+Only the directory at the end of an archive is parsed. Nothing is decompressed, so no archive grows
+in memory; what torch does not write (compression, encryption, comments, splitting) is rejected.
 The format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.
 """
 
@@ -17,31 +17,31 @@ from harness.errors import FormatError
 from harness.formats.raw_io import read_crc, read_into
 
 MAX_DIRECTORY = 64 << 20
-"""Bytes; torch needs less than a hundred for a record."""
+"""Bytes; torch needs less than 100 per record."""
 ALIGNMENT = 64
-"""Bytes; where the data of a record that we write begins."""
+"""Bytes; alignment of the data of records that we write."""
 
 _END, _END_MAGIC = struct.Struct("<4s4H2IH"), b"PK\x05\x06"
 _END64, _END64_MAGIC = struct.Struct("<4sQ2H2I4Q"), b"PK\x06\x06"
 _LOCATOR, _LOCATOR_MAGIC = struct.Struct("<4sIQI"), b"PK\x06\x07"
 _ENTRY, _ENTRY_MAGIC = struct.Struct("<4s6H3I5H2I"), b"PK\x01\x02"
 _LOCAL, _LOCAL_MAGIC = struct.Struct("<4s5H3I2H"), b"PK\x03\x04"
-_EXTRA = struct.Struct("<2H")  # of an extra field: its kind, and the bytes that follow
-_EXTRA_SIZES = 1  # the kind that has the sizes as 64 bits
-_EXTRA_PADDING = int.from_bytes(b"FB", "little")  # the kind that torch aligns the data with
+_EXTRA = struct.Struct("<2H")  # of an extra field: its kind, and its length
+_EXTRA_SIZES = 1  # the kind with 64-bit sizes
+_EXTRA_PADDING = int.from_bytes(b"FB", "little")  # the kind with which torch aligns data
 _STREAMED = 0x8
-"""Flag: CRC and sizes are not in the local header. torch sets it, and writes them elsewhere."""
+"""Flag: CRC and sizes are not in the local header; torch sets it."""
 _UTF8 = 0x800
 """Flag: the name is UTF-8."""
 _WIDE = 0xFFFFFFFF
-"""A size that is 64 bits and in the extra field."""
+"""Marks a 64-bit size, which is in the extra field."""
 _VERSION = 45
-"""The version of the format that has 64-bit sizes."""
+"""The format version with 64-bit sizes."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A file of an archive: bytes `start` to `start + size`, and their CRC-32."""
+    """A file in an archive: bytes `start` to `start + size`, and their CRC-32."""
 
     path: Path
     name: str
@@ -50,7 +50,7 @@ class Record:
     crc: int
 
     def read(self) -> bytes:
-        """All of its bytes. Raises FormatError if their CRC is wrong."""
+        """Its bytes. Raises FormatError if their CRC is wrong."""
         with self.path.open("rb") as file:
             data = bytearray(self.size)
             read_into(file.fileno(), memoryview(data), self.start, self.path)
@@ -63,7 +63,7 @@ class Record:
             self.check_crc(read_crc(file.fileno(), self.start, self.size, self.path))
 
     def check_crc(self, crc: int) -> None:
-        """Raises FormatError unless this is the CRC of its bytes."""
+        """Raises FormatError unless its CRC is `crc`."""
         if crc != self.crc:
             raise FormatError(f"{self.path}: damaged: wrong CRC of {self.name}")
 
@@ -71,7 +71,7 @@ class Record:
 def records(path: Path) -> dict[str, Record]:
     """The records of an archive by name, in the order of the directory.
 
-    Raises FormatError unless all are uncompressed, inside the file, without overlap, and under
+    Raises FormatError unless all are uncompressed and within the file, without overlap, under
     different names. Raises OSError if the file cannot be read.
     """
     with path.open("rb") as file:
@@ -87,11 +87,11 @@ def records(path: Path) -> dict[str, Record]:
             by_name[record.name] = record
     if position != len(data):
         excess = len(data) - position
-        raise FormatError(f"{path}: damaged: {excess} bytes too many in the directory")
+        raise FormatError(f"{path}: damaged: {excess} extra bytes in the zip directory")
     end = 0
     for record in sorted(by_name.values(), key=lambda record: (record.start, record.size)):
         if record.start < end:
-            raise FormatError(f"{path}: record {record.name!r} overlaps another one")
+            raise FormatError(f"{path}: record {record.name!r} overlaps another record")
         end = record.start + record.size
     return by_name
 
@@ -106,23 +106,23 @@ def digest(path: Path) -> str:
 
 
 def check(path: Path, size: int, expected_digest: str) -> None:
-    """Raises FormatError unless the file has that size, and that digest of its directory."""
+    """Raises FormatError unless the file has this size and this digest of its directory."""
     if not path.is_file():
         raise FormatError(f"{path} is missing")
     if (actual_size := path.stat().st_size) != size:
         raise FormatError(f"{path} has {actual_size} bytes, expected {size}")
     if digest(path) != expected_digest:
-        raise FormatError(f"{path} is another file than the one that was saved")
+        raise FormatError(f"{path} is not the file that was saved: another digest")
 
 
 def data_start(header: int, name: str) -> int:
-    """Where the data of a record begins whose local header we write at `header`."""
-    least = header + _LOCAL.size + len(name.encode()) + 2 * _EXTRA.size + 16
-    return -(-least // ALIGNMENT) * ALIGNMENT
+    """The offset of a record's data, if we write its local header at offset `header`."""
+    unaligned = header + _LOCAL.size + len(name.encode()) + 2 * _EXTRA.size + 16
+    return -(-unaligned // ALIGNMENT) * ALIGNMENT
 
 
 def local_header(record: Record, header: int) -> bytes:
-    """What is written at `header`, up to the data of the record."""
+    """The bytes from offset `header` up to the data of the record."""
     name, size = record.name.encode(), record.size
     extra = _EXTRA.pack(_EXTRA_SIZES, 16) + struct.pack("<2Q", size, size)
     padding = record.start - header - _LOCAL.size - len(name) - len(extra) - _EXTRA.size
@@ -132,17 +132,17 @@ def local_header(record: Record, header: int) -> bytes:
 
 
 def directory(records: Sequence[Record], headers: Sequence[int], start: int) -> bytes:
-    """The directory of records whose local headers are at `headers`, to be written at `start`."""
+    """The directory, for offset `start`, of records whose local headers are at `headers`."""
     entries = b"".join(map(_packed_entry, records, headers))
     count, length = len(records), len(entries)
     end64 = (44, _VERSION, _VERSION, 0, 0, count, count, length, start)
-    few = min(count, 0xFFFF)
+    count16 = min(count, 0xFFFF)
     return b"".join(
         (
             entries,
             _END64.pack(_END64_MAGIC, *end64),
             _LOCATOR.pack(_LOCATOR_MAGIC, 0, start + length, 1),
-            _END.pack(_END_MAGIC, 0, 0, few, few, min(length, _WIDE), _WIDE, 0),
+            _END.pack(_END_MAGIC, 0, 0, count16, count16, min(length, _WIDE), _WIDE, 0),
         )
     )
 
@@ -155,11 +155,11 @@ def _packed_entry(record: Record, header: int) -> bytes:
 
 
 def _directory(path: Path, file: int, size: int) -> tuple[int, int, int]:
-    """Where the directory starts, its bytes, and its number of records."""
+    """The directory's offset, its size in bytes, and its number of records."""
     tail = os.pread(file, _END.size + _LOCATOR.size, max(0, size - _END.size - _LOCATOR.size))
     end = tail[-_END.size :]
     if len(end) < _END.size or not end.startswith(_END_MAGIC):
-        raise FormatError(f"{path}: not a zip archive, as torch.save writes it, or truncated")
+        raise FormatError(f"{path}: truncated, or not a zip archive, which torch.save writes")
     _, disk, first_disk, on_disk, count, length, start, comment = _END.unpack(end)
     stop = size - _END.size
     is_wide = count == 0xFFFF or _WIDE in (length, start)
@@ -177,12 +177,14 @@ def _directory(path: Path, file: int, size: int) -> tuple[int, int, int]:
     if start + length != stop or count * _ENTRY.size > length:
         raise FormatError(f"{path}: damaged: the zip directory is not where it should be")
     if length > MAX_DIRECTORY:
-        raise FormatError(f"{path}: a zip directory of {length} bytes, at most {MAX_DIRECTORY}")
+        raise FormatError(
+            f"{path}: its zip directory has {length} bytes, expected at most {MAX_DIRECTORY}"
+        )
     return start, length, count
 
 
 def _entry(path: Path, file: int, data: bytes, position: int, limit: int) -> tuple[Record, int]:
-    """The record of the directory's entry at `position`, and where the next entry starts."""
+    """The record of the directory entry at `position`, and the position of the next entry."""
     if position + _ENTRY.size > len(data):
         raise FormatError(f"{path}: damaged: the zip directory is truncated")
     magic, _, _, flags, method, _, _, crc, packed, size, *rest = _ENTRY.unpack_from(data, position)
@@ -208,12 +210,12 @@ def _entry(path: Path, file: int, data: bytes, position: int, limit: int) -> tup
     *_, local_name, local_extra = _LOCAL.unpack(local)
     start = header + _LOCAL.size + local_name + local_extra
     if start + size > limit:
-        raise FormatError(f"{path}: damaged: record {name!r} reaches over the end of the data")
+        raise FormatError(f"{path}: damaged: record {name!r} extends past the end of the data")
     return Record(path, name, start, size, crc), after
 
 
 def _wide_sizes(path: Path, extra: bytes, *values: int) -> list[int]:
-    """The sizes of an entry: those that do not fit are in the extra field, as 64 bits."""
+    """The sizes of an entry, with 64-bit ones from its extra field."""
     wide = b""
     while len(extra) >= _EXTRA.size:
         kind, length = _EXTRA.unpack_from(extra)

@@ -1,13 +1,11 @@
-"""State dicts, and the structures around them, saved and loaded as `.pt` and `.sft`.
+"""Saves and loads state dicts and nested structures as `.pt` and `.sft`.
 
-Its files, from the top down:
-
-    save_load.py      save and load, by the suffix of the file
-    pt.py             .pt files as torch tensors
-    stored.py         StoredTensors, read as torch tensors
-    structure.py      a nested structure split into named tensors and a tree, and rebuilt
-    shared_memory.py  which tensors share memory
-    mmap.py           bytes of a file as tensors, read or mapped into memory
+save_load.py      save and load, by the suffix of the file
+pt.py             .pt files as torch tensors
+stored.py         reads StoredTensors as torch tensors
+structure.py      splits nested structures into named tensors and a tree, and rebuilds them
+shared_memory.py  which tensors share memory
+mmap.py           bytes of a file as tensors, read or memory-mapped
 """
 
 from harness.io.save_load import load, save

@@ -1,4 +1,4 @@
-"""Bytes of a file as tensors: read, or mapped into memory and read when they are used."""
+"""Bytes of a file as tensors: read, or memory-mapped and read on use."""
 
 import mmap
 from pathlib import Path
@@ -10,12 +10,12 @@ from harness.formats.raw_io import read_into
 
 
 class ByteFile:
-    """An open file, whose bytes are returned as tensors. A context."""
+    """An open file, whose bytes are returned as tensors. A context manager."""
 
     def __init__(self, path: Path, lazy: bool):
         """`lazy` maps the file. Raises FormatError if it is not a file, OSError if it cannot be
         read."""
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        if path.exists() and not path.is_file():  # opening a pipe would block forever
             raise FormatError(f"{path}: not a regular file")
         self.path = path
         self.file = path.open("rb")
@@ -26,12 +26,12 @@ class ByteFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()  # a map stays as long as tensors use it
+        self.file.close()  # a map lives as long as tensors use it
 
     def tensor(self, start: int, size: int, alignment: int) -> torch.Tensor:
-        """Bytes `start` to `start + size`, dtype uint8, at an address that has the alignment.
+        """Bytes `start` to `start + size`, dtype uint8, at an aligned address.
 
-        Writing to a mapped one does not change the file. Raises FormatError if the file is shorter.
+        Writing to a mapped tensor leaves the file unchanged. Raises FormatError if it is shorter.
         """
         if self._lazy and size and start % alignment == 0:
             if self._map is None:

@@ -1,4 +1,4 @@
-"""`.pt` files as torch tensors, read by `formats.pt_reader`, which runs no code."""
+"""Reads `.pt` files as torch tensors, through `formats.pt_reader`, which runs no code."""
 
 import zlib
 from collections import Counter, OrderedDict
@@ -13,16 +13,16 @@ from harness.errors import FormatError
 from harness.files import write_atomically
 from harness.formats import pt_reader
 from harness.formats.pt_reader import DType, Shape, Storage, TensorRef
-from harness.formats.unpickler import StandIn
+from harness.formats.unpickler import Placeholder
 from harness.io.mmap import ByteFile
 from harness.io.structure import DTYPES, make_array
 from harness.utils import torch_write
 
 
 def write(data: Any, path: Path) -> None:
-    """Writes a structure that `pack` accepts with torch.save, and checks that it can be read.
+    """Writes a structure that `pack` supports with torch.save, and checks that it can be read back.
 
-    Raises FormatError if `read` would refuse it, OSError if it cannot be written.
+    Raises FormatError if `read` would reject it, OSError if it cannot be written.
     """
 
     def write_staged(staged: Path) -> None:
@@ -31,15 +31,15 @@ def write(data: Any, path: Path) -> None:
             pt_reader.read(staged, _EXTRA_GLOBALS)
         except FormatError as error:
             reason = str(error).removeprefix(f"{staged}: ")
-            raise FormatError(f"it could not be read back: {reason}") from None
+            raise FormatError(f"cannot be read back: {reason}") from None
 
     write_atomically(path, write_staged)
 
 
 def read(path: Path, device: str | torch.device, lazy: bool) -> Any:
-    """The structure in a file. Raises FormatError if it could run code, or is damaged.
+    """The structure in a file. Raises FormatError if it could run code or is damaged.
 
-    The CRC of every tensor is checked, except with `lazy`, which reads none of them.
+    Checks the CRC of every tensor, except with `lazy`, which reads no tensor.
     """
     node = pt_reader.read(path, _EXTRA_GLOBALS)
     with ByteFile(path, lazy) as file:
@@ -50,7 +50,7 @@ def read(path: Path, device: str | torch.device, lazy: bool) -> Any:
             raise FormatError(f"{path}: damaged: {error!r:.200}") from None
 
 
-class _Array(StandIn):
+class _Array(Placeholder):
     """A numpy array."""
 
     def set_state(self, state: Any) -> None:
@@ -65,7 +65,7 @@ class _Array(StandIn):
         return array.T if is_fortran else array
 
 
-class _ArrayDType(StandIn):
+class _ArrayDType(Placeholder):
     """A numpy dtype."""
 
     def set_state(self, state: Any) -> None:
@@ -74,7 +74,7 @@ class _ArrayDType(StandIn):
     def text(self) -> str:
         """Its name in numpy: "<f4"."""
         if self.state["fields"] != (None, None, None):
-            raise ValueError("an array of records")
+            raise ValueError("structured numpy arrays are not supported")
         text = f"{self.state['order']}{self.values[0]}"
         for _, (unit, count, *_) in self.state["unit"]:
             text += f"[{count if count != 1 else ''}{unit.decode()}]"
@@ -89,35 +89,35 @@ def _counter(items: Any = ()) -> Counter[Any]:
     return Counter(pt_reader.mapping(items))
 
 
-def _stand_in(kind: type[StandIn], name: str) -> Callable[..., Any]:
+def _placeholder(kind: type[Placeholder], name: str) -> Callable[..., Any]:
     return lambda *values: kind(name, *values)
 
 
 _EXTRA_GLOBALS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered,
     "collections.Counter": _counter,
-    "torch._utils._rebuild_parameter": _stand_in(StandIn, "parameter"),
-    "torch._utils._rebuild_parameter_with_state": _stand_in(StandIn, "parameter"),
-    "numpy.ndarray": _stand_in(_Array, "numpy.ndarray"),
-    "numpy.dtype": _stand_in(_ArrayDType, "numpy.dtype"),
+    "torch._utils._rebuild_parameter": _placeholder(Placeholder, "parameter"),
+    "torch._utils._rebuild_parameter_with_state": _placeholder(Placeholder, "parameter"),
+    "numpy.ndarray": _placeholder(_Array, "numpy.ndarray"),
+    "numpy.dtype": _placeholder(_ArrayDType, "numpy.dtype"),
     **{
-        f"numpy.{core}.multiarray.{name}": _stand_in(kind, name)
+        f"numpy.{core}.multiarray.{name}": _placeholder(kind, name)
         for core in ("core", "_core")
-        for name, kind in {"_reconstruct": _Array, "scalar": StandIn}.items()
+        for name, kind in {"_reconstruct": _Array, "scalar": Placeholder}.items()
     },
 }
-"""What a pickle may call besides the globals of `formats.pt_reader`, to keep its type."""
+"""Globals that a pickle may call besides those of `formats.pt_reader`, which preserve types."""
 
 
 class _Loader:
-    """The tree of `pt_reader` with the values of torch and numpy."""
+    """Converts a tree of `pt_reader` to values of torch and numpy."""
 
     def __init__(self, file: ByteFile, device: str | torch.device, check: bool):
         self.file = file
         self.device = device
         self.check = check
         self.storages: dict[Storage, torch.UntypedStorage] = {}
-        self.converted: dict[int, Any] = {}  # by id: what is in the tree twice is one object again
+        self.converted: dict[int, Any] = {}  # by id: shared values are shared again
 
     def value(self, node: Any) -> Any:
         if isinstance(node, str | int | float | bytes | complex | None):
@@ -136,11 +136,11 @@ class _Loader:
                 return DTYPES[node.name]
             case _Array():
                 return node.value()
-            case StandIn(class_name="scalar", values=(_ArrayDType() as dtype, bytes(content))):
+            case Placeholder(class_name="scalar", values=(_ArrayDType() as dtype, bytes(content))):
                 return make_array(content, dtype.text(), ())[()]
-            case StandIn(class_name="parameter", values=(data, requires_grad, *_)):
+            case Placeholder(class_name="parameter", values=(data, requires_grad, *_)):
                 return torch.nn.Parameter(self.value(data), bool(requires_grad))
-            case StandIn(class_name="torch.device"):
+            case Placeholder(class_name="torch.device"):
                 return torch.device(*node.values)
             case dict():
                 return self.mapping(node)
@@ -153,7 +153,7 @@ class _Loader:
             case bytearray():
                 return node
         name = getattr(node, "class_name", None) or getattr(node, "name", type(node).__name__)
-        raise FormatError(f"{self.file.path}: it holds a {name}, which is not loaded")
+        raise FormatError(f"{self.file.path}: contains a {name}, which is not supported")
 
     def mapping(self, node: dict[Any, Any]) -> dict[Any, Any]:
         result = type(node)()

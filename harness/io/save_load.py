@@ -1,6 +1,6 @@
-"""State dicts, and the structures around them, as `.pt` and `.sft`: they come back as they were.
+"""Saves and loads state dicts and nested structures as `.pt` and `.sft`, unchanged.
 
-docs/files.md describes what other programs see in a file, and what is refused.
+docs/files.md describes what other programs see in a file, and what is not supported.
 """
 
 from collections.abc import Mapping
@@ -31,9 +31,9 @@ _NAMES = {dtype: short for short, dtype in _DTYPES.items()}
 def save(data: Any, path: str | Path, shard_size: int | None = None) -> None:
     """Writes a structure in the format of the suffix: .pt, .pth, .sft, .safetensors.
 
-    With `shard_size`, in bytes, `path` is a directory for Hugging Face's shards and index. Tensors
-    that share memory are stored once. Raises FormatError, which names the keys, for what cannot be
-    stored, before anything is written; OSError if it cannot be written.
+    With `shard_size`, in bytes, `path` is a directory for Hugging Face shards and their index.
+    Tensors that share memory are stored once. Raises FormatError, with the keys, for unsupported
+    values, before writing; OSError if it cannot be written.
     """
     path = Path(path)
     if not shard_size:
@@ -57,16 +57,16 @@ def load(
     unsafe: bool = False,
     lazy: bool = False,
 ) -> Any:
-    """The structure in a file, or in a directory of Hugging Face's shards; ties are restored.
+    """The structure in a file, or in a directory of Hugging Face shards; ties are restored.
 
-    No code of a pickle is run, except with `unsafe`, which leaves a `.pt` file to torch.load: it
-    can do anything. `lazy`: the tensors are in a memory map of the file, and read when they are
-    used; writing to them does not change the file. Raises FormatError for a file that is damaged,
-    hostile, or in another format.
+    No code in a pickle is run, except with `unsafe`, which passes a `.pt` file to torch.load: that
+    may run any code. `lazy`: the tensors are memory-mapped and read on use; writing to them does
+    not change the file. Raises FormatError for a file that is damaged, hostile, or in another
+    format.
     """
     path = Path(path)
     if lazy and torch.device(device).type != "cpu":
-        raise ValueError("lazy tensors are on the CPU")
+        raise ValueError(f"device = {device}: with lazy, expected cpu")
     if path.is_dir():
         path = shard_index.find_index(path)
     if path.name.endswith(shard_index.SUFFIX):
@@ -105,7 +105,7 @@ def _save_shards(
     sizes = {name: safetensors.nbytes_of(*tensor) for name, tensor in described.items()}
     shards = shard_index.split(sizes, shard_size)
     metadata = {"total_size": sum(sizes.values())} | json_tree.to_metadata(node, tensors)
-    for names in shards:  # it raises before anything is written
+    for names in shards:  # raises before anything is written
         safetensors.make_header({name: described[name] for name in names}, {})
     path.mkdir(parents=True, exist_ok=True)
     (path / shard_index.INDEX).unlink(missing_ok=True)
@@ -116,11 +116,11 @@ def _save_shards(
 
 
 def _dtype_and_shape(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
-    """Dtype and shape of a tensor in a safetensors file."""
+    """The dtype and shape of a tensor in a safetensors file."""
     if tensor.dtype in STORED_AS_PAIRS:
         return ("F16" if tensor.itemsize == 4 else "F64"), (*tensor.shape, 2)
     name, shape = _NAMES[tensor.dtype], tuple(tensor.shape)
-    if name == "F4":  # two elements in a byte: torch counts bytes, the format elements
+    if name == "F4":  # two elements per byte: torch counts bytes, the format elements
         if not shape:
             raise FormatError("cannot store a float4 tensor without dimensions")
         return name, (*shape[:-1], 2 * shape[-1])
@@ -136,10 +136,10 @@ def _row_major_bytes(tensor: torch.Tensor) -> Any:
 
 
 class _SafetensorsFile:
-    """An open file, its header checked."""
+    """An open file with a checked header."""
 
     def __init__(self, path: Path, lazy: bool, stack: ExitStack):
-        """`stack` closes it."""
+        """`stack` closes the file."""
         self.bytes = stack.enter_context(ByteFile(path, lazy))
         self.header = safetensors.header_of(self.bytes.file, path)
 
@@ -147,10 +147,12 @@ class _SafetensorsFile:
         entry = self.header.tensors[name]
         dtype, shape = _DTYPES.get(entry.dtype), entry.shape
         if dtype is None:
-            raise FormatError(f"{self.bytes.path}: {name!r}: this torch has no {entry.dtype}")
+            raise FormatError(
+                f"{self.bytes.path}: {name!r}: this torch does not support {entry.dtype}"
+            )
         if entry.dtype == "F4":
             if not shape or shape[-1] % 2:
-                raise FormatError(f"{self.bytes.path}: {name!r}: torch has F4 in pairs only")
+                raise FormatError(f"{self.bytes.path}: {name!r}: torch supports F4 only in pairs")
             shape = (*shape[:-1], shape[-1] // 2)
         if not entry.nbytes:
             return torch.empty(shape, dtype=dtype)
@@ -173,20 +175,22 @@ def _assemble(
     files: Mapping[str, _SafetensorsFile],
     device: str | torch.device,
 ) -> Any:
-    """The structure of a file, or of several; `files` has each tensor's by name."""
+    """The structure of one or more files; `files`: the file of each tensor, by name."""
     unused = set(files)
 
     def tensor(name: str) -> torch.Tensor:
         if name not in unused:
-            what = "twice" if name in files else "but there is no such tensor"
-            raise FormatError(f"the structure names {name!r}, {what}")
+            problem = "twice" if name in files else "which does not exist"
+            raise FormatError(f"the structure names the tensor {name!r}, {problem}")
         unused.remove(name)
         return files[name].tensor(name)
 
     try:
         data = unpack(json_tree.from_metadata(metadata, files), tensor, device)
         if unused:
-            raise FormatError(f"the structure does not name {min(unused)!r}: it is another file's")
+            raise FormatError(
+                f"the structure does not name {min(unused)!r}: it belongs to another file"
+            )
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None
     return data

@@ -1,7 +1,7 @@
 """Which tensors share memory, and how each is a view of a base that is stored once.
 
-Two tensors share memory if an element of one is at the place of an element of the other, in the
-same storage. Neighbours in a storage share nothing, nor do two halves of the columns of a matrix.
+Two tensors share memory if an element of one has the address of an element of the other. Neighbors
+in a storage share nothing, and neither do two halves of the columns of a matrix.
 """
 
 from collections.abc import Sequence
@@ -15,22 +15,22 @@ from harness.utils import may_overlap
 
 @dataclass(frozen=True)
 class Base:
-    """A tensor that is stored for several: they are views of it, at `offsets` in elements.
+    """A tensor that is stored once for several, which are views of it.
 
-    `owner` is the number of the tensor that it is; None if none of them contains all the others, or
-    a single one overlaps itself: then it is the extent of memory that they are in.
+    `owner` is the number of the tensor that contains all the others. None if there is none, or a
+    single tensor overlaps itself: the base is then the extent of memory that they are in.
     """
 
     tensor: torch.Tensor
     owner: int | None
     offsets: dict[int, int]
-    """By the number of the tensor."""
+    """Offsets of the views in the base, in elements, by number of the tensor."""
 
 
 def find_bases(tensors: Sequence[torch.Tensor], names: Sequence[str]) -> list[Base]:
-    """What to store of the tensors, in order of the first tensor that needs it.
+    """The bases to store, in order of the first tensor of each.
 
-    Raises FormatError, with `names`, where tensors of two dtypes share memory.
+    Raises FormatError, with `names`, if tensors of different dtypes share memory.
     """
     bases: list[Base] = []
     for group in _sharing_groups(tensors):
@@ -38,8 +38,8 @@ def find_bases(tensors: Sequence[torch.Tensor], names: Sequence[str]) -> list[Ba
         for number in group:
             if tensors[number].dtype != tensors[first].dtype:
                 raise FormatError(
-                    f"{names[number]}: shares memory with {names[first]}, but is "
-                    f"{tensors[number].dtype}, not {tensors[first].dtype}; clone one of them"
+                    f"{names[number]} ({tensors[number].dtype}) shares memory with {names[first]} "
+                    f"({tensors[first].dtype}): clone one of them"
                 )
         owner = _find_owner(tensors, group)
         base = tensors[first if owner is None else owner]
@@ -53,7 +53,7 @@ def find_bases(tensors: Sequence[torch.Tensor], names: Sequence[str]) -> list[Ba
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether the elements fill their extent of memory, each once: contiguous, or permuted."""
+    """Whether the elements fill their extent of memory, once each: contiguous, or permuted."""
     expected = 1
     for step, size in sorted(zip(stride, shape, strict=True)):
         if size > 1:
@@ -64,14 +64,14 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def extent(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """The elements of memory from the first of a tensor to its last."""
+    """The number of elements of memory from a tensor's first element to its last."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 def unexpanded(tensor: torch.Tensor, stride: Sequence[int] | None = None) -> torch.Tensor:
-    """The tensor with size 1 in every dimension whose stride is 0."""
+    """The tensor with size 1 in each dimension whose stride is 0."""
     for dimension, step in enumerate(tensor.stride() if stride is None else stride):
         if step == 0 and tensor.size(dimension) > 1:
             tensor = tensor.narrow(dimension, 0, 1)
@@ -84,7 +84,7 @@ def _unexpanded_layout(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...
 
 
 def _extent(tensors: Sequence[torch.Tensor], group: Sequence[int]) -> tuple[int, int]:
-    """Start and end of the tensors, of one dtype, in their storage, in elements."""
+    """Start and end of tensors of one dtype in their storage, in elements."""
     start = min(int(tensors[number].storage_offset()) for number in group)
     return start, max(_end(tensors[number]) for number in group)
 
@@ -98,13 +98,13 @@ def _byte_extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _find_owner(tensors: Sequence[torch.Tensor], group: Sequence[int]) -> int | None:
-    """The tensor of a group that contains all others, a contiguous one if there is one."""
+    """The tensor of a group that contains all others; a contiguous one, if possible."""
 
-    def place(number: int) -> tuple[object, ...]:
+    def layout(number: int) -> tuple[object, ...]:
         tensor = tensors[number]
         return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
-    if len(set(map(place, group))) == 1:
+    if len(set(map(layout, group))) == 1:
         return None if may_overlap(*_unexpanded_layout(tensors[group[0]])) else group[0]
     extents = {number: _byte_extent(tensors[number]) for number in group}
     union = min(start for start, _ in extents.values()), max(end for _, end in extents.values())
@@ -117,7 +117,7 @@ def _find_owner(tensors: Sequence[torch.Tensor], group: Sequence[int]) -> int | 
 
 
 def _sharing_groups(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    """The tensors, by number, in groups that share memory, in order of their first members."""
+    """Groups of tensors, by number, that share memory, in order of their first members."""
     storages: dict[tuple[torch.device, int], list[int]] = {}
     groups: list[list[int]] = []
     for number, tensor in enumerate(tensors):
@@ -141,14 +141,16 @@ def _sharing_groups(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
 
 
 def _split(tensors: Sequence[torch.Tensor], group: list[int]) -> list[list[int]]:
-    """Groups that share memory among tensors whose extents in one storage overlap."""
+    """Splits tensors whose extents in one storage overlap into groups that share memory."""
     if len(group) == 1 or _find_owner(tensors, group) is not None:
         return [group]
     unit = min(tensors[number].itemsize for number in group)
     extents = {number: _byte_extent(tensors[number]) for number in group}
     start = min(start for start, _ in extents.values())
     end = max(end for _, end in extents.values())
-    users = torch.zeros((end - start) // unit, dtype=torch.int32)  # the last tensor, from 1 on
+    users = torch.zeros(
+        (end - start) // unit, dtype=torch.int32
+    )  # per unit, the last tensor using it, from 1 on
     leaders = list(range(len(group)))
     for order, number in enumerate(group):
         tensor, (begin, stop) = tensors[number], extents[number]

@@ -1,4 +1,4 @@
-"""StoredTensors, and trees of references to tensors, read as torch tensors."""
+"""Reads StoredTensors, and trees of tensor references, as torch tensors."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from harness.formats.raw_io import read_into
 from harness.formats.stored_tensor import StoredTensor
 
 
-def read(tensor: StoredTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """Elements `start` to `stop` of a flattened tensor: (elements,); all of it in its own shape.
+def read_tensor(tensor: StoredTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """The tensor, or elements `start` to `stop` of the flattened tensor, shape (elements,).
 
-    Raises FormatError if the file has become shorter, OSError if it cannot be read.
+    Raises FormatError if the file was truncated, OSError if it cannot be read.
     """
     is_complete = stop is None and not start
     if tensor.strided is not None:
@@ -43,13 +43,13 @@ def _read_strided(tensor: StoredTensor) -> torch.Tensor:
 
 
 def materialize(tree: Any) -> Any:
-    """A tree of `formats.pt_reader` with torch's values in place of its references.
+    """A tree of `formats.pt_reader` with torch values in place of its references.
 
-    Raises as `read` does.
+    Raises as `read_tensor` does.
     """
     match tree:
         case TensorRef():
-            return read(StoredTensor.from_ref(tree))
+            return read_tensor(StoredTensor.from_ref(tree))
         case DType():
             return getattr(torch, tree.name)
         case Shape():

@@ -1,11 +1,11 @@
-"""A nested structure split into flat named tensors and a JSON tree, and rebuilt from them.
+"""Splits a nested structure into flat named tensors and a JSON tree, and rebuilds it.
 
-The nodes of the tree for what `formats.json_tree` does not know itself:
+The nodes of the tree, besides those of `formats.json_tree`:
 
-    {"tensor": name}                             the tensor of that name; further keys:
-        "stride": [...]                              its strides, if it was not row-major
+    {"tensor": name}                             the tensor of that name; optional keys:
+        "stride": [...]                              its strides, if not row-major
         "view": [offset, shape, stride]              only this view of it, in elements
-        "complex": true                              it is stored as pairs of real numbers
+        "complex": true                              stored as pairs of real numbers
         "parameter": true, "requires_grad": true
     {"numpy": name, "dtype": "<f4", "shape": [...]}     an array, its bytes in the U8 tensor `name`
     {"scalar": "<f4", "bytes": hex}                     a numpy scalar
@@ -30,24 +30,24 @@ from harness.io.shared_memory import extent, find_bases, is_dense, unexpanded
 from harness.utils import dtype_name
 
 RESERVED_PREFIX = "__harness__."
-"""Of the names of tensors that store something else than a tensor of the structure."""
+"""Prefix of the names of stored tensors that are not tensors of the structure."""
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in SIZES if hasattr(torch, name)
 }
-"""The dtypes of tensors that can be stored."""
+"""The supported dtypes of tensors."""
 
 STORED_AS_PAIRS = (torch.complex32, torch.complex128)
-"""The dtypes that safetensors does not have: stored as pairs of real numbers."""
+"""Dtypes that safetensors does not support: stored as pairs of real numbers."""
 _ARRAY_DTYPE = re.compile(r"[<>|][biufcSUmM]\d{1,9}(\[[0-9a-zA-Z]{1,9}\])?")
 _ARRAYS_OUTSIDE = {"U8": torch.uint8, "I64": torch.int64, "F64": torch.float64}
 
 
 def pack(data: Any) -> tuple[Node, dict[str, torch.Tensor]]:
-    """The tree of a structure and the tensors that it names: all memory once.
+    """The tree of a structure, and the tensors that it names: shared memory only once.
 
-    A tensor is named by the keys that lead to it, joined by dots ("model.0.weight"); where two
-    would have one name, the one with more keys gets another. The tensors are not copied. Raises
-    FormatError, which names the keys, for what cannot be stored.
+    A tensor is named by its keys, joined by dots ("model.0.weight"); if two tensors would have the
+    same name, the more nested one gets another. The tensors are not copied. Raises FormatError,
+    with the keys, for unsupported values.
     """
     packer = _Packer()
     node = json_tree.encode(data, packer)
@@ -60,7 +60,7 @@ def unpack(
 ) -> Any:
     """The structure of a tree, its tensors on `device`; `tensor(name)` returns them on the CPU.
 
-    Raises FormatError if it is not a tree, or does not fit the tensors.
+    Raises FormatError if it is not a tree, or does not match the tensors.
     """
     return json_tree.decode(node, _Unpacker(tensor, torch.device(device)))
 
@@ -68,7 +68,7 @@ def unpack(
 class _Packer:
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        self.arrays: dict[str, torch.Tensor] = {}  # what `store` has stored
+        self.arrays: dict[str, torch.Tensor] = {}  # stored by `store`
         self.keys: list[Keys] = []  # of every tensor, with its node
         self.originals: list[torch.Tensor] = []
         self.nodes: list[dict[str, Any]] = []
@@ -95,15 +95,15 @@ class _Packer:
         return None
 
     def tensor(self, value: torch.Tensor, keys: Keys) -> dict[str, Any]:
-        for is_refused, what in (
+        for is_unsupported, kind in (
             (type(value) not in (torch.Tensor, torch.nn.Parameter), type(value).__qualname__),
-            (value.layout != torch.strided, f"tensor of layout {value.layout}; to_dense() first"),
+            (value.layout != torch.strided, f"tensor of layout {value.layout}: use to_dense()"),
             (value.is_quantized or value.dtype not in DTYPES.values(), f"tensor of {value.dtype}"),
             (value.is_meta, "tensor without data, on the meta device"),
             (value.dim() > safetensors.MAX_DIMENSIONS, f"tensor of {value.dim()} dimensions"),
         ):
-            if is_refused:
-                raise FormatError(f"{dotted(keys) or 'the data'}: cannot store a {what}")
+            if is_unsupported:
+                raise FormatError(f"{dotted(keys) or 'the data'}: cannot store a {kind}")
         node: dict[str, Any] = {"tensor": ""}
         if isinstance(value, torch.nn.Parameter):
             node["parameter"] = True
@@ -117,12 +117,12 @@ class _Packer:
     def store(self, dtype: str, data: Any) -> str:
         name, kind = f"{RESERVED_PREFIX}{len(self.arrays)}", _ARRAYS_OUTSIDE[dtype]
         self.arrays[name] = torch.empty(0, dtype=kind)
-        if len(data):  # frombuffer refuses an empty buffer
+        if len(data):  # frombuffer rejects an empty buffer
             self.arrays[name] = torch.frombuffer(bytearray(data), dtype=kind)
         return name
 
     def finish(self) -> None:
-        """Names the tensors that are stored, and completes all nodes."""
+        """Names the stored tensors, and completes all nodes."""
         bases = find_bases(self.originals, [dotted(keys) for keys in self.keys])
         names = self.choose_names([base.owner for base in bases])
         for base, name in zip(bases, names, strict=True):
@@ -141,7 +141,7 @@ class _Packer:
         self.tensors |= self.arrays
 
     def choose_names(self, owners: list[int | None]) -> list[str]:
-        """A name for each base; the keys of the structure itself have the first choice."""
+        """A name for each base; tensors at the top level of the structure choose first."""
         count = len(self.arrays)
         names: dict[int, str] = {}
         taken = {safetensors.METADATA}
@@ -155,10 +155,10 @@ class _Packer:
             if owner is None:
                 name, count = f"{RESERVED_PREFIX}{count}", count + 1
             else:
-                wanted = dotted(self.keys[owner]).encode(errors="backslashreplace").decode()
-                wanted = "tensor" if not self.keys[owner] else wanted
-                wanted = "tensor~" + wanted if wanted.startswith(RESERVED_PREFIX) else wanted
-                choices = chain([wanted], (f"{wanted}~{number}" for number in count_from(2)))
+                stem = dotted(self.keys[owner]).encode(errors="backslashreplace").decode()
+                stem = "tensor" if not self.keys[owner] else stem
+                stem = "tensor~" + stem if stem.startswith(RESERVED_PREFIX) else stem
+                choices = chain([stem], (f"{stem}~{number}" for number in count_from(2)))
                 name = next(choice for choice in choices if choice not in taken)
             taken.add(name)
             names[index] = name
@@ -185,12 +185,12 @@ class _Unpacker:
                 return torch.Size(_sizes(sizes))
             case {"device": str(name)}:
                 return torch.device(name)
-        raise FormatError(f"the structure holds an unknown node: {node!r:.100}")
+        raise FormatError(f"the structure contains an unknown node: {node!r:.100}")
 
     def fetch(self, dtype: str, name: Any) -> bytes:
         tensor = self.tensor(name)
         if tensor.dtype != _ARRAYS_OUTSIDE[dtype] or tensor.dim() != 1:
-            raise FormatError(f"{name!r} should be {dtype} of one dimension")
+            raise FormatError(f"{name!r}: expected a one-dimensional tensor of {dtype}")
         return tensor.numpy().tobytes()
 
     def view(self, node: dict[str, Any]) -> torch.Tensor:
@@ -199,12 +199,12 @@ class _Unpacker:
             offset, shape, stride = node["view"]
             (offset,), shape, stride = _sizes([offset]), _sizes(shape), _sizes(stride)
             if len(shape) != len(stride) or not is_dense(tensor.shape, tensor.stride()):
-                raise ValueError("a view of nothing")
+                raise ValueError("invalid view")
             if offset + extent(shape, stride) > tensor.numel() or math.prod(shape) >= 2**62:
-                raise ValueError(f"a view of {shape} reaches over its tensor's end")
+                raise ValueError(f"a view of shape {shape} extends past the end of its tensor")
             tensor = tensor.as_strided(shape, stride, tensor.storage_offset() + offset)
         else:
-            tensor = tensor.view_as(tensor)  # an object of its own
+            tensor = tensor.view_as(tensor)  # a separate object
         if node.get("parameter"):
             return torch.nn.Parameter(tensor, requires_grad=bool(node.get("requires_grad")))
         return tensor.requires_grad_() if node.get("requires_grad") else tensor
@@ -224,12 +224,12 @@ class _Unpacker:
 
 
 def copyable(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory in a dtype that torch can copy, which it cannot for some of one byte."""
+    """The same memory as uint8 if the elements are one byte: torch cannot copy all such dtypes."""
     return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
 
 
 def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy if its storage holds more: all of it would be written to a file."""
+    """The tensor, or a copy if its storage is larger: a file would get the complete storage."""
     inner = unexpanded(tensor)
     if tensor.untyped_storage().nbytes() == extent(inner.shape, inner.stride()) * inner.itemsize:
         return tensor
@@ -237,7 +237,7 @@ def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _stride_to_restore(tensor: torch.Tensor) -> list[int] | None:
-    """The strides that the tree must note: those of a permuted tensor, 0 where it is expanded."""
+    """The strides that the tree must record: of permuted tensors, and 0 where it is expanded."""
     inner = unexpanded(tensor)
     if tensor.numel() == 0 or (inner is tensor and tensor.is_contiguous()):
         return None
@@ -251,10 +251,10 @@ def _stride_to_restore(tensor: torch.Tensor) -> list[int] | None:
 
 
 def _strided(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    """The tensor with those strides, copied if it has others."""
+    """The tensor with these strides, copied if it has others."""
     inner = unexpanded(tensor, stride)
     if not is_dense(inner.shape, stride):
-        raise ValueError(f"strides {stride} of {list(tensor.shape)}")
+        raise ValueError(f"invalid strides {stride} for shape {list(tensor.shape)}")
     if tensor.stride() == stride:
         return tensor
     copy = torch.empty_strided(inner.shape, stride, dtype=tensor.dtype)
@@ -263,12 +263,14 @@ def _strided(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
 
 
 def make_array(content: bytes, dtype: str, shape: tuple[int, ...]) -> Any:
-    """A numpy array of these bytes. Raises ValueError if they do not fit dtype and shape."""
+    """A numpy array of these bytes. Raises ValueError if they do not match dtype and shape."""
     if not _ARRAY_DTYPE.fullmatch(dtype):
         raise ValueError(f"unknown dtype {dtype!r:.60}")
     kind = np.dtype(dtype)
     if len(content) != math.prod(shape) * kind.itemsize:
-        raise ValueError(f"an array of {len(content)} bytes, but shape {shape} of {dtype}")
+        raise ValueError(
+            f"{len(content)} bytes do not match an array of shape {shape} and dtype {dtype}"
+        )
     return np.ndarray(shape, kind, bytearray(content) or bytearray(1))
 
 
@@ -276,5 +278,5 @@ def _sizes(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > safetensors.MAX_DIMENSIONS:
         raise ValueError("expected a list of sizes")
     if not all(type(size) is int and 0 <= size < 2**62 for size in value):
-        raise ValueError(f"expected sizes, got {value!r:.100}")
+        raise ValueError(f"expected sizes, found {value!r:.100}")
     return tuple(value)

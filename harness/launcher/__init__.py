@@ -1,6 +1,6 @@
-"""What started this process: its rank in the launcher's environment; whether the launcher lives.
+"""What launched this process: its rank, and whether the launcher is still alive.
 
-Imports no torch.
+Does not import torch.
 
     environment.py   RANK and so on, translated from the variables of srun and mpirun
     parent.py        the launchers above this rank, and whether one of them has died

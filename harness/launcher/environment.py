@@ -1,7 +1,7 @@
-"""The rank of a process, from the environment of whatever launched it. Imports no torch.
+"""The rank of a process, from its launcher's environment variables. Does not import torch.
 
 `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and so on, which torch and DeepSpeed
-read. Slurm's `srun` and Open MPI's `mpirun` have their own names, which are translated here.
+read. The variables of Slurm's `srun` and Open MPI's `mpirun` are translated to these.
 """
 
 import itertools
@@ -18,42 +18,42 @@ Environment = MutableMapping[str, str]
 def set_rank_variables(environ: Environment = os.environ) -> None:
     """Sets torch's variables in a process that `srun` or `mpirun` started.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; and MASTER_ADDR and MASTER_PORT, if they are not
-    set. Sets nothing without a launcher. Raises ConfigError if the variables contradict each other,
-    or do not contain rank 0's address.
+    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; and MASTER_ADDR and MASTER_PORT, unless they are
+    set. Does nothing without a launcher. Raises ConfigError if the variables contradict each other,
+    or rank 0's address is unknown.
     """
-    launcher, variables = "mpirun", _open_mpi(environ)  # in an allocation also a step of Slurm's
+    launcher, variables = "mpirun", _open_mpi(environ)  # first: it may itself use a Slurm step
     if not variables:
         launcher, variables = "srun", _slurm(environ)
     if "RANK" not in environ and not variables:
         _check_not_launched(environ)
         return
     if variables and "LOCAL_WORLD_SIZE" not in environ and "LOCAL_SIZE" not in environ:
-        # No launcher of torch's or DeepSpeed's in between: both describe this process.
+        # No torchrun or deepspeed in between: both sets of variables describe this process.
         _check_agreement(environ, launcher, variables)
         environ.update(variables | {key: environ[key] for key in variables.keys() & environ.keys()})
     _check_ranges(environ)
 
 
 def _check_not_launched(environ: Environment) -> None:
-    """Raises ConfigError if an unknown launcher, or a forgotten variable, gives a world size."""
-    for key in ("WORLD_SIZE", "PMI_SIZE"):  # the latter is set by MPICH's and Intel's mpirun
+    """Raises ConfigError if an unknown launcher, or a leftover variable, sets a world size."""
+    for key in ("WORLD_SIZE", "PMI_SIZE"):  # the latter: MPICH's and Intel's mpirun
         if environ.get(key, "1") != "1":
             raise ConfigError(
-                f"{key} is {environ[key]}, but RANK is not set: unset it, or start all ranks "
+                f"{key} = {environ[key]}, but RANK is not set: unset {key}, or start all ranks "
                 "with deepspeed, torchrun, srun or Open MPI's mpirun"
             )
 
 
 def _check_agreement(environ: Environment, launcher: str, variables: dict[str, str]) -> None:
-    """Raises ConfigError if torch's variables were set before, to other values."""
+    """Raises ConfigError if torch's variables were already set, to other values."""
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         if environ.get(key, variables[key]) != variables[key]:
             raise ConfigError(
                 f"{key} is {environ[key]}, but {launcher} set {variables[key]}: unset {key}, "
                 f"which was set before {launcher} started this process"
             )
-    if "RANK" in environ and "WORLD_SIZE" not in environ:  # rank 0 cannot tell it is stale
+    if "RANK" in environ and "WORLD_SIZE" not in environ:  # rank 0 cannot detect that it is stale
         raise ConfigError(
             f"RANK was set before {launcher} started this process, but WORLD_SIZE was not: "
             "unset RANK"
@@ -61,14 +61,15 @@ def _check_agreement(environ: Environment, launcher: str, variables: dict[str, s
 
 
 def _slurm(environ: Environment) -> dict[str, str]:
-    """The variables of a task in a Slurm step; empty otherwise, also in a batch job's script."""
+    """The variables of a task in a Slurm step; empty otherwise, also in a batch script."""
     if "SLURM_STEP_NUM_TASKS" not in environ:
         return {}
     nodes = expand_hostlist(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
     is_arbitrary = environ.get("SLURM_DISTRIBUTION") == "arbitrary" and len(nodes) > 1
     if is_arbitrary and "MASTER_ADDR" not in environ:
         raise ConfigError(
-            "srun --distribution=arbitrary hides the host of rank 0: MASTER_ADDR=HOST srun ..."
+            "srun --distribution=arbitrary hides the host of rank 0: start with "
+            "MASTER_ADDR=HOST srun ..."
         )
     job = f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '0')}"
     return {
@@ -82,8 +83,8 @@ def _slurm(environ: Environment) -> dict[str, str]:
 
 
 def _first_host(nodes: list[str], environ: Environment) -> str:
-    """The host of rank 0 in a step on these nodes, which are sorted by name: in a heterogeneous job
-    it is the first host of the first component."""
+    """The host of rank 0 in a step on these nodes, which are sorted by name; in a heterogeneous job
+    the first host of its first component."""
     for group in range(int(environ.get("SLURM_HET_SIZE", "0"))):
         for host in expand_hostlist(environ.get(f"SLURM_JOB_NODELIST_HET_GROUP_{group}", "")):
             if host in nodes:
@@ -107,9 +108,9 @@ def _open_mpi(environ: Environment) -> dict[str, str]:
         variables["MASTER_ADDR"] = "127.0.0.1"
     elif "MASTER_ADDR" not in environ:
         raise ConfigError(
-            "mpirun started ranks on several nodes, but sets no address of rank 0: mpirun -x "
-            'MASTER_ADDR=HOST ..., or deepspeed --launcher_args "-x MASTER_ADDR=HOST" ..., where '
-            "HOST is the first of the hostfile"
+            "mpirun started ranks on several nodes, but does not set the address of rank 0: use "
+            'mpirun -x MASTER_ADDR=HOST ... or deepspeed --launcher_args "-x MASTER_ADDR=HOST" '
+            "..., where HOST is the first host of the hostfile"
         )
     return variables
 
@@ -125,15 +126,15 @@ def _check_ranges(environ: Environment) -> None:
             is_valid = False
         if not is_valid:
             raise ConfigError(
-                f"{rank} is {environ[rank]!r} and {size} is {environ[size]!r}: expected a number "
+                f"{rank} = {environ[rank]!r} with {size} = {environ[size]!r}: expected an integer "
                 f"from 0 to {size} - 1"
             )
 
 
 def expand_hostlist(nodes: str) -> list[str]:
-    """The hosts in Slurm's hostlist: `node[08-10,3],a1` is node08, node09, node10, node3, a1.
+    """Expands Slurm's hostlist: `node[08-10,3],a1` is node08, node09, node10, node3, a1.
 
-    Of several brackets in a name, the last one varies fastest.
+    If a name has several brackets, the last one varies fastest.
     """
     hosts: list[str] = []
     for name in re.split(r",(?![^\[]*\])", nodes):
@@ -152,6 +153,6 @@ def _numbers(ranges: str) -> Iterator[str]:
 
 
 def _port(job: str) -> str:
-    """A port that is the same for all ranks of a job, and most likely free: 20000 to 29999, below
-    the range of ephemeral ports."""
+    """A port that is the same on all ranks of a job, and probably free: 20000 to 29999, below the
+    ephemeral ports."""
     return str(20000 + zlib.crc32(job.encode()) % 10000)

@@ -1,4 +1,4 @@
-"""The launchers that started this rank, and whether they are still alive. Imports no torch."""
+"""The launchers of this rank, and whether they are still alive. Does not import torch."""
 
 from functools import cache
 from itertools import pairwise
@@ -6,16 +6,16 @@ from itertools import pairwise
 import psutil
 
 LAUNCHERS = (("deepspeed.launcher.launch", "torchrun", "torch.distributed.run"), ("deepspeed",))
-"""Programs that a rank's parent may be, and that its parent's parent may be."""
+"""Programs that may be a rank's parent, and its grandparent."""
 
 
 @cache
 def parent_ids() -> list[tuple[psutil.Process, int]]:
-    """`(process, its parent's pid)` for this rank and its launcher, where the parent is a launcher.
+    """`(process, its parent's pid)` for this rank and its launcher, if the parent is a launcher.
 
-    As found by the first call, which the entry point makes at once. The parent is a launcher under
-    torchrun and DeepSpeed; DeepSpeed's is itself a child of the command `deepspeed`. Any other
-    parent, like a shell, may end.
+    The result of the first call, which the entry point makes at its start. The parent is a launcher
+    under torchrun and DeepSpeed; DeepSpeed's is itself a child of the command `deepspeed`. Other
+    parents, like a shell, may end.
     """
     chain = [psutil.Process()]
     for programs in LAUNCHERS:

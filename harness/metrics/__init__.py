@@ -1,10 +1,10 @@
-"""What a run measures, where the numbers go, and what is shown.
+"""What a run measures, where metrics are written, and what is shown.
 
-Sinks, progress and status are rank 0's; every rank has a meter, and writes its own traces.
+Sinks, progress and status are on rank 0 only; every rank has a meter and writes its own traces.
 
-    meters.py     each step's numbers, averaged over the ranks behind the next steps
+    meters.py     metrics of each step, averaged over the ranks in the background
     sinks.py      metrics.jsonl, TensorBoard
-    progress.py   the progress bar, or log lines where there is no terminal
-    status.py     what rank 0 knows of the run at any moment: `status` and `time`
-    trace.py      traces of some steps by torch's profiler
+    progress.py   the progress bar, or log lines without a terminal
+    status.py     the current state of the run, for `status` and `time`
+    trace.py      traces of torch's profiler
 """

@@ -1,4 +1,4 @@
-"""Each step's numbers, averaged over the ranks while the next steps run."""
+"""Metrics of each step, averaged over the ranks while the next steps run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ import torch.distributed as dist
 from harness import distributed
 
 Stats = Mapping[str, torch.Tensor | float]
-"""Numbers of one micro-batch, by name."""
+"""Metrics of one micro-batch, by name."""
 
 
 @dataclass
 class StepNumbers:
-    """One step: its averages and sums over all ranks, and the numbers that are not averaged."""
+    """Metrics of one step: means and sums over all ranks, and values that are not reduced."""
 
     local: dict[str, Any]
-    """Numbers that are the same on all ranks, as pushed."""
+    """Values that are the same on all ranks, as pushed."""
     means: dict[str, float]
-    """Averages over all micro-batches of all ranks that reported the number."""
+    """Means over the micro-batches of all ranks that reported the metric."""
     samples: int
     """Samples of the step, over all ranks."""
     tokens: int
@@ -29,7 +29,7 @@ class StepNumbers:
 
 @dataclass
 class _Pending:
-    """A step on its way: its vector is copied off the device, then reduced over the ranks."""
+    """A step in the pipeline."""
 
     local: dict[str, Any]
     names: list[str]
@@ -41,14 +41,14 @@ class _Pending:
 class StepMeter:
     """A pipeline of two stages: copied off the device, then reduced over the ranks.
 
-    A step's numbers come out two pushes later, so that nothing waits for the device or for another
-    rank. Every rank must push, and drain, at the same steps.
+    The metrics of a step are returned two pushes later, so that nothing waits for the device or for
+    another rank. All ranks must push and drain at the same steps.
     """
 
     def __init__(self) -> None:
         self._names: list[str] = []  # in the same order on every rank
-        self._exchanged: set[str] = set()  # engines whose names all ranks know
-        self._new_names: dict[str, None] = {}  # that other ranks may not know
+        self._exchanged: set[str] = set()  # engines whose metrics all ranks know
+        self._new_names: dict[str, None] = {}  # unknown to other ranks, perhaps
         self._copying: _Pending | None = None
         self._reducing: _Pending | None = None
 
@@ -60,38 +60,38 @@ class StepMeter:
         samples: int,
         tokens: int,
     ) -> list[StepNumbers]:
-        """Takes in a step (`reports`: one for each micro-batch), and returns the completed ones.
+        """Adds a step (`reports`: one per micro-batch), and returns the completed steps.
 
         `reported_by`: the engines that report, the same on every rank. When one reports for the
-        first time, the ranks exchange the names of its numbers. Any other number that first appears
-        during the run is reported some steps later, once all ranks know its name.
+        first time, the ranks exchange the names of its metrics. Other metrics that first appear
+        during the run are reported a few steps later, once all ranks know their names.
         """
         self._new_names |= {n: None for report in reports for n in report if n not in self._names}
         if not self._exchanged.issuperset(reported_by):
             self._exchanged.update(reported_by)
             self._exchange_names()
-        done = self._shift()
+        completed = self._shift()
         self._copying = self._pack(local, reports, samples, tokens)
-        return done
+        return completed
 
     def drain(self) -> list[StepNumbers]:
         """Returns all steps that are still in the pipeline. Blocks."""
         return self._shift() + self._shift()
 
     def _shift(self) -> list[StepNumbers]:
-        done = [] if self._reducing is None else [self._finish(self._reducing)]
+        completed = [] if self._reducing is None else [self._finish(self._reducing)]
         self._reducing, self._copying = self._copying, None
         if pending := self._reducing:
             if pending.copied is not None:
                 pending.copied.synchronize()
             group = distributed.control_group()
             pending.work = dist.all_reduce(pending.vector, group=group, async_op=True)
-        return done
+        return completed
 
     def _pack(
         self, local: dict[str, Any], reports: Sequence[Stats], samples: int, tokens: int
     ) -> _Pending:
-        """The vector holds: sums by name, counts by name, samples, tokens, number of new names."""
+        """The vector is: sums by name, counts by name, samples, tokens, number of new names."""
         device = distributed.device()
         values_by_name = [[r[name] for r in reports if name in r] for name in self._names]
         sums = [torch.stack([_scalar(0.0), *map(_scalar, v)]).sum() for v in values_by_name]
@@ -123,6 +123,6 @@ class StepMeter:
 
 
 def _scalar(value: torch.Tensor | float) -> torch.Tensor:
-    """A float64 scalar on this rank's device; of several elements, their mean."""
+    """The mean of a value, as a float64 scalar on this rank's device."""
     on_device = torch.as_tensor(value, device=distributed.device()).detach()
     return on_device.to(torch.float64).mean()

@@ -1,4 +1,4 @@
-"""The progress bar of rank 0, or log lines where there is no terminal."""
+"""The progress bar of rank 0, or log lines without a terminal."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """A tqdm bar over the run's steps; without a terminal, a log line every ten seconds."""
+    """A tqdm bar over the steps of the run; without a terminal, a log line every ten seconds."""
 
     def __init__(self, step: int, steps: int, shown: bool):
         self._steps = steps
@@ -46,6 +46,6 @@ class Progress:
         self._steps = self._bar.total = steps
 
     def close(self) -> None:
-        """Ends the bar, and leaves it on the terminal."""
+        """Closes the bar, and leaves it on the terminal."""
         with contextlib.suppress(OSError):
             self._bar.close()

@@ -1,4 +1,4 @@
-"""Where the numbers go: metrics.jsonl, and TensorBoard."""
+"""Where metrics are written: metrics.jsonl and TensorBoard."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from harness.files import JsonLines, write_atomically
 
 
 class Sink(Protocol):
-    """A destination of records. Only rank 0 has sinks."""
+    """A destination of records, on rank 0 only."""
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record, with its `step`."""
@@ -21,10 +21,10 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """metrics.jsonl: one object a line.
+    """metrics.jsonl: one object per line.
 
-    A run that resumes at `step` first drops the records of later steps (they will be written again)
-    and an incomplete last line; one that starts over, at step -1, drops all.
+    A run that resumes at `step` first drops the records of later steps, which are written again,
+    and an incomplete last line; a run that starts over passes -1, which drops all.
     """
 
     def __init__(self, path: Path, step: int):
@@ -49,7 +49,7 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoardSink:
-    """TensorBoard events: every number of a record against its step. Needs `tensorboard`."""
+    """TensorBoard events: every value of a record at its step. Needs `tensorboard`."""
 
     def __init__(self, directory: Path, step: int):
         from torch.utils.tensorboard.writer import SummaryWriter

@@ -1,4 +1,4 @@
-"""What rank 0 knows of the run at any moment: read from any thread, without another rank."""
+"""The current state of the run on rank 0: read from any thread, without other ranks."""
 
 import time
 from collections import deque
@@ -8,13 +8,13 @@ from typing import Any
 
 STEPS_OF_AN_ESTIMATE = 50
 HEADLINE = ("loss", "lr", "tokens_per_s")
-"""The numbers of a record that the status and the progress bar show, of every engine."""
+"""Metrics that the status and the progress bar show, for every engine."""
 
 
 class Status:
     """Where the run is, what it is doing, and how long it will take.
 
-    The trainer updates it, and other threads read it.
+    The trainer updates it; other threads read it.
     """
 
     def __init__(self, step: int, steps: int):
@@ -38,26 +38,26 @@ class Status:
 
     @contextmanager
     def doing(self, activity: str) -> Iterator[None]:
-        """Sets the activity within the context, whose duration is not counted as that of steps."""
-        before, self.activity = self.activity, activity
+        """Sets the activity within the context, whose duration does not count as training time."""
+        previous, self.activity = self.activity, activity
         began = time.monotonic()
         try:
             yield
         finally:
-            self.activity = before
-            if before == "training":
+            self.activity = previous
+            if previous == "training":
                 took = time.monotonic() - began
                 self._ends = deque((step, ended + took) for step, ended in self._ends)
 
     def line(self) -> str:
-        """The run on one line."""
+        """The state of the run on one line."""
         numbers = "".join(f", {name} {number}" for name, number in headline(self._record).items())
         idle = time.monotonic() - self._ends[-1][1]
         waiting = f" (last step {format_duration(idle)} ago)" if idle > 10 else ""
         return f"step {self.step} of {self.steps}, {self.activity}{waiting}{numbers}"
 
     def time_left(self, to: int | None = None) -> str:
-        """The estimated time to a step (None: to the end), from the duration of the last steps."""
+        """The estimated time to a step (None: the last), from the duration of recent steps."""
         to = self.steps if to is None else to
         if to <= self.step:
             return f"step {to} has already passed: the run is at step {self.step}"
@@ -65,13 +65,13 @@ class Status:
         if last == first:
             return "no step has been completed since the run started"
         seconds = (ended - began) / (last - first)
-        left = seconds * (to - self.step)
-        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + left))
-        return f"{format_duration(left)} to step {to}, at {at} ({seconds:.3g} s a step)"
+        remaining = seconds * (to - self.step)
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + remaining))
+        return f"{format_duration(remaining)} to step {to}, at {at} ({seconds:.3g} s per step)"
 
 
 def headline(record: Mapping[str, Any]) -> dict[str, str]:
-    """The most important numbers of a record, formatted."""
+    """The most important metrics of a record, formatted."""
     return {
         name: f"{value:.4g}"
         for name, value in record.items()

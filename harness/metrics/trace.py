@@ -1,4 +1,4 @@
-"""Traces of some steps by torch's profiler, one per rank."""
+"""Traces of torch's profiler over a few steps, one per rank."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from harness.files import write_atomically
 
 
 class Trace:
-    """Records the next `steps` steps, and writes them as Chrome traces (Perfetto opens them)."""
+    """Records the next `steps` steps as Chrome traces, which Perfetto opens."""
 
     def __init__(self, step: int, steps: int):
         """`step`: the last completed step. Collective. Raises HarnessError on all ranks."""
@@ -19,11 +19,11 @@ class Trace:
             self._profiler.start()
 
     def is_over(self, step: int) -> bool:
-        """Whether all its steps have been completed."""
+        """Whether all of its steps are completed."""
         return step >= self._last
 
     def write(self, directory: Path) -> None:
-        """Ends the recording and writes `directory/rank-00000.json` and so on.
+        """Ends the recording, and writes `directory/rank-00000.json` and so on.
 
         Collective. Raises HarnessError on all ranks.
         """

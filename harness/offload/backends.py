@@ -1,7 +1,7 @@
-"""Where copies run: on a GPU's own copy streams, or immediately on a CPU.
+"""Where copies run: on a GPU's copy streams, or synchronously on a CPU.
 
-A backend provides streams, events and copies. Which of them waits for which is decided in
-`copies.py`, in one place, so that a simulated backend can test it.
+A backend provides streams, events and copies. All ordering between them is in `host_copy.py`, so
+that a simulated backend can test it.
 """
 
 import mmap
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 MARGIN = 0.1
-"""The fraction of a device's memory that the planner leaves free, for fragmentation and for what
-other libraries allocate later."""
+"""The fraction of a device's memory that the planner leaves free, for fragmentation and for later
+allocations by other libraries."""
 
 
 class Backend(ABC):
@@ -26,7 +26,7 @@ class Backend(ABC):
 
     @abstractmethod
     def compute(self, device: torch.device) -> Any:
-        """The stream that the calling thread computes on now. Called at every use."""
+        """The calling thread's current compute stream. Called at every use."""
 
     @abstractmethod
     def out(self, device: torch.device) -> Any:
@@ -38,14 +38,14 @@ class Backend(ABC):
 
     @abstractmethod
     def record(self, stream: Any) -> Any:
-        """An event that completes when all that was queued on the stream up to now is done."""
+        """An event that completes when everything queued on the stream so far is done."""
 
     @abstractmethod
     def wait(self, stream: Any, event: Any) -> None:
-        """Makes what is queued on the stream from now on wait for the event. Does not block."""
+        """Makes later work on the stream wait for the event. Does not block."""
 
     def stall(self, stream: Any, event: Any) -> None:
-        """`wait` of a compute stream; `stall_s` includes how long it took."""
+        """`wait` on a compute stream, whose duration `stall_s` includes."""
         self.wait(stream, event)
 
     @abstractmethod
@@ -57,12 +57,12 @@ class Backend(ABC):
         """Queues a copy on the stream. Does not block if the host memory is pinned."""
 
     def record_stream(self, stream: Any, tensor: torch.Tensor) -> None:  # noqa: B027  (optional)
-        """Marks a tensor that another stream allocated as used by a stream."""
+        """Marks a tensor as used by a stream other than the one that allocated it."""
 
     def pin(self, size: int) -> torch.Tensor | None:
-        """`size` bytes of host memory (uint8, 1-dim) in pages of their own; None if refused."""
+        """`size` bytes of host memory (uint8, 1-D) in separate pages; None if refused."""
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # A forked data-loader worker must not inherit these pages.
+        # Forked data-loader workers must not inherit these pages.
         memory.madvise(mmap.MADV_DONTFORK)
         return torch.frombuffer(memory, dtype=torch.uint8)
 
@@ -71,17 +71,17 @@ class Backend(ABC):
 
     @abstractmethod
     def stall_s(self) -> float:
-        """Seconds that compute has waited for copies, as far as the waits have completed."""
+        """Seconds that compute has waited for copies, in waits that have completed."""
 
     @abstractmethod
     def headroom(self, device: torch.device) -> float:
-        """Bytes that were free on the device at its highest use, minus a margin."""
+        """Bytes that were free on the device at peak use, minus a margin."""
 
 
 class CpuBackend(Backend):
-    """Host memory to host memory: saves nothing, but runs everything else, for tests.
+    """Copies within host memory: saves nothing, but lets tests run everything else.
 
-    Copies are synchronous, so there is nothing to wait for; their time is the stall.
+    Copies are synchronous, so nothing waits for them; their duration is the stall.
     """
 
     device_type = "cpu"
@@ -120,7 +120,7 @@ class CpuBackend(Backend):
 
 
 class CudaBackend(Backend):
-    """Two copy streams besides the compute stream, for every GPU of the process."""
+    """Two copy streams besides the compute stream, for each GPU of the process."""
 
     device_type = "cuda"
 
@@ -180,7 +180,7 @@ class CudaBackend(Backend):
         assert memory is not None
         if int(_cudart().cudaHostRegister(memory.data_ptr(), size, 0)) == 0:
             return memory
-        with suppress(RuntimeError):  # or the next kernel would report the refusal
+        with suppress(RuntimeError):  # clears the error, which the next kernel would report
             torch.zeros(1, device="cuda")
         return None
 
@@ -207,5 +207,5 @@ def _cudart() -> Any:
 
 
 def default_backend() -> Backend:
-    """For this process's GPUs, or for its CPU where there are none."""
+    """The backend for this process's GPUs, or for its CPU if there are none."""
     return CudaBackend() if torch.cuda.is_available() else CpuBackend()

@@ -7,14 +7,13 @@ import psutil
 
 
 def available_host_memory() -> int:
-    """Bytes that this rank may count on: what the machine, or its container, has free, divided by
-    the ranks that share it."""
+    """Free bytes of the machine, or of its container, divided by the ranks that share it."""
     free = psutil.virtual_memory().available
     cgroup = Path("/sys/fs/cgroup")
     try:
         limit = int((cgroup / "memory.max").read_text())
         free = min(free, limit - int((cgroup / "memory.current").read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit
+    except (OSError, ValueError):  # no container, or no limit
         pass
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     return max(0, free) // ranks

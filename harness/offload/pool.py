@@ -1,4 +1,4 @@
-"""Host memory for copies: pinned slabs, reused, up to a limit of bytes."""
+"""Host memory for copies: pinned slabs that are reused, up to a limit in bytes."""
 
 import threading
 from bisect import bisect_left, insort
@@ -16,16 +16,16 @@ _size = attrgetter("size")
 
 
 def size_class(size: int) -> int:
-    """The bytes of a slab for `size` bytes: whole pages, eight classes an octave.
+    """Bytes of a slab for `size` bytes: full pages, with eight classes per power of two.
 
-    So at most 12.5 % is unused, for sizes from 32 KiB on.
+    So at most 12.5 % is unused for sizes >= 32 KiB.
     """
     step = max(PAGE, 1 << max(0, size.bit_length() - 4))
     return -(-size // step) * step
 
 
 class Slab:
-    """A piece of host memory (uint8, 1-dim), and when the last copy that used it is done."""
+    """A block of host memory (uint8, 1-D), with an event for the last copy that uses it."""
 
     __slots__ = ("_like", "_view", "busy", "memory", "size")
 
@@ -33,70 +33,69 @@ class Slab:
         self.memory = memory
         self.size = memory.numel()
         self.busy: Any = None
-        """Event of the last copy into it or out of it."""
+        """Event of the last copy into or out of it."""
         self._like: tuple[Any, ...] = ()
         self._view = memory
 
     def view(self, like: torch.Tensor) -> torch.Tensor:
-        """Its first bytes as a dense tensor of the shape and dtype of `like`; in the same memory
-        order, if `like` is dense, so that a copy is one transfer."""
-        wanted = (like.shape, like.stride(), like.dtype)
-        if self._like != wanted:
+        """Its first bytes as a dense tensor with the shape and dtype of `like`, in the same memory
+        order if `like` is dense, so that a copy is one transfer."""
+        layout = (like.shape, like.stride(), like.dtype)
+        if self._like != layout:
             stride = like.stride()
             if not like.is_contiguous():
                 stride = torch.empty_like(like, device="meta").stride()
             flat = self.memory[: like.numel() * like.element_size()].view(like.dtype)
-            self._like, self._view = wanted, flat.as_strided(like.shape, stride)
+            self._like, self._view = layout, flat.as_strided(like.shape, stride)
         return self._view
 
 
 class Pool:
-    """Slabs of `host_bytes` at most. Thread-safe; `give_back` may be called by a finalizer.
+    """Slabs of at most `host_bytes`. Thread-safe; `give_back` may be called by a finalizer.
 
-    A lease takes the smallest idle slab that is large enough, of whatever size class; no other
-    choice is better, so a step with the demands of an earlier one never pins. Where no idle slab is
-    large enough, a new one replaces the largest: the pool grows to the highest demand at one time,
-    not to the sum over all sizes.
+    A lease takes the smallest idle slab that is large enough, of any size class. That is optimal,
+    so a step with the demands of an earlier one never pins. If no idle slab is large enough, a new
+    one replaces the largest: the pool grows to the peak demand, not to the sum over all sizes.
     """
 
     def __init__(self, backend: Backend, host_bytes: int):
         self.host_bytes = host_bytes
         self.held = 0
-        """Bytes of all slabs: never more than `host_bytes`."""
+        """Bytes of all slabs, at most `host_bytes`."""
         self.peak = 0
-        """The most bytes that were leased at one time."""
+        """Peak bytes leased."""
         self.pins = 0
-        """Slabs made so far."""
+        """Slabs allocated so far."""
         self._backend = backend
         self._leased = 0
-        self._idle: list[Slab] = []  # by size; of one size, the one that came back first
+        self._idle: list[Slab] = []  # sorted by size, then by time of return
         self._returned: deque[Slab] = deque()
         self._lock = threading.Lock()
 
     def lease(self, size: int) -> Slab | None:
-        """A slab of at least `size` bytes; None if `host_bytes` leaves no room."""
+        """A slab of at least `size` bytes; None if `host_bytes` leaves no space."""
         with self._lock:
             self._collect()
-            place = bisect_left(self._idle, size, key=_size)
-            slab = self._idle.pop(place) if place < len(self._idle) else self._make(size)
+            index = bisect_left(self._idle, size, key=_size)
+            slab = self._idle.pop(index) if index < len(self._idle) else self._allocate(size)
             if slab is not None:
                 self._leased += slab.size
                 self.peak = max(self.peak, self._leased)
             return slab
 
     def give_back(self, slab: Slab) -> None:
-        """Ends a lease. Takes no lock: the garbage collector may call it at any place."""
+        """Ends a lease. Takes no lock, because the garbage collector may call it at any point."""
         self._returned.append(slab)
 
     @property
     def leased(self) -> int:
-        """Bytes that are leased now."""
+        """Bytes currently leased."""
         with self._lock:
             self._collect()
             return self._leased
 
     def trim(self) -> None:
-        """Frees every idle slab. Blocks until the copies that use them are done."""
+        """Frees all idle slabs. Blocks until the copies that use them are done."""
         with self._lock:
             self._collect()
             while self._idle:
@@ -108,21 +107,21 @@ class Pool:
             self._leased -= slab.size
             insort(self._idle, slab, key=_size)
 
-    def _make(self, size: int) -> Slab | None:
-        """A new slab, in the place of idle ones, which are all too small."""
-        wanted = size_class(size)
+    def _allocate(self, size: int) -> Slab | None:
+        """A new slab that replaces idle ones, all of which are too small."""
+        size = size_class(size)
         idle = sum(slab.size for slab in self._idle)
-        if self.held - idle + wanted > self.host_bytes:
+        if self.held - idle + size > self.host_bytes:
             return None
         if self._idle:
             self._free(self._idle.pop())
-        while self.held + wanted > self.host_bytes:
+        while self.held + size > self.host_bytes:
             self._free(self._idle.pop())
-        memory = self._backend.pin(wanted)
-        if memory is None:  # the system has no more: stop asking
+        memory = self._backend.pin(size)
+        if memory is None:  # the system refuses more: stop asking
             self.host_bytes = self.held
             return None
-        self.held += wanted
+        self.held += size
         self.pins += 1
         return Slab(memory)
 

@@ -8,11 +8,12 @@ from harness.errors import ConfigError, did_you_mean
 
 
 def check_arguments(
-    what: str, function: Callable[..., Any], args: Mapping[str, Any], extra: Sequence[str] = ()
+    label: str, function: Callable[..., Any], args: Mapping[str, Any], extra: Sequence[str] = ()
 ) -> None:
-    """Raises ConfigError if an argument is not a parameter of `function`, nor in `extra`.
+    """Raises ConfigError if an argument is neither a parameter of `function` nor in `extra`.
 
-    The first parameter and `lr` are the caller's. A function with `**kwargs` takes anything.
+    The caller passes the first parameter and `lr` itself. A function with `**kwargs` accepts any
+    key.
     """
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -21,4 +22,4 @@ def check_arguments(
     for key in args:
         if key not in known:
             hint = did_you_mean(key, known)
-            raise ConfigError(f"{what}: unknown key {key!r}{hint}; known: {', '.join(known)}")
+            raise ConfigError(f"{label}: unknown key {key!r}{hint}; known: {', '.join(known)}")

@@ -13,22 +13,22 @@ from harness.optim.arguments import check_arguments
 from harness.optim.registry import OPTIMIZERS, optimizer_class
 
 PARAM_GROUP_ARGUMENTS = ("low_rank", "dense", "stacked")
-"""The arguments of `apollo_param_groups` that a config may set."""
+"""Arguments of `apollo_param_groups` that a config may set."""
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The optimizer that the config names, over the trainable parameters of a model.
+    """The optimizer that the config names, for the trainable parameters of a model.
 
     APOLLO also takes the arguments of `apollo_param_groups`. Raises ConfigError for an unknown
-    name, and for arguments that the optimizer does not take.
+    name or unknown arguments, and if the optimizer rejects them.
     """
     kind: Any = optimizer_class(config.name)
     args: dict[str, Any] = dict(config.args)
     is_apollo = issubclass(kind, Apollo)
     spec = OPTIMIZERS.get(config.name)
-    make: Any = (spec and spec.make) or (Apollo if is_apollo else kind)
+    constructor: Any = (spec and spec.make) or (Apollo if is_apollo else kind)
     extra = PARAM_GROUP_ARGUMENTS if is_apollo else ()
-    check_arguments(f"optimizer {config.name!r}", make, args, extra)
+    check_arguments(f"optimizer {config.name!r}", constructor, args, extra)
     try:
         if spec is not None and spec.make is not None:
             return spec.make(model, lr=config.lr, **args)
@@ -39,5 +39,5 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
             return kind(groups, lr=config.lr, **args)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return kind(trainable, lr=config.lr, **args)
-    except Exception as error:  # an optimizer may raise anything for wrong arguments
+    except Exception as error:  # an optimizer may raise any exception for wrong arguments
         raise ConfigError(f"optimizer {config.name!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""The optimizers that a config can name, and those that it can import."""
+"""Optimizers that a config can select by name or by import path."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ class OptimizerSpec:
     """A registered optimizer."""
 
     path: str
-    """Its import path."""
+    """Import path of its class."""
     wrong_when_sharded: str = ""
-    """Why it computes something else on the shards of ZeRO stages 1 to 3; empty if it does not."""
+    """Why its results differ on the shards of ZeRO stages 1 to 3; empty if they do not."""
     needs_model_parameters: str = ""
-    """Why it has to step the model's own parameters, which only stage 0 in fp32 lets it; empty if
-    it need not."""
+    """Why it must step the model's own parameters, which is possible only at stage 0 in fp32;
+    empty if it need not."""
     make: Callable[..., Optimizer] | None = None
-    """What builds it from a model, if its constructor does not build it from parameters."""
+    """Builds it from a model, for optimizers whose constructor needs more than parameters."""
 
 
 def _muon(
@@ -37,7 +37,7 @@ def _muon(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
 ) -> Optimizer:
-    """DeepSpeed's Muon for matrices, AdamW for the rest: see `zero.muon`."""
+    """DeepSpeed's Muon for matrices, AdamW for the other parameters: see `zero.muon`."""
     groups = apollo_param_groups(model, rank=1, stacked="$^")
     low_rank = [p for group in groups if group["rank"] for p in group["params"]]
     matrices = [p for p in low_rank if p.dim() == 2]
@@ -58,16 +58,16 @@ OPTIMIZERS = {
     "muon": OptimizerSpec(muon.PATH, make=_muon),
     "adafactor": OptimizerSpec(
         "torch.optim:Adafactor",
-        wrong_when_sharded="it keeps means of a matrix's rows and columns, and gets 1-D tensors",
+        wrong_when_sharded="it keeps row and column means of each matrix, but receives 1-D tensors",
     ),
     "prodigy": OptimizerSpec(
         "prodigyopt:Prodigy",
-        wrong_when_sharded="it estimates one step size from all parameters, and gets only this "
-        "rank's",
+        wrong_when_sharded="it estimates one step size from all parameters, but receives only this "
+        "rank's shard",
     ),
     "schedulefree": OptimizerSpec(
         "schedulefree:AdamWScheduleFree",
-        needs_model_parameters="for evaluation it replaces the weights by averages",
+        needs_model_parameters="it replaces the model's weights with averages for evaluation",
     ),
     "adam8bit": OptimizerSpec("bitsandbytes.optim:Adam8bit"),
     "adamw8bit": OptimizerSpec("bitsandbytes.optim:AdamW8bit"),
@@ -76,12 +76,12 @@ OPTIMIZERS = {
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """The class of a registered name, or of an import path. Raises ConfigError."""
+    """The class for a registered name or an import path. Raises ConfigError."""
     path = OPTIMIZERS[name].path if name in OPTIMIZERS else name
     if not all(path.partition(":")):
         raise ConfigError(
             f"optimizer {name!r} is unknown{did_you_mean(name, OPTIMIZERS)}; known: "
-            f"{', '.join(OPTIMIZERS)}, or an import path, like 'torch.optim:SGD'"
+            f"{', '.join(OPTIMIZERS)}, or an import path such as 'torch.optim:SGD'"
         )
     try:
         kind = import_path(path)

@@ -1,6 +1,6 @@
-"""Learning-rate schedules by name, all through torch's own scheduler.
+"""Learning-rate schedules by name, all run by torch's LambdaLR.
 
-A schedule is a factor of the optimizer's learning rate, as a function of the steps taken so far.
+A schedule maps the number of steps taken so far to a factor for the optimizer's learning rate.
 """
 
 import math
@@ -17,19 +17,19 @@ Factor = Callable[[int], float]
 
 
 def constant(total_steps: int, *, warmup: int = 0) -> Factor:
-    """1, after a linear warm-up from 0 over `warmup` steps."""
+    """Linear warm-up from 0 to 1 over `warmup` steps, then 1."""
     return lambda step: _warm(step, warmup)
 
 
 def linear(total_steps: int, *, warmup: int = 0, floor: float = 0.0) -> Factor:
-    """Linear decay from 1, after the warm-up, to `floor` at the last step."""
+    """Warm-up, then linear decay from 1 to `floor` at the last step."""
     return lambda step: (
         _warm(step, warmup) * (1 - (1 - floor) * _progress(step, warmup, total_steps))
     )
 
 
 def cosine(total_steps: int, *, warmup: int = 0, floor: float = 0.0) -> Factor:
-    """Decay along half a cosine from 1, after the warm-up, to `floor` at the last step.
+    """Warm-up, then half a cosine from 1 to `floor` at the last step.
 
     Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017, without
     the restarts.
@@ -45,8 +45,8 @@ def cosine(total_steps: int, *, warmup: int = 0, floor: float = 0.0) -> Factor:
 def one_cycle(
     total_steps: int, *, warmup: int = 0, start: float = 0.04, floor: float = 4e-6
 ) -> Factor:
-    """Half a cosine from `start` up to 1 over `warmup` steps (0: 30 % of all), then one down to
-    `floor` at the last step.
+    """Half a cosine from `start` up to 1 over `warmup` steps (0: 30 % of the run), then another
+    down to `floor` at the last step.
 
     Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning
     Rates", 2018, with the proportions of torch's OneCycleLR.
@@ -54,35 +54,37 @@ def one_cycle(
     rise = warmup or max(1, round(0.3 * total_steps))
 
     def factor(step: int) -> float:
-        bottom, angle = start, 1 - step / rise
+        bottom, phase = start, 1 - step / rise
         if step >= rise:
-            bottom, angle = floor, _progress(step, rise, total_steps)
-        return bottom + (1 - bottom) * (1 + math.cos(math.pi * angle)) / 2
+            bottom, phase = floor, _progress(step, rise, total_steps)
+        return bottom + (1 - bottom) * (1 + math.cos(math.pi * phase)) / 2
 
     return factor
 
 
 def noam(total_steps: int, *, warmup: int = 4000) -> Factor:
-    """Linear warm-up to 1 over `warmup` steps, then decay with the inverse root of the steps.
+    """Linear warm-up to 1 over `warmup` steps, then decay with the inverse square root of the step.
 
-    Vaswani et al., "Attention Is All You Need", 2017, with a peak of 1.
+    Vaswani et al., "Attention Is All You Need", 2017, scaled to a peak of 1.
     """
     if warmup < 1:
-        raise ConfigError(f"scheduler 'noam': warmup = {warmup}, expected a number from 1 on")
+        raise ConfigError(f"scheduler 'noam': warmup = {warmup}, expected a number >= 1")
     return lambda step: min((step + 1) / warmup, math.sqrt(warmup / (step + 1)))
 
 
 def warmup_stable_decay(
     total_steps: int, *, warmup: int = 0, decay: int = 0, floor: float = 0.0
 ) -> Factor:
-    """1 after the warm-up, then linear decay to `floor` over the last `decay` steps (0: 10 % of
-    all).
+    """Warm-up, then 1, then linear decay to `floor` over the last `decay` steps (0: 10 % of the
+    run).
 
     Hu et al., "MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training
     Strategies", 2024.
     """
-    fall = total_steps - (decay or max(1, round(0.1 * total_steps)))
-    return lambda step: _warm(step, warmup) * (1 - (1 - floor) * _progress(step, fall, total_steps))
+    decay_start = total_steps - (decay or max(1, round(0.1 * total_steps)))
+    return lambda step: (
+        _warm(step, warmup) * (1 - (1 - floor) * _progress(step, decay_start, total_steps))
+    )
 
 
 def _warm(step: int, warmup: int) -> float:
@@ -119,7 +121,7 @@ def build_factor(config: SchedulerConfig | None, total_steps: int) -> Factor:
     for key, value in config.args.items():
         if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ConfigError(
-                f"scheduler {config.name!r}: {key} = {value!r}, expected a number from 0 on"
+                f"scheduler {config.name!r}: {key} = {value!r}, expected a number >= 0"
             )
     return make(total_steps, **config.args)
 
@@ -127,5 +129,5 @@ def build_factor(config: SchedulerConfig | None, total_steps: int) -> Factor:
 def build_scheduler(
     optimizer: Optimizer, config: SchedulerConfig | None, total_steps: int
 ) -> LambdaLR:
-    """`build_factor` as a scheduler of the optimizer."""
+    """A torch scheduler that applies `build_factor` to the optimizer."""
     return LambdaLR(optimizer, build_factor(config, total_steps))

@@ -2,7 +2,7 @@
 
 Its files, from the top down:
 
-    pool.py      ranks that are started once and run many test functions
+    pool.py      worker ranks that are started once and run many test functions
     preload.py   what a pool's fork server imports once
     faults.py    fail_at(phase, step, rank): kills and I/O errors on demand
     sim.py       a simulated device with copy streams

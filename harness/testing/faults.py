@@ -3,7 +3,7 @@
     with fail_at("rename", step=100, rank=1):
         train(config)
 
-The phases are functions of the product; a fault happens just before one of them does its work.
+The phases are functions of the product; a fault is injected just before one of them runs.
 """
 
 import os
@@ -20,24 +20,24 @@ from harness import distributed
 from harness.checkpoint import manifest, retention, save
 
 PHASES: dict[str, tuple[Any, str]] = {
-    "room": (save, "make_room"),
+    "room": (save, "create_staging"),
     "stage": (save, "write_files"),
     "file": (save, "write_file"),
     "manifest": (manifest.Manifest, "write"),
-    "rename": (save, "put_in_place"),
-    "latest": (save, "point_latest"),
+    "rename": (save, "move_into_place"),
+    "latest": (save, "write_latest"),
     "prune": (retention, "remove"),
     "pruning": (retention.shutil, "rmtree"),
 }
 
 
 def die() -> None:
-    """Kills this rank as nothing can prevent."""
+    """Kills this rank with SIGKILL."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def io_error() -> None:
-    """Fails as a broken disk does."""
+    """Raises an I/O error, like a broken disk."""
     raise OSError(5, "Input/output error (injected)")
 
 
@@ -50,42 +50,41 @@ def fail_at(
     path: str = "",
     how: Callable[[], None] = die,
 ) -> Iterator[None]:
-    """Makes `how` happen in a phase of this rank's saves.
+    """Calls `how` in a phase of this rank's saves.
 
-    `step` and `path` (a part of the file's path) narrow down when; `rank` on which rank; each by
-    default on any.
+    `step`, `path` (a part of the file's path) and `rank` restrict it; by default it applies to any.
     """
-    place, name = PHASES[phase]
-    function = getattr(place, name)
+    owner, name = PHASES[phase]
+    function = getattr(owner, name)
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
         paths = " ".join(str(arg) for arg in args if isinstance(arg, Path))
-        found = re.search(r"step-0*(\d+)", paths)
-        at_step = step is None or (found is not None and int(found[1]) == step)
+        match = re.search(r"step-0*(\d+)", paths)
+        at_step = step is None or (match is not None and int(match[1]) == step)
         if at_step and path in paths and rank in (None, distributed.global_rank()):
             how()
         return function(*args, **kwargs)
 
-    with patch.object(place, name, faulty):
+    with patch.object(owner, name, faulty):
         yield
 
 
 @contextmanager
 def die_during_save(seconds: float, *, step: int, rank: int | None = None) -> Iterator[None]:
-    """Kills this rank (or only `rank`) some time after the save of a step began.
+    """Kills this rank (or only `rank`) some seconds after the save of a step began.
 
-    A run that ends sooner is killed at its end, and not whatever the rank does next.
+    If the run ends sooner, it is killed at its end.
     """
-    fuse = threading.Timer(seconds, die)
-    fuse.daemon = True
-    kept = save.Saver.save
+    timer = threading.Timer(seconds, die)
+    timer.daemon = True
+    original = save.Saver.save
 
-    def burning(self: save.Saver, *args: Any, **kwargs: Any) -> None:
+    def save_and_die(self: save.Saver, *args: Any, **kwargs: Any) -> None:
         if self._engines.global_step == step and rank in (None, distributed.global_rank()):
-            fuse.start()
-        kept(self, *args, **kwargs)
+            timer.start()
+        original(self, *args, **kwargs)
 
-    with patch.object(save.Saver, "save", burning):
+    with patch.object(save.Saver, "save", save_and_die):
         yield
-        if fuse.is_alive():
-            fuse.join()
+        if timer.is_alive():
+            timer.join()

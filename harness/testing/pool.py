@@ -23,11 +23,11 @@ from harness import distributed
 from harness.zero.startup import join
 
 SECONDS_TO_START = 120.0
-SECONDS_FOR_THE_OTHERS = 3.0
+SECONDS_AFTER_A_FAILURE = 3.0
 
 
 class RankError(Exception):
-    """A function failed on some ranks; the message holds each one's traceback."""
+    """A function failed on some ranks; the message contains their tracebacks."""
 
 
 class RankPool:
@@ -43,7 +43,7 @@ class RankPool:
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         self._store: TCPStore | None = None
-        # A compilation that a kill cuts off leaves a lock, which must not block anyone else.
+        # A killed compilation leaves a lock, which must not block other processes.
         self._jit_cache = tempfile.TemporaryDirectory(prefix="harness-jit-")
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -58,7 +58,7 @@ class RankPool:
         return self._collect(self.timeout_s)
 
     def _collect(self, timeout: float) -> list[Any]:
-        """One answer of each rank."""
+        """Waits for an answer of each rank."""
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         while len(results) + len(failures) < self.world_size:
@@ -71,14 +71,14 @@ class RankPool:
                 ok, value = self._answer(rank) if ready else (False, "did not finish in time")
                 (results if ok else failures)[rank] = value
             if failures:
-                timeout = SECONDS_FOR_THE_OTHERS
+                timeout = SECONDS_AFTER_A_FAILURE
         if failures:
             self.close()
             raise RankError("\n".join(f"rank {r}: {text}" for r, text in sorted(failures.items())))
         return [results[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Kills the processes."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -96,13 +96,13 @@ class RankPool:
     def _start(self) -> None:
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["harness.testing.preload"])
-        # The ranks meet at the pool's own store: no other process can take its port before them.
+        # The pool hosts the store itself, so no other process can take its port.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world_size):
             pipe, theirs = server.Pipe()
-            place = (rank, self.world_size, self._store.port)
-            args = (theirs, place, self.timeout_s, self._jit_cache.name, list(sys.path))
-            # No daemon, since those may not have data-loader workers.
+            identity = (rank, self.world_size, self._store.port)
+            args = (theirs, identity, self.timeout_s, self._jit_cache.name, list(sys.path))
+            # Not a daemon: daemons may not start data-loader workers.
             process = server.Process(target=_serve, args=args)
             process.start()
             theirs.close()
@@ -120,16 +120,16 @@ class RankPool:
 
 def _serve(
     pipe: Connection,
-    place: tuple[int, int, int],
+    identity: tuple[int, int, int],
     timeout_s: float,
     jit_cache: str,
     path: Sequence[str],
 ) -> None:
-    """A worker: joins the world, then runs what comes through the pipe."""
+    """A worker: joins the world, then runs the functions received through the pipe."""
     sys.path[:] = path
-    rank, world_size, port = place
+    rank, world_size, port = identity
     faulthandler.enable()
-    # Data-loader workers are to be this rank's children, and to end when it is killed.
+    # Data-loader workers must be children of this rank, so that they end with it.
     multiprocessing.set_start_method("fork", force=True)
     os.environ |= {
         "RANK": str(rank),

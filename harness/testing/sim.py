@@ -1,9 +1,9 @@
 """A device with copy streams, simulated on a CPU, for tests of activation offload.
 
-Compute is eager, copies are not: each is done at a random time that the waits allow, or not before
-it must be. What has not been copied yet is NaN. Beside that, vector clocks (Mattern 1989, "Virtual
-Time and Global States of Distributed Systems") tell every access that no wait orders, even where it
-happened to go well.
+Compute is eager, copies are not: each is done at a random time that the waits allow, or as late as
+possible. Memory that has not been copied yet is NaN. In addition, vector clocks (Mattern 1989,
+"Virtual Time and Global States of Distributed Systems") detect every access that no wait orders,
+even if it happened to be harmless.
 """
 
 import random
@@ -24,27 +24,27 @@ Wait = tuple[str, str] | tuple[str, str, str]
 
 @dataclass
 class _Copy:
-    """A copy that was given to a stream."""
+    """A copy enqueued on a stream."""
 
     stream: str
     number: int
     after: Clock
-    """What is done before it, and itself."""
+    """Operations ordered before it, and itself."""
     do: Callable[[], None]
     memory: StorageWeakRef
     """The storage on the device's side."""
     owner: str
-    """The stream that this storage goes back to."""
+    """The stream to which this storage is returned."""
     done: bool = False
 
     def is_before(self, clock: Clock) -> bool:
-        """Whether who has this clock knows that the copy is done."""
+        """Whether the owner of this clock knows that the copy is done."""
         return clock[self.stream] >= self.number
 
 
 @dataclass
 class _Host:
-    """Who has used a piece of host memory since it was last written."""
+    """The copies that used a block of host memory since it was last written."""
 
     written: _Copy | None = None
     read: list[_Copy] = field(default_factory=list)
@@ -52,18 +52,18 @@ class _Host:
 
 @dataclass(frozen=True)
 class Event:
-    """What is done when it has come, and the stream that it was recorded on."""
+    """Operations that are done when it has completed, and the stream that recorded it."""
 
     stream: str
     clock: Clock
 
 
 class SimBackend(Backend):
-    """`eagerness`: how likely a copy is to be done, each time that it could be; 0: when it must be.
+    """`eagerness`: the probability that a possible copy is done; 0: as late as possible.
 
-    `without` names waits to be left out: who waits and for whom, and "wait" or "stall" if only
-    those are meant. The compute stream is called what `current` says; several compute streams know
-    nothing of each other. `violations` tells what no wait orders.
+    `without` names waits to skip: the waiting and the awaited stream, and "wait" or "stall" for
+    only one kind. `current` is the name of the compute stream; several compute streams are not
+    synchronized with each other. `violations` lists accesses that no wait orders.
     """
 
     device_type = "cpu"
@@ -71,14 +71,14 @@ class SimBackend(Backend):
     def __init__(self, seed: int = 0, eagerness: float = 0.3, without: Wait | None = None) -> None:
         self.current = COMPUTE
         self.room = 0.0
-        """What `headroom` answers."""
+        """What `headroom` returns."""
         self.violations: list[str] = []
         self._random = random.Random(seed)
         self._eagerness = eagerness
         self._without = without
         self._clocks: dict[str, Clock] = defaultdict(lambda: defaultdict(int))
         self._pending: dict[str, list[_Copy]] = {OUT: [], BACK: []}
-        self._unseen: list[_Copy] = []  # whose memory on the device is not free yet
+        self._unseen: list[_Copy] = []  # copies whose device memory must not be freed yet
         self._host: dict[int, _Host] = {}
 
     def compute(self, device: torch.device) -> str:
@@ -106,13 +106,13 @@ class SimBackend(Backend):
         names = (_kind(stream), _kind(event.stream))
         if self._without in (names, (*names, how)):
             return
-        mine = self._clocks[stream]
+        clock = self._clocks[stream]
         for name, number in event.clock.items():
-            mine[name] = max(mine[name], number)
+            clock[name] = max(clock[name], number)
         if stream not in (OUT, BACK):
-            self._unseen = [c for c in self._unseen if c.owner != stream or not c.is_before(mine)]
+            self._unseen = [c for c in self._unseen if c.owner != stream or not c.is_before(clock)]
             for name in (OUT, BACK):
-                self._run(name, mine[name])
+                self._run(name, clock[name])
         self._look()
 
     def synchronize(self, event: Event) -> None:
@@ -158,7 +158,7 @@ class SimBackend(Backend):
         return self.room
 
     def finish(self) -> None:
-        """Does every copy that was given to a stream."""
+        """Does every pending copy."""
         self._look()
         for name in (OUT, BACK):
             self._run(name, self._clocks[name][name])
@@ -176,7 +176,7 @@ class SimBackend(Backend):
         used.written, used.read = copy, []
 
     def _look(self) -> None:
-        """Does some copies, and looks for memory that was freed while one uses it."""
+        """Does some copies, and checks for memory that was freed while in use."""
         for copy in self._unseen:
             if copy.memory.expired():
                 self.violations.append(f"device memory is freed while a copy {copy.stream} uses it")
@@ -186,7 +186,7 @@ class SimBackend(Backend):
                 self._run(name, self._pending[name][0].number)
 
     def _run(self, name: str, number: int) -> None:
-        """Does a stream's copies up to a number, and what they wait for."""
+        """Does a stream's copies up to a number, and those that they wait for."""
         pending = self._pending[name]
         while pending and pending[0].number <= number:
             copy = pending.pop(0)
@@ -202,22 +202,22 @@ def _kind(stream: str) -> str:
 
 
 def _copying(stream: str, device_side: torch.Tensor, host: torch.Tensor) -> Callable[[], None]:
-    """What a copy does when its time comes. It knows an address, and keeps nothing alive."""
+    """A function that does a copy. It holds only a weak reference to the device memory."""
     memory = StorageWeakRef(device_side.untyped_storage())
-    place = (device_side.storage_offset(), device_side.shape, device_side.stride())
+    view = (device_side.storage_offset(), device_side.shape, device_side.stride())
     dtype = device_side.dtype
 
     def do() -> None:
         storage = torch.UntypedStorage._new_with_weak_ptr(memory.cdata)
-        if storage is None:  # somebody else's memory by now
+        if storage is None:  # freed, and possibly reused
             if stream == OUT:
                 _poison(host)
             return
-        here = torch.empty(0, dtype=dtype).set_(storage, *place)  # pyright: ignore
+        tensor = torch.empty(0, dtype=dtype).set_(storage, *view)  # pyright: ignore
         if stream == OUT:
-            host.copy_(here)
+            host.copy_(tensor)
         else:
-            here.copy_(host)
+            tensor.copy_(host)
 
     return do
 

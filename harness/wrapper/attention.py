@@ -1,4 +1,4 @@
-"""Which kernel computes torch's scaled_dot_product_attention."""
+"""The backend of torch's scaled_dot_product_attention."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ BACKENDS = {
 def attention_backend(
     name: str, dtypes: Iterable[torch.dtype], device: torch.device
 ) -> Iterator[None]:
-    """In the block, scaled_dot_product_attention uses only this backend; "any" leaves the choice
-    to torch.
+    """Inside the context, scaled_dot_product_attention uses only this backend; with "any", torch
+    chooses.
 
     Raises ConfigError if the backend has no kernel for one of the dtypes on the device.
     """

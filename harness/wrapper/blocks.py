@@ -1,4 +1,4 @@
-"""The block that a model repeats: what is offloaded, compiled or placed as one piece."""
+"""The block that a model repeats: the unit of offloading, compilation and placement."""
 
 from torch import nn
 
@@ -6,8 +6,8 @@ from harness.zero.parameters import full_numel
 
 
 def repeated_class(model: nn.Module) -> type[nn.Module] | None:
-    """The class of a model's repeated block: that of the `nn.ModuleList` (or `nn.Sequential`) with
-    the most parameters among those of two modules or more, all of one class."""
+    """The class of a model's repeated block: among the `nn.ModuleList`s and `nn.Sequential`s of two
+    or more modules of a single class, that of the one with the most parameters; None if none."""
     best, most = None, 0
     for module in model.modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:

@@ -7,9 +7,10 @@ from harness.wrapper.blocks import repeated_class
 
 
 def compile_model(model: nn.Module, *, blocks: bool) -> None:
-    """Compiles a model in place, or only each of its repeated blocks. Names in the state dict stay.
+    """Compiles a model in place or, with `blocks`, each of its repeated blocks.
 
-    Compilation runs at the first call. Raises ConfigError if `blocks` and the model has none.
+    State-dict names do not change. Compilation runs at the first call. Raises ConfigError if there
+    are no repeated blocks.
     """
     if not blocks:
         model.compile()

@@ -1,4 +1,4 @@
-"""Parameters that training leaves as they are."""
+"""Parameters that are not trained."""
 
 import re
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from harness.errors import ConfigError
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Sets `requires_grad` to False for the parameters that match. Returns their names.
 
-    A pattern is a regular expression for the full name of a parameter, or of a module that contains
+    A pattern is a regular expression for the full name of a parameter or of a module that contains
     it. A tied parameter matches by any of its names. Raises ConfigError, with the model unchanged,
-    for a pattern that matches nothing.
+    if a pattern matches nothing.
     """
     matches: dict[str, list[tuple[str, nn.Parameter]]] = {pattern: [] for pattern in patterns}
     for name, parameter in model.named_parameters(remove_duplicate=False):

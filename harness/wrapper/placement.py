@@ -1,4 +1,4 @@
-"""A model's modules on several devices, by memory limits: for inference and evaluation.
+"""Places a model's modules on several devices by memory limits, for inference and evaluation.
 
 place(model, plan_placement(model, {"cuda:0": 20e9, "cuda:1": 20e9, "cpu": 200e9}))
 """
@@ -21,26 +21,26 @@ from harness.zero.parameters import is_sharded
 def plan_placement(
     model: nn.Module, limits: Mapping[str, float], match: str | None = None
 ) -> dict[str, torch.device]:
-    """Which device each piece of a model goes to, by the piece's name. Moves nothing.
+    """The device of each piece of a model, by the piece's name. Moves nothing.
 
-    - `limits`: bytes of parameters and buffers that a device may hold, the first choice first;
-      leave room for activations. The first device is home: tensors that belong to no piece, like a
-      parameter of the model itself, go there, under the name "".
-    - `match`: a regular expression for the full names of blocks, which are never divided; by
-      default the modules of the class that `repeated_class` finds.
+    - `limits`: bytes of parameters and buffers that each device may hold, in order of preference;
+      leave space for activations. The first device is home: tensors that belong to no piece, such
+      as a parameter of the model itself, go there, under the name "".
+    - `match`: a regular expression for the full names of blocks, which are never split; by default
+      the modules of `repeated_class(model)`.
 
-    Pieces are the blocks, and the modules beside them on the way up to the model. Each goes to the
-    first device with room for it; pieces that share a tensor go together. The model may be on
-    "meta". Raises ConfigError if a piece fits nowhere, `match` matches nothing, or ZeRO has sharded
+    Pieces are the blocks, and the siblings of modules that contain blocks. Each goes to the first
+    device with enough space; pieces that share a tensor go together. The model may be on "meta".
+    Raises ConfigError if a piece fits on no device, `match` matches nothing, or ZeRO has sharded
     the model.
     """
     if not limits:
-        raise ConfigError("placement: no device is given")
+        raise ConfigError("placement: limits is empty: expected at least one device")
     if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise ConfigError("placement: the model is sharded by ZeRO, which places it already")
+        raise ConfigError("placement: the model is already sharded by ZeRO")
     pieces = dict(_pieces(model, "", _blocks(model, match)))
-    inside = {id(tensor) for piece in pieces.values() for tensor in _tensors(piece)}
-    rest = [tensor for tensor in _tensors(model) if id(tensor) not in inside]
+    in_pieces = {id(tensor) for piece in pieces.values() for tensor in _tensors(piece)}
+    rest = [tensor for tensor in _tensors(model) if id(tensor) not in in_pieces]
     groups = _tied({"": rest} | {name: _tensors(piece) for name, piece in pieces.items()})
     free = dict(limits)
     home = next(iter(limits))
@@ -50,21 +50,23 @@ def plan_placement(
         choices = [home] if "" in names else list(free)
         chosen = next((device for device in choices if size <= free[device]), None)
         if chosen is None:
-            room = ", ".join(f"{device}: {free[device] / 1e6:,.3f} MB" for device in choices)
+            space = ", ".join(f"{device}: {free[device] / 1e6:,.3f} MB" for device in choices)
             what = " with ".join(repr(name) for name in names if name) or "the model's own tensors"
-            raise ConfigError(f"placement: {what}: {size / 1e6:,.3f} MB do not fit; free: {room}")
+            raise ConfigError(
+                f"placement: no device has space for {what} ({size / 1e6:,.3f} MB); free: {space}"
+            )
         free[chosen] -= size
         places |= dict.fromkeys(names, torch.device(chosen))
     return places
 
 
 def place(model: nn.Module, places: Mapping[str, torch.device]) -> list[RemovableHandle]:
-    """Moves each piece of the model to its device, and hooks the model so that it computes there.
+    """Moves each piece of the model to its device, and adds hooks so that it computes there.
 
-    `places`: what `plan_placement` returned. A piece gets its inputs on its own device, and returns
-    its outputs at home: so all that the model does between its pieces happens at home. The cost is
-    two copies of the activations for each piece elsewhere. Returns the hooks. Raises ConfigError,
-    with the model unchanged, for a piece that the model does not have.
+    `places`: the result of `plan_placement`. A piece gets its inputs on its own device and returns
+    its outputs at home, so everything between pieces runs at home. Each piece on another device
+    costs two copies of the activations. Returns the hooks. Raises ConfigError, with the model
+    unchanged, for a piece that the model does not have.
     """
     home = places[""]
     modules = dict(model.named_modules())
@@ -95,7 +97,7 @@ def _blocks(model: nn.Module, match: str | None) -> set[nn.Module]:
 def _pieces(
     module: nn.Module, name: str, blocks: set[nn.Module]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """What a module is divided into: blocks, and modules that contain none of them."""
+    """The pieces of a module: blocks, and modules that contain no block."""
     for key, child in module.named_children():
         path = f"{name}.{key}" if name else key
         if child not in blocks and any(inner in blocks for inner in child.modules()):
@@ -105,7 +107,7 @@ def _pieces(
 
 
 def _tied(pieces: Mapping[str, list[Tensor]]) -> list[tuple[list[str], list[Tensor]]]:
-    """The pieces in their order, those that share tensors as one; every tensor once."""
+    """The pieces in order, with those that share tensors merged; each tensor once."""
     groups: list[tuple[list[str], dict[int, Tensor]]] = []
     for name, tensors in pieces.items():
         names, own = [name], {id(tensor): tensor for tensor in tensors}
@@ -139,5 +141,5 @@ def _output_to(device: torch.device, _: nn.Module, args: Any, output: Any) -> An
 
 
 def _moved(tree: Any, device: torch.device) -> Any:
-    """Blocking copies: a non-blocking one to a CPU may be read before it is complete."""
+    """Copies with blocking: a non-blocking copy to a CPU may be read before it is complete."""
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)

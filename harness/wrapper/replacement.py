@@ -1,4 +1,4 @@
-"""Modules of one class replaced by another: in a model that exists, or in models yet to be built.
+"""Replaces modules of one class with another, in an existing model or while models are built.
 
 replace(model, nn.Linear, BitLinear, exclude="head")
 with inject(nn.Linear, BitLinear):
@@ -10,16 +10,29 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from harness.errors import ConfigError
-from harness.wrapper.changes import ModuleChange
-from harness.wrapper.encoder import disable_encoder_fast_path
+from harness.wrapper.encoder_fast_path import disable_encoder_fast_path
 from harness.zero.parameters import full_shape
 
 Factory = type[nn.Module] | Callable[[Any], nn.Module]
+
+
+@dataclass(frozen=True)
+class ModuleChange:
+    """A changed module, for logs and callers: "blocks.0.up: Linear -> BitLinear"."""
+
+    name: str
+    """Its path in the model; the first one if it has several."""
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.name or 'the model'}: {self.before} -> {self.after}"
 
 
 def replace(
@@ -30,22 +43,22 @@ def replace(
     include: str = ".*",
     exclude: str = "",
 ) -> list[ModuleChange]:
-    """Replaces, in place, the modules of class `what` whose names match. Returns what was changed.
+    """Replaces, in place, the modules of class `what` whose names match. Returns the changes.
 
-    - `what`: exactly this class; modules of its subclasses stay.
+    - `what`: exactly this class; modules of its subclasses are not replaced.
     - `by`: a subclass of `what`, which becomes the modules' class: nothing else about them changes,
-      so it must not have an `__init__` of its own. Or a function, or another class, that makes a
-      new module from the old one, and may contain it.
+      so it must not define `__init__`. Or a function, or another class, that builds a new module
+      from the old one, which the new module may contain.
     - `include`, `exclude`: regular expressions for full names. A module with several names is
-      included, and excluded, by any of them, and is replaced under all of them.
+      included or excluded by any of them, and is replaced under all of them.
 
     A new module takes over the parameters and buffers of the old one, the same tensors under the
-    same names: tied ones stay tied, and dtype, device and `requires_grad` stay. It also takes over
-    hooks, with their handles, and the training mode. Its other tensors are moved to the old
-    module's device and floating dtype.
+    same names, so ties, dtype, device and `requires_grad` are preserved. It also takes over hooks,
+    with their handles, and the training mode. Its other tensors are moved to the old module's
+    device and floating-point dtype.
 
     Raises ConfigError, with the model unchanged, if nothing matches, or if a new module has no
-    place for a tensor of the old one.
+    parameter or buffer for a tensor of the old one.
     """
     matches = _matches(model, what, include, exclude)
     if not matches:
@@ -61,9 +74,9 @@ def replace(
             module.__class__ = by
     else:
         _check_not_nested(matches)
-        made = {old: _new_module(names[0], old, by) for old, names in matches.items()}
-        new_class = {old: type(new).__name__ for old, new in made.items()}
-        for old, new in made.items():
+        new_modules = {old: _new_module(names[0], old, by) for old, names in matches.items()}
+        new_class = {old: type(new).__name__ for old, new in new_modules.items()}
+        for old, new in new_modules.items():
             _take_over(old, new)
             for name in matches[old]:
                 parent, _, child = name.rpartition(".")
@@ -74,18 +87,17 @@ def replace(
 
 @contextmanager
 def inject(what: type[nn.Module], by: type[nn.Module]) -> Iterator[None]:
-    """In the block, whoever builds a `what` gets a `by`, under whatever name they imported it.
+    """Inside the context, constructing a `what` returns a `by`, however `what` was imported.
 
-    `by` is a subclass of `what`, and is built with the same arguments. Subclasses of `what` that
-    are built by their own names are not affected, nor are the parts that a `by` builds for itself.
-    Afterwards, also after an exception, `what` is as before; what was built keeps its class. Not
-    thread-safe. Raises ConfigError if `by` is not a subclass.
+    `by` is a subclass of `what` and is constructed with the same arguments. Subclasses of `what`
+    are not affected, nor are the submodules that a `by` builds for itself. On exit, also after an
+    exception, `what` is restored; modules already built keep their class. Not thread-safe. Raises
+    ConfigError if `by` is not a subclass.
     """
     if not issubclass(by, what) or by is what:
         raise ConfigError(f"inject: {by.__name__} is not a subclass of {what.__name__}")
     own_init = vars(what).get("__init__")
     plain_init: Any = what.__init__
-
     is_inside = False
 
     def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -127,30 +139,36 @@ def _matches(
 
 
 def _check_subclass(what: type[nn.Module], by: type[nn.Module]) -> None:
-    """Raises ConfigError unless modules of `what` can become modules of `by` as they are."""
+    """Raises ConfigError unless modules of `what` can become `by` by changing their class."""
     if by is what or by.__init__ is not what.__init__:
-        fault = "is that class itself" if by is what else "has an __init__, which would not run"
+        fault = (
+            "is the class to be replaced"
+            if by is what
+            else "defines __init__, which would not be called"
+        )
         raise ConfigError(
-            f"replace: {by.__name__} {fault}: give a subclass of {what.__name__} without one, "
-            "or a function that makes a new module from the old one"
+            f"replace: {by.__name__} {fault}: pass a subclass of {what.__name__} without __init__, "
+            "or a function that builds a new module from the old one"
         )
 
 
 def _check_not_nested(matches: dict[nn.Module, list[str]]) -> None:
-    """Raises ConfigError if a module to be replaced contains another one, or is the model."""
+    """Raises ConfigError if a module to be replaced contains another one or is the model."""
     for outer, names in matches.items():
         if "" in names:
-            raise ConfigError("replace: a function cannot replace the model itself: call it on it")
+            raise ConfigError(
+                "replace: the model itself cannot be replaced by a function: call the function"
+            )
         for inner in outer.modules():
             if inner is not outer and inner in matches:
                 raise ConfigError(
                     f"replace: {matches[inner][0]!r} is inside {names[0]!r}, and both match: "
-                    "choose one by include or exclude"
+                    "select one with include or exclude"
                 )
 
 
 def _new_module(name: str, old: nn.Module, by: Factory) -> nn.Module:
-    """What the function makes of a module. Raises ConfigError if a tensor has no place in it."""
+    """The function's new module for `old`. Raises ConfigError if it lacks one of its tensors."""
     new = by(old)
     if not isinstance(new, nn.Module):
         raise ConfigError(
@@ -161,23 +179,23 @@ def _new_module(name: str, old: nn.Module, by: Factory) -> nn.Module:
     for path, tensor in _tensors(old).items():
         if id(tensor) in already_in:
             continue
-        found = _shape(new_tensors[path]) if path in new_tensors else "none"
-        if found != _shape(tensor):
+        shape = _shape(new_tensors[path]) if path in new_tensors else "none"
+        if shape != _shape(tensor):
             raise ConfigError(
-                f"replace: {name}: {type(new).__name__} has no place for {path!r} of "
-                f"{type(old).__name__}: expected {_shape(tensor)}, found {found}"
+                f"replace: {name}: {type(new).__name__} has no parameter or buffer like {path!r} "
+                f"of {type(old).__name__}: expected shape {_shape(tensor)}, found {shape}"
             )
     return new
 
 
 def _take_over(old: nn.Module, new: nn.Module) -> None:
-    """Gives a new module the tensors, the training mode and the hooks of the old one."""
+    """Transfers the tensors, training mode and hooks of the old module to the new one."""
     _take_over_tensors(old, new)
-    old_parts = set(old.modules())
+    old_modules = set(old.modules())
     for module in new.modules():
-        if module not in old_parts:
+        if module not in old_modules:
             module.training = old.training
-    if old not in new.modules():  # else it is called as a part, with its hooks
+    if old not in new.modules():  # else the new module calls it, with its hooks
         _take_over_hooks(old, new)
 
 
@@ -201,7 +219,7 @@ def _take_over_hooks(old: nn.Module, new: nn.Module) -> None:
     for key, hooks in vars(old).items():
         if "_hooks" in key and isinstance(hooks, dict):  # the same dict: handles stay valid
             for hook in hooks.values():
-                if getattr(hook, "with_module", False):  # load_state_dict's refer to their module
+                if getattr(hook, "with_module", False):  # load_state_dict's hooks refer to a module
                     hook.module = weakref.ref(new)
             hooks.update(vars(new).get(key) or {})
             new.__dict__[key] = hooks

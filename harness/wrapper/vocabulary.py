@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import ConfigError
-from harness.wrapper.changes import ModuleChange
+from harness.wrapper.replacement import ModuleChange
 from harness.zero.parameters import is_sharded
 
 Holders = dict[Tensor, dict[str, nn.Module]]
-"""The modules that hold a parameter themselves, by name."""
+"""By parameter: the modules that have it directly, by name."""
 
 
 @torch.no_grad()
@@ -19,12 +19,12 @@ def resize_modules(model: nn.Module, include: str, size: int) -> list[ModuleChan
     """Grows a vocabulary: adds rows to the embeddings and linear heads whose names match.
 
     `include`: a regular expression for full names. Weights [rows, width] and biases [rows] become
-    [size, ...]. Old rows stay equal to the bit; each new one is the mean of the old ones, so that a
-    new token starts with an average probability (Hewitt, "Initializing New Word Embeddings for
-    Pretrained Language Models", 2021). Tied weights and biases stay tied, and all modules that hold
-    one of them grow with it. Build the optimizer afterwards. Raises ConfigError, with the model
-    unchanged, if nothing matches, or if a module is of another kind, would shrink, or is sharded by
-    ZeRO.
+    [size, ...]. Old rows are unchanged; each new one is the mean of the old ones, so that a new
+    token starts with an average probability (Hewitt, "Initializing New Word Embeddings for
+    Pretrained Language Models", 2021). Tied weights and biases stay tied, and all modules that
+    share one of them grow with it. Build the optimizer afterwards. Raises ConfigError, with the
+    model unchanged, if nothing matches, or if a module is neither an Embedding nor a Linear, would
+    shrink, or is sharded by ZeRO.
     """
     holders: Holders = defaultdict(dict)
     for name, module in model.named_modules():
@@ -76,13 +76,13 @@ def _check(name: str, module: nn.Module, size: int) -> None:
             f"resize: {name!r} is a {type(module).__name__}, expected an Embedding or a Linear"
         )
     if is_sharded(module.weight):
-        raise ConfigError(f"resize: {name!r} is sharded by ZeRO already: resize it before")
+        raise ConfigError(f"resize: {name!r} is already sharded by ZeRO: resize it before")
     if size < len(module.weight):
-        raise ConfigError(f"resize: {name!r} has {len(module.weight)} rows: {size} are fewer")
+        raise ConfigError(f"resize: {name!r} has {len(module.weight)} rows, more than {size}")
 
 
 def _grown(old: nn.Parameter, size: int) -> nn.Parameter:
-    """The old rows, then their mean as often as rows are missing."""
+    """The old rows, followed by copies of their mean up to `size` rows."""
     mean = old.float().mean(0, keepdim=True).to(old.dtype)
     new = torch.cat([old, mean.expand(size - len(old), *old.shape[1:])])
     return nn.Parameter(new, requires_grad=old.requires_grad)

@@ -1,15 +1,15 @@
-"""What we know of DeepSpeed's insides; an upgrade of DeepSpeed touches this folder alone.
+"""What we know of DeepSpeed's insides; an upgrade of DeepSpeed touches only this folder.
 
 Its files, from the top down:
 
-    startup.py      DeepSpeed imported, patched, and joined to the world
-    live.py         what a live engine holds, and what can be set on it
-    writer.py       files for plain DeepSpeed at another layout, written outside of a run
-    muon.py         DeepSpeed's Muon optimizer
-    refill.py       the trees of a new layout, filled with what was saved in another
-    reader.py       an engine's files, opened without torch: everything by parameter name
-    layout.py       what is where in DeepSpeed's own trees, by parameter name
-    shards.py       which elements are in the flat tensors that an optimizer is given to step
-    parameters.py   what ZeRO does to a parameter
-    partition.py    the arithmetic of partitions and shards
+    startup.py        imports and patches DeepSpeed; joins the world
+    engine_state.py   what a running engine holds, and what can be set on it
+    writer.py         files for plain DeepSpeed in another layout, written outside of a run
+    muon.py           DeepSpeed's Muon optimizer
+    refill.py         TreeFiller: fills the trees of a new layout with what was saved in another
+    reader.py         an engine's files, read without torch: everything by parameter name
+    layout.py         where DeepSpeed's trees keep what, by parameter name
+    shards.py         which elements are in the flat tensors that an optimizer steps
+    parameters.py     what ZeRO does to a parameter
+    partition.py      the arithmetic of partitions and shards
 """

@@ -3,8 +3,8 @@
 An optimizer steps *flat* tensors: at stage 0 complete parameters, above it one shard per rank of
 each parameter group (stages 1 and 2: runtime/zero/stage_1_and_2.py) or sub-group (stage 3:
 runtime/zero/stage3.py). A flat has a fp32 master and the optimizer's state of the same size; a
-`Segment` says which stretch of a parameter is where in it. Of tensors only their sizes are asked
-for: live ones of a running engine do, and references into files (`formats.pt_reader.TensorRef`).
+`Segment` says which stretch of a parameter is where in it. Only the sizes of tensors are needed:
+live tensors of a running engine will do, and references into files (`formats.pt_reader.TensorRef`).
 """
 
 import hashlib
@@ -16,28 +16,28 @@ from typing import Any
 from harness.errors import CheckpointError
 from harness.zero.partition import (
     Segment,
-    end_to_end,
     full_segment,
     full_segments,
+    offsets_end_to_end,
     partition_segments,
     shard_segments,
     shards_numel,
 )
 
 PARAMETER_NAMES = "parameter_names"
-"""Key of a model file: names by parameter group, in the optimizer's order. Plain DeepSpeed has
+"""Key of a model file: names by parameter group, in the optimizer's order. Plain DeepSpeed writes
 none at stage 0."""
 
 EXTRA_STATE = "_extra_state"
-"""Last part of the name that torch gives to `Module.get_extra_state`, which is of any kind."""
+"""Last part of the name under which torch saves `Module.get_extra_state`, an object of any type."""
 
 EMA = "ema"
-"""Key of the weights' average in the optimizer's state of a parameter (`engine.ema`)."""
+"""Key of the EMA of the weights in the optimizer's state of a parameter (`engine.ema`)."""
 
 Tree = dict[str, Any]
 
 Shapes = Mapping[str, Any]
-"""Sizes by the parameter's name: torch.Size, or what stands for it (`formats.pt_reader.Shape`)."""
+"""Sizes by the parameter's name: torch.Size or `formats.pt_reader.Shape`."""
 
 
 @dataclass
@@ -45,11 +45,11 @@ class Flat:
     """A tensor that the optimizer steps: its fp32 master, and the state of the same shape."""
 
     group: int
-    """The parameter group that it belongs to."""
+    """Number of its parameter group."""
     segments: list[Segment]
-    """One for every parameter of the flat on any rank, also if this rank has no element of it."""
+    """One for every parameter of the flat on any rank, even if this rank has no element of it."""
     master: Any
-    """The tensor, or what stands for it. At stages 1 and 2 it may lack the padding at the end."""
+    """A tensor or a `TensorRef`. At stages 1 and 2 it may lack the padding at the end."""
     size: int
     """Elements of the moments, all padding included."""
     padding: int
@@ -65,12 +65,12 @@ class Flat:
 
 
 def is_extra_state(name: str) -> bool:
-    """Whether an entry of a state dict is what a module's `get_extra_state` gave."""
+    """Whether an entry of a state dict is what a module's `get_extra_state` returned."""
     return name.rpartition(".")[2] == EXTRA_STATE
 
 
 def base_state(optimizer: Tree) -> Tree:
-    """The state dict of the torch optimizer below DeepSpeed's one.
+    """The state dict of the torch optimizer inside DeepSpeed's.
 
     Raises CheckpointError for an "elastic" checkpoint.
     """
@@ -79,55 +79,55 @@ def base_state(optimizer: Tree) -> Tree:
             optimizer = optimizer[key]
             break
     if not isinstance(optimizer, dict):
-        raise CheckpointError("zero_optimization.elastic_checkpoint: this layout cannot be read")
+        raise CheckpointError("zero_optimization.elastic_checkpoint: this layout is not supported")
     return optimizer
 
 
 def flats(optimizer: Tree, module: Tree, shapes: list[Shapes], rank: int, world: int) -> list[Flat]:
     """The flats of one rank, in the order of the optimizer's own numbering.
 
-    `optimizer`: what DeepSpeed's optimizer gives as its state dict. `module`: of the model, used at
-    fp32 stage 0, where the parameters are their own masters. `shapes`: of the parameters by name,
+    `optimizer`: the state dict of DeepSpeed's optimizer. `module`: that of the model, used at fp32
+    stage 0, where the parameters are their own masters. `shapes`: of the parameters by name,
     for each (sub-)group in the optimizer's order. Raises CheckpointError if the state is elsewhere
     (NVMe), or in another layout.
     """
     base = base_state(optimizer)
     groups = [k for k, group in enumerate(base["param_groups"]) for _ in group["params"]]
     if "single_partition_of_fp32_groups" in optimizer:
-        found = list(_partitions(optimizer, shapes, rank, world))
+        located = list(_partitions(optimizer, shapes, rank, world))
     elif "fp32_flat_groups" in optimizer:
-        found = list(_sub_groups(optimizer, shapes, rank, world))
+        located = list(_sub_groups(optimizer, shapes, rank, world))
     elif "fp32_groups_flat" in optimizer:
-        found = list(_whole_groups(optimizer, shapes))
+        located = list(_full_groups(optimizer, shapes))
     else:
         names = [name for group in shapes for name in group]
         masters = [p for g in optimizer.get("fp32_groups", []) for p in g]
         masters = masters or [module[name] for name in names]
-        found = [
+        located = [
             (master, master.numel(), 0, [full_segment(name=name, numel=master.numel())])
             for name, master in _pairs(names, masters)
         ]
     return [
         Flat(group, segments, master, size, padding, base["state"].get(number, {}))
-        for number, (group, (master, size, padding, segments)) in enumerate(_pairs(groups, found))
+        for number, (group, (master, size, padding, segments)) in enumerate(_pairs(groups, located))
     ]
 
 
 def _pairs(*lists: Any) -> Iterator[Any]:
-    """The lists side by side. Raises CheckpointError if one is longer than another."""
+    """`zip` that raises CheckpointError if the lists differ in length."""
     if len({len(list_) for list_ in lists}) > 1:
-        raise _unrelated()
+        raise _mismatch()
     return zip(*lists, strict=True)
 
 
-def _unrelated() -> CheckpointError:
-    return CheckpointError("its parameter groups and its tensors do not belong to each other")
+def _mismatch() -> CheckpointError:
+    return CheckpointError("its parameter groups do not match its tensors")
 
 
-_Found = Iterator[tuple[Any, int, int, list[Segment]]]
+_Located = Iterator[tuple[Any, int, int, list[Segment]]]
 
 
-def _partitions(optimizer: Tree, shapes: list[Shapes], rank: int, world: int) -> _Found:
+def _partitions(optimizer: Tree, shapes: list[Shapes], rank: int, world: int) -> _Located:
     """Stages 1 and 2: a group is one long tensor, cut into equal partitions."""
     alignment = optimizer.get("param_alignment_paddings", [[0] * len(group) for group in shapes])
     masters, paddings = optimizer["single_partition_of_fp32_groups"], optimizer["group_paddings"]
@@ -141,10 +141,10 @@ def _partitions(optimizer: Tree, shapes: list[Shapes], rank: int, world: int) ->
         if settings.get("moe"):
             group, partition = _experts(group, rank, world // optimizer["partition_count"][number])
         if len(gaps) != len(group):
-            raise _unrelated()
+            raise _mismatch()
         sizes = {name: shape.numel() for name, shape in group.items()}
-        places = end_to_end(sizes=sizes, gaps=gaps)
-        segments = partition_segments(places=places, sizes=sizes, size=size, rank=partition)
+        offsets = offsets_end_to_end(sizes=sizes, gaps=gaps)
+        segments = partition_segments(offsets=offsets, sizes=sizes, size=size, rank=partition)
         yield master, size, padding, segments
 
 
@@ -154,8 +154,8 @@ _EXPERT = re.compile(r"(?P<before>.*\.deepspeed_experts\.)(?P<number>\d+)(?P<aft
 def _experts(group: Shapes, rank: int, parallel: int) -> tuple[Shapes, int]:
     """A group of experts under their global numbers, and which of its partitions a rank has.
 
-    Of `parallel` neighbouring ranks each has other experts, which it numbers from 0 on; the ranks
-    that have the same ones share their state (deepspeed/utils/groups.py).
+    `parallel` neighbouring ranks each have different experts, which they number from 0 on; ranks
+    that have the same experts share their state (deepspeed/utils/groups.py).
     """
     matches = {name: _EXPERT.fullmatch(name) for name in group}
     local = max((int(m["number"]) + 1 for m in matches.values() if m), default=0)
@@ -168,20 +168,20 @@ def _experts(group: Shapes, rank: int, parallel: int) -> tuple[Shapes, int]:
     return named, rank // parallel
 
 
-def _sub_groups(optimizer: Tree, shapes: list[Shapes], rank: int, world: int) -> _Found:
-    """Stage 3: every parameter is cut into equal shards, and a rank's are one after the other."""
+def _sub_groups(optimizer: Tree, shapes: list[Shapes], rank: int, world: int) -> _Located:
+    """Stage 3: every parameter is cut into equal shards, and a rank's shards are end to end."""
     for group, master in _pairs(shapes, optimizer["fp32_flat_groups"]):
         sizes = {name: shape.numel() for name, shape in group.items()}
         expected = shards_numel(sizes=sizes, world=world)
         if master.numel() != expected:
             raise CheckpointError(
-                f"the state of {next(iter(group))!r} has {master.numel()} elements here, expected "
-                f"{expected}: on NVMe, or cut by MiCS? This layout cannot be read"
+                f"the sub-group of {next(iter(group))!r} has {master.numel()} elements, expected "
+                f"{expected}: state on NVMe and MiCS shards are not supported"
             )
         yield master, expected, 0, shard_segments(sizes=sizes, world=world, rank=rank)
 
 
-def _whole_groups(optimizer: Tree, shapes: list[Shapes]) -> _Found:
+def _full_groups(optimizer: Tree, shapes: list[Shapes]) -> _Located:
     """FusedAdam at stage 0: a group is one tensor of complete parameters."""
     for group, master in _pairs(shapes, optimizer["fp32_groups_flat"]):
         sizes = {name: shape.numel() for name, shape in group.items()}
@@ -189,23 +189,24 @@ def _whole_groups(optimizer: Tree, shapes: list[Shapes]) -> _Found:
 
 
 def layout_digest(trees: Collection[Tree]) -> str:
-    """A digest of where rank 0's trees of an engine keep what: equal if one may be loaded as other.
+    """A digest of where rank 0's trees of an engine keep what; trees with equal digests are
+    interchangeable.
 
-    Rank 0's flats give every parameter its place and the partitions their size; with the number of
-    partitions they speak for all ranks. What is digested is found, not listed: whatever setting of
-    DeepSpeed, or order of the parameters, moves anything, changes the digest.
+    Rank 0's flats fix every parameter's offset and the partitions' size; with the number of
+    partitions they determine all ranks. The layout itself is digested, not a list of settings: any
+    setting of DeepSpeed, or order of the parameters, that moves something changes the digest.
     """
     model = next(tree for tree in trees if "module" in tree)
     optimizer = model["optimizer"]
     if optimizer is None:
         (optimizer,) = (tree["optimizer_state_dict"] for tree in trees if tree is not model)
     shapes, world = group_shapes(model), model["dp_world_size"]
-    places = [
+    located = [
         (flat.group, flat.shape, flat.segments)
         for flat in flats(optimizer, model["module"], shapes, 0, world)
     ]
-    found = repr((sorted(optimizer), optimizer.get("partition_count"), places))
-    return hashlib.sha256(found.encode()).hexdigest()
+    layout = repr((sorted(optimizer), optimizer.get("partition_count"), located))
+    return hashlib.sha256(layout.encode()).hexdigest()
 
 
 def group_shapes(model: Tree) -> list[Shapes]:
@@ -220,6 +221,6 @@ def group_shapes(model: Tree) -> list[Shapes]:
     groups: list[Shapes] = [
         {n: model["module"][n].shape for n in names} for names in model[PARAMETER_NAMES]
     ]
-    if "fp32_groups" in model["optimizer"]:  # this wrapper leaves out what has no element
+    if "fp32_groups" in model["optimizer"]:  # this wrapper omits empty parameters
         groups = [{n: s for n, s in group.items() if s.numel()} for group in groups]
     return groups

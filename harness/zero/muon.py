@@ -1,4 +1,4 @@
-"""DeepSpeed's Muon, whose ZeRO wrappers recognize the matrices by a mark on the parameters.
+"""DeepSpeed's Muon, whose ZeRO wrappers recognize matrices by an attribute of the parameters.
 
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; AdamW for the rest.
 Upstream: deepspeed/runtime/zero/muon/muon_optimizer.py.

@@ -1,7 +1,7 @@
-"""What ZeRO does to a parameter, read off the marks that DeepSpeed leaves on it.
+"""What ZeRO has done to a parameter, by the attributes that DeepSpeed sets on it.
 
-At stage 3 (partition_parameters.py) a parameter is an empty tensor between its uses, and keeps its
-shape and this rank's shard beside it. Nothing of harness or DeepSpeed is imported.
+At stage 3 (partition_parameters.py) a parameter is an empty tensor between its uses, with its full
+shape and this rank's shard as attributes. Nothing of harness or DeepSpeed is imported.
 """
 
 from typing import Any
@@ -21,14 +21,14 @@ def full_shape(tensor: Tensor) -> torch.Size:
 
 
 def full_numel(tensor: Tensor) -> int:
-    """The number of all elements, also of a sharded parameter."""
+    """The number of elements in total, also of a sharded parameter."""
     return getattr(tensor, "ds_numel", tensor.numel())
 
 
 def shard(tensor: Tensor) -> Tensor | None:
-    """This rank's shard of a sharded parameter, padded; None of any other tensor."""
-    found: Any = getattr(tensor, "ds_tensor", None)
-    return None if found is None else found.data
+    """This rank's shard of a sharded parameter, padded; None for any other tensor."""
+    own: Any = getattr(tensor, "ds_tensor", None)
+    return None if own is None else own.data
 
 
 def is_expert(parameter: Tensor) -> bool:

@@ -1,13 +1,13 @@
-"""How ZeRO lays parameters out in flat tensors and cuts these among the ranks: the arithmetic.
+"""The arithmetic of how ZeRO lays parameters out in flat tensors and splits these over the ranks.
 
 Two layouts (deepspeed/runtime/zero/):
 
 - *partitions*, stages 1 and 2 (stage_1_and_2.py): the parameters of a group are end to end in one
-  long tensor, padded at its end, which is cut into equal parts, one a rank;
+  long tensor, padded at its end, which is cut into equal parts, one per rank;
 - *shards*, stage 3 (partition_parameters.py, stage3.py): every parameter is padded and cut into
   equal parts, and a rank has its parts of a sub-group's parameters end to end.
 
-Everything is counted in elements. Nothing of harness, torch or DeepSpeed is imported.
+All sizes and offsets are in elements. Nothing of harness, torch or DeepSpeed is imported.
 """
 
 import math
@@ -20,7 +20,7 @@ T = TypeVar("T")
 ALIGNMENT = 2
 """Elements that a partition is a multiple of (nccl_start_alignment_factor)."""
 SUB_GROUP_SIZE = 1_000_000_000
-"""DeepSpeed's default of sub_group_size: elements of a rank that fill a sub-group at stage 3."""
+"""DeepSpeed's default of sub_group_size: elements per rank that fill a sub-group at stage 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ class Segment:
         return self.start + self.length
 
     @property
-    def place(self) -> slice:
-        """The stretch of the flat tensor."""
+    def flat_slice(self) -> slice:
+        """The stretch in the flat tensor."""
         return slice(self.offset, self.offset + self.length)
 
 
@@ -51,19 +51,21 @@ def full_segment(*, name: str, numel: int, offset: int = 0) -> Segment:
     return Segment(name=name, start=0, offset=offset, length=numel)
 
 
-def end_to_end(*, sizes: Mapping[str, int], gaps: Sequence[int] | None = None) -> dict[str, int]:
-    """Where each parameter begins if they follow each other, each with a gap behind it."""
-    places, end = {}, 0
+def offsets_end_to_end(
+    *, sizes: Mapping[str, int], gaps: Sequence[int] | None = None
+) -> dict[str, int]:
+    """The offset of each parameter if they are end to end, each followed by its gap."""
+    offsets, end = {}, 0
     for (name, size), gap in zip(sizes.items(), gaps or [0] * len(sizes), strict=True):
-        places[name] = end
+        offsets[name] = end
         end += size + gap
-    return places
+    return offsets
 
 
 def full_segments(*, sizes: Mapping[str, int]) -> list[Segment]:
     """Complete parameters end to end in one flat tensor."""
-    places = end_to_end(sizes=sizes)
-    return [full_segment(name=n, numel=size, offset=places[n]) for n, size in sizes.items()]
+    offsets = offsets_end_to_end(sizes=sizes)
+    return [full_segment(name=n, numel=size, offset=offsets[n]) for n, size in sizes.items()]
 
 
 def partition_size(*, numel: int, world: int) -> int:
@@ -77,19 +79,19 @@ def partition_padding(*, numel: int, size: int, rank: int) -> int:
 
 
 def partition_segments(
-    *, places: Mapping[str, int], sizes: Mapping[str, int], size: int, rank: int
+    *, offsets: Mapping[str, int], sizes: Mapping[str, int], size: int, rank: int
 ) -> list[Segment]:
     """What a rank's partition of `size` holds: a segment for every parameter, in that order.
 
-    `places`: where the parameters begin in the long tensor, as of `end_to_end`.
+    `offsets`: of the parameters in the long tensor, as from `offsets_end_to_end`.
     """
     begin = rank * size
     segments = []
-    for name, place in places.items():
-        start = min(max(begin - place, 0), sizes[name])
-        stop = min(max(begin + size - place, 0), sizes[name])
-        offset = place + start - begin
-        segments.append(Segment(name=name, start=start, offset=offset, length=stop - start))
+    for name, offset in offsets.items():
+        start = min(max(begin - offset, 0), sizes[name])
+        stop = min(max(begin + size - offset, 0), sizes[name])
+        in_partition = offset + start - begin
+        segments.append(Segment(name=name, start=start, offset=in_partition, length=stop - start))
     return segments
 
 
@@ -122,7 +124,7 @@ def shards_numel(*, sizes: Mapping[str, int], world: int) -> int:
 def sub_groups(
     *, sizes: Mapping[str, int], world: int, limit: int = SUB_GROUP_SIZE
 ) -> Iterator[list[str]]:
-    """The parameters of a group in sub-groups, which are full with `limit` elements of a rank."""
+    """The parameters of a group in sub-groups, each full at `limit` elements per rank."""
     names: list[str] = []
     filled = 0
     for name, numel in sizes.items():
@@ -136,6 +138,6 @@ def sub_groups(
 
 
 def round_robin_order(items: Sequence[T], *, world: int) -> list[T]:
-    """The order that round_robin_gradients gives the parameters of a group: dealt out to the
-    ranks, and then one rank's after another's."""
+    """The order in which round_robin_gradients puts the parameters of a group: dealt out to the
+    ranks in turn, then rank by rank."""
     return [item for rank in range(world) for item in items[rank::world]]

@@ -1,6 +1,6 @@
 """One engine's files of a checkpoint, as DeepSpeed writes them: everything by parameter name.
 
-Neither torch nor DeepSpeed is needed: of the tensors, only the places in the files are looked up.
+Neither torch nor DeepSpeed is imported: of the tensors, only the ranges in the files are looked up.
 """
 
 import re
@@ -12,8 +12,9 @@ from harness.errors import CheckpointError, first_few
 from harness.formats import pt_reader
 from harness.formats.pt_reader import Shape, TensorRef
 from harness.formats.stored_tensor import ByteRange, StoredTensor
-from harness.formats.unpickler import StandIn
+from harness.formats.unpickler import Placeholder
 from harness.zero.layout import (
+    PARAMETER_NAMES,
     Flat,
     Segment,
     Shapes,
@@ -27,6 +28,16 @@ from harness.zero.layout import (
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_\w+\.pt")
+
+
+def rank_of_file(name: str) -> int | None:
+    """The rank whose state a file of DeepSpeed's holds; None for one that every rank reads.
+
+    `name`: of the file, or its path in a checkpoint.
+    """
+    match = _OF_RANK.search(name)
+    return int(match[1]) if match else None
 
 
 def is_engine(directory: Path) -> bool:
@@ -35,18 +46,18 @@ def is_engine(directory: Path) -> bool:
 
 
 class SavedEngine:
-    """The files of `directory`, opened: our `step-N/ENGINE/`, or a tag of plain DeepSpeed's.
+    """The files of `directory`, opened: our `step-N/ENGINE/`, or a tag of plain DeepSpeed.
 
     `model` is rank 0's tree of model_states, with a `TensorRef` for every tensor; `extra` what the
-    modules' `get_extra_state` gave, tensors or anything else, by its name in the state dict;
+    modules' `get_extra_state` returned, tensors or anything else, by its name in the state dict;
     `shapes` are those of the parameters that the optimizer steps; `groups` its parameter groups
-    without their parameters; `flats` those of every rank (at stage 0 of one), in the optimizer's
-    own numbering.
+    without their parameters; `flats` the flat tensors of every rank (at stage 0 of one), in the
+    optimizer's own numbering.
     """
 
     def __init__(self, directory: Path):
         """Raises CheckpointError or FormatError if a file is missing, damaged, of another run, or
-        in a layout that `layout.flats` does not know.
+        in an unknown layout (`layout.flats`).
         """
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: not a directory")
@@ -54,13 +65,15 @@ class SavedEngine:
         models = self._read_ranks(_MODEL)
         optimizers = self._read_ranks(_OPTIMIZER)
         if 0 not in models:
-            raise CheckpointError(f"{directory}: not a DeepSpeed checkpoint: no model_states.pt")
+            raise CheckpointError(
+                f"{directory}: not a DeepSpeed checkpoint: no model_states.pt of rank 0"
+            )
         self.model: Tree = models[0]
         try:
             self._open(models, optimizers)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(
-                f"{directory}: not in a layout of DeepSpeed's: {error!r}"
+                f"{directory}: not in a known layout of DeepSpeed: {error!r}"
             ) from None
         except CheckpointError as error:
             raise CheckpointError(f"{directory}: {error}") from None
@@ -68,13 +81,13 @@ class SavedEngine:
     def _open(self, models: dict[int, Tree], optimizers: dict[int, Tree]) -> None:
         model = self.model
         if "module" not in model or "dp_world_size" not in model:
-            raise CheckpointError("not a DeepSpeed checkpoint: model_states hold no module")
+            raise CheckpointError("not a DeepSpeed checkpoint: model_states has no module")
         module: Tree = model["module"]
         self.extra: Tree = {name: module.pop(name) for name in [*module] if is_extra_state(name)}
         self.world_size: int = model["dp_world_size"]
         if type(self.world_size) is not int or self.world_size < 1:
             raise CheckpointError(
-                f"dp_world_size is {self.world_size!r:.80}, not a number of ranks"
+                f"dp_world_size = {self.world_size!r:.80}: expected a number of ranks >= 1"
             )
         states = {rank: tree["optimizer_state_dict"] for rank, tree in optimizers.items()}
         self.stage = _int(states[0].get("zero_stage", 1)) if states else 0
@@ -100,9 +113,9 @@ class SavedEngine:
         ]
         sizes: dict[str, Shape] = {name: size for group in shapes for name, size in group.items()}
         for rank in sorted(states):
-            found = flats(states[rank], model["module"], shapes, rank, self.world_size)
-            self.flats.append(found)
-            for flat in found:
+            of_rank = flats(states[rank], model["module"], shapes, rank, self.world_size)
+            self.flats.append(of_rank)
+            for flat in of_rank:
                 for segment in flat.segments:
                     self._pieces.setdefault(segment.name, []).append((segment, flat))
         for name in self._pieces:
@@ -111,15 +124,14 @@ class SavedEngine:
 
     @property
     def has_parameter_names(self) -> bool:
-        """Whether the optimizer's state names its parameters; plain DeepSpeed's at stage 0 does
-        not."""
-        return self.model["param_shapes"] is not None or "parameter_names" in self.model
+        """Whether the names of the parameters are recorded; plain DeepSpeed does not at stage 0."""
+        return self.model["param_shapes"] is not None or PARAMETER_NAMES in self.model
 
     @cached_property
     def shared(self) -> dict[str, str]:
-        """Further names of tied parameters, and those that their state goes by.
+        """Further names of tied parameters, each with the name under which its state is kept.
 
-        ZeRO 0 does not record them: they are the names of what is at the same place in the file.
+        ZeRO 0 does not record them: they are the names of tensors with the same bytes of the file.
         """
         names = self.model["shared_params"]
         if names is not None:
@@ -127,17 +139,29 @@ class SavedEngine:
         own = {name: StoredTensor.from_ref(ref) for name, ref in self.model["module"].items()}
         known = {own[name]: name for name in self.shapes if name in own}
         return {
-            name: known[place]
-            for name, place in own.items()
-            if place in known and known[place] != name
+            name: known[stored]
+            for name, stored in own.items()
+            if stored in known and known[stored] != name
         }
+
+    @property
+    def weights(self) -> dict[str, TensorRef]:
+        """The tensors of the model's state dict by name, those of experts included, as the files
+        hold them: at stage 3 with placeholders for sharded parameters (`weight` completes them).
+        """
+        return self.model["module"] | self.experts
+
+    @property
+    def global_steps(self) -> int:
+        """Optimizer steps that DeepSpeed has counted."""
+        return self.model["global_steps"]
 
     def group_of(self, name: str) -> int:
         """The parameter group of a parameter."""
         return self._pieces[name][0][1].group
 
     def state_keys(self, name: str) -> list[str]:
-        """The keys of the state that has the parameter's size (`exp_avg`, ...)."""
+        """The keys of the state of the parameter's size (`exp_avg`, ...)."""
         state = self._pieces[name][0][1].state
         return [key for key, value in state.items() if _is_moment(value)]
 
@@ -147,21 +171,20 @@ class SavedEngine:
         return {key: value for key, value in state.items() if not _is_moment(value)}
 
     def check_moments(self) -> None:
-        """Raises CheckpointError if the optimizer's state has other shapes than the parameters, or
-        is in 8 bits, with scales beside it."""
+        """Raises CheckpointError if the optimizer's state does not have the parameters' shapes, or
+        is in 8 bits, with separate scales."""
         for flat in (flat for pieces in self._pieces.values() for _, flat in pieces):
             for key, value in flat.state.items():
                 if isinstance(value, dict):
                     raise CheckpointError(
-                        f"optimizer state {key!r} of parameter {flat.segments[0].name!r} is a "
-                        "table of tensors, as of 8-bit optimizers: it cannot be cut for another "
-                        "number of ranks or ZeRO stage, nor taken out"
+                        f"optimizer state {key!r} of parameter {flat.segments[0].name!r} is a dict "
+                        "of tensors, as of 8-bit optimizers: it cannot be resharded or converted"
                     )
                 if _is_moment(value) and value.shape != flat.shape:
                     raise CheckpointError(
                         f"optimizer state {key!r} of parameter {flat.segments[0].name!r} has the "
-                        f"shape {tuple(value.shape)}, and the parameter {tuple(flat.shape)}: it "
-                        "cannot be cut for another number of ranks or ZeRO stage"
+                        f"shape {tuple(value.shape)}, expected {tuple(flat.shape)}, as of the "
+                        "master weights: it cannot be resharded or converted"
                     )
 
     def master(self, name: str) -> StoredTensor:
@@ -198,12 +221,12 @@ class SavedEngine:
         return StoredTensor(shards[0].dtype, shape, tuple(ranges))
 
     def loss_scale(self) -> Tree:
-        """What an fp16 engine's loss scaler has come to; {} at fp32 stage 0."""
-        found = self.optimizer or {}
-        if "loss_scaler" in found:
-            found = found["loss_scaler"].state
+        """The state of an fp16 engine's loss scaler; {} at fp32 stage 0."""
+        scaler = self.optimizer or {}
+        if "loss_scaler" in scaler:
+            scaler = scaler["loss_scaler"].state
         keys = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        return {key: found[key] for key in keys if key in found}
+        return {key: scaler[key] for key in keys if key in scaler}
 
     def _read_ranks(self, pattern: re.Pattern[str]) -> dict[int, Tree]:
         """The trees of one kind of file by rank."""
@@ -214,7 +237,7 @@ class SavedEngine:
                 continue
             if int(match[2]):
                 raise CheckpointError(
-                    f"{path}: tensor or pipeline parallelism (mp_rank above 0) cannot be read"
+                    f"{path}: tensor and pipeline parallelism (mp_rank > 0) are not supported"
                 )
             tree = pt_reader.read(path)
             if not isinstance(tree, dict):
@@ -223,14 +246,14 @@ class SavedEngine:
         return trees
 
     def _read_experts(self) -> None:
-        """DeepSpeed's experts, each with a file of its own, beside the other weights."""
-        found: set[tuple[int, int]] = set()
+        """DeepSpeed's experts, each in its own file."""
+        present: set[tuple[int, int]] = set()
         for path in sorted(self.directory.iterdir()):
             if match := _EXPERT.fullmatch(path.name):
-                found.add((int(match[1]), int(match[2])))
+                present.add((int(match[1]), int(match[2])))
                 self.experts |= pt_reader.read(path)
         for layer, count in enumerate(self.model.get("num_experts") or ()):
-            if missing := first_few(n for n in range(count) if (layer, n) not in found):
+            if missing := first_few(n for n in range(count) if (layer, n) not in present):
                 raise CheckpointError(
                     f"layer_{layer}_expert_N_..._model_states.pt are missing for N = {missing}: "
                     f"the layer has {count} experts"
@@ -240,7 +263,7 @@ class SavedEngine:
         return any(self.directory.glob("zero_pp_rank_*_model_states.pt"))
 
     def _check_ranks(self, models: dict[int, Tree], states: dict[int, Tree]) -> None:
-        """Raises CheckpointError unless every rank's files are there, and of one save."""
+        """Raises CheckpointError unless every rank's files are present, and from the same save."""
         for kind, trees in (("model_states", models), ("optim_states", states)):
             is_expected = trees or self.model["param_shapes"] is not None
             expected = range(self.world_size if is_expected else 0)
@@ -252,7 +275,7 @@ class SavedEngine:
                 )
             if extra := first_few(rank for rank in sorted(trees) if rank not in expected):
                 raise CheckpointError(
-                    f"{kind}.pt of ranks {extra} are of another save: this one is of "
+                    f"{kind}.pt of ranks {extra} are from another save: this one is of "
                     f"{self.world_size} ranks"
                 )
         _check_same(models, ("dp_world_size", "global_steps", "param_shapes", "ds_version"))
@@ -285,32 +308,32 @@ class SavedEngine:
 
 
 def _check_same(trees: dict[int, Tree], keys: tuple[str, ...]) -> None:
-    """Raises CheckpointError if the ranks' files disagree on what every rank writes alike."""
+    """Raises CheckpointError unless these keys have the same values in all ranks' files."""
     for rank, tree in trees.items():
         for key in keys:
             value, expected = (_plain(each.get(key)) for each in (tree, trees[0]))
             if value != expected:
                 raise CheckpointError(
-                    f"the files of rank {rank} are of another run or step than those of rank 0: "
-                    f"{key} is {value!r:.80} there, and {expected!r:.80} at rank 0"
+                    f"the files of rank {rank} are from another run or step than those of rank 0: "
+                    f"{key} is {value!r:.80} on rank {rank}, and {expected!r:.80} on rank 0"
                 )
 
 
 def _steps(optimizer: Tree) -> Tree:
-    """The first count of steps in an optimizer's state; of a tensor the bytes, as their CRC."""
+    """The first step count in an optimizer's state; for a tensor, the CRC of its bytes."""
     state = base_state(optimizer)["state"]
     step = next(iter(state.values()), {}).get("step")
     if isinstance(step, TensorRef):
-        return {"step": f"bytes of CRC {step.storage.record.crc:08x}"}
+        return {"step": f"bytes with CRC {step.storage.record.crc:08x}"}
     return {"step": step}
 
 
 def _plain(value: Any) -> Any:
-    return _int(value) if isinstance(value, StandIn) else value
+    return _int(value) if isinstance(value, Placeholder) else value
 
 
 def _int(value: Any) -> int:
-    return value.values[0] if isinstance(value, StandIn) else int(value)
+    return value.values[0] if isinstance(value, Placeholder) else int(value)
 
 
 def _is_moment(value: Any) -> bool:

@@ -1,7 +1,7 @@
-"""The trees of a new layout, filled with what an engine saved in another one.
+"""Fills the trees of a new layout with what an engine saved in another one.
 
 DeepSpeed's own trees say where everything belongs in the new layout; the old files are read by
-parameter name (reader.py). Tensors are read on the CPU, each rank its own segments only.
+parameter name (reader.py). Tensors are read on the CPU, on each rank only its own segments.
 """
 
 from collections.abc import Callable
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from harness.errors import CheckpointError
-from harness.io.stored import materialize, read
+from harness.io.stored import materialize, read_tensor
 from harness.zero.layout import Flat, Shapes, Tree, base_state, flats, is_extra_state
 from harness.zero.partition import shard_range
 from harness.zero.reader import SavedEngine
 
-# What a model file holds besides weights and optimizer, and what is the same in every layout.
-_CARRIED = ("lr_scheduler", "global_steps", "global_samples", "skipped_steps")
+# Keys of model_states with the same value in every layout.
+_COPIED = ("lr_scheduler", "global_steps", "global_samples", "skipped_steps")
 
 FlatsOf = Callable[[int], list[Flat]]
 """The flats of a rank in the new layout."""
 
 
 @dataclass(frozen=True)
-class Refill:
-    """An engine's saved state, on its way into one rank's trees of a new layout."""
+class TreeFiller:
+    """Fills one rank's trees of a new layout with an engine's saved state."""
 
     saved: SavedEngine
     shapes: list[Shapes]
@@ -38,8 +38,15 @@ class Refill:
     states: Callable[[FlatsOf], dict[int, Tree]]
     """The optimizer's state of every flat of this rank, by its number."""
 
-    def model(self, tree: Tree) -> Tree:
-        """A tree of model_states, filled. Raises CheckpointError."""
+    def fill(self, tree: Tree) -> Tree:
+        """The tree, one of model_states or optim_states, with the saved state. Raises
+        CheckpointError."""
+        if "module" in tree:
+            return self._model(tree)
+        return tree | {"optimizer_state_dict": self._optimizer(tree["optimizer_state_dict"], {})}
+
+    def _model(self, tree: Tree) -> Tree:
+        """A tree of model_states, filled."""
         saved, is_sharded = self.saved, self.stage == 3
         module = type(tree["module"])()
         for name, value in tree["module"].items():
@@ -48,23 +55,23 @@ class Refill:
             else:
                 is_placeholder = is_sharded and name not in tree["buffer_names"]
                 module[name] = value if is_placeholder else weight_of(saved, name)
-        changed: Tree = {key: materialize(saved.model[key]) for key in _CARRIED}
-        changed["module"] = module
+        filled: Tree = {key: materialize(saved.model[key]) for key in _COPIED}
+        filled["module"] = module
         if tree["frozen_param_fragments"] is not None:
-            changed["frozen_param_fragments"] = {
+            filled["frozen_param_fragments"] = {
                 name: shard_of(weight_of(saved, name), fragment.numel(), self.rank)
                 if is_sharded
                 else weight_of(saved, name)
                 for name, fragment in tree["frozen_param_fragments"].items()
             }
         if tree["optimizer"] is not None:
-            changed["optimizer"] = self.optimizer(tree["optimizer"], module)
-        return tree | changed
+            filled["optimizer"] = self._optimizer(tree["optimizer"], module)
+        return tree | filled
 
-    def optimizer(self, tree: Tree, module: Tree) -> Tree:
-        """What DeepSpeed's optimizer gives as its state dict, filled. Raises CheckpointError.
+    def _optimizer(self, tree: Tree, module: Tree) -> Tree:
+        """The state dict of DeepSpeed's optimizer, filled.
 
-        `module`: the new model's entries, which are the masters in fp32 at stage 0.
+        `module`: the new model's entries, which are the masters at fp32 stage 0.
         """
 
         def flats_of(rank: int) -> list[Flat]:
@@ -98,7 +105,7 @@ class Refill:
         return tree | filled | self._loss_scaler(tree)
 
     def _loss_scaler(self, tree: Tree) -> Tree:
-        """What an fp16 engine's loss scaler has come to, in the form that the tree has."""
+        """The state of an fp16 engine's loss scaler, in the form that the tree has."""
         scale = self.saved.loss_scale()
         if "loss_scaler" not in tree:
             return {key: scale[key] for key in scale.keys() & tree.keys()}
@@ -109,7 +116,7 @@ class Refill:
 
 def weight_of(saved: SavedEngine, name: str) -> Tensor:
     """An entry of the model's state dict, complete and in the dtype that the model computes in."""
-    return read(saved.weight(name)).to(getattr(torch, saved.model["module"][name].dtype))
+    return read_tensor(saved.weight(name)).to(getattr(torch, saved.model["module"][name].dtype))
 
 
 def shard_of(weight: Tensor, size: int, rank: int) -> Tensor:
@@ -121,14 +128,14 @@ def shard_of(weight: Tensor, size: int, rank: int) -> Tensor:
 
 
 def without_padding(masters: list[Tensor], flats: list[Flat]) -> list[Tensor]:
-    """The masters of partitions as DeepSpeed saves them."""
+    """The masters of partitions without their padding, as DeepSpeed saves them."""
     return [m[: m.numel() - flat.padding] for m, flat in zip(masters, flats, strict=True)]
 
 
 def filled_state(flat: Flat, saved: SavedEngine) -> Tree:
-    """The optimizer's state of one flat: moments cut for it, and scalars as they were.
+    """The optimizer's state of one flat: its part of the moments, and the saved scalars.
 
-    Scalars are read again for each: two flats that shared a `step` tensor would count every step
+    Scalars are read again for each flat: two that shared a `step` tensor would count every step
     twice. Raises CheckpointError if the flat's parameters were saved with different scalars.
     """
     state: Tree = {}
@@ -136,8 +143,9 @@ def filled_state(flat: Flat, saved: SavedEngine) -> Tree:
         for key, value in materialize(saved.scalars(segment.name)).items():
             if state.setdefault(key, value) != value:
                 raise CheckpointError(
-                    f"optimizer state {key!r} of parameter {segment.name!r} is {value}, and "
-                    f"{state[key]} of {flat.segments[0].name!r}, which ZeRO keeps in one group"
+                    f"optimizer state {key!r} is {value} for parameter {segment.name!r}, and "
+                    f"{state[key]} for {flat.segments[0].name!r}, but ZeRO keeps one value for "
+                    "their group"
                 )
     keys = {key for segment in flat.segments for key in saved.state_keys(segment.name)}
     return state | {key: filled_flat(flat, saved, key) for key in sorted(keys)}
@@ -150,10 +158,10 @@ def filled_flat(flat: Flat, saved: SavedEngine, key: str | None) -> Tensor:
         if not segment.length:
             continue
         if key is not None and key not in saved.state_keys(segment.name):
-            continue  # never had a gradient
+            continue  # the parameter never had a gradient
         tensor = saved.master(segment.name) if key is None else saved.moment(segment.name, key)
-        part = read(tensor, segment.start, segment.stop)
+        part = read_tensor(tensor, segment.start, segment.stop)
         if filled is None:
             filled = torch.zeros(flat.shape, dtype=part.dtype)
-        filled.view(-1)[segment.place] = part
+        filled.view(-1)[segment.flat_slice] = part
     return torch.zeros(flat.shape) if filled is None else filled

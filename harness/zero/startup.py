@@ -1,4 +1,4 @@
-"""DeepSpeed, imported and patched where its defaults would hang a run."""
+"""Imports DeepSpeed, and patches it where its defaults would hang a run."""
 
 import importlib
 import os
@@ -20,11 +20,11 @@ def join(timeout: timedelta) -> None:
 
 
 def _patched(timeout: timedelta) -> ModuleType:
-    """DeepSpeed with two things changed.
+    """DeepSpeed with two patches.
 
-    Its shared-memory op (comm/torch.py, build_shm_op) serves only inference, but is compiled on the
-    first start of every CPU run: a minute, or for ever after a compilation that was killed. And the
-    groups of ZeRO (comm/torch.py, new_group) ignore the timeout and wait 30 minutes.
+    Its shared-memory op (comm/torch.py, build_shm_op) is for inference only, but is compiled on the
+    first start of every CPU run: this takes a minute, or forever after a compilation was killed.
+    And ZeRO's process groups (comm/torch.py, new_group) ignore the timeout and wait 30 minutes.
     """
     os.environ.setdefault("DS_ACCELERATOR", distributed.device().type)
     deepspeed = importlib.import_module("deepspeed")

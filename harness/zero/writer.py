@@ -1,8 +1,8 @@
-"""An engine's files, rewritten outside of a run for plain DeepSpeed to resume at another layout.
+"""Writes an engine's files, outside of a run, for plain DeepSpeed to resume in another layout.
 
-`checkpoint.reshard` does it for a live engine, whose trees say where everything belongs. Here the
-trees are made as DeepSpeed would make them for the same parameters at a ZeRO stage and a number of
-ranks (runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py), and filled by the same functions.
+`checkpoint.reshard` does this for a running engine, whose trees say where everything belongs. This
+module builds the trees as DeepSpeed would for the same parameters at a ZeRO stage and a number of
+ranks (runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py), and fills them by the same functions.
 """
 
 from collections.abc import Iterable, Iterator
@@ -38,19 +38,19 @@ _BY_LAYOUT = (
 
 
 class ZeroWriter:
-    """A checkpoint for `ranks` ranks at ZeRO `stage` 1, 2 or 3, made of a saved engine.
+    """A checkpoint for `ranks` ranks at ZeRO `stage` 1, 2 or 3, made from a saved engine.
 
-    `round_robin`: the setting round_robin_gradients of the engine that will load it; None: false,
-    if the saved one had it so too.
+    `round_robin`: round_robin_gradients of the engine that will load it; None: false, and an error
+    if it was true for the saved engine.
     """
 
     def __init__(self, saved: SavedEngine, stage: int, ranks: int, round_robin: bool | None):
-        """Raises CheckpointError for what cannot be rewritten for another layout."""
-        where = saved.directory
+        """Raises CheckpointError for what cannot be resharded."""
+        source = saved.directory
         if saved.optimizer is None or not saved.has_parameter_names:
-            raise CheckpointError(f"{where}: its optimizer's state does not name its parameters")
+            raise CheckpointError(f"{source}: has no optimizer state with parameter names")
         if saved.experts:
-            raise CheckpointError(f"{where}: experts cannot be resharded")
+            raise CheckpointError(f"{source}: experts cannot be resharded")
         saved.check_moments()
         self.saved, self.stage, self.ranks = saved, stage, ranks
         self.config: Tree = deepcopy(materialize(saved.model["ds_config"]))
@@ -59,15 +59,15 @@ class ZeroWriter:
         self._is_bf16 = bool(self.config.get("bf16", {}).get("enabled"))
         if self._zero.get("parameter_alignment") and stage < 3:
             raise CheckpointError(
-                f"{where}: parameter_alignment is set, which only --to-zero 3 supports"
+                f"{source}: parameter_alignment is set, which is supported only with --to-zero 3"
             )
         was_round_robin = bool(self._zero.get("round_robin_gradients"))
         if was_round_robin and round_robin is None and stage < 3:
             raise CheckpointError(
-                f"{where}: saved with round_robin_gradients = true, which orders the parameters by "
-                "the number of ranks. DeepSpeed does not check it, and mixes them up where it is "
-                "set differently: give --round-robin true or false, as the engine has it that will "
-                "load it"
+                f"{source}: saved with round_robin_gradients = true, which makes the order of the "
+                "parameters depend on the number of ranks. DeepSpeed does not check it, and loads "
+                "wrong weights if it differs: pass --round-robin true or false, as set for the "
+                "engine that will load it"
             )
         self._groups = self._ordered(was_round_robin)
         self._zero["stage"] = stage
@@ -78,7 +78,7 @@ class ZeroWriter:
         self._parts = self._groups if stage < 3 else list(self._sub_groups())
 
     def _ordered(self, was_round_robin: bool) -> list[list[str]]:
-        """The names by parameter group, in the order that the optimizer was given."""
+        """The names by parameter group, in the optimizer's order."""
         saved = self.saved
         groups = [
             [name for name in saved.shapes if saved.group_of(name) == number]
@@ -89,8 +89,8 @@ class ZeroWriter:
                 round_robin_order(range(len(names)), world=saved.world_size) for names in groups
             ]
             groups = [
-                [name for _, name in sorted(zip(places, names, strict=True))]
-                for places, names in zip(dealt, groups, strict=True)
+                [name for _, name in sorted(zip(indices, names, strict=True))]
+                for indices, names in zip(dealt, groups, strict=True)
             ]
         return groups
 
@@ -101,22 +101,22 @@ class ZeroWriter:
             yield from sub_groups(sizes=self._numel(names), world=self.ranks, limit=limit)
 
     def _numel(self, names: Iterable[str]) -> dict[str, int]:
-        """The elements of parameters, by name."""
+        """The number of elements of parameters, by name."""
         return {name: self.saved.shapes[name].numel() for name in names}
 
     @property
     def notes(self) -> list[str]:
-        """Settings that DeepSpeed does not check when it loads the files, and that must match."""
-        found = []
+        """Settings that must match when the files are loaded, and that DeepSpeed does not check."""
+        notes = []
         if self.stage < 3:
             setting = str(self._zero["round_robin_gradients"]).lower()
-            found.append(
+            notes.append(
                 f"for round_robin_gradients = {setting}: DeepSpeed does not check it, and an "
-                "engine that has it otherwise gets the weights of other parameters"
+                "engine with another setting loads the weights of other parameters"
             )
         elif "sub_group_size" in self._zero:
-            found.append(f"for sub_group_size = {self._zero['sub_group_size']}")
-        return found
+            notes.append(f"for sub_group_size = {self._zero['sub_group_size']}")
+        return notes
 
     @property
     def shapes(self) -> list[Shapes]:
@@ -125,7 +125,7 @@ class ZeroWriter:
         return [{name: torch.Size(sizes[name]) for name in part} for part in self._parts]
 
     def write(self, directory: Path) -> None:
-        """Writes the files of a tag, those of one rank after the other, into `directory`."""
+        """Writes the files of a tag into `directory`, rank by rank."""
         prefix = "bf16_" if self._is_bf16 else ""
         for rank in range(self.ranks):
             if self.stage == 3:
@@ -157,9 +157,9 @@ class ZeroWriter:
             if name not in buffers and name not in saved.shapes and name not in shared:
                 frozen[name] = weight_of(saved, name)
         module |= materialize(saved.extra)
-        for alias, kept in shared.items():
-            if alias in module and kept in module:
-                module[alias] = module[kept]
+        for alias, name in shared.items():
+            if alias in module and name in module:
+                module[alias] = module[name]
         shapes = {name: tensor.shape for name, tensor in frozen.items()}
         fragments = frozen
         if self.stage == 3:
@@ -167,10 +167,10 @@ class ZeroWriter:
                 name: shard_of(tensor, shard_size(numel=tensor.numel(), world=self.ranks), rank)
                 for name, tensor in frozen.items()
             }
-        kept = {
+        unchanged = {
             key: materialize(value) for key, value in saved.model.items() if key not in _BY_LAYOUT
         }
-        return kept | {
+        return unchanged | {
             "module": module,
             "optimizer": None,
             "shared_params": shared,
@@ -194,11 +194,11 @@ class ZeroWriter:
             tree["single_partition_of_fp32_groups"] = [master.clone() for master in trimmed]
         else:
             tree["fp32_flat_groups"] = masters
-        was = self.saved.optimizer or {}
+        old = self.saved.optimizer or {}
         return tree | {
             "loss_scaler": self._loss_scaler(),
-            "dynamic_loss_scale": was.get("dynamic_loss_scale", False),
-            "overflow": was.get("overflow", False),
+            "dynamic_loss_scale": old.get("dynamic_loss_scale", False),
+            "overflow": old.get("overflow", False),
             "zero_stage": self.stage,
             "ds_version": self.saved.model["ds_version"],
         }
@@ -236,21 +236,24 @@ class ZeroWriter:
 
     def _base(self, numbers: list[list[int]]) -> Tree:
         groups = [
-            {**materialize(group), "params": places}
-            for group, places in zip(self.saved.groups, numbers, strict=True)
+            {**materialize(group), "params": params}
+            for group, params in zip(self.saved.groups, numbers, strict=True)
         ]
         return {"state": {}, "param_groups": groups}
 
     def _loss_scaler(self) -> Any:
-        """DeepSpeed's own object, in the state that it was in."""
+        """DeepSpeed's loss scaler in its saved state."""
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
         if not self._is_fp16:
             return LossScaler(scale=1)
-        was = (self.saved.optimizer or {}).get("loss_scaler")
-        if was is None:
-            raise CheckpointError(f"{self.saved.directory}: fp16 at ZeRO 0 cannot be resharded")
-        made = DynamicLossScaler if was.class_name.endswith("DynamicLossScaler") else LossScaler
-        scaler = made.__new__(made)
-        vars(scaler).update(materialize(was.state))
+        old = (self.saved.optimizer or {}).get("loss_scaler")
+        if old is None:
+            raise CheckpointError(
+                f"{self.saved.directory}: fp16 saved at ZeRO 0 cannot be resharded"
+            )
+        is_dynamic = old.class_name.endswith("DynamicLossScaler")
+        kind = DynamicLossScaler if is_dynamic else LossScaler
+        scaler = kind.__new__(kind)
+        vars(scaler).update(materialize(old.state))
         return scaler

@@ -62,7 +62,7 @@ class ByteLMArgs(TransformerArgs):
     seq_len: int = Field(default=256, ge=1)
     """Bytes in the model's context."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the files that is held out."""
+    """Fraction of the files to hold out."""
     eval_windows: int = Field(default=256, ge=1)
     """Windows of the held-out text, evenly spread, in one evaluation: with the defaults about 2 s
     on two CPU cores."""
@@ -160,7 +160,7 @@ def join(texts: dict[str, bytes]) -> Tensor:
 class Windows(Dataset[Tensor]):
     """A text cut into uint8 windows [seq_len + 1]; the last byte of one is the first of the next.
 
-    With `count`, only so many of them, evenly spread over the text. Raises ValueError for a text
+    With `count`, only that many, evenly spread over the text. Raises ValueError for a text
     that is shorter than a window.
     """
 

@@ -1,8 +1,8 @@
-"""A language model of audio codes: several codebooks, in the order that a pattern gives them.
+"""A language model of audio codes: several codebooks, in the order of a codebook pattern.
 
 The model is a small MusicGen (Copet et al., "Simple and Controllable Music Generation", 2023): at
-each step it adds the embeddings of all codebooks, and predicts the next token of each. In place of
-a codec, the log-magnitude spectrum of each frame goes through residual vector quantization
+each step it sums the embeddings of all codebooks, and predicts the next token of each. Instead of a
+codec, the log-magnitude spectrum of each frame goes through residual vector quantization
 (Zeghidour et al., "SoundStream: An End-to-End Neural Audio Codec", 2021) with k-means codebooks.
 
 Tensor names end in their shape: B batch, K codebooks, T timesteps (frames), S steps of a sequence,
@@ -35,7 +35,7 @@ PATTERNS: dict[str, Callable[..., Pattern]] = {
     "coarse_first": coarse_first,
 }
 BANDS = 16
-"""Bands of a spectrum, equally wide: few enough for every token to be used."""
+"""Bands of a spectrum, of equal width: few enough that every token is used."""
 FLOOR = 1e-2
 """Magnitude that counts as silence."""
 ROUNDS = 20
@@ -52,13 +52,13 @@ class CodecLMArgs(TransformerArgs):
     hop: int = Field(default=64, ge=1)
     """Samples from a frame to the next; a frame is 4 hops long."""
     clip: int = Field(default=64, ge=1)
-    """Most frames of a clip: recordings are cut, and the remainder of each is a shorter clip."""
+    """Maximum frames of a clip: recordings are cut, and the remainder is a shorter clip."""
     eval_fraction: float = Field(default=0.125, gt=0, le=0.5)
-    """Share of the clips that is held out, evenly spread."""
+    """Fraction of the clips to hold out, evenly spread."""
     codebooks: int = Field(default=4, ge=1)
-    """Tokens of a frame."""
+    """Tokens per frame."""
     codebook_size: int = Field(default=16, ge=2)
-    """Different tokens of each codebook."""
+    """Distinct tokens per codebook."""
     pattern: Literal["parallel", "delay", "unrolled", "coarse_first"] = "delay"
     """The order in which the model sees the tokens: docs/patterns.md."""
     delays: tuple[int, ...] | None = None
@@ -75,11 +75,11 @@ class CodecLMArgs(TransformerArgs):
         return self
 
     def _pattern_options(self) -> dict[str, tuple[int, ...]]:
-        given = {"delays": self.delays, "flattening": self.flattening}
-        return {name: numbers for name, numbers in given.items() if numbers is not None}
+        options = {"delays": self.delays, "flattening": self.flattening}
+        return {name: numbers for name, numbers in options.items() if numbers is not None}
 
     def pattern_of(self, timesteps: int) -> Pattern:
-        """The configured pattern. Raises ValueError if its numbers do not fit."""
+        """The configured pattern. Raises ValueError if its options are invalid."""
         return PATTERNS[self.pattern](self.codebooks, timesteps, **self._pattern_options())
 
 
@@ -95,8 +95,8 @@ def build(config: Config) -> Task:
     train, held_out = split(clips, args.eval_fraction)
     if (frames := sum(map(len, train))) < args.codebook_size or not held_out:
         raise ConfigError(
-            f"task.args.path: too little sound: {len(clips)} clips, {frames} frames to learn from; "
-            f"expected 2 clips, and codebook_size = {args.codebook_size} frames"
+            f"task.args.path: too little audio: found {len(clips)} clips, with {frames} training "
+            f"frames; expected at least 2 clips and codebook_size = {args.codebook_size} frames"
         )
     books_KVF = learn_codebooks(torch.cat(train), args.codebooks, args.codebook_size)
     return Task(
@@ -133,23 +133,22 @@ def read_sounds(path: Path | None, sample_rate: int) -> list[Tensor]:
     """The .wav files below a folder, sorted by path: mono, float64 [N], from -1 to 1.
 
     None is the folder of pygame's examples. Files that Python's `wave` cannot read (compressed,
-    floating-point) or that hold no sample are left out. Raises ConfigError if nothing remains.
+    floating-point) or that contain no samples are skipped. Raises ConfigError if nothing remains.
     """
     root = shipped_sounds() if path is None else path
     if not root.is_dir():
         raise ConfigError(f"task.args.path: no such folder: {root.absolute()}")
-    sounds, refused = [], []
+    sounds, errors = [], []
     for file in sorted(file for file in root.rglob("*") if file.suffix.lower() == ".wav"):
         try:
             wave_N, own_rate = read_wav(file)
         except (wave.Error, EOFError) as error:
-            refused.append(f"; {file.relative_to(root)}: {str(error) or 'truncated'}")
+            errors.append(f"; {file.relative_to(root)}: {str(error) or 'truncated'}")
         else:
             sounds.append(resample(wave_N, own_rate, sample_rate))
     if not sounds:
         raise ConfigError(
-            f"task.args.path: no .wav files that can be read below {root.absolute()}"
-            + "".join(refused)
+            f"task.args.path: no readable .wav files below {root.absolute()}" + "".join(errors)
         )
     return sounds
 
@@ -159,9 +158,9 @@ def shipped_sounds() -> Path:
     pygame = find_spec("pygame")  # found, but not imported: that would open a display
     if pygame is None or not pygame.submodule_search_locations:
         raise ConfigError(
-            "this task learns from the sounds that pygame ships: pip install pygame-ce, or "
-            "give task.args.path, a folder of .wav files (of Debian's alsa-utils, for instance: "
-            "/usr/share/sounds/alsa)"
+            "this task learns from the sounds that pygame ships: pip install pygame-ce, or set "
+            "task.args.path to a folder of .wav files (for instance /usr/share/sounds/alsa, from "
+            "Debian's alsa-utils)"
         )
     return Path(pygame.submodule_search_locations[0]) / "examples/data"
 

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn ships, for the tasks beside this file.
+"""The handwritten digits that scikit-learn ships, for the tasks next to this file.
 
 1797 images of 8 x 8 pixels: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI
 Machine Learning Repository, 1998.

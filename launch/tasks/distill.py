@@ -29,7 +29,7 @@ class DistillArgs(Section):
     """[task] args = {...} of this task."""
 
     teacher_alpha: float = Field(default=0.5, ge=0, le=1)
-    """Share of the teacher in the loss; the rest is cross entropy with the true digits."""
+    """Weight of the teacher in the loss; the rest is cross entropy with the true digits."""
     teacher_temperature: float = Field(default=2.0, gt=0)
     """Divides the logits before the KL divergence: a high one gives wrong digits more weight."""
     teacher_loss_fn: Literal["kl", "mse"] = "kl"
@@ -46,7 +46,7 @@ class DistillArgs(Section):
 def build(config: Config) -> Task:
     """The task of `config.task.args`, with the engines "student" and "teacher".
 
-    Raises pydantic's ValidationError for wrong arguments, ConfigError for weights that do not fit
+    Raises pydantic's ValidationError for wrong arguments, ConfigError for weights that do not match
     the teacher, and what `digits.read` raises.
     """
     args = DistillArgs.model_validate(config.task.args)
@@ -74,7 +74,7 @@ def feed(args: DistillArgs, engine: Any, batch: tuple[Tensor, Tensor]) -> tuple[
     """The student's loss on a batch of digits [B, P] and their classes [B].
 
     Returns it with its two parts, in nats (the teacher's with "mse": squared logits), and the
-    shares of digits on which the student is right, and on which it agrees with the teacher.
+    fractions of digits on which the student is right, and on which it agrees with the teacher.
     """
     images_BP = batch[0].to(engine.device, engine.dtype)
     digits_B = batch[1].to(engine.device)
@@ -108,7 +108,7 @@ def teacher_loss(student_BC: Tensor, teacher_BC: Tensor, kind: str, temperature:
 
 
 def teach(teacher: nn.Module, images_NP: Tensor, digits_N: Tensor) -> None:
-    """Trains the teacher on all digits at once."""
+    """Trains the teacher on all digits in one batch."""
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3)
     for _ in range(TEACHER_STEPS):
         optimizer.zero_grad()
@@ -117,7 +117,7 @@ def teach(teacher: nn.Module, images_NP: Tensor, digits_N: Tensor) -> None:
 
 
 def load(teacher: nn.Module, path: Path) -> None:
-    """Loads exported weights. Raises ConfigError if they are missing, or do not fit the teacher."""
+    """Loads exported weights. Raises ConfigError if missing or not matching the teacher."""
     try:
         teacher.load_state_dict(io.load(path))
     except (OSError, RuntimeError, ValueError) as error:

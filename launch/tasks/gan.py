@@ -21,7 +21,7 @@ from harness.errors import CommandError
 from harness.task import Stats, Task
 
 SAMPLES = 256
-"""Digits that an evaluation of G generates, always from the same noise."""
+"""Digits that an evaluation of G generates, from the same noise each time."""
 SHADES = " .:-=+*#%@"
 MOST_DRAWN = 12  # side by side
 
@@ -100,7 +100,7 @@ def evaluate(noise: int, real_spread: Tensor, engine: Any, batch: tuple[Tensor, 
 
 
 def balanced_accuracy(real_B: Tensor, made_S: Tensor) -> Tensor:
-    """The mean of the shares of real and of generated digits that have logits of the right sign."""
+    """The mean fraction of real and of generated digits whose logits have the right sign."""
     return ((real_B > 0).float().mean() + (made_S < 0).float().mean()) / 2
 
 
@@ -117,7 +117,7 @@ def fixed_noise(count: int, noise: int) -> Tensor:
 def sample(noise: int, engines: Any, count: str = "6") -> str:
     """Prints digits from the generator's averaged weights, as text."""
     if not (count.isdecimal() and 1 <= int(count) <= MOST_DRAWN):
-        raise CommandError(f"found {count!r}, expected a number of digits from 1 to {MOST_DRAWN}")
+        raise CommandError(f"count = {count!r}, expected an integer from 1 to {MOST_DRAWN}")
     generator = engines["G"]
     noise_SZ = fixed_noise(int(count), noise).to(generator.device, generator.dtype)
     with torch.no_grad(), generator.averaged():

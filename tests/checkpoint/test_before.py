@@ -34,7 +34,9 @@ def expected(name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_of_before_resumes_to_the_bit(two_ranks: RankPool, tmp_path: Path, name: str) -> None:
+def test_a_run_of_an_older_version_resumes_bit_identically(
+    two_ranks: RankPool, tmp_path: Path, name: str
+) -> None:
     config = old_run(name, tmp_path)
     two_ranks.run(run_in_world, config)
     lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()

@@ -135,7 +135,7 @@ def damage_dtype(directory: Path) -> str:
 def damage_format(directory: Path) -> str:
     manifest = json.loads((directory / "manifest.json").read_text()) | {"format": 3}
     (directory / "manifest.json").write_text(json.dumps(manifest))
-    return "format 3, and this version of harness reads 4"
+    return "has format 3; this version of harness reads format 4"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_another_optimizer_is_refused(
     config = tiny_config(tmp_path, stage, engines={"net": {"optimizer": other}}, run={"steps": 8})
     errors = two_ranks.run(error_of, config)
     reason = (
-        f"checkpoint {checkpoint(config, 6)} does not fit this run: engine 'net': optimizer is "
+        f"checkpoint {checkpoint(config, 6)} does not match this run: engine 'net': optimizer is "
         f"{found} in this run, and torch.optim.adamw:AdamW in the checkpoint"
     )
     assert all(text.startswith(reason) for text in errors), errors
@@ -185,7 +185,7 @@ def test_changed_data_are_refused(two_ranks: RankPool, tmp_path: Path) -> None:
     two_ranks.run(run_in_world, tiny_config(tmp_path))
     other = tiny_config(tmp_path, task={"args": {"samples": 50}}, run={"steps": 8})
     errors = two_ranks.run(error_of, other)
-    assert all("other data" in text and "length is 96" in text for text in errors), errors
+    assert all("the data has changed" in text and "length is 96" in text for text in errors), errors
 
 
 def test_starting_over_in_a_used_run_directory_is_refused(
@@ -269,5 +269,5 @@ def test_a_refused_resume_leaves_the_config_as_it_was(two_ranks: RankPool, tmp_p
     two_ranks.run(run_in_world, config)
     before = (config.run_dir / "config.toml").read_text()
     other = tiny_config(tmp_path, data={"sampler": "pool"}, run={"steps": 9})
-    assert all("other data" in text for text in two_ranks.run(error_of, other))
+    assert all("the data has changed" in text for text in two_ranks.run(error_of, other))
     assert (config.run_dir / "config.toml").read_text() == before

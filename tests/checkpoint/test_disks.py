@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.checkpoint.completeness import copy_missing_files
+from harness.checkpoint.copy_missing import copy_missing_files
 from harness.checkpoint.disks import Disks, find_disks
 from harness.checkpoint.files import write_file
 from harness.checkpoint.inspect import describe_path
@@ -175,13 +175,13 @@ def test_ranks_that_have_changed_nodes(
 
 def train_in_small_chunks(config: Config) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.checkpoint.completeness.CHUNK", 1000)
+        patch.setattr("harness.checkpoint.copy_missing.CHUNK", 1000)
         run_in_world(config)
 
 
 def test_a_copy_of_another_file_is_refused(two_ranks: RankPool, tmp_path: Path) -> None:
     errors = two_ranks.run(on, "ab", tmp_path, copy_a_changed_file)
-    assert all("x/.y.pt.tmp is another file than the one that was saved" in text for text in errors)
+    assert all("x/.y.pt.tmp is not the file that was saved" in text for text in errors)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["y.pt"]
 
 
@@ -279,7 +279,7 @@ def damage_a_copy(root: Path) -> str:
 def mix_saves(root: Path) -> str:
     path = place(root, "b", 6) / "manifest.json"
     path.write_text(path.read_text().replace('"saved_at": ', '"saved_at": 1'))
-    return "step-00000006: not of the same save on all nodes"
+    return "step-00000006 is not from the same save on all nodes"
 
 
 @pytest.mark.parametrize("damage", [lose_a_shard, lose_a_step, damage_a_copy, mix_saves])

@@ -17,7 +17,7 @@ from harness.config.sections import merge
 from harness.engine.engine import Engine
 from harness.errors import ConfigError
 from harness.formats.stored_tensor import StoredTensor
-from harness.io.stored import read
+from harness.io.stored import read_tensor
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.zero.reader import SavedEngine
@@ -75,7 +75,7 @@ def assert_starts_from(config: Config, weights: dict[str, Tensor], dtype: torch.
     saved = SavedEngine(checkpoint(config, 1) / "net")
     assert len(saved.shapes) == 6
     for name in saved.shapes:
-        assert torch.equal(read(saved.master(name)), weights[name]), name
+        assert torch.equal(read_tensor(saved.master(name)), weights[name]), name
 
 
 @pytest.mark.parametrize(
@@ -112,11 +112,11 @@ def train_and_count(config: Config) -> int:
     counts = []
 
     def counted(weight: StoredTensor, *place: Any) -> Tensor:
-        part = read(weight, *place)
+        part = read_tensor(weight, *place)
         counts.append(part.nbytes)
         return part
 
-    with patch.object(init_weights, "read", counted):
+    with patch.object(init_weights, "read_tensor", counted):
         run_in_world(config)
     return sum(counts)
 
@@ -182,8 +182,8 @@ def test_of_several_engines_it_is_the_one_of_the_same_name(
     elsewhere = {"ds_config": other["ds_config"], "optimizer": STILL, "init_from": first.run_dir}
     config = config_of(tmp_path / "third", 1, given, engines={"third": elsewhere})
     for error in two_ranks.run(error_of, config):
-        assert "step-00000001: name one: " in error
-        assert "step-00000001/NAME: net, other" in error
+        assert "step-00000001: expected one engine, found net, other: use " in error
+        assert "step-00000001/NAME" in error
 
 
 def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(
@@ -203,7 +203,7 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(
             "unexpected: 'last.wieght' (did you mean 'last.weight'?)",
             "wrong: 'first.weight' has the shape [6, 16] in the file, and [16, 6] in the model",
             "wrong: 'tilt' is int64 in the file, and float32 in the model",
-            "wrong: 'again.weight' differs from 'middle.weight': tied in the model, and not in the",
+            "wrong: 'again.weight' differs from 'middle.weight': tied in the model, but not in the",
             "harness convert",
         ):
             assert text in error, error
@@ -218,20 +218,20 @@ def test_experts_are_refused(given: Path) -> None:
     model: Any = Odd(0.0)
     model.tilt.allreduce = False  # as DeepSpeed marks them
     engine: Any = SimpleNamespace(name="net", module=model, has_lora=False)
-    with pytest.raises(ConfigError, match="experts cannot be started from weights"):
-        init_weights.fitted(engine, given)
+    with pytest.raises(ConfigError, match="not supported for DeepSpeed's experts"):
+        init_weights.match_weights(engine, given)
 
 
 def started(config: Config) -> list[dict[str, Tensor]]:
     """Trains. Returns the complete weights of each engine right after it was filled."""
     found = []
-    fill = init_weights.fill
+    load_weights = init_weights.load_weights
 
     def and_copy(engine: Engine, weights: init_weights.Weights) -> None:
-        fill(engine, weights)
+        load_weights(engine, weights)
         found.append(dict(engine.full_tensors()))
 
-    with patch.object(init_weights, "fill", and_copy):
+    with patch.object(init_weights, "load_weights", and_copy):
         run_in_world(config)
     return found
 

@@ -15,8 +15,8 @@ from harness.config import Config
 from harness.config.engine_sections import OptimizerConfig
 from harness.config.sections import merge
 from harness.convert.convert import Options, convert
-from harness.io.stored import materialize, read
-from harness.optim.sharding import is_elementwise
+from harness.io.stored import materialize, read_tensor
+from harness.optim.zero_compatibility import is_elementwise
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.zero.reader import SavedEngine
@@ -68,7 +68,7 @@ def copy_checkpoint(full: Config, resumed: Config) -> None:
 
 def train_and_dump(config: Config) -> None:
     """A run that writes what it has resumed into `resumed/`, before its next step."""
-    original = resume.resume
+    original = resume.restore
 
     def and_dump(directory: Path, engines: Any, *others: Any) -> None:
         original(directory, engines, *others)
@@ -76,7 +76,7 @@ def train_and_dump(config: Config) -> None:
             write_files(config.run_dir / "resumed", engine.collect())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resume, "resume", and_dump)
+        patch.setattr(resume, "restore", and_dump)
         (config.run_dir / "resumed").mkdir(exist_ok=True)
         run_in_world(config)
 
@@ -90,7 +90,7 @@ def assert_resumed(full: Config, resumed: Config, engine: str = "net") -> None:
     for name, weight in saved.model["module"].items():
         assert found.model["module"][name].dtype == weight.dtype
         dtype = getattr(torch, weight.dtype)
-        before, after = (read(engine.weight(name)).to(dtype) for engine in (saved, found))
+        before, after = (read_tensor(engine.weight(name)).to(dtype) for engine in (saved, found))
         assert torch.equal(before, after), name
     for key in ("lr_scheduler", "global_steps", "global_samples", "skipped_steps"):
         assert found.model[key] == saved.model[key], key
@@ -200,7 +200,7 @@ def test_odd_layouts_and_a_teacher(
     assert both(pools, full, resumed, before, after) < 1e-5
     assert_resumed(full, resumed)
     engine = SavedEngine(resumed.run_dir / "resumed/net")
-    assert read(engine.weight("frozen.weight")).eq(1).all()
+    assert read_tensor(engine.weight("frozen.weight")).eq(1).all()
     assert [group["weight_decay"] for group in engine.groups] == [0.1, 0.0]
 
 
@@ -277,9 +277,9 @@ def test_extra_state_moves_is_exported_and_converted(
     for found in (exported(config), io.load(tmp_path / "weights.sft")):
         assert found["dropout.0._extra_state"] == torch.tensor(8.0)
         assert "dropout.1._extra_state" not in found
-    assert lines[0] == "note: 'dropout.1._extra_state' is not a tensor, and is left out: a dict"
+    assert lines[0] == "note: skipped 'dropout.1._extra_state': not a tensor, but a dict"
     log = log_text(config)
-    assert "engine net: left out, not a tensor: dropout.1._extra_state" in log
+    assert "engine net: skipped, not a tensor: dropout.1._extra_state" in log
     convert(checkpoint(config, 8), tmp_path / "native", Options(to_zero=1, ranks=2), lines.append)
     native = materialize(SavedEngine(tmp_path / "native/global_step8").extra)
     assert native["dropout.1._extra_state"] == {"calls": 8}
@@ -287,7 +287,7 @@ def test_extra_state_moves_is_exported_and_converted(
     started = config_of(tmp_path / "new", after, init, **settings | {"steps": 1})
     pools(after[0]).run(run_in_world, started)
     log = log_text(started)
-    assert "engine net: extra state is not taken: dropout.0._extra_state" in log
+    assert "engine net: extra state is ignored: dropout.0._extra_state" in log
 
 
 def test_no_sample_is_lost_or_repeated(pools: Pools, tmp_path: Path) -> None:
@@ -311,7 +311,9 @@ def test_state_that_depends_on_shapes_is_refused(
     config = config_of(tmp_path, after, ADAFACTOR)
     errors = pools(after[0]).run(error_of, config)
     assert all("depends on the parameters' shapes" in text for text in errors), errors
-    assert all(f"resume on {before[0]} ranks, ZeRO {before[1]}" in text for text in errors), errors
+    assert all(f"resume with {before[0]} ranks, ZeRO {before[1]}" in text for text in errors), (
+        errors
+    )
     assert len(losses(config)) == 4
 
 

@@ -57,7 +57,7 @@ def history(
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_a_resumed_run_is_the_same_to_the_bit(
+def test_a_resumed_run_is_bit_identical(
     pools: Pools, tmp_path: Path, case: tuple[int, str, str, int]
 ) -> None:
     first, second = history(pools(2), tmp_path, *case)

@@ -1,7 +1,6 @@
 """Commands to complete runs: executed by all ranks after the same step, each answered once."""
 
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -11,8 +10,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from hypothesis import strategies as st
 from harness import distributed
 from harness.checkpoint.snapshot import Snapshots
 from harness.config import Config
-from harness.control.bus import Bus, Ticket
+from harness.control.bus import Bus
 from harness.control.client import Client
 from harness.control.commands import Save, SetLr
 from harness.control.grammar import Grammar
@@ -36,57 +33,10 @@ from harness.run import run_in_world
 from harness.testing.faults import fail_at, io_error
 from harness.testing.pool import RankError, RankPool
 from harness.trainer import Trainer
+from tests.support.commanded import History, commanded, recorded
 from tests.support.helpers import ROOT, records, tiny_config
 
 STAGES = [0, 1, 2, 3]
-History = list[tuple[int, str, str]]
-"""What a rank has executed: `(step, front, command)`."""
-
-
-@contextmanager
-def recorded() -> Iterator[History]:
-    """Records what this rank executes."""
-    history: History = []
-    execute = Trainer.execute
-
-    def and_record(self: Trainer, ticket: Ticket) -> None:
-        history.append((self.engines.global_step, ticket.front, ticket.text))
-        execute(self, ticket)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "execute", and_record)
-        yield history
-
-
-def commanded(config: Config, text: str) -> tuple[History, str]:
-    """A run that has `text` on its standard input before its first step.
-
-    Returns what this rank executed, and its log.
-    """
-    reading, writing = os.pipe()
-    os.write(writing, text.encode())
-    os.close(writing)
-    old_stdin, sys.stdin = sys.stdin, os.fdopen(reading)
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    train = Trainer.train
-
-    def once_all_is_read(self: Trainer) -> int:
-        while any(thread.name == "stdin" for thread in threading.enumerate()):
-            time.sleep(0.01)
-        return train(self)
-
-    with recorded() as history, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train", once_all_is_read)
-        patch.setattr("harness.control.stdin.write_to_terminal", messages.append)
-        logging.getLogger("harness").addHandler(handler)
-        try:
-            run_in_world(config)
-        finally:
-            sys.stdin = old_stdin
-            logging.getLogger("harness").removeHandler(handler)
-    return history, "\n".join(messages)
 
 
 def stdin_config(directory: Path, stage: int = 0, **overrides: Any) -> Config:
@@ -310,7 +260,7 @@ def test_settings_change_live_and_outlive_a_resume(two_ranks: RankPool, tmp_path
     two_ranks.run(run_in_world, longer)
     log = (config.run_dir / "log.txt").read_text()
     assert "saved " + str(config.run_dir / "checkpoints/step-00000006") in log
-    assert "restored live change: trainer.save_every = 2 (the config says 100)" in log
+    assert "restored live change: trainer.save_every = 2 (config: 100)" in log
 
 
 def test_an_invalid_setting_is_refused(two_ranks: RankPool, tmp_path: Path) -> None:
@@ -321,7 +271,7 @@ def test_an_invalid_setting_is_refused(two_ranks: RankPool, tmp_path: Path) -> N
     assert {state for text, (state, _) in results.items() if "save" not in text} == {"failed"}
     assert "the task has no eval_data" in results["set trainer.eval_every 2"][1]
     assert "need keep_last" in results["set checkpoint.keep_best 1"][1]
-    assert "the run is at step 1" in results["steps 1"][1]
+    assert "the run is already at step 1" in results["steps 1"][1]
     assert "computes in fp32" in results["loss_scale 2"][1]
     assert len(records(config)) == 6
 
@@ -349,7 +299,7 @@ def test_what_fails_on_one_rank_has_failed_and_the_run_continues(
     assert "rank 1: OSError: [Errno 5] Input/output error" in saves[0][1]
     assert len(records(config)) == 9
     # The evaluation at the end fails as well, and ends the run; no step is lost.
-    assert "this ends the run: saving it first" in (config.run_dir / "log.txt").read_text()
+    assert "saving a checkpoint before the run ends" in (config.run_dir / "log.txt").read_text()
     names = [path.name for path in (config.run_dir / "checkpoints").iterdir()]
     assert sorted(names) == ["latest", "step-00000004", "step-00000009"]
 
@@ -444,7 +394,7 @@ def test_a_second_save_in_the_background_is_answered_with_the_first(
     config = stdin_config(tmp_path, run={"steps": 60}, checkpoint={"background": True})
     two_ranks.run(commanded, config, "pause\nsave\nsave\nresume\n")
     saves = [result for text, state, result in ends(config) if text == "save" and state == "done"]
-    assert saves[0].startswith("saved /") and saves[1] in (saves[0], "saved already")
+    assert saves[0].startswith("saved /") and saves[1] in (saves[0], "already saved")
 
 
 def test_a_background_save_is_answered_when_complete(two_ranks: RankPool, tmp_path: Path) -> None:
@@ -465,7 +415,7 @@ def test_a_signal_ends_an_evaluation(two_ranks: RankPool, tmp_path: Path) -> Non
     last = records(config)[-1]["step"]
     assert (config.run_dir / f"checkpoints/step-{last:08d}/manifest.json").exists()
     assert not (config.run_dir / "exports").exists()
-    assert ends(config) == [("SIGTERM", "done", "the run ends here")]
+    assert ends(config) == [("SIGTERM", "done", "ending the run")]
 
 
 def signalled_in_evaluation(config: Config) -> int:

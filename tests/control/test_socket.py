@@ -20,7 +20,7 @@ from harness.control import client
 from harness.control.audit import Audit
 from harness.control.bus import Bus
 from harness.control.client import Client
-from harness.control.commands import Query, Status
+from harness.control.commands import Query, ShowStatus
 from harness.control.grammar import Grammar
 from harness.control.signals import Signals
 from harness.control.socket import MAX_CLIENTS, SocketFront
@@ -54,7 +54,7 @@ class Desk(Bus):
 
 
 def _status(query: Query) -> str:
-    assert query == Status()
+    assert query == ShowStatus()
     return "step 7 of 9" + "." * 1000
 
 
@@ -228,7 +228,7 @@ def test_a_line_of_10_mb_is_rejected(tmp_path: Path, desk: Desk) -> None:
             raw.sendall(b"x" * 10_000_000)
         (answer,) = read_lines(raw, 1)
     assert answer["state"] == "rejected"
-    assert answer["result"] == f"a line of more than {MAX_LINE} bytes"
+    assert answer["result"] == f"line longer than {MAX_LINE} bytes"
     assert states(tmp_path, "save") == ["queued", "done"]
 
 
@@ -305,7 +305,7 @@ def test_another_user_is_rejected(desk: Desk, tmp_path: Path) -> None:
         path.parent.chmod(0o755)
         path.chmod(0o666)  # even then the user is recognised
         answer = json.loads(stranger().stdout)
-        assert answer["state"] == "rejected" and "who owns this run" in answer["result"]
+        assert answer["state"] == "rejected" and "the owner of this run" in answer["result"]
     finally:
         front.close()
         shutil.rmtree(open_place)

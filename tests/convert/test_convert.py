@@ -161,7 +161,7 @@ def test_the_settings_of_the_optimizer_use_the_names_of_its_tensors(
         assert f"optimizer.exp_avg.{name}" in found and name in found
     lines: list[str] = []
     convert(directory, tmp_path / "x.pt", Options(what="optimizer"), lines.append)
-    assert lines[0] == "note: a .pt has no place for the metadata: optimizer"
+    assert lines[0] == "note: a .pt cannot store metadata: dropped optimizer"
 
 
 def test_metadata_of_other_programs_is_kept(tmp_path: Path) -> None:
@@ -176,7 +176,9 @@ def test_a_weight_named_like_state_of_the_optimizer_is_refused(
     two_ranks: RankPool, tmp_path: Path
 ) -> None:
     two_ranks.run(write_clash, tmp_path / "clash")
-    with pytest.raises(HarnessError, match=r"'optimizer.master.w' is both a weight and state"):
+    with pytest.raises(
+        HarnessError, match=r"'optimizer.master.w' is both a weight and optimizer state"
+    ):
         converted(tmp_path / "clash", tmp_path / "x.sft", what="all")
     assert set(converted(tmp_path / "clash", tmp_path / "x.sft")) == {"optimizer.master.w", "w"}
 
@@ -237,15 +239,15 @@ def test_a_missing_expert_is_noticed(checkpoints: Checkpoints, tmp_path: Path, s
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"include": ("wrods",)}, "no tensor has a name that matches 'wrods'"),
+        ({"include": ("wrods",)}, "no tensor name matches 'wrods'"),
         ({"include": ("(",)}, "not a regular expression"),
-        ({"exclude": (".",)}, "no tensor is left"),
+        ({"exclude": (".",)}, "leave no tensor to write"),
         ({"rename": ("inner",)}, "expected OLD=NEW"),
         ({"rename": ("weight|bias=x",)}, "two tensors would be named 'fixed.x'"),
-        ({"rename": ("nothing=x",)}, "no name has 'nothing' in it"),
-        ({"rename": ("^tilt$=",)}, "nothing would be left of 'tilt'"),
-        ({"ranks": 2}, "--ranks and --round-robin are for --to-zero"),
-        ({"round_robin": False}, "--ranks and --round-robin are for --to-zero"),
+        ({"rename": ("nothing=x",)}, "no tensor name matches 'nothing'"),
+        ({"rename": ("^tilt$=",)}, "the new name of 'tilt' is empty"),
+        ({"ranks": 2}, "--ranks and --round-robin need --to-zero"),
+        ({"round_robin": False}, "--ranks and --round-robin need --to-zero"),
         ({"shard_size": 9}, "must be a directory"),
     ],
 )
@@ -275,8 +277,8 @@ def test_the_masters_of_zero_0_are_not_named(checkpoints: Checkpoints, tmp_path:
     lines: list[str] = []
     directory = checkpoints(2) / "zero0 bf16"
     convert(directory, tmp_path / "x.sft", Options(), lines.append)
-    assert "note: DeepSpeed does not name the fp32 masters at ZeRO 0" in lines[0]
-    with pytest.raises(HarnessError, match="does not say which parameter"):
+    assert "note: at ZeRO 0 DeepSpeed does not record the names of the fp32 masters" in lines[0]
+    with pytest.raises(HarnessError, match="does not record which parameter"):
         convert(directory, tmp_path / "y.sft", Options(what="optimizer"), lines.append)
 
 
@@ -331,7 +333,7 @@ DAMAGED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "truncated": (
         lambda d, _: os.truncate(only(d, RANK_1), only(d, RANK_1).stat().st_size - 99),
-        "not a zip archive, as torch.save writes it, or truncated",
+        "truncated, or not a zip archive, which torch.save writes",
     ),
     "code": (lambda d, _: hostile(only(d, RANK_1)), "it names os.system"),
     "bomb": (lambda d, _: bomb(only(d, RANK_1)), "is compressed"),
@@ -341,15 +343,15 @@ DAMAGED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "more ranks": (
         lambda d, other: shutil.copy(only(other, RANK_1), d / RANK_2),
-        "optim_states.pt of ranks 2 are of another save: this one is of 2 ranks",
+        "optim_states.pt of ranks 2 are from another save: this one is of 2 ranks",
     ),
     "another layout": (
         lambda d, other: shutil.copy(only(other, RANK_1), only(d, RANK_1)),
-        "rank 1 are of another run|do not belong to each other|the state of",
+        "rank 1 are from another run|do not match its tensors|the sub-group of",
     ),
     "another step": (
         lambda d, _: changed(only(d, RANK_1), lambda step: step.add_(1)),
-        "the files of rank 1 are of another run or step than those of rank 0",
+        "the files of rank 1 are from another run or step than those of rank 0",
     ),
 }
 
@@ -492,5 +494,5 @@ def test_a_run_of_harness_is_converted(two_ranks: RankPool, tmp_path: Path) -> N
         converted(config.run_dir, tmp_path / "y.sft", engine="nte")
     old, new = (only(checkpoints / f"step-0000000{n}/net", RANK_1) for n in (2, 4))
     shutil.copy(old, new)
-    with pytest.raises(HarnessError, match="another file than the one that was saved"):
+    with pytest.raises(HarnessError, match="is not the file that was saved"):
         converted(config.run_dir, tmp_path / "y.sft")

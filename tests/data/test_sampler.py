@@ -474,7 +474,7 @@ def test_drop_last_leaves_only_batches_of_the_full_size(
     expected = sum(part // size for part in parts)
     options: dict[str, Any] = {"max_tokens": None, "max_batch_size": size, "buckets": buckets}
     if not expected:
-        with pytest.raises(ValueError, match=f"drop_last leaves no batch of the {count} items"):
+        with pytest.raises(ValueError, match=f"drop_last drops all batches of the {count} items"):
             batched(count, drop_last=True, shuffle=shuffle, **options)
         return
     sampler = batched(count, drop_last=True, shuffle=shuffle, **options)
@@ -511,24 +511,24 @@ def test_drop_last_considers_the_shortest_item() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OrderedSampler(0), "length must be positive, not 0"),
-        (lambda: RandomSampler(-1), "length must be positive, not -1"),
-        (lambda: PoolSampler([]), "length must be positive, not 0"),
-        (lambda: BatchedOrderedSampler([], max_tokens=1), "length must be positive, not 0"),
-        (lambda: OrderedSampler(5, world_size=0), "world_size must be positive, not 0"),
-        (lambda: OrderedSampler(5, rank=2, world_size=2), r"rank must be in 0\.\.1 .*, not 2"),
-        (lambda: OrderedSampler(5, rank=-1), r"rank must be in 0\.\.0 .*, not -1"),
-        (lambda: OrderedSampler(5).advance(-1), "rounds must not be negative, not -1"),
-        (lambda: BatchedOrderedSampler([1]), "give max_tokens, max_batch_size, or both"),
-        (lambda: batched(5, max_batch_size=0), "max_batch_size must be positive, not 0"),
-        (lambda: batched(5, buckets=0), "buckets must be positive, not 0"),
+        (lambda: OrderedSampler(0), "length = 0: expected an integer >= 1"),
+        (lambda: RandomSampler(-1), "length = -1: expected an integer >= 1"),
+        (lambda: PoolSampler([]), "length = 0: expected an integer >= 1"),
+        (lambda: BatchedOrderedSampler([], max_tokens=1), "length = 0: expected an integer >= 1"),
+        (lambda: OrderedSampler(5, world_size=0), "world_size = 0: expected an integer >= 1"),
+        (lambda: OrderedSampler(5, rank=2, world_size=2), "rank = 2: expected 0 to 1"),
+        (lambda: OrderedSampler(5, rank=-1), "rank = -1: expected 0 to 0"),
+        (lambda: OrderedSampler(5).advance(-1), "rounds = -1: expected an integer >= 0"),
+        (lambda: BatchedOrderedSampler([1]), "set max_tokens, max_batch_size, or both"),
+        (lambda: batched(5, max_batch_size=0), "max_batch_size = 0: expected an integer >= 1"),
+        (lambda: batched(5, buckets=0), "buckets = 0: expected an integer >= 1"),
         (
             lambda: BatchedOrderedSampler([1, 2.5, 3, 4], max_tokens=2),
-            "item 1 of length 2.5 alone exceeds max_tokens = 2",
+            r"lengths\[1\] = 2\.5 exceeds max_tokens = 2",
         ),
-        (lambda: BatchedOrderedSampler([1, -1], max_tokens=2), "item 1 has .* length -1"),
-        (lambda: BatchedOrderedSampler([float("nan")], max_tokens=2), "item 0 has .* length nan"),
-        (lambda: batched(5, max_tokens=100, drop_last=True), "leaves no batch of the 5 items"),
+        (lambda: BatchedOrderedSampler([1, -1], max_tokens=2), r"lengths\[1\] = -1"),
+        (lambda: BatchedOrderedSampler([float("nan")], max_tokens=2), r"lengths\[0\] = nan"),
+        (lambda: batched(5, max_tokens=100, drop_last=True), "drops all batches of the 5 items"),
     ],
 )
 def test_invalid_arguments_are_named(make: Callable[[], Any], message: str) -> None:

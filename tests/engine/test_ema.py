@@ -15,7 +15,7 @@ from harness.config import Config
 from harness.convert.convert import Options, convert
 from harness.errors import CheckpointError
 from harness.io import load
-from harness.io.stored import read
+from harness.io.stored import read_tensor
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.zero.reader import SavedEngine
@@ -68,22 +68,22 @@ def test_it_averages_the_master_weights_and_changes_nothing_else(
     for step in range(1, 7):
         engine = saved(config, step)
         for name in engine.shapes:
-            master = read(engine.master(name))
+            master = read_tensor(engine.master(name))
             averages[name] = torch.lerp(averages.get(name, master), master, 1 - DECAY)
-            assert torch.equal(read(engine.moment(name, "ema")), averages[name])
+            assert torch.equal(read_tensor(engine.moment(name, "ema")), averages[name])
             assert averages[name].dtype == torch.float32
     weights, average = exported(config), exported(config, file="net.ema.sft")
     assert weights.keys() == average.keys() > averages.keys()
     last = saved(config, 6)
     for name, tensor in averages.items():
         assert torch.equal(average[name], tensor.bfloat16())
-        assert torch.equal(weights[name], read(last.master(name)).bfloat16())
+        assert torch.equal(weights[name], read_tensor(last.master(name)).bfloat16())
     convert(config.run_dir, tmp_path / "x.sft", Options(what="ema", verify=True), print)
     averages |= {"again.weight": averages["middle.weight"], "scale": weights["scale"].float()}
     assert_equal(load(tmp_path / "x.sft"), averages)
     convert(config.run_dir, tmp_path / "y.sft", Options(what="ema", dtype="keep"), print)
     assert_equal(load(tmp_path / "y.sft"), average)
-    with pytest.raises(CheckpointError, match="it has no average of the weights"):
+    with pytest.raises(CheckpointError, match="has no EMA weights"):
         convert(without.run_dir, tmp_path / "z.sft", Options(what="ema"), print)
     assert torch.equal(average["again.weight"], average["middle.weight"])
 
@@ -94,7 +94,7 @@ def test_it_resumes_to_the_bit_and_can_be_switched_off_and_on(
 ) -> None:
     config = config_of(tmp_path, stage)
     two_ranks.run(run_in_world, config)
-    averages = {n: read(saved(config, 6).moment(n, "ema")) for n in saved(config, 6).shapes}
+    averages = {n: read_tensor(saved(config, 6).moment(n, "ema")) for n in saved(config, 6).shapes}
 
     def again(**engine: Any) -> SavedEngine:
         for step in (4, 5, 6):
@@ -103,7 +103,7 @@ def test_it_resumes_to_the_bit_and_can_be_switched_off_and_on(
         return saved(config, 6)
 
     resumed = again()
-    assert_equal({name: read(resumed.moment(name, "ema")) for name in averages}, averages)
+    assert_equal({name: read_tensor(resumed.moment(name, "ema")) for name in averages}, averages)
     off = again(ema_decay=None)
     assert all("ema" not in off.state_keys(name) for name in averages)
     for step in (5, 6):
@@ -111,9 +111,11 @@ def test_it_resumes_to_the_bit_and_can_be_switched_off_and_on(
     two_ranks.run(run_in_world, config)  # on again: it begins with the weights of step 5
     engine, first = saved(config, 6), saved(config, 5)
     for name in averages:
-        assert torch.equal(read(first.moment(name, "ema")), read(first.master(name)))
-        expected = torch.lerp(read(first.master(name)), read(engine.master(name)), 1 - DECAY)
-        assert torch.equal(read(engine.moment(name, "ema")), expected)
+        assert torch.equal(read_tensor(first.moment(name, "ema")), read_tensor(first.master(name)))
+        expected = torch.lerp(
+            read_tensor(first.master(name)), read_tensor(engine.master(name)), 1 - DECAY
+        )
+        assert torch.equal(read_tensor(engine.moment(name, "ema")), expected)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,10 @@ def test_an_optimizer_with_an_average_of_its_own_is_refused(
     pytest.importorskip("schedulefree")
     config = config_of(tmp_path, 0, optimizer={"name": "schedulefree"})
     (error, _) = two_ranks.run(error_of, config)
-    assert "engines.net.ema_decay: optimizer 'schedulefree' keeps an average of its own" in error
+    assert (
+        "engines.net.ema_decay: optimizer 'schedulefree' keeps its own average of the weights"
+        in error
+    )
     assert not config.run_dir.exists()
 
 

@@ -21,7 +21,7 @@ from harness.task import load_task
 from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool
 from harness.zero.reader import SavedEngine
-from tests.control.test_control import commanded
+from tests.support.commanded import commanded
 from tests.support.fake_digits import fake_digits, train_on_fake_digits
 from tests.support.helpers import (
     ROOT,
@@ -138,7 +138,7 @@ REFUSED = {
     "after the loan": "the loss of engine 'G' would give a gradient to '.*' of engine 'D'",
     "backward": "engine 'D' was back-propagated in the turn of engine 'G'",
     "itself": "engine 'G' cannot be lent in its own turn",
-    "E": r"no engine 'E' to lend.*; there are \['D', 'G'\]",
+    "E": r"no engine 'E' to lend.*; the engines are D, G",
 }
 
 
@@ -149,7 +149,7 @@ WRONG = [(way, stage) for way in AT_EVERY_STAGE for stage in STAGES] + [
 
 
 @pytest.mark.parametrize(("way", "stage"), WRONG)
-def test_the_wrong_way_is_an_error_that_says_the_right_one(
+def test_incorrect_use_is_an_error_with_the_remedy(
     two_ranks: RankPool, tmp_path: Path, way: str, stage: int
 ) -> None:
     engines = {"D": {"stage": stage}, "G": {"stage": stage}}
@@ -161,7 +161,7 @@ def test_the_wrong_way_is_an_error_that_says_the_right_one(
 
 
 @pytest.mark.parametrize("way", ["block", "turn", "broken turn"])
-def test_what_was_lent_is_as_it_was_before(way: str) -> None:
+def test_a_lent_engine_is_restored(way: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2)).requires_grad_(False)
     model[2].requires_grad_(True)
     model[1].eval()
@@ -193,11 +193,14 @@ def test_a_parameter_of_two_engines_is_refused(two_ranks: RankPool, tmp_path: Pa
 @pytest.mark.parametrize(
     ("engines", "message"),
     [
-        ({"net": {"train_every": 2}}, "trained at every step, found train_every = {'net': 2}"),
-        ({"net": {}, "slow": {"train_every": 7}}, "train_every = 7: it would never be trained in"),
+        (
+            {"net": {"train_every": 2}},
+            "train_every = {'net': 2}: at least one must be trained at every step",
+        ),
+        ({"net": {}, "slow": {"train_every": 7}}, "train_every = 7: expected at most run.steps ="),
         ({"net": {"train_every": 0}}, "greater than or equal to 1"),
         ({"net": {"ema_decay": 1.0}}, "less than 1"),
-        ({"net": {}, "wise": {"role": "teacher", "ema_decay": 0.9}}, "a teacher never changes"),
+        ({"net": {}, "wise": {"role": "teacher", "ema_decay": 0.9}}, "a teacher is not trained"),
     ],
 )
 def test_impossible_settings_are_refused(

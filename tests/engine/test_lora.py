@@ -139,7 +139,7 @@ def test_a_checkpoint_of_other_adapters_is_refused(
     (error, _) = two_ranks.run(error_of, config_of(tmp_path, 2, lora=LORA | {"rank": 4}))
     assert "'first.lora_A.default.weight' has the shape (4, 6) in this run, and (3, 6)" in error
     (error, _) = two_ranks.run(error_of, config_of(tmp_path, 2, lora=LORA | {"alpha": 24}))
-    assert "engine 'net': lora.alpha = 24.0 in the config, and 12.0 in the checkpoint" in error
+    assert "engine 'net': lora.alpha is 24.0 in the config, and 12.0 in the checkpoint" in error
 
 
 class Mixed(nn.Module):
@@ -215,7 +215,11 @@ class Unsupported(nn.Sequential):
         (Mixed, "nothing", "lora.targets = 'nothing': Target modules nothing not found"),
         (Mixed, "body", "ModuleList.* is not supported"),
         (Mixed, "attention", "'attention' is a MultiheadAttention, which has no `weight`"),
-        (Mixed, r"attention\.out_proj", "'attention.out_proj' is a part of nn.MultiheadAttention"),
+        (
+            Mixed,
+            r"attention\.out_proj",
+            "'attention.out_proj' is a submodule of nn.MultiheadAttention",
+        ),
         (Classifier, "again", "'again' is tied: middle.weight, again.weight are one tensor"),
         (Unsupported, "0", "'0' has groups = 2, which peft's adapter does not support"),
         (Unsupported, "1", r"'1' has dilation = \(1, 2\)"),
@@ -231,7 +235,7 @@ def test_what_cannot_be_adapted_is_an_error(
 
 
 def test_a_keyword_of_peft_is_not_a_regular_expression(peft: Any) -> None:
-    with pytest.raises(ValidationError, match="'All-Linear', a keyword of peft"):
+    with pytest.raises(ValidationError, match="'All-Linear', a peft keyword"):
         LoraConfig(targets="All-Linear")
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from harness.errors import FormatError
 from harness.formats import pt_reader
 from harness.formats.pt_reader import DType, Shape, TensorRef
-from harness.formats.unpickler import StandIn
+from harness.formats.unpickler import Placeholder
 from tests.support.fuzz import fuzz, mutated
 
 
@@ -99,7 +99,7 @@ def test_values_of_torch_have_stand_ins(tmp_path: Path) -> None:
     found = pt_reader.read(saved(tree, tmp_path))
     assert found["s"] == (2, 3) and isinstance(found["s"], Shape) and found["s"].numel() == 6
     assert found["d"] == DType("bfloat16")
-    assert isinstance(found["on"], StandIn) and found["on"].values == ("cpu",)
+    assert isinstance(found["on"], Placeholder) and found["on"].values == ("cpu",)
     assert list(found["m"]) == list(model)
 
 
@@ -149,8 +149,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "laughs": (lambda p: archive(p, laughs()), "more than"),
     "deep": (lambda p: archive(p, b"\x80\x02" + b"]" * 200_001 + b"a" * 200_000 + b"."), "deep"),
-    "cycle": (lambda p: archive(p, b"\x80\x02]q\x00h\x00a."), "holds itself"),
-    "hash": (lambda p: archive(p, HASH_BOMB), "a key of type"),
+    "cycle": (lambda p: archive(p, b"\x80\x02]q\x00h\x00a."), "contains itself"),
+    "hash": (lambda p: archive(p, HASH_BOMB), "unsupported key type"),
     "memo": (lambda p: archive(p, b"\x80\x02]r\xff\xff\xff\xffj\xff\xff\xff\xfe."), "malformed"),
     "size": (
         lambda p: archive(p, b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x70\x85R."),
@@ -161,8 +161,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         "sets attributes of torch.Size",
     ),
     "called": (lambda p: archive(p, b"\x80\x02ctorch\nTensor\n)R."), "calls torch.Tensor"),
-    "out of range": (lambda p: archive(p, tensor_of(0, 5, 1)), "over the end of its data"),
-    "far out": (lambda p: archive(p, tensor_of(2**61, 2, 2**61)), "over the end of its data"),
+    "out of range": (lambda p: archive(p, tensor_of(0, 5, 1)), "past the end of its data"),
+    "far out": (lambda p: archive(p, tensor_of(2**61, 2, 2**61)), "past the end of its data"),
     "negative": (lambda p: archive(p, tensor_of(0, 2, -1)), "the shape of a tensor"),
     "empty": (lambda p: (p.write_bytes(b"") and p) or p, "not a zip archive"),
     "text": (lambda p: (p.write_text("hello, " * 99) and p) or p, "not a zip archive"),

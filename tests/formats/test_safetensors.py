@@ -35,13 +35,16 @@ def entry(start: int, end: int, dtype: Any = "U8", shape: Any = None) -> dict[st
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "fewer than 8 bytes"),
     "short": (b"\2\0\0", "fewer than 8 bytes"),
-    "false length": (file_of({}, size=1 << 62), "but 2 follow"),
-    "header longer than the file": (file_of({}, size=3), "a header of 3 bytes, but 2 follow"),
+    "false length": (file_of({}, size=1 << 62), "but the file has only 2 more"),
+    "header longer than the file": (
+        file_of({}, size=3),
+        "its header should have 3 bytes, but the file has only 2 more",
+    ),
     "not JSON": (file_of("nothing"), "expected '{' at character 0"),
     "a list": (file_of([1]), "expected '{'"),
     "blanks in front": (file_of(" {}"), "expected '{'"),
     "not UTF-8": (b"\2" + bytes(7) + b"\xff\xfe", "codec can't decode"),
-    "JSON and more": (file_of("{}{}"), "more than a JSON object"),
+    "JSON and more": (file_of("{}{}"), "unexpected text after the JSON object"),
     "cut off": (file_of('{"a":'), "tensor 'a'"),
     "duplicate name": (
         file_of('{"a":%s,"a":%s}' % (2 * (json.dumps(entry(0, 1)),)), b"x"),
@@ -64,20 +67,20 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "overflow": (file_of({"a": entry(0, 0, shape=[2**32, 2**32])}), "overflows"),
     "overflow beside 0": (file_of({"a": entry(0, 0, shape=[2**62, 2**62, 0])}), "overflows"),
     "many dimensions": (file_of({"a": entry(0, 1, shape=[1] * 65)}, b"x"), "65 dimensions"),
-    "half a byte": (file_of({"a": entry(0, 1, "F4", [1])}, b"x"), "last byte"),
+    "half a byte": (file_of({"a": entry(0, 1, "F4", [1])}, b"x"), "not a whole number of bytes"),
     "deep": (file_of('{"a":' + "[" * 3000), "tensor 'a'"),
     "deep metadata": (file_of('{"__metadata__":' + "[" * 100_000), "expected '{'"),
-    "wrong size": (file_of({"a": entry(0, 2, shape=[1])}, b"xx"), "but it has 1 bytes"),
+    "wrong size": (file_of({"a": entry(0, 2, shape=[1])}, b"xx"), "do not span its 1 bytes"),
     "reversed": (file_of({"a": entry(1, 0)}, b"x"), "list of sizes"),
     "overlap": (
         file_of({"a": entry(0, 2), "b": entry(1, 3)}, b"xxx"),
         "'b' overlaps tensor 'a'",
     ),
     "the same bytes": (file_of({"a": entry(0, 2), "b": entry(0, 2)}, b"xx"), "overlaps"),
-    "hole": (file_of({"a": entry(0, 1), "b": entry(2, 3)}, b"xxx"), "'b' leaves a hole behind"),
-    "hole in front": (file_of({"a": entry(1, 2)}, b"xx"), "leaves a hole behind the header"),
+    "hole": (file_of({"a": entry(0, 1), "b": entry(2, 3)}, b"xxx"), "'b' leaves a gap after"),
+    "hole in front": (file_of({"a": entry(1, 2)}, b"xx"), "leaves a gap after the header"),
     "missing data": (file_of({"a": entry(0, 8)}, b"xxx"), "5 bytes are missing"),
-    "further data": (file_of({"a": entry(0, 1)}, b"xxx"), "2 bytes follow"),
+    "further data": (file_of({"a": entry(0, 1)}, b"xxx"), "2 bytes after the last tensor"),
 }
 
 
@@ -95,7 +98,7 @@ def test_a_header_of_more_than_100_mb_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write((200_000_000).to_bytes(8, "little") + b"{}")
         file.truncate(300_000_000)
-    with pytest.raises(FormatError, match="a header of 200000000 bytes, and the format allows"):
+    with pytest.raises(FormatError, match="its header has 200000000 bytes, expected at most"):
         safetensors.read_header(path)
 
 
@@ -153,7 +156,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
         writer.write("ä", bytes(8), offset=0)
         writer.write("ä", np.float64(2.5).tobytes(), offset=8)
         writer.write("one", b"\1")
-        with pytest.raises(ValueError, match="2 bytes at 15 of 16"):
+        with pytest.raises(ValueError, match="2 bytes at offset 15 extend past its 16 bytes"):
             writer.write("ä", bytes(2), offset=15)
 
     safetensors.write(path, tensors, fill, {"format": "pt"})

@@ -79,7 +79,7 @@ def test_the_state_of_a_training_comes_back(
 
 
 @pytest.mark.parametrize("suffix", [".sft", ".pt"])
-def test_ties_are_ties_again(tmp_path: Path, suffix: str) -> None:
+def test_ties_are_restored(tmp_path: Path, suffix: str) -> None:
     save(state() | {"far": torch.zeros(10**6)[::1000]}, tmp_path / f"x{suffix}")
     found = load(tmp_path / f"x{suffix}")
     assert found["tied"].data_ptr() == found["weight"].data_ptr()
@@ -194,7 +194,7 @@ def test_windows_do_not_unfold_in_memory(tmp_path: Path) -> None:
     "view", [[1, [3], [1]], [0, [2, 2], [1, 2]], [3, [], []], [0, [1], [1, 1]]]
 )
 def test_a_view_beyond_its_tensor_is_refused(view: list[Any]) -> None:
-    with pytest.raises(FormatError, match="a view of"):
+    with pytest.raises(FormatError, match=r"invalid view|a view of"):
         unpack({"tensor": "a", "view": view}, lambda _: torch.arange(10)[:3])
 
 
@@ -230,13 +230,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "object array": (np.array([object()]), "cannot store a numpy array of object"),
     "records": (np.zeros(2, "i4,f4"), "cannot store a numpy array of"),
     "masked array": (np.ma.array([1]), "cannot store a numpy.ma.MaskedArray"),
-    "cycle": (LOOP, r"model.0.x.0.again: holds itself"),
-    "deep": (DEEP, "nested more than 100 deep"),
+    "cycle": (LOOP, r"model.0.x.0.again: contains itself"),
+    "deep": (DEEP, "nested deeper than 100 levels"),
     "key": ({object(): 1}, "cannot store a key of type builtins.object"),
     "nested key": ({(1, (2, 3)): 1}, "cannot store a key of type builtins.tuple"),
     "tensor as key": ({torch.ones(1): 1}, "cannot store a key of type torch.Tensor"),
     "subclass": (torch.ones(2).as_subclass(Subclass), "model.0.x: cannot store a Subclass"),
-    "sparse": (torch.eye(2).to_sparse(), r"tensor of layout torch.sparse_coo; to_dense\(\) first"),
+    "sparse": (torch.eye(2).to_sparse(), r"tensor of layout torch.sparse_coo: use to_dense\(\)"),
     "meta": (torch.ones(2, device="meta"), "tensor without data, on the meta device"),
     "quantized": (
         torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "two dtypes": (
         [BYTES, BYTES.view(torch.float32)],
-        r"model.0.x.1: shares memory with model.0.x.0, but is torch.float32, not torch.uint8",
+        r"model.0.x.1 \(torch.float32\) shares memory with model.0.x.0 \(torch.uint8\)",
     ),
 }
 
@@ -306,7 +306,7 @@ def test_a_pickle_with_code_is_not_run_unless_asked_for(tmp_path: Path) -> None:
 
     torch.save(Code(), tmp_path / "x.pt")
     for lazy in (False, True):
-        with pytest.raises(FormatError, match=r"posix.mkdir: loading it could run code"):
+        with pytest.raises(FormatError, match=r"posix.mkdir, which could run code"):
             load(tmp_path / "x.pt", lazy=lazy)
     assert not (tmp_path / "ran").exists()
     load(tmp_path / "x.pt", unsafe=True)
@@ -326,7 +326,7 @@ def test_lazy_tensors_are_mapped_from_the_file_and_do_not_change_it(
     assert found["small"].tolist() == [5, 1, 1] and load(path)["small"].tolist() == [1, 1, 1]
     path.unlink()
     assert found["big"].sum() == 0
-    with pytest.raises(ValueError, match="on the CPU"):
+    with pytest.raises(ValueError, match="device = meta: with lazy, expected cpu"):
         load(path, device="meta", lazy=True)
 
 

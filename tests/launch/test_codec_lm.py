@@ -82,7 +82,9 @@ class FakeEngine:
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_sound_of_any_width_is_what_was_written(tmp_path: Path, width: int, channels: int) -> None:
+def test_sound_of_any_sample_width_is_read_exactly(
+    tmp_path: Path, width: int, channels: int
+) -> None:
     write(tmp_path / "a.wav", sweep(0.1), width, channels)
     (found_N,) = read_sounds(tmp_path, RATE)
     assert found_N.dtype == torch.float64
@@ -98,7 +100,7 @@ def test_another_rate_is_the_same_sound() -> None:
         torch.testing.assert_close(resample(tone(8000), 8000, rate), tone(rate))
 
 
-def test_files_are_found_in_order_and_what_is_no_sound_is_left_out(sounds: Path) -> None:
+def test_files_are_sorted_and_unreadable_ones_are_skipped(sounds: Path) -> None:
     (sounds / "broken.wav").write_bytes(b"RIFF")
     (sounds / "notes.txt").touch()
     try:
@@ -107,16 +109,16 @@ def test_files_are_found_in_order_and_what_is_no_sound_is_left_out(sounds: Path)
         (sounds / "broken.wav").unlink()
 
 
-def test_missing_sounds_are_told(tmp_path: Path, sounds: Path) -> None:
+def test_missing_sounds_are_reported(tmp_path: Path, sounds: Path) -> None:
     with pytest.raises(ConfigError, match=r"task.args.path: no such folder: .*nowhere"):
         build(config(path=tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=r"no \.wav files that can be read below"):
+    with pytest.raises(ConfigError, match=r"no readable \.wav files below"):
         build(config(path=tmp_path))
     (tmp_path / "cut.wav").write_bytes(b"RIFF")
     write(tmp_path / "silent.wav", torch.zeros(0))
     with pytest.raises(ConfigError, match=r"; cut.wav: truncated; silent.wav: no samples"):
         build(config(path=tmp_path))
-    with pytest.raises(ConfigError, match=r"too little sound: \d+ clips, \d+ frames"):
+    with pytest.raises(ConfigError, match=r"too little audio: found \d+ clips, with \d+ training"):
         build(config(path=sounds, codebook_size=5000))
     with (
         patch.object(codec_lm, "find_spec", lambda name: None),
@@ -128,7 +130,7 @@ def test_missing_sounds_are_told(tmp_path: Path, sounds: Path) -> None:
 # --------------------------------------------------------------------------------------- the codes
 
 
-def test_every_codebook_adds_to_what_the_codes_say(sounds: Path) -> None:
+def test_every_codebook_reduces_the_error(sounds: Path) -> None:
     frames_TF = torch.cat([codec_lm.spectrum(s_N, hop=64) for s_N in read_sounds(sounds, RATE)])
     books_KVF = codec_lm.learn_codebooks(frames_TF, codebooks=4, size=16)
     tokens_KT = quantize(frames_TF, books_KVF)
@@ -156,7 +158,7 @@ def test_a_centre_is_the_mean_of_its_points() -> None:
 # ------------------------------------------------------------------------------------ the patterns
 
 
-def test_patterns_change_the_sequence_but_not_what_is_measured(sounds: Path) -> None:
+def test_patterns_change_the_sequence_but_not_the_loss(sounds: Path) -> None:
     found = {name: build(config(path=sounds, pattern=name)) for name in PATTERNS}
     clips = found["delay"].train_data.clips
     for name, task in found.items():
@@ -211,14 +213,14 @@ def test_padding_changes_nothing_and_the_model_sees_only_the_past(name: str, sou
     assert not torch.equal(engine(seen_BKS)[:, :, 20], engine(other_BKS)[:, :, 20])
 
 
-def test_a_token_says_something_else_in_another_codebook() -> None:
+def test_embeddings_differ_by_codebook() -> None:
     torch.manual_seed(0)
     model = CodecLM(CodecLMArgs(dim=32, layers=1))
     batch_BKS = torch.randint(16, (1, 4, 9))
     assert not torch.allclose(model(batch_BKS), model(batch_BKS.roll(1, dims=1)))
 
 
-def test_untrained_it_is_indifferent() -> None:
+def test_untrained_loss_is_uniform() -> None:
     torch.manual_seed(0)
     batch_BKS = torch.randint(16, (4, 4, 33))
     loss, _ = feed(16, FakeEngine(CodecLM(CodecLMArgs())), batch_BKS)
@@ -235,7 +237,7 @@ def test_untrained_it_is_indifferent() -> None:
         ({"dim": 30}, "dim = 30 is not divisible by heads = 4"),
     ],
 )
-def test_wrong_arguments_are_told(args: dict[str, Any], told: str) -> None:
+def test_wrong_arguments_are_reported(args: dict[str, Any], told: str) -> None:
     with pytest.raises(ValidationError) as caught:
         build(config(**args))
     assert told in str(caught.value)

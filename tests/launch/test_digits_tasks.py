@@ -101,7 +101,7 @@ def test_a_sample_is_drawn() -> None:
     assert len(rows) == 8 and all(len(row) == 2 * 16 + 2 for row in rows)
     assert rows[0].startswith("    ") and rows[7].endswith("@@")
     for wrong in ("0", "13", "x"):
-        with pytest.raises(CommandError, match="a number of digits from 1 to 12"):
+        with pytest.raises(CommandError, match="expected an integer from 1 to 12"):
             gan.sample(3, {"G": Engine()}, wrong)
 
 
@@ -123,7 +123,7 @@ def test_a_teacher_comes_from_an_export(tmp_path: Path) -> None:
             distill.build(config_with(teacher_path=tmp_path / "none.sft"))
 
 
-def test_without_scikit_learn_it_is_said_what_to_install() -> None:
+def test_without_scikit_learn_the_error_names_the_package() -> None:
     with (
         patch.dict(sys.modules, {"sklearn.datasets": None}),
         pytest.raises(ConfigError, match="pip install scikit-learn"),

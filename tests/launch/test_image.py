@@ -18,7 +18,7 @@ MISSING = [program for program in PROGRAMS if shutil.which(program) is None]
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for namespaces")
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-def test_it_trains_stops_and_meets_another(tmp_path: Path) -> None:
+def test_it_trains_stops_and_connects_to_another(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [ROOT / "docker/check.sh"],

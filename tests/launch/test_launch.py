@@ -46,7 +46,7 @@ def test_every_front_under_every_launcher(tmp_path: Path, launcher: str) -> None
         ranks[-1].send_signal(signal.SIGUSR1)
         until(lambda: "SIGUSR1: done" in log_of(tmp_path), process)
         code, output = ctl(tmp_path, "quit")
-        assert code == 0 and "the run ends here" in output
+        assert code == 0 and "ending the run" in output
         assert process.wait(timeout=60) == 0
     last = steps_of(tmp_path)[-1]
     manifest = tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json"
@@ -106,7 +106,7 @@ def test_a_signal_ends_the_job_with_a_checkpoint(
     assert f"saved {tmp_path}/runs/tiny/checkpoints/step-{last:08d}\n" in log_of(tmp_path)
     manifest = tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json"
     assert json.loads(manifest.read_text())["step"] == last
-    assert "this ends the run" not in log_of(tmp_path)
+    assert "saving a checkpoint before the run ends" not in log_of(tmp_path)
 
 
 def test_a_second_signal_ends_a_hanging_rank(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_on_a_terminal(tmp_path: Path) -> None:
         finally:
             for rank in ranks_of(tmp_path):
                 rank.kill()
-    assert "SIGHUP: done: the run ends here" in log_of(tmp_path)
+    assert "SIGHUP: done: ending the run" in log_of(tmp_path)
     last = steps_of(tmp_path)[-1]
     assert (tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json").exists()
 

@@ -114,7 +114,7 @@ def check(document: dict[str, Any]) -> None:
         check(job)
 
 
-def test_only_a_config_error_fails_a_job_for_good() -> None:
+def test_only_a_config_error_fails_a_job_permanently() -> None:
     (job,) = documents(ROOT / "launch/k8s/job.yaml")
     (rule,) = [r for r in job["spec"]["podFailurePolicy"]["rules"] if r["action"] == "FailJob"]
     errors = [HarnessError, *HarnessError.__subclasses__()]
@@ -141,7 +141,7 @@ def test_an_error_in_a_manifest_is_found() -> None:
 
 
 @pytest.mark.parametrize("job", ALL_JOBS, ids=lambda job: job["metadata"]["name"])
-def test_a_pod_suits_the_image(job: dict[str, Any]) -> None:
+def test_a_pod_matches_the_image(job: dict[str, Any]) -> None:
     """Its user, its runs, its health check; shared memory, and time to save."""
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -178,7 +178,7 @@ COMMANDS += [service["command"] for service in COMPOSE["services"].values()]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
-def test_a_command_is_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_is_parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """By the launcher, and by the entry point, whose config it leads to."""
     monkeypatch.chdir(ROOT)
     if words[0] == "torchrun":
@@ -187,7 +187,7 @@ def test_a_command_is_understood(words: list[str], monkeypatch: pytest.MonkeyPat
     assert parse_args(words[entry + 1 :]).run_dir.parts[0] == "runs"
 
 
-def test_the_jobset_meets() -> None:
+def test_the_pods_of_the_jobset_connect() -> None:
     """As many nodes as pods, at the name that JobSet gives the first one."""
     (document,) = documents(ROOT / "launch/k8s/jobset.yaml")
     (job,) = jobs(document)
@@ -198,7 +198,7 @@ def test_the_jobset_meets() -> None:
     assert words.master_addr == f"{first_pod}.{document['spec']['network']['subdomain']}"
 
 
-def test_the_containers_of_compose_meet() -> None:
+def test_the_containers_of_compose_connect() -> None:
     nodes = COMPOSE["services"]
     for number, node in enumerate(nodes.values()):
         words = torchrun(node["command"])

@@ -126,7 +126,7 @@ def test_deepspeed_is_stopped(pair: Pair, tmp_path: Path, number: signal.Signals
     assert ended(job, pair.first, pair.second) != 0
     last = max(steps_of(tmp_path))
     assert f"saved {tmp_path}/runs/tiny/checkpoints/step-{last:08d}\n" in log_of(tmp_path)
-    assert "SIGTERM: done: the run ends here" in log_of(tmp_path)
+    assert "SIGTERM: done: ending the run" in log_of(tmp_path)
 
 
 @needs("pdsh")

@@ -16,12 +16,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COPIED = ("launch", "ds_configs")
 
 
-def test_the_distribution_is_not_called_like_a_stranger_s() -> None:
+def test_the_distribution_name_differs_from_the_one_on_the_index() -> None:
     assert PROJECT["project"]["name"] == "deepspeed-harness"
     assert version("deepspeed-harness") == PROJECT["project"]["version"]
 
 
-def test_every_file_that_runs_are_started_with_is_in_the_distribution() -> None:
+def test_the_distribution_contains_launch_and_ds_configs() -> None:
     data_files: dict[str, list[str]] = PROJECT["tool"]["setuptools"]["data-files"]
     installed = {
         f"{folder}/{path.name}": path.relative_to(ROOT).as_posix()

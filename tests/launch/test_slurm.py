@@ -100,7 +100,7 @@ def test_a_job_near_its_time_limit_saves_and_resumes_by_itself(
         slurm.run("scancel", "--signal=USR1", "--batch", number)
         until(lambda: slurm.job(number)["Restarts"] == "1")
         saved = f"{tmp_path}/runs/tiny/checkpoints/step-{steps_of(tmp_path)[-1]:08d}"
-        assert re.search(f"SIGTERM: done: the run ends here\n.* saved {saved}\n", log_of(tmp_path))
+        assert re.search(f"SIGTERM: done: ending the run\n.* saved {saved}\n", log_of(tmp_path))
 
         until(lambda: f"resumed from {saved}" in log_of(tmp_path))
         until(lambda: is_training(tmp_path))
@@ -182,7 +182,7 @@ def test_ranks_find_each_other(slurm: Cluster, words: str) -> None:
         assert rank["LOCAL_WORLD_SIZE"] == str(nodes.count(nodes[number]))
 
 
-def test_the_host_of_rank_0_may_have_to_be_given(slurm: Cluster, tmp_path: Path) -> None:
+def test_the_host_of_rank_0_may_have_to_be_set(slurm: Cluster, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text(f"{NODES[1]}\n{NODES[0]}\n")
     words = ["srun", "--distribution=arbitrary", f"--nodelist={hosts}", "--ntasks=2"]

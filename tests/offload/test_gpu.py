@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from harness import offload
 from harness.offload.backends import CudaBackend
-from harness.offload.saved import WINDOW
+from harness.offload.saved_tensor_hooks import WINDOW
 from launch.tasks.byte_lm import ByteLM, ByteLMArgs
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
@@ -76,7 +76,7 @@ def trained(model: ByteLM, steps: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"mode": "saved"}, {"fraction": 0.5}, {"keep_last": 0}])
-def test_200_steps_equal_to_the_bit(settings: dict[str, Any]) -> None:
+def test_200_steps_are_bit_identical(settings: dict[str, Any]) -> None:
     expected = trained(checkpointed(build()), 200)
     model = build()
     plan = attached(model, **settings)
@@ -110,7 +110,7 @@ def test_lengths_that_change_dropped_graphs_and_two_graphs_at_a_time() -> None:
     plan.detach()
 
 
-def test_prefetched_tensors_that_nobody_takes() -> None:
+def test_prefetched_tensors_that_are_never_used() -> None:
     """What compute allocates next must not be what a copy back still writes to."""
     model = build()
     plan = attached(model, keep_last=0)
@@ -180,7 +180,7 @@ def test_memory_is_flat_over_500_steps() -> None:
     assert plan.store.pool.held == 0
 
 
-def test_host_memory_is_pinned_and_copies_have_streams_of_their_own() -> None:
+def test_host_memory_is_pinned_and_copies_have_separate_streams() -> None:
     backend = CudaBackend()
     device = torch.device("cuda", torch.cuda.current_device())
     assert len({backend.compute(device), backend.out(device), backend.back(device)}) == 3
@@ -190,7 +190,7 @@ def test_host_memory_is_pinned_and_copies_have_streams_of_their_own() -> None:
     assert not memory.is_pinned()
 
 
-def test_a_refusal_to_pin_harms_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_to_pin_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of a pinning that failed does not come out of the next kernel."""
     backend = CudaBackend()
     taken = backend.pin(1 << 20)

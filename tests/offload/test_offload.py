@@ -36,7 +36,7 @@ def quick() -> Iterator[None]:
 
 def equal_offloaded(
     model: nn.Module, run: Callable[[], list[Tensor]], mode: offload.Mode, match: Any = None
-) -> offload.Stats:
+) -> offload.OffloadStats:
     """Asserts that `run` gives the same, plain and offloaded. Returns what was moved."""
     expected = run()
     plan = offload.attach(model, match, mode=mode, **ALL)
@@ -53,7 +53,7 @@ def equal_offloaded(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", ["fp32", "bf16", "autocast", "frozen", "frozen input", "compile"])
-def test_a_step_is_equal_to_the_bit(mode: offload.Mode, how: str) -> None:
+def test_a_step_is_bit_identical(mode: offload.Mode, how: str) -> None:
     model = Model()
     if how == "bf16":
         model.to(torch.bfloat16)
@@ -79,7 +79,7 @@ def test_a_step_is_equal_to_the_bit(mode: offload.Mode, how: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_model_that_is_compiled_as_a_whole(mode: offload.Mode) -> None:
+def test_a_compiled_model(mode: offload.Mode) -> None:
     model = Model(2)
     compiled = torch.compile(model, backend="aot_eager")
 
@@ -267,7 +267,7 @@ def test_what_blocks_share_stays_on_the_device() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("where", ["inside", "after"])
-def test_a_change_in_place_is_an_error_as_without_offloading(
+def test_an_in_place_change_is_an_error_as_without_offloading(
     mode: offload.Mode, where: str
 ) -> None:
     class InPlace(nn.Module):
@@ -337,7 +337,7 @@ def test_nothing_is_done_in_eval_mode_or_without_gradients(mode: offload.Mode) -
         model(torch.randn(8, WIDTH))
     model.eval()
     model(torch.randn(8, WIDTH)).sum().backward()
-    assert plan.stats() == offload.Stats()
+    assert plan.stats() == offload.OffloadStats()
     plan.detach()
 
 
@@ -414,7 +414,7 @@ def test_backward_works_after_detach_and_drain() -> None:
     assert same([loss.detach(), *gradients(model), torch.get_rng_state()], expected)
 
 
-def test_a_block_is_what_it_was() -> None:
+def test_an_offloaded_block_keeps_its_class_and_names() -> None:
     model = Model(3)
     names = list(model.state_dict())
     plan = offload.attach(model, **ALL)
@@ -428,13 +428,13 @@ def test_a_block_is_what_it_was() -> None:
     torch.save(model, buffer)
     buffer.seek(0)
     assert type(torch.load(buffer, weights_only=False).blocks[0]) is Block
-    with pytest.raises(ConfigError, match=r"blocks\.0 is offloaded already"):
+    with pytest.raises(ConfigError, match=r"blocks\.0 is already offloaded"):
         offload.attach(model)
     plan.detach()
     assert type(block) is Block and not any("offload" in key for key in vars(block))
 
 
-def test_the_class_of_a_block_does_not_notice() -> None:
+def test_init_subclass_of_the_block_class_is_not_called() -> None:
     made: list[str] = []
 
     class Registered(nn.Module):
@@ -477,7 +477,7 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
     assert type(model.blocks[0]) is Block
 
 
-def test_the_block_is_found_by_itself() -> None:
+def test_the_repeated_block_is_found_automatically() -> None:
     class Expert(nn.Linear):
         pass
 
@@ -494,7 +494,7 @@ def test_the_block_is_found_by_itself() -> None:
     assert offload.repeated_class(model) is Layer
     mixed = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     assert offload.repeated_class(mixed) is None
-    with pytest.raises(ConfigError, match="give its blocks with `match`"):
+    with pytest.raises(ConfigError, match="select its blocks with `match`"):
         offload.attach(mixed)
 
 
@@ -558,7 +558,7 @@ def test_usable_alone() -> None:
     assert loaded - own == {"harness"} | helpers
 
 
-def test_a_key_value_cache_is_withheld_or_refused() -> None:
+def test_an_empty_key_value_cache_is_dropped_and_a_filled_one_refused() -> None:
     class Cache:
         def __init__(self, length: int) -> None:
             self.length = length

@@ -63,7 +63,7 @@ def test_forty_lengths_never_pin_twice(order: str) -> None:
         assert pins == 16
 
 
-def test_demands_that_were_met_once_are_met_without_pinning() -> None:
+def test_repeated_demands_pin_nothing() -> None:
     draw = random.Random(0)
     pool = Pool(CpuBackend(), 1 << 30)
     steps = [[draw.randrange(1, 300) * PAGE for _ in range(12)] for _ in range(20)]
@@ -97,7 +97,7 @@ def test_a_pool_that_is_full_refuses_and_recovers() -> None:
     assert pool.held == pool.leased == 0 and pool.peak == 3 * MB
 
 
-def test_a_system_that_refuses_is_asked_no_more() -> None:
+def test_after_a_failure_to_pin_the_pool_stops_growing() -> None:
     class Refusing(CpuBackend):
         asked = 0
 
@@ -189,7 +189,7 @@ def test_a_fraction_is_spread_evenly() -> None:
 @pytest.mark.parametrize(
     ("headroom", "count"), [(-50, 10), (0, 10), (40, 6), (99, 0), (100, 0), (1e12, 0)]
 )
-def test_auto_offloads_what_has_no_room(headroom: float, count: int) -> None:
+def test_auto_offloads_what_does_not_fit(headroom: float, count: int) -> None:
     planner = Planner("auto", lambda: (100, headroom, 0.0))
     found = offloaded(planner, WARM_UP + 3)
     assert found[:WARM_UP] == [10] * WARM_UP
@@ -220,7 +220,7 @@ def test_a_plan_that_keeps_all_its_blocks_warns(caplog: pytest.LogCaptureFixture
     assert "keep_last = 2 keeps all 2 blocks" in caplog.text
 
 
-def test_auto_on_a_device_with_some_room() -> None:
+def test_auto_on_a_device_with_some_space() -> None:
     model = Model(8)
     backend = SimBackend()
     size = 64 * WIDTH * 4

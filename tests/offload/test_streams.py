@@ -99,7 +99,7 @@ RULES: dict[str, Wait] = {
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("eagerness", [0, 0.3, 0.9])
-def test_leaving_out_a_wait_is_seen(
+def test_removing_a_wait_is_detected(
     model: Model, expected: list[Tensor], eagerness: float, rule: str
 ) -> None:
     assert not is_right(model, expected, SimBackend(1, eagerness, without=RULES[rule]))

@@ -16,7 +16,7 @@ from harness.config import Config
 from harness.config.sections import merge
 from harness.errors import HarnessError
 from harness.io import load
-from harness.io.stored import materialize, read
+from harness.io.stored import materialize, read_tensor
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.zero.reader import SavedEngine
@@ -101,10 +101,12 @@ def assert_same_optimizer(found: SavedEngine, expected: SavedEngine) -> None:
     """Fails unless masters, state and settings of the optimizer are the same, by parameter."""
     assert found.shapes == expected.shapes
     for name in expected.shapes:
-        assert torch.equal(read(found.master(name)), read(expected.master(name))), name
+        assert torch.equal(read_tensor(found.master(name)), read_tensor(expected.master(name))), (
+            name
+        )
         assert set(found.state_keys(name)) == set(expected.state_keys(name))
         for key in expected.state_keys(name):
-            state = (read(saved.moment(name, key)) for saved in (found, expected))
+            state = (read_tensor(saved.moment(name, key)) for saved in (found, expected))
             assert torch.equal(*state), (name, key)
         assert materialize(found.scalars(name)) == materialize(expected.scalars(name))
         assert found.group_of(name) == expected.group_of(name)

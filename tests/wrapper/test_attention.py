@@ -20,7 +20,7 @@ def test_a_backend_without_a_kernel_is_an_error(two_ranks: RankPool, tmp_path: P
     assert not config.run_dir.exists()
 
 
-def test_only_the_chosen_backend_attends_and_an_impossible_one_is_refused() -> None:
+def test_only_the_chosen_backend_is_used_and_an_unavailable_one_is_refused() -> None:
     cpu = torch.device("cpu")
     flags = torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.flash_sdp_enabled
     assert [flag() for flag in flags] == [True, True]

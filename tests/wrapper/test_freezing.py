@@ -21,7 +21,7 @@ STAGES = [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_is_frozen_stays_and_the_rest_resumes_exactly(
+def test_frozen_parameters_do_not_change_and_the_rest_resumes_exactly(
     two_ranks: RankPool, tmp_path: Path, stage: int, plain_runs: Callable[[int], Config]
 ) -> None:
     engines = {"net": {"frozen": ["middle", r"last\.bias"]}}
@@ -42,7 +42,7 @@ def test_what_is_frozen_stays_and_the_rest_resumes_exactly(
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (0, 2)])
-def test_what_is_frozen_moves_to_another_stage(
+def test_frozen_parameters_are_resharded(
     two_ranks: RankPool, tmp_path: Path, before: int, after: int
 ) -> None:
     engines = {"net": {"frozen": ["middle", r"last\.bias"]}}

@@ -61,7 +61,7 @@ def test_a_shared_bias_stays_shared() -> None:
 @pytest.mark.parametrize(
     ("include", "size", "message"),
     [
-        ("embed", 9, "'embed' has 10 rows: 9 are fewer"),
+        ("embed", 9, "'embed' has 10 rows, more than 9"),
         ("nothing", 11, "'nothing' matches no module of Tied"),
         ("", 11, "'' is a Tied, expected an Embedding or a Linear"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from harness.zero.partition import (
     Segment,
-    end_to_end,
+    offsets_end_to_end,
     partition_padding,
     partition_segments,
     partition_size,
@@ -41,17 +41,17 @@ def check_cover(by_rank: list[list[Segment]], sizes: dict[str, int], size: int) 
         end = 0
         for segment in own:
             if segment.length:
-                assert end <= segment.place.start < segment.place.stop <= size
-                end = segment.place.stop
+                assert end <= segment.flat_slice.start < segment.flat_slice.stop <= size
+                end = segment.flat_slice.stop
 
 
 @given(numels, worlds)
 def test_partitions_hold_everything_once(sizes: dict[str, int], world: int) -> None:
     total = sum(sizes.values())
     size = partition_size(numel=total, world=world)
-    places = end_to_end(sizes=sizes)
+    offsets = offsets_end_to_end(sizes=sizes)
     by_rank = [
-        partition_segments(places=places, sizes=sizes, size=size, rank=rank)
+        partition_segments(offsets=offsets, sizes=sizes, size=size, rank=rank)
         for rank in range(world)
     ]
     check_cover(by_rank, sizes, size)
@@ -80,9 +80,9 @@ def test_sub_groups_are_full_but_for_the_last(
 
 def test_known_layouts() -> None:
     sizes = {"a": 5, "b": 3}
-    places = end_to_end(sizes=sizes, gaps=[1, 0])
-    assert places == {"a": 0, "b": 6}
-    assert partition_segments(places=places, sizes=sizes, size=4, rank=1) == [
+    offsets = offsets_end_to_end(sizes=sizes, gaps=[1, 0])
+    assert offsets == {"a": 0, "b": 6}
+    assert partition_segments(offsets=offsets, sizes=sizes, size=4, rank=1) == [
         Segment(name="a", start=4, offset=0, length=1),
         Segment(name="b", start=0, offset=2, length=2),
     ]

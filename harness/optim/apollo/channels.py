@@ -1,13 +1,13 @@
-"""Which rank keeps what of a low-rank optimizer's state, where ZeRO has split the matrices.
+"""Which rank keeps which part of a low-rank optimizer's state when ZeRO shards the matrices.
 
-A *channel* is a row or a column of a matrix along its longer side; its other side is *inner*. The
-state of a channel is on one rank: on the one that holds all of its elements, or, if a shard's
-boundary goes through it, on the one that it is assigned to. `ChannelPlan` turns the segments of all
-ranks into this rank's work: tiles to project, and a table of rows, *slots*, one for every channel:
+The longer side of a matrix indexes its *channels* (rows or columns); the shorter side is *inner*.
+The state of a channel is on one rank: the one that has all of its elements or, if a shard boundary
+cuts the channel, the one it is assigned to. `ChannelPlan` turns the segments of all ranks into this
+rank's work: tiles to project, and a table of rows, *slots*, one per channel:
 
     [ channels that are complete on this rank | channels that ranks share, in equal chunks ]
 
-Pure arithmetic: no tensor data is touched and nothing is communicated.
+Pure arithmetic: it reads no tensor data and communicates nothing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from harness.zero.partition import Segment
 from harness.zero.shards import Shard
 
 TILE_ELEMENTS = 2**18
-"""Most elements of a tile: what is computed from them stays in a CPU's cache."""
+"""Maximum elements per tile, so that intermediate results stay in a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Matrix:
 
     @property
     def by_rows(self) -> bool:
-        """Whether its channels are rows: the longer side has the channels."""
+        """Whether its channels are rows: it has at least as many rows as columns."""
         return self.rows >= self.columns
 
     @property
@@ -63,8 +63,8 @@ class ChannelRange:
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of a matrix that is contiguous in a flat. A channel that is a row is in one tile
-    of a rank, one that is a column in many."""
+    """A rectangle of a matrix that is contiguous in a flat. On each rank, a row channel is in one
+    tile, a column channel in many."""
 
     flat: int
     offset: int
@@ -74,10 +74,10 @@ class Tile:
     slots: slice
     """The slots of its channels."""
     strides: tuple[int, int]
-    """From channel to channel, and along one."""
+    """Between channels, and within a channel."""
 
     def of(self, flats: Sequence[torch.Tensor]) -> torch.Tensor:
-        """This tile of contiguous flats: a view (channels, inner)."""
+        """This tile as a view (channels, inner) of contiguous flats."""
         flat = flats[self.flat]
         shape = len(self.channels), len(self.inner)
         return flat.as_strided(shape, self.strides, flat.storage_offset() + self.offset)
@@ -92,7 +92,7 @@ def matrices_of(name: str, shape: Sequence[int], stacked: bool) -> list[Matrix]:
     if len(sides) < 2 or not prod(shape):
         raise ValueError(
             f"parameter {name!r} of shape {tuple(shape)} is not a matrix{' per slice' * stacked}, "
-            "and its group has rank > 0: put it into a group with rank = 0, as apollo_param_groups "
+            "but its group has rank > 0: move it to a group with rank = 0, as apollo_param_groups "
             "does"
         )
     rows, columns = sides[0], prod(sides[1:])
@@ -105,11 +105,11 @@ def matrices_of(name: str, shape: Sequence[int], stacked: bool) -> list[Matrix]:
 class ChannelPlan:
     """This rank's share of stepping some flats of one parameter group.
 
-    Either all flats hold complete parameters, or there is one, and it is sharded.
+    Either all flats hold complete parameters, or there is a single flat, which is sharded.
     """
 
     def __init__(self, shards: Sequence[Shard], matrices: Mapping[str, Sequence[Matrix]]):
-        """`matrices`: those of every parameter, by the parameter's name."""
+        """`matrices`: the matrices of each parameter, by parameter name."""
         self.rank = shards[0].rank
         self.world = len(shards[0].segments)
         self.matrices: list[Matrix] = []
@@ -119,9 +119,9 @@ class ChannelPlan:
         self.shared: list[ChannelRange] = []
         """The channels that several ranks have elements of; the same list on all of them."""
         self.holders: list[list[int]] = []
-        """The ranks that have elements of a matrix, for every one."""
+        """For each matrix, the ranks that have elements of it."""
         self.is_cut = False
-        """Whether several ranks have elements of one matrix, also if of different channels."""
+        """Whether several ranks have elements of one matrix, even of different channels."""
         spans: list[tuple[int, int, int, Segment]] = []  # matrix, start, stop, and its segment
         for flat, shard in enumerate(shards):
             assert len(shards) == 1 or len(shard.segments) == 1
@@ -134,7 +134,7 @@ class ChannelPlan:
                     self.flat_of_matrix.append(flat)
         self.local_rows = sum(channels.count for channels in self.local)
         self.chunk = -(-sum(channels.count for channels in self.shared) // self.world)
-        """Slots of shared channels on each rank; the last ones may be empty."""
+        """Slots for shared channels on each rank; the last ones may be empty."""
         self.rows = self.local_rows + self.chunk
         """Rows of state on this rank."""
         self.slots = self.local_rows + self.chunk * self.world
@@ -143,7 +143,7 @@ class ChannelPlan:
         self.tiles = [tile for span in spans for tile in self._tiles(*span)]
 
     def owned(self) -> Iterator[tuple[int, ChannelRange]]:
-        """The channels whose state is on this rank, each range with its first row of state."""
+        """The channels whose state is on this rank: (first row of state, range)."""
         row = 0
         for channels in self.local:
             yield row, channels
@@ -158,7 +158,7 @@ class ChannelPlan:
 
     @cached_property
     def matrices_of_flat(self) -> list[list[int]]:
-        """The matrices of every flat."""
+        """The matrix numbers of each flat."""
         by_flat: list[list[int]] = [[] for _ in self.rows_of_flat]
         for number, flat in enumerate(self.flat_of_matrix):
             by_flat[flat].append(number)
@@ -166,8 +166,8 @@ class ChannelPlan:
 
     @cached_property
     def projection_rows(self) -> dict[int, tuple[int, int]]:
-        """First row and number of rows (`inner`) of each complete P that this rank keeps, if it
-        keeps those of a flat in one tensor; by matrix, for those that it has elements of."""
+        """First row and number of rows (`inner`) of each complete P that this rank keeps, where one
+        tensor per flat concatenates them; by matrix, for those that it has elements of."""
         rows_of_matrix: dict[int, tuple[int, int]] = {}
         for numbers in self.matrices_of_flat:
             held = [number for number in numbers if self.rank in self.holders[number]]
@@ -178,8 +178,8 @@ class ChannelPlan:
 
     @cached_property
     def owned_of_matrix(self) -> list[list[tuple[int, ChannelRange]]]:
-        """For every matrix, its channels that `owned` yields, each range with its first row in the
-        state of the matrix's flat."""
+        """For each matrix, the ranges that `owned` yields, with rows counted within the state of
+        the matrix's flat."""
         by_matrix: list[list[tuple[int, ChannelRange]]] = [[] for _ in self.matrices]
         firsts = [0, *accumulate(self.rows_of_flat)]
         for row, channels in self.owned():
@@ -188,7 +188,7 @@ class ChannelPlan:
         return by_matrix
 
     def _assign(self, matrix: Matrix, spans: list[tuple[int, int]]) -> None:
-        """Adds a matrix's channels to the local or the shared ones. `spans`: by rank."""
+        """Adds a matrix's channels to `local` or `shared`. `spans`: by rank."""
         number = len(self.matrices)
         start, stop = spans[self.rank]
         holders = [rank for rank, (first, last) in enumerate(spans) if first < last]
@@ -203,7 +203,7 @@ class ChannelPlan:
                 self.local.append(ChannelRange(number, first, last - first))
             cuts = {first // matrix.columns for first, _ in spans if first % matrix.columns}
             self.shared += [ChannelRange(number, row, 1) for row in sorted(cuts)]
-        else:  # every shard but a tiny one has elements of every column
+        else:  # all but tiny shards have elements of every column
             self.shared.append(ChannelRange(number, 0, matrix.channels))
 
     def _tiles(self, number: int, start: int, stop: int, segment: Segment) -> Iterator[Tile]:
@@ -219,7 +219,7 @@ class ChannelPlan:
             yield Tile(flat, offset, number, channels, inner, slots, strides)
 
     def _slot(self, matrix: int, channel: int, count: int) -> int:
-        """The slot of a channel, which those of the next `count` - 1 channels follow."""
+        """The slot of a channel; the next `count` - 1 channels follow it."""
         for first, ranges in ((0, self.local), (self.local_rows, self.shared)):
             slot = first
             for channels in ranges:
@@ -230,7 +230,7 @@ class ChannelPlan:
         raise AssertionError(f"{self.matrices[matrix]} has no slot for channel {channel}")
 
     def _matrix_of_slot(self) -> torch.Tensor:
-        """The matrix of each slot; of an empty one, the number of matrices: int64 (slots,)."""
+        """The matrix of each slot, or the number of matrices for an empty slot: int64 (slots,)."""
         ranges = [*self.local, *self.shared]
         counts = [channels.count for channels in ranges]
         matrices = torch.tensor([*(channels.matrix for channels in ranges), len(self.matrices)])
@@ -246,7 +246,7 @@ class ChannelPlan:
 
 
 def _span(matrix: Matrix, segment: Segment) -> tuple[int, int]:
-    """The elements of a matrix, counted from its first one, that are in a segment."""
+    """The range of a matrix's elements, counted from its first one, that is in a segment."""
     size = matrix.rows * matrix.columns
     start = min(max(segment.start - matrix.start, 0), size)
     return start, min(max(segment.stop - matrix.start, start), size)

@@ -1,4 +1,4 @@
-"""What ranks exchange in a step: one reduce-scatter and one all-gather for all tensor groups."""
+"""The collectives of a step: one reduce-scatter and one all-gather for all tensor groups."""
 
 from collections.abc import Sequence
 
@@ -11,20 +11,20 @@ from harness.zero.shards import ShardError
 
 
 class Exchange:
-    """The collectives of one step; none where no ranks share."""
+    """The collectives of one step; none where the parameters are not sharded."""
 
     def __init__(self, tensor_groups: Sequence[TensorGroup]):
-        """Raises ShardError if they are sharded among different process groups."""
+        """Raises ShardError if they are sharded over different process groups."""
         self._shard = tensor_groups[0].shard
         self._world = tensor_groups[0].world
         if any(group.shard.group is not self._shard.group for group in tensor_groups):
             raise ShardError(
-                "one step() is to step parameters that are sharded among different groups of ranks "
-                "(experts, with BF16_Optimizer): use ZeRO stage 2, which steps them one by one"
+                "one step() would update parameters that are sharded over different process groups "
+                "(experts, with BF16_Optimizer): use ZeRO stage 2, which steps them separately"
             )
 
     def reduce_scatter(self, sent: Sequence[Tensor]) -> list[Tensor]:
-        """For every tensor (W, any), its row for this rank, summed over the ranks: (any,)."""
+        """For each tensor (W, any), this rank's row, summed over the ranks: (any,)."""
         outgoing = torch.cat(list(sent), dim=1)
         incoming = outgoing[0]
         if self._world > 1:
@@ -35,7 +35,7 @@ class Exchange:
         return list(incoming.split([tensor.shape[1] for tensor in sent]))
 
     def all_gather(self, sent: Sequence[Tensor]) -> list[Tensor]:
-        """For every tensor (any,), those of all ranks: (W, any)."""
+        """For each tensor (any,), the tensors of all ranks: (W, any)."""
         outgoing = torch.cat(list(sent)).to(self._shard.device)
         incoming = outgoing.new_empty(self._world, len(outgoing))
         dist.all_gather_into_tensor(incoming.view(-1), outgoing, group=self._shard.group)

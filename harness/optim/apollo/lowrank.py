@@ -1,6 +1,6 @@
-"""APOLLO's low-rank groups: project, adapt, apply, for all matrices of a parameter group at once.
+"""APOLLO's low-rank groups: project, adapt, apply, for all matrices of a parameter group together.
 
-The equations, and their sources, are at the top of optimizer.py. Shapes: C slots of channels
+The equations and their sources are at the top of optimizer.py. Shapes: C channel slots
 (channels.py), of which the first c have their state on this rank; r the rank; W ranks; n matrices.
 """
 
@@ -21,11 +21,11 @@ from harness.optim.apollo.tensor_groups import NamedState, ParamGroup, State, Te
 from harness.zero.shards import Shard
 
 foreach: Any = torch
-"""torch's functions on lists of tensors, which its type stubs leave out."""
+"""torch's functions on lists of tensors, which its type stubs lack."""
 
 
 class LowRank(TensorGroup):
-    """APOLLO, or with scale_type "tensor" APOLLO-Mini."""
+    """APOLLO or, with scale_type "tensor", APOLLO-Mini."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class LowRank(TensorGroup):
         matrices: Mapping[str, Sequence[Matrix]],
         projections: Projections,
     ):
-        """`matrices`: those of every parameter, by its name."""
+        """`matrices`: the matrices of each parameter, by parameter name."""
         super().__init__(flats, shards)
         self._projections = projections
         self.plan = ChannelPlan(shards, matrices)
@@ -43,19 +43,19 @@ class LowRank(TensorGroup):
         self._flat_of_matrix = torch.tensor(self.plan.flat_of_matrix, device=self.device)
         self._channels_of = self._count_channels()
         self._inner_of: dict[int, range] = {}
-        """The inner indices of a matrix that this rank has elements of."""
+        """By matrix: the inner indices that this rank has elements of."""
         for tile in self.plan.tiles:
             known, inner = self._inner_of.get(tile.matrix, tile.inner), tile.inner
             first, stop = min(known.start, inner.start), max(known.stop, inner.stop)
             self._inner_of[tile.matrix] = range(first, stop)
         self._is_written = not self.plan.shared and all(m.by_rows for m in self.plan.matrices)
-        """Whether every channel's R comes from one tile, and none is left out."""
+        """Whether each channel's R is written by exactly one tile, so that none needs zeroing."""
         self._sketch = self._squares = self._ratios = torch.empty(0)
         self._step_metrics: dict[str, Tensor] = {}
 
     def _count_channels(self) -> Tensor:
-        """Rows of state by matrix: the local ones, then the shared ones, each with those of empty
-        slots last. int64 (2 (n + 1),)."""
+        """Rows of state per matrix: for the local slots, then for the shared ones, each followed by
+        the number of empty slots. int64 (2 (n + 1),)."""
         plan, count = self.plan, len(self.plan.matrices)
         local = self._matrix_of_slot[: plan.local_rows]
         first = plan.local_rows + plan.rank * plan.chunk
@@ -68,22 +68,22 @@ class LowRank(TensorGroup):
     def begin(self, settings: ParamGroup, states: list[State], loaded: NamedState) -> None:
         super().begin(settings, states, loaded)
         for rows, state in zip(self.plan.rows_of_flat, states, strict=True):
-            found, expected = tuple(state["exp_avg"].shape), (rows, settings["rank"])
-            if found != expected:
+            shape, expected = tuple(state["exp_avg"].shape), (rows, settings["rank"])
+            if shape != expected:
                 raise ValueError(
-                    f"state of {self.plan.matrices[0].name!r} and what is stepped with it: found "
-                    f"the shape {found}, expected {expected}: it was saved with another `rank`, or "
-                    "on another number of ranks or ZeRO stage: load it by name (load_named_state)"
+                    f"the state of the group of {self.plan.matrices[0].name!r} has shape {shape}, "
+                    f"expected {expected}: it was saved with another `rank`, number of ranks or "
+                    "ZeRO stage: load it by name with load_named_state"
                 )
         if settings["projection"] == "svd":
             self._refresh()
 
     def _refresh(self) -> None:
-        """Makes the P of the flats where it is due, unless a gradient is not finite."""
+        """Recomputes the P of each flat that is due, unless a gradient is not finite."""
         plan, rank = self.plan, self.settings["rank"]
         for flat, state in enumerate(self.states):
             refresh = state["calls"] // self.settings["update_proj_gap"]
-            if "projection" not in state:  # so far the config had another projection
+            if "projection" not in state:  # the state is from a run with another projection
                 initial = self._initial_state(flat)
                 state |= {key: initial[key] for key in ("projection", "made")}
             if state["made"] != refresh:
@@ -123,13 +123,13 @@ class LowRank(TensorGroup):
                 yield f"{matrix.name}/{key}", self._summed(value) if is_partial else value
 
     def _fill(self, number: int, state: State, loaded: NamedState) -> None:
-        for place, flat in enumerate(self.plan.flat_of_matrix):
-            name, entries = self.plan.matrices[place].name, {}
-            for key in named_state.KEYS if flat == number else ():
+        for matrix in self.plan.matrices_of_flat[number]:
+            name, entries = self.plan.matrices[matrix].name, {}
+            for key in named_state.KEYS:
                 if (value := loaded.pop(f"{name}/{key}", None)) is not None:
                     entries[key] = value
             if entries:
-                named_state.fill_matrix(self.plan, place, state, entries)
+                named_state.fill_matrix(self.plan, matrix, state, entries)
 
     def square_sum(self) -> Tensor:
         return self._squares.sum(dtype=torch.float64)
@@ -152,11 +152,11 @@ class LowRank(TensorGroup):
         return torch.cat(shared, dim=1).view(plan.world, plan.chunk * (rank + 1))
 
     def _project_tile(self, tile: Tile, projection: Tensor) -> None:
-        """Adds a tile's share to R and to the squares. `projection`: its rows of P."""
+        """Adds a tile's contribution to R and to the squared norms. `projection`: its rows of P."""
         channels, slots = tile.of(self.gradients), tile.slots
         sketch, squares = self._sketch[slots], self._squares[slots]
         by_rows = self.plan.matrices[tile.matrix].by_rows
-        if by_rows:  # all that this rank has of a row is in this tile
+        if by_rows:  # this tile has all elements of the row that this rank has
             torch.mm(channels, projection, out=sketch)
         else:
             sketch.addmm_(channels, projection)
@@ -218,11 +218,11 @@ class LowRank(TensorGroup):
         self._sketch = self._squares = self._ratios = torch.empty(0)
 
     def _adam(self, sketch: Tensor, all_finite: Tensor) -> Tensor:
-        """N = M / (sqrt(V) + eps) after an update of M and V, or without one 0 if not all gradients
-        are finite: (c, r).
+        """Updates M and V and returns N = M / (sqrt(V) + eps); if not all gradients are finite, it
+        updates nothing and returns 0: (c, r).
 
-        In one pass of torch's fused Adam: on a weight of 0, and after so many steps that no bias is
-        left to correct.
+        Uses torch's fused Adam on weights of 0, with a step count so large that its bias correction
+        vanishes.
         """
         adapted = torch.zeros_like(sketch)
         rows = self.plan.rows_of_flat
@@ -251,14 +251,14 @@ class LowRank(TensorGroup):
         return adapted
 
     def _corrections(self) -> Tensor:
-        """sqrt(1 - b2^t) / (1 - b1^t) of every matrix; t: its steps that were not skipped: (n,)."""
+        """sqrt(1 - b2^t) / (1 - b1^t) of each matrix, where t excludes skipped steps: (n,)."""
         steps = torch.stack([state["step"] for state in self.states]).double()
         beta1, beta2 = self.settings["betas"]
         return ((1 - beta2**steps).sqrt() / (1 - beta1**steps))[self._flat_of_matrix]
 
     def _limit(self, norms: Tensor, all_finite: Tensor) -> Tensor:
-        """L for every matrix, from the norms of U: (n,). The first norm above 0 starts the limiter:
-        after a start at 0 every later step would be limited to 0."""
+        """L of each matrix, from the norms of U: (n,). The limiter starts at the first norm above
+        0, because a previous norm of 0 would limit every later step to 0."""
         gamma = self.settings["gamma"]
         if gamma is None or gamma == math.inf:
             return torch.ones_like(norms)
@@ -267,14 +267,14 @@ class LowRank(TensorGroup):
         growth = (norms / (last + 1e-8)).clamp(min=gamma) / gamma
         limit = torch.where(last > 0, growth, 1.0)
         last = torch.where(all_finite & (norms > 0), norms / limit, last).float()
-        foreach._foreach_copy_(limiters, list(last.split([len(one) for one in limiters])))
+        foreach._foreach_copy_(limiters, list(last.split([len(limiter) for limiter in limiters])))
         return limit
 
 
 def _zeros_unless(condition: Tensor, tensor: Tensor) -> Tensor:
     """A fp32 tensor if the condition holds, else zeros. (0 times inf or NaN is not 0.)
 
-    Reads the condition on a CPU only, where that waits for nothing.
+    Branches on the condition on CPUs only, where that does not wait for a device.
     """
     if tensor.device.type == "cpu":
         return tensor if condition else torch.zeros_like(tensor)
@@ -282,5 +282,5 @@ def _zeros_unless(condition: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _masked(condition: Tensor, tensor: Tensor) -> Tensor:
-    """All bits of a fp32 tensor, or none."""
+    """The fp32 tensor, or zeros, by masking its bits."""
     return (tensor.view(torch.int32) & -condition.to(torch.int32)).view(torch.float32)

@@ -1,4 +1,4 @@
-"""How much state APOLLO keeps on each rank, before anything is built."""
+"""Bytes of state that APOLLO keeps on each rank, computed from shapes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -6,8 +6,8 @@ from typing import Any
 
 from harness.optim.apollo.channels import ChannelPlan, matrices_of
 from harness.zero.partition import (
-    end_to_end,
     full_segment,
+    offsets_end_to_end,
     partition_segments,
     partition_size,
     shard_segments,
@@ -19,10 +19,10 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def state_bytes(groups: Sequence[Mapping[str, Any]], stage: int, world: int) -> list[int]:
-    """Bytes of optimizer state by rank, for the groups that `apollo_param_groups` returns.
+    """Bytes of optimizer state per rank for the groups that `apollo_param_groups` returns.
 
     Exact for DeepSpeed's default layout (at stage 3 except for the padding of several sub-groups).
-    Parameters may be on the meta device: only an integer for every channel is allocated.
+    Parameters may be on the meta device; one integer per channel is allocated.
     """
     total = [0] * world
     for group in groups:
@@ -49,7 +49,7 @@ def state_bytes(groups: Sequence[Mapping[str, Any]], stage: int, world: int) -> 
 
 
 def _shards(shapes: Shapes, stage: int, world: int, rank: int) -> Iterator[tuple[Shard, int]]:
-    """The tensors that a rank steps for one parameter group: what each holds, and its elements."""
+    """The tensors that a rank steps for one parameter group: (shard, number of elements)."""
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     if stage == 0:
         for name, size in sizes.items():
@@ -59,10 +59,10 @@ def _shards(shapes: Shapes, stage: int, world: int, rank: int) -> Iterator[tuple
         by_rank = [shard_segments(sizes=sizes, world=world, rank=of) for of in range(world)]
         elements = shards_numel(sizes=sizes, world=world)
     else:
-        places = end_to_end(sizes=sizes)
+        offsets = offsets_end_to_end(sizes=sizes)
         elements = partition_size(numel=sum(sizes.values()), world=world)
         by_rank = [
-            partition_segments(places=places, sizes=sizes, size=elements, rank=of)
+            partition_segments(offsets=offsets, sizes=sizes, size=elements, rank=of)
             for of in range(world)
         ]
     yield Shard(tuple(map(tuple, by_rank)), rank), elements

@@ -1,10 +1,10 @@
-"""APOLLO's state of matrices by name, complete and in no layout: what moves it between layouts.
+"""APOLLO's state by matrix name, complete and layout-independent, to move it between layouts.
 
     exp_avg, exp_avg_sq    (channels, r), fp32
     limiter, step, calls   ()
-    projection, made       (inner, r) and (), with projection "svd" only
+    projection, made       (inner, r) and (), only with projection "svd"
 
-A layout is given by a `ChannelPlan`, which maps channels to rows of a flat's state.
+A `ChannelPlan` describes a layout: it maps channels to rows of a flat's state.
 """
 
 import logging
@@ -19,16 +19,16 @@ from harness.optim.apollo.tensor_groups import ParamGroup, State
 log = logging.getLogger(__name__)
 
 PARTIAL = ("exp_avg", "exp_avg_sq", "projection")
-"""Where a rank has only its own rows of a matrix's entry, and 0 in the others."""
+"""Entries of which a rank has only its own rows of a matrix, and 0 in the others."""
 SPECTRAL = ("projection", "made")
-"""What only "svd" has; it makes them from the next gradient where they are missing."""
+"""Entries that only "svd" has; where they are missing it computes them from the next gradient."""
 KEYS = ("exp_avg", "exp_avg_sq", "limiter", "step", "calls", *SPECTRAL)
 
 
 def initial_state(
     plan: ChannelPlan, flat: int, settings: ParamGroup, device: torch.device | None = None
 ) -> State:
-    """The state of a flat before its first step, except `step`."""
+    """The initial state of a flat, except `step`."""
     rank = settings["rank"]
     state: State = {
         "exp_avg": torch.zeros(plan.rows_of_flat[flat], rank, device=device),
@@ -44,8 +44,8 @@ def initial_state(
 
 
 def of_matrix(plan: ChannelPlan, number: int, states: Sequence[State]) -> dict[str, Tensor]:
-    """The state of a matrix by key, from those of the plan's flats. Entries that are PARTIAL are 0
-    where another rank has them: their sum over the ranks is complete."""
+    """The state of a matrix by key, from the states of the plan's flats. PARTIAL entries are 0 in
+    rows that another rank has, so that their sum over the ranks is complete."""
     matrix, flat = plan.matrices[number], plan.flat_of_matrix[number]
     state = states[flat]
     entries: dict[str, Tensor] = {}
@@ -69,15 +69,15 @@ def of_matrix(plan: ChannelPlan, number: int, states: Sequence[State]) -> dict[s
 def fill_matrix(
     plan: ChannelPlan, number: int, state: State, entries: Mapping[str, Tensor]
 ) -> None:
-    """Writes the state of a matrix into that of its flat.
+    """Writes the state of a matrix into the state of its flat.
 
-    If `entries` are not a state of APOLLO at this rank, that is logged, and the matrix is reset.
+    If `entries` are not APOLLO's at this `rank`, logs a warning and leaves the initial state.
     """
     matrix, flat = plan.matrices[number], plan.flat_of_matrix[number]
     shape = matrix.channels, state["exp_avg"].shape[1]
     needed = state.keys() - SPECTRAL
     if any(key not in entries for key in needed) or tuple(entries["exp_avg"].shape) != shape:
-        log.warning("%s: its state is not that of APOLLO at this rank; it is reset", matrix.name)
+        log.warning("%s: reset: the loaded state is not APOLLO's at this rank", matrix.name)
         return
     for key in ("exp_avg", "exp_avg_sq"):
         for row, channels in plan.owned_of_matrix[number]:
@@ -97,8 +97,8 @@ def fill_matrix(
 def reshard(
     old: Sequence[ChannelPlan], states: Sequence[State], new: ChannelPlan, state: State
 ) -> None:
-    """Writes what the ranks of an old layout have of the matrices of one flat, `states`, into a new
-    layout's `state` of one flat; for the matrices that are in both."""
+    """Writes `states`, one flat's state on each rank of an old layout, into `state`, a flat's state
+    in a new layout, for the matrices that are in both."""
     numbers = {matrix.name: number for number, matrix in enumerate(old[0].matrices)}
     for number, matrix in enumerate(new.matrices):
         if matrix.name in numbers:

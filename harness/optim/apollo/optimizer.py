@@ -14,14 +14,13 @@ For a gradient G whose channels (rows or columns, along the longer side) are g_c
     U <- U / L,   L = max(|U| / n, gamma) / gamma,   n <- |U|        (limiter; n: the previous |U|)
     W <- (W - lr sqrt(scale) sqrt(1 - b2^t) / (1 - b1^t) U) (1 - lr weight_decay)
 
-A rank keeps M and V of its own channels only (channels.py), and makes P where it needs it
-(philox.py). Channels that a shard's boundary cuts are completed by one reduce-scatter of (R_c,
-|g_c|^2), and s_c comes back in one all-gather. |U|^2 = sum s_c^2 |g_c|^2, so the limiter needs no
-further collective. Arithmetic and state are fp32, sums over channels fp64; nothing waits for the
-device.
+A rank keeps M and V of its own channels only (channels.py) and generates P where it needs it
+(philox.py). For channels that a shard boundary cuts, one reduce-scatter sums (R_c, |g_c|^2) and one
+all-gather returns s_c. |U|^2 = sum s_c^2 |g_c|^2, so the limiter needs no further collective.
+Arithmetic and state are fp32, sums over channels fp64; nothing waits for the device.
 
-A step with a gradient that is not finite (or whose square is not), on any rank, is skipped by all
-ranks: neither weights nor state change, except for `calls`, which decides when P is refreshed.
+If a gradient (or its square) is not finite on any rank, all ranks skip the step: neither weights
+nor state change, except for `calls`, which decides when P is refreshed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -40,11 +39,11 @@ from harness.zero.shards import Shard, locate
 
 
 class Apollo(torch.optim.Optimizer):
-    """APOLLO for matrices, AdamW for the rest; with plain tensors, or as DeepSpeed's client.
+    """APOLLO for matrices, AdamW for the rest; stand-alone, or as DeepSpeed's client optimizer.
 
-    A parameter group with `rank = 0` is dense AdamW; `apollo_param_groups` makes the groups of a
-    model. A group with `stacked = True` has stacks of matrices, one per expert. State is by tensor
-    that is stepped: `exp_avg` and `exp_avg_sq` of shape (channels on this rank, rank), `limiter`
+    A parameter group with `rank = 0` is dense AdamW; `apollo_param_groups` builds the groups of a
+    model. A group with `stacked = True` has stacks of matrices, one matrix per expert. State per
+    stepped tensor: `exp_avg` and `exp_avg_sq` of shape (channels on this rank, rank), `limiter`
     (matrices,), `step` (), and the int `calls`.
     """
 
@@ -68,14 +67,15 @@ class Apollo(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
     ):
-        """`scale`: alpha, whose root is applied, with `scale_front` before the limiter.
+        """`scale`: alpha; its square root multiplies the update (with `scale_front`, before the
+        limiter).
 
-        `gamma`: the most that the update's norm may grow by in a step; None or inf: no limiter.
-        `eps` is added before the bias correction for matrices, after it for dense AdamW.
-        `projection`: "svd" takes P from the gradient at each refresh (spectral.py), and every rank
-        then keeps it for the matrices that it has elements of, as `projection` (any, rank). Raises
-        ValueError for impossible settings, and for a group of rank > 0 with a parameter that is not
-        a matrix.
+        `gamma`: the largest factor by which the update's norm may grow per step; None or inf: no
+        limiter. `eps` is added before the bias correction for matrices, after it for dense AdamW.
+        `projection`: "svd" computes P from the gradient at each refresh (spectral.py), and each
+        rank stores it for the matrices that it has elements of, as `projection` (any, rank). Raises
+        ValueError for invalid settings, and for a group of rank > 0 with a parameter that is not a
+        matrix.
         """
         self._parameters: dict[str, Tensor] = {}
         self._shapes: dict[str, torch.Size] = {}
@@ -84,7 +84,7 @@ class Apollo(torch.optim.Optimizer):
         self._located: dict[tuple[int, ...], tuple[ParamGroup, list[Tensor], list[Shard]]] = {}
         self._projections = Projections()
         self._loaded: dict[str, Tensor] = {}
-        """State by name that no tensor has taken yet."""
+        """Loaded state by name that no tensor has taken over yet."""
         settings = {
             "lr": lr,
             "rank": rank,
@@ -104,18 +104,18 @@ class Apollo(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """As torch's. Parameters without names are named `GROUP.INDEX`; P depends on the names."""
-        given = param_group["params"]
-        given = [given] if isinstance(given, Tensor) else list(given)
-        if not any(isinstance(parameter, tuple) for parameter in given):
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if not any(isinstance(parameter, tuple) for parameter in params):
             number = len(self.param_groups)
-            names = [f"{number}.{index}" for index in range(len(given))]
+            names = [f"{number}.{index}" for index in range(len(params))]
             param_group = {"param_names": names} | param_group
-        super().add_param_group(param_group | {"params": given})
+        super().add_param_group(param_group | {"params": params})
         group = self.param_groups[-1]
         _check(group)
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in self._parameters:
-                raise ValueError(f"two parameters are called {name!r}")
+                raise ValueError(f"two parameters are named {name!r}")
             shape = full_shape(parameter)
             if group["rank"]:
                 matrices_of(name, shape, group["stacked"])
@@ -124,7 +124,7 @@ class Apollo(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step. Collective where parameters are sharded; raises ShardError at the first one."""
+        """One step. Collective where parameters are sharded; the first may raise ShardError."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -148,10 +148,10 @@ class Apollo(torch.optim.Optimizer):
         return loss
 
     def step_metrics(self) -> dict[str, Tensor]:
-        """Numbers of the last step, on the device, over the matrices that this rank has elements
-        of: mean |N| / |R|, the fraction that was limited, and the steps skipped so far.
+        """Metrics of the last step, on the device, over the matrices that this rank has elements
+        of: mean |N| / |R|, the fraction that the limiter reduced, and the steps skipped so far.
 
-        With several low-rank groups also for each, with the group's number behind the name.
+        With several low-rank groups also per group, with the group's number appended to the name.
         """
         by_group: dict[int, list[dict[str, Tensor]]] = {}
         for group in self._tensor_groups.values():
@@ -168,10 +168,10 @@ class Apollo(torch.optim.Optimizer):
         return means | {"apollo/skipped": skipped}
 
     def named_state(self) -> dict[str, Tensor]:
-        """The state by the names of parameters and matrices, complete and in no layout, on the CPU
-        of every rank: `NAME/exp_avg` and so on, ready for a .sft file.
+        """The state by parameter and matrix name, complete and layout-independent, on the CPU of
+        every rank: `NAME/exp_avg` and so on, ready for a .sft file.
 
-        Empty before the first step. Collective where parameters are sharded.
+        Empty before the first step. Collective where parameters are sharded: call it on every rank.
         """
         named = dict(self._loaded)
         for param_group, flats, shards in self._located.values():
@@ -186,31 +186,32 @@ class Apollo(torch.optim.Optimizer):
     def load_named_state(self, state: Mapping[str, Tensor]) -> None:
         """Restores what `named_state` returned, on any number of ranks and at any ZeRO stage.
 
-        Each tensor takes its entries when it is stepped next. `exp_avg`, `exp_avg_sq` and `step` of
-        an AdamW fit dense parameters; a state that does not fit is logged, and reset.
+        Each tensor takes over its entries at its next step. `exp_avg`, `exp_avg_sq` and `step` of
+        an AdamW fit dense parameters; where an entry does not match, it is dropped with a warning.
         """
         self.state.clear()
         self._loaded = dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. Raises RuntimeError while a parameter has not taken its state by name."""
+        """As torch's. Raises RuntimeError while state loaded by name has not been taken over."""
         names = [key.removesuffix("/exp_avg") for key in self._loaded if key.endswith("/exp_avg")]
         if waiting := [n for n in names if {n, n.rpartition("[")[0]} & self._parameters.keys()]:
             raise RuntimeError(
-                "a state that was loaded by name is taken by the next step that has a gradient for "
-                f"it; until then save named_state(). Waiting: {', '.join(waiting)}"
+                "state_dict() is incomplete: a parameter takes over state loaded by name at the "
+                "next step that has a gradient for it; until then save named_state(). Pending: "
+                f"{', '.join(waiting)}"
             )
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but tensors keep their dtype, also beside parameters in 16 bits.
+        """As torch's, but state tensors keep their dtype, even for 16-bit parameters.
 
         Raises ValueError for the state of another optimizer.
         """
         if any("rank" not in group for group in state_dict["param_groups"]):
             raise ValueError(
-                "this is the state of another optimizer than APOLLO: load_named_state takes the "
-                "moments of an AdamW, by name"
+                "this is not the state of an APOLLO optimizer: use load_named_state to load the "
+                "moments of an AdamW"
             )
         super().load_state_dict(state_dict)
         self._loaded = {}
@@ -223,7 +224,7 @@ class Apollo(torch.optim.Optimizer):
 
     def _is_probe(self) -> bool:
         """Whether this is not a real step: DeepSpeed's FP16_UnfusedOptimizer calls `step` in its
-        constructor, with zeros for gradients, so that state is allocated."""
+        constructor, with zero gradients, to allocate state."""
         gradients = []
         for group in self.param_groups:
             for flat, shard in zip(group["params"], self._locate(group), strict=True):
@@ -233,7 +234,8 @@ class Apollo(torch.optim.Optimizer):
         return not any(bool(gradient.any()) for gradient in gradients if gradient is not None)
 
     def _locate(self, param_group: ParamGroup) -> list[Shard]:
-        """What each tensor of a group holds; cached. Collective, raises ShardError, at first."""
+        """What each tensor of a group holds; cached. The first call is collective and may raise
+        ShardError."""
         flats = param_group["params"]
         if not flats:
             return []
@@ -244,7 +246,7 @@ class Apollo(torch.optim.Optimizer):
         return self._located[key][2]
 
     def _begin(self) -> list[TensorGroup]:
-        """The tensors that have gradients, by parameter group, ready for this step."""
+        """The tensor groups with gradients, prepared for this step."""
         groups = []
         for param_group in self.param_groups:
             pairs = zip(param_group["params"], self._locate(param_group), strict=True)
@@ -259,7 +261,7 @@ class Apollo(torch.optim.Optimizer):
     def _tensor_group(
         self, param_group: ParamGroup, stepped: list[tuple[Tensor, Shard]]
     ) -> TensorGroup:
-        """That of the last step, if it has the same tensors, or a new one."""
+        """The tensor group of the last step if it has the same tensors, otherwise a new one."""
         key = tuple(map(id, param_group["params"]))
         group = self._tensor_groups.get(key)
         if group is None or list(map(id, group.flats)) != [id(flat) for flat, _ in stepped]:
@@ -280,7 +282,7 @@ class Apollo(torch.optim.Optimizer):
 
 
 class ApolloMini(Apollo):
-    """APOLLO of rank 1 with one scale per matrix: hardly any state."""
+    """APOLLO of rank 1 with one scale per matrix, which needs hardly any state."""
 
     RANK: ClassVar = 1
 
@@ -291,7 +293,7 @@ class ApolloMini(Apollo):
 
 
 def _means(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The metrics of some tensor groups, over all their matrices that this rank has elements of."""
+    """The metrics of several tensor groups, over all matrices that this rank has elements of."""
     scale, limited, seen = (
         torch.cat([group[key] for group in metrics]) for key in ("scale", "limited", "seen")
     )
@@ -303,7 +305,7 @@ def _means(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _check(group: ParamGroup) -> None:
-    """Raises ValueError for impossible settings of a parameter group."""
+    """Raises ValueError for invalid settings of a parameter group."""
     beta1, beta2 = group["betas"]
     allowed = {
         "lr": group["lr"] >= 0,
@@ -320,4 +322,4 @@ def _check(group: ParamGroup) -> None:
     }
     for key, is_allowed in allowed.items():
         if not is_allowed:
-            raise ValueError(f"{key} = {group[key]!r} is impossible")
+            raise ValueError(f"{key} = {group[key]!r} is not valid")

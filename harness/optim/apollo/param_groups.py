@@ -1,4 +1,4 @@
-"""Which parameters of a model APOLLO treats as matrices, and which dense AdamW steps."""
+"""Which parameters APOLLO treats as low-rank matrices, and which get dense AdamW."""
 
 import re
 import warnings
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from harness.zero.parameters import full_shape
 
 DENSE = r"(^|\.)(\w*embed\w*|wte|wpe|\w*head|classifier|score|\w*norm\w*)(\.|$)"
-"""What the names of dense parameters contain: embeddings, heads and norms."""
+"""Matches in the names of dense parameters: embeddings, heads and norms."""
 
 STACKED = r"(^|\.)experts(\.|$)"
-"""What the names of stacks of matrices, with three dimensions, contain: experts."""
+"""Matches in the names of 3-D parameters that are stacks of matrices: experts."""
 
 
 def apollo_param_groups(
@@ -27,11 +27,11 @@ def apollo_param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for `Apollo`: matrices of rank `rank`, stacks of matrices, and the rest.
 
-    Low-rank is every trainable parameter of two or more dimensions (a convolution counts as
-    (out, in * kernel)), except embeddings (and heads tied to them), names that the regular
-    expression `dense` finds, and matrices whose shorter side is at most `rank`, which a sketch
-    would not make smaller. Names that `low_rank` finds are always low-rank. `settings` are
-    those of the low-rank groups. Warns if nothing is low-rank.
+    Low-rank are all trainable parameters of two or more dimensions (a convolution counts as
+    (out, in * kernel)), except embeddings (and heads tied to them), names that match the regular
+    expression `dense`, and matrices whose shorter side is at most `rank`, which a sketch would not
+    make smaller. Names that match `low_rank` are always low-rank. `settings` apply to the low-rank
+    groups. Warns if nothing is low-rank.
     """
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     tables = {id(module.weight) for module in embeddings}

@@ -1,4 +1,4 @@
-"""Random projections: made from their address, and cached until their refresh."""
+"""Random projections: generated on demand, and cached until their refresh."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from harness.optim.apollo.tensor_groups import ParamGroup
 PROJECTIONS = {"gaussian": gaussian, "rademacher": rademacher}
 
 CACHE_BYTES = 64 * 2**20
-"""Bytes of projections that an optimizer caches; more are made again at each step."""
+"""Bytes of projections that an optimizer caches; the others are regenerated at each step."""
 
 
 class Projections:
@@ -31,8 +31,8 @@ class Projections:
         settings: ParamGroup,
         device: torch.device,
     ) -> Tensor:
-        """The rows of P for some inner indices of a matrix, with entries from N(0, 1/r), or others
-        of that variance: fp32 (inner, r). `calls`: steps before this one."""
+        """The rows of P for inner indices of a matrix, with entries from N(0, 1/r) or, for
+        "rademacher", +-sqrt(1/r): fp32 (inner, r). `calls`: steps before this one."""
         rank, refresh = settings["rank"], calls // settings["update_proj_gap"]
         address = matrix.name, inner, rank
         version = refresh, settings["projection"], settings["seed"]
@@ -42,8 +42,8 @@ class Projections:
                 return projection
             del self._cache[address]
             self._bytes -= projection.nbytes
-        make, key = PROJECTIONS[settings["projection"]], key_of(settings["seed"], matrix.name)
-        projection = make(inner, range(rank), refresh, key, device).div_(math.sqrt(rank))
+        generate, key = PROJECTIONS[settings["projection"]], key_of(settings["seed"], matrix.name)
+        projection = generate(inner, range(rank), refresh, key, device).div_(math.sqrt(rank))
         if self._bytes + projection.nbytes <= CACHE_BYTES:
             self._cache[address] = version, projection
             self._bytes += projection.nbytes

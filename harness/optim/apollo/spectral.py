@@ -2,9 +2,8 @@
 
 Zhao, Zhang, Chen, Wang, Anandkumar and Tian, "GaLore: Memory-Efficient LLM Training by Gradient
 Low-Rank Projection", ICML 2024, arXiv 2403.03507. APOLLO's authors compare it with their random P
-("APOLLO w. SVD"). Unlike a random P it has to be stored, and needs the complete gradient: at a
-refresh, and only then, that of each matrix is sent to one of the ranks that share the matrix, and
-its P comes back.
+("APOLLO w. SVD"). Unlike a random P it must be stored and needs the complete gradient: at each
+refresh, one of the ranks that share a matrix collects its gradient, computes P and broadcasts it.
 """
 
 import logging
@@ -22,8 +21,8 @@ log = logging.getLogger(__name__)
 
 
 def singular_vectors(channels: Tensor, rank: int) -> Tensor:
-    """The top right singular vectors of a matrix (channels, inner), the largest entry of each
-    positive, followed by zeros where it has fewer than `rank`: fp32 (inner, rank)."""
+    """The top right singular vectors of a matrix (channels, inner), signed so that the largest
+    entry of each is positive, and padded with zeros up to `rank`: fp32 (inner, rank)."""
     channels = channels.double()
     vectors = torch.linalg.eigh(channels.T @ channels).eigenvectors.flip(1)[:, :rank]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
@@ -35,13 +34,10 @@ def new_projections(
     plan: ChannelPlan, shard: Shard, flat: int, rank: int, gradient_of: Callable[[int], Tensor]
 ) -> Tensor | None:
     """The new P of the flat's matrices that this rank has elements of, concatenated: fp32 (any,
-    rank).
-
-    None, on all ranks, if a gradient is not finite, or a decomposition fails. Collective where
-    ranks share; waits for the device.
+    rank); None on all ranks if a gradient is not finite or a decomposition fails.
 
     `gradient_of` returns this rank's elements of a matrix's gradient, zeros elsewhere: (channels,
-    inner).
+    inner). Collective where parameters are sharded; waits for the device.
     """
     projections: list[Tensor] = []
     is_complete = True
@@ -53,8 +49,8 @@ def new_projections(
         if solver == plan.rank and bool(gradient.isfinite().all()):
             try:
                 projection = singular_vectors(gradient, rank)
-            except RuntimeError as error:  # no memory, LAPACK gave up: the others wait
-                log.warning("%s keeps its projection: %s", plan.matrices[number].name, error)
+            except RuntimeError as error:  # out of memory, LAPACK failed: the other ranks wait
+                log.warning("%s keeps its old projection: %s", plan.matrices[number].name, error)
         projection = _exchanged(dist.broadcast, projection, solver, shard)
         is_complete &= not bool(projection.isnan().any())
         if plan.rank in plan.holders[number]:

@@ -1,10 +1,10 @@
-"""The tensors of one parameter group that are stepped together, and what a step does with them.
+"""Tensors of one parameter group that are stepped together, and the phases of a step.
 
-A step has three phases with a collective between them, the same for every tensor group:
+Every tensor group goes through the same three phases, with a collective between them:
 
     project  ->  reduce-scatter  ->  adapt  ->  all-gather  ->  apply
 
-Low-rank groups have a file of their own, lowrank.py. W is the number of ranks that share.
+Low-rank groups are in lowrank.py. W is the number of ranks that share the parameters.
 """
 
 import logging
@@ -22,15 +22,15 @@ from harness.zero.shards import Shard
 log = logging.getLogger(__name__)
 
 ParamGroup = dict[str, Any]
-"""A parameter group of torch's: settings, parameters and their names."""
+"""A torch parameter group: settings, parameters and their names."""
 State = dict[str, Any]
 """The state of one flat."""
 NamedState = MutableMapping[str, Tensor]
-"""State in no layout: `NAME/KEY`, complete, where NAME is a parameter's or a matrix's."""
+"""Layout-independent, complete state by `NAME/KEY`, where NAME is a parameter's or a matrix's."""
 
 
 class TensorGroup(ABC):
-    """Some tensors of a parameter group that are stepped together."""
+    """Tensors of a parameter group that are stepped together."""
 
     def __init__(self, flats: Sequence[Tensor], shards: Sequence[Shard]):
         self.flats, self.shards = list(flats), list(shards)
@@ -38,23 +38,27 @@ class TensorGroup(ABC):
         self.world = len(self.shard.segments)
         self.device = self.flats[0].device
         self.is_cut = False
-        """Whether ranks share matrices, so that there is something to gather."""
+        """Whether ranks share matrices, so that a step needs the all-gather."""
         self.settings: ParamGroup = {}
         self.states: list[State] = []
         self.weights: list[Tensor] = []
         self.gradients: list[Tensor] = []
 
     def begin(self, settings: ParamGroup, states: list[State], loaded: NamedState) -> None:
-        """Takes this step's settings and states, and its gradients in fp32.
+        """Stores this step's settings, states and fp32 gradients.
 
-        A new state is filled from `loaded`, which loses the entries that were used.
+        Initializes a new state from `loaded`, and removes the entries used from it.
         """
         self.settings, self.states = settings, states
         gradients = [flat.grad for flat in self.flats if flat.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
-            raise ValueError("a gradient is sparse, which APOLLO does not take: use sparse=False")
+            raise ValueError(
+                "a gradient is sparse, which APOLLO does not support: use sparse=False"
+            )
         if any(gradient.is_complex() for gradient in gradients):
-            raise ValueError("a gradient is complex, which APOLLO does not take: use view_as_real")
+            raise ValueError(
+                "a gradient is complex, which APOLLO does not support: use view_as_real"
+            )
         self.weights = [flat.detach().float().contiguous() for flat in self.flats]
         self.gradients = [gradient.float().contiguous() for gradient in gradients]
         for number, state in enumerate(states):
@@ -68,27 +72,27 @@ class TensorGroup(ABC):
         """The state by name, each entry complete on every rank. Collective where it is sharded."""
 
     def step_metrics(self) -> dict[str, Tensor]:
-        """Of every matrix in the last step: |N| / |R| ("scale"), whether the limiter reduced it
-        ("limited"), and whether this rank has data of it ("seen"): (n,) each."""
+        """For each matrix in the last step: |N| / |R| ("scale"), whether the limiter reduced its
+        update ("limited"), and whether this rank has elements of it ("seen"): (n,) each."""
         return {}
 
     @abstractmethod
     def square_sum(self) -> Tensor:
-        """Sum of the squares of all gradients' elements on this rank, without padding: fp64 ()."""
+        """Sum of the squared gradient elements on this rank, without padding: fp64 ()."""
 
     @abstractmethod
     def project(self) -> Tensor:
-        """What the other ranks need: fp32 (W, any), a row for each."""
+        """What to send to each rank, one row per rank: fp32 (W, any)."""
 
     @abstractmethod
     def adapt(self, received: Tensor, all_finite: Tensor) -> Tensor:
-        """Updates the state if all gradients are finite. `received`: the sum of what the ranks sent
-        to this one. Returns what all of them need: fp64 (any,)."""
+        """Updates the state if all gradients are finite. `received`: the sum of the rows that the
+        ranks sent to this one. Returns what to send to all ranks: fp64 (any,)."""
 
     @abstractmethod
     def apply(self, gathered: Tensor, all_finite: Tensor) -> None:
-        """Updates the weights if all gradients are finite. `gathered`: what `adapt` returned on
-        each rank, (W, any)."""
+        """Updates the weights if all gradients are finite. `gathered`: the results of `adapt` on
+        all ranks, (W, any)."""
 
     def end(self) -> None:
         """Writes converted weights back, and drops all references of this step."""
@@ -104,8 +108,8 @@ class TensorGroup(ABC):
     def _fill(self, number: int, state: State, loaded: NamedState) -> None: ...
 
     def _summed(self, partial: Tensor) -> Tensor:
-        """The sum over the ranks of a tensor that each has filled where it has data, with 0
-        elsewhere."""
+        """The sum over the ranks of a tensor in which each rank has filled in its own elements, and
+        0 elsewhere."""
         if self.world == 1:
             return partial
         total = partial.to(self.shard.device)
@@ -125,31 +129,31 @@ class Dense(TensorGroup):
             for number, segment in enumerate(shard.own):
                 for key in ("exp_avg", "exp_avg_sq"):
                     moment = torch.zeros(_size(shard, number), device=self.device)
-                    own = state[key].flatten()[segment.place]
+                    own = state[key].flatten()[segment.flat_slice]
                     moment[segment.start : segment.stop] = own
                     yield f"{segment.name}/{key}", self._summed(moment)
                 yield f"{segment.name}/step", state["step"]
 
     def _fill(self, number: int, state: State, loaded: NamedState) -> None:
         shard = self.shards[number]
-        for place, segment in enumerate(shard.own):
+        for index, segment in enumerate(shard.own):
             popped = {
                 key: loaded.pop(f"{segment.name}/{key}", None) for key in ("exp_avg", "exp_avg_sq")
             }
             step = loaded.pop(f"{segment.name}/step", None)
             moments = {key: moment for key, moment in popped.items() if moment is not None}
-            if any(moment.numel() != _size(shard, place) for moment in moments.values()):
-                log.warning("%s: its state is not that of AdamW; it is reset", segment.name)
+            if any(moment.numel() != _size(shard, index) for moment in moments.values()):
+                log.warning("%s: reset: the loaded state is not AdamW's", segment.name)
                 continue
             for key, moment in moments.items():
-                own = state[key].view(-1)[segment.place]
+                own = state[key].view(-1)[segment.flat_slice]
                 own.copy_(moment.flatten()[segment.start : segment.stop])
             if step is not None:
                 state["step"].copy_(torch.maximum(state["step"], step.to(self.device)))
 
     def square_sum(self) -> Tensor:
         own = [
-            gradient.flatten()[segment.place]
+            gradient.flatten()[segment.flat_slice]
             for gradient, shard in zip(self.gradients, self.shards, strict=True)
             for segment in shard.own
         ]
@@ -184,5 +188,5 @@ class Dense(TensorGroup):
 
 
 def _size(shard: Shard, number: int) -> int:
-    """The elements of a parameter, of which every rank has segment `number`."""
+    """The number of elements of the parameter that segment `number` of each rank belongs to."""
     return max(segments[number].stop for segments in shard.segments)

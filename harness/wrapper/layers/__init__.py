@@ -1,9 +1,9 @@
-"""Layers for `optimizations.replace`, a file for each package that they come from.
+"""Layers for `optimizations.replace`, one file per package that they come from.
 
-A file is imported when a config names one of its layers.
+A file is imported only when a config names one of its layers.
 
-    bitnet.py               ternary weights, 8-bit activations: nothing but torch
+    bitnet.py               ternary weights, 8-bit activations; needs only torch
     torchao.py              fp8 and int8 multiplication
     bitsandbytes.py         int8 multiplication, and an embedding with a layer norm
-    transformer_engine.py   fp8 multiplication, on GPUs only
+    transformer_engine.py   fp8 multiplication; GPUs only
 """

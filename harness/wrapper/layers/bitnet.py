@@ -2,7 +2,7 @@
 
 Wang et al., "BitNet: Scaling 1-bit Transformers for Large Language Models", 2023; the weights as in
 Ma et al., "The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits", 2024. The papers
-normalise a layer's input inside the layer; here that is left to the model.
+normalise a layer's input inside the layer; this one leaves that to the model.
 """
 
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 
 class BitLinear(nn.Linear):
-    """`nn.Linear` that computes with quantized copies of its inputs and weights; gradients pass
-    straight through to the weights, which keep full precision."""
+    """`nn.Linear` that computes with quantized inputs and weights. The weights keep full precision,
+    and get gradients by the straight-through estimator."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -23,13 +23,13 @@ class BitLinear(nn.Linear):
 
 
 def ternary(weight: Tensor) -> Tensor:
-    """Every weight as -m, 0 or m, where m is the mean of their absolute values (absmean)."""
+    """Each weight rounded to -m, 0 or m, where m is the mean absolute value (absmean)."""
     mean = weight.abs().mean().clamp(min=1e-5)
     return (weight / mean).round().clamp(-1, 1) * mean
 
 
 def eight_bit(input: Tensor) -> Tensor:
-    """Every row [..., features] in steps of its largest absolute value / 127 (absmax)."""
+    """Each row [..., features] in multiples of its largest absolute value / 127 (absmax)."""
     step = input.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127
     return (input / step).round() * step
 

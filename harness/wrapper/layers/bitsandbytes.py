@@ -1,6 +1,6 @@
-"""Layers of bitsandbytes in place of torch's (pip install bitsandbytes).
+"""bitsandbytes' replacements for torch's layers (pip install bitsandbytes).
 
-Its optimizers are registered in optim/registry.py.
+Its optimizers are in optim/registry.py.
 """
 
 import importlib
@@ -15,10 +15,9 @@ _bnb: Any = importlib.import_module("bitsandbytes")
 class Int8Linear(nn.Linear):
     """`nn.Linear` that multiplies in int8 (Dettmers et al., "LLM.int8()", 2022).
 
-    The weight keeps the model's dtype and is trained; it is rounded again in every forward.
-    (`bitsandbytes.nn.Linear8bitLt` keeps the rounded weight for as long as the weight has a
-    gradient, and ZeRO leaves it none.) What is multiplied is cast to fp16 first, and must be within
-    its range.
+    The weight keeps the model's dtype and is trained; it is quantized again in each forward.
+    (`bitsandbytes.nn.Linear8bitLt` reuses the quantized weight while the weight has a gradient, and
+    ZeRO leaves it none.) Both factors are cast to fp16 first, and must be within its range.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -29,10 +28,10 @@ class Int8Linear(nn.Linear):
 
 
 class StableEmbedding(_bnb.nn.StableEmbedding):
-    """bitsandbytes' embedding followed by a layer norm, which runs in fp32 whatever the dtype.
+    """bitsandbytes' embedding followed by a layer norm, which runs in fp32 for any weight dtype.
 
     Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2021. bitsandbytes' optimizers
-    keep 32-bit state for its weight where they step it itself: at ZeRO 0 in fp32.
+    keep 32-bit state for its weight if they step the weight itself: at ZeRO stage 0 in fp32.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -45,7 +44,7 @@ class StableEmbedding(_bnb.nn.StableEmbedding):
 
 
 def stable_embedding(old: nn.Embedding) -> StableEmbedding:
-    """With a new layer norm: the model computes something else from then on."""
+    """Adds a new layer norm, so the model's outputs change."""
     return StableEmbedding(
         old.num_embeddings,
         old.embedding_dim,

@@ -1,7 +1,7 @@
-"""Linear layers of torchao that multiply in 8 bits while they train (pip install torchao).
+"""torchao's linear layers with 8-bit multiplication in training (pip install torchao).
 
 Weights, gradients and the optimizer's inputs keep the model's dtype: inputs, weights and output
-gradients are rounded again for every multiplication, in forward and backward.
+gradients are quantized again for each multiplication, in forward and backward.
 """
 
 import importlib
@@ -17,7 +17,7 @@ _float8: Any = importlib.import_module("torchao.float8")
 _int8: Any = importlib.import_module("torchao.prototype.quantized_training")
 
 FLOAT8_CAPABILITY = (8, 9)
-"""The lowest CUDA compute capability with fp8 multiplication: Ada; Hopper has it, too."""
+"""Minimum CUDA compute capability for fp8 multiplication (Ada)."""
 
 
 def float8_linear(old: nn.Linear) -> nn.Module:
@@ -28,22 +28,22 @@ def float8_linear(old: nn.Linear) -> nn.Module:
     """
     device = distributed.device()
     if device.type == "cuda":
-        found = torch.cuda.get_device_capability(device)
-        if found < FLOAT8_CAPABILITY:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FLOAT8_CAPABILITY:
             raise ConfigError(
-                f"float8_linear: a GPU of compute capability {FLOAT8_CAPABILITY} or more is "
-                f"needed, found {found}: use int8_linear"
+                f"float8_linear: the GPU has compute capability {capability}, expected at least "
+                f"{FLOAT8_CAPABILITY}: use int8_linear"
             )
     if old.in_features % 16 or old.out_features % 16:
         raise ConfigError(
-            f"float8_linear: the sizes must be multiples of 16, found [{old.out_features}, "
-            f"{old.in_features}]: exclude this layer"
+            f"float8_linear: the weight is [{old.out_features}, {old.in_features}], expected "
+            "multiples of 16: exclude this layer"
         )
     return _float8.convert_to_float8_training(old)
 
 
 def int8_linear(old: nn.Linear) -> nn.Module:
-    """int8, each row and column scaled by its largest value; torchao calls it a prototype."""
+    """int8, each row and column scaled by its largest value. A prototype, according to torchao."""
     with torch.device("meta"):
         return _int8.Int8MixedPrecisionTrainingLinear(
             old.in_features,

@@ -1,4 +1,4 @@
-"""Linear layers of NVIDIA's TransformerEngine that multiply in fp8. GPUs only."""
+"""Linear layers of NVIDIA's TransformerEngine with fp8 multiplication. GPUs only."""
 
 import importlib
 from typing import Any
@@ -13,9 +13,9 @@ _recipe: Any = importlib.import_module("transformer_engine.common.recipe")
 
 
 class Float8Linear(_te.Linear):
-    """`transformer_engine.pytorch.Linear` under its own fp8 context.
+    """`transformer_engine.pytorch.Linear` inside an fp8 context.
 
-    Scales come from the current tensors, not from those of earlier steps; so there is no state
+    Scales come from the current tensors, not from those of earlier steps, so there is no state
     besides the weights, and a resumed run continues exactly.
     """
 
@@ -23,22 +23,23 @@ class Float8Linear(_te.Linear):
     set_extra_state = nn.Module.set_extra_state
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]; other sizes multiply to a multiple of 8."""
+        """[..., in_features] -> [..., out_features]; the product of the other sizes must be a
+        multiple of 8."""
         with _te.autocast(enabled=True, recipe=_recipe.Float8CurrentScaling()):
             return super().forward(input)
 
 
 def float8_linear(old: nn.Linear) -> Float8Linear:
-    """Raises ConfigError where TransformerEngine reports no fp8, and for sizes that are not
+    """Raises ConfigError if TransformerEngine reports no fp8 support, and for sizes that are not
     multiples of 16."""
     has_gpu = distributed.device().type == "cuda"
     available, reason = _te.is_fp8_available(return_reason=True) if has_gpu else (False, "no GPU")
     if not available:
-        raise ConfigError(f"te.float8_linear: no fp8 on this machine: {reason}")
+        raise ConfigError(f"float8_linear: TransformerEngine reports no fp8 support: {reason}")
     if old.in_features % 16 or old.out_features % 16:
         raise ConfigError(
-            f"te.float8_linear: the sizes must be multiples of 16, found [{old.out_features}, "
-            f"{old.in_features}]: exclude this layer"
+            f"float8_linear: the weight is [{old.out_features}, {old.in_features}], expected "
+            "multiples of 16: exclude this layer"
         )
     return Float8Linear(
         old.in_features,

@@ -80,7 +80,7 @@ def test_the_equations() -> None:
         assert torch.allclose(ours, plain, rtol=0, atol=1e-6)
 
 
-def test_rank_0_is_torchs_adamw_to_the_bit() -> None:
+def test_rank_0_is_bit_identical_to_torchs_adamw() -> None:
     gradients = random_gradients((12, 5), 20)
     settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-8}
     ours = drive(Apollo([matrix(12, 5)], rank=0, **settings), gradients)
@@ -93,7 +93,7 @@ def test_rank_0_is_torchs_adamw_to_the_bit() -> None:
 
 @KINDS
 @pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
-def test_a_gradient_that_is_not_finite_leaves_no_trace(kind: Any, poison: float) -> None:
+def test_a_non_finite_gradient_changes_nothing(kind: Any, poison: float) -> None:
     gradients = random_gradients((12, 5), 10)
     poisoned = gradients[3].clone()
     poisoned[7, 2] = poison
@@ -141,7 +141,7 @@ def test_step_metrics_by_group() -> None:
     )
 
 
-def test_one_poisoned_parameter_holds_up_the_others() -> None:
+def test_one_non_finite_gradient_skips_all_parameters() -> None:
     good, bad = matrix(12, 5), matrix(5, 12)
     optimizer = Apollo([good, bad], rank=2)
     good.grad, bad.grad = torch.ones(12, 5), torch.full((5, 12), math.inf)
@@ -210,7 +210,7 @@ def test_the_second_moment_decays_beside_bf16_weights() -> None:
 
 
 @pytest.mark.parametrize("setting", [{"seed": 1}, {"projection": "rademacher"}])
-def test_a_loaded_state_takes_no_projection_of_before(setting: dict[str, Any]) -> None:
+def test_a_loaded_state_uses_no_cached_projection(setting: dict[str, Any]) -> None:
     """An optimizer that has stepped has kept its own P for the same matrix and refresh."""
     gradients = random_gradients((12, 5), 6)
     saved = Apollo([matrix(12, 5)], lr=1e-2, rank=2, **setting)
@@ -227,7 +227,7 @@ def test_a_loaded_state_takes_no_projection_of_before(setting: dict[str, Any]) -
 
 
 @KINDS
-def test_state_is_plain_and_goes_on_to_the_bit(kind: Any, tmp_path: Path) -> None:
+def test_state_is_plain_and_resumes_bit_identically(kind: Any, tmp_path: Path) -> None:
     """Also without pickled classes, also beside weights in bf16."""
     for dtype in (torch.float32, torch.bfloat16):
         gradients = [g.to(dtype) for g in random_gradients((12, 5), 20)]
@@ -330,7 +330,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
         Apollo([matrix(6, 4)], **settings)
 
 
-def test_a_limiter_that_lets_everything_pass_is_none() -> None:
+def test_an_infinite_gamma_disables_the_limiter() -> None:
     """A TOML file can say `gamma = inf`, but not None."""
     gradients = random_gradients((12, 5), 1) + random_gradients((12, 5), 4, size=50.0)
     found, expected = (
@@ -352,7 +352,7 @@ def test_state_of_another_rank_is_refused() -> None:
     saved["param_groups"][0]["rank"] = 3
     other = Apollo([matrix(6, 4)], rank=3)
     other.load_state_dict(saved)
-    with pytest.raises(ValueError, match=r"found the shape \(6, 2\), expected \(6, 3\)"):
+    with pytest.raises(ValueError, match=r"has shape \(6, 2\), expected \(6, 3\)"):
         drive(other, random_gradients((6, 4), 1))
 
 
@@ -395,7 +395,7 @@ def test_which_parameters_are_low_rank() -> None:
     assert found[0][2] == {"down_proj.weight", "conv.weight", "small.weight", "lm_head.weight"}
 
 
-def test_a_policy_that_finds_nothing_warns() -> None:
+def test_no_low_rank_parameter_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="no parameter is low-rank at rank = 64"):
         apollo_param_groups(Model(), rank=64)
 
@@ -419,7 +419,7 @@ def test_a_closure_and_a_scheduler_work_as_with_any_optimizer() -> None:
 
 def test_the_state_of_another_optimizer_is_refused() -> None:
     adamw = torch.optim.AdamW([matrix(12, 5)])
-    with pytest.raises(ValueError, match="another optimizer than APOLLO"):
+    with pytest.raises(ValueError, match="not the state of an APOLLO optimizer"):
         Apollo([matrix(12, 5)], rank=2).load_state_dict(adamw.state_dict())
 
 
@@ -430,7 +430,7 @@ def test_complex_parameters_are_refused() -> None:
         Apollo([weight], rank=0).step()
 
 
-def test_a_projection_that_cannot_be_made_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_projection_that_cannot_be_computed_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = Apollo([weight := matrix(12, 5)], rank=2, projection="svd", update_proj_gap=1)
     weight.grad = random_gradients((12, 5), 1)[0]
     optimizer.step()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.optim.apollo.channels import ChannelPlan, Matrix, matrices_of
-from harness.zero.partition import end_to_end, partition_segments, shard_segments
+from harness.zero.partition import offsets_end_to_end, partition_segments, shard_segments
 from harness.zero.shards import Shard
 
 Shapes = list[tuple[int, ...]]
@@ -19,10 +19,10 @@ def numels(shapes: Shapes) -> dict[str, int]:
 def laid_end_to_end(shapes: Shapes, world: int, gap: int) -> list[Shard]:
     """ZeRO-1/2: parameters one after the other, cut into equal parts; every rank's shard."""
     sizes = numels(shapes)
-    places = end_to_end(sizes=sizes, gaps=[gap] * len(shapes))
+    offsets = offsets_end_to_end(sizes=sizes, gaps=[gap] * len(shapes))
     size = -(-(sum(sizes.values()) + gap * len(shapes)) // world)
     per_rank = tuple(
-        tuple(partition_segments(places=places, sizes=sizes, size=size, rank=rank))
+        tuple(partition_segments(offsets=offsets, sizes=sizes, size=size, rank=rank))
         for rank in range(world)
     )
     return [Shard(per_rank, rank) for rank in range(world)]

@@ -112,7 +112,7 @@ def test_adamw_warms_up_the_dense_group(caplog: pytest.LogCaptureFixture) -> Non
     ]
     optimizer: Any = Apollo(groups, lr=1e-2, eps=1e-8, weight_decay=1e-2)
     optimizer.load_named_state(warm)
-    with pytest.raises(RuntimeError, match="taken by the next step"):
+    with pytest.raises(RuntimeError, match="takes over state loaded by name at the next step"):
         optimizer.state_dict()
     last = gradients_of(9, {"matrix": (12, 8), "bias": (7,)})
     (matrix,), (bias,) = (group["params"] for group in optimizer.param_groups)
@@ -121,7 +121,7 @@ def test_adamw_warms_up_the_dense_group(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.WARNING):
         optimizer.step()
     adamw.step()
-    assert "matrix: its state is not that of APOLLO at this rank; it is reset" in caplog.text
+    assert "matrix: reset: the loaded state is not APOLLO's at this rank" in caplog.text
     assert torch.equal(bias, parameters["bias"])
     assert [int(optimizer.state[p]["step"]) for p in (matrix, bias)] == [1, 6]
 
@@ -164,14 +164,14 @@ def test_moments_are_kept_where_svd_is_new(
     assert caplog.text == ""
 
 
-def test_what_has_no_gradient_yet_keeps_its_state_by_name(named: dict[str, Tensor]) -> None:
+def test_parameters_without_a_gradient_keep_their_state_by_name(named: dict[str, Tensor]) -> None:
     given, optimizer = two_matrices()
     optimizer.load_named_state(named)
     step(given, optimizer, 3, among=range(1))
     again = optimizer.named_state()
     assert again.keys() == named.keys()
     assert all(torch.equal(again[k], v) for k, v in named.items() if not k.startswith("0.0/"))
-    with pytest.raises(RuntimeError, match=r"by the next step .* Waiting: 0\.1, 1\.0"):
+    with pytest.raises(RuntimeError, match=r"at the next step .* Pending: 0\.1, 1\.0"):
         optimizer.state_dict()
     step(given, optimizer, 4)
     assert [int(optimizer.state[p]["step"]) for p in given] == [5, 4, 4]
@@ -187,7 +187,7 @@ def test_a_loaded_state_replaces_one_by_name(named: dict[str, Tensor]) -> None:
     assert [int(optimizer.state[p]["step"]) for p in given] == [1, 1, 1]
 
 
-def test_named_state_leaves_the_metrics() -> None:
+def test_named_state_does_not_change_the_metrics() -> None:
     given, optimizer = two_matrices()
     for seed, among in ((0, range(3)), (1, range(1))):
         step(given, optimizer, seed, among)

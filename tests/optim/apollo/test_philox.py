@@ -39,7 +39,7 @@ def test_known_answers(counter: list[int], key: tuple[int, int], answer: list[in
 
 
 @pytest.mark.parametrize("make", [gaussian, rademacher])
-def test_every_block_is_a_slice_of_the_whole(make: Maker) -> None:
+def test_every_block_is_a_slice_of_the_full_matrix(make: Maker) -> None:
     whole = make(range(300), range(150), 2, KEY, CPU)
     for rows in (range(0, 1), range(3, 50), range(299, 300), range(120, 300)):
         for columns in (range(0, 150), range(1, 7), range(127, 150), range(6, 131)):
@@ -48,7 +48,7 @@ def test_every_block_is_a_slice_of_the_whole(make: Maker) -> None:
 
 
 @pytest.mark.parametrize("make", [gaussian, rademacher])
-def test_other_refreshes_names_and_seeds_are_unrelated(make: Maker) -> None:
+def test_refreshes_names_and_seeds_are_independent(make: Maker) -> None:
     size = range(200), range(100)
     one = make(*size, 0, KEY, CPU)
     addresses = [(1, KEY), (0, key_of(0, "other.weight")), (0, key_of(1, "layer.weight"))]

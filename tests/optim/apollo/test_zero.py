@@ -128,7 +128,7 @@ def test_settings(three_ranks: RankPool, settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_model_born_sharded(two_ranks: RankPool, dtype: str) -> None:
+def test_a_model_built_sharded(two_ranks: RankPool, dtype: str) -> None:
     within_bound(two_ranks, 3, dtype, False, {}, 40, {}, apollo, True)
 
 

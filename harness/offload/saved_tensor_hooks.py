@@ -1,10 +1,10 @@
-"""What autograd holds in place of a saved tensor, and when that tensor moves.
+"""What autograd holds instead of a saved tensor, and when the tensor moves.
 
-The tensors of a region are fetched together: the inputs of one checkpointed call, or some tensors
-that a forward saved in sequence. Regions are chained in the order of the forward: while backward
-works on one, the one before is on its way back. There are no reference counts or lists of live
-tensors: autograd owns the handles, a handle owns its copy, and all other references are weak; so
-dropped graphs and exceptions leave nothing behind.
+The tensors of a region are fetched together: the inputs of one checkpointed call, or tensors that a
+forward saved in sequence. Regions are chained in forward order: while backward works on one, the
+previous one is being copied back. There are no reference counts or lists of live tensors: autograd
+owns the handles, a handle owns its copy, and all other references are weak, so dropped graphs and
+exceptions leave nothing behind.
 """
 
 import sys
@@ -19,17 +19,17 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from harness.offload.backends import Backend
-from harness.offload.copies import HostCopy
-from harness.offload.counters import Stats
+from harness.offload.counters import OffloadStats
+from harness.offload.host_copy import HostCopy
+from harness.offload.keep_on_device import must_stay
 from harness.offload.pool import Pool
-from harness.offload.skip import must_stay
 
 WINDOW = 2
-"""Regions whose tensors are still on the device while they are copied out. Compute waits before a
-third one."""
+"""Maximum regions whose tensors are still on the device while they are copied out. Before a third
+one, compute waits."""
 
 CHUNK = 64 << 20
-"""Bytes after which `saved_tensors` starts another region."""
+"""Bytes after which `saved_tensors` starts a new region."""
 
 
 class Kept:
@@ -38,12 +38,12 @@ class Kept:
     __slots__ = ("_tensor", "_version")
 
     def __init__(self, tensor: torch.Tensor):
-        # Detached, or the graph might hold itself. But ZeRO may change a parameter's storage.
+        # Detached to avoid a reference cycle, except leaves: ZeRO may change a parameter's storage.
         self._tensor = tensor if tensor.is_leaf else tensor.detach()
         self._version = tensor._version
 
     def tensor(self) -> torch.Tensor:
-        """The tensor. Raises RuntimeError if it was modified in place since."""
+        """The tensor. Raises RuntimeError if it has been modified in place."""
         check_version(self._tensor, self._tensor._version, self._version)
         return self._tensor
 
@@ -71,9 +71,9 @@ class Handle:
         self._key = key
         self._version = self._version_sent = tensor._version
         self.uses = 1
-        """How often autograd has saved it."""
+        """How many times autograd has saved it."""
         self.consumed = False
-        """Whether backward has unpacked it as often."""
+        """Whether backward has unpacked it as many times."""
         self._unpackings = 0
         self._store = store
         self._region = region
@@ -87,11 +87,11 @@ class Handle:
             self.copy.end()
 
     def is_in(self, region: "Region") -> bool:
-        """Whether it belongs to that region."""
+        """Whether it belongs to `region`."""
         return self._region is region
 
     def tensor(self) -> torch.Tensor:
-        """The tensor, on its device. Raises RuntimeError if it was modified in place too early."""
+        """The tensor, on its device. Raises RuntimeError if it was modified before the copy."""
         store, copy = self._store, self.copy
         with store.lock:
             store.unpacked += 1
@@ -111,9 +111,9 @@ class Handle:
             return tensor
 
     def release(self) -> None:
-        """Frees the tensor on the device, once it has been copied.
+        """Frees the tensor on the device once it has been copied.
 
-        A write to it in the meantime may be in the copy: then backward must not use it.
+        The copy may include a write made in the meantime: then backward must not use it.
         """
         if self.copy.source is not None:
             self._version_sent = self.copy.source._version
@@ -121,16 +121,16 @@ class Handle:
 
 
 class Region:
-    """Handles that are fetched together, and the region before."""
+    """Handles that are fetched together, and the previous region."""
 
-    __slots__ = ("__weakref__", "_before", "_handles", "_store", "_touched", "size")
+    __slots__ = ("__weakref__", "_handles", "_previous", "_store", "_touched", "size")
 
-    def __init__(self, store: "Store", before: "Region | None"):
+    def __init__(self, store: "Store", previous: "Region | None"):
         self.size = 0
         """Bytes."""
         self._store = store
         self._handles: list[weakref.ref[Handle]] = []
-        self._before = weakref.ref(before) if before is not None else None
+        self._previous = weakref.ref(previous) if previous is not None else None
         self._touched = False
 
     def add(self, handle: "weakref.ref[Handle]", size: int) -> None:
@@ -143,29 +143,29 @@ class Region:
         return [handle for ref in self._handles if (handle := ref()) is not None]
 
     def prefetch(self) -> None:
-        """At the first use in backward: fetches the rest of this region, and the region before."""
+        """At the first use in backward, fetches the rest of this region and the previous one."""
         if self._touched:
             return
         self._touched = True
-        before = self._before() if self._before is not None else None
-        for handle in (*self.handles(), *(before.handles() if before is not None else ())):
+        previous = self._previous() if self._previous is not None else None
+        for handle in (*self.handles(), *(previous.handles() if previous is not None else ())):
             if not handle.consumed and handle.copy.source is None:
                 self._store.fetch(handle, ahead=True)
 
 
 class Recorder:
-    """Packs what one call saves; `pack` and `unpack` are autograd's saved-tensor hooks."""
+    """Packs the tensors that one call saves; `pack` and `unpack` are autograd's hooks for them."""
 
     __slots__ = ("_chunk", "_region", "_store")
 
     def __init__(self, store: "Store", chunk: float = float("inf")):
-        """`chunk`: bytes after which another region starts."""
+        """`chunk`: bytes after which a new region starts."""
         self._store = store
         self._chunk = chunk
         self._region: Region | None = None
 
     def pack(self, tensor: torch.Tensor) -> Kept | Handle:
-        """What autograd keeps in place of a tensor."""
+        """What autograd keeps instead of a tensor."""
         store = self._store
         size = tensor.numel() * tensor.element_size()
         if size < store.min_bytes or must_stay(tensor, store.backend.device_type):
@@ -186,8 +186,8 @@ class Recorder:
             return Handle(store, self._region, key, tensor, copy)
 
     def _reuse(self, handle: Handle, tensor: torch.Tensor) -> Handle:
-        """A tensor that was packed before. If several regions share it, like an attention mask, it
-        stays on the device."""
+        """The handle of a tensor that was packed before. If several regions share the tensor, such
+        as an attention mask, it stays on the device."""
         handle.uses += 1
         if self._region is None or not handle.is_in(self._region):
             handle.copy.keep(tensor.detach())
@@ -196,37 +196,37 @@ class Recorder:
 
     @staticmethod
     def unpack(packed: Kept | Handle) -> torch.Tensor:
-        """The tensor that was packed."""
+        """The packed tensor."""
         return packed.tensor()
 
 
 class Store:
-    """What the regions of one plan share. `lock` guards all of it."""
+    """State shared by the regions of one plan, guarded by `lock`."""
 
     def __init__(self, backend: Backend, min_bytes: int, host_bytes: int):
         self.backend = backend
         self.min_bytes = max(1, min_bytes)
         self.pool = Pool(backend, host_bytes)
-        self.count = Stats()
+        self.count = OffloadStats()
         self.unpacked = 0
         """Tensors that backward has unpacked so far."""
         self.known: dict[Any, weakref.ref[Handle]] = {}
-        """Handles by what they hold: a storage (a weak reference, so that a later one at the same
-        address is different), a place in it, and its version."""
+        """Handles by storage (a weak reference, so that a later one at the same address differs),
+        view into it, and version."""
         self.lock = threading.RLock()
         self._window: deque[weakref.ref[Region]] = deque()
 
     def new_region(self) -> Region:
-        """The next region of this forward. Regions before the window leave the device."""
-        before = self._window[-1]() if self._window else None
-        region = Region(self, before)
+        """The next region of this forward. Regions older than the window leave the device."""
+        previous = self._window[-1]() if self._window else None
+        region = Region(self, previous)
         self._window.append(weakref.ref(region))
         while len(self._window) > WINDOW:
             self._release(self._window.popleft())
         return region
 
     def fetch(self, handle: Handle, ahead: bool) -> None:
-        """Starts a tensor's copy back, unless that has started. `ahead`: before it is needed."""
+        """Starts a tensor's copy back if it has not started. `ahead`: before it is needed."""
         copy = handle.copy
         if not ahead:
             self.count.prefetch_hits += copy.arriving is not None
@@ -235,7 +235,7 @@ class Store:
             copy.fetch()
             self.count.bytes_in += copy.size
 
-    def stats(self) -> Stats:
+    def stats(self) -> OffloadStats:
         """Totals so far."""
         return replace(
             self.count,
@@ -247,7 +247,7 @@ class Store:
     def drain(self) -> None:
         """Frees the device memory of regions in the window, and idle host memory.
 
-        Blocks until its copies are done. What graphs still hold stays valid.
+        Blocks until its copies are done. Handles in existing graphs stay valid.
         """
         with self.lock:
             while self._window:
@@ -261,12 +261,12 @@ class Store:
             handle.release()
 
 
-def check_version(tensor: torch.Tensor | HostCopy, found: int, expected: int) -> None:
-    """Autograd's own check, which it skips for tensors with hooks. Raises RuntimeError."""
-    if found != expected:
+def check_version(tensor: torch.Tensor | HostCopy, version: int, expected: int) -> None:
+    """Autograd's check, which it skips for tensors with hooks. Raises RuntimeError."""
+    if version != expected:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
-            f"operation: [{tensor.dtype} {list(tensor.shape)}] is at version {found}; expected "
+            f"operation: [{tensor.dtype} {list(tensor.shape)}] is at version {version}; expected "
             f"version {expected} instead"
         )
 

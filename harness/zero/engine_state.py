@@ -1,7 +1,7 @@
-"""What a live DeepSpeed engine holds, and what can be set on it.
+"""What a running DeepSpeed engine holds, and what can be set on it.
 
-The functions take the DeepSpeed engine (`Engine.ds`), and read and write attributes that DeepSpeed
-does not document: the files of its `runtime/` that are named here say where they come from.
+The functions take the DeepSpeed engine (`Engine.ds`), and use attributes that DeepSpeed does not
+document; the comments name the files below its `runtime/` that define them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +18,11 @@ from harness.zero.layout import PARAMETER_NAMES, Shapes, Tree, flats, group_shap
 from harness.zero.parameters import full_shape, is_sharded, shard
 from harness.zero.partition import shard_range
 
-Jobs = dict[str, Tree]
-"""What a rank has to write: trees of tensors and plain values, by path below the checkpoint."""
+FileTrees = dict[str, Tree]
+"""The files of a rank: trees of tensors and plain values, by path relative to the checkpoint."""
 
 Read = Callable[[str, int, int], Tensor]
-"""`(name, start, stop)`: these elements of a flattened weight, as (stop - start,)."""
+"""`(name, start, stop)`: returns these elements of the flattened weight, (stop - start,)."""
 
 
 def compute_dtype(ds: Any) -> torch.dtype:
@@ -38,12 +38,12 @@ def optimizer_device(ds: Any) -> torch.device:
 
 
 def base_optimizer(ds: Any) -> Optimizer:
-    """The optimizer of torch's kind below DeepSpeed's wrapper, or alone where there is none."""
+    """The torch optimizer: the one that DeepSpeed wraps, or the only one at fp32 stage 0."""
     return ds.basic_optimizer
 
 
 def set_gradient_clipping(ds: Any, norm: float) -> None:
-    """Writes the clipping norm where DeepSpeed reads it: engine.py at fp32 stage 0, and elsewhere
+    """Sets the clipping norm where DeepSpeed reads it: in engine.py at fp32 stage 0, elsewhere in
     its optimizers."""
     ds._config.gradient_clipping = norm
     if hasattr(ds.optimizer, "clip_grad"):
@@ -61,16 +61,16 @@ def set_loss_scale(ds: Any, scale: float) -> None:
 
 
 def _scaler(ds: Any) -> Any:
-    """What holds the fp16 loss scale: a config at stage 0 (fp16/unfused_optimizer.py), a scaler
-    above it."""
+    """The object with the fp16 loss scale: a config at stage 0 (fp16/unfused_optimizer.py), above
+    it a scaler."""
     return getattr(ds.optimizer, "loss_scale_config", None) or ds.optimizer.loss_scaler
 
 
 @contextmanager
 def gathered(tensor: Tensor) -> Iterator[None]:
-    """In the block the tensor is complete, also a parameter that ZeRO stage 3 has sharded.
+    """In the block the tensor is complete, even a parameter that ZeRO stage 3 has sharded.
 
-    Collective where it is sharded.
+    Collective if it is sharded.
     """
     import deepspeed  # late: zero.startup patches it first
 
@@ -80,7 +80,7 @@ def gathered(tensor: Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def write_weights(ds: Any) -> None:
-    """Makes the model's weights from their fp32 masters, as DeepSpeed does after a step.
+    """Writes the model's weights from their fp32 masters, as DeepSpeed does after a step.
 
     Collective.
     """
@@ -109,11 +109,11 @@ def _unflattened(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
 
 
-def collect(ds: Any, name: str, parameter_names: list[list[str]]) -> Jobs:
+def collect(ds: Any, name: str, parameter_names: list[list[str]]) -> FileTrees:
     """The trees that DeepSpeed would write for this rank, under `name/`, without writing them.
 
-    They refer to the live tensors. At ZeRO 0 DeepSpeed would write no names: `parameter_names`, by
-    parameter group, are added. Collective.
+    The trees refer to the live tensors. `parameter_names`, by parameter group, are added: DeepSpeed
+    records none at ZeRO 0. Collective.
     """
     collector = _Collector()
     own_engine = ds.checkpoint_engine
@@ -124,17 +124,17 @@ def collect(ds: Any, name: str, parameter_names: list[list[str]]) -> Jobs:
         ds.save_checkpoint(".", tag=name, client_state=names, save_latest=False)
     finally:
         ds.checkpoint_engine = own_engine
-    return collector.jobs
+    return collector.trees
 
 
 class _Collector:
-    """Stands in for DeepSpeed's checkpoint engine: takes the trees, and touches no disk."""
+    """In place of DeepSpeed's checkpoint engine: keeps the trees, and touches no disk."""
 
     def __init__(self) -> None:
-        self.jobs: Jobs = {}
+        self.trees: FileTrees = {}
 
     def save(self, state_dict: Any, path: str) -> None:
-        self.jobs[str(Path(path))] = state_dict
+        self.trees[str(Path(path))] = state_dict
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         pass
@@ -155,16 +155,16 @@ class _Collector:
         return True
 
 
-def shapes_of(jobs: Jobs) -> list[Shapes]:
-    """Rank 0's `layout.group_shapes` of what `collect` gave, on every rank. Collective."""
-    models = [tree for tree in jobs.values() if "module" in tree]
+def shapes_of(trees: FileTrees) -> list[Shapes]:
+    """Rank 0's `layout.group_shapes` of what `collect` returned, on every rank. Collective."""
+    models = [tree for tree in trees.values() if "module" in tree]
     return distributed.broadcast(group_shapes(models[0]) if models else [])
 
 
 @torch.no_grad()
 def fill_weight(tensor: Tensor, name: str, read: Read) -> None:
-    """Overwrites a parameter or buffer; of a sharded one this rank's shard, and all of it
-    where DeepSpeed keeps it gathered (small ones persist)."""
+    """Overwrites a parameter or buffer; of a sharded parameter this rank's shard, and the full one
+    too where DeepSpeed keeps it gathered (small ones persist)."""
     shape = full_shape(tensor)
     numel = shape.numel()
     own = shard(tensor)
@@ -177,9 +177,9 @@ def fill_weight(tensor: Tensor, name: str, read: Read) -> None:
 
 @torch.no_grad()
 def fill_masters(ds: Any, module: Mapping[str, Tensor], shapes: list[Shapes], read: Read) -> None:
-    """Overwrites this rank's fp32 masters where they are tensors beside the parameters.
+    """Overwrites this rank's fp32 masters where they are separate from the parameters.
 
-    `module`: the entries of the model's state dict. `shapes`: as of `shapes_of`.
+    `module`: the entries of the model's state dict. `shapes`: from `shapes_of`.
     """
     rank, world = distributed.global_rank(), distributed.world_size()
     parameters = {id(tensor) for tensor in module.values()}
@@ -191,7 +191,7 @@ def fill_masters(ds: Any, module: Mapping[str, Tensor], shapes: list[Shapes], re
             if segment.length == flat.master.numel():
                 flat.master.copy_(part.view(flat.master.shape))
             else:
-                flat.master.view(-1)[segment.place].copy_(part)
+                flat.master.view(-1)[segment.flat_slice].copy_(part)
 
 
 def zero_stage(ds: Any) -> int:
@@ -200,8 +200,8 @@ def zero_stage(ds: Any) -> int:
 
 
 def plain_grad_norm(ds: Any) -> Tensor | None:
-    """The gradients' L2 norm where DeepSpeed neither wraps the optimizer nor reports it: in fp32 at
-    stage 0, before the step. None elsewhere."""
+    """The gradients' L2 norm in fp32 at stage 0, before the step; there DeepSpeed neither wraps the
+    optimizer nor reports the norm. None elsewhere."""
     if zero_stage(ds) or compute_dtype(ds) != torch.float32:
         return None
     module: nn.Module = ds.module

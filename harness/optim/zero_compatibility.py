@@ -1,7 +1,7 @@
-"""What ZeRO does to an optimizer: it hands it 1-D tensors, each rank its own shard.
+"""Which optimizers are correct under ZeRO, which passes each rank a shard as 1-D tensors.
 
-An elementwise optimizer computes the same with them. One that looks at shapes, or at all parameters
-together, would silently compute something else: it is refused.
+An elementwise optimizer computes the same on shards. One that depends on shapes, or on all
+parameters together, would silently compute something else: it is refused.
 """
 
 import logging
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from harness.config.deepspeed_rules import Refused, apollo_steps_all_parameters
+from harness.config.deepspeed_rules import UnsupportedSetting, check_apollo_covers_all
 from harness.config.engine_sections import OptimizerConfig
 from harness.errors import ConfigError
 from harness.optim.apollo.optimizer import Apollo
@@ -23,34 +23,34 @@ log = logging.getLogger(__name__)
 
 
 def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the optimizer is wrong under DeepSpeed's config, and warns if it is
-    unknown whether it is."""
+    """Raises ConfigError if the optimizer is not correct under DeepSpeed's config, and warns if
+    that is unknown."""
     zero = deepspeed.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     kind = optimizer_class(config.name)
     if config.name == "muon" and stage == 3 and zero.get("reduce_scatter", True):
         raise ConfigError(
-            f"optimizer {config.name!r}: at ZeRO stage 3 it needs complete gradients: set "
-            "zero_optimization.reduce_scatter to false"
+            f"optimizer {config.name!r} needs complete gradients at ZeRO stage 3: set "
+            "zero_optimization.reduce_scatter = false"
         )
     if issubclass(kind, Apollo):
         _check_apollo(config.name, stage, deepspeed)
     spec = OPTIMIZERS.get(config.name)
     if stage and spec is not None and spec.wrong_when_sharded:
         raise ConfigError(
-            f"optimizer {config.name!r} is wrong at ZeRO stage {stage}: "
+            f"optimizer {config.name!r} is not correct at ZeRO stage {stage}: "
             f"{spec.wrong_when_sharded}; use stage 0"
         )
     is_half = any(deepspeed.get(dtype, {}).get("enabled") for dtype in ("bf16", "fp16"))
     if (stage or is_half) and spec is not None and spec.needs_model_parameters:
         raise ConfigError(
-            f"optimizer {config.name!r}: {spec.needs_model_parameters}, and with ZeRO or 16 bits "
-            "the model computes with copies of those: use ZeRO stage 0 in fp32"
+            f"optimizer {config.name!r}: {spec.needs_model_parameters}, but with ZeRO or a 16-bit "
+            "dtype it only sees the master weights: use ZeRO stage 0 in fp32"
         )
     if stage and spec is None and not _is_elementwise_torch(kind):
         log.warning(
-            "optimizer %r is not known to be elementwise: at ZeRO stage %d it gets 1-D tensors, "
-            "this rank's shard of all parameters",
+            "optimizer %r is not known to be elementwise: at ZeRO stage %d it receives 1-D "
+            "tensors, this rank's shard of the parameters",
             config.name,
             stage,
         )
@@ -58,8 +58,8 @@ def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
 
 def _check_apollo(name: str, stage: int, deepspeed: Mapping[str, Any]) -> None:
     try:
-        apollo_steps_all_parameters(deepspeed)
-    except Refused as error:
+        check_apollo_covers_all(deepspeed)
+    except UnsupportedSetting as error:
         raise ConfigError(f"optimizer {name!r}: {error}") from None
     if not stage and deepspeed.get("fp16", {}).get("enabled"):
         raise ConfigError(
@@ -75,10 +75,10 @@ def _is_elementwise_torch(kind: type[Optimizer]) -> bool:
 
 
 def is_elementwise(config: OptimizerConfig, device: torch.device) -> bool:
-    """Whether the optimizer keeps the same state for a matrix as for its elements in one row.
+    """Whether the optimizer keeps the same state for a matrix as for a vector of its elements.
 
-    Otherwise (Adafactor keeps means of rows and columns) the state can be neither split nor joined.
-    Steps a matrix and a vector to find out; not APOLLO, to which so small a matrix is dense.
+    If not (Adafactor keeps means of rows and columns), the state cannot be resharded. Determined by
+    stepping a matrix and a vector, except for APOLLO, which treats so small a matrix as dense.
     """
     if issubclass(optimizer_class(config.name), Apollo):
         return False

@@ -1,4 +1,4 @@
-"""Which tensors stay on the device: those that are not activations, or that a copy would change."""
+"""Which saved tensors stay on the device: non-activations, and those that a copy would change."""
 
 from typing import Any
 
@@ -26,19 +26,18 @@ _CASTS_AND_VIEWS = {
     "UnsqueezeBackward0",
     "ViewBackward0",
 }
-"""Autograd nodes that make a cast or view of a parameter. (The output of an embedding, whose only
-parent is a parameter as well, is an activation.)"""
+"""Autograd nodes that produce a cast or view of a parameter. (The output of an embedding, whose
+only parent is also a parameter, is an activation.)"""
 
 
 def must_stay(tensor: torch.Tensor, device_type: str) -> bool:
-    """Whether a saved tensor stays on the device, whatever its size.
+    """Whether a saved tensor must stay on the device, regardless of its size.
 
-    True of tensors on other devices; of parameters with their views, and casts of those that are
-    trained (moving them frees nothing, and under ZeRO 3 DeepSpeed gathers them); of subclasses,
-    sparse, lazily conjugated and negated tensors; of tensors with several elements at one place in
-    memory.
+    True for tensors on other devices; parameters and their views, and casts of trained parameters
+    (moving them frees nothing, and at ZeRO stage 3 DeepSpeed gathers them); tensor subclasses;
+    sparse, lazily conjugated and negated tensors; tensors with several elements at one address.
 
-    The cast of a frozen parameter has no graph that leads back to the parameter: it is moved.
+    The cast of a frozen parameter has no graph that leads back to the parameter, so it is moved.
     """
     return (
         type(tensor) is not torch.Tensor

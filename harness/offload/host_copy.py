@@ -1,8 +1,8 @@
 """One tensor's copy in host memory, and the seven waits that keep it correct.
 
-Copies out, copies back and compute run on three independent streams. Every order that matters is
-one `wait` in this file; tests/offload/test_streams.py leaves out each in turn, and fails if that
-goes unnoticed.
+Copies out, copies back and compute run on three independent streams. Every ordering between them is
+one `wait` in this file; tests/offload/test_streams.py removes each in turn, and fails if that goes
+unnoticed.
 """
 
 import torch
@@ -36,7 +36,7 @@ class HostCopy:
     )
 
     def __init__(self, backend: Backend, pool: Pool, slab: Slab, source: torch.Tensor):
-        """Starts the copy of `source` (detached, strided, no two elements in one place)."""
+        """Starts the copy of `source` (detached, strided, no two elements at one address)."""
         self._backend = backend
         self._pool = pool
         self._slab: Slab | None = slab
@@ -51,16 +51,16 @@ class HostCopy:
         self._host = slab.view(source)
         self._stream = backend.compute(self.device)
         out = backend.out(self.device)
-        backend.wait(out, backend.record(self._stream))  # 1. the source is computed
+        backend.wait(out, backend.record(self._stream))  # 1. the source has been computed
         if slab.busy is not None:
-            backend.wait(out, slab.busy)  # 2. the slab's last user has finished
+            backend.wait(out, slab.busy)  # 2. the slab's previous user is done
         backend.copy(out, self._host, source)
         self._sent = slab.busy = backend.record(out)
 
     def release(self) -> None:
-        """Frees the source's device memory, unless it is to be kept."""
+        """Frees the source's device memory, unless `keep` was called."""
         if self.source is not None and self._slab is not None:
-            self._backend.stall(self._stream, self._sent)  # 3. it has been copied
+            self._backend.stall(self._stream, self._sent)  # 3. the source has been copied
             self.source = None
 
     def keep(self, source: torch.Tensor) -> None:
@@ -76,14 +76,14 @@ class HostCopy:
         self.arriving = torch.empty_strided(
             self.shape, self._stride, dtype=self.dtype, device=self.device
         )
-        backend.wait(back, backend.record(self._stream))  # 4. the memory's last user has finished
+        backend.wait(back, backend.record(self._stream))  # 4. the memory's previous user is done
         backend.wait(back, self._sent)  # 5. the copy out is complete
         backend.copy(back, self.arriving, self._host)
         self._arrived = self._slab.busy = backend.record(back)
         self._taken = False
 
     def take(self) -> torch.Tensor:
-        """The tensor that was fetched, for compute to use from now on."""
+        """The fetched tensor, ready for compute to use."""
         assert self.arriving is not None
         compute = self._backend.compute(self.device)
         self._backend.stall(compute, self._arrived)  # 6. the copy back is complete
@@ -93,7 +93,7 @@ class HostCopy:
         return self.arriving
 
     def drop(self) -> None:
-        """Frees what was fetched."""
+        """Frees the fetched tensor."""
         if self.arriving is not None and not self._taken:
             self._backend.wait(self._stream, self._arrived)  # 7. nothing writes to it any more
         self.arriving = None
