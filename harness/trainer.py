@@ -202,18 +202,20 @@ class Trainer:
                 return
 
     def execute(self, ticket: Ticket) -> None:
-        """Executes a command on all ranks. If it fails on any, it has failed on all, and the run
-        continues. A save is answered by `finish_save`."""
+        """Executes a command on all ranks; one that fails on any of them has failed on all, and the
+        run continues, unless it is a save whose failure ends the run."""
         step = self.engines.global_step
         log.info("step %d: %s: %s", step, ticket.front, ticket.text)
-        if isinstance(ticket.command, Save):
-            self.save(ticket.command.name, ticket)
-            return
         try:
             with distributed.raise_on_all_ranks(f"{ticket.text!r}"):
-                result = execute(self, ticket)
+                if isinstance(ticket.command, Save):
+                    result = self.save(ticket.command.name, ticket)
+                else:
+                    result = execute(self, ticket)
         except HarnessError as error:
             self.bus.end(ticket, "failed", step, str(error))
+            if isinstance(error, CheckpointError) and self.save_failure_is_fatal():
+                raise
         else:
             if result is not None:
                 self.bus.end(ticket, "done", step, result)
@@ -255,38 +257,42 @@ class Trainer:
         if not error.on_all_ranks or isinstance(error, CheckpointError) or is_saved:
             return
         log_error("%s\nsaving a checkpoint before the run ends", error)
+        self.finishing = True
         try:
             self.save()
             self.finish_save(self.saver.wait())
         except CheckpointError as save_error:
             log_error("%s", save_error)
 
-    def save(self, name: str | None = None, ticket: Ticket | None = None) -> None:
+    def save(self, name: str | None = None, ticket: Ticket | None = None) -> str | None:
         """Writes a checkpoint of this step, unless one exists and there is no `name` to pin it.
 
-        `ticket`: the command that requested it. Raises CheckpointError as `finish_save` does.
+        Returns the answer to `ticket`, the command that requested it; None if `finish_save` answers
+        it later. Raises CheckpointError, on all ranks, if the save of a command fails, and else as
+        `finish_save` does.
         """
         if self._saved_step == self.engines.global_step and name is None:
-            if ticket is not None and self.saver.is_writing:
-                self._saving.append(ticket)
-            elif ticket is not None:
-                self.bus.end(ticket, "done", self.engines.global_step, "already saved")
-            return
-        self.finish_save(self.saver.wait())
-        if ticket is not None:
+            if ticket is None or not self.saver.is_writing:
+                return "already saved"
             self._saving.append(ticket)
+            return None
+        self.finish_save(self.saver.wait())
         with self.status.doing("saving"):
             self.report(self.meter.drain())  # the counters must include this step
             result = self.saver.save(self._evaluation, name)
+        if result is not None and result.error is not None and ticket is not None:
+            raise result.error
         self._saved_step = self.engines.global_step
+        if result is None and ticket is not None:
+            self._saving.append(ticket)
         self.finish_save(result)
+        return None if result is None else f"saved {result.path}"
 
     def finish_save(self, result: SaveResult | None) -> None:
-        """Answers the commands that requested a save, once it has ended. `result`: None if not yet.
+        """Answers the commands that wait for a save, once it has ended. `result`: None if not yet.
 
-        A failure is logged if no command requested the save; the next save tries again. Raises its
-        CheckpointError, on all ranks, if `checkpoint.on_error` = "stop", and at the run's end, when
-        no save follows.
+        A failure is logged if no command waits for the save; the next save tries again. Raises its
+        CheckpointError, on all ranks, if `save_failure_is_fatal`.
         """
         if result is None:
             return
@@ -298,10 +304,14 @@ class Trainer:
         if error is None:
             return
         self._saved_step = None
-        if self.finishing or self.live.config.checkpoint.on_error == "stop":
+        if self.save_failure_is_fatal():
             raise error
         if not tickets:
             log_error("%s; the run continues, and the next save tries again", error)
+
+    def save_failure_is_fatal(self) -> bool:
+        """Whether a save that fails ends the run: at its end no other one follows."""
+        return self.finishing or self.live.config.checkpoint.on_error == "stop"
 
     def export(self, format: str = "sft") -> Path:
         """Writes the plain weights of this step. Returns their directory."""

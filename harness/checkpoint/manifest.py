@@ -17,6 +17,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from harness import __version__
 from harness.checkpoint.files import FileEntry
 from harness.config.old_names import current_import_path
 from harness.convert.resolve_source import MANIFEST
@@ -65,7 +66,7 @@ class Manifest(BaseModel):
     back: the newest checkpoint is the one with the largest value."""
     versions: dict[str, str] = Field(
         default_factory=lambda: {
-            "harness": version("deepspeed-harness"),
+            "harness": __version__,
             "torch": version("torch"),
             "deepspeed": version("deepspeed"),
         }

@@ -160,11 +160,13 @@ class Saver:
         failure = None
         try:
             entries = pending.writing.result()
-        except Exception as error:  # any error: all ranks must learn of it
-            failure = f"rank {distributed.global_rank()}: {type(error).__name__}: {error}"
+        except Exception as cause:  # any error: all ranks must learn of it
+            failure = f"rank {distributed.global_rank()}: {type(cause).__name__}: {cause}"
         per_rank = distributed.all_gather((entries, failure))
         if failures := [text for _, text in per_rank if text]:
-            raise CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
+            error = CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
+            error.on_all_ranks = True
+            raise error
         files = {path: entry for entries, _ in per_rank for path, entry in entries.items()}
         manifest = pending.manifest.model_copy(update={"files": files})
         commit(manifest, pending.staged, pending.target, self._disks.is_leader)

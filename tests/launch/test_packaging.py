@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import harness
 from tests.support.helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -18,7 +19,7 @@ COPIED = ("launch", "ds_configs")
 
 def test_the_distribution_name_differs_from_the_one_on_the_index() -> None:
     assert PROJECT["project"]["name"] == "deepspeed-harness"
-    assert version("deepspeed-harness") == PROJECT["project"]["version"]
+    assert version("deepspeed-harness") == PROJECT["project"]["version"] == harness.__version__
 
 
 def test_the_distribution_contains_launch_and_ds_configs() -> None:
