@@ -5,6 +5,9 @@ GPUS   := $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l))
 RANKS  ?= $(or $(GPUS),2)
 CONFIG ?= launch/tasks/byte_lm.toml
 ARGS   ?=
+# The suite in two processes: half of its time it waits for launchers, timeouts and ranks. A file's
+# tests stay together, since they share ranks and clusters.
+WORKERS ?= 2
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
@@ -14,7 +17,7 @@ train: $(VENV)/.installed
 	deepspeed --num_gpus $(RANKS) launch/train.py --config $(CONFIG) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	python -m pytest $(ARGS)
+	python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	ruff check

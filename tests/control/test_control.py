@@ -632,7 +632,7 @@ def check_storm(pool: RankPool, directory: Path, fronts: list[list[list[str]]]) 
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_storm_of_commands(
     two_ranks: RankPool, four_ranks: RankPool, tmp_path: Path, ranks: int
 ) -> None:

@@ -217,7 +217,7 @@ def test_an_error_on_one_rank_is_printed(tmp_path: Path) -> None:
         ("deepspeed", "--task.path=missing.py", 2, "missing.py"),
         ("deepspeed", "--task.args={raise=true}", 1, "RuntimeError: the task is unwell"),
         ("torchrun", "--task.args={samples=0}", 1, "train_data: Points has no items"),
-        ("deepspeed", "--run.resume=broken", 1, "checkpoint broken: manifest.json is damaged"),
+        ("torchrun", "--run.resume=broken", 1, "checkpoint broken: manifest.json is damaged"),
     ],
 )
 def test_an_error_is_one_message_and_an_exit_code(
