@@ -25,8 +25,15 @@ def measure(steps: int, step_s: float, rounds: int) -> dict[str, float]:
     from harness.control.signals import Signals
 
     bus = Bus(Grammar(["net"], {}), Signals(), str, None)
+    vector = distributed.StepVector()
+    vector.add(bus)
+
+    def poll(step: int) -> object:
+        vector.exchange()
+        return bus.poll(step)
+
     ways: dict[str, Callable[[int], object]] = {
-        "bus": bus.poll,
+        "bus": poll,
         "broadcast_object_list": lambda step: distributed.broadcast(None),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -40,7 +47,7 @@ def measure(steps: int, step_s: float, rounds: int) -> dict[str, float]:
                 way(step)
                 elapsed += time.perf_counter() - started
             seconds[name].append(elapsed / steps)
-            bus.finish()
+            vector.wait()
     bus.close()
     return {name: statistics.median(values) for name, values in seconds.items()}
 

@@ -30,6 +30,7 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     from harness.checkpoint.save import Saver
     from harness.control.live import LiveConfig
     from harness.data.loader import train_batches
+    from harness.data.step_batches import StepBatches
     from harness.engine.engines import build_engines
     from harness.task import load_task
 
@@ -48,10 +49,11 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     batches = train_batches(task.train_data, config.data, task.collate, 0, rank, world_size)
     engines = build_engines(task, config)
     engines.step(next(batches))
+    position = StepBatches(batches)
     seconds: dict[str, list[float]] = {}
     disks = find_disks(directory)
-    saver = Saver(engines, batches, LiveConfig(config), disks)
-    background = Saver(engines, batches, LiveConfig(background_config), disks)
+    saver = Saver(engines, position, LiveConfig(config), disks)
+    background = Saver(engines, position, LiveConfig(background_config), disks)
     target = directory / "bench/checkpoints/step-00000000"
 
     def ours() -> None:

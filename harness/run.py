@@ -18,7 +18,8 @@ from harness.control.live import LiveConfig
 from harness.control.signals import Signals
 from harness.control.socket import SocketFront
 from harness.control.stdin import StdinFront
-from harness.data.loader import Batches, train_batches
+from harness.data.loader import train_batches
+from harness.data.step_batches import StepBatches
 from harness.distributed.network import raise_lost_rank
 from harness.engine.engines import Engines, build_engines
 from harness.errors import ConfigError, TaskError
@@ -83,7 +84,11 @@ def run_in_world(config: Config) -> int:
 
 
 def _restore(
-    config: Config, directory: RunDirectory, engines: Engines, batches: Batches, live: LiveConfig
+    config: Config,
+    directory: RunDirectory,
+    engines: Engines,
+    batches: StepBatches,
+    live: LiveConfig,
 ) -> Path | None:
     """Loads the run's starting point: a checkpoint, `init_from`, or the task's weights. Collective.
 
@@ -123,15 +128,16 @@ def _check_same_config(config: Config) -> None:
                     )
 
 
-def _build_task(config: Config) -> tuple[Task, Batches]:
+def _build_task(config: Config) -> tuple[Task, StepBatches]:
     """The task, and this rank's training data. Collective."""
     rank, world_size = distributed.global_rank(), distributed.world_size()
     with distributed.raise_on_all_ranks(f"task {config.task.path}"):
         distributed.seed_everything(config.run.seed)  # the same initial weights on every rank
         task = load_task(config)
-        batches = train_batches(
+        loader = train_batches(
             task.train_data, config.data, task.collate, config.run.seed, rank, world_size
         )
+        batches = StepBatches(loader, task.weigh, config.run.seed * world_size + rank)
         check_eval_data(task, config)
         lengths = {"train_data": len(task.train_data), "eval_data": len(task.eval_data or ())}
     per_rank = distributed.all_gather(lengths)

@@ -113,6 +113,10 @@ class Task:
     count: Callable[[Any], tuple[int, int]] = count_batch
     """`batch -> (samples, tokens)`, for counters and throughput."""
 
+    weigh: Callable[[Any], float] | None = None
+    """`batch -> number`: of how many terms (like labels that count) the loss of a micro-batch is
+    the mean. Default: micro-batches count alike."""
+
     commands: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
     """The task's live commands, by name: `function(engines, *words) -> answer`. All ranks call it
     between the same two steps; `help` shows its docstring."""

@@ -14,7 +14,8 @@ from harness.checkpoint.save import Saver, SaveResult
 from harness.control.bus import Bus, Ticket
 from harness.control.commands import EvalQuit, Interrupt, Quit, QuitUnsaved, Save, StateChange
 from harness.control.live import LiveConfig
-from harness.data.loader import Batches
+from harness.data.step_batches import StepBatches
+from harness.distributed import StepVector
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, CommandError, HarnessError
 from harness.evaluate import evaluate
@@ -42,7 +43,7 @@ class Trainer:
         live: LiveConfig,
         task: Task,
         engines: Engines,
-        batches: Batches,
+        batches: StepBatches,
         saver: Saver,
         bus: Bus,
         sinks: Sequence[Sink],
@@ -59,6 +60,9 @@ class Trainer:
         self.progress = progress
         self.status = status
         self.meter = StepMeter()
+        self.vector = StepVector()
+        for part in (bus, self.meter, batches):
+            self.vector.add(part)
         self.paused = False
         self.ending: Quit | None = None
         """The command that ends the run before its last step."""
@@ -90,6 +94,7 @@ class Trainer:
     def loop(self) -> None:
         """Steps, and what is due between them, until the run is over."""
         self.engines.train()
+        self.begin()
         if self.live.config.trainer.eval_every and self.engines.global_step == 0:
             self.evaluate()  # the starting point; and a broken evaluation fails now
         self.handle_commands()
@@ -104,18 +109,28 @@ class Trainer:
             if self.is_due(self.live.config.trainer.export_every):
                 self.try_to_export()
 
+    def begin(self) -> None:
+        """The first exchange. Blocks for the weights of the first step, if there are weights."""
+        step, size = self.engines.global_step, self.engines.gradient_accumulation
+        self.batches.prefetch(step + 1, size)
+        self.batches.prefetch(step + 2, size)
+        self.vector.exchange()
+        if self.task.weigh is not None:
+            self.vector.wait()
+
     def step(self) -> None:
         """One step: all its micro-batches, through every engine."""
         started = time.perf_counter()
-        reports, samples, tokens = [], 0, 0
-        for _ in range(self.engines.gradient_accumulation):
-            batch = next(self.batches)
+        samples, tokens, size = 0, 0, self.engines.gradient_accumulation
+        batches, terms = self.batches.next_step(size)
+        for number, batch in enumerate(batches):
             counted = self.task.count(batch)
             samples, tokens = samples + counted[0], tokens + counted[1]
-            reports.append(self.engines.step(to_device(batch, distributed.device())))
+            report = self.engines.step(to_device(batch, distributed.device()), terms, number)
+            self.meter.add(report, terms.own[number] if terms else 1.0)
         self.engines.global_step += 1
         self._evaluation = {}
-        reports.append(self.engines.step_metrics())
+        self.meter.add(self.engines.step_metrics())
         local = {
             "step": self.engines.global_step,
             "epoch": self.batches.epoch,
@@ -123,7 +138,10 @@ class Trainer:
             "step_time_s": time.perf_counter() - started,
         }
         reported_by = [engine.name for engine in self.engines.due(self.engines.global_step)]
-        self.report(self.meter.push(local, reported_by, reports, samples, tokens))
+        self.meter.push(local, reported_by, samples, tokens)
+        self.batches.prefetch(self.engines.global_step + 2, size)
+        self.vector.exchange()
+        self.report(self.meter.take())
         self.status.stepped(self.engines.global_step)
         self.end_traces()
 
@@ -149,7 +167,7 @@ class Trainer:
 
     def handle_commands(self) -> None:
         """Executes the events that are due and the commands received; waits while paused."""
-        self.poll_commands()
+        self.receive_commands()
         self.execute_all()
         if not self.paused:
             return
@@ -161,6 +179,13 @@ class Trainer:
                 self.execute_all()
 
     def poll_commands(self) -> bool:
+        """`receive_commands` in a loop that takes no steps: exchanges the vector for it."""
+        if self.bus.skips_exchange():
+            return False
+        self.vector.exchange()
+        return self.receive_commands()
+
+    def receive_commands(self) -> bool:
         """Receives commands, to be executed once the work in progress has ended.
 
         True if that work should be aborted: by a signal, or by a `quit` since the last call.
@@ -243,10 +268,9 @@ class Trainer:
         ):
             self.save()
         self.finish_save(self.saver.wait())
-        self.report(self.meter.drain())
+        self.drain()
         for engine in self.engines.trained:
             engine.log_offload_stats()
-        self.bus.finish()
 
     def rescue(self, error: HarnessError) -> None:
         """Saves the steps since the last save before an error ends the run.
@@ -278,7 +302,7 @@ class Trainer:
             return None
         self.finish_save(self.saver.wait())
         with self.status.doing("saving"):
-            self.report(self.meter.drain())  # the counters must include this step
+            self.drain()  # the counters must include this step
             result = self.saver.save(self._evaluation, name)
         if result is not None and result.error is not None and ticket is not None:
             raise result.error
@@ -336,7 +360,7 @@ class Trainer:
         """
         if self.task.eval_data is None:
             return None
-        self.report(self.meter.drain())
+        self.drain()
         size = self.live.config.data.micro_batch_size
         with self.status.doing("evaluating"):
             means = evaluate(self.engines, self.task, size, self.poll_commands)
@@ -373,6 +397,11 @@ class Trainer:
                 self.bus.end(ticket, "done", step, f"traced {directory}")
             except HarnessError as error:
                 self.bus.end(ticket, "failed", step, str(error))
+
+    def drain(self) -> None:
+        """Completes the vectors of all steps taken, and reports them. Blocks."""
+        self.vector.drain()
+        self.report(self.meter.take())
 
     def report(self, done: Sequence[StepNumbers]) -> None:
         """Adds finished steps to the counters, and on rank 0 records and shows them."""

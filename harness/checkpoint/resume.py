@@ -15,7 +15,7 @@ from harness.checkpoint.reshard import in_current_layout
 from harness.checkpoint.retention import clean
 from harness.checkpoint.save import rank_file
 from harness.control.live import LiveConfig
-from harness.data.loader import Batches
+from harness.data.step_batches import StepBatches
 from harness.distributed.rng import set_rng_state
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
@@ -90,7 +90,7 @@ def _identity(engines: Mapping[str, Engine | EngineManifest]) -> dict[str, Any]:
     return facts
 
 
-def restore(directory: Path, engines: Engines, batches: Batches, live: LiveConfig) -> None:
+def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveConfig) -> None:
     """Restores engines, data position, random generators and live changes from a verified
     checkpoint.
 

@@ -30,7 +30,7 @@ from harness.checkpoint.retention import delete_replaced, move_into_place, prune
 from harness.checkpoint.snapshot import Snapshots, bytes_of
 from harness.control.live import LiveConfig
 from harness.convert.resolve_source import LATEST
-from harness.data.loader import Batches
+from harness.data.step_batches import StepBatches
 from harness.distributed.rng import rng_state
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
@@ -71,7 +71,7 @@ class Saver:
     a later step. At most one save is in flight. A save that fails has failed on all ranks.
     """
 
-    def __init__(self, engines: Engines, batches: Batches, live: LiveConfig, disks: Disks):
+    def __init__(self, engines: Engines, batches: StepBatches, live: LiveConfig, disks: Disks):
         """`disks`: of the run directory.
 
         Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved.

@@ -6,23 +6,25 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from harness import distributed
 from harness.control.audit import Audit
 from harness.control.commands import Command, Interrupt, Query, Save
 from harness.control.grammar import Grammar
-from harness.control.signals import Signals
+from harness.control.signals import STOPPING, Signals
 from harness.control.wire import FINAL_STATES, Answer, CommandState
 from harness.errors import CommandError
 
 log = logging.getLogger(__name__)
 
 MAX_QUEUED = 1000
-SECONDS_BETWEEN_REDUCTIONS = 0.05
+SECONDS_BETWEEN_EXCHANGES = 0.05
 MAX_SKIPPED = 4
-"""Most polls without a reduction, even if steps are fast: the next ones may be slow."""
+"""Most exchanges to skip, even if they come fast: the next ones may be slow."""
+FLAGS = 1 + len(STOPPING) + 1
+"""Commands waiting; received: a signal that ends the run, for each of them; one that saves."""
 
 ENDING = "the run is already ending"
 """Why commands are rejected or fail at the end of the run."""
@@ -43,12 +45,11 @@ class Ticket:
 
 
 class Bus:
-    """A queue on rank 0, and one small asynchronous all-reduce per step.
+    """A queue on rank 0, and a part of the step's vector.
 
-    At the end of a step the ranks start a reduction: does rank 0 have commands waiting, has any
-    rank received a signal? At the end of the next step they read the result, and only if there are
-    commands does rank 0 broadcast them. If steps are fast, rank 0 makes the ranks skip some
-    reductions. Every command gets exactly one final answer, from `submit`, `end` or `close`.
+    Into each vector go flags: does rank 0 have commands waiting, has any rank received a signal?
+    Only if there are commands does rank 0 broadcast them, once the vector has been summed. Every
+    command gets exactly one final answer, from `submit`, `end` or `close`.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Bus:
         self._pending: dict[int, tuple[Ticket, Reply]] = {}  # by id, without a final answer
         self._lock = threading.Lock()  # ids, queue and audit log in one order
         self._is_open = True
-        self._reduction = distributed.AsyncAllReduceMax(size=4)
-        self._to_skip = 0  # polls without a reduction that are still to come
-        self._polled_at: float | None = None
+        self._flags = [0] * FLAGS
+        """Commands waiting, and ranks that received each signal, since the last `poll`."""
+        self._to_skip = 0  # exchanges that are not needed
+        self._exchanged_at: float | None = None
 
     @property
     def is_full(self) -> bool:
@@ -105,34 +107,49 @@ class Bus:
         return True
 
     def poll(self, step: int) -> list[Ticket]:
-        """The commands to execute now, the same on every rank. Collective.
+        """The commands that exchanges have announced, the same on every rank.
 
-        `step`: the last completed step.
+        Collective if there are any. `step`: the last completed step.
         """
-        tickets: list[Ticket] = []
-        skip = self._polls_to_skip()
-        reduced = self._reduction.wait()
-        if reduced is not None:
-            has_commands, stop, save, self._to_skip = reduced
-            if has_commands or stop or save:
-                tickets = distributed.broadcast(self._collect(stop, save))
-            for ticket in tickets:
-                self._publish(ticket, "agreed", step)
-        if self._to_skip:
-            self._to_skip -= 1
-        else:
-            self._reduction.start([not self._queue.empty(), *self._signals.take(), skip])
+        if not any(self._flags):
+            return []
+        (_, *stops, save), self._flags = self._flags, [0] * FLAGS
+        stop = max((n for n, count in zip(STOPPING, stops, strict=True) if count), default=0)
+        tickets = distributed.broadcast(self._collect(stop, save))
+        for ticket in tickets:
+            self._publish(ticket, "agreed", step)
         return tickets
 
-    def _polls_to_skip(self) -> int:
-        """How many polls rank 0 would skip, from the time since the last one; 0 on other ranks."""
+    def contribute(self) -> Sequence[float]:
+        """The flags, and how many exchanges rank 0 would skip."""
+        stop, save = self._signals.take()
+        stops = [number == stop for number in STOPPING]
+        return [not self._queue.empty(), *stops, save, self._exchanges_to_skip()]
+
+    def receive(self, sums: Sequence[float]) -> None:
+        """Adds the flags of all ranks to those that `poll` has not seen."""
+        *flags, self._to_skip = map(int, sums)
+        self._flags = [old + new for old, new in zip(self._flags, flags, strict=True)]
+
+    def skips_exchange(self) -> bool:
+        """Whether commands do not need the next exchange: the previous ones came fast.
+
+        For loops other than over steps, in which nothing else needs it. The same on all ranks.
+        """
+        if self._to_skip:
+            self._to_skip -= 1
+            return True
+        return False
+
+    def _exchanges_to_skip(self) -> int:
+        """From the time since the last exchange; 0 on ranks other than 0."""
         if not distributed.is_global_leader():
             return 0
-        now, previous = time.monotonic(), self._polled_at
-        self._polled_at = now
+        now, previous = time.monotonic(), self._exchanged_at
+        self._exchanged_at = now
         if previous is None:
             return 0
-        return min(MAX_SKIPPED, int(SECONDS_BETWEEN_REDUCTIONS / max(now - previous, 1e-3)))
+        return min(MAX_SKIPPED, int(SECONDS_BETWEEN_EXCHANGES / max(now - previous, 1e-3)))
 
     def ticket(self, text: str, front: str) -> Ticket:
         """A ticket for a command that every rank already has, like that of a due event.
@@ -148,10 +165,6 @@ class Bus:
             level = logging.WARNING if state == "failed" else logging.INFO
             log.log(level, "step %d: %s: %s: %s", step, ticket.text, state, result)
         self._publish(ticket, state, step, result)
-
-    def finish(self) -> None:
-        """Completes the last reduction. Collective."""
-        self._reduction.wait()
 
     def close(self) -> None:
         """Rejects further commands, and fails the pending ones: the run is ending."""

@@ -2,8 +2,9 @@
 
 This package exports the samplers.
 
-    loader.py    endless micro-batches of a dataset, or of the task's own loader; resumable
-    sampler.py   the order of the samples on every rank; usable without harness
+    step_batches.py   the micro-batches of each step, and how much each weighs in it
+    loader.py         endless micro-batches of a dataset, or of the task's own loader; resumable
+    sampler.py        the order of the samples on every rank; usable without harness
 """
 
 from harness.data.sampler import (

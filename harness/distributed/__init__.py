@@ -2,6 +2,7 @@
 
 Its files, from the top down:
 
+    step_vector.py   the one vector that the ranks sum in each step
     collectives.py   all-reduce, broadcast, gather; raising on all ranks together
     rng.py           the random generators of a rank
     world.py         ranks and devices; joining and leaving the world
@@ -17,6 +18,7 @@ from harness.distributed.collectives import (
     raise_on_all_ranks,
 )
 from harness.distributed.rng import seed_everything
+from harness.distributed.step_vector import StepVector
 from harness.distributed.world import (
     control_group,
     device,
@@ -33,6 +35,7 @@ from harness.distributed.world import (
 
 __all__ = [
     "AsyncAllReduceMax",
+    "StepVector",
     "all_gather",
     "all_reduce_max",
     "barrier",

@@ -1,6 +1,8 @@
 """The random generators of one rank, as plain values that load without executing pickled code."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,17 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and device().type == "cuda":
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def seeded(*words: int) -> Iterator[None]:
+    """Seeds all generators from `words` (each >= 0) within the context, and restores them."""
+    before = rng_state()
+    seed_everything(int(np.random.SeedSequence(words).generate_state(1)[0]))
+    try:
+        yield
+    finally:
+        set_rng_state(before)
 
 
 def seed_everything(seed: int) -> None:

@@ -15,7 +15,7 @@ from harness.config.engine_sections import EngineConfig
 from harness.engine.ema import Ema, remove_average
 from harness.engine.lora import adapt
 from harness.engine.overrides import Overrides
-from harness.engine.turns import Peers, Turn
+from harness.engine.turns import Peers, Turn, zero_gradients
 from harness.errors import CheckpointError, ConfigError
 from harness.offload import OffloadPlan
 from harness.optim.apollo import Apollo
@@ -203,10 +203,14 @@ class Engine:
         if self.role == "train":
             getattr(engine_state.base_optimizer(self.ds), "eval", lambda: None)()
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Back-propagates a scalar loss of one micro-batch."""
+    def backward(self, loss: torch.Tensor, share: float = 1.0) -> None:
+        """Back-propagates a scalar loss of one micro-batch, times `share`.
+
+        With share 0 every gradient is 0, even of a loss that is NaN, as a mean over no terms is.
+        """
         self.turn.check(self.name, "back-propagated")
-        self.ds.backward(loss)
+        with nullcontext() if share else zero_gradients(self.module):
+            self.ds.backward(loss if share == 1 else loss * share)
 
     def step(self) -> bool:
         """Ends a micro-batch. True if it was the last of an optimizer step, which is then taken."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from harness import distributed
 from harness.config import Config
+from harness.data.step_batches import Terms
 from harness.engine.engine import Engine
 from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
@@ -46,16 +47,23 @@ class Engines(Mapping[str, Engine]):
     def __len__(self) -> int:
         return len(self._engines)
 
-    def step(self, batch: Any) -> dict[str, torch.Tensor | float]:
+    def step(
+        self, batch: Any, terms: Terms | None = None, number: int = 0
+    ) -> dict[str, torch.Tensor | float]:
         """Feeds one micro-batch to each engine that is due, in turn. Returns losses and stats.
 
-        The optimizer of an engine steps when its gradient accumulation is full.
+        The optimizer of an engine steps when its gradient accumulation is full. With `terms`,
+        losses are weighted by those of the step's micro-batch `number`, and an optimizer step
+        without any term is skipped on all ranks.
         """
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.due(self.global_step + 1):
+            share = 1.0 if terms is None else terms.share(number, engine.gradient_accumulation)
+            if share is None:
+                continue
             with self._turn.of(engine.name):
                 loss, stats = feed(self._task, engine, batch)
-                engine.backward(loss)
+                engine.backward(loss, share)
             engine.step()
             report |= self.label(engine, {"loss": loss.detach(), **stats})
         return report

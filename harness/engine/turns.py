@@ -108,3 +108,14 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(True)
         for submodule, is_training in modes:
             submodule.training = is_training
+
+
+@contextmanager
+def zero_gradients(module: nn.Module) -> Iterator[None]:
+    """Within the context, every gradient that reaches a parameter is replaced by zeros."""
+    hooks = [p.register_hook(torch.zeros_like) for p in module.parameters() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

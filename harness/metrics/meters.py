@@ -1,11 +1,11 @@
 """Metrics of each step, averaged over the ranks while the next steps run."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from harness import distributed
 
@@ -20,11 +20,54 @@ class StepNumbers:
     local: dict[str, Any]
     """Values that are the same on all ranks, as pushed."""
     means: dict[str, float]
-    """Means over the micro-batches of all ranks that reported the metric."""
+    """Weighted means over the micro-batches of all ranks that reported the metric."""
     samples: int
     """Samples of the step, over all ranks."""
     tokens: int
     """Tokens of the step, over all ranks."""
+
+
+@dataclass
+class _Sums:
+    """Weighted sums of what one rank reports in one step."""
+
+    on_device: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
+    """Float64 vectors, by the names of their elements."""
+    numbers: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Of values that are not tensors."""
+    weights: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, report: Stats, weight: float) -> None:
+        """Adds a report: one vector for all tensors of a kind, as a small operation costs the same
+        for one number as for a hundred."""
+        tensors: dict[Any, dict[str, torch.Tensor]] = {}
+        for name, value in report.items():
+            self.weights[name] += weight
+            if isinstance(value, torch.Tensor):
+                value = value.detach()
+                value = value.to(torch.float64).mean() if value.ndim else value
+                tensors.setdefault((value.dtype, value.device), {})[name] = value
+            else:
+                self.numbers[name] += weight * float(value)
+        for named in tensors.values():
+            vector = torch.stack(list(named.values())).to(torch.float64)
+            if weight != 1:
+                vector *= weight
+            previous = self.on_device.get(names := tuple(named))
+            self.on_device[names] = vector if previous is None else previous.add_(vector)
+
+    def copy_to_host(self) -> None:
+        """Starts copying the vectors off the device."""
+        for names, vector in self.on_device.items():
+            self.on_device[names] = vector.to("cpu", non_blocking=True)
+
+    def by_name(self) -> dict[str, float]:
+        """The sum of each metric, once the copies have arrived."""
+        sums = dict(self.numbers)
+        for names, vector in self.on_device.items():
+            for name, value in zip(names, vector.tolist(), strict=True):
+                sums[name] = sums.get(name, 0.0) + value
+        return sums
 
 
 @dataclass
@@ -33,96 +76,88 @@ class _Pending:
 
     local: dict[str, Any]
     names: list[str]
-    vector: torch.Tensor
+    sums: _Sums
+    tail: list[int]
+    """Samples, tokens, and the number of names that other ranks may not know."""
     copied: torch.cuda.Event | None
-    work: dist.Work | None = None
 
 
 class StepMeter:
-    """A pipeline of two stages: copied off the device, then reduced over the ranks.
+    """A pipeline of two stages: copied off the device, then summed over the ranks.
 
-    The metrics of a step are returned two pushes later, so that nothing waits for the device or for
-    another rank. All ranks must push and drain at the same steps.
+    It is a part of the step's vector. The metrics of a step are in `take` two exchanges after its
+    push, so that nothing waits for the device or for another rank.
     """
 
     def __init__(self) -> None:
         self._names: list[str] = []  # in the same order on every rank
         self._exchanged: set[str] = set()  # engines whose metrics all ranks know
         self._new_names: dict[str, None] = {}  # unknown to other ranks, perhaps
+        self._sums = _Sums()
+        self._pushed: _Pending | None = None
         self._copying: _Pending | None = None
-        self._reducing: _Pending | None = None
+        self._summing: _Pending | None = None
+        self._completed: list[StepNumbers] = []
+
+    def add(self, report: Stats, weight: float = 1.0) -> None:
+        """Adds the metrics of a micro-batch to the step; with weight 0, their names only."""
+        self._new_names |= {name: None for name in report if name not in self._names}
+        if weight:
+            self._sums.add(report, weight)
 
     def push(
-        self,
-        local: dict[str, Any],
-        reported_by: Sequence[str],
-        reports: Sequence[Stats],
-        samples: int,
-        tokens: int,
-    ) -> list[StepNumbers]:
-        """Adds a step (`reports`: one per micro-batch), and returns the completed steps.
+        self, local: dict[str, Any], reported_by: Sequence[str], samples: int, tokens: int
+    ) -> None:
+        """Ends a step.
 
-        `reported_by`: the engines that report, the same on every rank. When one reports for the
-        first time, the ranks exchange the names of its metrics. Other metrics that first appear
+        `reported_by`: the engines that have reported, the same on every rank. When one reports for
+        the first time, the ranks exchange the names of its metrics. Other metrics that first appear
         during the run are reported a few steps later, once all ranks know their names.
         """
-        self._new_names |= {n: None for report in reports for n in report if n not in self._names}
         if not self._exchanged.issuperset(reported_by):
             self._exchanged.update(reported_by)
             self._exchange_names()
-        completed = self._shift()
-        self._copying = self._pack(local, reports, samples, tokens)
-        return completed
-
-    def drain(self) -> list[StepNumbers]:
-        """Returns all steps that are still in the pipeline. Blocks."""
-        return self._shift() + self._shift()
-
-    def _shift(self) -> list[StepNumbers]:
-        completed = [] if self._reducing is None else [self._finish(self._reducing)]
-        self._reducing, self._copying = self._copying, None
-        if pending := self._reducing:
-            if pending.copied is not None:
-                pending.copied.synchronize()
-            group = distributed.control_group()
-            pending.work = dist.all_reduce(pending.vector, group=group, async_op=True)
-        return completed
-
-    def _pack(
-        self, local: dict[str, Any], reports: Sequence[Stats], samples: int, tokens: int
-    ) -> _Pending:
-        """The vector is: sums by name, counts by name, samples, tokens, number of new names."""
-        device = distributed.device()
-        values_by_name = [[r[name] for r in reports if name in r] for name in self._names]
-        sums = [torch.stack([_scalar(0.0), *map(_scalar, v)]).sum() for v in values_by_name]
-        counts = [*map(len, values_by_name), samples, tokens, len(self._new_names)]
-        tail = torch.tensor(counts, dtype=torch.float64, device=device)
-        vector = torch.cat([torch.stack(sums), tail]).to("cpu", non_blocking=True)
+        sums, self._sums = self._sums, _Sums()
+        sums.copy_to_host()
         copied = None
-        if device.type == "cuda":
+        if distributed.device().type == "cuda":
             copied = torch.cuda.Event()
             copied.record()
-        return _Pending(local, self._names, vector, copied)
+        tail = [samples, tokens, len(self._new_names)]
+        self._pushed = _Pending(local, self._names, sums, tail, copied)
 
-    def _finish(self, pending: _Pending) -> StepNumbers:
-        assert pending.work is not None
-        pending.work.wait()
+    def take(self) -> list[StepNumbers]:
+        """The steps completed since the last call."""
+        completed, self._completed = self._completed, []
+        return completed
+
+    def contribute(self) -> Sequence[float]:
+        """Sums by name, weights by name, samples, tokens, number of new names."""
+        self._summing, self._copying, self._pushed = self._copying, self._pushed, None
+        if self._summing is None:
+            return ()
+        pending = self._summing
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        sums = pending.sums.by_name()
+        numbers = [sums.get(name, 0.0) for name in pending.names]
+        weights = [pending.sums.weights.get(name, 0.0) for name in pending.names]
+        return [*numbers, *weights, *pending.tail]
+
+    def receive(self, sums: Sequence[float]) -> None:
+        """Completes a step."""
+        if (pending := self._summing) is None:
+            return
+        self._summing = None
         size = len(pending.names)
-        numbers = pending.vector.tolist()
-        pairs = zip(pending.names, numbers[:size], numbers[size : 2 * size], strict=True)
-        means = {name: total / count for name, total, count in pairs if count}
-        samples, tokens, new_names = map(int, numbers[2 * size :])
+        pairs = zip(pending.names, sums[:size], sums[size : 2 * size], strict=True)
+        means = {name: total / weight for name, total, weight in pairs if weight}
+        samples, tokens, new_names = map(int, sums[2 * size :])
         if new_names:
             self._exchange_names()
-        return StepNumbers(pending.local, means, samples, tokens)
+        self._completed.append(StepNumbers(pending.local, means, samples, tokens))
 
     def _exchange_names(self) -> None:
         new = [name for names in distributed.all_gather(list(self._new_names)) for name in names]
         self._names = list(dict.fromkeys([*self._names, *new]))
         self._new_names.clear()
-
-
-def _scalar(value: torch.Tensor | float) -> torch.Tensor:
-    """The mean of a value, as a float64 scalar on this rank's device."""
-    on_device = torch.as_tensor(value, device=distributed.device()).detach()
-    return on_device.to(torch.float64).mean()

@@ -59,13 +59,16 @@ def ends(config: Config) -> list[tuple[str, str, str]]:
 
 def poll_often(lines: list[str], polls: int) -> list[list[Any]]:
     bus = Bus(Grammar(["net"], {}), Signals(), str, None)
+    vector = distributed.StepVector()
+    vector.add(bus)
     received = []
     for number in range(polls):
         if distributed.is_global_leader() and number < len(lines):
             bus.submit(lines[number], "test", "", lambda answer: None)
+        vector.exchange()
         received.append([ticket.command for ticket in bus.poll(number)])
         time.sleep(0.002)
-    bus.finish()
+    vector.wait()
     bus.close()
     return received
 

@@ -1,0 +1,131 @@
+"""The micro-batches of each step, and how much each of them weighs in it."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness import distributed
+from harness.data.loader import Batches
+from harness.distributed.rng import seeded
+from harness.errors import TaskError
+
+
+@dataclass
+class Terms:
+    """Of how many terms the losses of a step's micro-batches are means, by micro-batch."""
+
+    own: list[float]
+    """Of this rank's micro-batches."""
+    totals: list[float] = field(default_factory=list)
+    """Sums over all ranks; empty until they are known."""
+
+    def share(self, number: int, accumulation: int) -> float | None:
+        """The factor of micro-batch `number`'s loss, so that the mean gradient over ranks and
+        micro-batches, as DeepSpeed takes it, is that of the mean over all terms of the optimizer
+        step, which has `accumulation` micro-batches. None if none of them has a term."""
+        first = number // accumulation * accumulation
+        total = sum(self.totals[first : first + accumulation])
+        if not total:
+            return None
+        return self.own[number] * distributed.world_size() * accumulation / total
+
+
+@dataclass
+class _Fetched:
+    """A step's micro-batches, fetched ahead."""
+
+    micro_batches: list[Any]
+    terms: Terms
+    position: dict[str, Any]
+    """Of the loader, before them."""
+    epoch: int
+    """After them."""
+
+
+class StepBatches:
+    """This rank's micro-batches, step by step; with `weigh`, a part of the step's vector.
+
+    With `weigh`, a step's micro-batches are fetched while the step before the previous one is
+    summed up, so that the sums of their weights are there when the step begins. The random
+    generators are seeded for every step that is fetched ahead, and restored: what is drawn while
+    fetching depends on the step alone, and the saved position is that of the next step.
+    """
+
+    def __init__(
+        self, batches: Batches, weigh: Callable[[Any], float] | None = None, seed: int = 0
+    ):
+        """`seed`: of this rank's fetching ahead."""
+        self._batches = batches
+        self._weigh = weigh
+        self._seed = seed
+        self._fetched: deque[_Fetched] = deque()
+        self._contributed: list[Terms] = []
+        self._epoch: int | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Completed passes over the data."""
+        return self._batches.epoch if self._epoch is None else self._epoch
+
+    def prefetch(self, step: int, size: int) -> None:
+        """With `weigh`, fetches the next `size` micro-batches, those of step `step`.
+
+        Raises TaskError if a weight is not a finite number >= 0.
+        """
+        if self._weigh is None:
+            return
+        position = deepcopy(self._batches.state_dict())
+        with seeded(self._seed, step):
+            micro_batches = [next(self._batches) for _ in range(size)]
+        terms = Terms([_checked(self._weigh(batch)) for batch in micro_batches])
+        self._fetched.append(_Fetched(micro_batches, terms, position, self._batches.epoch))
+
+    def next_step(self, size: int) -> tuple[Iterator[Any], Terms | None]:
+        """The micro-batches of the next step, and their weights if there is a `weigh`.
+
+        With it, they must have been prefetched, and the vector exchanged since.
+        """
+        if self._weigh is None:
+            return (next(self._batches) for _ in range(size)), None
+        fetched = self._fetched.popleft()
+        assert fetched.terms.totals, "the weights of this step have not been summed"
+        self._epoch = fetched.epoch
+        return iter(fetched.micro_batches), fetched.terms
+
+    def contribute(self) -> Sequence[float]:
+        """This rank's weights of the steps fetched since the last exchange."""
+        self._contributed = [f.terms for f in self._fetched if not f.terms.totals]
+        return [weight for terms in self._contributed for weight in terms.own]
+
+    def receive(self, sums: Sequence[float]) -> None:
+        """Takes the weights summed over all ranks."""
+        start = 0
+        for terms in self._contributed:
+            terms.totals = list(sums[start : start + len(terms.own)])
+            start += len(terms.own)
+        self._contributed = []
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._batches.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the next step."""
+        return self._fetched[0].position if self._fetched else self._batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues at a saved position; what was fetched ahead is dropped."""
+        self._batches.load_state_dict(state)
+        self._fetched.clear()
+        self._contributed = []
+        self._epoch = None
+
+
+def _checked(weight: Any) -> float:
+    number = float(weight)
+    if not 0 <= number < math.inf:
+        raise TaskError(f"Task.weigh returned {number}, expected a finite number >= 0")
+    return number
