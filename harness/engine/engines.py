@@ -1,5 +1,6 @@
 """The named set of engines, stepped, saved, exported and resumed together."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,6 +17,9 @@ from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
 from harness.errors import TaskError, did_you_mean
 from harness.task import Stats, Task, feed
+
+log = logging.getLogger(__name__)
+log_info = distributed.global_leader_only(log.info)
 
 
 class Engines(Mapping[str, Engine]):
@@ -60,6 +64,12 @@ class Engines(Mapping[str, Engine]):
         for engine in self.due(self.global_step + 1):
             share = 1.0 if terms is None else terms.share(number, engine.gradient_accumulation)
             if share is None:
+                if number % engine.gradient_accumulation == 0:
+                    log_info(
+                        "step %d: engine %s: no term on any rank: the optimizer step is skipped",
+                        self.global_step + 1,
+                        engine.name,
+                    )
                 continue
             with self._turn.of(engine.name):
                 loss, stats = feed(self._task, engine, batch)
