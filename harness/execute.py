@@ -16,6 +16,7 @@ from harness.engine.engines import Engines
 from harness.errors import CommandError
 from harness.logs import set_log_level
 from harness.metrics.status import Status
+from harness.metrics.trace import Traces
 from harness.task import Task, check_eval_data
 
 
@@ -25,6 +26,7 @@ class CommandTarget(Protocol):
     live: LiveConfig
     task: Task
     engines: Engines
+    traces: Traces
     paused: bool
     ending: c.Quit | None
 
@@ -35,8 +37,6 @@ class CommandTarget(Protocol):
     def evaluate(self) -> str | None: ...
 
     def export(self, format: str = "sft") -> Path: ...
-
-    def trace(self, steps: int, ticket: Ticket) -> None: ...
 
 
 def execute(run: CommandTarget, ticket: Ticket) -> str | None:
@@ -65,7 +65,7 @@ def execute(run: CommandTarget, ticket: Ticket) -> str | None:
         case c.Set(key, value):
             return _set(run, key, value)
         case c.Profile(n):
-            return run.trace(n, ticket)
+            return run.traces.start(run.engines.global_step, n, ticket)
         case c.SetLog(level):
             set_log_level(level)
             return f"log level {level}"

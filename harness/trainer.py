@@ -9,7 +9,6 @@ from typing import Any
 
 from harness import distributed
 from harness.checkpoint.export import export
-from harness.checkpoint.manifest import step_directory
 from harness.checkpoint.save import Saver, SaveResult
 from harness.control.bus import Bus, Ticket
 from harness.control.commands import EvalQuit, Interrupt, Quit, QuitUnsaved, Save, StateChange
@@ -24,7 +23,7 @@ from harness.metrics.meters import StepMeter, StepNumbers
 from harness.metrics.progress import Progress
 from harness.metrics.sinks import Sink
 from harness.metrics.status import Status
-from harness.metrics.trace import Trace
+from harness.metrics.trace import Traces
 from harness.task import Task
 from harness.utils import to_device
 
@@ -32,7 +31,6 @@ log = logging.getLogger(__name__)
 log_error = distributed.global_leader_only(log.error)
 
 SECONDS_BETWEEN_POLLS = 0.05  # of a paused run
-MAX_TRACED_STEPS = 1000  # their trace is kept in memory
 
 
 class Trainer:
@@ -60,6 +58,7 @@ class Trainer:
         self.progress = progress
         self.status = status
         self.meter = StepMeter()
+        self.traces = Traces(bus, live.config.run_dir / "traces")
         self.vector = StepVector()
         for part in (bus, self.meter, batches):
             self.vector.add(part)
@@ -71,7 +70,6 @@ class Trainer:
         """Commands that all ranks have received and not yet executed."""
         self._saving: list[Ticket] = []
         """Commands that wait for the save in flight."""
-        self._tracing: list[tuple[Trace, Ticket]] = []
         self._saved_step: int | None = None
         self._evaluation: dict[str, float] = {}  # at this step, if there was one
 
@@ -143,7 +141,7 @@ class Trainer:
         self.vector.exchange()
         self.report(self.meter.take())
         self.status.stepped(self.engines.global_step)
-        self.end_traces()
+        self.traces.end(self.engines.global_step)
 
     def is_over(self) -> bool:
         """Whether no further step is to be taken."""
@@ -254,7 +252,7 @@ class Trainer:
 
         The checkpoint comes last: a run that resumes from it has nothing left to do.
         """
-        self.end_traces(immediately=True)
+        self.traces.end(self.engines.global_step, immediately=True)
         self.finish_save(self.saver.wait())
         self.finishing = True
         if self.ending is None or isinstance(self.ending, EvalQuit):
@@ -372,31 +370,6 @@ class Trainer:
         self._evaluation = {f"eval/{name}": value for name, value in means.items()}
         self.record({"step": step, "epoch": self.batches.epoch} | self._evaluation)
         return text
-
-    def trace(self, steps: int, ticket: Ticket) -> None:
-        """Traces the next steps. `ticket`, the command that requested it, is answered when the
-        trace is written."""
-        if self._tracing:
-            raise CommandError("another trace is being recorded")
-        if steps > MAX_TRACED_STEPS:
-            raise CommandError(
-                f"at most {MAX_TRACED_STEPS} steps can be traced: a trace is kept in memory"
-            )
-        self._tracing.append((Trace(self.engines.global_step, steps), ticket))
-
-    def end_traces(self, immediately: bool = False) -> None:
-        """Writes a trace whose steps have been taken, or `immediately`."""
-        step = self.engines.global_step
-        for trace, ticket in list(self._tracing):
-            if not (immediately or trace.is_over(step)):
-                continue
-            self._tracing.clear()
-            directory = step_directory(self.live.config.run_dir / "traces", step)
-            try:
-                trace.write(directory)
-                self.bus.end(ticket, "done", step, f"traced {directory}")
-            except HarnessError as error:
-                self.bus.end(ticket, "failed", step, str(error))
 
     def drain(self) -> None:
         """Completes the vectors of all steps taken, and reports them. Blocks."""

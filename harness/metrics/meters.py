@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ class StepNumbers:
     """Tokens of the step, over all ranks."""
 
 
+_kind = attrgetter("dtype", "device", "ndim")
+
+
 @dataclass
 class _Sums:
     """Weighted sums of what one rank reports in one step."""
@@ -35,39 +39,52 @@ class _Sums:
     """Float64 vectors, by the names of their elements."""
     numbers: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Of values that are not tensors."""
-    weights: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    weights: dict[tuple[str, ...], float] = field(default_factory=lambda: defaultdict(float))
+    """By the names in a report."""
 
     def add(self, report: Stats, weight: float) -> None:
-        """Adds a report: one vector for all tensors of a kind, as a small operation costs the same
-        for one number as for a hundred."""
-        tensors: dict[Any, dict[str, torch.Tensor]] = {}
-        for name, value in report.items():
-            self.weights[name] += weight
-            if isinstance(value, torch.Tensor):
-                value = value.detach()
-                value = value.to(torch.float64).mean() if value.ndim else value
-                tensors.setdefault((value.dtype, value.device), {})[name] = value
-            else:
-                self.numbers[name] += weight * float(value)
-        for named in tensors.values():
-            vector = torch.stack(list(named.values())).to(torch.float64)
-            if weight != 1:
-                vector *= weight
-            previous = self.on_device.get(names := tuple(named))
-            self.on_device[names] = vector if previous is None else previous.add_(vector)
+        """Adds a report. Its scalar tensors of one kind are added as one vector: an operation on
+        the device costs the same for one number as for a hundred."""
+        self.weights[tuple(report)] += weight
+        tensors = {n: v for n, v in report.items() if isinstance(v, torch.Tensor)}
+        for name in report.keys() - tensors.keys() if len(tensors) < len(report) else ():
+            self.numbers[name] += weight * float(report[name])
+        kinds = set(map(_kind, tensors.values()))
+        for kind in kinds:
+            same = tensors
+            if len(kinds) > 1:
+                same = {name: value for name, value in tensors.items() if _kind(value) == kind}
+            values = list(same.values())
+            if kind[2]:
+                values = [value.detach().to(torch.float64).mean() for value in values]
+            self._add_vector(tuple(same), values, weight)
+
+    @torch.no_grad()
+    def _add_vector(
+        self, names: tuple[str, ...], values: list[torch.Tensor], weight: float
+    ) -> None:
+        vector = torch.stack(values).to(torch.float64)
+        if weight != 1:
+            vector *= weight
+        previous = self.on_device.get(names)
+        self.on_device[names] = vector if previous is None else previous.add_(vector)
 
     def copy_to_host(self) -> None:
         """Starts copying the vectors off the device."""
         for names, vector in self.on_device.items():
             self.on_device[names] = vector.to("cpu", non_blocking=True)
 
-    def by_name(self) -> dict[str, float]:
-        """The sum of each metric, once the copies have arrived."""
+    def by_name(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The sum and the weight of each metric, once the copies have arrived."""
         sums = dict(self.numbers)
         for names, vector in self.on_device.items():
             for name, value in zip(names, vector.tolist(), strict=True):
                 sums[name] = sums.get(name, 0.0) + value
-        return sums
+        weights: dict[str, float] = {}
+        for names, weight in self.weights.items():
+            for name in names:
+                weights[name] = weights.get(name, 0.0) + weight
+        return sums, weights
 
 
 @dataclass
@@ -91,6 +108,7 @@ class StepMeter:
 
     def __init__(self) -> None:
         self._names: list[str] = []  # in the same order on every rank
+        self._known: set[str] = set()  # the same names
         self._exchanged: set[str] = set()  # engines whose metrics all ranks know
         self._new_names: dict[str, None] = {}  # unknown to other ranks, perhaps
         self._sums = _Sums()
@@ -101,7 +119,8 @@ class StepMeter:
 
     def add(self, report: Stats, weight: float = 1.0) -> None:
         """Adds the metrics of a micro-batch to the step; with weight 0, their names only."""
-        self._new_names |= {name: None for name in report if name not in self._names}
+        if not self._known.issuperset(report):
+            self._new_names |= {name: None for name in report if name not in self._known}
         if weight:
             self._sums.add(report, weight)
 
@@ -139,10 +158,12 @@ class StepMeter:
         pending = self._summing
         if pending.copied is not None:
             pending.copied.synchronize()
-        sums = pending.sums.by_name()
-        numbers = [sums.get(name, 0.0) for name in pending.names]
-        weights = [pending.sums.weights.get(name, 0.0) for name in pending.names]
-        return [*numbers, *weights, *pending.tail]
+        sums, weights = pending.sums.by_name()
+        return [
+            *(sums.get(name, 0.0) for name in pending.names),
+            *(weights.get(name, 0.0) for name in pending.names),
+            *pending.tail,
+        ]
 
     def receive(self, sums: Sequence[float]) -> None:
         """Completes a step."""
@@ -160,4 +181,5 @@ class StepMeter:
     def _exchange_names(self) -> None:
         new = [name for names in distributed.all_gather(list(self._new_names)) for name in names]
         self._names = list(dict.fromkeys([*self._names, *new]))
+        self._known = set(self._names)
         self._new_names.clear()
