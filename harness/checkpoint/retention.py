@@ -65,9 +65,8 @@ def to_keep(manifests: dict[Path, Manifest], settings: CheckpointConfig) -> set[
         for path, manifest in manifests.items()
         if manifest.finite is not False
     }
-    ranked = sorted(
-        filter(lambda path: math.isfinite(scores[path]), scores), key=scores.__getitem__
-    )
+    scores = {path: score for path, score in scores.items() if math.isfinite(score)}
+    ranked = sorted(scores, key=scores.__getitem__)
     return keep | set(ranked[: settings.keep_best])
 
 

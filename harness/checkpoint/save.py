@@ -115,13 +115,13 @@ class Saver:
         staged = target.with_name(f"{target.name}.tmp")
         needed = self._disks.sum(sum(map(bytes_of, trees.values())))
         manifest = distributed.broadcast(self._manifest(metrics, pinned))
-        finite = all([engine.weights_are_finite() for engine in self._engines.trained])
         self._saved_at = manifest.saved_at
         background = self._live.config.checkpoint.background
         try:
             with checkpoint_error_on_all_ranks(f"cannot save {target}"):
                 if self._disks.is_leader:
                     create_staging(staged, needed)
+                finite = all(engine.weights_are_finite() for engine in self._engines.trained)
             if background:
                 trees = self._copied(trees, target)
         except CheckpointError as error:
