@@ -14,6 +14,7 @@ from harness.control.grammar import Grammar
 from harness.control.live import LiveConfig, live_keys, value_of
 from harness.engine.engines import Engines
 from harness.errors import CommandError
+from harness.evaluate import check_best_metric
 from harness.logs import set_log_level
 from harness.metrics.status import Status
 from harness.metrics.trace import Traces
@@ -27,6 +28,7 @@ class CommandTarget(Protocol):
     task: Task
     engines: Engines
     traces: Traces
+    evaluated: set[str]
     paused: bool
     ending: c.Quit | None
 
@@ -152,6 +154,7 @@ def _set(run: CommandTarget, key: str, text: str) -> str:
     """Changes a live key, and what depends on it. Raises HarnessError, with nothing changed."""
     old, new = run.live.config, run.live.with_changes({key: text})
     check_eval_data(run.task, new)
+    check_best_metric(new, run.task, run.evaluated)
     if new.run.steps != old.run.steps:
         run.move_end(new.run.steps)
     run.live.set(key, text)

@@ -23,6 +23,7 @@ from harness.data.step_batches import StepBatches
 from harness.distributed.network import raise_lost_rank
 from harness.engine.engines import Engines, build_engines
 from harness.errors import ConfigError, TaskError
+from harness.evaluate import check_best_metric
 from harness.execute import answer
 from harness.logs import configure_logging
 from harness.metrics.progress import Progress
@@ -138,12 +139,12 @@ def _build_task(config: Config) -> tuple[Task, StepBatches]:
             task.train_data, config.data, task.collate, config.run.seed, rank, world_size
         )
         batches = StepBatches(loader, task.weigh, config.run.seed * world_size + rank)
-        check_eval_data(task, config)
-        lengths = {"train_data": len(task.train_data), "eval_data": len(task.eval_data or ())}
+        lengths = {"train_data": len(task.train_data), **check_eval_data(task, config)}
+        check_best_metric(config, task)
     per_rank = distributed.all_gather(lengths)
     with distributed.raise_on_all_ranks(f"task {config.task.path}"):
-        for what in lengths:
-            by_rank = [lengths[what] for lengths in per_rank]
+        for what in dict.fromkeys(name for lengths in per_rank for name in lengths):
+            by_rank = [lengths.get(what, "none") for lengths in per_rank]
             if len(set(by_rank)) > 1:
                 raise TaskError(f"{what} differs in length between the ranks: {by_rank}")
     return task, batches

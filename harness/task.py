@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import nn
@@ -19,6 +20,7 @@ from torch.utils.data import default_collate
 
 from harness.config import Config
 from harness.control.commands import COMMANDS
+from harness.data.held_out import check_held_out
 from harness.errors import ConfigError, HarnessError, TaskError
 from harness.metrics.meters import Stats
 from harness.utils import tensor_leaves, to_device
@@ -99,13 +101,21 @@ class Task:
     rank's batches."""
 
     eval_data: Any | None = None
-    """Held-out data: a map-style dataset, or None for a run without evaluation."""
+    """Held-out data: a map-style dataset, which is split over the ranks; an IterableDataset of this
+    rank's samples; an iterable of this rank's batches, which may end earlier than on other ranks;
+    or a dict of such sets by name. None: no evaluation."""
 
     feeder: Callable[[Any, Any], tuple[torch.Tensor, Stats]] = default_feeder
     """`(engine, batch) -> (loss, stats)`: a scalar loss with its graph, and numbers to log."""
 
     evaluate: Callable[[Any, Any], Stats] | None = None
-    """`(engine, batch) -> stats` for evaluation; default: the feeder, under `no_grad`."""
+    """`(engine, batch) -> stats` for evaluation, under `no_grad`; default: the feeder. Stats are
+    averaged over the set, weighted by samples, or by `weigh`; with `summarize` they are summed."""
+
+    summarize: Callable[[dict[str, torch.Tensor]], Stats] | None = None
+    """`sums -> numbers`, for metrics that are not means: what `evaluate` returned, numbers or
+    tensors of any shape, summed elementwise over a set (float64, on the CPU), is made into the
+    engine's metrics."""
 
     collate: Callable[[list[Any]], Any] = default_collate
     """Collates a list of samples into a batch."""
@@ -140,10 +150,24 @@ def feed(task: Task, engine: FedEngine, batch: Any) -> tuple[torch.Tensor, Stats
         raise TaskError(f"the feeder returned the loss {actual}, expected a scalar tensor")
     if reserved := RESERVED & stats.keys():
         raise TaskError(f"the feeder returned stats with reserved names: {sorted(reserved)}")
+    return loss, checked_stats(stats, "the feeder")
+
+
+def checked_stats(stats: Any, source: str) -> dict[str, torch.Tensor | float]:
+    """`stats` as tensors and floats. Raises TaskError, about `source`, if one is not a number."""
+    if not isinstance(stats, Mapping):
+        raise TaskError(f"{source} returned {type(stats).__name__}, expected a dict of numbers")
+    checked: dict[str, torch.Tensor | float] = {}
     for name, value in stats.items():
-        if not isinstance(value, torch.Tensor | float | int):
-            raise TaskError(f"the feeder returned the stat {name!r} = {value!r}, expected a number")
-    return loss, stats
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            value = torch.as_tensor(value)
+        if isinstance(value, torch.Tensor) and not value.is_complex():
+            checked[name] = value
+        elif isinstance(value, float | int | np.floating | np.integer | np.bool_):
+            checked[name] = float(value)
+        else:
+            raise TaskError(f"{source} returned the stat {name!r} = {value!r}, expected a number")
+    return checked
 
 
 def validate(task: Any, path: str) -> Task:
@@ -157,6 +181,8 @@ def validate(task: Any, path: str) -> Task:
         if not isinstance(model, nn.Module):
             kind = type(model).__name__
             raise TaskError(f"task {path}: model {name!r} is a {kind}, expected an nn.Module")
+    if task.summarize is not None and task.evaluate is None:
+        raise TaskError(f"task {path}: summarize needs evaluate, which returns what is summed")
     builtin = {form.split()[0] for command in COMMANDS for form in command.forms}
     for name, function in task.commands.items():
         if not (name.isidentifier() and callable(function)) or name in builtin:
@@ -167,15 +193,16 @@ def validate(task: Any, path: str) -> Task:
     return task
 
 
-def check_eval_data(task: Task, config: Config) -> None:
-    """Raises ConfigError or TaskError if evaluations are configured without usable data."""
-    if task.eval_data is None:
-        if config.trainer.eval_every:
-            raise ConfigError("trainer.eval_every is set, but the task has no eval_data")
-    elif not (hasattr(task.eval_data, "__getitem__") and hasattr(task.eval_data, "__len__")):
-        raise TaskError("eval_data is not a map-style dataset (`__len__` and `__getitem__`)")
-    elif len(task.eval_data) == 0:
-        raise TaskError(f"eval_data: {type(task.eval_data).__name__} has no items")
+def check_eval_data(task: Task, config: Config) -> dict[str, int | None]:
+    """The lengths of the held-out sets, by their names in messages; None: unknown.
+
+    Raises ConfigError or TaskError if evaluations are configured without usable data.
+    """
+    for key in ("trainer.eval_every", "checkpoint.keep_best"):
+        section, _, name = key.partition(".")
+        if task.eval_data is None and getattr(getattr(config, section), name):
+            raise ConfigError(f"{key} is set, but the task has no eval_data")
+    return check_held_out(task.eval_data)
 
 
 def load_task(config: Config) -> Task:

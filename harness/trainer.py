@@ -17,7 +17,7 @@ from harness.data.step_batches import StepBatches
 from harness.distributed import StepVector
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, CommandError, HarnessError
-from harness.evaluate import evaluate
+from harness.evaluate import check_best_metric, evaluate
 from harness.execute import execute
 from harness.metrics.meters import StepMeter, StepNumbers
 from harness.metrics.progress import Progress
@@ -62,6 +62,8 @@ class Trainer:
         self.vector = StepVector()
         for part in (bus, self.meter, batches):
             self.vector.add(part)
+        self.evaluated: set[str] = set()
+        """The metrics of the evaluations so far."""
         self.paused = False
         self.ending: Quit | None = None
         """The command that ends the run before its last step."""
@@ -359,16 +361,18 @@ class Trainer:
         if self.task.eval_data is None:
             return None
         self.drain()
-        size = self.live.config.data.micro_batch_size
         with self.status.doing("evaluating"):
-            means = evaluate(self.engines, self.task, size, self.poll_commands)
-        if means is None:
+            found = evaluate(self.engines, self.task, self.live.config, self.poll_commands)
+        if found is None:
             return None
         step = self.engines.global_step
-        text = " ".join(f"{name} {value:.4f}" for name, value in means.items())
-        log.info("step %d: eval %s", step, text)
-        self._evaluation = {f"eval/{name}": value for name, value in means.items()}
-        self.record({"step": step, "epoch": self.batches.epoch} | self._evaluation)
+        text = " ".join(f"{name} {value:.4f}" for name, value in found.items())
+        log.info("step %d: %s", step, text)
+        self._evaluation = found
+        self.record({"step": step, "epoch": self.batches.epoch} | found)
+        self.evaluated.update(found)
+        with distributed.raise_on_all_ranks("evaluation"):
+            check_best_metric(self.live.config, self.task, self.evaluated)
         return text
 
     def drain(self) -> None:

@@ -9,6 +9,7 @@ checkpoints/
 """
 
 import hashlib
+import math
 import re
 import time
 from importlib.metadata import version
@@ -61,6 +62,8 @@ class Manifest(BaseModel):
     """NAME of `save as NAME`; a pinned checkpoint is never pruned."""
     metrics: dict[str, float] = {}
     """The evaluation at this step, if there was one."""
+    finite: bool | None = None
+    """Whether all trained weights are finite; None if that was not recorded (by harness 0.1)."""
     saved_at: float = Field(default_factory=time.time)
     """Seconds since 1970, always greater than in the previous checkpoint, even if a clock was set
     back: the newest checkpoint is the one with the largest value."""
@@ -71,6 +74,15 @@ class Manifest(BaseModel):
             "deepspeed": version("deepspeed"),
         }
     )
+
+    @property
+    def fault(self) -> str:
+        """Why the checkpoint is not a good one: non-finite weights, or a metric that is NaN; empty
+        if nothing is known against it."""
+        if self.finite is False:
+            return "its weights are not finite"
+        undefined = [name for name, value in self.metrics.items() if math.isnan(value)]
+        return f"{', '.join(undefined)}: NaN" if undefined else ""
 
     def writer(self, name: str) -> str:
         """Who wrote a file."""

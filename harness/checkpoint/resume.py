@@ -123,3 +123,9 @@ def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveC
             seed = digest(f"{live.config.run.seed} {manifest.step} {rank}")
             distributed.seed_everything(int(seed[:15], 16))
     log.info("resumed from %s", directory)
+    if manifest.fault:
+        log_warning(
+            "%s: %s: to resume from an earlier checkpoint, set run.resume to its path",
+            directory,
+            manifest.fault,
+        )

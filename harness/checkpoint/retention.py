@@ -1,8 +1,10 @@
 """Moving and removing directories, and which checkpoints are kept. One rank per disk calls this."""
 
 import logging
+import math
 import shutil
 from collections.abc import Collection
+from itertools import islice
 from pathlib import Path
 
 from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest
@@ -48,18 +50,24 @@ def prune(
 
 
 def to_keep(manifests: dict[Path, Manifest], settings: CheckpointConfig) -> set[Path]:
-    """The checkpoints to keep. `manifests`: by path, the newest first."""
+    """The checkpoints to keep. `manifests`: by path, the newest first.
+
+    The newest one without a `fault` is always kept: however many follow, they must not replace it.
+    """
     keep = set(list(manifests)[: max(1, settings.keep_last)])
+    keep |= set(islice((path for path, manifest in manifests.items() if not manifest.fault), 1))
     keep |= {path for path, manifest in manifests.items() if manifest.pinned}
     if settings.keep_every:
         keep |= {p for p, manifest in manifests.items() if manifest.step % settings.keep_every == 0}
     sign = 1 if settings.best_mode == "min" else -1
     scores = {
-        path: sign * manifest.metrics[settings.best_metric]
+        path: sign * manifest.metrics.get(settings.best_metric, math.nan)
         for path, manifest in manifests.items()
-        if settings.best_metric in manifest.metrics
+        if manifest.finite is not False
     }
-    return keep | set(sorted(scores, key=scores.__getitem__)[: settings.keep_best])
+    scores = {path: score for path, score in scores.items() if math.isfinite(score)}
+    ranked = sorted(scores, key=scores.__getitem__)
+    return keep | set(ranked[: settings.keep_best])
 
 
 def remove(path: Path) -> None:

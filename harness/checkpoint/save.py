@@ -40,6 +40,7 @@ from harness.zero.engine_state import FileTrees
 from harness.zero.layout import layout_digest
 
 log = logging.getLogger(__name__)
+log_warning = distributed.global_leader_only(log.warning)
 
 Entries = dict[str, FileEntry]
 
@@ -58,6 +59,8 @@ class _Pending:
     """A save between its snapshot and its commit."""
 
     manifest: Manifest
+    finite: bool
+    """Whether the trained weights that this rank keeps are finite."""
     staged: Path
     target: Path
     writing: Future[Entries]
@@ -118,13 +121,14 @@ class Saver:
             with checkpoint_error_on_all_ranks(f"cannot save {target}"):
                 if self._disks.is_leader:
                     create_staging(staged, needed)
+                finite = all(engine.weights_are_finite() for engine in self._engines.trained)
             if background:
                 trees = self._copied(trees, target)
         except CheckpointError as error:
             self._discard(staged)
             return SaveResult(target, error)
         writing = self._thread.submit(write_files, staged, trees)
-        self._pending = _Pending(manifest, staged, target, writing)
+        self._pending = _Pending(manifest, finite, staged, target, writing)
         return None if background else self.wait()
 
     def poll(self) -> SaveResult | None:
@@ -162,15 +166,18 @@ class Saver:
             entries = pending.writing.result()
         except Exception as cause:  # any error: all ranks must learn of it
             failure = f"rank {distributed.global_rank()}: {type(cause).__name__}: {cause}"
-        per_rank = distributed.all_gather((entries, failure))
-        if failures := [text for _, text in per_rank if text]:
+        per_rank = distributed.all_gather((entries, failure, pending.finite))
+        if failures := [text for _, text, _ in per_rank if text]:
             error = CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
             error.on_all_ranks = True
             raise error
-        files = {path: entry for entries, _ in per_rank for path, entry in entries.items()}
-        manifest = pending.manifest.model_copy(update={"files": files})
+        files = {path: entry for entries, *_ in per_rank for path, entry in entries.items()}
+        finite = all(finite for *_, finite in per_rank)
+        manifest = pending.manifest.model_copy(update={"files": files, "finite": finite})
         commit(manifest, pending.staged, pending.target, self._disks.is_leader)
         log.info("saved %s", pending.target)
+        if reason := manifest.fault:
+            log_warning("%s: %s: it does not count as a good one", pending.target, reason)
         if self._live.config.checkpoint.keep_last:
             everywhere = None
             if self._disks.count > 1:

@@ -67,7 +67,7 @@ class Loader:
         self.sampler = sampler
         # Each draw of a batched sampler is a complete micro-batch.
         self._rounds = 1 if isinstance(sampler, BatchedOrderedSampler) else micro_batch_size
-        self._fetch = _Fetch(dataset, collate, seed)
+        self._fetch = Fetch(dataset, collate, seed)
         self._workers = workers
         self._returned = 0
         self._iterator: Iterator[Any] | None = None
@@ -107,7 +107,7 @@ class Loader:
             self._fetch,
             sampler=self._indices(),
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=unchanged,
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # keeps the global generator untouched
@@ -124,7 +124,7 @@ class Loader:
             yield number, batch[0] if is_batched else batch
 
 
-class _Fetch(Dataset):
+class Fetch(Dataset):
     """A dataset of micro-batches: indexing with `(number, indices)` loads and collates one."""
 
     def __init__(self, dataset: Any, collate: Collate, seed: int):
@@ -140,7 +140,8 @@ class _Fetch(Dataset):
         return self.collate([self.dataset[index] for index in indices])
 
 
-def _unchanged(batch: Any) -> Any:
+def unchanged(batch: Any) -> Any:
+    """The batch: what `Fetch` returns is collated."""
     return batch
 
 
@@ -257,14 +258,3 @@ def _sampler(data: Any, config: DataConfig, seed: int, rank: int, world_size: in
                 )
             except ValueError as error:
                 raise ConfigError(f"data.sampler = 'batched': {error}") from None
-
-
-def eval_shares(length: int, micro_batch_size: int, rank: int, world_size: int) -> Iterator[range]:
-    """One rank's micro-batches of the held-out data, as ranges of indices, each sample once.
-
-    All ranks get the same number of micro-batches, so that their collectives match; those past the
-    end of the data are empty.
-    """
-    for start in range(0, length, micro_batch_size * world_size):
-        first = start + rank * micro_batch_size
-        yield range(first, min(first + micro_batch_size, length))

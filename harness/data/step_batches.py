@@ -80,7 +80,7 @@ class StepBatches:
         position = deepcopy(self._batches.state_dict())
         with seeded(self._seed, step):
             micro_batches = [next(self._batches) for _ in range(size)]
-        terms = Terms([_checked(self._weigh(batch)) for batch in micro_batches])
+        terms = Terms([checked_weight(self._weigh(batch)) for batch in micro_batches])
         self._fetched.append(_Fetched(micro_batches, terms, position, self._batches.epoch))
 
     def next_step(self, size: int) -> tuple[Iterator[Any], Terms | None]:
@@ -124,7 +124,8 @@ class StepBatches:
         self._epoch = None
 
 
-def _checked(weight: Any) -> float:
+def checked_weight(weight: Any) -> float:
+    """What `Task.weigh` returned. Raises TaskError if it is not a finite number >= 0."""
     number = float(weight)
     if not 0 <= number < math.inf:
         raise TaskError(f"Task.weigh returned {number}, expected a finite number >= 0")

@@ -319,6 +319,10 @@ class Engine:
         """The trees that DeepSpeed would write into a checkpoint for this rank. Collective."""
         return engine_state.collect(self.ds, self.name, self.parameter_names)
 
+    def weights_are_finite(self) -> bool:
+        """Whether all trained weights that this rank keeps are finite. Waits for the device."""
+        return engine_state.weights_are_finite(self.ds)
+
     def state_dict(self) -> dict[str, Any]:
         """What DeepSpeed's checkpoint does not hold: counters and live changes."""
         state = {"counters": asdict(self.counters), "lora_alpha": self._lora_alpha}

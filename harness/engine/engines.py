@@ -16,7 +16,7 @@ from harness.engine.engine import Engine
 from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
 from harness.errors import TaskError, did_you_mean
-from harness.task import Stats, Task, feed
+from harness.task import Stats, Task, checked_stats, feed
 
 log = logging.getLogger(__name__)
 log_info = distributed.global_leader_only(log.info)
@@ -79,18 +79,18 @@ class Engines(Mapping[str, Engine]):
         return report
 
     @torch.no_grad()
-    def evaluate(self, batch: Any) -> dict[str, torch.Tensor | float]:
-        """The losses and stats of every trained engine on one held-out micro-batch."""
-        report: dict[str, torch.Tensor | float] = {}
+    def evaluate(self, batch: Any) -> dict[str, Stats]:
+        """The losses and stats of every trained engine, by name, on one held-out batch."""
+        reports: dict[str, Stats] = {}
         for engine in self.trained:
             with self._turn.of(engine.name):
                 if self._task.evaluate is not None:
-                    stats = self._task.evaluate(engine, batch)
+                    stats = checked_stats(self._task.evaluate(engine, batch), "Task.evaluate")
                 else:
                     loss, others = feed(self._task, engine, batch)
                     stats = {"loss": loss, **others}
-            report |= self.label(engine, stats)
-        return report
+            reports[engine.name] = stats
+        return reports
 
     def lend(self, name: str) -> AbstractContextManager[nn.Module]:
         """Another engine's bare model, frozen, for a loss that goes through it.

@@ -4,6 +4,7 @@ The functions take the DeepSpeed engine (`Engine.ds`), and use attributes that D
 document; the comments name the files below its `runtime/` that define them.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +103,20 @@ def write_weights(ds: Any) -> None:
         for weights, group in zip(groups, masters, strict=True):
             for weight, master in zip(weights, group, strict=True):
                 weight.data.copy_(master)
+
+
+def weights_are_finite(ds: Any) -> bool:
+    """Whether all elements that this rank's optimizer steps are finite. Waits for the device.
+
+    They are its shard of the fp32 masters, or at fp32 stage 0 the parameters themselves.
+    """
+    masters = getattr(ds.optimizer, "fp32_partitioned_groups_flat", None)  # zero/stage3.py
+    if masters is None:
+        masters = [p for group in base_optimizer(ds).param_groups for p in group["params"]]
+    masters = [tensor.detach() for tensor in masters if tensor.numel()]
+    # The largest magnitudes, of which NaN is the largest; a sum of squares could overflow.
+    largest = torch._foreach_norm(masters, math.inf)  # pyright: ignore[reportPrivateImportUsage]
+    return all(torch.stack(largest).isfinite().tolist()) if masters else True
 
 
 def _unflattened(flat: Tensor, like: list[Tensor]) -> list[Tensor]:

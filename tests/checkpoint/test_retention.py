@@ -1,5 +1,6 @@
 """Which checkpoints stay: the newest, the best, every N-th, and those with a name."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ from harness.checkpoint.retention import PRUNED, REPLACED, clean, prune
 from harness.config.sections import CheckpointConfig
 
 
-def make(parent: Path, step: int, loss: float | None = None, pinned: str | None = None) -> Path:
+def make(
+    parent: Path,
+    step: int,
+    loss: float | None = None,
+    pinned: str | None = None,
+    finite: bool | None = None,
+) -> Path:
     directory = step_directory(parent, step)
     directory.mkdir(parents=True)
     (directory / "net").mkdir()
@@ -25,6 +32,7 @@ def make(parent: Path, step: int, loss: float | None = None, pinned: str | None 
         config_digest="",
         pinned=pinned,
         metrics={} if loss is None else {"eval/loss": loss},
+        finite=finite,
         saved_at=float(step),
     ).write(directory)
     return directory
@@ -51,6 +59,37 @@ def test_rules(tmp_path: Path, settings: dict[str, Any], left: list[int]) -> Non
     prune(tmp_path, CheckpointConfig(**settings))
     assert checkpoints_in(tmp_path) == [step_directory(tmp_path, step) for step in left]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("losses", "not_finite", "settings", "left"),
+    [
+        ([1.0, NAN, 0.5], (), {"keep_last": 1, "keep_best": 1}, [3]),
+        ([0.5, NAN, 1.0], (), {"keep_last": 1, "keep_best": 1}, [3, 1]),
+        ([1.0, NAN, 0.5], (), {"keep_last": 1, "keep_best": 2, "best_mode": "max"}, [3, 1]),
+        ([NAN, 2.0, NAN, NAN], (), {"keep_last": 1, "keep_best": 9}, [4, 2]),
+        ([2.0, math.inf, 1.0], (), {"keep_last": 1, "keep_best": 1, "best_mode": "max"}, [3, 1]),
+        ([1.0, 0.1, 2.0], (2,), {"keep_last": 1, "keep_best": 1}, [3, 1]),
+        ([None] * 5, (3, 4, 5), {"keep_last": 2}, [5, 4, 2]),
+        ([None, 1.0, NAN, NAN, None], (5,), {"keep_last": 1}, [5, 2]),
+        ([None] * 3, (1, 2, 3), {"keep_last": 2}, [3, 2]),
+    ],
+)
+def test_what_is_not_finite_is_neither_the_best_nor_the_last_good_one(
+    tmp_path: Path,
+    losses: list[float | None],
+    not_finite: tuple[int, ...],
+    settings: dict[str, Any],
+    left: list[int],
+) -> None:
+    """Pruned after each save, as in a run."""
+    for step, loss in enumerate(losses, start=1):
+        make(tmp_path, step, loss, finite=step not in not_finite)
+        prune(tmp_path, CheckpointConfig(**settings))
+    assert checkpoints_in(tmp_path) == [step_directory(tmp_path, step) for step in left]
 
 
 @pytest.mark.parametrize(

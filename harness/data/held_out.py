@@ -1,0 +1,119 @@
+"""Held-out data: named sets, each read once by all ranks together, in batches."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from harness.config.sections import DataConfig
+from harness.control.signals import ignore_signals
+from harness.data.loader import Collate, Fetch, unchanged
+from harness.errors import TaskError
+
+Counted = tuple[int, Any]
+"""`(number of samples, batch)`."""
+
+
+def sets_of(data: Any) -> dict[str, Any]:
+    """The sets of `Task.eval_data` by name; a single one has the name "". None: no set."""
+    if data is None:
+        return {}
+    is_named = isinstance(data, Mapping) and all(isinstance(name, str) for name in data)
+    return dict(data) if is_named else {"": data}
+
+
+def check_held_out(data: Any) -> dict[str, int | None]:
+    """Checks `Task.eval_data`: the length of each set, by its name in messages; None: unknown.
+
+    Raises TaskError if one cannot be read, or is empty.
+    """
+    lengths: dict[str, int | None] = {}
+    sets = sets_of(data)
+    if data is not None and not sets:
+        raise TaskError("eval_data has no sets")
+    for name, held_out in sets.items():
+        if name and not re.fullmatch(r"\w[\w.-]*", name):
+            raise TaskError(
+                f"eval_data: the name {name!r} of a set: expected letters, digits, '_', '.' or '-'"
+            )
+        where = f"eval_data[{name!r}]" if name else "eval_data"
+        lengths[where] = _checked_length(held_out, where)
+    return lengths
+
+
+def _checked_length(data: Any, where: str) -> int | None:
+    kind = type(data).__name__
+    if not (_is_map_style(data) or hasattr(data, "__iter__")) or isinstance(data, str | bytes):
+        raise TaskError(
+            f"{where} is a {kind}, expected a map-style dataset (`__len__` and `__getitem__`), an "
+            "IterableDataset of this rank's samples, or an iterable of this rank's batches"
+        )
+    if isinstance(data, Iterator):
+        raise TaskError(
+            f"{where} is a {kind}, which can be read only once: use an object whose `__iter__` "
+            "begins again"
+        )
+    if not _is_map_style(data):
+        return None
+    if len(data) == 0:
+        raise TaskError(f"{where}: {kind} has no items")
+    return len(data)
+
+
+def _is_map_style(data: Any) -> bool:
+    is_stream = isinstance(data, IterableDataset)  # some have `__getitem__` as well
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not is_stream
+
+
+def read_once(
+    data: Any,
+    config: DataConfig,
+    collate: Collate,
+    count: Callable[[Any], tuple[int, int]],
+    seed: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[Counted]:
+    """One rank's batches of a set; other ranks may have more or fewer.
+
+    A map-style dataset is split over the ranks, each sample once. An IterableDataset has the
+    samples of this rank, and any other iterable its batches, of which `count` counts the samples.
+    """
+    size, workers = config.micro_batch_size, config.workers
+    options: dict[str, Any] = {
+        "num_workers": workers,
+        "pin_memory": torch.cuda.is_available(),
+        "generator": torch.Generator().manual_seed(seed),
+        "worker_init_fn": ignore_signals,
+    }
+    if _is_map_style(data):
+        starts = range(rank * size, len(data), size * world_size)
+        shares = [range(start, min(start + size, len(data))) for start in starts]
+        loader = DataLoader(
+            Fetch(data, collate, seed),
+            sampler=list(enumerate(shares)),
+            batch_size=None,
+            collate_fn=unchanged,
+            **options,
+        )
+        for share, batch in zip(shares, loader, strict=True):
+            yield len(share), batch
+    elif isinstance(data, IterableDataset):
+        yield from DataLoader(
+            data, batch_size=size, collate_fn=_CountingCollate(collate), **options
+        )
+    else:
+        for batch in data:
+            yield count(batch)[0], batch
+
+
+class _CountingCollate:
+    """Collates samples into a `Counted`; workers may unpickle it."""
+
+    def __init__(self, collate: Collate):
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> Counted:
+        return len(samples), self.collate(samples)
