@@ -21,6 +21,9 @@ from harness.zero.partition import shard_range
 FileTrees = dict[str, Tree]
 """The files of a rank: trees of tensors and plain values, by path relative to the checkpoint."""
 
+DEFAULT_CLIPPING = 1.0
+"""DeepSpeed's `gradient_clipping` where the key is absent (constants.py)."""
+
 Read = Callable[[str, int, int], Tensor]
 """`(name, start, stop)`: returns these elements of the flattened weight, (stop - start,)."""
 
