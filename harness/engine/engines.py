@@ -1,5 +1,6 @@
 """The named set of engines, stepped, saved, exported and resumed together."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -15,6 +16,9 @@ from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
 from harness.errors import TaskError, did_you_mean
 from harness.task import Stats, Task, feed
+
+log = logging.getLogger(__name__)
+log_on_leader = distributed.global_leader_only(log.log)
 
 
 class Engines(Mapping[str, Engine]):
@@ -56,9 +60,21 @@ class Engines(Mapping[str, Engine]):
             with self._turn.of(engine.name):
                 loss, stats = feed(self._task, engine, batch)
                 engine.backward(loss)
-            engine.step()
+            if engine.step() and not engine.was_step_applied():
+                self._log_skipped(engine)
             report |= self.label(engine, {"loss": loss.detach(), **stats})
         return report
+
+    def _log_skipped(self, engine: Engine) -> None:
+        is_fp16 = engine.has_loss_scale  # which searches for its loss scale by overflows
+        log_on_leader(
+            logging.INFO if is_fp16 else logging.WARNING,
+            "step %d: engine %s: skipped, as its gradients are not finite (%d so far)%s",
+            self.global_step + 1,
+            engine.name,
+            engine.counters.skipped,
+            f"; loss scale {engine.loss_scale:g}" if is_fp16 else "",
+        )
 
     @torch.no_grad()
     def evaluate(self, batch: Any) -> dict[str, torch.Tensor | float]:
@@ -129,10 +145,12 @@ class Engines(Mapping[str, Engine]):
         return {engine.name: engine.get_lr() for engine in self.trained}
 
     def rates(self) -> dict[str, torch.Tensor | float]:
-        """Learning rate and loss scale of the last step, under their log names."""
+        """Learning rate, loss scale and steps skipped so far, at the last step, under their log
+        names."""
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.due(self.global_step):
-            report |= self.label(engine, {"lr": engine.last_lr, "loss_scale": engine.loss_scale})
+            rates = {"lr": engine.last_lr, "loss_scale": engine.loss_scale}
+            report |= self.label(engine, rates | {"skipped": engine.counters.skipped})
         return report
 
     def step_metrics(self) -> dict[str, torch.Tensor | float]:
