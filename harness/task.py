@@ -133,7 +133,7 @@ class Task:
 
 
 RESERVED = {
-    *("step", "epoch", "loss", "lr", "grad_norm", "loss_scale"),
+    *("step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "skipped"),
     *("samples", "tokens", "step_time_s", "tokens_per_s"),
 }
 """Names of harness's own metrics."""

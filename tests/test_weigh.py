@@ -85,9 +85,8 @@ def test_a_step_without_any_term_is_skipped_on_all_ranks(
     assert len(expected) == STEPS - 2  # after four steps the texts begin again
     assert [r["loss"] for r in records(config) if "loss" in r] == pytest.approx(expected, abs=1e-6)
     assert [r["step"] for r in records(config) if "loss" not in r] == [2, 6]
-    assert "step 2: engine net: no term on any rank: the optimizer step is skipped" in log_text(
-        config
-    )
+    assert "step 2: engine net: skipped, as no rank has a term (1 so far)" in log_text(config)
+    assert [r["skipped"] for r in records(config)] == [0, 1, 1, 1, 1, 2]
     for name, tensor in exported(config).items():
         assert torch.allclose(tensor, weights[name], rtol=0, atol=1e-6), name
 

@@ -40,6 +40,8 @@ class Counters:
     """Samples over all ranks; exact between steps once the metrics have been drained."""
     tokens: int = 0
     """Tokens over all ranks, likewise."""
+    skipped: int = 0
+    """Optimizer steps that changed nothing, because gradients were not finite."""
 
 
 class Engine:
@@ -83,6 +85,7 @@ class Engine:
         """Which engine of the run is in its turn."""
         self.last_lr = 0.0
         self.last_grad_norm: torch.Tensor | float = 0.0
+        self._was_step_applied = False
         self.offloading: OffloadPlan | None = None
         """Which of its activations are kept in host memory."""
         self._config = config
@@ -215,17 +218,22 @@ class Engine:
     def step(self) -> bool:
         """Ends a micro-batch. True if it was the last of an optimizer step, which is then taken."""
         self.turn.check(self.name, "stepped")
-        boundary = self.ds.is_gradient_accumulation_boundary()
-        norm = engine_state.plain_grad_norm(self.ds) if boundary else None
-        lr = self.get_lr()
-        self.ds.step()
         self.counters.micro_step += 1
-        if boundary:
-            self.counters.global_step += 1
-            self.last_lr = lr
-            self.last_grad_norm = self.ds.get_global_grad_norm() if norm is None else norm
-            self.overrides.apply_lr()
-        return boundary
+        if not self.ds.is_gradient_accumulation_boundary():
+            self.ds.step()
+            return False
+        self.last_lr = self.get_lr()
+        self.last_grad_norm = engine_state.take_step(self.ds)
+        self._was_step_applied = self.ds.was_step_applied()
+        self.counters.global_step += 1
+        self.counters.skipped += not self._was_step_applied
+        self.overrides.apply_lr()
+        return True
+
+    def was_step_applied(self) -> bool:
+        """Whether the last optimizer step changed the weights. One whose gradients are not finite
+        is skipped: it is counted as a step, but the schedule waits."""
+        return self._was_step_applied
 
     def get_lr(self) -> float:
         """The learning rate of the next step (of the first parameter group)."""

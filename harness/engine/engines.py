@@ -19,7 +19,7 @@ from harness.errors import TaskError, did_you_mean
 from harness.task import Stats, Task, checked_stats, feed
 
 log = logging.getLogger(__name__)
-log_info = distributed.global_leader_only(log.info)
+log_on_leader = distributed.global_leader_only(log.log)
 
 
 class Engines(Mapping[str, Engine]):
@@ -65,18 +65,29 @@ class Engines(Mapping[str, Engine]):
             share = 1.0 if terms is None else terms.share(number, engine.gradient_accumulation)
             if share is None:
                 if number % engine.gradient_accumulation == 0:
-                    log_info(
-                        "step %d: engine %s: no term on any rank: the optimizer step is skipped",
-                        self.global_step + 1,
-                        engine.name,
-                    )
+                    engine.counters.skipped += 1
+                    self._log_skipped(engine, logging.INFO, "no rank has a term")
                 continue
             with self._turn.of(engine.name):
                 loss, stats = feed(self._task, engine, batch)
                 engine.backward(loss, share)
-            engine.step()
+            if engine.step() and not engine.was_step_applied():
+                # In fp16 this is how the loss scale is found.
+                level = logging.INFO if engine.has_loss_scale else logging.WARNING
+                self._log_skipped(engine, level, "its gradients are not finite")
             report |= self.label(engine, {"loss": loss.detach(), **stats})
         return report
+
+    def _log_skipped(self, engine: Engine, level: int, reason: str) -> None:
+        log_on_leader(
+            level,
+            "step %d: engine %s: skipped, as %s (%d so far)%s",
+            self.global_step + 1,
+            engine.name,
+            reason,
+            engine.counters.skipped,
+            f"; loss scale {engine.loss_scale:g}" if engine.has_loss_scale else "",
+        )
 
     @torch.no_grad()
     def evaluate(self, batch: Any) -> dict[str, Stats]:
@@ -147,10 +158,12 @@ class Engines(Mapping[str, Engine]):
         return {engine.name: engine.get_lr() for engine in self.trained}
 
     def rates(self) -> dict[str, torch.Tensor | float]:
-        """Learning rate and loss scale of the last step, under their log names."""
+        """Learning rate, loss scale and steps skipped so far, at the last step, under their log
+        names."""
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.due(self.global_step):
-            report |= self.label(engine, {"lr": engine.last_lr, "loss_scale": engine.loss_scale})
+            rates = {"lr": engine.last_lr, "loss_scale": engine.loss_scale}
+            report |= self.label(engine, rates | {"skipped": engine.counters.skipped})
         return report
 
     def step_metrics(self) -> dict[str, torch.Tensor | float]:

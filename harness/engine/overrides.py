@@ -8,6 +8,7 @@ from typing import Any
 from harness.config.engine_sections import EngineConfig
 from harness.errors import CommandError
 from harness.optim.schedules import build_factor
+from harness.optim.zero_compatibility import check_clipping
 from harness.zero import engine_state
 
 log = logging.getLogger(__name__)
@@ -63,9 +64,12 @@ class Overrides:
         self.apply_lr()
 
     def set_clip(self, norm: float) -> None:
-        """Clips gradients to the L2 norm `norm` from the next step on; 0: no clipping."""
+        """Clips gradients to the L2 norm `norm` from the next step on; 0: no clipping.
+
+        Raises ConfigError if the optimizer would not be correct.
+        """
+        self._apply_clip(norm)
         self._clip = norm
-        self._apply_clip()
 
     def apply_lr(self) -> None:
         """Writes the next step's learning rate, scheduled or held, into every parameter group."""
@@ -78,8 +82,9 @@ class Overrides:
                 lr = self._held_lr * (base / base_lrs[0] if base_lrs[0] else 1.0)
             group["lr"] = lr * self._lr_factor
 
-    def _apply_clip(self) -> None:
-        norm = self._configured_clip if self._clip is None else self._clip
+    def _apply_clip(self, norm: float) -> None:
+        assert self._config.optimizer is not None
+        check_clipping(self._config.optimizer, engine_state.zero_stage(self._ds), norm)
         engine_state.set_gradient_clipping(self._ds, norm)
 
     def __iter__(self) -> Any:
@@ -123,4 +128,4 @@ class Overrides:
                     text,
                 )
         self.apply_lr()
-        self._apply_clip()
+        self._apply_clip(self._configured_clip if self._clip is None else self._clip)

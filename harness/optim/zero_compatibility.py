@@ -18,6 +18,7 @@ from harness.errors import ConfigError
 from harness.optim.apollo.optimizer import Apollo
 from harness.optim.build import build_optimizer
 from harness.optim.registry import OPTIMIZERS, optimizer_class
+from harness.zero.engine_state import DEFAULT_CLIPPING
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
             f"optimizer {config.name!r} needs complete gradients at ZeRO stage 3: set "
             "zero_optimization.reduce_scatter = false"
         )
+    check_clipping(config, stage, deepspeed.get("gradient_clipping", DEFAULT_CLIPPING))
     if issubclass(kind, Apollo):
         _check_apollo(config.name, stage, deepspeed)
     spec = OPTIMIZERS.get(config.name)
@@ -53,6 +55,16 @@ def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
             "tensors, this rank's shard of the parameters",
             config.name,
             stage,
+        )
+
+
+def check_clipping(config: OptimizerConfig, stage: int, norm: float) -> None:
+    """Raises ConfigError if the optimizer is not correct when gradients are clipped to `norm`."""
+    if config.name == "muon" and stage and norm:
+        raise ConfigError(
+            f"optimizer {config.name!r}: at ZeRO stage {stage} DeepSpeed clips its updates instead "
+            f"of the gradients (to {norm:g}): set gradient_clipping = 0 in DeepSpeed's config, or "
+            "use stage 0"
         )
 
 

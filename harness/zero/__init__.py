@@ -3,6 +3,7 @@
 Its files, from the top down:
 
     startup.py        imports and patches DeepSpeed; joins the world
+    patches.py        patches of DeepSpeed's classes, so that all stages train alike
     engine_state.py   what a running engine holds, and what can be set on it
     writer.py         files for plain DeepSpeed in another layout, written outside of a run
     muon.py           DeepSpeed's Muon optimizer

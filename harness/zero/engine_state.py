@@ -16,11 +16,14 @@ from torch.optim import Optimizer
 
 from harness import distributed
 from harness.zero.layout import PARAMETER_NAMES, Shapes, Tree, flats, group_shapes
-from harness.zero.parameters import full_shape, is_sharded, shard
+from harness.zero.parameters import full_shape, is_expert, is_sharded, shard
 from harness.zero.partition import shard_range
 
 FileTrees = dict[str, Tree]
 """The files of a rank: trees of tensors and plain values, by path relative to the checkpoint."""
+
+DEFAULT_CLIPPING = 1.0
+"""DeepSpeed's `gradient_clipping` where the key is absent (constants.py)."""
 
 Read = Callable[[str, int, int], Tensor]
 """`(name, start, stop)`: returns these elements of the flattened weight, (stop - start,)."""
@@ -214,11 +217,48 @@ def zero_stage(ds: Any) -> int:
     return ds.zero_optimization_stage()
 
 
-def plain_grad_norm(ds: Any) -> Tensor | None:
-    """The gradients' L2 norm in fp32 at stage 0, before the step; there DeepSpeed neither wraps the
-    optimizer nor reports the norm. None elsewhere."""
+def take_step(ds: Any) -> Tensor | float:
+    """DeepSpeed's optimizer step: skipped, at every stage, if a gradient is not finite.
+
+    Returns the gradients' L2 norm before clipping; inf if the step was skipped. Collective.
+    """
     if zero_stage(ds) or compute_dtype(ds) != torch.float32:
-        return None
-    module: nn.Module = ds.module
+        ds.step()
+        return ds.get_global_grad_norm()
+    norm = _plain_grad_norm(ds.module)
+    if _is_finite_everywhere(norm, ds.module):
+        ds.step()
+        return norm
+    with _overflowing(ds.optimizer):
+        ds.step()
+    return math.inf
+
+
+def _plain_grad_norm(module: nn.Module) -> Tensor:
+    """The norm in fp32 at stage 0: there DeepSpeed neither wraps the optimizer nor computes it."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
+
+
+def _is_finite_everywhere(norm: Tensor, module: nn.Module) -> bool:
+    """Whether all ranks may step. Waits for the device. Ranks reduce to the same gradients, and so
+    to the same answer, except those of experts."""
+    is_finite = bool(norm.isfinite())
+    if any(map(is_expert, module.parameters())):
+        return not distributed.all_reduce_max([not is_finite])[0]
+    return is_finite
+
+
+@contextmanager
+def _overflowing(optimizer: Optimizer) -> Iterator[None]:
+    """In the block DeepSpeed's step skips as it does on an overflow (engine.py,
+    `_take_model_step`): it drops the gradients, counts a skipped step, and holds the schedule."""
+    replaced = {"step": lambda: None, "overflow": True}
+    kept = {key: vars(optimizer)[key] for key in replaced if key in vars(optimizer)}
+    vars(optimizer).update(replaced)
+    try:
+        yield
+    finally:
+        for key in replaced:
+            del vars(optimizer)[key]
+        vars(optimizer).update(kept)

@@ -1,4 +1,4 @@
-"""Imports DeepSpeed, and patches it where its defaults would hang a run."""
+"""Imports DeepSpeed, and patches it; here where its defaults would hang a run."""
 
 import importlib
 import os
@@ -8,6 +8,7 @@ from types import ModuleType
 import torch.distributed as dist
 
 from harness import distributed
+from harness.zero.patches import apply_patches
 
 
 def join(timeout: timedelta) -> None:
@@ -20,7 +21,7 @@ def join(timeout: timedelta) -> None:
 
 
 def _patched(timeout: timedelta) -> ModuleType:
-    """DeepSpeed with two patches.
+    """DeepSpeed with the patches of patches.py, and two more.
 
     Its shared-memory op (comm/torch.py, build_shm_op) is for inference only, but is compiled on the
     first start of every CPU run: this takes a minute, or forever after a compilation was killed.
@@ -31,4 +32,5 @@ def _patched(timeout: timedelta) -> ModuleType:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = importlib.import_module("deepspeed.comm.torch").TorchBackend
     backend.new_group = lambda self, ranks: dist.new_group(list(ranks), timeout=timeout)
+    apply_patches()
     return deepspeed

@@ -23,8 +23,9 @@ from harness.optim.zero_compatibility import check_zero
 from harness.run import run_in_world
 from harness.testing.pool import RankError, RankPool
 from harness.zero.reader import SavedEngine
+from tests.support.commanded import commanded
 from tests.support.given_gradients import Given, engine_of, gradients_of
-from tests.support.helpers import losses, records, tiny_config
+from tests.support.helpers import error_of, log_text, losses, records, tiny_config
 
 dynamo: Any = torch._dynamo
 
@@ -91,6 +92,7 @@ ADAFACTOR = "keeps row and column means of each matrix"
         ("schedulefree", {"zero_optimization": {"stage": 1}}, "use ZeRO stage 0 in fp32"),
         ("schedulefree", {"bf16": {"enabled": True}}, "use ZeRO stage 0 in fp32"),
         ("muon", {"zero_optimization": {"stage": 3}}, "reduce_scatter = false"),
+        ("muon", {"zero_optimization": {"stage": 2}}, r"\(to 1\): set gradient_clipping = 0"),
         ("apollo", {"fp16": {"enabled": True}}, "use stage 1, or bf16"),
         (
             "apollo",
@@ -125,13 +127,20 @@ def test_optimizers_that_zero_does_not_degrade_are_accepted(
         assert f"{name!r} is not known to be elementwise" in caplog.text
 
 
-def with_muon(stage: int) -> dict[str, Tensor]:
-    """Three steps of Muon; the weights after them."""
+def with_muon(stage: int, clip: float) -> dict[str, Tensor] | str:
+    """Three steps of Muon: the weights after them, or why it is refused."""
     dynamo.config.disable = True  # its kernels are compiled, which takes a minute
     shapes = {"matrix": (12, 8), "wide": (8, 16), "bias": (7,), "embedding": (6, 5)}
     model = Given(shapes)
     config = optimizer_config(name="muon", lr=0.02, adam_lr=1e-2, momentum=0.9)
-    overrides = {"zero_optimization": {"reduce_scatter": False}} if stage == 3 else {}
+    overrides = {
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": stage, "reduce_scatter": stage != 3},
+    }
+    try:
+        check_zero(config, overrides)
+    except ConfigError as error:
+        return str(error)
     engine = engine_of(model, build_optimizer(model, config), stage, "fp32", overrides)
     for step in range(3):
         engine.backward(engine(gradients_of(step, shapes)))
@@ -144,16 +153,46 @@ def with_muon(stage: int) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_muon_is_the_same_at_every_stage(two_ranks: RankPool, stage: int) -> None:
-    """Matrices take Muon's steps, the rest AdamW's."""
-    whole, _ = two_ranks.run(with_muon, 0)
-    for found in two_ranks.run(with_muon, stage):
+def test_muon_is_the_same_at_every_stage_or_refused(
+    two_ranks: RankPool, stage: int, clip: float
+) -> None:
+    """Matrices take Muon's steps, the rest AdamW's. The gradients' norm is far above `clip`."""
+    whole, _ = two_ranks.run(with_muon, 0, clip)
+    for found in two_ranks.run(with_muon, stage, clip):
+        if isinstance(found, str):
+            assert clip and "set gradient_clipping = 0" in found
+            continue
         for name, weight in found.items():
             assert torch.allclose(weight, whole[name], rtol=0, atol=1e-4), name
     start = dict(Given({"matrix": (12, 8), "wide": (8, 16), "bias": (7,)}).named_parameters())
     assert (whole["matrix"] - start["matrix"]).abs().max() > 1e-2
     assert (whole["bias"] - start["bias"]).abs().max() > 1e-2
+
+
+def muon_config(directory: Path, stage: int, clip: float | None) -> Any:
+    overrides = {} if clip is None else {"gradient_clipping": clip}
+    engine = {
+        "optimizer": {"name": "muon", "lr": 1e-2},
+        "ds_overrides": overrides | {"zero_optimization": {"reduce_scatter": False}},
+    }
+    return tiny_config(
+        directory, stage, engines={"net": engine}, run={"steps": 2}, control={"stdin": True}
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_of_muon_that_would_clip_its_updates_is_refused(
+    two_ranks: RankPool, tmp_path: Path, stage: int
+) -> None:
+    """The shipped configs clip to 1; and so may a live command."""
+    for error in two_ranks.run(error_of, muon_config(tmp_path / "config", stage, None)):
+        assert f"at ZeRO stage {stage} DeepSpeed clips its updates" in error
+    live = muon_config(tmp_path / "live", stage, 0.0)
+    two_ranks.run(commanded, live, "clip 1@1\n")
+    assert "step 1: clip 1: failed: optimizer 'muon'" in log_text(live)
+    assert len(records(live)) == 2
 
 
 def factors(name: str, steps: int = 100, **args: float) -> list[float]:

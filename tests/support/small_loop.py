@@ -1,0 +1,51 @@
+"""Engines for any model and feeder, without a run around them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from harness import distributed
+from harness.config.sections import merge
+from harness.engine.engines import Engines, build_engines
+from harness.task import Task
+from tests.support.helpers import tiny_config
+
+Feeder = Callable[[Any, Any], Any]
+
+
+def engines_of(
+    models: nn.Module | dict[str, nn.Module],
+    feeder: Feeder,
+    stage: int,
+    ds: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Engines:
+    """Engines at a ZeRO stage that keeps no parameter complete: "net", or one by each name.
+
+    `ds`: DeepSpeed keys. `settings`: of every engine. Collective.
+    """
+    by_name = {"net": models} if isinstance(models, nn.Module) else models
+    threshold = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    overrides = merge({"gradient_clipping": 0.0} | threshold, ds or {})
+    config = tiny_config(Path(), stage)
+    engine = merge(config.engines["net"].model_dump(), {"ds_overrides": overrides} | settings)
+    table = config.model_dump() | {"engines": dict.fromkeys(by_name, engine)}
+    task = Task(models=by_name, train_data=[], feeder=feeder)
+    return build_engines(task, type(config).model_validate(table))
+
+
+def train(engines: Engines, batches: Sequence[Any]) -> list[dict[str, Any]]:
+    """A step on each batch, split over the ranks along the first dimension. The ranks' reports."""
+    rank, world = distributed.global_rank(), distributed.world_size()
+    reports = []
+    for batch in batches:
+        reports.append(engines.step(batch.chunk(world)[rank]))
+        engines.global_step += 1
+    return reports
+
+
+def weights_of(engines: Engines, name: str = "net") -> dict[str, Tensor]:
+    """The model's weights, complete, on every rank. Collective."""
+    return distributed.broadcast(dict(engines[name].full_tensors()))
