@@ -16,7 +16,7 @@ from harness.control.commands import EvalQuit, Interrupt, Quit, QuitUnsaved, Sav
 from harness.control.live import LiveConfig
 from harness.data.loader import Batches
 from harness.engine.engines import Engines
-from harness.errors import CheckpointError, CommandError, HarnessError
+from harness.errors import CheckpointError, CommandError, GradientError, HarnessError
 from harness.evaluate import evaluate
 from harness.execute import execute
 from harness.metrics.meters import StepMeter, StepNumbers
@@ -114,6 +114,7 @@ class Trainer:
             samples, tokens = samples + counted[0], tokens + counted[1]
             reports.append(self.engines.step(to_device(batch, distributed.device())))
         self.engines.global_step += 1
+        self.engines.check_gradients()
         self._evaluation = {}
         reports.append(self.engines.step_metrics())
         local = {
@@ -214,7 +215,8 @@ class Trainer:
                     result = execute(self, ticket)
         except HarnessError as error:
             self.bus.end(ticket, "failed", step, str(error))
-            if isinstance(error, CheckpointError) and self.save_failure_is_fatal():
+            is_fatal = isinstance(error, CheckpointError) and self.save_failure_is_fatal()
+            if is_fatal or isinstance(error, GradientError):
                 raise
         else:
             if result is not None:
@@ -251,10 +253,11 @@ class Trainer:
     def rescue(self, error: HarnessError) -> None:
         """Saves the steps since the last save before an error ends the run.
 
-        Only if the error was raised on all ranks, between two steps, and not by a save.
+        Only if it was raised on all ranks, not by a save, and the weights are right.
         """
         is_saved = self._saved_step == self.engines.global_step
-        if not error.on_all_ranks or isinstance(error, CheckpointError) or is_saved:
+        is_useless = isinstance(error, CheckpointError | GradientError)
+        if is_saved or is_useless or not error.on_all_ranks:
             return
         log_error("%s\nsaving a checkpoint before the run ends", error)
         self.finishing = True
@@ -277,6 +280,7 @@ class Trainer:
             self._saving.append(ticket)
             return None
         self.finish_save(self.saver.wait())
+        self.engines.check_gradients()
         with self.status.doing("saving"):
             self.report(self.meter.drain())  # the counters must include this step
             result = self.saver.save(self._evaluation, name)

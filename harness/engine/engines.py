@@ -11,6 +11,7 @@ from torch import nn
 from harness import distributed
 from harness.config import Config
 from harness.engine.engine import Engine
+from harness.engine.gradient_check import GradientCheck
 from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
 from harness.errors import TaskError, did_you_mean
@@ -29,6 +30,7 @@ class Engines(Mapping[str, Engine]):
         self._engines = dict(engines)
         self._task = task
         self._turn = Turn()
+        self._gradients = GradientCheck()
         self.trained = [engine for engine in engines.values() if engine.role == "train"]
         for engine in engines.values():
             engine.peers, engine.turn = self, self._turn
@@ -53,7 +55,7 @@ class Engines(Mapping[str, Engine]):
         """
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.due(self.global_step + 1):
-            with self._turn.of(engine.name):
+            with self._gathered(), self._turn.of(engine.name):
                 loss, stats = feed(self._task, engine, batch)
                 engine.backward(loss)
             engine.step()
@@ -65,7 +67,7 @@ class Engines(Mapping[str, Engine]):
         """The losses and stats of every trained engine on one held-out micro-batch."""
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.trained:
-            with self._turn.of(engine.name):
+            with self._gathered(), self._turn.of(engine.name):
                 if self._task.evaluate is not None:
                     stats = self._task.evaluate(engine, batch)
                 else:
@@ -73,6 +75,30 @@ class Engines(Mapping[str, Engine]):
                     stats = {"loss": loss, **others}
             report |= self.label(engine, stats)
         return report
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """The models whose parts may be used on some ranks only, complete. Collective."""
+        with ExitStack() as stack:
+            for engine in self.trained:
+                stack.enter_context(engine.arrivals.gathered())
+            yield
+
+    def gradient_digest(self) -> int:
+        """48 bits of the gradients that arrived in the step just taken, in order; see
+        `raise_gradient_difference`."""
+        return self._gradients.digest(self.global_step, self.due(self.global_step))
+
+    def raise_gradient_difference(self, step: int) -> None:
+        """Raises GradientError, on all ranks, for one of the last steps whose digests differ:
+        gradients of different parameters were added to each other. Collective."""
+        self._gradients.raise_difference(step, self.due(step))
+
+    def check_gradients(self) -> None:
+        """Raises GradientError, on all ranks, if the ranks' gradients in the step just taken were
+        not for the same parameters. Collective, and blocking."""
+        if len(set(distributed.all_gather(self.gradient_digest()))) > 1:
+            self.raise_gradient_difference(self.global_step)
 
     def lend(self, name: str) -> AbstractContextManager[nn.Module]:
         """Another engine's bare model, frozen, for a loss that goes through it.
