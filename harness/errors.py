@@ -40,6 +40,10 @@ class TaskError(HarnessError):
     """The user's own task failed or broke its contract."""
 
 
+class GradientError(HarnessError):
+    """The gradients of a step were wrong, and so are the weights: they must not be saved."""
+
+
 class LostRank(HarnessError):
     """Another rank is gone or does not respond: its process, its node or the network failed."""
 

@@ -16,7 +16,7 @@ from harness.control.live import LiveConfig
 from harness.data.step_batches import StepBatches
 from harness.distributed import StepVector
 from harness.engine.engines import Engines
-from harness.errors import CheckpointError, CommandError, HarnessError
+from harness.errors import CheckpointError, CommandError, GradientError, HarnessError
 from harness.evaluate import check_best_metric, evaluate
 from harness.execute import execute
 from harness.metrics.meters import StepMeter, StepNumbers
@@ -60,7 +60,7 @@ class Trainer:
         self.meter = StepMeter()
         self.traces = Traces(bus, live.config.run_dir / "traces")
         self.vector = StepVector()
-        for part in (bus, self.meter, batches):
+        for part in (bus, self.meter, batches, engines.gradient_check):
             self.vector.add(part)
         self.evaluated: set[str] = set()
         """The metrics of the evaluations so far."""
@@ -128,7 +128,7 @@ class Trainer:
             samples, tokens = samples + counted[0], tokens + counted[1]
             report = self.engines.step(to_device(batch, distributed.device()), terms, number)
             self.meter.add(report, terms.own[number] if terms else 1.0)
-        self.engines.global_step += 1
+        self.engines.end_step()
         self._evaluation = {}
         self.meter.add(self.engines.step_metrics())
         local = {
@@ -239,7 +239,8 @@ class Trainer:
                     result = execute(self, ticket)
         except HarnessError as error:
             self.bus.end(ticket, "failed", step, str(error))
-            if isinstance(error, CheckpointError) and self.save_failure_is_fatal():
+            is_fatal = isinstance(error, CheckpointError) and self.save_failure_is_fatal()
+            if is_fatal or isinstance(error, GradientError):
                 raise
         else:
             if result is not None:
@@ -275,10 +276,11 @@ class Trainer:
     def rescue(self, error: HarnessError) -> None:
         """Saves the steps since the last save before an error ends the run.
 
-        Only if the error was raised on all ranks, between two steps, and not by a save.
+        Only if it was raised on all ranks, not by a save, and the weights are right.
         """
         is_saved = self._saved_step == self.engines.global_step
-        if not error.on_all_ranks or isinstance(error, CheckpointError) or is_saved:
+        is_useless = isinstance(error, CheckpointError | GradientError)
+        if is_saved or is_useless or not error.on_all_ranks:
             return
         log_error("%s\nsaving a checkpoint before the run ends", error)
         self.finishing = True
@@ -349,7 +351,7 @@ class Trainer:
         try:
             self.export()
         except HarnessError as error:
-            if not error.on_all_ranks:
+            if not error.on_all_ranks or isinstance(error, GradientError):
                 raise
             log_error("%s; the run continues, and the next export tries again", error)
 

@@ -344,7 +344,7 @@ def best(metric: str, engines: int = 1, **fields: Any) -> tuple[Config, Task]:
     one = tiny_config(Path()).engines["net"].model_dump()
     table = {"checkpoint": {"keep_last": 1, "keep_best": 1, "best_metric": metric}}
     more = {"engines": {f"e{n}": one for n in range(engines - 1)}}
-    return tiny_config(Path(), **table, **more), build_with(**{"eval_data": [1], **fields})
+    return tiny_config(Path(), 0, **table, **more), build_with(**{"eval_data": [1], **fields})
 
 
 @pytest.mark.parametrize(

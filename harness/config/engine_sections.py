@@ -119,6 +119,10 @@ class EngineConfig(Section):
     checkpoint. Ignored when a run resumes, except for a teacher."""
     train_every: int = Field(default=1, ge=1)
     """Train only at every N-th step of the run."""
+    unused_parameters: Literal["error", "zeros"] = "error"
+    """Parameters that the losses of only some ranks use, as with experts: "error" ends the run
+    (above ZeRO 0), "zeros" lets the other ranks count with gradients of zero. With "zeros", ZeRO 3
+    gathers the whole model for each micro-batch."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average (EMA) of the weights, like 0.999: evaluations use the
     EMA weights, and exports also write them, as NAME.ema. Default: no EMA."""

@@ -4,6 +4,7 @@ Its files, from the top down:
 
     engines.py         Engines: the named set, stepped together; built from task and config
     optimizations.py   applies [optimizations]: replacing, compiling, offloading
+    gradient_check.py  whether all ranks gave gradients to the same parameters
     engine.py          Engine: one model under one DeepSpeed engine, by composition
     overrides.py       learning rate and clipping as changed by live commands
     turns.py           whose turn it is, and how one engine uses the model of another

@@ -16,7 +16,7 @@ from harness.engine.ema import Ema, remove_average
 from harness.engine.lora import adapt
 from harness.engine.overrides import Overrides
 from harness.engine.turns import Peers, Turn, zero_gradients
-from harness.errors import CheckpointError, ConfigError
+from harness.errors import CheckpointError, ConfigError, TaskError
 from harness.offload import OffloadPlan
 from harness.optim.apollo import Apollo
 from harness.optim.build import build_optimizer
@@ -24,6 +24,7 @@ from harness.optim.schedules import build_scheduler
 from harness.optim.zero_compatibility import check_zero, is_elementwise
 from harness.wrapper import freeze
 from harness.zero import engine_state
+from harness.zero.arrivals import Arrivals
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Engine:
         self.parameter_names = []
         self.turn = Turn()
         """Which engine of the run is in its turn."""
+        self._is_back_propagated = False  # in this micro-batch
         self.last_lr = 0.0
         self.last_grad_norm: torch.Tensor | float = 0.0
         self._was_step_applied = False
@@ -101,6 +103,7 @@ class Engine:
                 optimizer = self._build_optimizer(model)
                 scheduler = build_scheduler(optimizer, config.scheduler, total_steps)
         self.ds = self._wrap(model, optimizer, scheduler, micro_batch_size)
+        self.arrivals = Arrivals(self.ds, in_order=config.unused_parameters == "zeros")
         if self.role == "train":
             base_lrs = [chosen["lr"] for chosen in self._chosen]
             self.overrides = Overrides(name, self.ds, config, base_lrs)
@@ -210,14 +213,28 @@ class Engine:
         """Back-propagates a scalar loss of one micro-batch, times `share`.
 
         With share 0 every gradient is 0, even of a loss that is NaN, as a mean over no terms is.
+        Raises TaskError for a second one in a micro-batch.
         """
         self.turn.check(self.name, "back-propagated")
+        if self._is_back_propagated:
+            raise TaskError(
+                f"engine {self.name!r}: a second backward in one micro-batch, which ZeRO does not "
+                "add to the first: return the sum of the losses from the feeder, without calling "
+                "engine.backward"
+            )
+        self._is_back_propagated = True
         with nullcontext() if share else zero_gradients(self.module):
-            self.ds.backward(loss if share == 1 else loss * share)
+            self.arrivals.backward(loss if share == 1 else loss * share)
 
     def step(self) -> bool:
         """Ends a micro-batch. True if it was the last of an optimizer step, which is then taken."""
         self.turn.check(self.name, "stepped")
+        if self.turn.name is not None:
+            raise TaskError(
+                f"engine {self.name!r} was stepped in its own turn: return the loss from the "
+                "feeder; backward and step follow"
+            )
+        self._is_back_propagated = False
         self.counters.micro_step += 1
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()

@@ -13,6 +13,7 @@ from harness import distributed
 from harness.config import Config
 from harness.data.step_batches import Terms
 from harness.engine.engine import Engine
+from harness.engine.gradient_check import GradientCheck
 from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
 from harness.errors import TaskError, did_you_mean
@@ -34,6 +35,8 @@ class Engines(Mapping[str, Engine]):
         self._engines = dict(engines)
         self._task = task
         self._turn = Turn()
+        self.gradient_check = GradientCheck()
+        """Whether all ranks gave gradients to the same parameters; a part of the step's vector."""
         self.trained = [engine for engine in engines.values() if engine.role == "train"]
         for engine in engines.values():
             engine.peers, engine.turn = self, self._turn
@@ -68,7 +71,7 @@ class Engines(Mapping[str, Engine]):
                     engine.counters.skipped += 1
                     self._log_skipped(engine, logging.INFO, "no rank has a term")
                 continue
-            with self._turn.of(engine.name):
+            with self._gathered(), self._turn.of(engine.name):
                 loss, stats = feed(self._task, engine, batch)
                 engine.backward(loss, share)
             if engine.step() and not engine.was_step_applied():
@@ -94,7 +97,7 @@ class Engines(Mapping[str, Engine]):
         """The losses and stats of every trained engine, by name, on one held-out batch."""
         reports: dict[str, Stats] = {}
         for engine in self.trained:
-            with self._turn.of(engine.name):
+            with self._gathered(), self._turn.of(engine.name):
                 if self._task.evaluate is not None:
                     stats = checked_stats(self._task.evaluate(engine, batch), "Task.evaluate")
                 else:
@@ -102,6 +105,19 @@ class Engines(Mapping[str, Engine]):
                     stats = {"loss": loss, **others}
             reports[engine.name] = stats
         return reports
+
+    def end_step(self) -> None:
+        """Ends a step of the run, once all its micro-batches have been fed."""
+        self.global_step += 1
+        self.gradient_check.record(self.global_step, self.due(self.global_step))
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """The models whose parts may be used on some ranks only, complete. Collective."""
+        with ExitStack() as stack:
+            for engine in self.trained:
+                stack.enter_context(engine.arrivals.gathered())
+            yield
 
     def lend(self, name: str) -> AbstractContextManager[nn.Module]:
         """Another engine's bare model, frozen, for a loss that goes through it.

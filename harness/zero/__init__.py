@@ -5,6 +5,9 @@ Its files, from the top down:
     startup.py        imports and patches DeepSpeed; joins the world
     patches.py        patches of DeepSpeed's classes, so that all stages train alike
     engine_state.py   what a running engine holds, and what can be set on it
+    arrivals.py       which gradients arrive in a backward, in which order; zeros for the others
+    buckets.py        where stages 1 to 3 collect gradients
+    fetches.py        which modules' weights stage 3 gathers
     writer.py         files for plain DeepSpeed in another layout, written outside of a run
     muon.py           DeepSpeed's Muon optimizer
     refill.py         TreeFiller: fills the trees of a new layout with what was saved in another

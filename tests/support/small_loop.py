@@ -48,4 +48,5 @@ def train(engines: Engines, batches: Sequence[Any]) -> list[dict[str, Any]]:
 
 def weights_of(engines: Engines, name: str = "net") -> dict[str, Tensor]:
     """The model's weights, complete, on every rank. Collective."""
-    return distributed.broadcast(dict(engines[name].full_tensors()))
+    complete = {n: t for n, t in engines[name].full_tensors() if t is not None}
+    return distributed.broadcast(complete)

@@ -1,0 +1,91 @@
+"""Whether all ranks gave gradients to the same parameters, in the same order.
+
+If not, ZeRO has added gradients of different parameters to each other (`zero.arrivals`): the
+weights are wrong, and must not be saved.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from typing import Protocol
+
+from harness import distributed
+from harness.errors import GradientError
+from harness.zero.arrivals import Arrivals, Record
+
+DIGEST_BYTES = 6
+
+
+class CheckedEngine(Protocol):
+    """The part of an `engine.engine.Engine` that is used here."""
+
+    name: str
+    arrivals: Arrivals
+
+
+class GradientCheck:
+    """Compares what arrived on the ranks in each step; a part of the step's vector.
+
+    Each rank contributes numbers and their squares, whose sums show whether all have the same.
+    """
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._engines: list[CheckedEngine] = []
+        self._records: list[Record] = []
+        """Of the last step, by engine."""
+        self._is_new = False
+        self._summing: tuple[int, list[CheckedEngine], list[Record]] | None = None
+        """Step, engines and records that the vector is being summed for."""
+
+    def record(self, step: int, engines: Sequence[CheckedEngine]) -> None:
+        """Records a step that is over. `engines`: those that were trained in it."""
+        self._step, self._engines = step, list(engines)
+        self._records = [engine.arrivals.take() for engine in engines]
+        self._is_new = True
+
+    def contribute(self) -> Sequence[float]:
+        """The last step's digest in 16-bit numbers, and their squares."""
+        self._summing = None
+        if not self._is_new:
+            return ()
+        self._is_new = False
+        self._summing = self._step, self._engines, self._records
+        digest = _digest(self._records)
+        words = [digest >> shift & 0xFFFF for shift in range(0, 8 * DIGEST_BYTES, 16)]
+        return [*words, *(word * word for word in words)]
+
+    def receive(self, sums: Sequence[float]) -> None:
+        """Raises a GradientError, on all ranks, if their digests differ."""
+        numbers, world_size = list(map(int, sums)), distributed.world_size()
+        half = len(numbers) // 2
+        pairs = zip(numbers[:half], numbers[half:], strict=True)
+        if any(world_size * of_squares != total * total for total, of_squares in pairs):
+            self._raise_difference()
+
+    def _raise_difference(self) -> None:
+        assert self._summing is not None
+        step, engines, records = self._summing
+        per_rank = distributed.all_gather(records)
+        name, text = engines[0].name, "the ranks' gradients arrived in different orders"
+        for engine, of_ranks in zip(engines, zip(*per_rank, strict=True), strict=True):
+            if difference := engine.arrivals.describe_difference(of_ranks):
+                name, text = engine.name, difference
+                break
+        error = GradientError(
+            f"engine {name!r}: step {step}: {text}. Above ZeRO 0 this can add gradients of "
+            "different parameters to each other, so the weights are not saved. Use the same "
+            f'parameters on every rank, or set engines.{name}.unused_parameters = "zeros", '
+            "and resume from the last checkpoint"
+        )
+        error.on_all_ranks = True
+        raise error
+
+
+def _digest(records: Sequence[Record]) -> int:
+    total = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for record in records:
+        for numbers in (record.gradients, record.modules):
+            total.update(array("q", [len(numbers)]).tobytes())
+            total.update(array("q", numbers).tobytes())
+    return int.from_bytes(total.digest())

@@ -1,0 +1,208 @@
+"""Which gradients reach DeepSpeed in a backward, and in which order.
+
+ZeRO 2 and 3, and ZeRO 1 with overlap_comm, pack gradients into buckets as backward produces them,
+and add up the buckets of the ranks (stage_1_and_2.py, stage3.py below `runtime/zero/`). So if ranks
+use different parameters in a micro-batch, the gradients of one parameter are added to those of
+another, without an error. And where a parameter gets no gradient, ZeRO 3 and optimizer offload step
+it with what their buffers contain from an earlier step.
+
+Here a parameter without a gradient gets zeros at the end of every backward. What has arrived is
+recorded, for a comparison between the ranks; or it is handed over in one fixed order.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from harness.errors import TaskError, first_few
+from harness.zero import fetches
+from harness.zero.buckets import buckets_of
+
+END_OF_BACKWARD = -(1 << 62)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What must be the same on every rank. Parameters and modules are numbered."""
+
+    gradients: Sequence[int] = ()
+    """In order: a parameter whose gradient was reduced as `number`, one that got zeros as
+    `~number`; `END_OF_BACKWARD` after each backward. Empty at stage 0, where DeepSpeed fills in
+    zeros and reduces in the order of the model."""
+    modules: Sequence[int] = ()
+    """See `fetches.called_modules`."""
+
+
+class Arrivals:
+    """The gradients of one DeepSpeed engine, between backward and the buckets."""
+
+    def __init__(self, ds: Any, in_order: bool):
+        """`in_order`: ranks may use different parameters, so gradients are handed over in a fixed
+        order, and nothing is recorded."""
+        self._ds = ds
+        self._in_order = in_order
+        self._buckets = buckets_of(ds.optimizer)
+        self._queue: _Queue | None = None
+        self._arrived: list[int] = []
+        """The parameters of this backward whose gradients were reduced."""
+        self._gradients: list[int] = []
+        self._modules: tuple[Sequence[nn.Module], list[int]] = (), []
+        """The last order of modules that was recorded, and their numbers."""
+        if in_order:
+            fetches.allow_different_modules(ds)
+        if self._buckets is None:
+            return
+        if self._buckets.by_arrival:
+            self._buckets.before_reduction(self._arrived.extend)
+            if in_order:
+                self._queue = _Queue(self._buckets.parameters, self._buckets.give)
+                self._buckets.on_gradient(self._queue.arrive)
+        allreduce = ds.allreduce_gradients
+
+        def complete_and_allreduce(*args: Any, **kwargs: Any) -> None:
+            self._complete()
+            allreduce(*args, **kwargs)
+
+        ds.allreduce_gradients = complete_and_allreduce
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagates the loss of a micro-batch. Collective."""
+        if self._buckets is not None:
+            self._buckets.prepare(self._ds.is_gradient_accumulation_boundary())
+            self._arrived.clear()
+            if self._queue is not None and loss.requires_grad:
+                self._queue.restart()
+                loss.register_hook(self._queue.find_unused)
+        self._ds.backward(loss)
+        if self._arrived and not self._in_order:
+            self._gradients += self._arrived
+            self._gradients.append(END_OF_BACKWARD)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """To be open while the model is called: ranks may then call different modules of it."""
+        return fetches.gathered(self._ds) if self._in_order else nullcontext()
+
+    def take(self) -> Record:
+        """The record since the last call."""
+        gradients, self._gradients = self._gradients, []
+        modules = fetches.called_modules(self._ds)
+        if modules is not self._modules[0] or isinstance(modules, list):  # lists grow
+            self._modules = modules, fetches.numbers(modules)
+        return Record(gradients, self._modules[1])
+
+    def describe_difference(self, records: Sequence[Record]) -> str:
+        """How records of the same step differ between the ranks, with names; empty if they do not.
+
+        `records`: by rank.
+        """
+        parameters = self._buckets.parameters if self._buckets is not None else {}
+        paths = {id(p): path for path, p in self._ds.module.named_parameters()}
+        names = {number: paths[id(p)] for number, p in parameters.items()}
+        backwards = [_backwards(record.gradients) for record in records]
+        for count, per_rank in enumerate(zip_longest(*backwards, fillvalue=[]), 1):
+            if text := _difference(per_rank, names):
+                return f"in micro-batch {count}, {text}"
+        modules = {m.ds_id: path or "model" for path, m in self._ds.module.named_modules()}
+        calls = [record.modules for record in records]
+        return _first_difference(calls, modules, "call", "called the modules")
+
+    def _complete(self) -> None:
+        """Gives zeros to the parameters without a gradient, before the last reduction."""
+        assert self._buckets is not None
+        if not self._buckets.reduces(self._ds.is_gradient_accumulation_boundary()):
+            return
+        if self._queue is not None:
+            self._queue.finish()
+            return
+        missing = self._buckets.missing(self._arrived)
+        for number in missing:
+            self._buckets.give(number)
+        if not self._in_order:
+            self._gradients += [~number for number in missing]
+
+
+class _Queue:
+    """Holds gradients back until it is their turn: from the last parameter to the first, about as
+    backward produces them."""
+
+    def __init__(self, parameters: dict[int, nn.Parameter], give: Callable[[int], None]):
+        self._order = list(reversed(parameters))
+        self._numbers = {id(p): number for number, p in parameters.items()}
+        self._parameters = parameters
+        self._give = give
+        self._ready: set[int] = set()
+        self._next = 0
+
+    def restart(self) -> None:
+        """Begins a backward."""
+        self._ready.clear()
+        self._next = 0
+
+    def find_unused(self, gradient: Tensor) -> None:
+        """Marks the parameters that the backward in progress will not reach."""
+        will_run = torch._C._will_engine_execute_node  # as in DeepSpeed's runtime/utils.py
+        for number, parameter in self._parameters.items():
+            if not will_run(get_gradient_edge(parameter).node):
+                self._ready.add(number)
+
+    def arrive(self, parameter: nn.Parameter) -> None:
+        """A gradient is complete: hands over all whose turn it is."""
+        number = self._numbers[id(parameter)]
+        if number in self._ready:
+            raise TaskError(
+                "a gradient has reached a parameter that the loss does not lead to: with "
+                'unused_parameters = "zeros", activation checkpointing needs use_reentrant=False, '
+                "and a custom autograd function must not call backward"
+            )
+        self._ready.add(number)
+        while self._next < len(self._order) and self._order[self._next] in self._ready:
+            self._give(self._order[self._next])
+            self._next += 1
+
+    def finish(self) -> None:
+        """Hands over the rest."""
+        for number in self._order[self._next :]:
+            self._give(number)
+        self.restart()
+
+
+def _backwards(gradients: Sequence[int]) -> list[list[int]]:
+    """A record's gradients by micro-batch."""
+    found: list[list[int]] = [[]]
+    for number in gradients:
+        if number == END_OF_BACKWARD:
+            found.append([])
+        else:
+            found[-1].append(number)
+    return found
+
+
+def _difference(per_rank: Sequence[Sequence[int]], names: Mapping[int, str]) -> str:
+    unused = [{~number for number in gradients if number < 0} for gradients in per_rank]
+    by_ranks: dict[tuple[int, ...], list[str]] = {}
+    for number in sorted(set().union(*unused)):
+        ranks = tuple(rank for rank, without in enumerate(unused) if number not in without)
+        if ranks:
+            by_ranks.setdefault(ranks, []).append(names[number])
+    if by_ranks:
+        return "only some ranks had gradients for: " + "; ".join(
+            f"{first_few(paths)} (rank {first_few(ranks)})" for ranks, paths in by_ranks.items()
+        )
+    return _first_difference(per_rank, names, "gradient", "had the gradients")
+
+
+def _first_difference(
+    per_rank: Sequence[Sequence[int]], names: Mapping[int, str], what: str, did: str
+) -> str:
+    for count, numbers in enumerate(zip_longest(*per_rank), 1):
+        if len(set(numbers)) > 1:
+            found = (names.get(number, "none") for number in numbers)
+            by_rank = (f"{name} on rank {rank}" for rank, name in enumerate(found))
+            return f"the ranks {did} in different orders: {what} {count} is {first_few(by_rank)}"
+    return ""

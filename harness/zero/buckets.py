@@ -1,0 +1,176 @@
+"""The buckets in which DeepSpeed's ZeRO optimizers collect gradients, at stages 1 to 3.
+
+The attributes are those of zero/stage_1_and_2.py and zero/stage3.py below `runtime/`. Methods of
+the optimizer are replaced on the object, for this optimizer alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Buckets(Protocol):
+    """What both optimizers have in common."""
+
+    parameters: dict[int, nn.Parameter]
+    """All parameters that get gradients, by a number that is the same on every rank."""
+    by_arrival: bool
+    """Whether gradients are packed as backward produces them, and not in the optimizer's order."""
+
+    def prepare(self, is_boundary: bool) -> None:
+        """Before a backward. `is_boundary`: it is the last one of an optimizer step."""
+        ...
+
+    def reduces(self, is_boundary: bool) -> bool:
+        """Whether the gradients are reduced in this backward."""
+        ...
+
+    def pending(self, dtype: torch.dtype | None = None) -> list[int]:
+        """The parameters in the buckets, or in that of one dtype, in an order that matters."""
+        ...
+
+    def missing(self, arrived: Sequence[int]) -> list[int]:
+        """The parameters that have no gradient to reduce. `arrived`: those that have left the
+        buckets."""
+        ...
+
+    def give(self, number: int) -> None:
+        """Hands a parameter's gradient over, or zeros if it has none."""
+        ...
+
+    def on_gradient(self, call: Callable[[nn.Parameter], None]) -> None:
+        """Calls `call` when backward has produced a gradient, which is then not handed over."""
+        ...
+
+    def before_reduction(self, call: Callable[[list[int]], None]) -> None:
+        """Calls `call` with the pending parameters each time before their gradients are reduced."""
+        ...
+
+
+def buckets_of(optimizer: Any) -> Buckets | None:
+    """The buckets of `ds.optimizer`; None at stage 0 and wherever else DeepSpeed fills in zeros and
+    reduces in the order of the model (bf16_optimizer.py)."""
+    if hasattr(optimizer, "fp16_partitioned_groups"):
+        return _Stage3(optimizer)
+    return _Stage1And2(optimizer) if hasattr(optimizer, "ipg_buckets") else None
+
+
+class _Stage1And2:
+    def __init__(self, optimizer: Any):
+        self._optimizer = optimizer
+        self._receive = optimizer.process_gradients
+        self._groups: dict[int, int] = {}
+        self.parameters = {}
+        for group, parameters in enumerate(optimizer.bit16_groups):
+            for parameter in parameters:
+                if parameter.requires_grad and parameter.numel():
+                    number = optimizer.get_param_id(parameter)
+                    self.parameters[number], self._groups[number] = parameter, group
+        self.by_arrival = optimizer.partition_gradients or optimizer.overlap_comm
+
+    def prepare(self, is_boundary: bool) -> None:
+        _prepare(self._optimizer, is_boundary)
+
+    def reduces(self, is_boundary: bool) -> bool:
+        return is_boundary or self._optimizer.partition_gradients
+
+    def pending(self, dtype: torch.dtype | None = None) -> list[int]:
+        buckets = _chosen(self._optimizer, dtype)
+        return [number for bucket in buckets for _, _, number in bucket.params]
+
+    def missing(self, arrived: Sequence[int]) -> list[int]:
+        if self.by_arrival:
+            return _without(self.parameters, [*arrived, *self.pending()])
+        if self._optimizer.use_grad_accum_attribute:
+            return [n for n, p in self.parameters.items() if getattr(p, "grad_accum", None) is None]
+        return [number for number, p in self.parameters.items() if p.grad is None]
+
+    def give(self, number: int) -> None:
+        parameter = self.parameters[number]
+        if self._optimizer.get_gradient_for_reduction(parameter) is None:
+            parameter.grad = torch.zeros_like(parameter)
+        self._receive(parameter, self._groups[number])
+
+    def on_gradient(self, call: Callable[[nn.Parameter], None]) -> None:
+        self._optimizer.process_gradients = lambda parameter, group: call(parameter)
+
+    def before_reduction(self, call: Callable[[list[int]], None]) -> None:
+        reduce = self._optimizer.reduce_ipg_grads
+
+        def note_and_reduce(comm_dtype: torch.dtype | None = None) -> None:
+            call(self.pending(comm_dtype))
+            reduce(comm_dtype)
+
+        self._optimizer.reduce_ipg_grads = note_and_reduce
+
+
+class _Stage3:
+    by_arrival = True
+
+    def __init__(self, optimizer: Any):
+        self._optimizer = optimizer
+        self._receive = optimizer.reduce_ready_partitions_and_remove_grads
+        self.parameters = {
+            parameter.ds_id: parameter
+            for parameters in optimizer.fp16_groups
+            for parameter in parameters
+            if parameter.requires_grad and parameter.ds_numel
+        }
+
+    def prepare(self, is_boundary: bool) -> None:
+        _prepare(self._optimizer, is_boundary)
+
+    def reduces(self, is_boundary: bool) -> bool:
+        return True
+
+    def pending(self, dtype: torch.dtype | None = None) -> list[int]:
+        found: list[int] = []
+        for bucket in _chosen(self._optimizer, dtype):
+            numbers = [parameter.ds_id for parameter in bucket.params]
+            found += sorted(numbers) if self._optimizer.reduce_scatter else numbers
+        return found
+
+    def missing(self, arrived: Sequence[int]) -> list[int]:
+        return _without(self.parameters, [*arrived, *self.pending()])
+
+    def give(self, number: int) -> None:
+        parameter: Any = self.parameters[number]
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)  # empty while the parameter is sharded
+            parameter.grad.data = parameter.grad.new_zeros(parameter.ds_shape)
+        self._receive(parameter)
+
+    def on_gradient(self, call: Callable[[nn.Parameter], None]) -> None:
+        self._optimizer.reduce_ready_partitions_and_remove_grads = call
+
+    def before_reduction(self, call: Callable[[list[int]], None]) -> None:
+        name = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
+        reduce = getattr(self._optimizer, name)
+
+        def note_and_reduce(dtype: torch.dtype) -> None:
+            call(self.pending(dtype))
+            reduce(dtype)
+
+        setattr(self._optimizer, name, note_and_reduce)
+
+
+def _prepare(optimizer: Any, is_boundary: bool) -> None:
+    """What DeepSpeed does in its engine's forward, which a feeder need not call: it may call the
+    module. Without it, ZeRO 3 would replace the gradients of earlier micro-batches."""
+    optimizer.set_gradient_accumulation_boundary(is_boundary)
+    if optimizer._epilogue_ran_this_backward:
+        optimizer.clear_backward_seen_flag()
+
+
+def _chosen(optimizer: Any, dtype: torch.dtype | None) -> list[Any]:
+    buckets = optimizer.ipg_buckets
+    return list(buckets.values()) if dtype is None else [buckets[dtype]]
+
+
+def _without(parameters: dict[int, nn.Parameter], arrived: Sequence[int]) -> list[int]:
+    if len(arrived) == len(parameters):  # in a backward each arrives once
+        return []
+    found = set(arrived)
+    return [number for number in parameters if number not in found]

@@ -1,0 +1,65 @@
+"""Which modules' weights ZeRO 3 gathers, and how ranks may use different ones.
+
+A rank gathers the shards of a module's weights when it calls the module, and expects all ranks to
+do the same at that moment (zero/partitioned_param_coordinator.py): if they call different modules,
+they get each other's shards, or wait for each other.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import nn
+
+ALL_RANKS = -1
+"""Among the modules that use a weight: no module, but all ranks at once."""
+
+
+def called_modules(ds: Any) -> Sequence[nn.Module]:
+    """The modules of the last micro-batch, forward and backward, in order: the same object while
+    nothing changes. Empty below stage 3, and after a micro-batch that was unlike the one before."""
+    coordinator = _coordinator(ds)
+    if coordinator is None:
+        return ()
+    return coordinator._PartitionedParameterCoordinator__submodule_order
+
+
+def numbers(modules: Iterable[nn.Module]) -> list[int]:
+    """DeepSpeed's numbers of modules, the same on every rank."""
+    return [cast(int, module.ds_id) for module in modules]
+
+
+def allow_different_modules(ds: Any) -> None:
+    """Makes DeepSpeed record no order of modules, which it would compare between the ranks.
+
+    For a model that is `gathered` in every micro-batch; there is then nothing to prefetch.
+    """
+    coordinator = _coordinator(ds)
+    if coordinator is not None:
+        coordinator.reset_step = coordinator._clean_inflight_param_registry
+
+
+@contextmanager
+def gathered(ds: Any) -> Iterator[None]:
+    """In the block the whole model is gathered, and no module releases its weights. Collective."""
+    if _coordinator(ds) is None:
+        yield
+        return
+    sharded = [p for p in ds.module.parameters() if p.ds_status.name == "NOT_AVAILABLE"]
+    if sharded:
+        sharded[0].all_gather(sharded)
+    everything = list(ds.module.parameters())
+    for parameter in everything:
+        parameter.ds_active_sub_modules.add(ALL_RANKS)
+    try:
+        yield
+    finally:
+        for parameter in everything:
+            parameter.ds_active_sub_modules.discard(ALL_RANKS)
+        if sharded:
+            sharded[0].partition(sharded)
+
+
+def _coordinator(ds: Any) -> Any:
+    offload = getattr(ds.optimizer, "parameter_offload", None)
+    return None if offload is None else offload.get_param_coordinator()

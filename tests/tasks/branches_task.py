@@ -1,0 +1,138 @@
+"""Models with layers that not every micro-batch uses."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset, TensorDataset
+
+from harness.config import Config
+from harness.metrics.meters import Stats
+from harness.task import Task, default_feeder
+
+WIDTH = 8
+
+
+class Branches(nn.Module):
+    """A classifier; which layers a micro-batch uses depends on its samples, `number` [B]."""
+
+    def __init__(self, kind: str, reentrant: bool = False):
+        super().__init__()
+        self.kind = kind
+        self.reentrant = reentrant
+        self.first = nn.Linear(6, WIDTH)
+        widths = (WIDTH, 2 * WIDTH if kind == "shapes" else WIDTH)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, width), nn.Tanh(), nn.Linear(width, WIDTH))
+            for width in widths
+        )
+        self.never = nn.Linear(WIDTH, WIDTH)
+        self.last = nn.Linear(WIDTH, 3)
+
+    def forward(self, points: Tensor, classes: Tensor, number: Tensor) -> None:
+        hidden = torch.tanh(self.first(points))
+        for expert in self.chosen(int(number.max())):
+            if self.reentrant:
+                hidden = hidden + checkpoint(expert, hidden, use_reentrant=True)
+            else:
+                hidden = hidden + expert(hidden)
+        self.loss = F.cross_entropy(self.last(hidden).float(), classes)
+
+    def chosen(self, last: int) -> list[nn.Module]:
+        first, second = self.experts
+        match self.kind:
+            case "experts" | "shapes":  # one of them
+                return [self.experts[last % 5 % 2]]
+            case "sometimes":  # both, in every third micro-batch of 8 samples
+                return [] if last // 8 % 3 else [first, second]
+            case "order":
+                return [first, second] if last % 2 else [second, first]
+            case _:
+                raise ValueError(self.kind)
+
+
+def points(count: int = 96) -> Dataset:
+    generator = torch.Generator().manual_seed(3)
+    samples = torch.randn(count, 6, generator=generator)
+    return TensorDataset(samples, samples[:, :3].argmax(1), torch.arange(count))
+
+
+class Experts(nn.Module):
+    """The case `experts` of a public bug report: two experts of one shape, and hard routing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.e = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor, y: Tensor, i: Tensor) -> None:
+        h = x.mean(1)
+        h = h + self.e[int(i.max()) % 2](h)
+        self.loss = F.mse_loss(self.b(torch.tanh(self.a(h))), y)
+
+
+def routed_points(count: int = 128) -> Dataset:
+    x = torch.randn(count, 5, 8, generator=torch.Generator().manual_seed(3))
+    return TensorDataset(x, torch.sin(x.mean(1) * 3), torch.arange(count))
+
+
+class Once(nn.Module):
+    """A layer `extra` that only the first step uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.extra = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> None:
+        h = self.a(x)
+        h = h if self.calls else h + self.extra(h)
+        self.calls += 1
+        self.loss = h.square().mean()
+
+
+def once_points() -> Dataset:
+    return TensorDataset(torch.randn(64, 4, generator=torch.Generator().manual_seed(1)))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Dataset]]] = {
+    "case experts": (Experts, routed_points),
+    "case once": (Once, once_points),
+}
+
+
+def feed_twice(engine: Any, batch: Any) -> tuple[Tensor, Stats]:
+    """Back-propagates a loss, and returns another."""
+    loss, stats = default_feeder(engine, batch)
+    engine.backward(loss)
+    return default_feeder(engine, batch)[0], stats
+
+
+def feed_and_step(engine: Any, batch: Any) -> tuple[Tensor, Stats]:
+    """Does by itself what harness does after it."""
+    loss, stats = default_feeder(engine, batch)
+    engine.backward(loss)
+    engine.step()
+    return loss, stats
+
+
+def feed_module(engine: Any, batch: Any) -> tuple[Tensor, Stats]:
+    """Calls the model without DeepSpeed's forward."""
+    engine.module(*batch)
+    return engine.module.__dict__.pop("loss"), {}
+
+
+FEEDERS: dict[str, Any] = {"twice": feed_twice, "step": feed_and_step, "module": feed_module}
+
+
+def build(config: Config) -> Task:
+    args = dict(config.task.args)
+    kind, feeder = args.pop("kind"), args.pop("feeder", None)
+    model, data = CASES.get(kind, (lambda: Branches(kind, **args), points))
+    models = {name: model() for name in config.engines}
+    return Task(models=models, train_data=data(), feeder=FEEDERS.get(feeder, default_feeder))
