@@ -57,7 +57,8 @@ class Engines(Mapping[str, Engine]):
         """
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.due(self.global_step + 1):
-            with self._turn.of(engine.name):
+            begins_step = engine.counters.micro_step % engine.gradient_accumulation == 0
+            with self._turn.of(engine.name, begins_step):
                 loss, stats = feed(self._task, engine, batch)
                 engine.backward(loss)
             if engine.step() and not engine.was_step_applied():
