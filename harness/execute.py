@@ -77,6 +77,8 @@ def execute(run: CommandTarget, ticket: Ticket) -> str | None:
             return _clear_events(run.live, number)
         case c.TaskCommand(name, args):
             result = run.task.commands[name](run.engines, *args)
+            for engine in run.engines.trained:
+                engine.edits.check()
             return "done" if result is None else str(result)
         case command:
             raise AssertionError(command)

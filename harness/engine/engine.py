@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from harness import distributed
 from harness.config.engine_sections import EngineConfig
+from harness.engine.edits import Edits
 from harness.engine.ema import Ema, remove_average
 from harness.engine.lora import adapt
 from harness.engine.overrides import Overrides
@@ -104,6 +105,7 @@ class Engine:
                 scheduler = build_scheduler(optimizer, config.scheduler, total_steps)
         self.ds = self._wrap(model, optimizer, scheduler, micro_batch_size)
         self.arrivals = Arrivals(self.ds, in_order=config.unused_parameters == "zeros")
+        self.edits = Edits(name, self.ds, self.collect)
         if self.role == "train":
             base_lrs = [chosen["lr"] for chosen in self._chosen]
             self.overrides = Overrides(name, self.ds, config, base_lrs)
@@ -245,11 +247,11 @@ class Engine:
         self.counters.global_step += 1
         self.counters.skipped += not self._was_step_applied
         self.overrides.apply_lr()
+        self.edits.stepped()
         return True
 
     def was_step_applied(self) -> bool:
-        """Whether the last optimizer step changed the weights. One whose gradients are not finite
-        is skipped: it is counted as a step, but the schedule waits."""
+        """Whether the last step changed the weights; it is skipped if a gradient is not finite."""
         return self._was_step_applied
 
     def get_lr(self) -> float:
@@ -292,6 +294,16 @@ class Engine:
         """
         with self._ema.in_place() if self._ema else nullcontext():
             yield
+
+    def edit_weights(self) -> AbstractContextManager[nn.Module]:
+        """The model, whose parameters may be changed in place: rank 0's changes, on all ranks.
+
+        Collective; at ZeRO stage 3 all parameters are gathered. Optimizer state and EMA stay as
+        they are. Call it between steps, as in a command, or at the start of the engine's turn:
+        raises TaskError if a step has begun, and in an evaluation.
+        """
+        self.turn.check_edit(self.name)
+        return self.edits.block()
 
     def optimizer_metrics(self) -> dict[str, torch.Tensor]:
         """Metrics of the optimizer's last step (APOLLO has some); on the device."""

@@ -71,7 +71,8 @@ class Engines(Mapping[str, Engine]):
                     engine.counters.skipped += 1
                     self._log_skipped(engine, logging.INFO, "no rank has a term")
                 continue
-            with self._gathered(), self._turn.of(engine.name):
+            begins_step = engine.counters.micro_step % engine.gradient_accumulation == 0
+            with self._gathered(), self._turn.of(engine.name, begins_step):
                 loss, stats = feed(self._task, engine, batch)
                 engine.backward(loss, share)
             if engine.step() and not engine.was_step_applied():

@@ -32,14 +32,19 @@ class Turn:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._is_edit_allowed = False
         self._loans = ExitStack()
 
     @contextmanager
-    def of(self, name: str) -> Iterator[None]:
+    def of(self, name: str, begins_step: bool = False) -> Iterator[None]:
         """The turn of an engine. Lent models stay frozen until it ends, since a backward may run
-        parts of a forward again (activation checkpointing)."""
+        parts of a forward again (activation checkpointing).
+
+        `begins_step`: no gradient has been accumulated yet, so weights may be edited.
+        """
         with ExitStack() as loans:
             self.name, self._loans = name, loans
+            self._is_edit_allowed = begins_step
             try:
                 yield
             finally:
@@ -68,6 +73,18 @@ class Turn:
                 f"engine {name!r} was {verb} in the turn of engine {self.name!r}: that would mix "
                 f"up their gradients. {_remedy(name)}"
             )
+        self._is_edit_allowed = False
+
+    def check_edit(self, name: str) -> None:
+        """Raises TaskError if the weights of engine `name` must not be edited now."""
+        if self.name is None or (self.name == name and self._is_edit_allowed):
+            return
+        raise TaskError(
+            f"the weights of engine {name!r} were edited in the turn of engine {self.name!r}, "
+            "during a step or an evaluation: edit them in a command of the task (`event COMMAND "
+            f"every 1`), or in the turn of {name!r}, at the first micro-batch of a step, before "
+            "engine(...) is called"
+        )
 
     def guard(self, name: str, module: nn.Module) -> None:
         """Raises TaskError when a gradient reaches a parameter of `module`, of engine `name`, in

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from harness import distributed
 from harness.zero.layout import PARAMETER_NAMES, Shapes, Tree, flats, group_shapes
 from harness.zero.parameters import full_shape, is_expert, is_sharded, shard
-from harness.zero.partition import shard_range
+from harness.zero.partition import Segment, shard_range
 
 FileTrees = dict[str, Tree]
 """The files of a rank: trees of tensors and plain values, by path relative to the checkpoint."""
@@ -89,8 +90,8 @@ def write_weights(ds: Any) -> None:
     Collective.
     """
     optimizer = ds.optimizer
-    if isinstance(optimizer, Optimizer):
-        return  # the weights are their own masters
+    if not has_masters(ds):
+        return
     if hasattr(optimizer, "update_lp_params"):  # zero/stage_1_and_2.py, bf16_optimizer.py
         optimizer.update_lp_params()
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # zero/stage3.py
@@ -199,17 +200,67 @@ def fill_masters(ds: Any, module: Mapping[str, Tensor], shapes: list[Shapes], re
 
     `module`: the entries of the model's state dict. `shapes`: from `shapes_of`.
     """
+    for segment, master in _masters(ds, module, shapes):
+        master.copy_(read(segment.name, segment.start, segment.stop).view(master.shape))
+
+
+def _masters(
+    ds: Any, module: Mapping[str, Tensor], shapes: list[Shapes]
+) -> Iterator[tuple[Segment, Tensor]]:
+    """This rank's stretches of the parameters, and the part of a master that each has."""
     rank, world = distributed.global_rank(), distributed.world_size()
     parameters = {id(tensor) for tensor in module.values()}
     for flat in flats(ds.optimizer.state_dict(), dict(module), shapes, rank, world):
         if id(flat.master) in parameters:
             continue
         for segment in filter(lambda segment: segment.length, flat.segments):
-            part = read(segment.name, segment.start, segment.stop)
-            if segment.length == flat.master.numel():
-                flat.master.copy_(part.view(flat.master.shape))
-            else:
-                flat.master.view(-1)[segment.flat_slice].copy_(part)
+            is_all = segment.length == flat.master.numel()
+            yield segment, flat.master if is_all else flat.master.view(-1)[segment.flat_slice]
+
+
+def has_masters(ds: Any) -> bool:
+    """Whether the optimizer steps masters, from which the model's weights are written."""
+    return ds.basic_optimizer is not None and ds.optimizer is not ds.basic_optimizer
+
+
+@contextmanager
+def editing(module: nn.Module) -> Iterator[None]:
+    """In the block the parameters are complete, and may be changed in place; afterwards all ranks
+    have rank 0's, also if the block raises. Collective."""
+    import deepspeed  # late: zero.startup patches it first
+
+    parameters = [p for p in module.parameters() if not is_expert(p)]
+    sharded = [p for p in parameters if is_sharded(p)]
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
+        try:
+            yield
+        finally:
+            for parameter in parameters if not sharded else ():
+                dist.broadcast(parameter.detach(), src=0)
+
+
+@torch.no_grad()
+def update_masters(ds: Any, shapes: list[Shapes]) -> None:
+    """Takes over into the masters what was changed in the model's weights, and writes the weights.
+
+    Elements that equal their master in the weights' dtype keep its precision. `shapes`: from
+    `shapes_of`. Collective.
+    """
+    module = dict(ds.module.named_parameters())
+    for segment, master in _masters(ds, module, shapes):
+        part = _own_part(module[segment.name], segment).to(master.device).view(master.shape)
+        is_same = master.to(part.dtype) == part
+        master.copy_(torch.where(is_same, master, part.to(master.dtype)))
+    write_weights(ds)
+
+
+def _own_part(parameter: Tensor, segment: Segment) -> Tensor:
+    """A stretch of a parameter; of a sharded one, within this rank's shard."""
+    own, start = shard(parameter), segment.start
+    if own is None:
+        return parameter.detach().reshape(-1)[start : segment.stop]
+    start -= distributed.global_rank() * own.numel()
+    return own.view(-1)[start : start + segment.length]
 
 
 def zero_stage(ds: Any) -> int:

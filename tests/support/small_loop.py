@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from harness import distributed
 from harness.config.sections import merge
@@ -39,6 +39,7 @@ def engines_of(
 def train(engines: Engines, batches: Sequence[Any]) -> list[dict[str, Any]]:
     """A step on each batch, split over the ranks along the first dimension. The ranks' reports."""
     rank, world = distributed.global_rank(), distributed.world_size()
+    engines.train()
     reports = []
     for batch in batches:
         reports.append(engines.step(batch.chunk(world)[rank]))
@@ -46,7 +47,7 @@ def train(engines: Engines, batches: Sequence[Any]) -> list[dict[str, Any]]:
     return reports
 
 
-def weights_of(engines: Engines, name: str = "net") -> dict[str, Tensor]:
+def weights_of(engines: Engines, name: str = "net") -> dict[str, Any]:
     """The model's weights, complete, on every rank. Collective."""
     complete = {n: t for n, t in engines[name].full_tensors() if t is not None}
     return distributed.broadcast(complete)
