@@ -77,7 +77,8 @@ def _sum_up(
             except Exception as error:  # raised on all ranks, below
                 failure = error
         state = READ if own is not None else DONE
-        if distributed.all_reduce_max([FAILED if failure else state]) != [READ]:
+        (agreed,) = distributed.all_reduce_max([FAILED if failure else state])
+        if agreed != READ:
             break
         latest = _or_that_of_another_rank(own) if latest is None else own or latest
         try:
@@ -89,7 +90,7 @@ def _sum_up(
     with distributed.raise_on_all_ranks("evaluation"):
         if failure is not None:
             raise failure
-        if latest is None:
+        if latest is None and agreed == DONE:
             raise TaskError("eval_data: no rank has a batch")
     return sums
 

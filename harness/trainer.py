@@ -15,6 +15,7 @@ from harness.control.commands import EvalQuit, Interrupt, Quit, QuitUnsaved, Sav
 from harness.control.live import LiveConfig
 from harness.data.step_batches import StepBatches
 from harness.distributed import StepVector
+from harness.distributed.joint_failure import JointFailure
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, CommandError, GradientError, HarnessError
 from harness.evaluate import check_best_metric, evaluate
@@ -24,6 +25,7 @@ from harness.metrics.progress import Progress
 from harness.metrics.sinks import Sink
 from harness.metrics.status import Status
 from harness.metrics.trace import Traces
+from harness.rescue import BegunStep, rescue
 from harness.task import Task
 from harness.utils import to_device
 
@@ -72,6 +74,9 @@ class Trainer:
         """Commands that all ranks have received and not yet executed."""
         self._saving: list[Ticket] = []
         """Commands that wait for the save in flight."""
+        self.joint_failure = JointFailure()
+        self.begun: BegunStep | None = None  # the step in progress
+        self._started_at = engines.global_step
         self._saved_step: int | None = None
         self._evaluation: dict[str, float] = {}  # at this step, if there was one
 
@@ -86,8 +91,8 @@ class Trainer:
         try:
             self.loop()
             self.finish()
-        except HarnessError as error:
-            self.rescue(error)
+        except Exception as error:
+            rescue(self, error)
             raise
         return 128 + self.ending.signal if isinstance(self.ending, Interrupt) else 0
 
@@ -121,6 +126,7 @@ class Trainer:
     def step(self) -> None:
         """One step: all its micro-batches, through every engine."""
         started = time.perf_counter()
+        self.begun = BegunStep(self.engines)
         samples, tokens, size = 0, 0, self.engines.gradient_accumulation
         batches, terms = self.batches.next_step(size)
         for number, batch in enumerate(batches):
@@ -129,7 +135,8 @@ class Trainer:
             report = self.engines.step(to_device(batch, distributed.device()), terms, number)
             self.meter.add(report, terms.own[number] if terms else 1.0)
         self.engines.end_step()
-        self._evaluation = {}
+        self.begun, self._evaluation = None, {}
+        self.batches.end_step()
         self.meter.add(self.engines.step_metrics())
         local = {
             "step": self.engines.global_step,
@@ -144,6 +151,11 @@ class Trainer:
         self.report(self.meter.take())
         self.status.stepped(self.engines.global_step)
         self.traces.end(self.engines.global_step)
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether this step has a checkpoint, or is where the run started."""
+        return self.engines.global_step in (self._saved_step, self._started_at)
 
     def is_over(self) -> bool:
         """Whether no further step is to be taken."""
@@ -272,23 +284,6 @@ class Trainer:
         self.drain()
         for engine in self.engines.trained:
             engine.log_offload_stats()
-
-    def rescue(self, error: HarnessError) -> None:
-        """Saves the steps since the last save before an error ends the run.
-
-        Only if it was raised on all ranks, not by a save, and the weights are right.
-        """
-        is_saved = self._saved_step == self.engines.global_step
-        is_useless = isinstance(error, CheckpointError | GradientError)
-        if is_saved or is_useless or not error.on_all_ranks:
-            return
-        log_error("%s\nsaving a checkpoint before the run ends", error)
-        self.finishing = True
-        try:
-            self.save()
-            self.finish_save(self.saver.wait())
-        except CheckpointError as save_error:
-            log_error("%s", save_error)
 
     def save(self, name: str | None = None, ticket: Ticket | None = None) -> str | None:
         """Writes a checkpoint of this step, unless one exists and there is no `name` to pin it.

@@ -44,6 +44,10 @@ class Batches(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
+    def quick_state_dict(self) -> dict[str, Any] | None:
+        """`state_dict`, if that is quick enough for every step; else None."""
+        ...
+
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
@@ -95,6 +99,10 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """The position, the same on every rank: plain numbers and the sampler's state."""
         return {"given": self._returned, "sampler": self.sampler.state_dict()}
+
+    def quick_state_dict(self) -> dict[str, Any] | None:
+        """`state_dict`."""
+        return self.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues at a saved position. Raises ValueError if it belongs to another dataset."""
@@ -166,7 +174,7 @@ class TaskLoader:
             self._iterator = iter(self.loader)
         batch = next(self._iterator, _END)
         if batch is _END:
-            raise RuntimeError(  # on this rank only
+            raise TaskError(  # on this rank only
                 f"train_data: its length is {len(self.loader)} batches, but epoch {self.epoch} "
                 f"ended after {self._returned}"
             )
@@ -183,6 +191,10 @@ class TaskLoader:
         """Epoch, batches returned in it, and the loader's own state, if any."""
         own = self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
         return {"epoch": self.epoch, "given": self._returned, "loader": own}
+
+    def quick_state_dict(self) -> dict[str, Any] | None:
+        """`state_dict`, unless the loader has its own, which may take long."""
+        return None if hasattr(self.loader, "state_dict") else self.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues at a saved position."""

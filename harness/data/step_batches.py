@@ -64,6 +64,8 @@ class StepBatches:
         self._fetched: deque[_Fetched] = deque()
         self._contributed: list[Terms] = []
         self._epoch: int | None = None
+        self._taken = 0  # micro-batches of the step in progress
+        self._before: dict[str, Any] | None = None  # position before the step in progress
 
     @property
     def epoch(self) -> int:
@@ -89,11 +91,28 @@ class StepBatches:
         With it, they must have been prefetched, and the vector exchanged since.
         """
         if self._weigh is None:
-            return (next(self._batches) for _ in range(size)), None
+            self._before = self._batches.quick_state_dict()
+            return self._read(size), None
         fetched = self._fetched.popleft()
+        self._before = fetched.position
         assert fetched.terms.totals, "the weights of this step have not been summed"
         self._epoch = fetched.epoch
         return iter(fetched.micro_batches), fetched.terms
+
+    def _read(self, size: int) -> Iterator[Any]:
+        for _ in range(size):
+            batch = next(self._batches)
+            self._taken += 1
+            yield batch
+
+    def end_step(self) -> None:
+        """Ends the step in progress: the position is that of the next one."""
+        self._taken, self._before = 0, None
+
+    @property
+    def can_rewind(self) -> bool:
+        """Whether the position before the step in progress is known."""
+        return self._before is not None or not self._taken
 
     def contribute(self) -> Sequence[float]:
         """This rank's weights of the steps fetched since the last exchange."""
@@ -113,7 +132,9 @@ class StepBatches:
         self._batches.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of the next step."""
+        """The position of the next step, or of the one in progress."""
+        if self._before is not None:
+            return self._before
         return self._fetched[0].position if self._fetched else self._batches.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -122,6 +143,7 @@ class StepBatches:
         self._fetched.clear()
         self._contributed = []
         self._epoch = None
+        self.end_step()
 
 
 def checked_weight(weight: Any) -> float:

@@ -2,11 +2,12 @@
 
 Its files, from the top down:
 
-    step_vector.py   the one vector that the ranks sum in each step
-    collectives.py   all-reduce, broadcast, gather; raising on all ranks together
-    rng.py           the random generators of a rank
-    world.py         ranks and devices; joining and leaving the world
-    network.py       which interface gloo uses; the error when a rank is lost
+    step_vector.py    the one vector that the ranks sum in each step
+    joint_failure.py  whether all ranks fail in the same way
+    collectives.py    all-reduce, broadcast, gather; raising on all ranks together
+    rng.py            the random generators of a rank
+    world.py          ranks and devices; joining and leaving the world
+    network.py        which interface gloo uses; the error when a rank is lost
 """
 
 from harness.distributed.collectives import (

@@ -56,6 +56,12 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
+def is_lost_rank(error: Exception) -> bool:
+    """Whether it is the error of a collective, if a rank is gone or hangs."""
+    is_gloo = any(words in str(error) for words in ("gloo/", "pair closure"))
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and is_gloo)
+
+
 @contextmanager
 def raise_lost_rank(timeout_s: float) -> Iterator[None]:
     """Turns the error of a collective, if a rank is gone or hangs, into a LostRank.
@@ -65,8 +71,7 @@ def raise_lost_rank(timeout_s: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        is_gloo = any(words in str(error) for words in ("gloo/", "pair closure"))
-        if not isinstance(error, DistError) and not is_gloo:
+        if not is_lost_rank(error):
             raise
         reason = str(error).rpartition("/gloo/")[2].partition("] ")[2] or str(error)
         reason = reason.partition(" This is typically")[0].rstrip(".")

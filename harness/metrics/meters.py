@@ -150,6 +150,17 @@ class StepMeter:
         completed, self._completed = self._completed, []
         return completed
 
+    def take_own(self) -> list[StepNumbers]:
+        """The steps not yet completed, with the numbers of this rank alone: the others are gone."""
+        own = []
+        for pending in filter(None, (self._summing, self._copying, self._pushed)):
+            if pending.copied is not None:
+                pending.copied.synchronize()
+            sums, weights = pending.sums.by_name()
+            means = {name: sums[name] / weight for name, weight in weights.items() if weight}
+            own.append(StepNumbers(pending.local, means, *pending.tail[:2]))
+        return own
+
     def contribute(self) -> Sequence[float]:
         """Sums by name, weights by name, samples, tokens, number of new names."""
         self._summing, self._copying, self._pushed = self._copying, self._pushed, None

@@ -1,0 +1,112 @@
+"""What a run still reports and saves before an error ends it."""
+
+import logging
+import traceback
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from copy import copy
+from typing import Any, Protocol
+
+from harness import distributed
+from harness.checkpoint.save import Saver, SaveResult
+from harness.data.step_batches import StepBatches
+from harness.distributed.joint_failure import JointFailure
+from harness.distributed.network import is_lost_rank
+from harness.distributed.rng import rng_state, set_rng_state
+from harness.engine.engines import Engines
+from harness.errors import CheckpointError, GradientError, HarnessError
+from harness.metrics.meters import StepMeter, StepNumbers
+
+log = logging.getLogger(__name__)
+log_error = distributed.global_leader_only(log.error)
+
+SECONDS_TO_FAIL_TOGETHER = 5.0
+"""How long a rank that fails waits for the others to fail in the same place."""
+
+
+class FailingRun(Protocol):
+    """What is rescued: a `trainer.Trainer`."""
+
+    engines: Engines
+    batches: StepBatches
+    meter: StepMeter
+    saver: Saver
+    joint_failure: JointFailure
+    begun: "BegunStep | None"
+    finishing: bool
+
+    @property
+    def is_saved(self) -> bool: ...
+
+    def drain(self) -> None: ...
+
+    def report(self, done: Sequence[StepNumbers]) -> None: ...
+
+    def record(self, record: dict[str, Any]) -> None: ...
+
+    def save(self) -> str | None: ...
+
+    def finish_save(self, result: SaveResult | None) -> None: ...
+
+
+class BegunStep:
+    """A step in progress: what it changes before any optimizer steps, as it was before."""
+
+    def __init__(self, engines: Engines):
+        self._engines = engines
+        self._rng = rng_state()
+        self._counters = [copy(engine.counters) for engine in engines.trained]
+
+    def undo(self) -> bool:
+        """Restores the state before the step, except for the model's buffers and the position of
+        the data. False if an optimizer has stepped: the weights are of neither step."""
+        pairs = list(zip(self._engines.trained, self._counters, strict=True))
+        for engine, before in pairs:
+            taken = engine.counters.micro_step - before.micro_step
+            if taken >= engine.gradient_accumulation:
+                return False
+        for engine, before in pairs:
+            engine.counters = before
+        set_rng_state(self._rng)
+        return True
+
+
+def rescue(run: FailingRun, error: Exception) -> None:
+    """Reports the steps that were taken, and saves them, if all ranks fail together.
+
+    They do if the error was raised on all of them, or if each failed in the same place of the same
+    step. Otherwise the others can neither sum up metrics nor save: the last records are of rank 0
+    alone, with `"ranks": 1`. Nothing is saved after a failed save, if the weights are known to be
+    wrong, or in the middle of the step of an optimizer.
+    """
+    on_all_ranks = isinstance(error, HarnessError) and error.on_all_ranks
+    if not on_all_ranks and not _fails_together(run, error):
+        for numbers in run.meter.take_own():
+            run.record(numbers.local | numbers.means | {"ranks": 1})
+        return
+    with suppress(GradientError) if isinstance(error, GradientError) else nullcontext():
+        run.drain()  # which may find the same in the next step
+        run.drain()  # of a step that failed before its exchange
+    run.report(run.meter.take())
+    if isinstance(error, CheckpointError | GradientError) or run.is_saved:
+        return
+    what = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+    if run.begun is not None and not (run.batches.can_rewind and run.begun.undo()):
+        log_error("%s\nno checkpoint is saved: the error came in the middle of a step", what)
+        return
+    log_error("%s\nsaving a checkpoint before the run ends", what)
+    run.finishing = True
+    try:
+        run.save()
+        run.finish_save(run.saver.wait())
+    except CheckpointError as save_error:
+        log_error("%s", save_error)
+
+
+def _fails_together(run: FailingRun, error: Exception) -> bool:
+    """Whether all ranks fail with such an error in the same place of the same step."""
+    if is_lost_rank(error):
+        return False
+    lines = (f"{file}:{line}" for file, line, *_ in traceback.extract_tb(error.__traceback__))
+    how = " ".join([f"step {run.engines.global_step}", type(error).__name__, *lines])
+    return run.joint_failure.is_joint(how, SECONDS_TO_FAIL_TOGETHER)

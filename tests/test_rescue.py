@@ -1,0 +1,195 @@
+"""Runs that end with an error: no record is lost, and what all ranks have trained is saved."""
+
+import os
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import default_collate
+
+from harness import distributed
+from harness.checkpoint.manifest import checkpoints_in
+from harness.config import Config
+from harness.run import run_in_world
+from harness.task import load_task
+from harness.testing.pool import RankError, RankPool
+from tests.support.helpers import ROOT, Pools, log_text, losses, records, tiny_config
+
+PLACES = {
+    "feed": "harness.engine.engines.feed",
+    "data": "harness.data.loader.Loader.__next__",
+    "step": "harness.engine.engine.engine_state.take_step",
+}
+"""What is called once in each micro-batch, or at its optimizer step."""
+
+
+class Unwell(Exception):
+    """Not a HarnessError."""
+
+
+@contextmanager
+def failing(place: str, at: int, how: Callable[[], object] | None = None) -> Iterator[None]:
+    """The `at`-th call of one of the `PLACES` fails, after all that it does."""
+    path, calls = PLACES[place], 0
+    with pytest.MonkeyPatch.context() as patch:
+        original = pkgutil.resolve_name(path)
+
+        def faulty(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if place == "data" and calls == at:
+                fail(how)
+            result = original(*args)
+            if calls == at:
+                fail(how)
+            return result
+
+        patch.setattr(path, faulty)
+        yield
+
+
+def fail(how: Callable[[], object] | None) -> None:
+    if how is not None:
+        how()
+    raise Unwell("it is unwell")
+
+
+def die() -> None:
+    os._exit(7)
+
+
+def run_failing(config: Config, place: str, at: int, ranks: tuple[int, ...]) -> None:
+    """A run that fails on some ranks, or on all of them together."""
+    if distributed.global_rank() not in ranks:
+        run_in_world(config)
+        return
+    with failing(place, at), pytest.raises(Unwell):
+        run_in_world(config)
+
+
+def accumulated(directory: Path, stage: int = 0, **overrides: Any) -> Config:
+    """Six steps of two micro-batches, with dropout."""
+    engine = {"ds_overrides": {"gradient_accumulation_steps": 2}}
+    task = {"args": {"dropout": 0.3}}
+    return tiny_config(directory, stage, engines={"net": engine}, task=task, **overrides)
+
+
+def steps_saved(config: Config) -> list[int]:
+    return [int(path.name[-8:]) for path in checkpoints_in(config.run_dir / "checkpoints")]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "place", "at"),
+    [
+        (1, 0, "feed", 8),
+        (2, 0, "data", 7),
+        (2, 1, "feed", 8),
+        (2, 2, "data", 8),
+        (2, 3, "feed", 7),
+        (3, 3, "feed", 8),
+    ],
+)
+def test_what_fails_on_all_ranks_is_saved_as_before_the_step(
+    pools: Pools, tmp_path: Path, ranks: int, stage: int, place: str, at: int
+) -> None:
+    """In micro-batch `at`, one of step 4; the run resumes as if nothing had happened."""
+    config, whole = accumulated(tmp_path / "a", stage), accumulated(tmp_path / "b", stage)
+    pools(ranks).run(run_failing, config, place, at, tuple(range(ranks)))
+    assert [record["step"] for record in records(config)] == [1, 2, 3]
+    assert steps_saved(config) == [3]
+    assert "Unwell: it is unwell\nsaving a checkpoint" in log_text(config)
+    for run in (config, whole):
+        pools(ranks).run(run_in_world, run)
+    assert losses(config) == losses(whole)
+
+
+def test_what_cannot_be_fetched_ahead_ends_the_run_after_the_step(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """With weights, the micro-batches of step 5 are fetched at the end of step 3."""
+    args = {"weigh": True, "dropout": 0.3}
+    task = {"path": str(ROOT / "tests/tasks/evaluated_task.py"), "args": args}
+    config, whole = (tiny_config(tmp_path / name, 1, task=task) for name in "ab")
+    two_ranks.run(run_failing, config, "data", 5, (0, 1))
+    assert steps_saved(config) == [3] == [record["step"] for record in records(config)][-1:]
+    for run in (config, whole):
+        two_ranks.run(run_in_world, run)
+    assert losses(config) == losses(whole)
+
+
+def test_nothing_is_saved_in_the_middle_of_an_optimizers_step(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    config = accumulated(tmp_path)
+    two_ranks.run(run_failing, config, "step", 3, (0, 1))
+    assert [record["step"] for record in records(config)] == [1, 2]
+    assert steps_saved(config) == []
+    assert "no checkpoint is saved" in log_text(config)
+
+
+def alone(config: Config, place: str, at: int, rank: int, how: Any) -> None:
+    """A run that fails on one rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.rescue.SECONDS_TO_FAIL_TOGETHER", 0.3)
+        if distributed.global_rank() != rank:
+            run_in_world(config)
+            return
+        with failing(place, at, how):
+            run_in_world(config)
+
+
+@pytest.mark.parametrize(("rank", "how"), [(0, None), (1, die)])
+def test_a_failure_of_one_rank_loses_no_record(
+    two_ranks: RankPool, tmp_path: Path, rank: int, how: Any
+) -> None:
+    """Rank 0 fails, or another rank dies and rank 0 with it."""
+    config = accumulated(tmp_path, 1)
+    with pytest.raises(RankError, match="unwell" if rank == 0 else "exit code 7"):
+        two_ranks.run(alone, config, "feed", 8, rank, how)
+    found = records(config)
+    assert [record["step"] for record in found] == [1, 2, 3]
+    assert [record.get("ranks") for record in found] == [None, 1, 1]
+    assert all(record["loss"] > 0 and record["step_time_s"] > 0 for record in found)
+    assert steps_saved(config) == []
+
+
+class EndsEarly:
+    """A loader of 100 batches, of which there are 7."""
+
+    def __init__(self, dataset: Any, has_state: bool):
+        self.dataset = dataset
+        if has_state:
+            self.state_dict = dict
+            self.load_state_dict = lambda state: None
+
+    def __len__(self) -> int:
+        return 100
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, 28, 4):
+            yield default_collate([self.dataset[start + n] for n in range(4)])
+
+
+@pytest.mark.parametrize("has_state", [False, True])
+def test_a_loader_that_ends_early(pools: Pools, tmp_path: Path, has_state: bool) -> None:
+    """In the middle of step 4: a loader with a state of its own cannot be rewound."""
+    config = accumulated(tmp_path)
+    pools(1).run(with_early_end, config, has_state)
+    assert [record["step"] for record in records(config)] == [1, 2, 3]
+    assert steps_saved(config) == ([] if has_state else [3])
+    assert "ended after 7" in log_text(config)
+
+
+def with_early_end(config: Config, has_state: bool) -> None:
+    def with_loader(config: Config) -> Any:
+        task = load_task(config)
+        task.train_data = EndsEarly(task.train_data, has_state)
+        return task
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.run.load_task", with_loader)
+        with pytest.raises(Exception, match="ended after 7"):
+            run_in_world(config)
