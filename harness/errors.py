@@ -4,7 +4,8 @@ An error that is raised on all ranks (`distributed.raise_on_all_ranks`) is print
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -46,6 +47,15 @@ class GradientError(HarnessError):
 
 class LostRank(HarnessError):
     """Another rank is gone or does not respond: its process, its node or the network failed."""
+
+
+@contextmanager
+def config_errors_of(table: str) -> Iterator[None]:
+    """Prefixes a ConfigError that is raised in the context with the table that it is about."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{table}: {error}") from None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -126,15 +126,19 @@ def _pause_or_resume(run: CommandTarget, command: c.Pause | c.Resume) -> str:
 
 
 def _change_lr(engines: Engines, command: c.SetLr | c.ScaleLr | c.FollowSchedule) -> str:
-    for engine in engines.chosen(command.engine):
+    name, _, group = (command.engine or "").partition("/")
+    for engine in engines.chosen(name or None):
         match command:
             case c.SetLr(rate):
-                engine.overrides.set_lr(rate)
+                engine.overrides.set_lr(rate, group or None)
             case c.ScaleLr(factor):
-                engine.overrides.scale_lr(factor)
+                engine.overrides.scale_lr(factor, group or None)
             case c.FollowSchedule():
-                engine.overrides.follow_schedule()
-    return ", ".join(f"{name}: lr {lr:g}" for name, lr in engines.get_lr().items())
+                engine.overrides.follow_schedule(group or None)
+    return ", ".join(
+        f"{engine.name}: " + ", ".join(f"{k} {lr:g}" for k, lr in engine.overrides.rates().items())
+        for engine in engines.trained
+    )
 
 
 def _set_loss_scale(engines: Engines, scale: float, name: str | None) -> str:

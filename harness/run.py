@@ -169,7 +169,7 @@ def _build_control(
     """The bus, and on rank 0 its audit log and its fronts. Collective."""
     config = live.config
     helps = {name: getdoc(function) or "" for name, function in task.commands.items()}
-    grammar = Grammar([engine.name for engine in engines.trained], helps)
+    grammar = Grammar([engine.name for engine in engines.trained], helps, engines.groups())
     audit = None
     with distributed.raise_on_all_ranks(f"run directory {config.run_dir}"):
         if distributed.is_global_leader():

@@ -6,7 +6,7 @@ A task is a Python file, or an importable module, with one function `build(confi
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -126,6 +126,10 @@ class Task:
     weigh: Callable[[Any], float] | None = None
     """`batch -> number`: of how many terms (like labels that count) the loss of a micro-batch is
     the mean. Default: micro-batches count alike."""
+
+    parameter_groups: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """Parameter groups by engine, like those of `[[engines.NAME.optimizer.groups]]`, which come
+    first: `{"net": [{"name": "head", "match": "head", "lr": "x0.1"}]}`."""
 
     commands: Mapping[str, Callable[..., str | None]] = field(default_factory=dict)
     """The task's live commands, by name: `function(engines, *words) -> answer`. All ranks call it

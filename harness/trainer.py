@@ -370,6 +370,8 @@ class Trainer:
         self.evaluated.update(found)
         with distributed.raise_on_all_ranks("evaluation"):
             check_best_metric(self.live.config, self.task, self.evaluated)
+        if self.engines.evaluated(found, self.live.config.trainer.eval_every):
+            self._saved_step = None  # a checkpoint of this step would not contain it
         return text
 
     def drain(self) -> None:

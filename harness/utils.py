@@ -83,3 +83,10 @@ def torch_write(value: Any, path: Path) -> None:
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype, like "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def enclosing_names(name: str) -> list[str]:
+    """A parameter's name after those of the modules that contain it: "a.b.weight" gives "a", "a.b"
+    and "a.b.weight"."""
+    path = name.split(".")
+    return [".".join(path[:count]) for count in range(1, len(path) + 1)]

@@ -18,7 +18,7 @@ from harness.config.sections import merge
 from harness.data.sampler import RandomSampler
 from harness.engine.engine import Engine
 from harness.errors import TaskError
-from harness.optim.schedules import build_scheduler
+from harness.optim.scheduler import Schedule, build_scheduler
 from harness.run import run_in_world
 from harness.task import Task, feed, load_task
 from harness.testing.pool import RankPool
@@ -62,7 +62,7 @@ def plain_loop(
     model = task.models[name]
     arguments: dict[str, Any] = settings.optimizer.args | {"lr": settings.optimizer.lr}
     optimizer = torch.optim.AdamW(model.parameters(), **arguments)
-    scheduler = build_scheduler(optimizer, settings.scheduler, config.run.steps)
+    scheduler = build_scheduler(optimizer, Schedule(settings.scheduler, config.run.steps))
     draws = RandomSampler(len(task.train_data), seed=config.run.seed).stream()
     size = config.data.micro_batch_size * world_size * accumulation
     found = []

@@ -28,7 +28,7 @@ from harness.checkpoint.manifest import EngineManifest, Manifest, step_directory
 from harness.checkpoint.save import create_staging, engine_manifest
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
-from harness.errors import CheckpointError, missing_files
+from harness.errors import CheckpointError, first_few, missing_files
 from harness.io.stored import materialize
 from harness.optim.apollo import named_state
 from harness.optim.apollo.channels import ChannelPlan, matrices_of
@@ -164,15 +164,26 @@ def write_resharded(directory: Path, engine: Engine, staged: Path) -> dict[str, 
 
 
 def _check_names(saved: SavedEngine, engine: Engine, shapes: list[Shapes]) -> None:
-    """Raises CheckpointError unless the optimizer has the same parameters in the same groups."""
-    for number, names in enumerate(engine.parameter_names):
-        expected = {name for name in saved.shapes if saved.group_of(name) == number}
-        current = {name for group in shapes for name in group if name in names}
-        if different := sorted(current ^ expected):
-            raise CheckpointError(
-                f"engine {engine.name!r}: parameter group {number} has other parameters than in "
-                f"the checkpoint: only in one of them: {', '.join(different)}"
-            )
+    """Raises CheckpointError unless the optimizer has the same parameters, of the same shapes; and,
+    unless its state can be moved, in the same parameter groups."""
+    stepped = {name for group in shapes for name in group}
+    if different := sorted(stepped ^ saved.shapes.keys()):
+        raise CheckpointError(
+            f"engine {engine.name!r}: the optimizer has other parameters than in the checkpoint: "
+            f"only in one of them: {', '.join(different)}"
+        )
+    moved = [
+        name
+        for number, names in enumerate(engine.parameter_names)
+        for name in names
+        if name in stepped and saved.group_of(name) != number
+    ]
+    if moved and not engine.can_regroup:
+        raise CheckpointError(
+            f"engine {engine.name!r}: these parameters are in other parameter groups than in the "
+            f"checkpoint: {first_few(moved)}; the state of {engine.optimizer_path} cannot follow "
+            "them: restore the old groups, or start a new run under another run.name"
+        )
     for name, shape in (item for group in shapes for item in group.items()):
         if saved.shapes[name] != shape:
             raise CheckpointError(

@@ -1,6 +1,7 @@
 """The [engines.NAME] tables of a config file: keys, values and defaults."""
 
 import json
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -30,6 +31,9 @@ class NamedConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+DEFAULT_GROUP = "default"
+"""Name of the group of all parameters that no other group matches."""
+
 OPTIMIZER_PACKAGES = {
     "prodigy": "prodigyopt",
     "schedulefree": "schedulefree",
@@ -38,6 +42,52 @@ OPTIMIZER_PACKAGES = {
     "lion8bit": "bitsandbytes",
 }
 """Optional packages of registered optimizers."""
+
+
+class ParameterGroupConfig(NamedConfig):
+    """[[engines.NAME.optimizer.groups]] parameters with settings of their own; other keys are the
+    optimizer's arguments, for these parameters."""
+
+    name: str = Field(pattern=r"^[A-Za-z_][\w.-]*$")
+    """Name in metrics (`lr/NAME`) and commands (`lr ENGINE/NAME x0.5`)."""
+    match: str
+    """Regular expression that matches full names of parameters, or of modules (all their
+    parameters), as `frozen` does. A parameter belongs to the first group that matches it."""
+    lr: float | str | None = None
+    """Learning rate, or a factor of the optimizer's, like "x0.1". Default: the optimizer's."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_not_default(cls, name: str) -> str:
+        if name == DEFAULT_GROUP:
+            raise ValueError(f"found {name!r}, the name of the parameters that no group matches")
+        return name
+
+    @field_validator("match")
+    @classmethod
+    def _is_pattern(cls, match: str) -> str:
+        return check_pattern(match)
+
+    @field_validator("lr")
+    @classmethod
+    def _is_rate(cls, lr: float | str | None) -> float | str | None:
+        if lr is not None:
+            _rate(lr, 1.0)
+        return lr
+
+    def rate(self, optimizer_lr: float) -> float:
+        """Its learning rate, for the optimizer's own."""
+        return optimizer_lr if self.lr is None else _rate(self.lr, optimizer_lr)
+
+
+def _rate(lr: float | str, optimizer_lr: float) -> float:
+    try:
+        rate = float(lr.removeprefix("x")) * optimizer_lr if isinstance(lr, str) else lr
+    except ValueError:
+        rate = math.nan
+    if not 0 <= rate < math.inf or (isinstance(lr, str) and not lr.startswith("x")):
+        raise ValueError(f'found {lr!r}, expected a number >= 0, or a factor like "x0.1"')
+    return rate
 
 
 class OptimizerConfig(NamedConfig):
@@ -49,6 +99,21 @@ class OptimizerConfig(NamedConfig):
     "torch.optim:SGD"."""
     lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
     """Learning rate: the peak of the schedule."""
+    groups: list[ParameterGroupConfig] = Field(default=[], repr=False)
+    """Parameter groups: parameters with a learning rate, weight decay, ... of their own
+    (docs/training.md)."""
+    no_decay: bool = Field(default=False, repr=False)
+    """No weight decay for biases, norms and all other parameters of at most one dimension, in every
+    group. Matrices, embeddings among them, stay decayed."""
+
+    @field_validator("groups")
+    @classmethod
+    def _have_names(cls, groups: list[ParameterGroupConfig]) -> list[ParameterGroupConfig]:
+        names = [group.name for group in groups]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two groups are named {name!r}")
+        return groups
 
     @field_validator("name")
     @classmethod
@@ -63,8 +128,10 @@ class SchedulerConfig(NamedConfig):
     """[engines.NAME.scheduler] a learning-rate schedule; other keys are its arguments."""
 
     name: str
-    """A registered schedule: "constant", "linear", "cosine", "one-cycle", "noam" or
-    "warmup-stable-decay"."""
+    """A registered schedule ("constant", "linear", "cosine", "cosine-with-restarts", "one-cycle",
+    "noam", "inverse-sqrt", "warmup-stable-decay", "plateau"), or the import path of a function
+    `(total_steps, **arguments) -> (step -> factor)`. `warmup` is a number of steps, or below 1 a
+    ratio of all steps (docs/training.md)."""
 
 
 class LoraConfig(Section):

@@ -82,6 +82,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _evaluates_for_schedules(self) -> "Config":
+        for name, engine in self.engines.items():
+            needs = engine.scheduler is not None and engine.scheduler.name == "plateau"
+            if needs and not self.trainer.eval_every:
+                raise ValueError(
+                    f"engines.{name}.scheduler: 'plateau' needs evaluations: set trainer.eval_every"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _can_compile(self) -> "Config":
         for name, engine in self.engines.items():
             if self.optimizations.compile and engine.zero_stage == 3:

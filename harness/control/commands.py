@@ -93,27 +93,27 @@ class Resume(Command):
 
 @dataclass(frozen=True)
 class SetLr(StateChange):
-    """Holds the learning rate (of one engine) at RATE, ignoring the schedule."""
+    """Holds the learning rate (of one engine or parameter group) at RATE, ignoring the schedule."""
 
-    forms = ("lr RATE", "lr ENGINE RATE")
+    forms = ("lr RATE", "lr ENGINE[/GROUP] RATE")
     rate: float
     engine: str | None = None
 
 
 @dataclass(frozen=True)
 class ScaleLr(StateChange):
-    """Multiplies the learning rate (of one engine) from now on, as in lr x0.5."""
+    """Multiplies the learning rate (of one engine or parameter group) from now on: lr x0.5."""
 
-    forms = ("lr xFACTOR", "lr ENGINE xFACTOR")
+    forms = ("lr xFACTOR", "lr ENGINE[/GROUP] xFACTOR")
     factor: float
     engine: str | None = None
 
 
 @dataclass(frozen=True)
 class FollowSchedule(StateChange):
-    """Returns the learning rate (of one engine) to the schedule."""
+    """Returns the learning rate (of one engine or parameter group) to the schedule."""
 
-    forms = ("lr auto", "lr ENGINE auto")
+    forms = ("lr auto", "lr ENGINE[/GROUP] auto")
     engine: str | None = None
 
 

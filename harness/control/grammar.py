@@ -26,11 +26,17 @@ MAX_QUOTED = 80  # characters of an invalid line that the answer repeats
 class Grammar:
     """All commands of a run: the built-in ones, for its trained engines, and the task's.
 
-    `task_commands`: the help of the task's commands, by name.
+    `task_commands`: the help of the task's commands, by name. `groups`: of parameters, as
+    ENGINE/GROUP.
     """
 
-    def __init__(self, engines: Sequence[str], task_commands: Mapping[str, str]) -> None:
-        self._kinds = _kinds(engines)
+    def __init__(
+        self,
+        engines: Sequence[str],
+        task_commands: Mapping[str, str],
+        groups: Sequence[str] = (),
+    ) -> None:
+        self._kinds = _kinds(engines, groups)
         self._task_commands = task_commands
         self._takes_any_text = {"set", *task_commands}  # whose arguments may contain an @
         self._forms = [(form.split(), command) for command in COMMANDS for form in command.forms]
@@ -101,7 +107,8 @@ class Grammar:
                 continue
             text = " ".join(words[depth:]) if token == "VALUE" else words[depth]
             try:
-                fields[token.removeprefix("x").lower()] = self._kinds[token](text)
+                field = token.removeprefix("x").partition("[")[0].lower()
+                fields[field] = self._kinds[token](text)
             except ValueError as error:
                 is_similar = token.startswith("x") and text.startswith("x")
                 raise _Mismatch(f"{token}: {error}", depth, same_length, is_similar) from None
@@ -132,7 +139,7 @@ class _Mismatch(Exception):
 Kind = Callable[[str], Any]
 
 
-def _kinds(engines: Sequence[str]) -> dict[str, Kind]:
+def _kinds(engines: Sequence[str], groups: Sequence[str]) -> dict[str, Kind]:
     """The parser of each word in capitals: from text to value, or ValueError."""
     return {
         "NAME": _name,
@@ -142,6 +149,7 @@ def _kinds(engines: Sequence[str]) -> dict[str, Kind]:
         "SCALE": _number("a loss scale", positive=True),
         "NORM": _number("a norm"),
         "ENGINE": _one_of(engines),
+        "ENGINE[/GROUP]": _engine_or_group(engines, groups),
         "N": _positive_integer,
         "STEP": _positive_integer,
         "ID": _positive_integer,
@@ -192,6 +200,14 @@ def _one_of(known: Sequence[str]) -> Kind:
         return text
 
     return read
+
+
+def _engine_or_group(engines: Sequence[str], groups: Sequence[str]) -> Kind:
+    """ENGINE, ENGINE/GROUP, or of the only engine GROUP, which is read as ENGINE/GROUP."""
+    read = _one_of([*engines, *groups])
+    is_only = len(engines) == 1
+    full_names = {group.partition("/")[2]: group for group in groups if is_only}
+    return lambda text: read(text if text in engines else full_names.get(text, text))
 
 
 def _quoted(text: str) -> str:

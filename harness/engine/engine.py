@@ -17,12 +17,12 @@ from harness.engine.ema import Ema, remove_average
 from harness.engine.lora import adapt
 from harness.engine.overrides import Overrides
 from harness.engine.turns import Peers, Turn, zero_gradients
-from harness.errors import CheckpointError, ConfigError, TaskError
+from harness.errors import CheckpointError, ConfigError, TaskError, config_errors_of
 from harness.offload import OffloadPlan
 from harness.optim.apollo import Apollo
-from harness.optim.build import build_optimizer
-from harness.optim.schedules import build_scheduler
-from harness.optim.zero_compatibility import check_zero, is_elementwise
+from harness.optim.build import build_optimizer, configured_keys
+from harness.optim.scheduler import Schedule, build_scheduler
+from harness.optim.zero_compatibility import can_regroup, check_zero, is_elementwise
 from harness.wrapper import freeze
 from harness.zero import engine_state
 from harness.zero.arrivals import Arrivals
@@ -60,7 +60,7 @@ class Engine:
     parameter_names: list[list[str]]
     """Of the optimizer's parameters, by parameter group, in its order."""
     overrides: Overrides
-    """Learning rate and clipping of a trained engine, as changed by live commands."""
+    """Learning rates and clipping of a trained engine: scheduled, or changed by live commands."""
     peers: Peers
     """All engines of the run, this one included."""
 
@@ -86,7 +86,8 @@ class Engine:
         self.turn = Turn()
         """Which engine of the run is in its turn."""
         self._is_back_propagated = False  # in this micro-batch
-        self.last_lr = 0.0
+        self.last_lrs: dict[str, float] = {}
+        """Of the last step, under their log names: `Overrides.rates`."""
         self.last_grad_norm: torch.Tensor | float = 0.0
         self._was_step_applied = False
         self.offloading: OffloadPlan | None = None
@@ -95,20 +96,21 @@ class Engine:
         self._chosen: list[dict[str, Any]] = []
         """The optimizer's settings that are set in the config, by parameter group."""
         self._ema: Ema | None = None
-        optimizer = scheduler = None
+        optimizer = scheduler = schedule = None
         with distributed.raise_on_all_ranks(f"engines.{name}"):
             if self.role == "teacher":
                 model.requires_grad_(False).eval()
             else:
                 self._choose_parameters(model)
                 optimizer = self._build_optimizer(model)
-                scheduler = build_scheduler(optimizer, config.scheduler, total_steps)
+                with config_errors_of(f"engines.{name}"):
+                    schedule = Schedule(config.scheduler, total_steps)
+                scheduler = build_scheduler(optimizer, schedule)
         self.ds = self._wrap(model, optimizer, scheduler, micro_batch_size)
         self.arrivals = Arrivals(self.ds, in_order=config.unused_parameters == "zeros")
         self.edits = Edits(name, self.ds, self.collect)
-        if self.role == "train":
-            base_lrs = [chosen["lr"] for chosen in self._chosen]
-            self.overrides = Overrides(name, self.ds, config, base_lrs)
+        if schedule is not None:
+            self.overrides = Overrides(name, self.ds, config, schedule, self._chosen)
             if config.ema_decay:
                 self._ema = Ema(self.ds, config.ema_decay)
 
@@ -126,8 +128,9 @@ class Engine:
         """Builds the optimizer, and records its settings and parameters. Raises ConfigError."""
         settings = self._config.optimizer
         assert settings is not None
-        check_zero(settings, self._config.deepspeed())
-        optimizer = build_optimizer(model, settings)
+        with config_errors_of(f"engines.{self.name}"):
+            check_zero(settings, self._config.deepspeed())
+            optimizer = build_optimizer(model, settings)
         if self._config.ema_decay and hasattr(optimizer, "eval"):
             raise ConfigError(
                 f"engines.{self.name}.ema_decay: optimizer {settings.name!r} keeps its own average "
@@ -136,7 +139,7 @@ class Engine:
             )
         kind = type(optimizer)
         self.optimizer_path = f"{kind.__module__}:{kind.__qualname__}"
-        keys = {"lr", *settings.args}
+        keys = configured_keys(settings, optimizer)
         self._chosen = [
             {key: group[key] for key in keys & group.keys()} for group in optimizer.param_groups
         ]
@@ -190,6 +193,11 @@ class Engine:
         return is_elementwise(self._config.optimizer, engine_state.optimizer_device(self.ds))
 
     @property
+    def can_regroup(self) -> bool:
+        """`optim.zero_compatibility.can_regroup`: its parameters can change groups at a resume."""
+        return can_regroup(type(engine_state.base_optimizer(self.ds)))
+
+    @property
     def is_low_rank(self) -> bool:
         """Whether the optimizer is APOLLO, whose state is per channel of a matrix."""
         return isinstance(engine_state.base_optimizer(self.ds), Apollo)
@@ -241,7 +249,7 @@ class Engine:
         if not self.ds.is_gradient_accumulation_boundary():
             self.ds.step()
             return False
-        self.last_lr = self.get_lr()
+        self.last_lrs = self.overrides.rates()
         self.last_grad_norm = engine_state.take_step(self.ds)
         self._was_step_applied = self.ds.was_step_applied()
         self.counters.global_step += 1
@@ -253,10 +261,6 @@ class Engine:
     def was_step_applied(self) -> bool:
         """Whether the last step changed the weights; it is skipped if a gradient is not finite."""
         return self._was_step_applied
-
-    def get_lr(self) -> float:
-        """The learning rate of the next step (of the first parameter group)."""
-        return self.ds.optimizer.param_groups[0]["lr"]
 
     @property
     def has_loss_scale(self) -> bool:

@@ -11,12 +11,14 @@ from torch import nn
 
 from harness import distributed
 from harness.config import Config
+from harness.config.engine_sections import EngineConfig
 from harness.data.step_batches import Terms
 from harness.engine.engine import Engine
 from harness.engine.gradient_check import GradientCheck
 from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
-from harness.errors import TaskError, did_you_mean
+from harness.errors import ConfigError, TaskError, did_you_mean
+from harness.optim.param_groups import with_groups
 from harness.task import Stats, Task, checked_stats, feed
 
 log = logging.getLogger(__name__)
@@ -170,16 +172,34 @@ class Engines(Mapping[str, Engine]):
         """What live commands have changed, a line for each thing."""
         return [f"{e.name}: {text}" for e in self.trained for text in e.overrides]
 
-    def get_lr(self) -> dict[str, float]:
-        """The learning rate of the next step, by trained engine."""
-        return {engine.name: engine.get_lr() for engine in self.trained}
+    def groups(self) -> list[str]:
+        """The parameter groups, as ENGINE/GROUP, of trained engines that have several."""
+        return [
+            f"{engine.name}/{group}"
+            for engine in self.trained
+            for group in engine.overrides.groups
+            if len(engine.overrides.groups) > 1
+        ]
+
+    def evaluated(self, metrics: Mapping[str, float], every: int) -> bool:
+        """Lets schedules react to an evaluation. Returns whether that changed their state.
+
+        `every`: as `trainer.eval_every`. Evaluations at other steps, on command or at the end, do
+        not count, so that the learning rate does not depend on them. Collective; raises ConfigError
+        if a schedule's metric is missing.
+        """
+        if not every or self.global_step % every:
+            return False
+        with distributed.raise_on_all_ranks("evaluation"):
+            changed = [e.overrides.evaluated(self.global_step, metrics) for e in self.trained]
+        return any(changed)
 
     def rates(self) -> dict[str, torch.Tensor | float]:
-        """Learning rate, loss scale and steps skipped so far, at the last step, under their log
+        """Learning rates, loss scale and steps skipped so far, at the last step, under their log
         names."""
         report: dict[str, torch.Tensor | float] = {}
         for engine in self.due(self.global_step):
-            rates = {"lr": engine.last_lr, "loss_scale": engine.loss_scale}
+            rates = {**engine.last_lrs, "loss_scale": engine.loss_scale}
             report |= self.label(engine, rates | {"skipped": engine.counters.skipped})
         return report
 
@@ -245,10 +265,11 @@ def build_engines(task: Task, config: Config) -> Engines:
                         f"parameter {path!r}, which only one engine can train: give each its own"
                     )
         change_models(task.models, config.optimizations)
+        tables = _with_task_groups(config.engines, task)
     trained = [engine for engine in config.engines.values() if engine.role == "train"]
     micro_batches = math.lcm(*(engine.gradient_accumulation for engine in trained))
     engines = {}
-    for name, settings in config.engines.items():
+    for name, settings in tables.items():
         steps = (
             config.run.steps
             // settings.train_every
@@ -265,3 +286,20 @@ def build_engines(task: Task, config: Config) -> Engines:
     if config.optimizations.unsloth:
         offload_engines(engines, config.optimizations.offload)
     return Engines(engines, task)
+
+
+def _with_task_groups(tables: Mapping[str, EngineConfig], task: Task) -> dict[str, EngineConfig]:
+    """The engines' configs with the task's parameter groups. Raises TaskError."""
+    changed = dict(tables)
+    for name, groups in task.parameter_groups.items():
+        key = f"Task.parameter_groups[{name!r}]"
+        trained = [each for each, table in tables.items() if table.role == "train"]
+        if name not in trained:
+            raise TaskError(
+                f"{key}: no engine of that name is trained{did_you_mean(name, trained)}"
+            )
+        try:
+            changed[name] = with_groups(tables[name], groups)
+        except (ConfigError, TypeError, ValueError) as error:
+            raise TaskError(f"{key}: {error}") from None
+    return changed

@@ -1,15 +1,18 @@
 """An optimizer from its table in the config."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from harness.config.engine_sections import OptimizerConfig
-from harness.errors import ConfigError
+from harness.errors import ConfigError, did_you_mean
 from harness.optim.apollo.optimizer import Apollo
 from harness.optim.apollo.param_groups import apollo_param_groups
 from harness.optim.arguments import check_arguments
+from harness.optim.param_groups import Named, parameters_by_group, without_decay
 from harness.optim.registry import OPTIMIZERS, optimizer_class
 
 PARAM_GROUP_ARGUMENTS = ("low_rank", "dense", "stacked")
@@ -19,8 +22,10 @@ PARAM_GROUP_ARGUMENTS = ("low_rank", "dense", "stacked")
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer that the config names, for the trainable parameters of a model.
 
-    APOLLO also takes the arguments of `apollo_param_groups`. Raises ConfigError for an unknown
-    name or unknown arguments, and if the optimizer rejects them.
+    With `groups` or `no_decay`, each of torch's parameter groups has the `name` of the group in the
+    config that it belongs to; several may have the same name. APOLLO also takes the arguments of
+    `apollo_param_groups`. Raises ConfigError for an unknown name or unknown arguments, for a group
+    without parameters, and if the optimizer rejects its arguments.
     """
     kind: Any = optimizer_class(config.name)
     args: dict[str, Any] = dict(config.args)
@@ -29,15 +34,89 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     constructor: Any = (spec and spec.make) or (Apollo if is_apollo else kind)
     extra = PARAM_GROUP_ARGUMENTS if is_apollo else ()
     check_arguments(f"optimizer {config.name!r}", constructor, args, extra)
+    selection = {key: args.pop(key) for key in extra if key in args}
+    has_groups = bool(config.groups) or config.no_decay
     try:
         if spec is not None and spec.make is not None:
+            if has_groups:
+                raise ConfigError("groups and no_decay are not supported: it makes its own groups")
             return spec.make(model, lr=config.lr, **args)
+        if not (has_groups or is_apollo):
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            return kind(trainable, lr=config.lr, **args)
+        defaults = kind([nn.Parameter(torch.zeros(2, 2))], lr=config.lr, **args).defaults
+        _check_groups(config, kind, args, defaults)
+        groups = _torch_groups(model, config)
         if is_apollo:
-            selection = {key: args.pop(key) for key in extra if key in args}
             rank = args.pop("rank", kind.RANK)
-            groups = apollo_param_groups(model, rank=rank, **selection)
-            return kind(groups, lr=config.lr, **args)
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return kind(trainable, lr=config.lr, **args)
+            groups = _apollo_groups(model, groups, rank, selection)
+        if config.no_decay:
+            groups = without_decay(groups, defaults["weight_decay"])
+        return kind([_listed(group, is_apollo) for group in groups], lr=config.lr, **args)
     except Exception as error:  # an optimizer may raise any exception for wrong arguments
         raise ConfigError(f"optimizer {config.name!r}: {error}") from error
+
+
+def configured_keys(config: OptimizerConfig, optimizer: Optimizer) -> set[str]:
+    """The settings of parameter groups that the config decides, whatever a checkpoint has.
+
+    A key that is removed from a group falls back to the optimizer's own, except in optimizers that
+    keep state in their groups (schedule-free ones).
+    """
+    keys = {"lr", "name", *config.args}
+    for group in config.groups:
+        keys |= group.args.keys()
+    is_stateless = isinstance(optimizer, Apollo) or type(optimizer).__module__.startswith("torch.")
+    return keys | (optimizer.defaults.keys() if config.groups and is_stateless else set())
+
+
+def _torch_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Torch's groups, with their settings and the parameters by name as `params`."""
+    settings = {g.name: g.args | {"lr": g.rate(config.lr)} for g in config.groups}
+    has_names = bool(config.groups) or config.no_decay
+    return [
+        ({"name": name} if has_names else {}) | {"params": named} | settings.get(name, {})
+        for name, named in parameters_by_group(model, config.groups).items()
+    ]
+
+
+def _apollo_groups(
+    model: nn.Module, groups: list[dict[str, Any]], rank: int, selection: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The groups, each split into matrices, stacks of matrices, and the rest."""
+    ranks = {group.get("rank", rank) for group in groups}
+    by_rank = {rank: apollo_param_groups(model, rank=rank, **selection) for rank in ranks}
+    split = []
+    for group in groups:
+        for kind in by_rank[group.get("rank", rank)]:
+            names = set(kind["param_names"])
+            named = {name: p for name, p in group["params"].items() if name in names}
+            if named:
+                own = {key: value for key, value in kind.items() if key != "param_names"}
+                split.append(group | own | {"params": named})
+    return split
+
+
+def _listed(group: dict[str, Any], with_names: bool) -> dict[str, Any]:
+    named: Named = group["params"]
+    names = {"param_names": list(named)} if with_names else {}
+    return group | {"params": list(named.values())} | names
+
+
+def _check_groups(
+    config: OptimizerConfig, kind: Any, args: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError for an option of a group that the optimizer does not have, or rejects."""
+    if config.no_decay and "weight_decay" not in defaults:
+        raise ConfigError("no_decay: it has no weight_decay")
+    for group in config.groups:
+        for key in group.args:
+            if key not in defaults:
+                raise ConfigError(
+                    f"group {group.name!r}: unknown key {key!r}{did_you_mean(key, defaults)}; "
+                    f"known: {', '.join(defaults)}"
+                )
+        try:  # torch checks the optimizer's own settings only, not those of a group
+            kind([nn.Parameter(torch.zeros(2, 2))], **{**args, **group.args, "lr": config.lr})
+        except Exception as error:
+            raise ConfigError(f"group {group.name!r}: {error}") from error

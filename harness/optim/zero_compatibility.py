@@ -86,6 +86,12 @@ def _is_elementwise_torch(kind: type[Optimizer]) -> bool:
     return is_torch and kind.__name__ not in ("Adafactor", "LBFGS", "Muon")
 
 
+def can_regroup(kind: type[Optimizer]) -> bool:
+    """Whether parameters can move to other groups with their state, as in torch's elementwise
+    optimizers. Others may keep a part of it in their groups."""
+    return _is_elementwise_torch(kind)
+
+
 def is_elementwise(config: OptimizerConfig, device: torch.device) -> bool:
     """Whether the optimizer keeps the same state for a matrix as for a vector of its elements.
 
@@ -94,6 +100,7 @@ def is_elementwise(config: OptimizerConfig, device: torch.device) -> bool:
     """
     if issubclass(optimizer_class(config.name), Apollo):
         return False
+    config = config.model_copy(update={"groups": [], "no_decay": False})
     states = []
     for shape in ((2, 3), (6,)):
         parameter = nn.Parameter(torch.ones(shape, device=device))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from harness.errors import ConfigError
+from harness.utils import enclosing_names
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -17,8 +18,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """
     matches: dict[str, list[tuple[str, nn.Parameter]]] = {pattern: [] for pattern in patterns}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        path = name.split(".")
-        names = [".".join(path[:count]) for count in range(1, len(path) + 1)]
+        names = enclosing_names(name)
         for pattern, matched in matches.items():
             if any(re.fullmatch(pattern, name) for name in names):
                 matched.append((name, parameter))

@@ -78,12 +78,14 @@ class TreeFiller:
             return flats(tree, module, self.shapes, rank, self.world)
 
         own = flats_of(self.rank)
-        groups = [
-            group
-            | materialize(self.saved.groups[number])
-            | {key: group[key] for key in ("params", "param_names") if key in group}
-            for number, group in enumerate(base_state(tree)["param_groups"])
-        ]
+        groups = base_state(tree)["param_groups"]
+        if self._has_same_groups(own):  # otherwise their settings are the config's
+            groups = [
+                group
+                | materialize(self.saved.groups[number])
+                | {key: group[key] for key in ("params", "param_names") if key in group}
+                for number, group in enumerate(groups)
+            ]
         states = {number: state for number, state in self.states(flats_of).items() if state}
         base = {"state": states, "param_groups": groups}
         masters = [filled_flat(flat, self.saved, None) for flat in own]
@@ -103,6 +105,11 @@ class TreeFiller:
         else:
             return base
         return tree | filled | self._loss_scaler(tree)
+
+    def _has_same_groups(self, flats: list[Flat]) -> bool:
+        """Whether every parameter was in the group of the same number when it was saved."""
+        pairs = ((flat.group, segment.name) for flat in flats for segment in flat.segments)
+        return all(self.saved.group_of(name) == number for number, name in pairs)
 
     def _loss_scaler(self, tree: Tree) -> Tree:
         """The state of an fp16 engine's loss scaler, in the form that the tree has."""

@@ -75,9 +75,9 @@ def test_a_line_is_a_command(line: str, command: c.Command) -> None:
         ("save now", "unexpected 'now'; usage: save | save as NAME"),
         ("save as a/b", "NAME: found 'a/b', expected letters, digits and .-_"),
         ("eval now", "unexpected 'now'"),
-        ("lr", "RATE is missing; usage: lr RATE | lr ENGINE RATE | lr xFACTOR"),
+        ("lr", "RATE is missing; usage: lr RATE | lr ENGINE[/GROUP] RATE"),
         ("lr foo", "a learning rate is a finite number >= 0, found 'foo'"),
-        ("lr foo 1e-4", "ENGINE: found 'foo', expected G, D"),
+        ("lr foo 1e-4", "ENGINE[/GROUP]: found 'foo', expected G, D"),
         ("lr 1 2 3", "unexpected '2'"),
         ("lr nan", "finite"),
         ("lr inf", "finite"),
@@ -238,3 +238,26 @@ def test_changes_of_a_section_are_applied_together_or_dropped(tmp_path: Path) ->
     other = LiveConfig(tiny_config(tmp_path))  # keeps all checkpoints: there is no best
     other.load_state_dict(live.state_dict())
     assert other.config.checkpoint.keep_best == 0 and other.config.trainer.save_every == 9
+
+
+GROUPED = Grammar(["net"], {}, ["net/default", "net/head", "net/net"])
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        ("lr net/head x0.5", c.ScaleLr(0.5, "net/head")),
+        ("lr head 1e-4", c.SetLr(1e-4, "net/head")),
+        ("lr net auto", c.FollowSchedule("net")),  # the engine, not its group
+        ("lr net/net auto", c.FollowSchedule("net/net")),
+    ],
+)
+def test_lr_of_a_parameter_group(line: str, command: c.Command) -> None:
+    assert GROUPED.parse(line) == command
+
+
+def test_a_group_of_several_engines_needs_its_engine() -> None:
+    grammar = Grammar(["G", "D"], {}, ["G/default", "G/head"])
+    assert grammar.parse("lr G/head x0.5") == c.ScaleLr(0.5, "G/head")
+    with pytest.raises(CommandError, match=r"'head' \(did you mean 'G/head'"):
+        grammar.parse("lr head x0.5")

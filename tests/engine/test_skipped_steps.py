@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from harness.config import Config
 from harness.config.engine_sections import SchedulerConfig
-from harness.optim.schedules import build_scheduler
+from harness.optim.scheduler import Schedule, build_scheduler
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from tests.support.helpers import ROOT, log_text, records, tiny_config
@@ -44,7 +44,7 @@ def skipping(stage: int, dtype: str) -> dict[str, Any]:
     rates, applied, norms = [], [], []
     for batch in batches():
         train(engines, [batch])
-        rates.append(engine.last_lr)
+        rates.append(engine.last_lrs["lr"])
         applied.append(engine.was_step_applied())
         norms.append(float(engine.last_grad_norm))
     found = {"rates": rates, "applied": applied, "norms": norms, "weights": weights_of(engines)}
@@ -58,7 +58,7 @@ def plain() -> dict[str, Any]:
     """The same in plain PyTorch."""
     net = model()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
-    scheduler = build_scheduler(optimizer, SchedulerConfig.model_validate(SCHEDULE), 6)
+    scheduler = build_scheduler(optimizer, Schedule(SchedulerConfig.model_validate(SCHEDULE), 6))
     rates, applied = [], []
     for batch in batches():
         optimizer.zero_grad()

@@ -18,7 +18,7 @@ from harness.io import load
 from harness.io.stored import read_tensor
 from harness.optim import Apollo, ApolloMini
 from harness.optim.build import build_optimizer
-from harness.optim.schedules import build_scheduler
+from harness.optim.scheduler import Schedule, build_scheduler
 from harness.optim.zero_compatibility import check_zero
 from harness.run import run_in_world
 from harness.testing.pool import RankError, RankPool
@@ -198,7 +198,7 @@ def test_a_run_of_muon_that_would_clip_its_updates_is_refused(
 def factors(name: str, steps: int = 100, **args: float) -> list[float]:
     config = SchedulerConfig.model_validate({"name": name, **args})
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = build_scheduler(optimizer, config, steps)
+    scheduler = build_scheduler(optimizer, Schedule(config, steps))
     found = []
     for _ in range(steps + 1):
         found.append(scheduler.get_last_lr()[0])

@@ -60,4 +60,9 @@ def build(config: Config) -> Task:
         name: Classifier(args["dropout"], args["width"]) for name in config.engines
     }
     held_out = Points(args["eval_samples"], seed=8) if args["eval_samples"] else None
-    return Task(models=models, train_data=Points(args["samples"]), eval_data=held_out)
+    return Task(
+        models=models,
+        train_data=Points(args["samples"]),
+        eval_data=held_out,
+        parameter_groups=args.get("parameter_groups", {}),
+    )
