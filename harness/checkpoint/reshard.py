@@ -164,20 +164,25 @@ def write_resharded(directory: Path, engine: Engine, staged: Path) -> dict[str, 
 
 
 def _check_names(saved: SavedEngine, engine: Engine, shapes: list[Shapes]) -> None:
-    """Raises CheckpointError unless the optimizer has the same parameters in the same groups."""
+    """Raises CheckpointError unless the optimizer has the same parameters in the same groups.
+
+    Only DeepSpeed's stage 0 in fp32 counts those without elements among them.
+    """
+    sizes = {name: size for group in shapes for name, size in group.items() if size.numel()}
+    saved_sizes = {name: size for name, size in saved.shapes.items() if size.numel()}
     for number, names in enumerate(engine.parameter_names):
-        expected = {name for name in saved.shapes if saved.group_of(name) == number}
-        current = {name for group in shapes for name in group if name in names}
+        expected = {name for name in saved_sizes if saved.group_of(name) == number}
+        current = sizes.keys() & set(names)
         if different := sorted(current ^ expected):
             raise CheckpointError(
                 f"engine {engine.name!r}: parameter group {number} has other parameters than in "
                 f"the checkpoint: only in one of them: {', '.join(different)}"
             )
-    for name, shape in (item for group in shapes for item in group.items()):
-        if saved.shapes[name] != shape:
+    for name, shape in sizes.items():
+        if saved_sizes[name] != shape:
             raise CheckpointError(
                 f"engine {engine.name!r}: parameter {name!r} has the shape {tuple(shape)} in this "
-                f"run, and {tuple(saved.shapes[name])} in the checkpoint"
+                f"run, and {tuple(saved_sizes[name])} in the checkpoint"
             )
 
 
