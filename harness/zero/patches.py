@@ -1,12 +1,16 @@
 """Patches of DeepSpeed's classes, so that all ZeRO stages train alike."""
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from harness.errors import TaskError
 
 RUNTIME = "deepspeed.runtime"
 
@@ -17,6 +21,7 @@ def apply_patches() -> None:
     _keep_optimizers_fresh()
     _accept_scalars()
     _accept_empty_parameters()
+    _allow_gradient_penalties()
 
 
 def _class(module: str, name: str) -> Any:
@@ -132,3 +137,41 @@ def _accept_empty_parameters() -> None:
         fetch(self, submodule, forward, is_leaf)
 
     module.PartitionedParameterCoordinator._fetch_sub_module_impl = fetch_sub_module
+
+
+def _allow_gradient_penalties() -> None:
+    """`torch.autograd.grad` may go through what an engine has returned, as for a gradient penalty.
+
+    DeepSpeed takes the first gradient that reaches an output for the beginning of a backward: it
+    then fails at stage 0, reduces too early at stages 1 and 2, and divides the gradient by the
+    number of accumulated micro-batches.
+    """
+    manager = _class("utils", "OutputBackwardHookManager")
+    make_hook = manager._make_backward_hook
+
+    def make_backward_hook(self: Any, output: Tensor) -> Callable[[Tensor], Tensor]:
+        hook, engine = make_hook(self, output), self.preprocess_per_tensor_fn.__self__
+
+        def on_gradient(gradient: Tensor) -> Tensor:
+            if engine._running_engine_backward:
+                return hook(gradient)
+            if _reaches_a_parameter(engine.module):
+                raise TaskError(
+                    "a loss was back-propagated in the feeder, by `loss.backward()`: return it "
+                    "from the feeder instead"
+                )
+            return gradient
+
+        return on_gradient
+
+    manager._make_backward_hook = make_backward_hook
+
+
+def _reaches_a_parameter(module: torch.nn.Module) -> bool:
+    """Whether the backward in progress will add to a parameter's gradient."""
+    will_run = torch._C._will_engine_execute_node  # as in DeepSpeed's runtime/utils.py
+    nodes = [get_gradient_edge(p).node for p in module.parameters() if p.requires_grad]
+    try:
+        return any(map(will_run, nodes))
+    except RuntimeError:  # of a leaf that `torch.autograd.grad` was asked for
+        return False
