@@ -73,10 +73,19 @@ def test_they_are_resharded_and_converted(
     pools: Pools, tmp_path: Path, dtype: str, layouts: list[tuple[int, int]]
 ) -> None:
     """Two steps in each layout, `(ranks, stage)`."""
-    for number, (ranks, stage) in enumerate(layouts, 1):
-        data = {"micro_batch_size": 8 // ranks}
-        config = config_of(tmp_path / "parts", stage, dtype, run={"steps": 2 * number}, data=data)
-        pools(ranks).run(run_in_world, config)
+    parts = [
+        config_of(
+            tmp_path / "parts",
+            stage,
+            dtype,
+            run={"steps": 2 * number},
+            data={"micro_batch_size": 8 // ranks},
+        )
+        for number, (ranks, stage) in enumerate(layouts, 1)
+    ]
+    for part, (ranks, _) in zip(parts, layouts, strict=True):
+        pools(ranks).run(run_in_world, part)
+    config = parts[-1]
     whole = config_of(tmp_path / "whole", 1, dtype, run={"steps": config.run.steps})
     pools(2).run(run_in_world, whole)
     tolerance = 1e-5 if dtype == "fp32" else 2e-2

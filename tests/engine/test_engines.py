@@ -88,8 +88,7 @@ def test_a_gan_and_its_average_equal_plain_torch(
     assert recorded == pytest.approx(float(found), abs=1e-5)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "accumulation"), [(0, 2), (1, 1), (2, 2), (3, 2)])
 def test_a_gradient_penalty_equals_plain_torch(
     two_ranks: RankPool, tmp_path: Path, stage: int, accumulation: int
 ) -> None:
