@@ -165,9 +165,13 @@ def write_resharded(directory: Path, engine: Engine, staged: Path) -> dict[str, 
 
 def _check_names(saved: SavedEngine, engine: Engine, shapes: list[Shapes]) -> None:
     """Raises CheckpointError unless the optimizer has the same parameters, of the same shapes; and,
-    unless its state can be moved, in the same parameter groups."""
-    stepped = {name for group in shapes for name in group}
-    if different := sorted(stepped ^ saved.shapes.keys()):
+    unless its state can be moved, in the same parameter groups.
+
+    Only DeepSpeed's stage 0 in fp32 counts those without elements among them.
+    """
+    sizes = {name: size for group in shapes for name, size in group.items() if size.numel()}
+    saved_sizes = {name: size for name, size in saved.shapes.items() if size.numel()}
+    if different := sorted(sizes.keys() ^ saved_sizes.keys()):
         raise CheckpointError(
             f"engine {engine.name!r}: the optimizer has other parameters than in the checkpoint: "
             f"only in one of them: {', '.join(different)}"
@@ -176,7 +180,7 @@ def _check_names(saved: SavedEngine, engine: Engine, shapes: list[Shapes]) -> No
         name
         for number, names in enumerate(engine.parameter_names)
         for name in names
-        if name in stepped and saved.group_of(name) != number
+        if name in sizes and saved.group_of(name) != number
     ]
     if moved and not engine.can_regroup:
         raise CheckpointError(
@@ -184,11 +188,11 @@ def _check_names(saved: SavedEngine, engine: Engine, shapes: list[Shapes]) -> No
             f"checkpoint: {first_few(moved)}; the state of {engine.optimizer_path} cannot follow "
             "them: restore the old groups, or start a new run under another run.name"
         )
-    for name, shape in (item for group in shapes for item in group.items()):
-        if saved.shapes[name] != shape:
+    for name, shape in sizes.items():
+        if saved_sizes[name] != shape:
             raise CheckpointError(
                 f"engine {engine.name!r}: parameter {name!r} has the shape {tuple(shape)} in this "
-                f"run, and {tuple(saved.shapes[name])} in the checkpoint"
+                f"run, and {tuple(saved_sizes[name])} in the checkpoint"
             )
 
 

@@ -7,6 +7,7 @@ Its files, from the top down:
     gradient_check.py  whether all ranks gave gradients to the same parameters
     engine.py          Engine: one model under one DeepSpeed engine, by composition
     overrides.py       learning rates by group, and clipping: scheduled, or changed by commands
+    trainable.py       refuses models that DeepSpeed cannot train
     edits.py           weights that the task changes in place
     turns.py           whose turn it is, and how one engine uses the model of another
     lora.py            low-rank adapters by peft: injected, merged into the weights, saved

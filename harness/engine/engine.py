@@ -16,6 +16,7 @@ from harness.engine.edits import Edits
 from harness.engine.ema import Ema, remove_average
 from harness.engine.lora import adapt
 from harness.engine.overrides import Overrides
+from harness.engine.trainable import check_trainable
 from harness.engine.turns import Peers, Turn, zero_gradients
 from harness.errors import CheckpointError, ConfigError, TaskError, config_errors_of
 from harness.offload import OffloadPlan
@@ -115,14 +116,13 @@ class Engine:
                 self._ema = Ema(self.ds, config.ema_decay)
 
     def _choose_parameters(self, model: nn.Module) -> None:
-        """Injects adapters, and freezes what is not trained. Raises ConfigError."""
+        """Injects adapters, and freezes what is not trained. Raises ConfigError and TaskError."""
         if self._config.lora is not None:
             adapted = adapt(model, self._config.lora)
             log.info("engine %s: LoRA adapters for %s", self.name, ", ".join(adapted))
         if frozen := freeze(model, self._config.frozen):
             log.info("engine %s: frozen: %s", self.name, ", ".join(frozen))
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ConfigError(f"engines.{self.name}: the model has no trainable parameter")
+        check_trainable(self.name, model)
 
     def _build_optimizer(self, model: nn.Module) -> Optimizer:
         """Builds the optimizer, and records its settings and parameters. Raises ConfigError."""

@@ -22,6 +22,12 @@ from harness.zero.engine_state import DEFAULT_CLIPPING
 
 log = logging.getLogger(__name__)
 
+UNSUPPORTED: dict[type[Optimizer], str] = {
+    torch.optim.LBFGS: "it computes the loss several times a step, but DeepSpeed only once",
+    torch.optim.SparseAdam: "it needs sparse gradients, which ZeRO cannot reduce",
+}
+"""Optimizers that no DeepSpeed engine can step."""
+
 
 def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
     """Raises ConfigError if the optimizer is not correct under DeepSpeed's config, and warns if
@@ -29,6 +35,11 @@ def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
     zero = deepspeed.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     kind = optimizer_class(config.name)
+    for unsupported, reason in UNSUPPORTED.items():
+        if issubclass(kind, unsupported):
+            raise ConfigError(
+                f"optimizer {config.name!r} is not supported: {reason}; use another optimizer"
+            )
     if config.name == "muon" and stage == 3 and zero.get("reduce_scatter", True):
         raise ConfigError(
             f"optimizer {config.name!r} needs complete gradients at ZeRO stage 3: set "

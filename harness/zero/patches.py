@@ -1,8 +1,16 @@
 """Patches of DeepSpeed's classes, so that all ZeRO stages train alike."""
 
 import importlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from harness.errors import TaskError
 
 RUNTIME = "deepspeed.runtime"
 
@@ -11,6 +19,9 @@ RUNTIME = "deepspeed.runtime"
 def apply_patches() -> None:
     """Patches DeepSpeed in this process, once it has been imported."""
     _keep_optimizers_fresh()
+    _accept_scalars()
+    _accept_empty_parameters()
+    _allow_gradient_penalties()
 
 
 def _class(module: str, name: str) -> Any:
@@ -60,3 +71,107 @@ def _keeping_optimizer(initialize: Any) -> Any:
             optimizer.state, self.optimizer = self.optimizer.state, optimizer
 
     return initialize_optimizer_states
+
+
+def _accept_scalars() -> None:
+    """Parameters without dimensions can be trained.
+
+    To broadcast a parameter, its bytes are viewed, which torch refuses without a dimension; and the
+    factor that clips gradients in fp32 at stage 0 has one. At stage 3 a parameter is gathered in
+    the shape that was recorded when it was sharded.
+    """
+    engine = _class("engine", "DeepSpeedEngine")
+    gathered = _class("zero.partition_parameters", "GatheredParameters")
+    init = _class("zero.partition_parameters", "Init")
+    broadcast, clip = engine._broadcast_model, engine.clip_fp32_gradients
+    leave, shard = gathered._exit, init._zero_init_param
+
+    def broadcast_model(self: Any) -> None:
+        with _scalars_as_vectors(self.module.parameters()):
+            broadcast(self)
+
+    def clip_fp32_gradients(self: Any) -> None:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        with _scalars_as_vectors(gradients):
+            clip(self)
+
+    def leave_gathered(self: Any, *error: Any) -> None:
+        with _scalars_as_vectors(self.params):
+            leave(self, *error)
+
+    def shard_parameter(self: Any, parameter: Any) -> None:
+        shape = parameter.shape
+        with _scalars_as_vectors([parameter]):
+            shard(self, parameter)
+        parameter.ds_shape = shape
+
+    engine._broadcast_model = broadcast_model
+    engine.clip_fp32_gradients = clip_fp32_gradients
+    gathered._exit = leave_gathered
+    init._zero_init_param = shard_parameter
+
+
+@contextmanager
+def _scalars_as_vectors(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """In the block, tensors without dimensions have one of size 1, unless it shards them."""
+    scalars = [tensor for tensor in tensors if not tensor.dim()]
+    for scalar in scalars:
+        scalar.data = scalar.data.view(1)
+    yield
+    for scalar in scalars:
+        if scalar.numel():
+            scalar.data = scalar.data.view(())
+
+
+def _accept_empty_parameters() -> None:
+    """At stage 3, modules can have parameters without elements: DeepSpeed gathers nothing where
+    there is no element to gather, and then misses the parameter."""
+    module: Any = importlib.import_module(f"{RUNTIME}.zero.partitioned_param_coordinator")
+    fetch = module.PartitionedParameterCoordinator._fetch_sub_module_impl
+
+    def fetch_sub_module(self: Any, submodule: Any, forward: bool, is_leaf: bool) -> None:
+        for parameter in module.iter_params(submodule, recurse=is_leaf):
+            if not parameter.ds_numel:
+                parameter.data = parameter.data.new_empty(parameter.ds_shape)
+                parameter.ds_status = module.ZeroParamStatus.AVAILABLE
+        fetch(self, submodule, forward, is_leaf)
+
+    module.PartitionedParameterCoordinator._fetch_sub_module_impl = fetch_sub_module
+
+
+def _allow_gradient_penalties() -> None:
+    """`torch.autograd.grad` may go through what an engine has returned, as for a gradient penalty.
+
+    DeepSpeed takes the first gradient that reaches an output for the beginning of a backward: it
+    then fails at stage 0, reduces too early at stages 1 and 2, and divides the gradient by the
+    number of accumulated micro-batches.
+    """
+    manager = _class("utils", "OutputBackwardHookManager")
+    make_hook = manager._make_backward_hook
+
+    def make_backward_hook(self: Any, output: Tensor) -> Callable[[Tensor], Tensor]:
+        hook, engine = make_hook(self, output), self.preprocess_per_tensor_fn.__self__
+
+        def on_gradient(gradient: Tensor) -> Tensor:
+            if engine._running_engine_backward:
+                return hook(gradient)
+            if _reaches_a_parameter(engine.module):
+                raise TaskError(
+                    "a loss was back-propagated in the feeder, by `loss.backward()`: return it "
+                    "from the feeder instead"
+                )
+            return gradient
+
+        return on_gradient
+
+    manager._make_backward_hook = make_backward_hook
+
+
+def _reaches_a_parameter(module: torch.nn.Module) -> bool:
+    """Whether the backward in progress will add to a parameter's gradient."""
+    will_run = torch._C._will_engine_execute_node  # as in DeepSpeed's runtime/utils.py
+    nodes = [get_gradient_edge(p).node for p in module.parameters() if p.requires_grad]
+    try:
+        return any(map(will_run, nodes))
+    except RuntimeError:  # of a leaf that `torch.autograd.grad` was asked for
+        return False

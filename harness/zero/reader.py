@@ -162,13 +162,29 @@ class SavedEngine:
 
     def state_keys(self, name: str) -> list[str]:
         """The keys of the state of the parameter's size (`exp_avg`, ...)."""
-        state = self._pieces[name][0][1].state
-        return [key for key, value in state.items() if _is_moment(value)]
+        flat = self._pieces[name][0][1]
+        return [key for key in flat.state if self._is_moment(flat, key)]
 
     def scalars(self, name: str) -> Tree:
         """The rest of a parameter's state (`step`, ...): plain values, or tensors of shape ()."""
-        state = next((f.state for s, f in self._pieces[name] if s.length), {})
-        return {key: value for key, value in state.items() if not _is_moment(value)}
+        flat = next((f for s, f in self._pieces[name] if s.length), None)
+        if flat is None:
+            return {}
+        return {k: value for k, value in flat.state.items() if not self._is_moment(flat, k)}
+
+    @cached_property
+    def _moments(self) -> set[str]:
+        """The keys of moments that some parameter has dimensions for."""
+        states = (flat.state for of_rank in self.flats for flat in of_rank)
+        return {key for state in states for key, value in state.items() if _has_dimensions(value)}
+
+    def _is_moment(self, flat: Flat, key: str) -> bool:
+        """Whether an entry of the state is of the parameter's size. Of a parameter without
+        dimensions, at stage 0, it has the shape of a scalar: other parameters tell."""
+        value = flat.state[key]
+        if flat.shape.numel() != 1 or len(flat.shape) or not isinstance(value, TensorRef):
+            return _has_dimensions(value)
+        return key in self._moments if self._moments else key != "step"
 
     def check_moments(self) -> None:
         """Raises CheckpointError if the optimizer's state does not have the parameters' shapes, or
@@ -180,7 +196,7 @@ class SavedEngine:
                         f"optimizer state {key!r} of parameter {flat.segments[0].name!r} is a dict "
                         "of tensors, as of 8-bit optimizers: it cannot be resharded or converted"
                     )
-                if _is_moment(value) and value.shape != flat.shape:
+                if _has_dimensions(value) and value.shape != flat.shape:
                     raise CheckpointError(
                         f"optimizer state {key!r} of parameter {flat.segments[0].name!r} has the "
                         f"shape {tuple(value.shape)}, expected {tuple(flat.shape)}, as of the "
@@ -336,5 +352,5 @@ def _int(value: Any) -> int:
     return value.values[0] if isinstance(value, Placeholder) else int(value)
 
 
-def _is_moment(value: Any) -> bool:
+def _has_dimensions(value: Any) -> bool:
     return isinstance(value, TensorRef) and value.dim() > 0

@@ -146,6 +146,8 @@ def filled_state(flat: Flat, saved: SavedEngine) -> Tree:
     twice. Raises CheckpointError if the flat's parameters were saved with different scalars.
     """
     state: Tree = {}
+    if not flat.size:
+        return state  # the optimizer makes it, at the first step that has a gradient
     for segment in flat.segments:
         for key, value in materialize(saved.scalars(segment.name)).items():
             if state.setdefault(key, value) != value:

@@ -15,6 +15,7 @@ from tests.support.helpers import OFFLOAD
 from tests.support.small_loop import engines_of, train, weights_of
 
 STAGES = [0, 1, 2, 3]
+SLOW = pytest.mark.slow
 LAYOUTS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"bf16": {"enabled": True}},
@@ -78,8 +79,14 @@ def plain() -> dict[str, Tensor]:
     return net.state_dict()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "layout"),
+    [
+        pytest.param(stage, layout, marks=() if stage == 3 or layout != "offload" else SLOW)
+        for stage in STAGES
+        for layout in LAYOUTS
+    ],
+)
 def test_an_edit_lasts_at_every_stage(two_ranks: RankPool, stage: int, layout: str) -> None:
     expected = plain()
     tolerance = 2e-2 if layout == "bf16" else 1e-6

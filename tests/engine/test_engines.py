@@ -16,6 +16,7 @@ from harness.checkpoint.manifest import checkpoints_in
 from harness.config import Config
 from harness.config.sections import merge
 from harness.engine.turns import Turn
+from harness.errors import TaskError
 from harness.run import run_in_world
 from harness.task import load_task
 from harness.testing.faults import fail_at
@@ -35,6 +36,7 @@ from tests.support.helpers import (
     without_times,
 )
 from tests.support.plain_engines import plain_loop
+from tests.support.small_loop import engines_of, train
 
 STAGES = [0, 1, 2, 3]
 
@@ -84,6 +86,43 @@ def test_a_gan_and_its_average_equal_plain_torch(
         found = task.evaluate(plain["G"], task.eval_data[:])["energy_distance"]
     recorded = records(config, "eval/")[-1]["eval/G/energy_distance"]
     assert recorded == pytest.approx(float(found), abs=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "accumulation"), [(0, 2), (1, 1), (2, 2), (3, 2)])
+def test_a_gradient_penalty_equals_plain_torch(
+    two_ranks: RankPool, tmp_path: Path, stage: int, accumulation: int
+) -> None:
+    """WGAN-GP: the critic is trained five times as often."""
+    ds = {"gradient_accumulation_steps": accumulation}
+    engines = {
+        "D": {"stage": stage, "ds_overrides": ds},
+        "G": {"stage": stage, "train_every": 5, "ds_overrides": ds},
+    }
+    config = config_of(tmp_path, "tests/tasks/wgan_task.py", engines)
+    two_ranks.run(run_in_world, config)
+    expected, plain = plain_loop(config, world_size=2)
+    assert ["G" in losses for losses in expected].count(True) == 2
+    compare(config, expected, {name: engine.module for name, engine in plain.items()})
+
+
+def back_propagating(engine: Any, batch: Any) -> Any:
+    loss = engine(batch).square().mean()
+    loss.backward()
+    return engine(batch).mean(), {}
+
+
+def back_propagated(stage: int) -> str:
+    engines = engines_of(nn.Linear(6, 3), back_propagating, stage)
+    with pytest.raises(TaskError) as error:
+        train(engines, [torch.ones(4, 6)])
+    engines.close()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_backward_in_the_feeder_is_refused(two_ranks: RankPool, stage: int) -> None:
+    for error in two_ranks.run(back_propagated, stage):
+        assert "a loss was back-propagated in the feeder" in error
 
 
 @pytest.mark.parametrize(("stages", "loss_fn"), [((3, 0), "kl"), ((1, 3), "mse")], ids=str)

@@ -92,6 +92,8 @@ ADAFACTOR = "keeps row and column means of each matrix"
         ("schedulefree", {"zero_optimization": {"stage": 1}}, "use ZeRO stage 0 in fp32"),
         ("schedulefree", {"bf16": {"enabled": True}}, "use ZeRO stage 0 in fp32"),
         ("muon", {"zero_optimization": {"stage": 3}}, "reduce_scatter = false"),
+        ("torch.optim:LBFGS", {}, "computes the loss several times a step"),
+        ("torch.optim:SparseAdam", {}, "needs sparse gradients"),
         ("muon", {"zero_optimization": {"stage": 2}}, r"\(to 1\): set gradient_clipping = 0"),
         ("apollo", {"fp16": {"enabled": True}}, "use stage 1, or bf16"),
         (
