@@ -342,17 +342,9 @@ def checked(stats: dict[str, Any]) -> Any:
 
 def best(metric: str, engines: int = 1, **fields: Any) -> tuple[Config, Task]:
     one = tiny_config(Path()).engines["net"].model_dump()
-<<<<<<< HEAD
     table = {"checkpoint": {"keep_last": 1, "keep_best": 1, "best_metric": metric}}
     more = {"engines": {f"e{n}": one for n in range(engines - 1)}}
     return tiny_config(Path(), 0, **table, **more), build_with(**{"eval_data": [1], **fields})
-=======
-    keep = {"keep_last": 1, "keep_best": 1, "best_metric": metric}
-    others = {f"e{n}": one for n in range(engines - 1)}
-    return tiny_config(Path(), checkpoint=keep, engines=others), build_with(
-        **{"eval_data": [1], **fields}
-    )
->>>>>>> 7c03015 (An error that all ranks meet in the same place saves the last complete step; every completed step is in metrics.jsonl, whatever failed)
 
 
 @pytest.mark.parametrize(
