@@ -64,8 +64,7 @@ class Trainer:
         self.vector = StepVector()
         for part in (bus, self.meter, batches, engines.gradient_check):
             self.vector.add(part)
-        self.evaluated: set[str] = set()
-        """The metrics of the evaluations so far."""
+        self.evaluated: set[str] = set()  # metrics of the evaluations so far
         self.paused = False
         self.ending: Quit | None = None
         """The command that ends the run before its last step."""

@@ -118,6 +118,37 @@ def test_a_mean_over_terms_does_not_depend_on_batches(
         assert found == pytest.approx([few, none] * 4, rel=0, abs=1e-6, nan_ok=True)
 
 
+TOKENS = {
+    "losses": [3.1022, 3.0311, 3.0488, 2.9585, 2.9723, 2.9502, 2.9523, 2.9160],
+    "evaluations": [3.0803, 2.9236],
+}
+"""Means over the tokens of plain PyTorch, by steps of 8 texts, and on all 24 held-out texts."""
+
+
+@pytest.mark.parametrize(("ranks", "size", "accumulation"), [(1, 1, 8), (2, 4, 1), (4, 1, 2)])
+def test_the_tokens_of_a_language_model_count_alike(
+    pools: Pools, tmp_path: Path, ranks: int, size: int, accumulation: int
+) -> None:
+    """In training and evaluation; texts have 3 or 40 tokens."""
+    engine = {
+        "optimizer": {"name": "torch.optim:SGD", "lr": 2.0, "weight_decay": 0.0},
+        "ds_overrides": {"gradient_accumulation_steps": accumulation},
+    }
+    config = tiny_config(
+        tmp_path,
+        1,
+        run={"steps": 8},
+        task={"path": str(ROOT / "tests/tasks/tokens_task.py")},
+        engines={"net": engine},
+        data={"micro_batch_size": size, "sampler": "ordered"},
+        trainer={"eval_every": 8},
+    )
+    pools(ranks).run(run_in_world, config)
+    assert losses(config) == pytest.approx(TOKENS["losses"], abs=1e-4)
+    found = [record["eval/loss"] for record in records(config, "eval/")]
+    assert found == pytest.approx(TOKENS["evaluations"], abs=1e-4)
+
+
 def test_without_weights_samples_count_alike(two_ranks: RankPool, tmp_path: Path) -> None:
     """One sample in a batch; the last batches are incomplete, and one rank has none at all."""
     _, per_sample = plain_sums(Texts(5, 2))
@@ -342,17 +373,9 @@ def checked(stats: dict[str, Any]) -> Any:
 
 def best(metric: str, engines: int = 1, **fields: Any) -> tuple[Config, Task]:
     one = tiny_config(Path()).engines["net"].model_dump()
-<<<<<<< HEAD
     table = {"checkpoint": {"keep_last": 1, "keep_best": 1, "best_metric": metric}}
     more = {"engines": {f"e{n}": one for n in range(engines - 1)}}
     return tiny_config(Path(), 0, **table, **more), build_with(**{"eval_data": [1], **fields})
-=======
-    keep = {"keep_last": 1, "keep_best": 1, "best_metric": metric}
-    others = {f"e{n}": one for n in range(engines - 1)}
-    return tiny_config(Path(), checkpoint=keep, engines=others), build_with(
-        **{"eval_data": [1], **fields}
-    )
->>>>>>> 7c03015 (An error that all ranks meet in the same place saves the last complete step; every completed step is in metrics.jsonl, whatever failed)
 
 
 @pytest.mark.parametrize(
@@ -399,6 +422,36 @@ def test_a_best_metric_that_no_evaluation_has_is_an_error(
 )
 def test_a_best_metric_that_may_exist(how: tuple[Config, Task], known: tuple[str, ...]) -> None:
     check_best_metric(*how, known)
+
+
+BY_STEP = {0: 1.0, 2: 0.9, 4: 0.5, 6: 0.3, 8: float("nan"), 10: 0.6}
+
+
+def with_losses(config: Config) -> None:
+    """A run whose evaluations at each step are `BY_STEP`."""
+
+    def with_evaluate(config: Config) -> Task:
+        task = load_task(config)
+        task.evaluate = lambda engine, batch: {"loss": BY_STEP[engine.peers.global_step]}
+        return task
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.run.load_task", with_evaluate)
+        run_in_world(config)
+
+
+def test_the_best_checkpoint_of_a_run_stays(two_ranks: RankPool, tmp_path: Path) -> None:
+    """And the last good one, if the newest evaluation is NaN."""
+    for steps, left in ((8, [6, 8]), (10, [6, 10])):
+        config = tiny_config(
+            tmp_path,
+            run={"steps": steps},
+            trainer={"save_every": 2, "eval_every": 2},
+            checkpoint={"keep_last": 1, "keep_best": 1},
+        )
+        two_ranks.run(with_losses, config)
+        found = sorted(path.name for path in (config.run_dir / "checkpoints").glob("step-*"))
+        assert found == [f"step-{step:08d}" for step in left]
 
 
 def test_the_best_metric_is_checked_in_a_run(two_ranks: RankPool, tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ class DataConfig(Section):
     buckets: int = Field(default=8, ge=1)
     """"batched" only: number of length buckets, within which samples are shuffled."""
     workers: int = Field(default=0, ge=0)
-    """Data-loading processes per rank; 0: samples are loaded in the rank's own process."""
+    """Data-loading processes per rank, in training and in evaluations; 0: samples are loaded in the
+    rank's own process."""
 
     @model_validator(mode="after")
     def _fits_sampler(self) -> "DataConfig":
@@ -106,7 +107,8 @@ class CheckpointConfig(Section):
     keep_best: int = Field(default=0, ge=0, json_schema_extra=LIVE)
     """Number of best checkpoints to keep as well, among those with an evaluation at their step."""
     best_metric: str = Field(default="eval/loss", json_schema_extra=LIVE)
-    """The evaluation metric that ranks checkpoints."""
+    """The evaluation metric that ranks checkpoints: eval/NAME; with named sets eval/SET/NAME, with
+    several engines eval/ENGINE/NAME or eval/SET/ENGINE/NAME."""
     best_mode: Literal["min", "max"] = Field(default="min", json_schema_extra=LIVE)
     """Whether the lowest or the highest `best_metric` is best."""
     keep_every: int = Field(default=0, ge=0, json_schema_extra=LIVE)
