@@ -5,7 +5,6 @@ weights are wrong, and must not be saved.
 """
 
 import hashlib
-from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -86,6 +85,6 @@ def _digest(records: Sequence[Record]) -> int:
     total = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for record in records:
         for numbers in (record.gradients, record.modules):
-            total.update(array("q", [len(numbers)]).tobytes())
-            total.update(array("q", numbers).tobytes())
+            total.update(len(numbers).to_bytes(8))
+            total.update(numbers)
     return int.from_bytes(total.digest())

@@ -10,11 +10,11 @@ Here a parameter without a gradient gets zeros at the end of every backward. Wha
 recorded, for a comparison between the ranks; or it is handed over in one fixed order.
 """
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,18 @@ from harness.zero.buckets import buckets_of
 
 END_OF_BACKWARD = -(1 << 62)
 
+Numbers: TypeAlias = "array[int]"  # of 64 bits
+NOTHING: Numbers = array("q")
 
-@dataclass(frozen=True)
-class Record:
-    """What must be the same on every rank. Parameters and modules are numbered."""
 
-    gradients: Sequence[int] = ()
+class Record(NamedTuple):
+    """What must be the same on every rank, as numbers of parameters and modules."""
+
+    gradients: Numbers = NOTHING
     """In order: a parameter whose gradient was reduced as `number`, one that got zeros as
     `~number`; `END_OF_BACKWARD` after each backward. Empty at stage 0, where DeepSpeed fills in
     zeros and reduces in the order of the model."""
-    modules: Sequence[int] = ()
+    modules: Numbers = NOTHING
     """See `fetches.called_modules`."""
 
 
@@ -52,7 +54,7 @@ class Arrivals:
         self._arrived: list[int] = []
         """The parameters of this backward whose gradients were reduced."""
         self._gradients: list[int] = []
-        self._modules: tuple[Sequence[nn.Module], list[int]] = (), []
+        self._modules: tuple[Sequence[nn.Module], Numbers] = (), NOTHING
         """The last order of modules that was recorded, and their numbers."""
         if in_order:
             fetches.allow_different_modules(ds)
@@ -93,8 +95,8 @@ class Arrivals:
         gradients, self._gradients = self._gradients, []
         modules = fetches.called_modules(self._ds)
         if modules is not self._modules[0] or isinstance(modules, list):  # lists grow
-            self._modules = modules, fetches.numbers(modules)
-        return Record(gradients, self._modules[1])
+            self._modules = modules, array("q", fetches.numbers(modules))
+        return Record(array("q", gradients), self._modules[1])
 
     def describe_difference(self, records: Sequence[Record]) -> str:
         """How records of the same step differ between the ranks, with names; empty if they do not.

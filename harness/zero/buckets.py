@@ -5,6 +5,7 @@ the optimizer are replaced on the object, for this optimizer alone.
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -23,12 +24,12 @@ class Buckets(Protocol):
         """Before a backward. `is_boundary`: it is the last one of an optimizer step."""
         ...
 
-    def reduces(self, is_boundary: bool) -> bool:
-        """Whether the gradients are reduced in this backward."""
-        ...
-
     def pending(self, dtype: torch.dtype | None = None) -> list[int]:
         """The parameters in the buckets, or in that of one dtype, in an order that matters."""
+        ...
+
+    def reduces(self, is_boundary: bool) -> bool:
+        """Whether gradients are reduced in this backward; asked once, at its end."""
         ...
 
     def missing(self, arrived: Sequence[int]) -> list[int]:
@@ -61,31 +62,45 @@ class _Stage1And2:
     def __init__(self, optimizer: Any):
         self._optimizer = optimizer
         self._receive = optimizer.process_gradients
-        self._groups: dict[int, int] = {}
-        self.parameters = {}
-        for group, parameters in enumerate(optimizer.bit16_groups):
-            for parameter in parameters:
-                if parameter.requires_grad and parameter.numel():
-                    number = optimizer.get_param_id(parameter)
-                    self.parameters[number], self._groups[number] = parameter, group
+        trained = [
+            (group, parameter)
+            for group, parameters in enumerate(optimizer.bit16_groups)
+            for parameter in parameters
+            if parameter.requires_grad
+        ]
+        numbers = {
+            optimizer.get_param_id(parameter): (group, parameter)
+            for group, parameter in trained
+            if parameter.numel()
+        }
+        self.parameters = {number: parameter for number, (_, parameter) in numbers.items()}
+        self._groups = {number: group for number, (group, _) in numbers.items()}
         self.by_arrival = optimizer.partition_gradients or optimizer.overlap_comm
+        self._hooks = len(trained)
+        self._all_ran = False
+        """Whether every parameter has had a gradient since the last reduction."""
 
     def prepare(self, is_boundary: bool) -> None:
         _prepare(self._optimizer, is_boundary)
 
-    def reduces(self, is_boundary: bool) -> bool:
-        return is_boundary or self._optimizer.partition_gradients
-
     def pending(self, dtype: torch.dtype | None = None) -> list[int]:
-        buckets = _chosen(self._optimizer, dtype)
-        return [number for bucket in buckets for _, _, number in bucket.params]
+        found: list[int] = []
+        for bucket in _chosen(self._optimizer, dtype):
+            found += map(itemgetter(2), bucket.params)
+        return found
+
+    def reduces(self, is_boundary: bool) -> bool:
+        self._all_ran |= self._optimizer._hooks_fired_this_backward == self._hooks
+        return is_boundary or self._optimizer.partition_gradients
 
     def missing(self, arrived: Sequence[int]) -> list[int]:
         if self.by_arrival:
-            return _without(self.parameters, [*arrived, *self.pending()])
-        if self._optimizer.use_grad_accum_attribute:
-            return [n for n, p in self.parameters.items() if getattr(p, "grad_accum", None) is None]
-        return [number for number, p in self.parameters.items() if p.grad is None]
+            return _not_arrived(self, arrived, self._optimizer)
+        all_ran, self._all_ran = self._all_ran, False
+        if all_ran:  # it takes a while to look at every parameter
+            return []
+        gradient = self._optimizer.get_gradient_for_reduction
+        return [number for number, p in self.parameters.items() if gradient(p) is None]
 
     def give(self, number: int) -> None:
         parameter = self.parameters[number]
@@ -122,18 +137,18 @@ class _Stage3:
     def prepare(self, is_boundary: bool) -> None:
         _prepare(self._optimizer, is_boundary)
 
-    def reduces(self, is_boundary: bool) -> bool:
-        return True
-
     def pending(self, dtype: torch.dtype | None = None) -> list[int]:
         found: list[int] = []
         for bucket in _chosen(self._optimizer, dtype):
-            numbers = [parameter.ds_id for parameter in bucket.params]
+            numbers = map(attrgetter("ds_id"), bucket.params)
             found += sorted(numbers) if self._optimizer.reduce_scatter else numbers
         return found
 
+    def reduces(self, is_boundary: bool) -> bool:
+        return True
+
     def missing(self, arrived: Sequence[int]) -> list[int]:
-        return _without(self.parameters, [*arrived, *self.pending()])
+        return _not_arrived(self, arrived, self._optimizer)
 
     def give(self, number: int) -> None:
         parameter: Any = self.parameters[number]
@@ -162,6 +177,7 @@ def _prepare(optimizer: Any, is_boundary: bool) -> None:
     optimizer.set_gradient_accumulation_boundary(is_boundary)
     if optimizer._epilogue_ran_this_backward:
         optimizer.clear_backward_seen_flag()
+    optimizer._hooks_fired_this_backward = 0
 
 
 def _chosen(optimizer: Any, dtype: torch.dtype | None) -> list[Any]:
@@ -169,8 +185,9 @@ def _chosen(optimizer: Any, dtype: torch.dtype | None) -> list[Any]:
     return list(buckets.values()) if dtype is None else [buckets[dtype]]
 
 
-def _without(parameters: dict[int, nn.Parameter], arrived: Sequence[int]) -> list[int]:
-    if len(arrived) == len(parameters):  # in a backward each arrives once
+def _not_arrived(buckets: Buckets, arrived: Sequence[int], optimizer: Any) -> list[int]:
+    pending = sum(len(bucket.params) for bucket in optimizer.ipg_buckets.values())
+    if len(arrived) + pending == len(buckets.parameters):  # in a backward each arrives once
         return []
-    found = set(arrived)
-    return [number for number in parameters if number not in found]
+    found = {*arrived, *buckets.pending()}
+    return [number for number in buckets.parameters if number not in found]

@@ -136,7 +136,7 @@ OTHER_GRADIENTS = (
     "experts.0.2.weight on rank 0, experts.1.2.weight on rank 1. "
 )
 OTHER_CALLS = (
-    "step 1: the ranks called the modules in different orders: call 3 is experts.1 on rank 0, "
+    "step 1: the ranks called the modules in different orders: call 4 is experts.1 on rank 0, "
     "experts.0 on rank 1. "
 )
 
@@ -166,6 +166,13 @@ def test_another_order_is_harmless_where_gradients_are_reduced_in_the_models_ord
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
     compare(two_ranks, config_of(tmp_path, stage, {"kind": "order"}))
+
+
+def test_at_zero_3_ranks_may_differ_inside_of_a_leaf_module(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    leaf = {"zero_optimization": {"leaf_module": {"names": ["experts"]}}}
+    compare(two_ranks, config_of(tmp_path, 3, {"kind": "experts"}, SMALL_BUCKETS, leaf))
 
 
 @pytest.mark.parametrize("stage", [1, 2])

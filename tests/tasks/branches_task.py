@@ -16,42 +16,52 @@ from harness.task import Task, default_feeder
 WIDTH = 8
 
 
-class Branches(nn.Module):
-    """A classifier; which layers a micro-batch uses depends on its samples, `number` [B]."""
+class Branches(nn.ModuleList):
+    """Layers of which `kind` and the number of the last sample choose some."""
 
-    def __init__(self, kind: str, reentrant: bool = False):
-        super().__init__()
-        self.kind = kind
-        self.reentrant = reentrant
-        self.first = nn.Linear(6, WIDTH)
+    def __init__(self, kind: str, reentrant: bool):
         widths = (WIDTH, 2 * WIDTH if kind == "shapes" else WIDTH)
-        self.experts = nn.ModuleList(
+        super().__init__(
             nn.Sequential(nn.Linear(WIDTH, width), nn.Tanh(), nn.Linear(width, WIDTH))
             for width in widths
         )
-        self.never = nn.Linear(WIDTH, WIDTH)
-        self.last = nn.Linear(WIDTH, 3)
+        self.kind = kind
+        self.reentrant = reentrant
 
-    def forward(self, points: Tensor, classes: Tensor, number: Tensor) -> None:
-        hidden = torch.tanh(self.first(points))
-        for expert in self.chosen(int(number.max())):
+    def forward(self, hidden: Tensor, last: int) -> Tensor:
+        for layer in self.chosen(last):
             if self.reentrant:
-                hidden = hidden + checkpoint(expert, hidden, use_reentrant=True)
+                hidden = hidden + checkpoint(layer, hidden, use_reentrant=True)
             else:
-                hidden = hidden + expert(hidden)
-        self.loss = F.cross_entropy(self.last(hidden).float(), classes)
+                hidden = hidden + layer(hidden)
+        return hidden
 
     def chosen(self, last: int) -> list[nn.Module]:
-        first, second = self.experts
+        first, second = self
         match self.kind:
             case "experts" | "shapes":  # one of them
-                return [self.experts[last % 5 % 2]]
+                return [self[last % 5 % 2]]
             case "sometimes":  # both, in every third micro-batch of 8 samples
                 return [] if last // 8 % 3 else [first, second]
             case "order":
                 return [first, second] if last % 2 else [second, first]
             case _:
                 raise ValueError(self.kind)
+
+
+class Classifier(nn.Module):
+    """Of points; `number` [B] are the numbers of the samples. It has a layer that is never used."""
+
+    def __init__(self, kind: str, reentrant: bool = False):
+        super().__init__()
+        self.first = nn.Linear(6, WIDTH)
+        self.experts = Branches(kind, reentrant)
+        self.never = nn.Linear(WIDTH, WIDTH)
+        self.last = nn.Linear(WIDTH, 3)
+
+    def forward(self, points: Tensor, classes: Tensor, number: Tensor) -> None:
+        hidden = self.experts(torch.tanh(self.first(points)), int(number.max()))
+        self.loss = F.cross_entropy(self.last(hidden).float(), classes)
 
 
 def points(count: int = 96) -> Dataset:
@@ -133,6 +143,6 @@ FEEDERS: dict[str, Any] = {"twice": feed_twice, "step": feed_and_step, "module":
 def build(config: Config) -> Task:
     args = dict(config.task.args)
     kind, feeder = args.pop("kind"), args.pop("feeder", None)
-    model, data = CASES.get(kind, (lambda: Branches(kind, **args), points))
+    model, data = CASES.get(kind, (lambda: Classifier(kind, **args), points))
     models = {name: model() for name in config.engines}
     return Task(models=models, train_data=data(), feeder=FEEDERS.get(feeder, default_feeder))
