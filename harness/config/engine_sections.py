@@ -126,6 +126,11 @@ class EngineConfig(Section):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average (EMA) of the weights, like 0.999: evaluations use the
     EMA weights, and exports also write them, as NAME.ema. Default: no EMA."""
+    buffers: Literal["sync", "own"] | None = None
+    """Whose buffers are used, where training changes them (running statistics, codebooks): "sync":
+    before every step, every rank takes rank 0's, as with torch's DDP; "own": every rank keeps its
+    own, also in checkpoints; evaluations use each rank's own, and exports have rank 0's. Default:
+    "sync", and in a resumed run that of its checkpoint."""
     _file: tuple[Path, dict[str, Any]] | None = PrivateAttr(default=None)
     """Path and content of `ds_config`."""
 
@@ -142,9 +147,9 @@ class EngineConfig(Section):
             return self
         if self.optimizer or self.scheduler:
             raise ValueError("a teacher is not trained: remove optimizer and scheduler")
-        if self.train_every > 1 or self.ema_decay or self.frozen or self.lora:
+        if self.train_every > 1 or self.ema_decay or self.frozen or self.lora or self.buffers:
             raise ValueError(
-                "a teacher is not trained: remove train_every, ema_decay, frozen and lora"
+                "a teacher is not trained: remove train_every, ema_decay, frozen, lora and buffers"
             )
         return self
 

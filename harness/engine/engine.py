@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from harness import distributed
 from harness.config.engine_sections import EngineConfig
+from harness.engine.buffers import Buffers
 from harness.engine.edits import Edits
 from harness.engine.ema import Ema, remove_average
 from harness.engine.lora import adapt
@@ -61,6 +62,8 @@ class Engine:
     """Of the optimizer's parameters, by parameter group, in its order."""
     overrides: Overrides
     """Learning rate and clipping of a trained engine, as changed by live commands."""
+    buffers: Buffers
+    """Those of a trained engine: which ones training changes, and whose they are."""
     peers: Peers
     """All engines of the run, this one included."""
 
@@ -109,6 +112,7 @@ class Engine:
         if self.role == "train":
             base_lrs = [chosen["lr"] for chosen in self._chosen]
             self.overrides = Overrides(name, self.ds, config, base_lrs)
+            self.buffers = Buffers(name, model, config.buffers)
             if config.ema_decay:
                 self._ema = Ema(self.ds, config.ema_decay)
 
@@ -361,9 +365,11 @@ class Engine:
         return engine_state.weights_are_finite(self.ds)
 
     def state_dict(self) -> dict[str, Any]:
-        """What DeepSpeed's checkpoint does not hold: counters and live changes."""
+        """What DeepSpeed's checkpoint does not hold: counters, live changes, some buffers."""
         state = {"counters": asdict(self.counters), "lora_alpha": self._lora_alpha}
-        return state | (self.overrides.state_dict() if self.role == "train" else {})
+        if self.role == "train":
+            state |= {"buffers": self.buffers.state_dict()} | self.overrides.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned. Call it after DeepSpeed's own loading.
@@ -386,6 +392,7 @@ class Engine:
                 self._check_unchanged("optimizer.rank", rank, group.get("rank"))
             group |= chosen
         self.overrides.load_state_dict(state)
+        self.buffers.load_state_dict(state.get("buffers"))
 
     def _check_unchanged(self, key: str, configured: Any, saved: Any) -> None:
         """Raises CheckpointError if a setting that the state depends on has changed."""
