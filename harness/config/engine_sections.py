@@ -131,6 +131,11 @@ class EngineConfig(Section):
     before every step, every rank takes rank 0's, as with torch's DDP; "own": every rank keeps its
     own, also in checkpoints; evaluations use each rank's own, and exports have rank 0's. Default:
     "sync", and in a resumed run that of its checkpoint."""
+    buffer_dtype: Literal["keep", "model"] = "keep"
+    """In bf16 or fp16: "keep" leaves the model's buffers in the dtype that they were built with, as
+    DeepSpeed does (tables of rotary angles must stay in float32); "model" casts floating ones to
+    the dtype of the weights, as `model.bfloat16()` does, except those that DeepSpeed's
+    `data_types.keep_in_fp32_modules` names."""
     _file: tuple[Path, dict[str, Any]] | None = PrivateAttr(default=None)
     """Path and content of `ds_config`."""
 
@@ -199,7 +204,10 @@ class EngineConfig(Section):
         path, table = self._file or (None, {})
         if path != self.ds_config:  # after model_copy(update=...), which validates nothing
             table = _json_object(self.ds_config)
-        return deepcopy(merge(table, self.ds_overrides))
+        ds = deepcopy(merge(table, self.ds_overrides))
+        if self.buffer_dtype == "model" and (dtype := rules.half_precision(ds)):
+            ds = merge(ds, {"data_types": {"buffer_dtype": dtype}})
+        return ds
 
 
 def _json_object(path: Path) -> dict[str, Any]:

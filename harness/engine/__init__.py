@@ -7,6 +7,7 @@ Its files, from the top down:
     gradient_check.py  whether all ranks gave gradients to the same parameters
     engine.py          Engine: one model under one DeepSpeed engine, by composition
     buffers.py         buffers that training changes: rank 0's everywhere, or each rank's own
+    mixed_dtypes.py    what 16-bit engines cast, and the keys that help
     overrides.py       learning rate and clipping as changed by live commands
     edits.py           weights that the task changes in place
     turns.py           whose turn it is, and how one engine uses the model of another

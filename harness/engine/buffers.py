@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from harness import distributed
 from harness.distributed.tensors import broadcast_tensors
-from harness.errors import CheckpointError, TaskError
+from harness.errors import CheckpointError, TaskError, first_few
 from harness.utils import dtype_name
 
 log = logging.getLogger(__name__)
@@ -243,11 +243,10 @@ def content_of(tensor: Tensor) -> Content:
     return Content(layout_of(tensor), zlib.crc32(data.data))
 
 
-def summary(names: Sequence[str], most: int = 5) -> str:
+def summary(names: Sequence[str]) -> str:
     """How many there are, and the first names."""
     noun = "buffer" if len(names) == 1 else "buffers"
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} {noun} ({', '.join(names[:most])}{more})"
+    return f"{len(names)} {noun} ({first_few(names)})"
 
 
 def _has_one_layout(name: str, contents: Sequence[dict[str, Content]]) -> bool:

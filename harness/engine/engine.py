@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from harness import distributed
 from harness.config.engine_sections import EngineConfig
+from harness.engine import mixed_dtypes
 from harness.engine.buffers import Buffers
 from harness.engine.edits import Edits
 from harness.engine.ema import Ema, remove_average
@@ -106,7 +107,10 @@ class Engine:
                 self._choose_parameters(model)
                 optimizer = self._build_optimizer(model)
                 scheduler = build_scheduler(optimizer, config.scheduler, total_steps)
+        kept_in_fp32 = mixed_dtypes.parameters_kept_in_fp32(model)
         self.ds = self._wrap(model, optimizer, scheduler, micro_batch_size)
+        if kept_in_fp32 and self.dtype != torch.float32:
+            mixed_dtypes.warn_of_cast(name, kept_in_fp32, self.dtype)
         self.arrivals = Arrivals(self.ds, in_order=config.unused_parameters == "zeros")
         self.edits = Edits(name, self.ds, self.collect)
         if self.role == "train":
@@ -201,7 +205,11 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through DeepSpeed. Raises TaskError in another engine's turn."""
         self.turn.check(self.name, "called")
-        return self.ds(*args, **kwargs)
+        try:
+            return self.ds(*args, **kwargs)
+        except RuntimeError as error:
+            mixed_dtypes.explain(error, self.name, self.module, self.dtype)
+            raise
 
     def train(self) -> None:
         """Training mode; a teacher stays in eval mode."""

@@ -96,6 +96,38 @@ class Mixed(nn.Module):
         self.loss = F.mse_loss(self.net(x) + 0.01 * shift.float(), y)
 
 
+class Positions(nn.Module):
+    """A table that is added to activations, and one of angles, which is used in float32."""
+
+    table: Tensor
+    inv_freq: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 1)
+        self.register_buffer("table", torch.randn(8))
+        self.register_buffer("inv_freq", 10.0 ** -torch.arange(4.0), persistent=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        x = x * (self.inv_freq.float() * 3).cos().to(x)
+        self.loss = F.mse_loss(self.last(self.first(x) + self.table).float(), y.float())
+
+
+class Headed(nn.Module):
+    """A submodule that the user keeps in float32."""
+
+    def __init__(self, half: bool = False) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 1)
+        if half:
+            self.first.bfloat16()
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        features = self.first(x).float()
+        with torch.autocast(x.device.type, enabled=False):
+            self.loss = F.mse_loss(self.head(features), y.float())
+
+
 class Points(torch.utils.data.Dataset):
     """Random points of 4 numbers, and a number for each."""
 
@@ -118,6 +150,10 @@ def model(kind: str, **args: Any) -> nn.Module:
             return Normalized()
         case "codes":
             return Quantized(**args)
+        case "positions":
+            return Positions()
+        case "headed":
+            return Headed(**args)
         case _:
             return Mixed(**args)
 
