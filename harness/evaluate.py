@@ -42,6 +42,8 @@ def evaluate(
     found: dict[str, float] = {}
     seed, rank = config.run.seed, distributed.global_rank()
     ranks = rank, distributed.world_size()
+    engines.sync_buffers(search=True)
+    engines.log_own_buffers("evaluates with each rank's own buffers")
     engines.eval()
     try:
         with engines.averaged(), seeded(seed, rank):

@@ -128,6 +128,7 @@ class Trainer:
         self.begun = BegunStep(self.engines)
         samples, tokens, size = 0, 0, self.engines.gradient_accumulation
         batches, terms = self.batches.next_step(size)
+        self.engines.sync_buffers()
         for number, batch in enumerate(batches):
             counted = self.task.count(batch)
             samples, tokens = samples + counted[0], tokens + counted[1]

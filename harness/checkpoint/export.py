@@ -33,6 +33,8 @@ def export(
     staged = target.with_name(f"{target.name}.tmp")
     if distributed.is_global_leader():
         shutil.rmtree(staged, ignore_errors=True)
+    engines.sync_buffers(search=True)
+    engines.log_own_buffers("exports rank 0's own buffers")
     engines.eval()
     try:
         for engine in engines.trained:

@@ -107,7 +107,8 @@ def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveC
             engine.ds.load_checkpoint(str(sources[engine.name]), tag=engine.name)
     with distributed.raise_on_all_ranks(f"cannot resume from {directory}"):
         # The states of engines and data are the same on every rank.
-        state = torch.load(directory / rank_file(rank if same_world else 0), weights_only=True)
+        file = directory / rank_file(rank if same_world else 0)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         live.load_state_dict(state["live"])
         engines.load_state_dict(state["engines"])
         engines.set_total_steps(live.config.run.steps)

@@ -202,6 +202,7 @@ class Saver:
                 raise CheckpointError(f"{type(error).__name__}: {error}") from None
 
     def _collect(self) -> FileTrees:
+        self._engines.sync_buffers(search=True)
         trees: FileTrees = {
             rank_file(distributed.global_rank()): {
                 "rng": rng_state(),

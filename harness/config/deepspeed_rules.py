@@ -26,6 +26,14 @@ def value_at(ds: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def half_precision(ds: Mapping[str, Any]) -> str | None:
+    """The 16-bit type that is computed in, "bf16" or "fp16"; None in fp32."""
+    for key, name in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16")):
+        if value_at(ds, f"{key}.enabled") is True:
+            return name
+    return None
+
+
 SET_BY_HARNESS = {
     "optimizer": "use engines.NAME.optimizer",
     "scheduler": "use engines.NAME.scheduler",

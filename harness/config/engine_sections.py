@@ -193,6 +193,16 @@ class EngineConfig(Section):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average (EMA) of the weights, like 0.999: evaluations use the
     EMA weights, and exports also write them, as NAME.ema. Default: no EMA."""
+    buffers: Literal["sync", "own"] | None = None
+    """Whose buffers are used, where training changes them (running statistics, codebooks): "sync":
+    before every step, every rank takes rank 0's, as with torch's DDP; "own": every rank keeps its
+    own, also in checkpoints; evaluations use each rank's own, and exports have rank 0's. Default:
+    "sync", and in a resumed run that of its checkpoint."""
+    buffer_dtype: Literal["keep", "model"] = "keep"
+    """In bf16 or fp16: "keep" leaves the model's buffers in the dtype that they were built with, as
+    DeepSpeed does (tables of rotary angles must stay in float32); "model" casts floating ones to
+    the dtype of the weights, as `model.bfloat16()` does, except those that DeepSpeed's
+    `data_types.keep_in_fp32_modules` names."""
     _file: tuple[Path, dict[str, Any]] | None = PrivateAttr(default=None)
     """Path and content of `ds_config`."""
 
@@ -209,9 +219,9 @@ class EngineConfig(Section):
             return self
         if self.optimizer or self.scheduler:
             raise ValueError("a teacher is not trained: remove optimizer and scheduler")
-        if self.train_every > 1 or self.ema_decay or self.frozen or self.lora:
+        if self.train_every > 1 or self.ema_decay or self.frozen or self.lora or self.buffers:
             raise ValueError(
-                "a teacher is not trained: remove train_every, ema_decay, frozen and lora"
+                "a teacher is not trained: remove train_every, ema_decay, frozen, lora and buffers"
             )
         return self
 
@@ -261,7 +271,10 @@ class EngineConfig(Section):
         path, table = self._file or (None, {})
         if path != self.ds_config:  # after model_copy(update=...), which validates nothing
             table = _json_object(self.ds_config)
-        return deepcopy(merge(table, self.ds_overrides))
+        ds = deepcopy(merge(table, self.ds_overrides))
+        if self.buffer_dtype == "model" and (dtype := rules.half_precision(ds)):
+            ds = merge(ds, {"data_types": {"buffer_dtype": dtype}})
+        return ds
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ Its files, from the top down:
     optimizations.py   applies [optimizations]: replacing, compiling, offloading
     gradient_check.py  whether all ranks gave gradients to the same parameters
     engine.py          Engine: one model under one DeepSpeed engine, by composition
+    buffers.py         buffers that training changes: rank 0's everywhere, or each rank's own
+    mixed_dtypes.py    what 16-bit engines cast, and the keys that help
     overrides.py       learning rates by group, and clipping: scheduled, or changed by commands
     trainable.py       refuses models that DeepSpeed cannot train
     edits.py           weights that the task changes in place

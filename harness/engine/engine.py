@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from harness import distributed
 from harness.config.engine_sections import EngineConfig
+from harness.engine import mixed_dtypes
+from harness.engine.buffers import Buffers
 from harness.engine.edits import Edits
 from harness.engine.ema import Ema, remove_average
 from harness.engine.lora import adapt
@@ -62,6 +64,8 @@ class Engine:
     """Of the optimizer's parameters, by parameter group, in its order."""
     overrides: Overrides
     """Learning rates and clipping of a trained engine: scheduled, or changed by live commands."""
+    buffers: Buffers
+    """Those of a trained engine: which ones training changes, and whose they are."""
     peers: Peers
     """All engines of the run, this one included."""
 
@@ -107,11 +111,15 @@ class Engine:
                 with config_errors_of(f"engines.{name}"):
                     schedule = Schedule(config.scheduler, total_steps)
                 scheduler = build_scheduler(optimizer, schedule)
+        kept_in_fp32 = mixed_dtypes.parameters_kept_in_fp32(model)
         self.ds = self._wrap(model, optimizer, scheduler, micro_batch_size)
+        if kept_in_fp32 and self.dtype != torch.float32:
+            mixed_dtypes.warn_of_cast(name, kept_in_fp32, self.dtype)
         self.arrivals = Arrivals(self.ds, in_order=config.unused_parameters == "zeros")
         self.edits = Edits(name, self.ds, self.collect)
         if schedule is not None:
             self.overrides = Overrides(name, self.ds, config, schedule, self._chosen)
+            self.buffers = Buffers(name, model, config.buffers)
             if config.ema_decay:
                 self._ema = Ema(self.ds, config.ema_decay)
 
@@ -205,7 +213,11 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through DeepSpeed. Raises TaskError in another engine's turn."""
         self.turn.check(self.name, "called")
-        return self.ds(*args, **kwargs)
+        try:
+            return self.ds(*args, **kwargs)
+        except RuntimeError as error:
+            mixed_dtypes.explain(error, self.name, self.module, self.dtype)
+            raise
 
     def train(self) -> None:
         """Training mode; a teacher stays in eval mode."""
@@ -365,9 +377,11 @@ class Engine:
         return engine_state.weights_are_finite(self.ds)
 
     def state_dict(self) -> dict[str, Any]:
-        """What DeepSpeed's checkpoint does not hold: counters and live changes."""
+        """What DeepSpeed's checkpoint does not hold: counters, live changes, some buffers."""
         state = {"counters": asdict(self.counters), "lora_alpha": self._lora_alpha}
-        return state | (self.overrides.state_dict() if self.role == "train" else {})
+        if self.role == "train":
+            state |= {"buffers": self.buffers.state_dict()} | self.overrides.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned. Call it after DeepSpeed's own loading.
@@ -390,6 +404,7 @@ class Engine:
                 self._check_unchanged("optimizer.rank", rank, group.get("rank"))
             group |= chosen
         self.overrides.load_state_dict(state)
+        self.buffers.load_state_dict(state.get("buffers"))
 
     def _check_unchanged(self, key: str, configured: Any, saved: Any) -> None:
         """Raises CheckpointError if a setting that the state depends on has changed."""

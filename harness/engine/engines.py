@@ -13,6 +13,7 @@ from harness import distributed
 from harness.config import Config
 from harness.config.engine_sections import EngineConfig
 from harness.data.step_batches import Terms
+from harness.engine import buffers
 from harness.engine.engine import Engine
 from harness.engine.gradient_check import GradientCheck
 from harness.engine.optimizations import change_models, offload_engines
@@ -94,6 +95,16 @@ class Engines(Mapping[str, Engine]):
             engine.counters.skipped,
             f"; loss scale {engine.loss_scale:g}" if engine.has_loss_scale else "",
         )
+
+    def sync_buffers(self, search: bool = False) -> None:
+        """Makes the buffers that training changes rank 0's on every rank: before every step, and
+        with `search` before anything else that reads them (see buffers.py). Collective."""
+        buffers.sync([engine.buffers for engine in self.trained], self.global_step, search)
+
+    def log_own_buffers(self, what: str) -> None:
+        """Logs that `what` was done with buffers that differ by rank, for engines with such."""
+        for engine in self.trained:
+            engine.buffers.log_own(what)
 
     @torch.no_grad()
     def evaluate(self, batch: Any) -> dict[str, Stats]:

@@ -268,8 +268,8 @@ class SwiGLU(nn.Module):
 def rotation(time: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [T, R], of the angle t / 10000^(r / R) of pair r at position t.
 
-    Recomputed in every forward, at next to no cost: a buffer would lose precision when DeepSpeed
-    casts the module to a 16-bit type.
+    Recomputed in every forward, at next to no cost: a buffer would lose precision if the model, or
+    DeepSpeed with `buffer_dtype = "model"`, were cast to a 16-bit type.
     """
     pairs = head_size // 2
     frequency_R = 10000.0 ** -(torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
