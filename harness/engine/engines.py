@@ -15,6 +15,7 @@ from harness.config.engine_sections import EngineConfig
 from harness.data.step_batches import Terms
 from harness.engine.engine import Engine
 from harness.engine.gradient_check import GradientCheck
+from harness.engine.models import check_engines
 from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
 from harness.errors import ConfigError, TaskError, did_you_mean
@@ -250,6 +251,7 @@ def build_engines(task: Task, config: Config) -> Engines:
     Raises TaskError if the task's models do not match the config's engines, or share a parameter,
     and ConfigError if [optimizations] or an engine's section cannot be applied.
     """
+    check_engines(config.engines, config.data.micro_batch_size)
     with distributed.raise_on_all_ranks(f"task {config.task.path}"):
         if set(task.models) != set(config.engines):
             raise TaskError(
