@@ -23,7 +23,7 @@ from harness.control.commands import COMMANDS
 from harness.data.held_out import check_held_out
 from harness.errors import ConfigError, HarnessError, TaskError
 from harness.metrics.meters import Stats
-from harness.utils import tensor_leaves, to_device
+from harness.utils import named_parts, tensor_leaves, to_device
 
 
 class FedEngine(Protocol):
@@ -48,23 +48,27 @@ class FedEngine(Protocol):
 def default_feeder(engine: FedEngine, batch: Any) -> tuple[torch.Tensor, Stats]:
     """Calls the model with the batch and sums the losses of its submodules.
 
-    A dict is passed as keyword arguments, a list or tuple as positional arguments. In forward any
-    submodule may set `self.loss` (a scalar tensor) and `self.stats` (a dict of numbers); both are
-    removed afterwards.
+    A mapping (dict, UserDict) or dataclass is passed as keyword arguments, a list or tuple (also a
+    named one) as positional arguments, anything else as the only argument. In forward any submodule
+    may set `self.loss` (a scalar tensor) and `self.stats` (a dict of numbers); both are removed
+    afterwards. If none sets `loss`, it is the output's: its attribute or key `loss`, as of Hugging
+    Face models.
     """
     batch = to_device(batch, engine.device, engine.dtype)
     match batch:
         case Mapping():
-            engine(**batch)
+            output = engine(**batch)
         case list() | tuple():
-            engine(*batch)
+            output = engine(*batch)
         case _:
-            engine(batch)
-    losses = engine.gather_attribute("loss", torch.Tensor)
+            parts = named_parts(batch)
+            output = engine(batch) if parts is None else engine(**parts)
+    losses = engine.gather_attribute("loss", torch.Tensor) or _loss_of(output)
     if not losses:
         raise TaskError(
             f"engine {engine.name!r}: forward set no `loss` on any submodule of "
-            f"{type(engine.module).__name__}: set `self.loss`, or Task.feeder"
+            f"{type(engine.module).__name__}, and its output, {type(output).__name__}, has none: "
+            "set `self.loss`, return it as `loss`, or set Task.feeder"
         )
     stats = (
         {f"loss.{path}": loss.detach() for path, loss in losses.items()} if len(losses) > 1 else {}
@@ -78,6 +82,12 @@ def default_feeder(engine: FedEngine, batch: Any) -> tuple[torch.Tensor, Stats]:
                 f"{list(loss.shape)}, expected a scalar"
             )
     return torch.stack(list(losses.values())).sum(), stats
+
+
+def _loss_of(output: Any) -> dict[str, torch.Tensor]:
+    """The loss in a model's output, like those of submodules: by path, here the model's."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return {"": loss} if isinstance(loss, torch.Tensor) else {}
 
 
 def count_batch(batch: Any) -> tuple[int, int]:

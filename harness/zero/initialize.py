@@ -47,7 +47,7 @@ def check_settings(settings: dict[str, Any]) -> None:
 
     with _refusals(Exception):  # it does nothing but read
         config = DeepSpeedConfig(settings)
-    accelerator = get_accelerator()
+    accelerator: Any = get_accelerator()
     for table, is_enabled, is_supported in (
         ("fp16", config.float16_config.enabled, accelerator.is_fp16_supported()),
         ("bf16", config.bfloat16_config.enabled, accelerator.is_bf16_supported()),
