@@ -107,8 +107,10 @@ class Task:
     """A model for each `[engines.NAME]` of the config, by name."""
 
     train_data: Any
-    """A map-style dataset (`__len__`, `__getitem__`), or a loader (`__len__`, `__iter__`) of this
-    rank's batches."""
+    """A map-style dataset (`__len__`, `__getitem__`), which is split over the ranks; an
+    IterableDataset (`__len__`, `__iter__`) of this rank's samples; or a loader (`__len__`,
+    `__iter__`) of this rank's batches. Within an epoch the last two resume only on the same number
+    of ranks, except for a loader whose `has_global_state` is true: see `data.loader.TaskLoader`."""
 
     eval_data: Any | None = None
     """Held-out data: a map-style dataset, which is split over the ranks; an IterableDataset of this
