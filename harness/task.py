@@ -103,8 +103,11 @@ def count_batch(batch: Any) -> tuple[int, int]:
 class Task:
     """The user's models and data, and how to compute a loss from a batch."""
 
-    models: Mapping[str, nn.Module]
-    """A model for each `[engines.NAME]` of the config, by name."""
+    models: Mapping[str, Any]
+    """A model (nn.Module) for each `[engines.NAME]` of the config, by name; or a function without
+    arguments
+    that returns it. At ZeRO stage 3 what a function builds is sharded while it is built, so that no
+    rank holds all of its weights. Functions are called in this order, from the run's seed on."""
 
     train_data: Any
     """A map-style dataset (`__len__`, `__getitem__`), which is split over the ranks; an
@@ -194,9 +197,12 @@ def validate(task: Any, path: str) -> Task:
         kind = type(task.models).__name__
         raise TaskError(f"task {path}: models is a {kind}, expected a dict of modules")
     for name, model in task.models.items():
-        if not isinstance(model, nn.Module):
+        if not callable(model):  # as modules are, too
             kind = type(model).__name__
-            raise TaskError(f"task {path}: model {name!r} is a {kind}, expected an nn.Module")
+            raise TaskError(
+                f"task {path}: model {name!r} is a {kind}, expected an nn.Module, or a function "
+                "that returns one"
+            )
     if task.summarize is not None and task.evaluate is None:
         raise TaskError(f"task {path}: summarize needs evaluate, which returns what is summed")
     builtin = {form.split()[0] for command in COMMANDS for form in command.forms}

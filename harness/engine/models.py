@@ -1,13 +1,18 @@
-"""What DeepSpeed is given: the settings of every engine."""
+"""What DeepSpeed is given: the settings of every engine, and models built by functions."""
 
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from harness import distributed
+from harness.config import Config
 from harness.config.engine_sections import EngineConfig
-from harness.errors import ConfigError
+from harness.errors import ConfigError, HarnessError, TaskError
 from harness.zero.initialize import check_settings
+from harness.zero.sharded_init import build_in_shards
 
 
 def engine_settings(config: EngineConfig, micro_batch_size: int) -> dict[str, Any]:
@@ -37,3 +42,36 @@ def settings_named(name: str, config: EngineConfig) -> Iterator[None]:
     except ConfigError as error:
         where = f"ds_config {config.ds_config}{' with ds_overrides' * bool(config.ds_overrides)}"
         raise ConfigError(f"engines.{name}: {where}: {error}") from error
+
+
+def build_models(
+    models: Mapping[str, nn.Module | Callable[[], nn.Module]], config: Config
+) -> dict[str, nn.Module]:
+    """The models, those that are functions called in turn, at ZeRO stage 3 in shards. Collective.
+
+    The weights are those of the same model that the task builds first of all. Raises TaskError if a
+    function fails, on every rank where it does, or returns no module.
+    """
+    if any(not isinstance(model, nn.Module) for model in models.values()):
+        distributed.seed_everything(config.run.seed)
+    return {name: _built(name, model, config) for name, model in models.items()}
+
+
+def _built(name: str, model: Any, config: Config) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    settings = engine_settings(config.engines[name], config.data.micro_batch_size)
+    is_sharded = config.engines[name].zero_stage == 3
+    try:
+        built = build_in_shards(model, settings) if is_sharded else model()
+    except HarnessError:
+        raise
+    except Exception as error:
+        raise TaskError(
+            f"model {name!r}: its function failed:\n{traceback.format_exc()}"
+        ) from error
+    if not isinstance(built, nn.Module):
+        raise TaskError(
+            f"model {name!r}: its function returned {type(built).__name__}, expected an nn.Module"
+        )
+    return built

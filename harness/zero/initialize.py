@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import nn
 from torch.optim import Optimizer
 
 from harness.errors import ConfigError
+from harness.zero.parameters import is_sharded
+from harness.zero.sharded_init import cast_parameters
 
 TABLES = {
     "DeepSpeedZeroConfig": "zero_optimization",
@@ -34,10 +37,21 @@ def initialize(
     """
     import deepspeed  # late: zero.startup patches it first
 
+    if any(map(is_sharded, model.parameters())):
+        cast_parameters(model, _compute_dtype(settings))  # LoRA's are new; DeepSpeed casts none
     with _refusals():
         return deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings
         )[0]
+
+
+def _compute_dtype(settings: dict[str, Any]) -> torch.dtype:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = DeepSpeedConfig(settings)
+    if config.bfloat16_config.enabled:
+        return torch.bfloat16
+    return torch.float16 if config.float16_config.enabled else torch.float32
 
 
 def check_settings(settings: dict[str, Any]) -> None:
