@@ -122,7 +122,8 @@ def _check_same_config(config: Config) -> None:
         for key in sorted(set().union(*per_rank)):
             values = [settings.get(key) for settings in per_rank]
             for rank, value in enumerate(values):
-                if value != values[0] and not isinstance(value, Path):
+                is_same = repr(value) == repr(values[0])  # NaN is equal to itself
+                if not is_same and not isinstance(value, Path):
                     raise ConfigError(
                         f"the configs of the ranks differ: {key} is {value!r} on rank {rank}, and "
                         f"{values[0]!r} on rank 0"
@@ -222,6 +223,15 @@ def _log_start(live: LiveConfig, engines: Engines) -> None:
             engine.zero_stage,
             engine.role,
         )
+        settings = live.config.engines[name]
+        if engine.role == "train" and "gradient_clipping" not in settings.deepspeed():
+            log.info(
+                "engine %s: gradients are clipped to the norm %g, DeepSpeed's default: "
+                "gradient_clipping in %s sets another norm, or 0 for no clipping",
+                name,
+                engine.overrides.configured_clip,
+                settings.ds_config,
+            )
     log.info(
         "%s: step %d of %d on %d ranks (%s), rank 0 on %s",
         live.config.run_dir,

@@ -23,7 +23,7 @@ from harness.control.commands import COMMANDS
 from harness.data.held_out import check_held_out
 from harness.errors import ConfigError, HarnessError, TaskError
 from harness.metrics.meters import Stats
-from harness.utils import tensor_leaves, to_device
+from harness.utils import named_parts, tensor_leaves, to_device
 
 
 class FedEngine(Protocol):
@@ -48,23 +48,27 @@ class FedEngine(Protocol):
 def default_feeder(engine: FedEngine, batch: Any) -> tuple[torch.Tensor, Stats]:
     """Calls the model with the batch and sums the losses of its submodules.
 
-    A dict is passed as keyword arguments, a list or tuple as positional arguments. In forward any
-    submodule may set `self.loss` (a scalar tensor) and `self.stats` (a dict of numbers); both are
-    removed afterwards.
+    A mapping (dict, UserDict) or dataclass is passed as keyword arguments, a list or tuple (also a
+    named one) as positional arguments, anything else as the only argument. In forward any submodule
+    may set `self.loss` (a scalar tensor) and `self.stats` (a dict of numbers); both are removed
+    afterwards. If none sets `loss`, it is the output's: its attribute or key `loss`, as of Hugging
+    Face models.
     """
     batch = to_device(batch, engine.device, engine.dtype)
     match batch:
         case Mapping():
-            engine(**batch)
+            output = engine(**batch)
         case list() | tuple():
-            engine(*batch)
+            output = engine(*batch)
         case _:
-            engine(batch)
-    losses = engine.gather_attribute("loss", torch.Tensor)
+            parts = named_parts(batch)
+            output = engine(batch) if parts is None else engine(**parts)
+    losses = engine.gather_attribute("loss", torch.Tensor) or _loss_of(output)
     if not losses:
         raise TaskError(
             f"engine {engine.name!r}: forward set no `loss` on any submodule of "
-            f"{type(engine.module).__name__}: set `self.loss`, or Task.feeder"
+            f"{type(engine.module).__name__}, and its output, {type(output).__name__}, has none: "
+            "set `self.loss`, return it as `loss`, or set Task.feeder"
         )
     stats = (
         {f"loss.{path}": loss.detach() for path, loss in losses.items()} if len(losses) > 1 else {}
@@ -80,6 +84,12 @@ def default_feeder(engine: FedEngine, batch: Any) -> tuple[torch.Tensor, Stats]:
     return torch.stack(list(losses.values())).sum(), stats
 
 
+def _loss_of(output: Any) -> dict[str, torch.Tensor]:
+    """The loss in a model's output, like those of submodules: by path, here the model's."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return {"": loss} if isinstance(loss, torch.Tensor) else {}
+
+
 def count_batch(batch: Any) -> tuple[int, int]:
     """`(samples, tokens)` of a batch, from its first tensor's shape, [samples, tokens, ...]."""
     leaves = [leaf for leaf in tensor_leaves(batch) if leaf.ndim]
@@ -93,12 +103,17 @@ def count_batch(batch: Any) -> tuple[int, int]:
 class Task:
     """The user's models and data, and how to compute a loss from a batch."""
 
-    models: Mapping[str, nn.Module]
-    """A model for each `[engines.NAME]` of the config, by name."""
+    models: Mapping[str, Any]
+    """A model (nn.Module) for each `[engines.NAME]` of the config, by name; or a function without
+    arguments
+    that returns it. At ZeRO stage 3 what a function builds is sharded while it is built, so that no
+    rank holds all of its weights. Functions are called in this order, from the run's seed on."""
 
     train_data: Any
-    """A map-style dataset (`__len__`, `__getitem__`), or a loader (`__len__`, `__iter__`) of this
-    rank's batches."""
+    """A map-style dataset (`__len__`, `__getitem__`), which is split over the ranks; an
+    IterableDataset (`__len__`, `__iter__`) of this rank's samples; or a loader (`__len__`,
+    `__iter__`) of this rank's batches. Within an epoch the last two resume only on the same number
+    of ranks, except for a loader whose `has_global_state` is true: see `data.loader.TaskLoader`."""
 
     eval_data: Any | None = None
     """Held-out data: a map-style dataset, which is split over the ranks; an IterableDataset of this
@@ -182,9 +197,12 @@ def validate(task: Any, path: str) -> Task:
         kind = type(task.models).__name__
         raise TaskError(f"task {path}: models is a {kind}, expected a dict of modules")
     for name, model in task.models.items():
-        if not isinstance(model, nn.Module):
+        if not callable(model):  # as modules are, too
             kind = type(model).__name__
-            raise TaskError(f"task {path}: model {name!r} is a {kind}, expected an nn.Module")
+            raise TaskError(
+                f"task {path}: model {name!r} is a {kind}, expected an nn.Module, or a function "
+                "that returns one"
+            )
     if task.summarize is not None and task.evaluate is None:
         raise TaskError(f"task {path}: summarize needs evaluate, which returns what is summed")
     builtin = {form.split()[0] for command in COMMANDS for form in command.forms}

@@ -1,8 +1,11 @@
 """Small helpers that need no file of their own."""
 
+import copy
 import importlib
 import os
+from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +25,51 @@ def import_path(path: str) -> Any:
 
 
 def to_device(tree: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """The tree with every tensor on `device`, floating-point ones cast to `dtype` if not None."""
+    """The tree with every tensor on `device`, floating-point ones cast to `dtype` if not None.
+
+    A tree is nested dicts (also UserDict, like transformers' BatchEncoding), lists, tuples (also
+    named ones) and dataclasses; anything else in it, like None or a string, is kept as it is.
+    """
 
     def move(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        cast = dtype if leaf.is_floating_point() else None
-        return leaf.to(device=device, dtype=cast, non_blocking=True)
+        if isinstance(leaf, torch.Tensor):
+            cast = dtype if leaf.is_floating_point() else None
+            return leaf.to(device=device, dtype=cast, non_blocking=True)
+        named = named_parts(leaf)
+        return leaf if named is None else _with_parts(leaf, tree_map(move, named))
 
     return tree_map(move, tree)
 
 
 def tensor_leaves(tree: Any) -> list[torch.Tensor]:
-    """The tensors of a nested structure of dicts, lists and tuples, in order."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    """The tensors of a tree, as of `to_device`, in order."""
+    leaves: list[torch.Tensor] = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            leaves.append(leaf)
+        elif (named := named_parts(leaf)) is not None:
+            leaves += tensor_leaves(named)
+    return leaves
+
+
+def named_parts(value: Any) -> dict[str, Any] | None:
+    """The items of a UserDict, or the fields of a dataclass; None for anything else."""
+    if isinstance(value, UserDict):
+        return value.data
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return None
+
+
+def _with_parts(value: Any, parts: dict[str, Any]) -> Any:
+    """A copy of a UserDict or dataclass, made without its `__init__`, with other parts."""
+    copied = copy.copy(value)
+    if isinstance(copied, UserDict):
+        copied.data = parts
+    else:
+        for name, part in parts.items():
+            object.__setattr__(copied, name, part)  # it may be frozen
+    return copied
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

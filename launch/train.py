@@ -9,7 +9,7 @@ import time
 from typing import NoReturn
 
 from harness.config.command_line import parse_args
-from harness.errors import HarnessError
+from harness.errors import ConfigError, HarnessError
 from harness.launcher import environment, parent
 
 LEADER_TIME_S = 5.0
@@ -40,9 +40,9 @@ def exit_with(error: HarnessError) -> NoReturn:
     """Reports an error and exits with its code; if all ranks agree, only rank 0 reports it."""
     if is_leader():
         sys.stderr.write(f"error: {error}\n")
-    elif error.on_all_ranks:
+    elif error.on_all_ranks or isinstance(error, ConfigError):  # most likely of rank 0 as well
         time.sleep(LEADER_TIME_S)
-    else:
+    if not (is_leader() or error.on_all_ranks):
         sys.stderr.write(f"error on rank {os.environ['RANK']}: {error}\n")
     sys.exit(error.code)
 

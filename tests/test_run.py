@@ -240,6 +240,81 @@ def test_a_mistake_is_reported_on_all_ranks_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def json_of(**settings: Any) -> dict[str, Any]:
+    """Overrides of DeepSpeed's JSON."""
+    return {"engines": {"net": {"ds_overrides": settings}}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"zero_optimization": {"reduce_bucket_size": -5}},
+            "zero_optimization.reduce_bucket_size: found -5: Input should be greater than 0",
+        ),
+        (
+            {"zero_optimization": {"compute_grad_norm": False}},
+            "zero_optimization: Value error, compute_grad_norm=false is supported only with ZeRO",
+        ),
+        ({"gradient_allreduce_op": "max"}, "Invalid gradient_allreduce_op"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "cannot be simultaneously ena"),
+    ],
+    ids=str,
+)
+def test_what_deepspeed_refuses_is_one_message(
+    two_ranks: RankPool, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    config = tiny_config(tmp_path, 0, **json_of(**settings))
+    errors = two_ranks.run(error_of, config)
+    where = f"engines.net: ds_config {config.engines['net'].ds_config} with ds_overrides: "
+    assert all(text.startswith(where) and message in text for text in errors), errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def error_without_fp16(config: Config) -> tuple[str, str]:
+    """The error on a device that does not compute in fp16; and if only starting shows it."""
+    from deepspeed.accelerator import get_accelerator
+
+    with patch.object(type(get_accelerator()), "is_fp16_supported", return_value=False):
+        early = error_of(config)
+        with patch("harness.engine.engines.check_engines"):
+            return early, error_of(config)
+
+
+def test_fp16_on_a_device_without_it_is_one_message(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, 2, **json_of(fp16={"enabled": True}))
+    for early, late in two_ranks.run(error_without_fp16, config):
+        assert early.endswith("fp16.enabled: this cpu does not compute in fp16")
+        assert late.startswith("engines.net: ds_config ")
+        assert late.endswith("DeepSpeed: Type fp16 is not supported on your device.")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_deepspeeds_profilers_change_nothing(
+    two_ranks: RankPool, tmp_path: Path, stage: int
+) -> None:
+    plain = tiny_config(tmp_path / "plain", stage)
+    profiler = {"enabled": True, "profile_step": 2, "output_file": str(tmp_path / "flops.txt")}
+    settings = json_of(wall_clock_breakdown=True, flops_profiler=profiler)
+    profiled = tiny_config(tmp_path / "profiled", stage, **settings)
+    for config in (plain, profiled):
+        two_ranks.run(run_in_world, config)
+    assert losses(profiled) == losses(plain)
+    assert "DeepSpeed Flops Profiler" in (tmp_path / "flops.txt").read_text()
+
+
+def test_deepspeeds_default_clipping_is_reported(two_ranks: RankPool, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text("{}")
+    reported = {}
+    for name, settings in {"default": {}, "own": {"gradient_clipping": 1.0}}.items():
+        engine = {"ds_config": path, "ds_overrides": settings}
+        config = tiny_config(tmp_path / name, engines={"net": engine}, run={"steps": 1})
+        two_ranks.run(run_in_world, config)
+        reported[name] = "engine net: gradients are clipped to the norm 1, Deep" in log_text(config)
+    assert reported == {"default": True, "own": False}
+
+
 def train_until(config: Config, error: type[Exception]) -> None:
     """A run whose loop fails on every rank."""
     with (
@@ -311,6 +386,11 @@ def error_with_another_json(config: Config, path: Path) -> str:
         changed = {"engines": {"net": {"ds_config": path}}}
         config = Config.model_validate(merge(config.model_dump(), changed))
     return error_of(config)
+
+
+def test_nan_in_the_config_is_the_same_on_every_rank(two_ranks: RankPool, tmp_path: Path) -> None:
+    args = {"nothing": math.nan, "list": [1, {"a": math.nan}]}
+    assert two_ranks.run(run_in_world, tiny_config(tmp_path, task={"args": args})) == [0, 0]
 
 
 def test_different_configs_are_refused(two_ranks: RankPool, tmp_path: Path) -> None:

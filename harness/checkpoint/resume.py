@@ -113,7 +113,7 @@ def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveC
         engines.load_state_dict(state["engines"])
         engines.set_total_steps(live.config.run.steps)
         try:
-            batches.load_state_dict(state["batches"])
+            batches.load_state_dict(state["batches"] | {"world_size": manifest.world_size})
         except ValueError as error:
             raise CheckpointError(
                 f"checkpoint {directory}: the data has changed: {error}"

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from harness.config.load import load
 from harness.config.root import Config
-from harness.config.sections import merge, section_of
+from harness.config.sections import expand_path, merge, section_of
 from harness.errors import ConfigError
 
 
@@ -27,10 +27,14 @@ def parse_args(argv: Sequence[str]) -> Config:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, required=True, help="the run's TOML file")
+    parser.add_argument("--config", type=_path, required=True, help="the run's TOML file")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from `deepspeed`
     known, rest = parser.parse_known_args(argv)
     return load(known.config, parse_overrides(rest))
+
+
+def _path(text: str) -> Path:
+    return Path(expand_path(text))
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:

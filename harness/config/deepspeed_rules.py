@@ -7,6 +7,10 @@ teachers apply to engines that use them.
 from collections.abc import Mapping
 from typing import Any
 
+from harness.config.deepspeed_keys import KEYS, MONITOR_PACKAGES, REMOVED, Table
+from harness.config.sections import importable
+from harness.errors import did_you_mean
+
 
 class UnsupportedSetting(ValueError):
     """A key of DeepSpeed's JSON, with the value found, what is expected, and the reason."""
@@ -15,6 +19,16 @@ class UnsupportedSetting(ValueError):
         super().__init__(
             f"{key}: found {found!r}, expected {expected}" + (f": {reason}" if reason else "")
         )
+        self.key = key
+
+
+class UnknownKey(UnsupportedSetting):
+    """A key that DeepSpeed does not know, and would ignore."""
+
+    def __init__(self, key: str, known: Table):
+        hint = did_you_mean(key.rpartition(".")[2], known)
+        removed = "DeepSpeed has removed it" if key in REMOVED else f"unknown key{hint}"
+        ValueError.__init__(self, f"{key}: {removed}")
         self.key = key
 
 
@@ -47,6 +61,49 @@ def check_no_harness_keys(ds: Mapping[str, Any]) -> None:
     for key, instead in SET_BY_HARNESS.items():
         if key in ds:
             raise UnsupportedSetting(key, ds[key], "no such key", f"harness sets it: {instead}")
+
+
+def check_keys(ds: Mapping[str, Any]) -> None:
+    """DeepSpeed ignores some typos, and "auto" in most tables: the default is used."""
+    _check_table(ds, KEYS, "")
+
+
+def _check_table(table: Mapping[str, Any], known: Table, prefix: str) -> None:
+    for name, value in table.items():
+        key = f"{prefix}{name}"
+        if name not in known:
+            raise UnknownKey(key, known)
+        kind = known[name]
+        if isinstance(kind, dict) and isinstance(value, Mapping):
+            _check_table(value, kind, f"{key}.")
+        elif kind == "flag" and isinstance(value, str):
+            raise UnsupportedSetting(key, value, "true or false", _AUTO if value == "auto" else "")
+        elif kind == "number" and isinstance(value, str):
+            raise UnsupportedSetting(key, value, "a number", _AUTO if value == "auto" else "")
+        elif kind != "auto" and value == "auto":
+            raise UnsupportedSetting(key, value, "a value, or no such key", _AUTO)
+        elif isinstance(kind, dict) and value is not None:
+            raise UnsupportedSetting(key, value, "a table")
+
+
+_AUTO = "only the Hugging Face Trainer replaces 'auto', and DeepSpeed ignores it"
+
+
+def check_gradient_clipping(ds: Mapping[str, Any]) -> None:
+    """DeepSpeed does not check it."""
+    key = "gradient_clipping"
+    norm = ds.get(key, 1.0)
+    if isinstance(norm, bool) or not isinstance(norm, int | float) or not norm >= 0:
+        raise UnsupportedSetting(key, norm, "a number >= 0 (0: no clipping)")
+
+
+def check_monitors(ds: Mapping[str, Any]) -> None:
+    """DeepSpeed imports their packages on rank 0, once the other ranks have gone on."""
+    for table, package in MONITOR_PACKAGES.items():
+        key = f"{table}.enabled"
+        if value_at(ds, key) and not importable(package):
+            reason = f"{package} is not installed: pip install {package}"
+            raise UnsupportedSetting(key, True, "false", reason)
 
 
 def check_precision_tables(ds: Mapping[str, Any]) -> None:

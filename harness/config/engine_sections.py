@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from harness.config import deepspeed_rules as rules
-from harness.config.sections import Section, check_pattern, importable, merge
+from harness.config.sections import Section, UserPath, check_pattern, importable, merge
 
 
 class NamedConfig(BaseModel):
@@ -166,7 +166,7 @@ class LoraConfig(Section):
 class EngineConfig(Section):
     """[engines.NAME] one model under DeepSpeed."""
 
-    ds_config: Path
+    ds_config: UserPath
     """DeepSpeed's own JSON: ZeRO, precision, gradient accumulation, gradient clipping."""
     ds_overrides: dict[str, Any] = Field(default={})
     """DeepSpeed keys that replace those of `ds_config`, table by table."""
@@ -181,7 +181,7 @@ class EngineConfig(Section):
     of modules (all their parameters), like "blocks\\.[0-3]"."""
     lora: LoraConfig | None = None
     """Train low-rank adapters only."""
-    init_from: Path | None = None
+    init_from: UserPath | None = None
     """Initial weights, instead of the task's: a .sft or .pt, a Hugging Face folder, an export or a
     checkpoint. Ignored when a run resumes, except for a teacher."""
     train_every: int = Field(default=1, ge=1)
@@ -241,6 +241,9 @@ class EngineConfig(Section):
         rules.check_precision_tables(ds)
         rules.check_zero_stage(ds)
         rules.check_accumulation_steps(ds)
+        rules.check_keys(ds)
+        rules.check_gradient_clipping(ds)
+        rules.check_monitors(ds)
         rules.check_not_elastic(ds)
         rules.check_no_node_local_storage(ds)
         if self.role == "train":
@@ -277,9 +280,17 @@ class EngineConfig(Section):
         return ds
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"repeated keys: {sorted(repeated)}")
+    return dict(pairs)
+
+
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text())
+        text = path.read_text(encoding="utf-8-sig")
+        table = json.loads(text, object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise ValueError(f"ds_config {path}: {error.strerror}") from None
     except ValueError as error:

@@ -33,7 +33,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors add a mark
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}") from None
     except ValueError as error:

@@ -1,18 +1,44 @@
 """The tables of a config file, except the engines': keys, values and defaults."""
 
 import importlib.util
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from harness.config.old_names import current_import_path
 from harness.errors import compile_pattern
 
 LIVE: dict[str, Any] = {"live": True}
 """Marks a key that `set KEY VALUE` can change during a run."""
+
+
+def expand_path(path: Any) -> Any:
+    """A path with `~`, `$NAME` and `${NAME}` replaced, as a shell does it.
+
+    Raises ValueError if there is no such user, or the variable is not set.
+    """
+    if not isinstance(path, str):
+        return path
+    for match in re.finditer(r"\$(?:(\w+)|\{(\w+)\})", path):
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ValueError(f"found {path!r}: the environment variable {name} is not set")
+    expanded = os.path.expandvars(path)
+    if not expanded.startswith("~"):
+        return expanded
+    try:
+        return str(Path(expanded).expanduser())
+    except RuntimeError:
+        raise ValueError(f"found {path!r}: there is no such user") from None
+
+
+UserPath = Annotated[Path, BeforeValidator(expand_path)]
+"""A path as users write it."""
 
 
 class Section(BaseModel):
@@ -26,13 +52,13 @@ class RunConfig(Section):
 
     name: str = Field(default="", pattern=r"^(\w[\w.-]*)?$")
     """Name of the run; its directory is DIR/NAME. Default: the config file's name."""
-    dir: Path = Path("runs")
+    dir: UserPath = Path("runs")
     """Parent of the run directories."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the models' initial weights, of the data order, and (with the rank) of dropout."""
     steps: int = Field(default=1000, ge=1, json_schema_extra=LIVE)
     """Optimizer steps of the complete run, including those before a resume."""
-    resume: str = "latest"
+    resume: Annotated[str, BeforeValidator(expand_path)] = "latest"
     """"latest": resume from the run's newest checkpoint, if any; "none": start over; or the path
     of a checkpoint."""
     timeout_s: float = Field(default=1800.0, gt=0, le=1e8)
@@ -42,7 +68,7 @@ class RunConfig(Section):
 class TaskConfig(Section):
     """[task] the user's code."""
 
-    path: str
+    path: Annotated[str, BeforeValidator(expand_path)]
     """A Python file, or an importable module, with one function `build(config) -> Task`."""
     args: dict[str, Any] = {}
     """Arguments for the task: `config.task.args` in `build`."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from harness.config.sections import DataConfig
 from harness.control.signals import ignore_signals
@@ -21,7 +21,7 @@ from harness.data.sampler import (
     RandomSampler,
     Sampler,
 )
-from harness.errors import ConfigError, TaskError
+from harness.errors import CheckpointError, ConfigError, TaskError
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,10 @@ class Batches(Protocol):
         """`state_dict`, if that is quick enough for every step; else None."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues at a saved position, to which the number of ranks that saved it is added as
+        `world_size`. Raises ValueError or CheckpointError if it does not fit."""
+        ...
 
 
 class Loader:
@@ -157,11 +160,15 @@ class TaskLoader:
     """A loader from the task, iterated epoch after epoch.
 
     Its position is restored through its `state_dict`, if it has one, or else by skipping batches,
-    which is exact only if its order does not depend on the global random generators.
+    which is exact only if its order does not depend on the global random generators. Within an
+    epoch both are the position of one rank among so many. Only a loader that has an attribute
+    `has_global_state`, which is true, continues on another number of ranks: its `state_dict` is the
+    same on every rank, and can be loaded on any number of them.
     """
 
-    def __init__(self, loader: Any):
+    def __init__(self, loader: Any, world_size: int = 1):
         self.loader = loader
+        self.world_size = world_size
         self.epoch = 0
         self._returned = 0
         self._iterator: Iterator[Any] | None = None
@@ -197,7 +204,11 @@ class TaskLoader:
         return None if hasattr(self.loader, "state_dict") else self.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at a saved position."""
+        """Continues at a saved position.
+
+        Raises CheckpointError if it is of another number of ranks, and not known on this one.
+        """
+        state = self._on_this_world_size(state)
         self.epoch, self._returned, self._iterator = state["epoch"], 0, None
         if state["loader"] is not None:
             self.loader.load_state_dict(state["loader"])
@@ -207,6 +218,21 @@ class TaskLoader:
             for _ in range(state["given"]):
                 next(self)
 
+    def _on_this_world_size(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The position on this number of ranks."""
+        saved, current = state.get("world_size", self.world_size), self.world_size
+        if saved == current or (state["loader"] is None and not state["given"]):
+            return state
+        batches = state["given"] * saved
+        if getattr(self.loader, "has_global_state", False) and batches % current == 0:
+            return state | {"given": batches // current}
+        raise CheckpointError(
+            f"cannot resume train_data on {current} ranks: {type(self.loader).__name__} is "
+            f"{state['given']} batches into epoch {state['epoch']} on each of {saved} ranks, which "
+            f"is no position on {current}: resume on {saved} ranks, or return a dataset, which "
+            "harness distributes, instead of a loader"
+        )
+
 
 _END = object()
 
@@ -214,17 +240,36 @@ _END = object()
 def train_batches(
     data: Any, config: DataConfig, collate: Collate, seed: int, rank: int, world_size: int
 ) -> Batches:
-    """The training micro-batches of one rank. Raises TaskError if `data` is not usable."""
+    """The training micro-batches of one rank. Raises TaskError if `data` is not usable.
+
+    A torch IterableDataset, also one with `__getitem__`, yields the samples of this rank.
+    """
     if not hasattr(data, "__len__"):
         raise TaskError(f"train_data: {type(data).__name__} has no length (`__len__`)")
     if len(data) == 0:
         raise TaskError(f"train_data: {type(data).__name__} has no items")
+    if isinstance(data, IterableDataset):
+        return TaskLoader(_batched(data, config, collate, seed * world_size + rank), world_size)
     if not hasattr(data, "__getitem__"):
         _check_state(data)
-        return TaskLoader(data)
+        return TaskLoader(data, world_size)
     sampler = _sampler(data, config, seed, rank, world_size)
     loader_seed = seed * world_size + rank
     return Loader(data, sampler, config.micro_batch_size, collate, config.workers, loader_seed)
+
+
+def _batched(
+    samples: "IterableDataset[Any]", config: DataConfig, collate: Collate, seed: int
+) -> "DataLoader[Any]":
+    return DataLoader(
+        samples,
+        batch_size=config.micro_batch_size,
+        collate_fn=collate,
+        num_workers=config.workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # keeps the global generator untouched
+        worker_init_fn=ignore_signals,
+    )
 
 
 def _check_state(loader: Any) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import psutil
 from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]
 
-from harness.errors import LostRank
+from harness.errors import ConfigError, LostRank
 
 ANYWHERE = "192.0.2.1"
 """An address that no machine has (RFC 5737): packets to it take the default route."""
@@ -80,6 +80,22 @@ def raise_lost_rank(timeout_s: float) -> Iterator[None]:
             f"node or the network is down, or it has hung for run.timeout_s = {timeout_s:g} s: see "
             "its own output. Start the run again, on these or the remaining nodes: it resumes from "
             "its newest checkpoint"
+        ) from error
+
+
+@contextmanager
+def raise_port_in_use() -> Iterator[None]:
+    """Turns rank 0's error, if another program listens on the port for the ranks, into a
+    ConfigError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {os.environ['MASTER_PORT']} of {socket.gethostname()} is in use, perhaps by "
+            "another run: start with another port, of the launcher's --master_port (`deepspeed`, "
+            "`torchrun`) or in MASTER_PORT"
         ) from error
 
 

@@ -85,7 +85,7 @@ def init(timeout_s: float, join: Callable[[timedelta], object]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     master = f"rank 0 at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     doing = f"rank {global_rank()} on {socket.gethostname()} joins {master}"
-    with network.bounded(timeout_s + 60, doing):
+    with network.bounded(timeout_s + 60, doing), network.raise_port_in_use():
         join(timeout)
         group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)

@@ -13,5 +13,6 @@ Its files, from the top down:
     edits.py           weights that the task changes in place
     turns.py           whose turn it is, and how one engine uses the model of another
     lora.py            low-rank adapters by peft: injected, merged into the weights, saved
+    models.py          what DeepSpeed is given: settings, and models built by functions
     ema.py             EMA of an engine's weights, in the optimizer's state
 """

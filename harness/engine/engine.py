@@ -17,6 +17,7 @@ from harness.engine.buffers import Buffers
 from harness.engine.edits import Edits
 from harness.engine.ema import Ema, remove_average
 from harness.engine.lora import adapt
+from harness.engine.models import engine_settings, settings_named
 from harness.engine.overrides import Overrides
 from harness.engine.trainable import check_trainable
 from harness.engine.turns import Peers, Turn, zero_gradients
@@ -29,6 +30,7 @@ from harness.optim.zero_compatibility import can_regroup, check_zero, is_element
 from harness.wrapper import freeze
 from harness.zero import engine_state
 from harness.zero.arrivals import Arrivals
+from harness.zero.initialize import initialize
 
 log = logging.getLogger(__name__)
 
@@ -159,20 +161,9 @@ class Engine:
 
     def _wrap(self, model: nn.Module, optimizer: Any, scheduler: Any, micro_batch_size: int) -> Any:
         """The DeepSpeed engine. Collective."""
-        import deepspeed  # late: zero.startup patches it first
-
-        settings = {
-            "steps_per_print": 2**31,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "train_micro_batch_size_per_gpu": micro_batch_size,
-        }
-        return deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            lr_scheduler=scheduler,
-            config=settings | self._config.deepspeed(),
-        )[0]
+        settings = engine_settings(self._config, micro_batch_size)
+        with settings_named(self.name, self._config):
+            return initialize(model, optimizer, scheduler, settings)
 
     @property
     def module(self) -> nn.Module:
@@ -245,6 +236,7 @@ class Engine:
                 "engine.backward"
             )
         self._is_back_propagated = True
+        engine_state.start_backward_timers(self.ds)
         with nullcontext() if share else zero_gradients(self.module):
             self.arrivals.backward(loss if share == 1 else loss * share)
 

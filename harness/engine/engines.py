@@ -16,6 +16,7 @@ from harness.data.step_batches import Terms
 from harness.engine import buffers
 from harness.engine.engine import Engine
 from harness.engine.gradient_check import GradientCheck
+from harness.engine.models import build_models, check_engines
 from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
 from harness.errors import ConfigError, TaskError, did_you_mean
@@ -261,21 +262,24 @@ def build_engines(task: Task, config: Config) -> Engines:
     Raises TaskError if the task's models do not match the config's engines, or share a parameter,
     and ConfigError if [optimizations] or an engine's section cannot be applied.
     """
+    check_engines(config.engines, config.data.micro_batch_size)
     with distributed.raise_on_all_ranks(f"task {config.task.path}"):
         if set(task.models) != set(config.engines):
             raise TaskError(
                 f"task {config.task.path} has the models {sorted(task.models)}, but the config has "
                 f"the engines {sorted(config.engines)}: they must have the same names"
             )
+    models = build_models(task.models, config)
+    with distributed.raise_on_all_ranks(f"task {config.task.path}"):
         owners: dict[nn.Parameter, str] = {}
-        for name, model in task.models.items():
+        for name, model in models.items():
             for path, parameter in model.named_parameters():
                 if (owner := owners.setdefault(parameter, name)) != name:
                     raise TaskError(
                         f"task {config.task.path}: the models {owner!r} and {name!r} share the "
                         f"parameter {path!r}, which only one engine can train: give each its own"
                     )
-        change_models(task.models, config.optimizations)
+        change_models(models, config.optimizations)
         tables = _with_task_groups(config.engines, task)
     trained = [engine for engine in config.engines.values() if engine.role == "train"]
     micro_batches = math.lcm(*(engine.gradient_accumulation for engine in trained))
@@ -289,7 +293,7 @@ def build_engines(task: Task, config: Config) -> Engines:
         )
         engines[name] = Engine(
             name,
-            task.models[name],
+            models[name],
             settings,
             micro_batch_size=config.data.micro_batch_size,
             total_steps=steps,

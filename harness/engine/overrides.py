@@ -52,7 +52,8 @@ class Overrides:
             self._first_lrs.setdefault(group, lr)
         self._changes = dict.fromkeys(self._names, _Change())
         self._clip: float | None = None
-        self._configured_clip: float = ds.gradient_clipping()
+        self.configured_clip: float = ds.gradient_clipping()
+        """The norm that gradients are clipped to without live changes; DeepSpeed's default is 1."""
         groups = self._first_lrs.items() if len(self._first_lrs) > 1 else ()
         self._configured = repr((config.optimizer, config.scheduler, *groups))
 
@@ -154,7 +155,7 @@ class Overrides:
             if change.factor != 1 and not is_as_first:
                 yield f"{label} x{change.factor:g}"
         if self._clip is not None:
-            yield f"clip {self._clip:g} (config: {self._configured_clip:g})"
+            yield f"clip {self._clip:g} (config: {self.configured_clip:g})"
 
     def _as(self, first: _Change, name: str) -> _Change:
         """The change of a group by a command for all groups, from that of the first one."""
@@ -174,7 +175,7 @@ class Overrides:
             "schedule": self._configured,
             "schedule_state": self._schedule.state_dict(),
             "clip": self._clip,
-            "configured_clip": self._configured_clip,
+            "configured_clip": self.configured_clip,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -194,7 +195,7 @@ class Overrides:
         saved = list(self)
         if state["schedule"] != self._configured:
             self._changes = dict.fromkeys(self._changes, _Change())
-        if state["configured_clip"] != self._configured_clip:
+        if state["configured_clip"] != self.configured_clip:
             self._clip = None
         for text in saved:
             if text not in list(self):
@@ -204,4 +205,4 @@ class Overrides:
                     text,
                 )
         self.apply_lr()
-        self._apply_clip(self._configured_clip if self._clip is None else self._clip)
+        self._apply_clip(self.configured_clip if self._clip is None else self._clip)

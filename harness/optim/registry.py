@@ -10,6 +10,7 @@ from harness.errors import ConfigError, did_you_mean
 from harness.optim.apollo.param_groups import apollo_param_groups
 from harness.utils import import_path
 from harness.zero import muon
+from harness.zero.parameters import full_shape
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ def _muon(
     """DeepSpeed's Muon for matrices, AdamW for the other parameters: see `zero.muon`."""
     groups = apollo_param_groups(model, rank=1, stacked="$^")
     low_rank = [p for group in groups if group["rank"] for p in group["params"]]
-    matrices = [p for p in low_rank if p.dim() == 2]
+    matrices = [p for p in low_rank if len(full_shape(p)) == 2]
     others = [p for group in groups if not group["rank"] for p in group["params"]]
     return muon.build_muon(
         matrices,
-        [*(p for p in low_rank if p.dim() != 2), *others],
+        [*(p for p in low_rank if len(full_shape(p)) != 2), *others],
         weight_decay=weight_decay,
         muon={"lr": lr, "momentum": momentum},
         adam={"lr": lr if adam_lr is None else adam_lr, "betas": tuple(betas), "eps": eps},

@@ -3,6 +3,8 @@
 Its files, from the top down:
 
     startup.py        imports and patches DeepSpeed; joins the world
+    initialize.py     builds DeepSpeed engines; what DeepSpeed refuses is a ConfigError
+    sharded_init.py   builds models in shards, at stage 3
     patches.py        patches of DeepSpeed's classes, so that all stages train alike
     engine_state.py   what a running engine holds, and what can be set on it
     arrivals.py       which gradients arrive in a backward, in which order; zeros for the others

@@ -55,6 +55,17 @@ def set_gradient_clipping(ds: Any, norm: float) -> None:
         ds.optimizer.clip_grad = norm
 
 
+def start_backward_timers(ds: Any) -> None:
+    """Starts the timers of `wall_clock_breakdown` and `flops_profiler`, if they are enabled.
+
+    DeepSpeed (engine.py, _backward_prologue) starts them when backward reaches an output of
+    forward. At stage 3 a loss that a submodule has set never does, and stopping them fails.
+    """
+    timers = ds.engine_timers
+    for name in (*timers.backward_timers, *timers.backward_inner_timers):
+        ds.timers(name).start()
+
+
 def loss_scale(ds: Any) -> float:
     """The fp16 loss scale; 1 in fp32 and bf16."""
     return float(_scaler(ds).cur_scale) if ds.fp16_enabled() else 1.0

@@ -22,11 +22,19 @@ def apply_patches() -> None:
     _accept_scalars()
     _accept_empty_parameters()
     _allow_gradient_penalties()
+    _let_timers_start_twice()
 
 
 def _class(module: str, name: str) -> Any:
     """A class of DeepSpeed's runtime."""
     return getattr(importlib.import_module(f"{RUNTIME}.{module}"), name)
+
+
+def _let_timers_start_twice() -> None:
+    """`engine_state.start_backward_timers` has started some that DeepSpeed starts too."""
+    timer = importlib.import_module("deepspeed.utils.timer").SynchronizedWallClockTimer.Timer
+    start = timer.start
+    timer.start = lambda self: None if self.started_ else start(self)
 
 
 def _keep_optimizers_fresh() -> None:

@@ -99,6 +99,37 @@ def test_the_run_is_named_after_the_file(toml: Path) -> None:
             "--engines.net.ds_overrides.gradient_accumulation_steps=0",
             "found 0, expected an integer >= 1",
         ),
+        (
+            "--engines.net.ds_overrides.gradient_cliping=2",
+            "ds_overrides: gradient_cliping: unknown key (did you mean 'gradient_clipping'?)",
+        ),
+        (
+            "--engines.net.ds_overrides.zero_optimization.offload_param.divice=cpu",
+            "zero_optimization.offload_param.divice: unknown key (did you mean 'device'?)",
+        ),
+        (
+            "--engines.net.ds_overrides.bf16.enable=true",
+            "bf16.enable: unknown key (did you mean 'ena",
+        ),
+        ("--engines.net.ds_overrides.amp.enabled=true", "amp: DeepSpeed has removed it"),
+        (
+            "--engines.net.ds_overrides.bf16.enabled=auto",
+            "found 'auto', expected true or false: only",
+        ),
+        (
+            "--engines.net.ds_overrides.zero_optimization.reduce_bucket_size=auto",
+            "zero_optimization.reduce_bucket_size: found 'auto', expected a number: only the Hug",
+        ),
+        (
+            "--engines.net.ds_overrides.zero_optimization.offload_param.device=auto",
+            "found 'auto', expected a value, or no such key: only the Hugging Face Trainer",
+        ),
+        ("--engines.net.ds_overrides.gradient_clipping=auto", "found 'auto', expected a number"),
+        ("--engines.net.ds_overrides.gradient_clipping=-1", "found -1, expected a number >= 0"),
+        ("--engines.net.ds_overrides.checkpoint=true", "checkpoint: found True, expected a table"),
+        ("--engines.net.ds_overrides.wandb.enabled=true", "wandb is not installed: pip install wa"),
+        ("--engines.net.ds_config=$NOT_SET/a.json", "the environment variable NOT_SET is not set"),
+        ("--run.dir=~nobody-here/runs", "'~nobody-here/runs': there is no such user"),
         ("--engines.net.optimizer.lr=inf", "found inf (float): input should be a finite number"),
         ("--run.name=..", "run.name (command line): found '..'"),
         ("--run.timeout_s=inf", "run.timeout_s (command line): found inf"),
@@ -129,6 +160,36 @@ def test_what_is_not_a_config_is_refused(tmp_path: Path, text: str) -> None:
         load(tmp_path / "bad.toml")
     with pytest.raises(ConfigError, match="No such file"):
         load(tmp_path / "missing.toml")
+
+
+def test_home_and_variables_in_paths(
+    toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PROJECT", str(ROOT))
+    words = [
+        "--run.dir=~/runs",
+        "--run.resume=$HOME/old",
+        "--task.path=${PROJECT}/tests/tasks/tiny_task.py",
+        "--engines.net.ds_config=$PROJECT/ds_configs/zero3.json",
+        "--engines.net.init_from=~/weights.sft",
+    ]
+    config = parse_args(["--config=~/small.toml", *words])
+    assert config.run.dir == tmp_path / "runs"
+    assert config.run.resume == str(tmp_path / "old")
+    assert config.task.path == str(ROOT / "tests/tasks/tiny_task.py")
+    assert config.engines["net"].ds_config == ROOT / "ds_configs/zero3.json"
+    assert config.engines["net"].init_from == tmp_path / "weights.sft"
+    in_the_file = toml.read_text().replace("steps = 7", 'dir = "${HOME}/b"')
+    toml.write_text(in_the_file)
+    assert load(toml).run.dir == tmp_path / "b"
+
+
+def test_a_byte_order_mark_is_skipped(toml: Path, tmp_path: Path) -> None:
+    toml.write_text(toml.read_text(), encoding="utf-8-sig")
+    ds = tmp_path / "ds.json"
+    ds.write_text("{}", encoding="utf-8-sig")
+    assert load(toml, {"engines": {"net": {"ds_config": str(ds)}}}).run.steps == 7
 
 
 def test_a_teacher_fits_only_some_stages(toml: Path) -> None:
@@ -219,6 +280,12 @@ def test_a_mistake_of_deepspeeds_names_the_place_that_it_is_in(toml: Path, tmp_p
         load(toml, {"engines": {"net": {"ds_config": str(file)}}})
     file.write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
+        load(toml, {"engines": {"net": {"ds_config": str(file)}}})
+    file.write_text('{"gradient_clipping": 1, "gradient_clipping": 2}')
+    with pytest.raises(ConfigError, match=r"repeated keys: \['gradient_clipping'\]"):
+        load(toml, {"engines": {"net": {"ds_config": str(file)}}})
+    file.write_text('{"gradient_cliping": 2}')
+    with pytest.raises(ConfigError, match=rf"ds_config {file}: gradient_cliping: unknown key"):
         load(toml, {"engines": {"net": {"ds_config": str(file)}}})
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -210,10 +211,33 @@ def test_an_error_on_one_rank_is_printed(tmp_path: Path) -> None:
         assert stderr.startswith(f"error on rank {rank}: "), stderr
 
 
+def test_a_port_in_use_is_one_message(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(
+            [*PYTHON, ROOT / "launch/train.py", "--config", written_config(tmp_path)],
+            env=os.environ | world | {"MASTER_PORT": port},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"error: port {port} of " in done.stderr and "--master_port" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("launcher", "word", "code", "message"),
     [
         ("python", "--run.stesp=1", 2, "run.stesp (command line): unknown key (did you mean"),
+        (
+            "deepspeed",
+            "--engines.net.ds_overrides.zero_optimization.reduce_bucket_size=-1",
+            2,
+            "zero_optimization.reduce_bucket_size: found -1: Input should be greater than 0",
+        ),
         ("deepspeed", "--task.path=missing.py", 2, "missing.py"),
         ("deepspeed", "--task.args={raise=true}", 1, "RuntimeError: the task is unwell"),
         ("torchrun", "--task.args={samples=0}", 1, "train_data: Points has no items"),

@@ -1,0 +1,93 @@
+"""Models that are built by functions: at ZeRO stage 3 in shards, with the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.config import Config
+from harness.run import run_in_world
+from harness.testing.pool import RankPool
+from tests.support.helpers import (
+    OFFLOAD,
+    ROOT,
+    assert_equal,
+    error_of,
+    exported,
+    exports,
+    losses,
+    tiny_config,
+)
+
+BF16 = {"bf16": {"enabled": True}}
+SAME = {"what": "torch.nn:Linear", "by": "tests.tasks.function_task:Same", "include": "first"}
+APOLLO = {"name": "apollo", "lr": 1e-2, "rank": 2}
+CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "stage 0": (0, {}, {}),
+    "stage 2, bf16": (2, BF16, {}),
+    "stage 3": (3, {}, {"frozen": ["first"], "ema_decay": 0.9}),
+    "stage 3, bf16, LoRA": (3, BF16, {"lora": {"targets": "blocks.*up"}}),
+    "stage 3, replaced": (3, BF16, {"optimizer": APOLLO}),
+    "stage 3, Muon": (
+        3,
+        {"gradient_clipping": 0.0, "zero_optimization": {"reduce_scatter": False}},
+        {"optimizer": {"name": "muon", "lr": 1e-2}},
+    ),
+    "stage 3, offload": (3, OFFLOAD, {}),
+}
+
+
+def function_config(directory: Path, case: str, **args: Any) -> Config:
+    stage, ds, engine = CASES[case]
+    zero = {"stage3_param_persistence_threshold": 0, **ds.get("zero_optimization", {})}
+    return tiny_config(
+        directory,
+        stage,
+        run={"steps": 2},
+        task={"path": str(ROOT / "tests/tasks/function_task.py"), "args": args},
+        engines={"net": {"ds_overrides": {**ds, "zero_optimization": zero}, **engine}},
+        optimizations={"replace": [SAME] if case == "stage 3, replaced" else []},
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_function_builds_the_same_model(two_ranks: RankPool, tmp_path: Path, case: str) -> None:
+    plain = function_config(tmp_path / "plain", case, function=False)
+    built = function_config(tmp_path / "built", case, function=True)
+    for config in (plain, built):
+        two_ranks.run(run_in_world, config)
+    assert losses(built) == losses(plain)
+    assert_equal(exported(built), exported(plain))
+    if "LoRA" not in case:
+        engine = built.engines["net"].model_copy(update={"init_from": exports(plain)})
+        again = built.model_copy(update={"engines": {"net": engine}})
+        run = again.run.model_copy(update={"dir": tmp_path / "again"})
+        two_ranks.run(run_in_world, again.model_copy(update={"run": run}))
+
+
+def parameters_of(config: Config) -> tuple[int, int, int]:
+    """Of a model built by a function: elements in all, on this rank, and of their type's bytes."""
+    from harness.engine.models import build_models
+    from harness.zero.parameters import full_numel, shard
+    from tests.tasks.function_task import Model
+
+    model = build_models({"net": Model}, config)["net"]
+    shards = [shard(p) for p in model.parameters()]
+    own = [s for s in shards if s is not None]
+    assert len(own) == len(shards) and all(p.numel() == 0 for p in model.parameters())
+    return sum(map(full_numel, model.parameters())), sum(s.numel() for s in own), own[0].itemsize
+
+
+def test_a_rank_holds_its_shards_only(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = function_config(tmp_path, "stage 3, bf16, LoRA", function=True)
+    for full, own, itemsize in two_ranks.run(parameters_of, config):
+        assert full / 2 <= own < full / 2 + 40 and itemsize == torch.bfloat16.itemsize
+
+
+def test_a_function_that_fails_is_an_error(two_ranks: RankPool, tmp_path: Path) -> None:
+    for case in ("stage 0", "stage 3"):
+        errors = two_ranks.run(error_of, function_config(tmp_path, case, fails=True))
+        for error in errors:
+            assert error.startswith("model 'net': its function failed:\n")
+            assert "RuntimeError" in error
