@@ -217,7 +217,6 @@ def build_with(**fields: Any) -> Task:
         ({"dev": []}, "eval_data['dev']: list has no items"),
         ({"de v": [1]}, "eval_data: the name 'de v' of a set"),
     ],
-    ids=str,
 )
 def test_data_of_a_wrong_kind_is_known_before_step_1(
     tmp_path: Path, data: Any, message: str
