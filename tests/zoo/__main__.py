@@ -1,6 +1,6 @@
 """Trains entries of the zoo in all their layouts, prints their table, and updates docs/zoo.md.
 
-    python -m tests.zoo [ENTRY ...]      by default all: half an hour on two cores
+`python -m tests.zoo [ENTRY ...]`: by default all.
 """
 
 import logging

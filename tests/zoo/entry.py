@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Generator, Tensor, nn
 
@@ -46,8 +46,8 @@ def call(engine: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
 
 
 ADAMW = {"name": "torch.optim:AdamW", "lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
-"""With an eps above the rounding errors: some gradients are zero but for rounding (of the bias of an
-attention's keys, for instance), and Adam would turn that into full steps."""
+"""With an eps above the rounding errors: some gradients are zero but for rounding, like that of the
+bias of an attention's keys, and Adam would turn that into full steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +94,13 @@ ZOO: dict[str, Entry] = {}
 """All entries by name; `tests.zoo.models` fills it."""
 
 
-def entry(batch: Batch, **settings: Any) -> Callable[[Build], Build]:
+B = TypeVar("B", bound=Build)
+
+
+def entry(batch: Batch, **settings: Any) -> Callable[[B], B]:
     """Registers a class of models, or a function that returns them, under its name."""
 
-    def register(build: Build) -> Build:
+    def register(build: B) -> B:
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", build.__name__).replace("_", " ").lower()
         assert name not in ZOO, name
         ZOO[name] = Entry(name=name, build=build, batch=batch, **settings)

@@ -1,9 +1,9 @@
 """The measure: a plain PyTorch loop in one process that computes what all ranks of a run mean.
 
 The gradient of a step is the mean over all micro-batches of all ranks. A trained parameter that got
-none has a gradient of zero. In bf16 the model computes with rounded copies of fp32 masters, which the
-optimizer steps, and gradients accumulate in bf16, as in any loop. Buffers that training changes are
-each rank's own within a step, and rank 0's for all afterwards.
+none has a gradient of zero. In bf16 the model computes with rounded copies of fp32 masters, which
+the optimizer steps, and gradients accumulate in bf16, as in any loop. Buffers that training changes
+are each rank's own within a step, and rank 0's for all afterwards.
 """
 
 import math
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,15 +39,17 @@ class PlainEngine:
     """A model and its optimizer, in place of an engine."""
 
     device = torch.device("cpu")
+    peers: "Peers"
 
     def __init__(self, name: str, module: nn.Module, entry: Entry, layout: Layout):
         self.name, self.module = name, module
         self.settings = entry.engines.get(name, {})
         self.clip = entry.clip
+        self.gradient_accumulation = layout.accumulation
+        self.counters = SimpleNamespace(micro_step=0)
         self.dtype = DTYPES[layout.precision]
         self.is_autocast = layout.precision == "autocast"
         self.is_trained = self.settings.get("role") != "teacher"
-        self.peers: Peers
         if lora := self.settings.get("lora"):
             _adapt(module, lora)
         if not self.is_trained:
@@ -125,15 +128,27 @@ class PlainEngine:
             if master is not parameter:
                 parameter.data.copy_(master)
 
+    @contextmanager
+    def edit_weights(self) -> Iterator[nn.Module]:
+        """The model, whose weights may be changed; elements that were have a new master."""
+        yield self.module
+        for parameter, master in zip(self.trained, self.masters, strict=True):
+            is_same = master.to(self.dtype) == parameter
+            master.data.copy_(torch.where(is_same, master, parameter.float()))
+
     def tensors(self) -> dict[str, Tensor]:
         """As in `Trained.tensors`."""
         masters = dict(zip(self.trained, self.masters, strict=True))
         averages = dict(zip(self.trained, self.averages, strict=False))
-        found = {}
-        for path, tensor in self.module.state_dict(keep_vars=True).items():
-            found[f"{self.name}/{path}"] = masters.get(tensor, tensor)
-            if tensor in averages:
-                found[f"{self.name}.ema/{path}"] = averages[tensor]
+        persistent = self.module.state_dict().keys()
+        found: dict[str, Tensor] = {}
+        for path, parameter in self.module.named_parameters():
+            found[f"{self.name}/{path}"] = masters.get(parameter, parameter)
+            if parameter in averages:
+                found[f"{self.name}.ema/{path}"] = averages[parameter]
+        for path, buffer in self.module.named_buffers():
+            if path in persistent:
+                found[f"{self.name}/{path}"] = buffer
         return {path: tensor.detach().clone() for path, tensor in found.items()}
 
 
@@ -196,6 +211,7 @@ def _step(engines: Peers, entry: Entry, layout: Layout, step: int) -> dict[str, 
                 share = weights[number, rank] / total
                 engine.collect(rank, share)
                 losses[engine.name] += loss.item() * share
+            engine.counters.micro_step += 1
             if number == numbers[-1]:
                 engine.step()
     return losses

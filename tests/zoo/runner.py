@@ -33,9 +33,7 @@ class Outcome(NamedTuple):
         return f"{self.entry.name}, {self.layout}: {self.difference or self.error.strip()}"
 
 
-def train(
-    pools: Pools, directory: Path, entry: Entry, layouts: Sequence[Layout]
-) -> list[Outcome]:
+def train(pools: Pools, directory: Path, entry: Entry, layouts: Sequence[Layout]) -> list[Outcome]:
     """The outcomes of an entry in these layouts; those of one number of ranks in one call."""
     expect = cache(partial(plain.train, entry))
     outcomes = []
@@ -54,7 +52,8 @@ def train(
         for layout, config, error in zip(chosen, configs, errors, strict=True):
             difference = None
             if not error:
-                difference = compare(result(config), *expect(layout._replace(stage=0)))
+                expected, start = expect(layout._replace(stage=0))
+                difference = compare(result(config, expected.tensors), expected, start)
             outcomes.append(Outcome(entry, layout, difference, error))
             shutil.rmtree(config.run_dir, ignore_errors=True)
     return outcomes

@@ -1,5 +1,6 @@
 """An entry trained by harness: the config of a layout, the task, and what the run has left."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from harness.io.stored import read_tensor
 from harness.run import run_in_world
 from harness.task import Task
 from harness.zero.reader import SavedEngine
-from tests.support.helpers import ROOT, checkpoint, exported, exports, records
+from tests.support.helpers import ROOT, checkpoint, exported, records
 from tests.zoo.data import Batches
 from tests.zoo.entry import SEED, STEPS, Entry, Layout
 from tests.zoo.models import ZOO
@@ -83,23 +84,21 @@ def _run(config: Config) -> str:
     return ""
 
 
-def result(config: Config) -> Trained:
-    """What a run has left in its directory."""
-    names = [name for name, settings in config.engines.items() if settings.role == "train"]
+def result(config: Config, names: Iterable[str]) -> Trained:
+    """What a run has left in its directory; of its tensors those with these names."""
     losses = []
+    (only, *others) = config.engines
     for record in records(config):
         found = {k.partition("/")[0]: v for k, v in record.items() if k.endswith("/loss")}
-        losses.append(found if len(config.engines) > 1 else {names[0]: record["loss"]})
+        losses.append(found if others else {only: record["loss"]})
+    directory = checkpoint(config, config.run.steps)
     tensors = {}
     for name in names:
-        saved = SavedEngine(checkpoint(config, config.run.steps) / name)
-        for path in saved.weights:
-            own = saved.shared.get(path, path)
-            is_trained = own in saved.shapes
-            stored = saved.master(own) if is_trained else saved.weight(path)
-            tensors[f"{name}/{path}"] = read_tensor(stored)
-        if (exports(config) / f"{name}.ema.sft").exists():
-            average = exported(config, file=f"{name}.ema.sft")
-            trained = {path for path in average if saved.shared.get(path, path) in saved.shapes}
-            tensors |= {f"{name}.ema/{path}": average[path] for path in trained}
+        engine, _, path = name.partition("/")
+        if engine.endswith(".ema"):
+            tensors[name] = exported(config, file=f"{engine}.sft")[path]
+        else:
+            saved = SavedEngine(directory / engine)
+            stored = saved.master(path) if path in saved.shapes else saved.weight(path)
+            tensors[name] = read_tensor(stored)
     return Trained(losses, tensors)

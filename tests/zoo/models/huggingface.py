@@ -23,10 +23,9 @@ def labelled(generator: Generator, number: int) -> dict[str, Tensor]:
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    dry = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, **dry)
-    config.use_cache = False
-    return GPT2LMHeadModel(config)
+    sizes: dict[str, Any] = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 2}
+    dry: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **dry, n_head=2, use_cache=False))
 
 
 @entry(labelled, autocast=True)
@@ -49,10 +48,10 @@ def t5() -> nn.Module:
     """Its encoder and decoder share the embedding."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2}
-    return T5ForConditionalGeneration(
-        T5Config(**sizes, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0, use_cache=False)
-    )
+    sizes: dict[str, Any] = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
+    start: dict[str, Any] = {"decoder_start_token_id": 0}
+    config = T5Config(**sizes, **start, num_layers=2, dropout_rate=0.0, use_cache=False)
+    return T5ForConditionalGeneration(config)
 
 
 def captioned(generator: Generator, number: int) -> dict[str, Any]:
@@ -67,6 +66,6 @@ def clip() -> nn.Module:
     """Its temperature is a 0-dim parameter."""
     from transformers import CLIPConfig, CLIPModel
 
-    text = SIZES | HEADS | {"max_position_embeddings": 16, "eos_token_id": 31}
+    text: dict[str, Any] = SIZES | HEADS | {"max_position_embeddings": 16, "eos_token_id": 31}
     image = HEADS | {"hidden_size": 16, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=8))

@@ -58,10 +58,11 @@ class ParameterGroups(Mlp):
 
 
 def edit_and_feed(engine: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Clamps the weights before every forward, as the first WGAN did."""
-    with engine.edit_weights() as model, torch.no_grad():
-        for parameter in model.parameters():
-            parameter.clamp_(-0.2, 0.2)
+    """Clamps the weights before every step, as the first WGAN did."""
+    if engine.counters.micro_step % engine.gradient_accumulation == 0:
+        with engine.edit_weights() as model, torch.no_grad():
+            for parameter in model.parameters():
+                parameter.clamp_(-0.2, 0.2)
     return call(engine, batch)
 
 
