@@ -115,7 +115,7 @@ class ParameterListAndDict(nn.Module):
         return mse(x * self.scales["scale"], y)
 
 
-@entry(vectors, needs="numerics")
+@entry(vectors, needs="0-dim parameters")
 class ZeroDimensionalParameter(Mlp):
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class ZeroDimensionalParameter(Mlp):
         return mse(self.scale * self.last(torch.tanh(self.first(x))), y)
 
 
-@entry(vectors, needs="numerics")
+@entry(vectors, needs="zero-element parameters at ZeRO 3")
 class ZeroElementParameter(Mlp):
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ class ReentrantCheckpointing(ActivationCheckpointing):
     reentrant = True
 
 
-@entry(vectors)
+@entry(vectors, needs="the double backward at ZeRO 3")
 class GradientInTheLoss(nn.Module):
     """Forces are the gradient of an energy: the backward goes through a backward."""
 

@@ -10,7 +10,7 @@ from tests.zoo.models.basics import Mlp, mse
 ZEROS = {"net": {"unused_parameters": "zeros"}}
 
 
-@entry(vectors, needs="gradients")
+@entry(vectors)
 class NeverUsed(Mlp):
     """A layer that no forward calls: its weights only decay."""
 
@@ -19,7 +19,7 @@ class NeverUsed(Mlp):
         self.never = nn.Linear(8, 8)
 
 
-@entry(numbered, needs="gradients")
+@entry(numbered)
 class SometimesUsed(Mlp):
     """A branch that is taken in every third micro-batch, on all ranks alike."""
 
@@ -31,7 +31,7 @@ class SometimesUsed(Mlp):
         return super().forward(x + self.extra(x) if number % 3 == 0 else x, y)
 
 
-@entry(numbered, needs="gradients")
+@entry(numbered)
 class OneOfTwoBranches(Mlp):
     """In every micro-batch one of two branches, on all ranks alike."""
 
@@ -44,7 +44,7 @@ class OneOfTwoBranches(Mlp):
         return super().forward(torch.tanh(branch(x)), y)
 
 
-@entry(numbered, needs="gradients")
+@entry(numbered)
 class LayerDrop(nn.Module):
     """Skips a layer at random (Fan et al. 2020), on all ranks alike."""
 
@@ -61,7 +61,7 @@ class LayerDrop(nn.Module):
         return mse(x, y)
 
 
-@entry(vectors, engines=ZEROS, needs="gradients")
+@entry(vectors, engines=ZEROS)
 class ExpertsByRank(Mlp):
     """The data choose an expert: other ranks use other parameters."""
 
@@ -74,7 +74,7 @@ class ExpertsByRank(Mlp):
         return super().forward(x + self.experts[number](x), y)
 
 
-@entry(vectors, engines=ZEROS, needs="gradients")
+@entry(vectors, engines=ZEROS)
 class UnequalExpertsByRank(Mlp):
     """Experts of other sizes, in another order."""
 

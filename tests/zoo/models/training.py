@@ -52,7 +52,7 @@ GROUPS = [
 ]
 
 
-@entry(vectors, optimizer=ADAMW | {"groups": GROUPS}, needs="optim")
+@entry(vectors, optimizer=ADAMW | {"groups": GROUPS}, needs="parameter groups")
 class ParameterGroups(Mlp):
     pass
 
@@ -66,7 +66,7 @@ def edit_and_feed(engine: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
     return call(engine, batch)
 
 
-@entry(vectors, feeder=edit_and_feed, needs="numerics")
+@entry(vectors, feeder=edit_and_feed)
 class EditedWeights(Mlp):
     pass
 
@@ -80,6 +80,6 @@ def feed_penalty(engine: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
     return mse(output, y) + slope.float().square().mean(), {}
 
 
-@entry(vectors, feeder=feed_penalty)
+@entry(vectors, feeder=feed_penalty, needs="the double backward at ZeRO 3")
 def gradient_penalty() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))

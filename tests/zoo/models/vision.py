@@ -9,7 +9,7 @@ from tests.zoo.entry import entry
 from tests.zoo.models.basics import mse
 
 
-@entry(images, autocast=True)
+@entry(images, bf16=0.1, autocast=True)
 class Convolutions(nn.Module):
     """Strided, depthwise and pooled."""
 
@@ -112,7 +112,7 @@ class Contrastive(nn.Module):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-@entry(images)
+@entry(images, bf16=0.1)
 class VisionTransformer(nn.Module):
     """Patches, a class token and positions as parameters."""
 
