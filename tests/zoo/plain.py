@@ -146,7 +146,7 @@ class PlainEngine:
             found[f"{self.name}/{path}"] = masters.get(parameter, parameter)
             if parameter in averages:
                 found[f"{self.name}.ema/{path}"] = averages[parameter]
-        for path, buffer in self.module.named_buffers():
+        for path, buffer in self.buffers[0].items():
             if path in persistent:
                 found[f"{self.name}/{path}"] = buffer
         return {path: tensor.detach().clone() for path, tensor in found.items()}

@@ -61,7 +61,6 @@ def feed_wgan(engine: Any, batch: Any) -> Fed:
     vectors,
     feeder=feed_wgan,
     engines={"G": {"train_every": 2}},
-    needs="accumulation at ZeRO 3 without engine(...)",
 )
 def wgan_with_gradient_penalty() -> dict[str, nn.Module]:
     return {"critic": perceptron(8, 16, 1), "G": perceptron(8, 16, 8)}
@@ -104,6 +103,6 @@ def feed_module(engine: Any, batch: Any) -> Fed:
     return F.mse_loss(hidden.float(), y.float()), {}
 
 
-@entry(vectors, feeder=feed_module, needs="accumulation at ZeRO 3 without engine(...)")
+@entry(vectors, feeder=feed_module)
 def called_by_its_parts() -> nn.Module:
     return perceptron(8, 16, 8)

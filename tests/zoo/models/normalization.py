@@ -10,7 +10,7 @@ from tests.zoo.entry import entry
 from tests.zoo.models.basics import mse
 
 
-@entry(vectors, needs="buffers in step")
+@entry(vectors, needs="buffers in bf16")
 class BatchNorm(nn.Module):
     """Running statistics: each rank's own samples in a step, rank 0's afterwards."""
 
@@ -75,7 +75,7 @@ class OldWeightNorm(WeightNorm):
         self.layer = torch.nn.utils.weight_norm(nn.Conv1d(8, 8, 3, padding=1))
 
 
-@entry(vectors, needs="buffers in step")
+@entry(vectors, needs="buffers in bf16")
 class SpectralNorm(nn.Module):
     """Buffers that change with every forward: vectors of the power iteration."""
 
@@ -88,7 +88,7 @@ class SpectralNorm(nn.Module):
         return mse(self.last(torch.tanh(self.first(x))), y)
 
 
-@entry(vectors, needs="buffers in step")
+@entry(vectors)
 class VqCodebook(nn.Module):
     """A codebook in buffers, learned by moving averages (van den Oord et al. 2017)."""
 
