@@ -385,13 +385,8 @@ class Trainer:
             self.engines.count(numbers.local["step"], numbers.samples, numbers.tokens)
             counters = max((e.counters for e in self.engines.trained), key=lambda c: c.samples)
             record = numbers.local | numbers.means
-            seconds = record.pop("step_time_s")
-            record |= {
-                "step_time_s": seconds,
-                "samples": counters.samples,
-                "tokens": counters.tokens,
-                "tokens_per_s": numbers.tokens / seconds,
-            }
+            record |= {"samples": counters.samples, "tokens": counters.tokens}
+            record["tokens_per_s"] = numbers.tokens / record["step_time_s"]
             self.record(record)
             self.progress.show(record)
             self.status.show(record)

@@ -10,6 +10,7 @@ from harness.checkpoint.manifest import step_directory
 from harness.checkpoint.retention import delete_replaced, move_into_place
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
+from harness.engine.full_tensors import full_tensors
 from harness.engine.lora import merged, save_adapters
 from harness.io import save
 
@@ -56,7 +57,7 @@ def export(
 
 def _export_weights(engine: Engine, path: Path, between: Callable[[], object]) -> None:
     state = {}
-    for name, tensor in engine.full_tensors():
+    for name, tensor in full_tensors(engine):
         if tensor is not None:
             state[name] = tensor
         between()

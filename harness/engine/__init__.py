@@ -5,7 +5,9 @@ Its files, from the top down:
     engines.py         Engines: the named set, stepped together; built from task and config
     optimizations.py   applies [optimizations]: replacing, compiling, offloading
     gradient_check.py  whether all ranks gave gradients to the same parameters
+    full_tensors.py    the complete tensors of an engine's model, one at a time
     engine.py          Engine: one model under one DeepSpeed engine, by composition
+    counters.py        what an engine has done so far
     buffers.py         buffers that training changes: rank 0's everywhere, or each rank's own
     mixed_dtypes.py    what 16-bit engines cast, and the keys that help
     overrides.py       learning rates by group, and clipping: scheduled, or changed by commands

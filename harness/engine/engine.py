@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from harness import distributed
 from harness.config.engine_sections import EngineConfig
 from harness.engine import mixed_dtypes
 from harness.engine.buffers import Buffers
+from harness.engine.counters import Counters
 from harness.engine.edits import Edits
 from harness.engine.ema import Ema, remove_average
 from harness.engine.lora import adapt
@@ -33,22 +34,6 @@ from harness.zero.arrivals import Arrivals
 from harness.zero.initialize import initialize
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Counters:
-    """What an engine has done so far."""
-
-    global_step: int = 0
-    """Optimizer steps."""
-    micro_step: int = 0
-    """Micro-batches of each rank."""
-    samples: int = 0
-    """Samples over all ranks; exact between steps once the metrics have been drained."""
-    tokens: int = 0
-    """Tokens over all ranks, likewise."""
-    skipped: int = 0
-    """Optimizer steps that changed nothing, because gradients were not finite."""
 
 
 class Engine:
@@ -406,29 +391,3 @@ class Engine:
                 "checkpoint, whose state depends on it: restore the old value, or start a new run "
                 "under another run.name"
             )
-
-    def full_tensors(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """The model's parameters, persistent buffers and extra state, complete, one at a time.
-
-        `(name, tensor)`, copies on rank 0's CPU (tied tensors stay one tensor); None elsewhere.
-        Extra state (`Module.get_extra_state`) that is not a tensor is logged and skipped.
-        Collective: at ZeRO stage 3 every parameter is gathered. Raises HarnessError, on all ranks
-        and after the last tensor, if rank 0 runs out of memory.
-        """
-        copies: dict[int, torch.Tensor] = {}
-        failure: Exception | None = None
-        state = self.module.state_dict(keep_vars=True)
-        tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
-        if skipped := sorted(state.keys() - tensors.keys()):
-            log.info("engine %s: skipped, not a tensor: %s", self.name, ", ".join(skipped))
-        for name, tensor in tensors.items():
-            with engine_state.gathered(tensor):
-                if distributed.is_global_leader() and id(tensor) not in copies and not failure:
-                    try:
-                        copies[id(tensor)] = tensor.detach().cpu().clone()
-                    except Exception as error:  # the other ranks must not wait for this one
-                        failure = error
-            yield name, copies.get(id(tensor))
-        with distributed.raise_on_all_ranks(f"cannot gather engine {self.name!r}"):
-            if failure is not None:
-                raise failure

@@ -15,6 +15,7 @@ from harness.checkpoint import init_weights
 from harness.config import Config
 from harness.config.sections import merge
 from harness.engine.engine import Engine
+from harness.engine.full_tensors import full_tensors
 from harness.errors import ConfigError
 from harness.formats.stored_tensor import StoredTensor
 from harness.io.stored import read_tensor
@@ -229,7 +230,7 @@ def started(config: Config) -> list[dict[str, Tensor]]:
 
     def and_copy(engine: Engine, weights: init_weights.Weights) -> None:
         load_weights(engine, weights)
-        found.append(dict(engine.full_tensors()))
+        found.append(dict(full_tensors(engine)))
 
     with patch.object(init_weights, "load_weights", and_copy):
         run_in_world(config)

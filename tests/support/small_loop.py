@@ -9,6 +9,7 @@ from torch import nn
 from harness import distributed
 from harness.config.sections import merge
 from harness.engine.engines import Engines, build_engines
+from harness.engine.full_tensors import full_tensors
 from harness.task import Task
 from tests.support.helpers import tiny_config
 
@@ -49,5 +50,5 @@ def train(engines: Engines, batches: Sequence[Any]) -> list[dict[str, Any]]:
 
 def weights_of(engines: Engines, name: str = "net") -> dict[str, Any]:
     """The model's weights, complete, on every rank. Collective."""
-    complete = {n: t for n, t in engines[name].full_tensors() if t is not None}
+    complete = {n: t for n, t in full_tensors(engines[name]) if t is not None}
     return distributed.broadcast(complete)
