@@ -225,7 +225,7 @@ def test_every_sampler_and_workers(two_ranks: RankPool, tmp_path: Path, sampler:
         ),
         (
             {"engines": {"net": {"scheduler": {"name": "cosine", "warmup": -5}}}},
-            "warmup = -5, expected a number >= 0",
+            "warmup = -5, expected whole steps, or a ratio of the total steps below 1",
         ),
         ({"engines": {"net": {"optimizer": {"name": "adam"}}}}, "did you mean 'adamw'"),
         ({"engines": {"net": {"scheduler": {"name": "cosin"}}}}, "did you mean 'cosine'"),

@@ -107,9 +107,13 @@ class TreeFiller:
         return tree | filled | self._loss_scaler(tree)
 
     def _has_same_groups(self, flats: list[Flat]) -> bool:
-        """Whether every parameter was in the group of the same number when it was saved."""
+        """Whether every parameter was in the group of the same number when it was saved.
+
+        One without elements may have been in none.
+        """
         pairs = ((flat.group, segment.name) for flat in flats for segment in flat.segments)
-        return all(self.saved.group_of(name) == number for number, name in pairs)
+        saved = self.saved.shapes
+        return all(self.saved.group_of(name) == number for number, name in pairs if name in saved)
 
     def _loss_scaler(self, tree: Tree) -> Tree:
         """The state of an fp16 engine's loss scaler, in the form that the tree has."""
