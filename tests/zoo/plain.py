@@ -55,9 +55,12 @@ class PlainEngine:
         if not self.is_trained:
             module.requires_grad_(False).eval()
         for path, parameter in module.named_parameters():
-            if any(re.fullmatch(rf"{p}(\..*)?", path) for p in self.settings.get("frozen", ())):
+            if any(_matches(p, path) for p in self.settings.get("frozen", ())):
                 parameter.requires_grad_(False)
             parameter.data = parameter.data.to(self.dtype)
+        if self.settings.get("buffer_dtype") == "model":
+            for buffer in module.buffers():
+                buffer.data = buffer.data.to(self.dtype) if buffer.is_floating_point() else buffer
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.trained = list(trained.values())
         self.masters = [
@@ -81,7 +84,7 @@ class PlainEngine:
         for chosen, group in zip(found, groups, strict=False):
             chosen |= {key: value for key, value in group.items() if key not in ("name", "match")}
         for name, master in zip(names, self.masters, strict=True):
-            number = next((n for n, g in enumerate(groups) if re.search(g["match"], name)), -1)
+            number = next((n for n, g in enumerate(groups) if _matches(g["match"], name)), -1)
             found[number]["params"].append(master)
         return kind([group for group in found if group["params"]], **settings)
 
@@ -220,6 +223,11 @@ def _step(engines: Peers, entry: Entry, layout: Layout, step: int) -> dict[str, 
 def _all_tensors(engines: Peers) -> dict[str, Tensor]:
     trained = [engine for engine in engines.values() if engine.is_trained]
     return {path: tensor for engine in trained for path, tensor in engine.tensors().items()}
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether it matches the full name of a parameter, or of a module that has it."""
+    return re.fullmatch(rf"({pattern})(\..*)?", path) is not None
 
 
 def _adapt(module: nn.Module, settings: Mapping[str, Any]) -> None:

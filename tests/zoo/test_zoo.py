@@ -13,17 +13,13 @@ from tests.zoo.entry import LAYOUTS, Entry, Layout
 from tests.zoo.models import ZOO
 from tests.zoo.runner import train
 
-ENTRIES = [
-    pytest.param(
-        entry, id=name, marks=[pytest.mark.skip(reason=f"needs {entry.needs}")] * bool(entry.needs)
-    )
-    for name, entry in ZOO.items()
-]
+ENTRIES = [pytest.param(entry, id=name) for name, entry in ZOO.items()]
 
 
 def quick_layout(entry: Entry) -> Layout:
     """One of the layouts, in turn."""
-    return LAYOUTS[list(ZOO).index(entry.name) * 11 % len(LAYOUTS)]
+    layout = LAYOUTS[list(ZOO).index(entry.name) * 11 % len(LAYOUTS)]
+    return layout if layout in entry.layouts() else layout._replace(stage=2)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -47,7 +43,7 @@ def test_an_entry_equals_plain_pytorch_in_all_layouts(
 
 def test_what_the_table_in_the_docs_shows_is_within_the_tolerances() -> None:
     rows = table.rows()
-    assert rows
+    assert list(rows) == list(ZOO)
     for name, line in rows.items():
         entry = ZOO[name]
         _, _, tolerance, *cells, _ = (cell.strip() for cell in line.split("|"))

@@ -17,6 +17,9 @@ from tests.zoo.data import Batches
 from tests.zoo.entry import SEED, STEPS, Entry, Layout
 from tests.zoo.models import ZOO
 from tests.zoo.plain import Trained
+from tests.zoo.refused import REFUSED
+
+ENTRIES = ZOO | {entry.name: entry for entry, _ in REFUSED}
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -59,7 +62,7 @@ def config_of(entry: Entry, layout: Layout, directory: Path) -> Config:
 
 def build(config: Config) -> Task:
     """The task of an entry."""
-    entry, layout = ZOO[config.task.args["entry"]], Layout(*config.task.args["layout"])
+    entry, layout = ENTRIES[config.task.args["entry"]], Layout(*config.task.args["layout"])
     weigh: dict[str, Any] = {} if entry.weigh is None else {"weigh": entry.weigh}
     return Task(
         models=entry.models(),

@@ -61,7 +61,7 @@ def captioned(generator: Generator, number: int) -> dict[str, Any]:
     return {"input_ids": words + 1, "pixel_values": pixels, "return_loss": True}
 
 
-@entry(captioned, needs="0-dim parameters")
+@entry(captioned, bf16=2e-1)
 def clip() -> nn.Module:
     """Its temperature is a 0-dim parameter."""
     from transformers import CLIPConfig, CLIPModel

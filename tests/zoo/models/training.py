@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from harness.utils import to_device
 from tests.zoo.data import vectors
 from tests.zoo.entry import ADAMW, call, entry
-from tests.zoo.models.basics import Mlp, mse
+from tests.zoo.models.basics import DOUBLE_BACKWARD, Mlp, mse
 
 
 @entry(vectors, engines={"net": {"ema_decay": 0.8}}, autocast=True)
@@ -47,12 +47,12 @@ class NAdam(Mlp):
 
 
 GROUPS = [
-    {"name": "biases", "match": "bias$", "weight_decay": 0.0},
+    {"name": "biases", "match": ".*bias", "weight_decay": 0.0},
     {"name": "last", "match": "last", "lr": 3e-3},
 ]
 
 
-@entry(vectors, optimizer=ADAMW | {"groups": GROUPS}, needs="parameter groups")
+@entry(vectors, optimizer=ADAMW | {"groups": GROUPS})
 class ParameterGroups(Mlp):
     pass
 
@@ -75,11 +75,11 @@ def feed_penalty(engine: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
     """A smoothness penalty: the gradient of the output with respect to the input."""
     x, y = to_device(batch, engine.device, engine.dtype)
     x = x.requires_grad_()
-    output = engine.module(x)
+    output = engine(x)
     (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
     return mse(output, y) + slope.float().square().mean(), {}
 
 
-@entry(vectors, feeder=feed_penalty, needs="the double backward at ZeRO 3")
+@entry(vectors, feeder=feed_penalty, not_at_zero_3=DOUBLE_BACKWARD)
 def gradient_penalty() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
