@@ -71,7 +71,7 @@ class MultiheadAttention(nn.Module):
         return mse(self.last(self.attention(x, x, x)[0].mean(1)), y)
 
 
-@entry(sequences, autocast=True)
+@entry(sequences, bf16=1e-1, autocast=True)
 class TransformerEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
