@@ -48,8 +48,8 @@ class _Fetched:
 class StepBatches:
     """This rank's micro-batches, step by step; with `weigh`, a part of the step's vector.
 
-    With `weigh`, a step's micro-batches are fetched while the step before the previous one is
-    summed up, so that the sums of their weights are there when the step begins. The random
+    With `weigh`, a step's micro-batches are fetched one step ahead, and their weights are summed
+    while the step before runs, so that the sums are there when the step begins. The random
     generators are seeded for every step that is fetched ahead, and restored: what is drawn while
     fetching depends on the step alone, and the saved position is that of the next step.
     """

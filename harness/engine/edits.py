@@ -27,10 +27,7 @@ class Edits:
         self._name = name
         self._ds = ds
         self._collect = collect
-        parameters = ds.module.named_parameters()
-        self._watched = {name: p for name, p in parameters if p.requires_grad}
-        if not engine_state.has_masters(ds):
-            self._watched = {}
+        self._watched = engine_state.watchable(ds)
         self._versions: list[int] = []
         self._steps = 0
 

@@ -6,7 +6,7 @@ weights are wrong, and must not be saved.
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from harness import distributed
 from harness.errors import GradientError
@@ -22,6 +22,15 @@ class CheckedEngine(Protocol):
     arrivals: Arrivals
 
 
+class _Step(NamedTuple):
+    """What this rank did in a step."""
+
+    number: int
+    engines: list[CheckedEngine]
+    records: list[Record]
+    """By engine."""
+
+
 class GradientCheck:
     """Compares what arrived on the ranks in each step; a part of the step's vector.
 
@@ -29,28 +38,22 @@ class GradientCheck:
     """
 
     def __init__(self) -> None:
-        self._step = 0
-        self._engines: list[CheckedEngine] = []
-        self._records: list[Record] = []
-        """Of the last step, by engine."""
-        self._is_new = False
-        self._summing: tuple[int, list[CheckedEngine], list[Record]] | None = None
-        """Step, engines and records that the vector is being summed for."""
+        self._recorded: _Step | None = None
+        """The last step, until it is contributed."""
+        self._summing: _Step | None = None
+        """The one that the vector is being summed for."""
 
     def record(self, step: int, engines: Sequence[CheckedEngine]) -> None:
         """Records a step that is over. `engines`: those that were trained in it."""
-        self._step, self._engines = step, list(engines)
-        self._records = [engine.arrivals.take() for engine in engines]
-        self._is_new = True
+        records = [engine.arrivals.take() for engine in engines]
+        self._recorded = _Step(step, list(engines), records)
 
     def contribute(self) -> Sequence[float]:
         """The last step's digest in 16-bit numbers, and their squares."""
-        self._summing = None
-        if not self._is_new:
+        self._summing, self._recorded = self._recorded, None
+        if self._summing is None:
             return ()
-        self._is_new = False
-        self._summing = self._step, self._engines, self._records
-        digest = _digest(self._records)
+        digest = _digest(self._summing.records)
         words = [digest >> shift & 0xFFFF for shift in range(0, 8 * DIGEST_BYTES, 16)]
         return [*words, *(word * word for word in words)]
 

@@ -98,6 +98,12 @@ class _Pending:
     """Samples, tokens, and the number of names that other ranks may not know."""
     copied: torch.cuda.Event | None
 
+    def totals(self) -> tuple[dict[str, float], dict[str, float]]:
+        """This rank's sum and weight of each metric. Waits for the copies."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.sums.by_name()
+
 
 class StepMeter:
     """A pipeline of two stages: copied off the device, then summed over the ranks.
@@ -154,9 +160,7 @@ class StepMeter:
         """The steps not yet completed, with the numbers of this rank alone: the others are gone."""
         own = []
         for pending in filter(None, (self._summing, self._copying, self._pushed)):
-            if pending.copied is not None:
-                pending.copied.synchronize()
-            sums, weights = pending.sums.by_name()
+            sums, weights = pending.totals()
             means = {name: sums[name] / weight for name, weight in weights.items() if weight}
             own.append(StepNumbers(pending.local, means, *pending.tail[:2]))
         return own
@@ -166,14 +170,12 @@ class StepMeter:
         self._summing, self._copying, self._pushed = self._copying, self._pushed, None
         if self._summing is None:
             return ()
-        pending = self._summing
-        if pending.copied is not None:
-            pending.copied.synchronize()
-        sums, weights = pending.sums.by_name()
+        sums, weights = self._summing.totals()
+        names = self._summing.names
         return [
-            *(sums.get(name, 0.0) for name in pending.names),
-            *(weights.get(name, 0.0) for name in pending.names),
-            *pending.tail,
+            *(sums.get(name, 0.0) for name in names),
+            *(weights.get(name, 0.0) for name in names),
+            *self._summing.tail,
         ]
 
     def receive(self, sums: Sequence[float]) -> None:

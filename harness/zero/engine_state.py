@@ -234,6 +234,18 @@ def has_masters(ds: Any) -> bool:
     return ds.basic_optimizer is not None and ds.optimizer is not ds.basic_optimizer
 
 
+def watchable(ds: Any) -> dict[str, Tensor]:
+    """The trained parameters with masters whose `_version` DeepSpeed's own writes do not change, by
+    name. One that is alone in its group is the group's flat tensor, which DeepSpeed writes
+    (zero/stage_1_and_2.py, bf16_optimizer.py)."""
+    if not has_masters(ds):
+        return {}
+    groups = getattr(ds.optimizer, "bit16_groups", getattr(ds.optimizer, "bf16_groups", ()))
+    alone = {id(group[0]) for group in groups if len(group) == 1}
+    parameters = ds.module.named_parameters()
+    return {name: p for name, p in parameters if p.requires_grad and id(p) not in alone}
+
+
 @contextmanager
 def editing(module: nn.Module) -> Iterator[None]:
     """In the block the parameters are complete, and may be changed in place; afterwards all ranks

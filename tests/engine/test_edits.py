@@ -1,6 +1,7 @@
 """Weights that a task changes in place, at every ZeRO stage, against plain PyTorch."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -128,12 +129,18 @@ def clamp_without_a_word(engine: Any, batch: Tensor) -> Any:
     return loss_of(engine(batch.to(engine.dtype))), {}
 
 
-def warnings_of(stage: int, dtype: str, feeder: Any) -> list[str]:
+def call(engine: Any, batch: Tensor) -> Any:
+    return loss_of(engine(batch.to(engine.dtype))), {}
+
+
+def warnings_of(
+    stage: int, dtype: str, feeder: Any, build: Callable[[], nn.Module] = model
+) -> list[str]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("harness.engine.edits").addHandler(handler)
-    engines = engines_of(model(), feeder, stage, LAYOUTS[dtype], ema_decay=0.9)
+    engines = engines_of(build(), feeder, stage, LAYOUTS[dtype], ema_decay=0.9)
     train(engines, batches(2))
     with engines.averaged():
         pass
@@ -158,3 +165,15 @@ def test_an_edit_that_would_be_undone_is_noticed(
             )
     for warnings in two_ranks.run(warnings_of, stage, dtype, clamp_before_each_step):
         assert not warnings
+
+
+def one_parameter() -> nn.Module:
+    return nn.Linear(batches(1)[0].shape[-1], 4, bias=False)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (1, "bf16"), (2, "fp32")])
+def test_a_parameter_that_is_alone_in_its_group_is_no_false_alarm(
+    two_ranks: RankPool, stage: int, dtype: str
+) -> None:
+    """At stages 1 and 2 DeepSpeed's flat tensor is the parameter itself."""
+    assert two_ranks.run(warnings_of, stage, dtype, call, one_parameter) == [[], []]
