@@ -30,7 +30,15 @@ from tests.support.helpers import (
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("stage", "overrides"),
-    [(0, {}), (1, {}), (2, {}), (3, {}), (1, OFFLOAD), (2, OFFLOAD), (3, OFFLOAD)],
+    [
+        (0, {}),
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        pytest.param(1, OFFLOAD, marks=pytest.mark.slow),
+        pytest.param(2, OFFLOAD, marks=pytest.mark.slow),
+        (3, OFFLOAD),
+    ],
     ids=["0", "1", "2", "3", "1 offload", "2 offload", "3 offload"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(

@@ -75,10 +75,23 @@ PHASES = [
     ("prune", {}),
     ("pruning", {"path": ".pruned"}),
 ]
+# All ranks in every phase; one rank where both write, and in one phase of rank 0 alone.
+KILLED = [
+    pytest.param(
+        phase,
+        details,
+        rank,
+        id=f"{phase} {details.get('path', '')}".strip()
+        + ("-all" if rank is None else f"-rank{rank}"),
+        marks=[pytest.mark.slow] if rank == 0 and phase not in ("file", "rename") else [],
+    )
+    for phase, details in PHASES
+    for rank in (0, 1, None)
+    if rank != 1 or phase == "file"
+]
 
 
-@pytest.mark.parametrize("rank", [0, 1, None], ids=["rank0", "rank1", "all"])
-@pytest.mark.parametrize(("phase", "details"), PHASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("phase", "details", "rank"), KILLED)
 def test_killed_in_a_phase(
     two_ranks: RankPool,
     tmp_path: Path,
@@ -87,8 +100,6 @@ def test_killed_in_a_phase(
     details: Any,
     rank: int | None,
 ) -> None:
-    if rank == 1 and phase != "file":
-        pytest.skip("rank 0 alone does this")
     config = two_engines(tmp_path, checkpoint={"keep_last": 1})
     step = {} if phase.startswith("prun") else {"step": 4}
     with pytest.raises(RankError, match="died with exit code -9"):
@@ -101,7 +112,7 @@ def test_killed_in_a_phase(
     assert entries == ["latest", "step-00000006"]
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.timeout(1800)
 def test_killed_at_random_moments(

@@ -324,9 +324,9 @@ APOLLO = {"rank": 2, "low_rank": "weight", "update_proj_gap": 3, "lr": 3e-2}
     ("before", "after", "name"),
     [
         ((2, 1), (1, 0), "apollo"),
-        ((2, 2), (4, 2), "apollo"),
         ((2, 1), (2, 3), "apollo-mini"),
-        ((4, 3), (2, 1), "apollo"),
+        pytest.param((2, 2), (4, 2), "apollo", marks=pytest.mark.slow),
+        pytest.param((4, 3), (2, 1), "apollo", marks=pytest.mark.slow),
     ],
 )
 def test_apollo_resumes_in_another_layout(

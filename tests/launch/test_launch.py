@@ -87,7 +87,7 @@ def launcher_is_killed(process: subprocess.Popen[str], directory: Path) -> None:
 @pytest.mark.parametrize(
     ("launcher", "way"),
     [
-        ("deepspeed", the_command),
+        pytest.param("deepspeed", the_command, marks=pytest.mark.slow),
         pytest.param("deepspeed", the_launcher, marks=pytest.mark.slow),
         ("deepspeed", ctrl_c),
         pytest.param("torchrun", the_command, marks=pytest.mark.slow),
@@ -233,14 +233,22 @@ def test_a_port_in_use_is_one_message(tmp_path: Path) -> None:
     [
         ("python", "--run.stesp=1", 2, "run.stesp (command line): unknown key (did you mean"),
         (
-            "deepspeed",
+            "python",
             "--engines.net.ds_overrides.zero_optimization.reduce_bucket_size=-1",
             2,
             "zero_optimization.reduce_bucket_size: found -1: Input should be greater than 0",
         ),
-        ("deepspeed", "--task.path=missing.py", 2, "missing.py"),
+        pytest.param(
+            "deepspeed", "--task.path=missing.py", 2, "missing.py", marks=pytest.mark.slow
+        ),
         ("deepspeed", "--task.args={raise=true}", 1, "RuntimeError: the task is unwell"),
-        ("torchrun", "--task.args={samples=0}", 1, "train_data: Points has no items"),
+        pytest.param(
+            "torchrun",
+            "--task.args={samples=0}",
+            1,
+            "train_data: Points has no items",
+            marks=pytest.mark.slow,
+        ),
         ("torchrun", "--run.resume=broken", 1, "checkpoint broken: manifest.json is damaged"),
     ],
 )

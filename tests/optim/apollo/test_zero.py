@@ -80,8 +80,8 @@ def test_three_ranks(three_ranks: RankPool, stage: int, dtype: str, mini: bool) 
 @pytest.mark.parametrize(
     ("stage", "dtype"),
     [
-        (2, "fp32"),
         (3, "fp32"),
+        pytest.param(2, "fp32", marks=SLOW),
         pytest.param(1, "bf16", marks=SLOW),
         pytest.param(3, "bf16", marks=SLOW),
     ],
@@ -90,7 +90,7 @@ def test_four_ranks(four_ranks: RankPool, stage: int, dtype: str, mini: bool) ->
     within_bound(four_ranks, stage, dtype, mini, {})
 
 
-@pytest.mark.parametrize("mini", [False, True], ids=["apollo", "mini"])
+@pytest.mark.parametrize("mini", [False, pytest.param(True, marks=SLOW)], ids=["apollo", "mini"])
 def test_bf16_optimizer(two_ranks: RankPool, three_ranks: RankPool, mini: bool) -> None:
     """All parameter groups in one call of step()."""
     within_bound(two_ranks, 1, "bf16", mini, FP32_ACCUMULATION)
@@ -122,9 +122,9 @@ def test_odd_layouts(two_ranks: RankPool, three_ranks: RankPool, layout: str) ->
     ],
     ids=str,
 )
-def test_settings(three_ranks: RankPool, settings: dict[str, Any]) -> None:
-    for stage in (2, 3):
-        within_bound(three_ranks, stage, "fp32", False, {}, 20, settings)
+@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=SLOW)])
+def test_settings(three_ranks: RankPool, stage: int, settings: dict[str, Any]) -> None:
+    within_bound(three_ranks, stage, "fp32", False, {}, 20, settings)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
