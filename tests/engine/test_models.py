@@ -51,7 +51,10 @@ def function_config(directory: Path, case: str, **args: Any) -> Config:
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.slow] if c.endswith("Muon") else []) for c in CASES],
+)
 def test_a_function_builds_the_same_model(two_ranks: RankPool, tmp_path: Path, case: str) -> None:
     plain = function_config(tmp_path / "plain", case, function=False)
     built = function_config(tmp_path / "built", case, function=True)

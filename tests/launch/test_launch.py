@@ -30,7 +30,10 @@ from tests.support.jobs import (
 )
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param(x, marks=[pytest.mark.slow] if x == "torchrun" else []) for x in LAUNCHERS],
+)
 def test_every_front_under_every_launcher(tmp_path: Path, launcher: str) -> None:
     """A pipe, `harness ctl`, a signal to the last rank, and finally a `quit`."""
     with job(launcher, tmp_path, stdin=subprocess.PIPE) as process:
@@ -125,7 +128,7 @@ def test_a_second_signal_ends_a_hanging_rank(tmp_path: Path) -> None:
 
 
 def test_without_stdin_it_trains_and_then_resumes(tmp_path: Path) -> None:
-    assert start("deepspeed", tmp_path).returncode == 0
+    assert start("torchrun", tmp_path).returncode == 0
     again = start("torchrun", tmp_path, "--run.steps=6", "--metrics.tensorboard=true")
     assert again.returncode == 0
     assert "resumed from" in again.stderr and "step 4 of 6 on 2 ranks" in again.stderr
@@ -249,7 +252,7 @@ def test_a_port_in_use_is_one_message(tmp_path: Path) -> None:
             "train_data: Points has no items",
             marks=pytest.mark.slow,
         ),
-        ("torchrun", "--run.resume=broken", 1, "checkpoint broken: manifest.json is damaged"),
+        ("python", "--run.resume=broken", 1, "checkpoint broken: manifest.json is damaged"),
     ],
 )
 def test_an_error_is_one_message_and_an_exit_code(

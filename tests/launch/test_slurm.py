@@ -123,6 +123,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Cluster, tmp_path: Pat
     assert f"saved {tmp_path}/runs/tiny/checkpoints/step-{last:08d}\n" in log_of(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_job_with_a_config_error_is_not_requeued(slurm: Cluster, tmp_path: Path) -> None:
     with job(slurm, tmp_path, "--run.stesp=1") as number:
         until(lambda: slurm.job(number)["JobState"] == "FAILED")
