@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
 
 import torch
 import torch.distributed as dist
@@ -48,8 +49,10 @@ def evaluate(
     try:
         with engines.averaged(), seeded(seed, rank):
             for name, data in sets_of(task.eval_data).items():
-                batches = read_once(data, config.data, task.collate, task.count, seed, *ranks)
-                sums = _sum_up(engines, task, batches, should_stop)
+                with closing(
+                    read_once(data, config.data, task.collate, task.count, seed, *ranks)
+                ) as batches:
+                    sums = _sum_up(engines, task, batches, should_stop)
                 if sums is None:
                     return None
                 prefix = f"eval/{name}/" if name else "eval/"

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from harness.distributed.forks import close_in_forks, end_with_parent
 from harness.launcher.parent import is_orphaned
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ SECONDS_OF_ONE_STOP = 1.0
 """Ctrl-C reaches a rank twice, from the terminal and the launcher, which counts as one stop."""
 SECONDS_BETWEEN_CHECKS = 1.0
 """Checks that the launcher is still alive."""
+_END = b"\0"
+"""Ends the thread that reads the numbers of signals."""
 
 
 class Signals:
@@ -61,6 +64,8 @@ class Signals:
         handled = [s for s in (*STOPPING, SAVING) if signal.getsignal(s) is not signal.SIG_IGN]
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
+        for descriptor in (reading, writing):
+            close_in_forks(descriptor)
         _previous_handlers = {number: signal.signal(number, _do_nothing) for number in handled}
         old_descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         thread = threading.Thread(
@@ -72,8 +77,9 @@ class Signals:
         finally:
             signal.set_wakeup_fd(old_descriptor)
             _restore()
-            os.close(writing)
+            os.write(writing, _END)  # its end does not show while a forked process has a copy
             thread.join()
+            os.close(writing)
             os.close(reading)
 
     def _listen(self, descriptor: int, handled: set[signal.Signals]) -> None:
@@ -85,11 +91,11 @@ class Signals:
                     self._record(signal.SIGTERM)
                 continue
             numbers = os.read(descriptor, 1024)
-            if not numbers:
-                return
             for number in numbers:
                 if number in handled:
                     self._record(signal.Signals(number))
+            if _END[0] in numbers:
+                return
 
     def _record(self, number: signal.Signals) -> None:
         if number is SAVING:
@@ -135,10 +141,11 @@ def _detach() -> None:
 os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_detach)
 
 
-def ignore_signals(worker: int = 0) -> None:
-    """For data-loader workers: their rank ends them."""
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """For data-loader workers: they end with their rank, and before it only if it ends them."""
     for number in (*STOPPING, SAVING):
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
 def _do_nothing(number: int, frame: object) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from harness.control.bus import Bus
 from harness.control.wire import MAX_LINE, SOCKET, Answer, short_path, user_name
+from harness.distributed.forks import close_in_forks
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class SocketFront:
             writer.close()
             return
         self._clients.add(writer)
+        close_in_forks(writer.get_extra_info("socket").fileno())
         try:
             await self._serve_lines(reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -123,6 +125,7 @@ def _listen(path: Path) -> socket.socket:
     except OSError:
         listening.close()
         raise
+    close_in_forks(listening.fileno())
     return listening
 
 

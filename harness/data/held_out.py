@@ -1,15 +1,16 @@
 """Held-out data: named sets, each read once by all ranks together, in batches."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from harness.config.sections import DataConfig
-from harness.control.signals import ignore_signals
+from harness.control.signals import leave_signals_to_parent
 from harness.data.loader import Collate, Fetch, unchanged
+from harness.data.workers import iterated
 from harness.errors import TaskError
 
 Counted = tuple[int, Any]
@@ -75,8 +76,8 @@ def read_once(
     seed: int,
     rank: int,
     world_size: int,
-) -> Iterator[Counted]:
-    """One rank's batches of a set; other ranks may have more or fewer.
+) -> Generator[Counted, None, None]:
+    """One rank's batches of a set; other ranks may have more or fewer. Close it to end workers.
 
     A map-style dataset is split over the ranks, each sample once. An IterableDataset has the
     samples of this rank, and any other iterable its batches, of which `count` counts the samples.
@@ -86,7 +87,7 @@ def read_once(
         "num_workers": workers,
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator().manual_seed(seed),
-        "worker_init_fn": ignore_signals,
+        "worker_init_fn": leave_signals_to_parent,
     }
     if _is_map_style(data):
         starts = range(rank * size, len(data), size * world_size)
@@ -98,12 +99,13 @@ def read_once(
             collate_fn=unchanged,
             **options,
         )
-        for share, batch in zip(shares, loader, strict=True):
-            yield len(share), batch
+        with iterated(loader) as batches:
+            for share, batch in zip(shares, batches, strict=True):
+                yield len(share), batch
     elif isinstance(data, IterableDataset):
-        yield from DataLoader(
-            data, batch_size=size, collate_fn=_CountingCollate(collate), **options
-        )
+        counting = _CountingCollate(collate)
+        with iterated(DataLoader(data, batch_size=size, collate_fn=counting, **options)) as batches:
+            yield from batches
     else:
         for batch in data:
             yield count(batch)[0], batch

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from harness.config.sections import DataConfig
-from harness.control.signals import ignore_signals
+from harness.control.signals import leave_signals_to_parent
 from harness.data.sampler import (
     BatchedOrderedSampler,
     OrderedSampler,
@@ -21,6 +21,7 @@ from harness.data.sampler import (
     RandomSampler,
     Sampler,
 )
+from harness.data.workers import end_workers
 from harness.errors import CheckpointError, ConfigError, TaskError
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Loader:
 
     def close(self) -> None:
         """Ends the workers."""
+        end_workers(self._iterator)
         self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,7 +124,7 @@ class Loader:
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # keeps the global generator untouched
-            worker_init_fn=ignore_signals,
+            worker_init_fn=leave_signals_to_parent,
         )
         return iter(loader)
 
@@ -191,7 +193,8 @@ class TaskLoader:
         return batch
 
     def close(self) -> None:
-        """Drops the loader's iterator, which ends its workers."""
+        """Ends the workers of the loader's iterator."""
+        end_workers(self._iterator)
         self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -268,7 +271,7 @@ def _batched(
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # keeps the global generator untouched
-        worker_init_fn=ignore_signals,
+        worker_init_fn=leave_signals_to_parent,
     )
 
 

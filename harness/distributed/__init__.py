@@ -9,6 +9,7 @@ Its files, from the top down:
     rng.py            the random generators of a rank
     world.py          ranks and devices; joining and leaving the world
     network.py        which interface gloo uses; the error when a rank is lost
+    forks.py          what a forked process must not keep of its rank
 """
 
 from harness.distributed.collectives import (

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from harness.distributed import network
+from harness.distributed.forks import sockets_close_in_forks
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -85,7 +86,8 @@ def init(timeout_s: float, join: Callable[[timedelta], object]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     master = f"rank 0 at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     doing = f"rank {global_rank()} on {socket.gethostname()} joins {master}"
-    with network.bounded(timeout_s + 60, doing), network.raise_port_in_use():
+    bounded, port = network.bounded(timeout_s + 60, doing), network.raise_port_in_use()
+    with bounded, port, sockets_close_in_forks():
         join(timeout)
         group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)

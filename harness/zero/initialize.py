@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.optim import Optimizer
 
+from harness.distributed.forks import sockets_close_in_forks
 from harness.errors import ConfigError
 from harness.zero.parameters import is_sharded
 from harness.zero.sharded_init import cast_parameters
@@ -39,7 +40,7 @@ def initialize(
 
     if any(map(is_sharded, model.parameters())):
         cast_parameters(model, _compute_dtype(settings))  # LoRA's are new; DeepSpeed casts none
-    with _refusals():
+    with _refusals(), sockets_close_in_forks():  # of its process groups
         return deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings
         )[0]

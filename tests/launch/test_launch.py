@@ -214,6 +214,15 @@ def test_an_error_on_one_rank_is_printed(tmp_path: Path) -> None:
         assert stderr.startswith(f"error on rank {rank}: "), stderr
 
 
+def test_an_exception_in_a_worker_ends_the_run(tmp_path: Path) -> None:
+    """Although the worker has copies of the rank's descriptors."""
+    task = f"--task.path={ROOT}/tests/tasks/bad_sample_task.py"
+    done = start("python", tmp_path, task, "--run.steps=100", "--data.workers=1")
+    assert done.returncode == 1
+    assert "ValueError: sample 50 cannot be read" in done.stderr
+    assert "ValueError: sample 50 cannot be read" in log_of(tmp_path)
+
+
 def test_a_port_in_use_is_one_message(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
