@@ -4,6 +4,7 @@ An error that is raised on all ranks (`distributed.raise_on_all_ranks`) is print
 """
 
 import re
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
@@ -39,6 +40,19 @@ class CommandError(HarnessError):
 
 class TaskError(HarnessError):
     """The user's own task failed or broke its contract."""
+
+
+@contextmanager
+def no_exit() -> Iterator[None]:
+    """Turns an exit by the task's code into a TaskError: the launcher would see a complete run.
+
+    KeyboardInterrupt as well: within a run Ctrl-C does not raise it.
+    """
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt) as error:
+        *_, (file, line, *_) = traceback.extract_tb(error.__traceback__)
+        raise TaskError(f"{file}:{line}: the task's code has raised {error!r}") from error
 
 
 class GradientError(HarnessError):

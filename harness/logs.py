@@ -27,6 +27,30 @@ class _TerminalHandler(logging.Handler):
         write_to_terminal(self.format(record))
 
 
+class _FileHandler(logging.FileHandler):
+    """Appends to a file; if it cannot, as on a full disk, the terminal tells so once."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._report(error)
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:
+            self._report(error)
+
+    def _report(self, error: OSError) -> None:
+        if not self._failed:
+            write_to_terminal(f"cannot write {self.baseFilename}: {error}; it will lack lines")
+        self._failed = True
+
+
 def configure_logging() -> None:
     """Logs to the terminal, and keeps the lines for `log_to_file`."""
     logger = logging.getLogger("harness")
@@ -44,7 +68,7 @@ def log_to_file(path: Path) -> logging.Handler:
 
     Starts with the lines logged since `configure_logging`.
     """
-    handler = logging.FileHandler(path)
+    handler = _FileHandler(path)
     _set_up(handler)
     logger = logging.getLogger("harness")
     for buffer in [h for h in logger.handlers if isinstance(h, MemoryHandler)]:

@@ -17,7 +17,7 @@ from harness.data.step_batches import StepBatches
 from harness.distributed import StepVector
 from harness.distributed.joint_failure import JointFailure
 from harness.engine.engines import Engines
-from harness.errors import CheckpointError, CommandError, GradientError, HarnessError
+from harness.errors import CheckpointError, CommandError, GradientError, HarnessError, no_exit
 from harness.evaluate import check_best_metric, evaluate
 from harness.execute import execute
 from harness.metrics.meters import StepMeter, StepNumbers
@@ -88,8 +88,9 @@ class Trainer:
             log.info("the run is complete; a larger run.steps in the config continues it")
             return 0
         try:
-            self.loop()
-            self.finish()
+            with no_exit():
+                self.loop()
+                self.finish()
         except Exception as error:
             rescue(self, error)
             raise

@@ -50,6 +50,19 @@ def test_a_rank_logs_to_its_terminal_and_to_the_file(
     assert lines_of(file) == [f"rank {rank} {line}" for line in shown]
 
 
+def test_a_full_disk_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    configure_logging()
+    handler = log_to_file(Path("/dev/full"))
+    for number in range(30):
+        log.info("line %d", number)
+    handler.close()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 31 and "line 29" in lines[-1]
+    assert [line for line in lines if "line" not in line.partition("INFO")[2]] == [
+        "cannot write /dev/full: [Errno 28] No space left on device; it will lack lines"
+    ]
+
+
 @ranks
 def test_the_level_of_other_ranks_is_at_least_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str

@@ -2,8 +2,10 @@
 
 import os
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from harness.config import Config
 from harness.run import run_in_world
 from harness.task import load_task
 from harness.testing.pool import RankError, RankPool
-from tests.support.helpers import ROOT, Pools, log_text, losses, records, tiny_config
+from tests.support.helpers import ROOT, Pools, error_of, log_text, losses, records, tiny_config
 
 PLACES = {
     "feed": "harness.engine.engines.feed",
@@ -104,6 +106,21 @@ def test_what_fails_on_all_ranks_is_saved_as_before_the_step(
     for run in (config, whole):
         pools(ranks).run(run_in_world, run)
     assert losses(config) == losses(whole)
+
+
+def run_exiting(config: Config, place: str, at: int) -> list[str]:
+    with failing(place, at, partial(sys.exit, 0)):
+        return error_of(config)
+
+
+@pytest.mark.parametrize("place", ["feed", "data"])
+def test_an_exit_by_the_task_is_an_error(two_ranks: RankPool, tmp_path: Path, place: str) -> None:
+    """Whatever its code: the steps before it are saved, and the launcher must not see a 0."""
+    config = accumulated(tmp_path, stage=2)
+    for error in two_ranks.run(run_exiting, config, place, 7):
+        assert f"{__file__}:" in error and "the task's code has raised SystemExit(0)" in error
+    assert steps_saved(config) == [3]
+    assert "has raised SystemExit(0)\nsaving a checkpoint" in log_text(config)
 
 
 def test_what_cannot_be_fetched_ahead_ends_the_run_after_the_step(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from harness.distributed.world import control_group, world_size
-from harness.errors import HarnessError
+from harness.errors import HarnessError, no_exit
 
 T = TypeVar("T")
 
@@ -78,7 +78,8 @@ def raise_on_all_ranks(doing: str) -> Iterator[None]:
     """
     failure: HarnessError | None = None
     try:
-        yield
+        with no_exit():
+            yield
     except HarnessError as error:
         failure = error
     except OSError as error:

@@ -24,14 +24,15 @@ class JsonlSink:
     """metrics.jsonl: one object per line.
 
     A run that resumes at `step` first drops the records of later steps, which are written again,
-    and an incomplete last line; a run that starts over passes -1, which drops all.
+    and lines that are not records, such as an incomplete last one; a run that starts over passes
+    -1, which drops all.
     """
 
     def __init__(self, path: Path, step: int):
         if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            remaining = "".join(line for line in lines if _step_of(line) <= step)
-            write_atomically(path, lambda staged: staged.write_text(remaining))
+            lines = path.read_bytes().splitlines(keepends=True)
+            remaining = b"".join(line for line in lines if _step_of(line) <= step)
+            write_atomically(path, lambda staged: staged.write_bytes(remaining))
         self._lines = JsonLines(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -41,7 +42,7 @@ class JsonlSink:
         self._lines.close()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
