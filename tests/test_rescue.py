@@ -108,7 +108,7 @@ def test_what_fails_on_all_ranks_is_saved_as_before_the_step(
     assert losses(config) == losses(whole)
 
 
-def run_exiting(config: Config, place: str, at: int) -> list[str]:
+def run_exiting(config: Config, place: str, at: int) -> str:
     with failing(place, at, partial(sys.exit, 0)):
         return error_of(config)
 
