@@ -36,12 +36,13 @@ class Snapshots:
             if not isinstance(leaf, torch.Tensor):
                 return deepcopy(leaf)
             storage = leaf.untyped_storage()
-            if storage.data_ptr() not in copies:
+            key = storage._cdata  # not its address: that of all empty ones is 0
+            if key not in copies:
                 reusable = spare.get(storage.nbytes())
                 buffer = reusable.pop() if reusable else _buffer(storage.nbytes())
-                copies[storage.data_ptr()] = buffer.copy_(storage)
+                copies[key] = buffer.copy_(storage)
             view = (leaf.storage_offset(), leaf.size(), leaf.stride())
-            buffer = copies[storage.data_ptr()]
+            buffer = copies[key]
             return torch.empty(0, dtype=leaf.dtype).set_(buffer, *view)
 
         copied = tree_map(copy, tree)

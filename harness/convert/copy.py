@@ -86,6 +86,19 @@ class SourceFiles:
             self.read(range_.path, buffer[: range_.size], range_.start)
             buffer = buffer[range_.size :]
 
+    def chunks(self, source: StoredTensor, count: int) -> Iterator[memoryview]:
+        """A source in row-major order, `count` elements at a time."""
+        if source.strided is not None:
+            content = memoryview(b"".join(self.read_row_major(source)))
+            for first in range(0, source.nbytes, count * source.itemsize):
+                yield content[first : first + count * source.itemsize]
+            return
+        for first in range(0, source.nbytes, count * source.itemsize):
+            size = min(count * source.itemsize, source.nbytes - first)
+            view = memoryview(bytearray(size))
+            self.read_elements(source, first, size, view)
+            yield view
+
     def read_row_major(self, source: StoredTensor) -> Iterator[memoryview]:
         """The bytes of a source that is not row-major, in row-major order, in chunks of about
         BUFFER_SIZE. Its range of the file is read into memory completely."""

@@ -86,7 +86,7 @@ def plan_weights(saved: SavedEngine, dtype: str) -> ConversionPlan:
         own_dtype = weights[name].dtype if name in weights else "float32"
         target = own_dtype if dtype == "keep" else dtype
         needs_master = saved.stage == 3 or target != own_dtype or target == "float32"
-        parameter = saved.shared.get(name, name)
+        parameter = saved.source(name)
         if parameter in saved.shapes and needs_master:
             source = saved.master(parameter)
         else:
@@ -98,6 +98,10 @@ def plan_weights(saved: SavedEngine, dtype: str) -> ConversionPlan:
         else:
             kind = type(value).__name__
             plan.notes.append(f"skipped {name!r}: not a tensor, but a {kind}")
+    plan.notes += [
+        f"skipped {name!r}: tied to a frozen parameter, which exclude_frozen_parameters left out"
+        for name in saved.omitted
+    ]
     if not saved.has_parameter_names and saved.optimizer is not None:
         dtypes = {ref.dtype for ref in weights.values()} & {"float16", "bfloat16"}
         if dtypes and dtype not in ("keep", *dtypes):
@@ -117,7 +121,7 @@ def plan_ema(saved: SavedEngine, dtype: str) -> ConversionPlan:
     plan = plan_weights(saved, dtype)
     has_ema = False
     for name, planned in plan.tensors.items():
-        parameter = saved.shared.get(name, name)
+        parameter = saved.sources.get(name, name)
         if parameter in saved.shapes and EMA in saved.state_keys(parameter):
             plan.tensors[name] = PlannedTensor(saved.moment(parameter, EMA), planned.dtype)
             has_ema = True

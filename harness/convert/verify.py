@@ -32,36 +32,39 @@ def check_sources(ranges: Iterable[ByteRange], progress: OnProgress) -> None:
 
 
 def check_masters(saved: SavedEngine) -> None:
-    """Checks that the weights at stages 1 and 2 are the rounded masters.
+    """Checks that the weights of all trained parameters, under each of their names, are the rounded
+    masters; at stage 3 only those that the model keeps complete.
 
-    They are in different files, and match only if the layout was understood. Raises CheckpointError
-    that names the first parameter whose weights differ.
+    They are in different files, and match only if the layout was understood and every file is that
+    of its rank. Raises CheckpointError that names the first parameter whose weights differ.
     """
+    checked: set[tuple[StoredTensor, str]] = set()
+    with SourceFiles() as files:
+        for name, ref in saved.weights.items():
+            source = saved.sources.get(name)
+            if source not in saved.shapes or ref.shape != saved.shapes[source]:
+                continue
+            weight, master = StoredTensor.from_ref(ref), saved.master(source)
+            if weight == master or (weight, source) in checked:
+                continue
+            checked.add((weight, source))
+            if not _is_rounded(files, weight, master):
+                tied = f", which is tied to {source!r}," if source != name else ""
+                raise CheckpointError(
+                    f"{saved.directory}: the {weight.dtype} weights of {name!r}{tied} are not its "
+                    "rounded master weights: files of different runs or ranks, or an unknown layout"
+                )
+
+
+def _is_rounded(files: SourceFiles, weight: StoredTensor, master: StoredTensor) -> bool:
+    """Whether a weight is its master, rounded to the weight's dtype."""
     from harness.formats.cast import cast, is_same  # late: imports numpy
 
-    weights = saved.weights
-    if saved.stage not in (1, 2):
-        return
-    with SourceFiles() as files:
-
-        def read(tensor: StoredTensor, first: int, count: int) -> memoryview:
-            content = memoryview(bytearray(count * tensor.itemsize))
-            files.read_elements(tensor, first * tensor.itemsize, len(content), content)
-            return content
-
-        for name in saved.shapes:
-            ref = weights.get(name)
-            if ref is None or ref.dtype == "float32" or not ref.is_contiguous:
-                continue
-            master, weight = saved.master(name), StoredTensor.from_ref(ref)
-            for first in range(0, master.numel(), BUFFER_SIZE // 4):
-                count = min(BUFFER_SIZE // 4, master.numel() - first)
-                rounded = cast(read(master, first, count), master.dtype, weight.dtype)
-                if not is_same(rounded, read(weight, first, count), weight.dtype):
-                    raise CheckpointError(
-                        f"{saved.directory}: the {weight.dtype} weights of {name!r} are not its "
-                        "rounded master weights: files of different runs, or an unknown layout"
-                    )
+    pairs = (files.chunks(tensor, BUFFER_SIZE // master.itemsize) for tensor in (weight, master))
+    return all(
+        is_same(cast(exact, master.dtype, weight.dtype), rounded, weight.dtype)
+        for rounded, exact in zip(*pairs, strict=True)
+    )
 
 
 def check_output(target: int, path: Path, written: Iterable[Written]) -> None:

@@ -24,6 +24,7 @@ from harness.zero.layout import (
     group_shapes,
     is_extra_state,
 )
+from harness.zero.tied_names import source_names
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -52,7 +53,8 @@ class SavedEngine:
     modules' `get_extra_state` returned, tensors or anything else, by its name in the state dict;
     `shapes` are those of the parameters that the optimizer steps; `groups` its parameter groups
     without their parameters; `flats` the flat tensors of every rank (at stage 0 of one), in the
-    optimizer's own numbering.
+    optimizer's own numbering; `omitted` further names of tied frozen parameters that DeepSpeed's
+    `exclude_frozen_parameters` left in the state dict, without the parameters.
     """
 
     def __init__(self, directory: Path):
@@ -104,8 +106,17 @@ class SavedEngine:
         self.flats: list[list[Flat]] = []
         self.shapes: dict[str, Shape] = {}
         self._pieces: dict[str, list[tuple[Segment, Flat]]] = {}
-        if self.optimizer is None or not self.has_parameter_names:
-            return
+        if self.optimizer is not None and self.has_parameter_names:
+            self._locate(states)
+        self.omitted: list[str] = []
+        if self.stage == 3 and model.get("frozen_param_fragments", {}) is None:
+            self.omitted = [name for name in module if name not in self.sources]
+            for name in self.omitted:
+                del module[name]
+
+    def _locate(self, states: dict[int, Tree]) -> None:
+        """Finds the flats, and the pieces of every parameter in them."""
+        model = self.model
         for group in base_state(self.optimizer)["param_groups"]:
             self.groups.append({key: value for key, value in group.items() if key != "params"})
         shapes: list[Shapes] = [
@@ -128,21 +139,38 @@ class SavedEngine:
         return self.model["param_shapes"] is not None or PARAMETER_NAMES in self.model
 
     @cached_property
-    def shared(self) -> dict[str, str]:
-        """Further names of tied parameters, each with the name under which its state is kept.
-
-        ZeRO 0 does not record them: they are the names of tensors with the same bytes of the file.
+    def sources(self) -> dict[str, str]:
+        """By name of the model's state dict, the one under which its tensor is kept; not its own
+        for further names of tied tensors (`tied_names`), and missing if the files do not have it.
         """
-        names = self.model["shared_params"]
-        if names is not None:
-            return names
-        own = {name: StoredTensor.from_ref(ref) for name, ref in self.model["module"].items()}
-        known = {own[name]: name for name in self.shapes if name in own}
-        return {
-            name: known[stored]
-            for name, stored in own.items()
-            if stored in known and known[stored] != name
-        }
+        module: dict[str, TensorRef] = self.model["module"]
+        buffers = set(self.model["buffer_names"])
+        owners = {*self.shapes, *(self.model.get("frozen_param_shapes") or ())}
+        complete = buffers if self.stage == 3 else module
+        names = source_names(module, owners, complete, self.model.get("shared_params") or {})
+        return {name: name for name in (*self.experts, *self.shapes)} | names
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Further names of tied tensors, each with the name under which the tensor is kept."""
+        return {name: source for name, source in self.sources.items() if name != source}
+
+    def source(self, name: str) -> str:
+        """`sources[name]`. Raises CheckpointError if the files do not have the tensor."""
+        if name in self.sources:
+            return self.sources[name]
+        if name not in self.model["module"]:
+            raise CheckpointError(f"{self.directory}: has no weights of {name!r}")
+        raise CheckpointError(
+            f"{self.directory}: the weights of {name!r} cannot be found: the state dict has a "
+            "placeholder for it, but there are no shards under this name, and neither the place of "
+            "the placeholder in the file nor DeepSpeed's shared_params tells which parameter it is "
+            "tied to: load the checkpoint where it was saved, and save it again"
+        )
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether an entry of the state dict is a buffer. `buffer_names` lacks further names."""
+        return self.sources.get(name, name) in self.model["buffer_names"]
 
     @property
     def weights(self) -> dict[str, TensorRef]:
@@ -218,10 +246,10 @@ class SavedEngine:
         """
         if name in self.experts:
             return StoredTensor.from_ref(self.experts[name])
-        tensor = self.model["module"][name]
-        if self.stage < 3 or name in self.model["buffer_names"]:
-            return StoredTensor.from_ref(tensor)
-        name = self.shared.get(name, name)
+        source = self.source(name)
+        if self.stage < 3 or self.is_buffer(name):
+            return StoredTensor.from_ref(self.model["module"][name])
+        name = source
         if name in self.shapes:
             return self.master(name)
         shape = Shape(self.model["frozen_param_shapes"][name])

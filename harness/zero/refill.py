@@ -7,6 +7,7 @@ parameter name (reader.py). Tensors are read on the CPU, on each rank only its o
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -49,12 +50,14 @@ class TreeFiller:
         """A tree of model_states, filled."""
         saved, is_sharded = self.saved, self.stage == 3
         module = type(tree["module"])()
+        complete = cache(partial(weight_of, saved))  # tied ones are read once
         for name, value in tree["module"].items():
             if is_extra_state(name):
                 module[name] = materialize(saved.extra[name])
+            elif is_sharded and not saved.is_buffer(name):
+                module[name] = value  # a placeholder
             else:
-                is_placeholder = is_sharded and name not in tree["buffer_names"]
-                module[name] = value if is_placeholder else weight_of(saved, name)
+                module[name] = complete(saved.source(name))
         filled: Tree = {key: materialize(saved.model[key]) for key in _COPIED}
         filled["module"] = module
         if tree["frozen_param_fragments"] is not None:

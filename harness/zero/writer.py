@@ -146,20 +146,17 @@ class ZeroWriter:
 
     def _model(self, rank: int) -> Tree:
         saved = self.saved
-        old, buffers = saved.model["module"], saved.model["buffer_names"]
-        shared = saved.shared
-        module: Tree = {}
+        old: Tree = saved.model["module"]
+        tensors: Tree = {}
         frozen: Tree = {}
-        for name, ref in old.items():
-            dtype = getattr(torch, ref.dtype)
-            is_sharded = self.stage == 3 and name not in buffers
-            module[name] = torch.empty(0, dtype=dtype) if is_sharded else weight_of(saved, name)
-            if name not in buffers and name not in saved.shapes and name not in shared:
+        for name in dict.fromkeys(map(saved.source, old)):
+            dtype = getattr(torch, old[name].dtype)
+            is_sharded = self.stage == 3 and not saved.is_buffer(name)
+            tensors[name] = torch.empty(0, dtype=dtype) if is_sharded else weight_of(saved, name)
+            if name not in saved.shapes and not saved.is_buffer(name):
                 frozen[name] = weight_of(saved, name)
+        module = {name: tensors[saved.source(name)] for name in old}
         module |= materialize(saved.extra)
-        for alias, name in shared.items():
-            if alias in module and name in module:
-                module[alias] = module[name]
         shapes = {name: tensor.shape for name, tensor in frozen.items()}
         fragments = frozen
         if self.stage == 3:
@@ -173,7 +170,7 @@ class ZeroWriter:
         return unchanged | {
             "module": module,
             "optimizer": None,
-            "shared_params": shared,
+            "shared_params": saved.shared,
             "param_shapes": self.shapes,
             "frozen_param_shapes": shapes if self.stage > 1 else None,
             "frozen_param_fragments": fragments if self.stage > 1 else None,
