@@ -88,19 +88,26 @@ def rescue(run: FailingRun, error: Exception) -> None:
         run.drain()  # which may find the same in the next step
         run.drain()  # of a step that failed before its exchange
     run.report(run.meter.take())
-    if isinstance(error, CheckpointError | GradientError) or run.is_saved:
+    if isinstance(error, CheckpointError | GradientError):
         return
+    try:
+        run.finish_save(run.saver.wait())  # one in the background, of this step or an earlier one
+        if not run.is_saved:
+            _save(run, error)
+    except CheckpointError as save_error:
+        log_error("%s", save_error)
+
+
+def _save(run: FailingRun, error: Exception) -> None:
+    """Saves the last complete step, if that is possible."""
     what = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
     if run.begun is not None and not (run.batches.can_rewind and run.begun.undo()):
         log_error("%s\nno checkpoint is saved: the error came in the middle of a step", what)
         return
     log_error("%s\nsaving a checkpoint before the run ends", what)
     run.finishing = True
-    try:
-        run.save()
-        run.finish_save(run.saver.wait())
-    except CheckpointError as save_error:
-        log_error("%s", save_error)
+    run.save()
+    run.finish_save(run.saver.wait())
 
 
 def _fails_together(run: FailingRun, error: Exception) -> bool:
