@@ -137,7 +137,9 @@ class SavedEngine:
         buffers = set(self.model["buffer_names"])
         owners = {*self.shapes, *(self.model.get("frozen_param_shapes") or ())}
         complete = buffers if self.stage == 3 else module
-        names = source_names(module, owners, complete, self.model.get("shared_params") or {})
+        listed = self.model.get("shared_params") or {}
+        listed = {name: listed[name] for name in listed.keys() - buffers}
+        names = source_names(module, owners, complete, listed)
         return {name: name for name in (*self.experts, *self.shapes)} | names
 
     @property
