@@ -14,6 +14,7 @@ Its files, from the top down:
     muon.py           DeepSpeed's Muon optimizer
     refill.py         TreeFiller: fills the trees of a new layout with what was saved in another
     reader.py         an engine's files, read without torch: everything by parameter name
+    rank_files.py     whose a file is, and whether those of all ranks are of one save
     tied_names.py     which names of a state dict are one tensor, and under which it is kept
     layout.py         where DeepSpeed's trees keep what, by parameter name
     shards.py         which elements are in the flat tensors that an optimizer steps
