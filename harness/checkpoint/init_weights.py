@@ -141,6 +141,8 @@ def _read_weights(path: Path, engine: str) -> Weights:
     content = tensor_file.read(source)
     if content is None:
         raise FormatError(f"{source}: expected weights by name, found other structures")
+    for note in content.notes:
+        log.info("engine %s: init_from: %s", engine, note)
     return content.tensors
 
 

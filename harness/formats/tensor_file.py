@@ -16,11 +16,13 @@ from harness.formats import (
     suffixes,
     tied_weights,
 )
+from harness.formats.pickled import Global, Placeholder, UnsupportedTensor, describe
 from harness.formats.pt_reader import TensorRef
 from harness.formats.stored_tensor import ByteRange, StoredTensor
 from harness.formats.tensor_writer import TensorEntry
 
-_DTYPES = {short: dtype for dtype, short in dtypes.SAFETENSORS.items() if short != "F4"}
+EXTRA_STATE = "_extra_state"
+"""Last part of the name under which torch saves `Module.get_extra_state`, an object of any type."""
 _OURS = {json_tree.KEY, "format", "total_size"}
 """Metadata keys of our own files and indices."""
 
@@ -33,6 +35,8 @@ class TensorFile:
     """By name; tied tensors under all of their names."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Metadata of other programs."""
+    notes: list[str] = field(default_factory=list)
+    """What was skipped: extra state that is not a tensor, and objects of unknown classes."""
 
 
 def read(path: Path) -> TensorFile | None:
@@ -53,12 +57,23 @@ def read(path: Path) -> TensorFile | None:
         header = safetensors.read_header(path)
         stored = {name: _stored(path, name, entry) for name, entry in header.tensors.items()}
         return _tensor_file(stored, header.metadata)
-    tree = pt_reader.read(path)
+    return _of_tree(path, pt_reader.read(path))
+
+
+def _of_tree(path: Path, tree: Any) -> TensorFile | None:
     if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
         return None
-    if not all(isinstance(value, TensorRef) for value in tree.values()):
-        return None
-    return TensorFile({name: StoredTensor.from_ref(ref) for name, ref in tree.items()})
+    file = TensorFile({})
+    for name, value in tree.items():
+        if isinstance(value, TensorRef):
+            file.tensors[name] = StoredTensor.from_ref(value)
+        elif isinstance(value, UnsupportedTensor):
+            raise FormatError(f"{path}: {name!r} is {describe(value)}, which cannot be read")
+        elif name.rpartition(".")[2] == EXTRA_STATE or isinstance(value, Placeholder | Global):
+            file.notes.append(f"skipped {name!r}: not a tensor, but {describe(value)}")
+        else:
+            return None
+    return file if file.tensors or not tree else None
 
 
 def _tensor_file(stored: dict[str, StoredTensor], metadata: Mapping[str, Any]) -> TensorFile | None:
@@ -73,7 +88,9 @@ def _tensor_file(stored: dict[str, StoredTensor], metadata: Mapping[str, Any]) -
 
 
 def _stored(path: Path, name: str, entry: TensorEntry) -> StoredTensor:
-    if entry.dtype not in _DTYPES:
-        raise FormatError(f"{path}: {name!r}: cannot convert dtype {entry.dtype}")
+    try:
+        dtype, shape = dtypes.from_safetensors(entry.dtype, entry.shape)
+    except FormatError as error:
+        raise FormatError(f"{path}: {name!r}: {error}") from None
     ranges = (ByteRange(path, entry.start, entry.nbytes),) if entry.nbytes else ()
-    return StoredTensor(_DTYPES[entry.dtype], entry.shape, ranges)
+    return StoredTensor(dtype, shape, ranges)

@@ -4,8 +4,8 @@ import re
 from typing import Any
 
 from harness.errors import CheckpointError, first_few
+from harness.formats.pickled import Placeholder
 from harness.formats.pt_reader import TensorRef
-from harness.formats.unpickler import Placeholder
 from harness.zero.layout import Tree, base_state
 
 _OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_\w+\.pt")
@@ -87,7 +87,7 @@ def _steps(optimizer: Tree) -> Tree:
     state = base_state(optimizer)["state"]
     step = next(iter(state.values()), {}).get("step")
     if isinstance(step, TensorRef):
-        return {"step": f"bytes with CRC {step.storage.record.crc:08x}"}
+        return {"step": f"bytes with CRC {step.storage.record.crc}"}
     return {"step": step}
 
 

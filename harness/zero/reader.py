@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.errors import CheckpointError, first_few
 from harness.formats import pt_reader
+from harness.formats.pickled import UnsupportedTensor, describe
 from harness.formats.pt_reader import Shape, TensorRef
 from harness.formats.stored_tensor import ByteRange, StoredTensor
 from harness.zero.layout import (
@@ -40,7 +41,8 @@ class SavedEngine:
     """The files of `directory`, opened: our `step-N/ENGINE/`, or a tag of plain DeepSpeed.
 
     `model` is rank 0's tree of model_states, with a `TensorRef` for every tensor; `extra` what the
-    modules' `get_extra_state` returned, tensors or anything else, by its name in the state dict;
+    modules' `get_extra_state` returned, tensors or anything else, by its name in the state dict,
+    and whatever else there is not a tensor;
     `shapes` are those of the parameters that the optimizer steps; `groups` its parameter groups
     without their parameters; `flats` the flat tensors of every rank (at stage 0 of one), in the
     optimizer's own numbering; `omitted` further names of tied frozen parameters that DeepSpeed's
@@ -75,7 +77,14 @@ class SavedEngine:
         if "module" not in model or "dp_world_size" not in model:
             raise CheckpointError("not a DeepSpeed checkpoint: model_states has no module")
         module: Tree = model["module"]
-        self.extra: Tree = {name: module.pop(name) for name in [*module] if is_extra_state(name)}
+        self.extra: Tree = {
+            name: module.pop(name)
+            for name, value in [*module.items()]
+            if is_extra_state(name) or not isinstance(value, TensorRef)
+        }
+        for name, value in self.extra.items():
+            if isinstance(value, UnsupportedTensor):
+                raise CheckpointError(f"{name!r} is {describe(value)}, which cannot be read")
         self.world_size: int = model["dp_world_size"]
         if type(self.world_size) is not int or self.world_size < 1:
             raise CheckpointError(
