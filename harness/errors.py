@@ -29,6 +29,11 @@ class CheckpointError(HarnessError):
     """A checkpoint that cannot be written, read, or used by this run."""
 
 
+class UnreadableCheckpoint(CheckpointError):
+    """A checkpoint that cannot be judged: of a newer format, or one that the disk does not give. It
+    may be complete, so it is neither passed over nor removed."""
+
+
 class FormatError(HarnessError):
     """A file of weights that is damaged, malicious or in another format; or data that the format
     cannot hold."""

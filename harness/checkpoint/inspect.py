@@ -9,7 +9,7 @@ from typing import Any
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest
 from harness.convert.resolve_source import MANIFEST
-from harness.errors import CheckpointError, FormatError, missing_files
+from harness.errors import CheckpointError, FormatError, UnreadableCheckpoint, missing_files
 from harness.formats import pt_reader, suffixes
 from harness.formats.json_tree import Keys, dotted, from_metadata, leaf_nodes
 from harness.formats.pickled import Placeholder, describe
@@ -39,15 +39,18 @@ def _describe_run(path: Path, verify: bool) -> Iterator[str]:
     directories = checkpoints_in(parent)
     if not directories:
         raise CheckpointError(f"{path}: not a run directory, a checkpoint, an .sft or a .pt")
-    broken = []
+    broken: list[str] = []
+    unreadable: list[str] = []
     for directory in directories:
         try:
             yield from _describe_checkpoint(directory, read_manifest(directory), verify)
         except CheckpointError as error:
             yield f"  {error}"
-            broken.append(directory.name)
-    if broken:
-        raise CheckpointError(f"{path}: damaged or incomplete on this host: {', '.join(broken)}")
+            is_unreadable = isinstance(error, UnreadableCheckpoint)
+            (unreadable if is_unreadable else broken).append(directory.name)
+    found = {"damaged or incomplete on this host": broken, "cannot be judged": unreadable}
+    if reports := [f"{what}: {', '.join(names)}" for what, names in found.items() if names]:
+        raise CheckpointError(f"{path}: {'; '.join(reports)}")
 
 
 def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterator[str]:

@@ -6,11 +6,21 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from harness.errors import CheckpointError, FormatError, did_you_mean, missing_files, written_by
+from harness import __version__
+from harness.errors import (
+    CheckpointError,
+    FormatError,
+    UnreadableCheckpoint,
+    did_you_mean,
+    missing_files,
+    written_by,
+)
 from harness.formats import shard_index, suffixes, zips
 from harness.zero.reader import SavedEngine, is_engine
 
 MANIFEST = "manifest.json"
+FORMAT = 4
+"""The format of the manifests that this version writes."""
 LATEST = "latest"
 
 
@@ -102,14 +112,31 @@ def _open_checkpoint(path: Path, engine: str | None, default_engine: str | None)
             zips.check(path / file, entry["size"], entry["digest"])
         except FormatError as error:
             raise CheckpointError(f"damaged: {error}") from None
+        except OSError as error:
+            raise UnreadableCheckpoint(f"cannot read {path / file}: {error.strerror}") from None
     return SavedEngine(path / name)
+
+
+def check_format(manifest: Any, path: Path) -> None:
+    """Raises UnreadableCheckpoint if a manifest is of a newer format. `path`: of the checkpoint."""
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(found) is int and found > FORMAT:
+        versions = manifest.get("versions")
+        writer = versions.get("harness") if isinstance(versions, dict) else None
+        by = f", written by harness {writer!s:.40}" if writer else ""
+        raise UnreadableCheckpoint(
+            f"checkpoint {path} has format {found}{by}; harness {__version__} reads format "
+            f"{FORMAT}: update harness"
+        )
 
 
 def _read_manifest(path: Path) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, str]]:
     """Reads a manifest without pydantic: the engines that have files, the entry of each file, and
-    who wrote it. Raises CheckpointError if it is damaged."""
+    who wrote it. Raises CheckpointError if it is damaged, UnreadableCheckpoint if that cannot be
+    found out."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
+        check_format(manifest, path)
         if invalid := [name for name in manifest["engines"] if not _is_plain(name)]:
             raise ValueError(f"invalid engine name {invalid[0]!r:.80}")
         files: dict[str, dict[str, Any]] = manifest["files"]
@@ -121,6 +148,8 @@ def _read_manifest(path: Path) -> tuple[list[str], dict[str, dict[str, Any]], di
         writers = {
             file: written_by(int(entry.get("rank", -1)), hosts) for file, entry in files.items()
         }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise UnreadableCheckpoint(f"cannot read {path / MANIFEST}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from None
     return engines, files, writers
