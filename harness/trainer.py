@@ -88,8 +88,9 @@ class Trainer:
             log.info("the run is complete; a larger run.steps in the config continues it")
             return 0
         try:
-            self.loop()
-            self.finish()
+            with self.engines.explained():
+                self.loop()
+                self.finish()
         except Exception as error:
             rescue(self, error)
             raise
