@@ -112,7 +112,7 @@ def _save(run: FailingRun, error: Exception) -> None:
 
 def _fails_together(run: FailingRun, error: Exception) -> bool:
     """Whether all ranks fail with such an error in the same place of the same step."""
-    if is_lost_rank(error):
+    if is_lost_rank(error) or isinstance(error, GradientError):
         return False
     lines = (f"{file}:{line}" for file, line, *_ in traceback.extract_tb(error.__traceback__))
     how = " ".join([f"step {run.engines.global_step}", type(error).__name__, *lines])

@@ -88,7 +88,7 @@ class Trainer:
             log.info("the run is complete; a larger run.steps in the config continues it")
             return 0
         try:
-            with no_exit():
+            with no_exit(), self.engines.explained():
                 self.loop()
                 self.finish()
         except Exception as error:

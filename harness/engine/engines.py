@@ -13,9 +13,10 @@ from harness import distributed
 from harness.config import Config
 from harness.config.engine_sections import EngineConfig
 from harness.data.step_batches import Terms
+from harness.distributed.network import is_lost_rank
 from harness.engine import buffers
 from harness.engine.engine import Engine
-from harness.engine.gradient_check import GradientCheck
+from harness.engine.gradient_check import GradientCheck, explain_failure
 from harness.engine.models import build_models, check_engines
 from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
@@ -125,6 +126,18 @@ class Engines(Mapping[str, Engine]):
         """Ends a step of the run, once all its micro-batches have been fed."""
         self.global_step += 1
         self.gradient_check.record(self.global_step, self.due(self.global_step))
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raises GradientError for a collective that fails because the ranks use different
+        parameters."""
+        try:
+            yield
+        except Exception as error:
+            step = self.global_step + 1
+            if is_lost_rank(error) and (reason := explain_failure(step, self.trained)):
+                raise reason from error
+            raise
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:

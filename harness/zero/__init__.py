@@ -8,6 +8,7 @@ Its files, from the top down:
     patches.py        patches of DeepSpeed's classes, so that all stages train alike
     engine_state.py   what a running engine holds, and what can be set on it
     arrivals.py       which gradients arrive in a backward, in which order; zeros for the others
+    notes.py          what a rank did in a micro-batch, if a collective in it fails
     buckets.py        where stages 1 to 3 collect gradients
     fetches.py        which modules' weights stage 3 gathers
     writer.py         files for plain DeepSpeed in another layout, written outside of a run
