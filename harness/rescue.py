@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from copy import copy
+from dataclasses import replace
 from typing import Any, Protocol
 
 from harness import distributed
@@ -65,8 +66,9 @@ class BegunStep:
             taken = engine.counters.micro_step - before.micro_step
             if taken >= engine.gradient_accumulation:
                 return False
-        for engine, before in pairs:
-            engine.counters = before
+        for engine, before in pairs:  # steps before this one may have been counted meanwhile
+            counted = {"samples": engine.counters.samples, "tokens": engine.counters.tokens}
+            engine.counters = replace(before, **counted)
         set_rng_state(self._rng)
         return True
 

@@ -206,6 +206,13 @@ class Engines(Mapping[str, Engine]):
             if len(engine.overrides.groups) > 1
         ]
 
+    def await_evaluation(self, every: int) -> bool:
+        """Whether the next step depends on an evaluation at this step that is missing: at the
+        beginning of a run, or if the run was ended in the middle of it. `every`: as `evaluated`."""
+        if not every or self.global_step % every:
+            return False
+        return any(engine.overrides.awaits_evaluation(self.global_step) for engine in self.trained)
+
     def evaluated(self, metrics: Mapping[str, float], every: int) -> bool:
         """Lets schedules react to an evaluation. Returns whether that changed their state.
 
