@@ -37,6 +37,9 @@ def initialize(
     """
     import deepspeed  # late: zero.startup patches it first
 
+    for parameter in model.parameters():  # as after model.to(memory_format=torch.channels_last)
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()  # DeepSpeed sends the bytes as they lie
     if any(map(is_sharded, model.parameters())):
         cast_parameters(model, _compute_dtype(settings))  # LoRA's are new; DeepSpeed casts none
     with _refusals():
