@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from harness.errors import ConfigError
-from harness.zero.parameters import is_sharded
+from harness.zero.parameters import is_sharded, make_contiguous
 from harness.zero.sharded_init import cast_parameters
 
 TABLES = {
@@ -37,9 +37,7 @@ def initialize(
     """
     import deepspeed  # late: zero.startup patches it first
 
-    for parameter in model.parameters():  # as after model.to(memory_format=torch.channels_last)
-        if not parameter.is_contiguous():
-            parameter.data = parameter.data.contiguous()  # DeepSpeed sends the bytes as they lie
+    make_contiguous(model.parameters())
     if any(map(is_sharded, model.parameters())):
         cast_parameters(model, _compute_dtype(settings))  # LoRA's are new; DeepSpeed casts none
     with _refusals():
