@@ -25,7 +25,7 @@ from harness.zero.layout import (
     is_extra_state,
 )
 from harness.zero.rank_files import check_rank_files, plain_int
-from harness.zero.tied_names import source_names
+from harness.zero.tied_names import place, source_names
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -160,13 +160,17 @@ class SavedEngine:
         """`sources[name]`. Raises CheckpointError if the files do not have the tensor."""
         if name in self.sources:
             return self.sources[name]
-        if name not in self.model["module"]:
+        module: dict[str, TensorRef] = self.model["module"]
+        if name not in module:
             raise CheckpointError(f"{self.directory}: has no weights of {name!r}")
+        here = (n for n in module if n != name and place(module[n]) == place(module[name]))
+        listed = (self.model.get("shared_params") or {}).get(name)
         raise CheckpointError(
             f"{self.directory}: the weights of {name!r} cannot be found: the state dict has a "
-            "placeholder for it, but there are no shards under this name, and neither the place of "
-            "the placeholder in the file nor DeepSpeed's shared_params tells which parameter it is "
-            "tied to: load the checkpoint where it was saved, and save it again"
+            "placeholder for it, but no shards are saved under this name, and which parameter it "
+            "is tied to is not recorded: at the place of the placeholder in the file are those of "
+            f"{first_few(here) or 'no other name'}, and shared_params has {listed!r}. Load the "
+            "checkpoint in the layout that it was saved in, and save it again"
         )
 
     def is_buffer(self, name: str) -> bool:
