@@ -9,7 +9,8 @@ Its files, from the top down:
     export.py         plain weights
     inspect.py        what a checkpoint, an .sft or a .pt holds
     copy_missing.py   copies files to the nodes that read them
-    completeness.py   whether one is complete over all disks
+    compatible.py     whether one fits the run: engines, optimizers, models
+    completeness.py   whether one is complete over all disks, or cannot be judged
     disks.py          which ranks share a disk
     retention.py      which checkpoints are kept; cleaning up after a kill
     manifest.py       what makes a directory a checkpoint

@@ -1,25 +1,24 @@
 """Finding the checkpoint to resume from, verifying it, and resuming exactly there."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from harness import distributed
+from harness.checkpoint.compatible import check_compatible
 from harness.checkpoint.completeness import common_manifest, verify_checkpoint
 from harness.checkpoint.disks import Disks, list_checkpoints
-from harness.checkpoint.manifest import EngineManifest, Manifest, digest, is_unreadable
+from harness.checkpoint.manifest import digest, is_unreadable
 from harness.checkpoint.reshard import in_current_layout
 from harness.checkpoint.retention import clean
 from harness.checkpoint.save import rank_file
 from harness.control.live import LiveConfig
 from harness.data.step_batches import StepBatches
 from harness.distributed.rng import set_rng_state
-from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, ConfigError, UnreadableCheckpoint
+from harness.zero import engine_state
 
 log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)
@@ -72,33 +71,6 @@ def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks)
     return None
 
 
-def check_compatible(directory: Path, manifest: Manifest, engines: Engines) -> None:
-    """Checks that a checkpoint was saved by the same engines, in any layout. Collective.
-
-    Raises ConfigError, on all ranks.
-    """
-    with distributed.raise_on_all_ranks(f"cannot read checkpoint {directory}"):
-        saved = _identity(manifest.engines)
-        for what, current in _identity(engines).items():
-            if saved[what] != current:
-                raise ConfigError(
-                    f"checkpoint {directory} does not match this run: {what} is {current} in this "
-                    f"run, and {saved[what]} in the checkpoint: restore the old value, or start a "
-                    "new run under another run.name"
-                )
-
-
-def _identity(engines: Mapping[str, Engine | EngineManifest]) -> dict[str, Any]:
-    """What must be the same in the run and the checkpoint, by its name in messages."""
-    facts: dict[str, Any] = {"engines": sorted(engines)}
-    for name, engine in engines.items():
-        facts[f"engine {name!r}: dtype"] = str(engine.dtype)
-        is_engine = isinstance(engine, Engine)
-        optimizer = engine.optimizer_path if is_engine else engine.optimizer
-        facts[f"engine {name!r}: optimizer"] = optimizer
-    return facts
-
-
 def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveConfig) -> None:
     """Restores engines, data position, random generators and live changes from a verified
     checkpoint.
@@ -113,7 +85,7 @@ def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveC
     parent = live.config.run_dir / "checkpoints"
     with in_current_layout(engines, directory, manifest, parent) as sources:
         for engine in engines.trained:
-            engine.ds.load_checkpoint(str(sources[engine.name]), tag=engine.name)
+            engine_state.load(engine.ds, sources[engine.name], engine.name)
     with distributed.raise_on_all_ranks(f"cannot resume from {directory}"):
         # The states of engines and data are the same on every rank.
         file = directory / rank_file(rank if same_world else 0)
@@ -125,7 +97,9 @@ def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveC
             batches.load_state_dict(state["batches"] | {"world_size": manifest.world_size})
         except ValueError as error:
             raise CheckpointError(
-                f"checkpoint {directory}: the data has changed: {error}"
+                f"checkpoint {directory}: the data has changed: {error}: restore it, or start a "
+                "new run under another run.name, with engines.NAME.init_from to begin with the "
+                "saved weights"
             ) from None
         if same_world:
             set_rng_state(state["rng"])

@@ -17,6 +17,7 @@ Its files, from the top down:
     reader.py         an engine's files, read without torch: everything by parameter name
     rank_files.py     whose a file is, and whether those of all ranks are of one save
     tied_names.py     which names of a state dict are one tensor, and under which it is kept
+    entries.py        the entries of a model's state dict: their shapes, and which are trained
     layout.py         where DeepSpeed's trees keep what, by parameter name
     shards.py         which elements are in the flat tensors that an optimizer steps
     parameters.py     what ZeRO does to a parameter
