@@ -290,7 +290,9 @@ class SavedEngine:
                 )
             tree = pt_reader.read(path)
             if not isinstance(tree, dict):
-                raise CheckpointError(f"{path}: not a file of a DeepSpeed checkpoint")
+                raise CheckpointError(
+                    f"{path}: not a file of a DeepSpeed checkpoint: it holds {describe(tree)}"
+                )
             trees[int(match[1] or 0)] = tree
         return trees
 
