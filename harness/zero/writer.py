@@ -53,6 +53,11 @@ class ZeroWriter:
             raise CheckpointError(f"{source}: experts cannot be resharded")
         saved.check_moments()
         self.saved, self.stage, self.ranks = saved, stage, ranks
+        if "ds_config" not in saved.model:
+            raise CheckpointError(
+                f"{source}: has no ds_config, as before DeepSpeed 0.4: only its weights and its "
+                "optimizer state can be converted, without --to-zero"
+            )
         self.config: Tree = deepcopy(materialize(saved.model["ds_config"]))
         self._zero: Tree = self.config.setdefault("zero_optimization", {})
         self._is_fp16 = bool(self.config.get("fp16", {}).get("enabled"))
