@@ -28,6 +28,8 @@ from harness.zero.rank_files import check_rank_files, plain_int
 from harness.zero.tied_names import place, source_names
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_OPTIONAL = ("param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params")
+"""Keys of model_states that are not in files of every version of DeepSpeed."""
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 
@@ -74,6 +76,8 @@ class SavedEngine:
 
     def _open(self, models: dict[int, Tree], optimizers: dict[int, Tree]) -> None:
         model = self.model
+        for tree in models.values():
+            tree.update(dict.fromkeys(_OPTIONAL) | tree)
         if "module" not in model or "dp_world_size" not in model:
             raise CheckpointError("not a DeepSpeed checkpoint: model_states has no module")
         module: Tree = model["module"]
@@ -91,6 +95,8 @@ class SavedEngine:
                 f"dp_world_size = {self.world_size!r:.80}: expected a number of ranks >= 1"
             )
         states = {rank: tree["optimizer_state_dict"] for rank, tree in optimizers.items()}
+        if model["param_shapes"] is None and states:  # they are there before 0.6
+            model["param_shapes"] = optimizers[0].get("param_shapes")
         self.stage = plain_int(states[0].get("zero_stage", 1)) if states else 0
         if len(models) > 1 or self._is_sharded():
             self.stage = 3
@@ -108,7 +114,11 @@ class SavedEngine:
         if self.optimizer is not None and self.has_parameter_names:
             self._locate(self.optimizer, states)
         self.omitted: list[str] = []
-        if self.stage == 3 and model.get("frozen_param_fragments", {}) is None:
+        if "buffer_names" not in model:  # before 0.4
+            model["buffer_names"] = [
+                name for name, ref in module.items() if name not in self.shapes and ref.numel()
+            ]
+        if self.stage == 3 and model["frozen_param_fragments"] is None:
             self.omitted = [name for name in module if name not in self.sources]
             for name in self.omitted:
                 del module[name]
