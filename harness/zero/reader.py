@@ -76,8 +76,10 @@ class SavedEngine:
 
     def _open(self, models: dict[int, Tree], optimizers: dict[int, Tree]) -> None:
         model = self.model
-        for tree in models.values():
+        for rank, tree in models.items():
             tree.update(dict.fromkeys(_OPTIONAL) | tree)
+            if tree["param_shapes"] is None:  # they are there before 0.6
+                tree["param_shapes"] = optimizers.get(rank, {}).get("param_shapes")
         if "module" not in model or "dp_world_size" not in model:
             raise CheckpointError("not a DeepSpeed checkpoint: model_states has no module")
         module: Tree = model["module"]
@@ -95,8 +97,6 @@ class SavedEngine:
                 f"dp_world_size = {self.world_size!r:.80}: expected a number of ranks >= 1"
             )
         states = {rank: tree["optimizer_state_dict"] for rank, tree in optimizers.items()}
-        if model["param_shapes"] is None and states:  # they are there before 0.6
-            model["param_shapes"] = optimizers[0].get("param_shapes")
         self.stage = plain_int(states[0].get("zero_stage", 1)) if states else 0
         if len(models) > 1 or self._is_sharded():
             self.stage = 3

@@ -54,6 +54,11 @@ class ZeroWriter:
             raise CheckpointError(f"{source}: experts cannot be resharded")
         saved.check_moments()
         self.saved, self.stage, self.ranks = saved, stage, ranks
+        if "ds_config" not in saved.model:
+            raise CheckpointError(
+                f"{source}: has no ds_config, as before DeepSpeed 0.4: only its weights and its "
+                "optimizer state can be converted, without --to-zero"
+            )
         self._unchanged: Tree = {
             key: self._of_source(key, value)
             for key, value in saved.model.items()

@@ -1,15 +1,18 @@
 """Checkpoints that every version of DeepSpeed since 0.8 wrote; tests/support/old_deepspeed.py."""
 
+import shutil
 import tarfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from harness import io
 from harness.convert.convert import Options, convert
+from harness.errors import HarnessError
 from harness.zero.reader import SavedEngine
 from tests.support.helpers import assert_equal
 from tests.support.old_deepspeed import FIXTURES, VERSIONS
@@ -86,3 +89,58 @@ def test_the_corpus_has_padding_ties_and_frozen_parameters(corpus: Corpus) -> No
         assert [flat.padding for of_rank in saved.flats for flat in of_rank] == [0, 0, 2, 1]
         assert saved.shared == {"head.weight": "embedding.weight"}
         assert "frozen.weight" not in saved.shapes
+
+
+def as_written_by(version: str, source: Path, dst: Path) -> Path:
+    """A copy of a checkpoint without the keys that DeepSpeed did not write yet, from its sources:
+
+    0.8.3 has no frozen and shared parameters; 0.6.7 no paddings of groups; 0.5.10 has the shapes
+    in optim_states; 0.3.16 one partition count and one dict of shapes for all groups, and no names
+    of buffers.
+    """
+    shutil.copytree(source, dst)
+    age = ["0.8.3", "0.6.7", "0.5.10", "0.3.16"].index(version)
+    shapes = None
+    for path in sorted(dst.glob("*_states.pt")):
+        tree: dict[str, Any] = torch.load(path, weights_only=False)
+        for key in ("shared_params", "frozen_param_shapes", "frozen_param_fragments"):
+            tree.pop(key, None)
+        optimizer = tree.get("optimizer_state_dict")
+        if age >= 1 and optimizer:
+            optimizer.pop("group_paddings", None)
+        if age >= 2:
+            shapes = tree.pop("param_shapes", shapes)
+            if age >= 3 and isinstance(shapes, list):
+                (shapes,) = shapes
+            if optimizer:
+                tree["param_shapes"] = shapes
+        if age >= 3:
+            for key in ("buffer_names", "ds_version", "ds_config"):
+                tree.pop(key, None)
+            if optimizer:
+                optimizer["partition_count"] = 2
+        torch.save(tree, path)
+    return dst
+
+
+@pytest.mark.parametrize("version", ["0.8.3", "0.6.7", "0.5.10", "0.3.16"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_keys_that_older_versions_lack_are_not_needed(
+    tmp_path: Path, version: str, stage: int
+) -> None:
+    new = FIXTURES.parent / "before/deepspeed_0195/checkpoints/step-00000004/net"
+    if stage == 3:
+        convert(new, tmp_path / "zero3", Options(to_zero=3, ranks=2), print)
+        (new,) = (tmp_path / "zero3").glob("global_step*")
+    old = as_written_by(version, new, tmp_path / "old")
+    for name, source in (("new", new), ("old", old)):
+        convert(source, tmp_path / f"{name}.sft", Options(what="all"), print)
+    expected = io.load(tmp_path / "new.sft")
+    assert_equal(io.load(tmp_path / "old.sft"), expected)
+    if version == "0.3.16":
+        with pytest.raises(HarnessError, match="has no ds_config"):
+            convert(old, tmp_path / "zero", Options(to_zero=1, ranks=3), print)
+        return
+    convert(old, tmp_path / "zero", Options(to_zero=1, ranks=3), print)
+    convert(tmp_path / "zero", tmp_path / "zero.sft", Options(what="all"), print)
+    assert_equal(io.load(tmp_path / "zero.sft"), expected)
