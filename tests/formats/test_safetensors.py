@@ -134,13 +134,13 @@ def test_a_pipe_or_directory_is_refused_at_once(
     with pytest.raises(FormatError):
         load(tmp_path / "x.sft")
     with pytest.raises(FormatError, match="not a regular file"):
-        safetensors.safetensors.read_header(tmp_path / "x.sft")
+        safetensors.read_header(tmp_path / "x.sft")
 
 
 def test_misaligned_tensors_of_other_programs_are_read(tmp_path: Path) -> None:
     header = {"a": entry(0, 1), "b": entry(1, 9, "F32", [2])}
     (tmp_path / "x.sft").write_bytes(file_of(header, b"\7" + np.array([1, 2], "f4").tobytes()))
-    assert safetensors.safetensors.read_header(tmp_path / "x.sft").tensors["b"].start % 4
+    assert safetensors.read_header(tmp_path / "x.sft").tensors["b"].start % 4
     for lazy in (False, True):
         found = load(tmp_path / "x.sft", lazy=lazy)
         assert found["a"].tolist() == [7] and found["b"].tolist() == [1, 2]
