@@ -42,6 +42,8 @@ class GradientCheck:
         """The last step, until it is contributed."""
         self._summing: _Step | None = None
         """The one that the vector is being summed for."""
+        self._digested: tuple[list[Record], list[float]] = [], []
+        """The last records, and what they contribute: most steps are like the one before."""
 
     def record(self, step: int, engines: Sequence[CheckedEngine]) -> None:
         """Records a step that is over. `engines`: those that were trained in it."""
@@ -53,9 +55,11 @@ class GradientCheck:
         self._summing, self._recorded = self._recorded, None
         if self._summing is None:
             return ()
-        digest = _digest(self._summing.records)
-        words = [digest >> shift & 0xFFFF for shift in range(0, 8 * DIGEST_BYTES, 16)]
-        return [*words, *(word * word for word in words)]
+        if self._digested[0] != self._summing.records:
+            digest = _digest(self._summing.records)
+            words = [digest >> shift & 0xFFFF for shift in range(0, 8 * DIGEST_BYTES, 16)]
+            self._digested = self._summing.records, [*words, *(word * word for word in words)]
+        return self._digested[1]
 
     def receive(self, sums: Sequence[float]) -> None:
         """Raises a GradientError, on all ranks, if their digests differ."""
@@ -102,7 +106,9 @@ def _error(name: str, step: int, text: str) -> GradientError:
 def _digest(records: Sequence[Record]) -> int:
     total = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for record in records:
-        for numbers in (record.gradients, record.modules):
-            total.update(len(numbers).to_bytes(8))
+        total.update(sum(map(len, record.gradients)).to_bytes(8))
+        for numbers in record.gradients:
             total.update(numbers)
+        total.update(len(record.modules).to_bytes(8))
+        total.update(record.modules)
     return int.from_bytes(total.digest())

@@ -13,8 +13,8 @@ recorded, for a comparison between the ranks; or it is handed over in one fixed 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import zip_longest
-from typing import Any, NamedTuple, TypeAlias
+from itertools import chain, zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +23,18 @@ from torch.autograd.graph import get_gradient_edge
 from harness.distributed import world_size
 from harness.errors import TaskError, first_few
 from harness.zero import fetches
-from harness.zero.buckets import buckets_of
+from harness.zero.buckets import NOTHING, Numbers, buckets_of
 from harness.zero.notes import ByRank, Notes
 
-END_OF_BACKWARD = -(1 << 62)
-
-Numbers: TypeAlias = "array[int]"  # of 64 bits
-NOTHING: Numbers = array("q")
+END_OF_BACKWARD = array("q", [-(1 << 62)])
 
 
 class Record(NamedTuple):
     """What must be the same on every rank, as numbers of parameters and modules."""
 
-    gradients: Numbers = NOTHING
-    """In order: a parameter whose gradient was reduced as `number`, one that got zeros as
-    `~number`; `END_OF_BACKWARD` after each backward. Empty at stage 0, where DeepSpeed fills in
+    gradients: Sequence[Numbers] = ()
+    """By bucket, in order: a parameter whose gradient was reduced as `number`, one that got zeros
+    as `~number`; `END_OF_BACKWARD` after each backward. Empty at stage 0, where DeepSpeed fills in
     zeros and reduces in the order of the model."""
     modules: Numbers = NOTHING
     """See `fetches.called_modules`."""
@@ -53,11 +50,12 @@ class Arrivals:
         self._in_order = in_order
         self._buckets = buckets_of(ds.optimizer)
         self._queue: _Queue | None = None
-        self._arrived: list[int] = []
-        """The parameters of this backward whose gradients were reduced."""
-        self._gradients: list[int] = []
+        self._arrived: list[Numbers] = []
+        """The parameters of this backward whose gradients were reduced, by bucket."""
+        self._gradients: list[Numbers] = []
         self._modules: tuple[Sequence[nn.Module], Numbers] = (), NOTHING
         """The last order of modules that was recorded, and their numbers."""
+        self._calls_modules = bool(fetches.names(ds))
         self._notes = Notes(ds, self._buckets) if not in_order and world_size() > 1 else None
         if in_order:
             fetches.allow_different_modules(ds)
@@ -96,12 +94,13 @@ class Arrivals:
         return fetches.gathered(self._ds) if self._in_order else nullcontext()
 
     def take(self) -> Record:
-        """The record since the last call."""
+        """The record since the last call; its parts are the same objects if they are the same."""
         gradients, self._gradients = self._gradients, []
-        modules = fetches.called_modules(self._ds)
-        if modules is not self._modules[0] or isinstance(modules, list):  # lists grow
-            self._modules = modules, array("q", fetches.numbers(modules))
-        return Record(array("q", gradients), self._modules[1])
+        if self._calls_modules:
+            modules = fetches.called_modules(self._ds)
+            if modules is not self._modules[0] or isinstance(modules, list):  # lists grow
+                self._modules = modules, array("q", fetches.numbers(modules))
+        return Record(gradients, self._modules[1])
 
     def describe_difference(self, records: Sequence[Record]) -> str:
         """How records of the same step differ between the ranks, with names; empty if they do not.
@@ -128,9 +127,9 @@ class Arrivals:
         paths = {id(p): path for path, p in self._ds.module.named_parameters()}
         return {number: paths[id(p)] for number, p in parameters.items()}
 
-    def _note(self, numbers: list[int]) -> None:
+    def _note(self, numbers: Numbers) -> None:
         """Gradients are about to be reduced, which may end this process if the ranks differ."""
-        self._arrived += numbers
+        self._arrived.append(numbers)
         if self._notes is not None:
             self._notes.add_gradients(numbers)
 
@@ -145,8 +144,8 @@ class Arrivals:
         missing = self._buckets.missing(self._arrived)
         for number in missing:
             self._buckets.give(number)
-        if not self._in_order:
-            self._gradients += [~number for number in missing]
+        if missing and not self._in_order:
+            self._gradients.append(array("q", [~number for number in missing]))
 
 
 class _Queue:
@@ -194,11 +193,11 @@ class _Queue:
         self.restart()
 
 
-def _backwards(gradients: Sequence[int]) -> list[list[int]]:
+def _backwards(gradients: Sequence[Numbers]) -> list[list[int]]:
     """A record's gradients by micro-batch."""
     found: list[list[int]] = [[]]
-    for number in gradients:
-        if number == END_OF_BACKWARD:
+    for number in chain.from_iterable(gradients):
+        if number == END_OF_BACKWARD[0]:
             found.append([])
         else:
             found[-1].append(number)

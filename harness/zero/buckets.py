@@ -4,12 +4,16 @@ The attributes are those of zero/stage_1_and_2.py and zero/stage3.py below `runt
 the optimizer are replaced on the object, for this optimizer alone.
 """
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter, itemgetter
-from typing import Any, Protocol
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter, eq, is_, itemgetter
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
+
+Numbers: TypeAlias = "array[int]"  # of 64 bits
+NOTHING: Numbers = array("q")
 
 
 class Buckets(Protocol):
@@ -24,17 +28,18 @@ class Buckets(Protocol):
         """Before a backward. `is_boundary`: it is the last one of an optimizer step."""
         ...
 
-    def pending(self, dtype: torch.dtype | None = None) -> list[int]:
-        """The parameters in the buckets, or in that of one dtype, in an order that matters."""
+    def pending(self, dtype: torch.dtype | None = None) -> Numbers:
+        """The parameters in the buckets, or in that of one dtype, in an order that matters: the
+        same object as in the step before if they are the same, which is found out faster."""
         ...
 
     def reduces(self, is_boundary: bool) -> bool:
         """Whether gradients are reduced in this backward; asked once, at its end."""
         ...
 
-    def missing(self, arrived: Sequence[int]) -> list[int]:
+    def missing(self, arrived: Sequence[Numbers]) -> list[int]:
         """The parameters that have no gradient to reduce. `arrived`: those that have left the
-        buckets."""
+        buckets, by bucket."""
         ...
 
     def give(self, number: int) -> None:
@@ -45,7 +50,7 @@ class Buckets(Protocol):
         """Calls `call` when backward has produced a gradient, which is then not handed over."""
         ...
 
-    def before_reduction(self, call: Callable[[list[int]], None]) -> None:
+    def before_reduction(self, call: Callable[[Numbers], None]) -> None:
         """Calls `call` with the pending parameters each time before their gradients are reduced."""
         ...
 
@@ -62,6 +67,7 @@ class _Stage1And2:
     def __init__(self, optimizer: Any):
         self._optimizer = optimizer
         self._receive = optimizer.process_gradients
+        self._orders = _Orders(eq)
         trained = [
             (group, parameter)
             for group, parameters in enumerate(optimizer.bit16_groups)
@@ -83,17 +89,17 @@ class _Stage1And2:
     def prepare(self, is_boundary: bool) -> None:
         _prepare(self._optimizer, is_boundary)
 
-    def pending(self, dtype: torch.dtype | None = None) -> list[int]:
+    def pending(self, dtype: torch.dtype | None = None) -> Numbers:
         found: list[int] = []
         for bucket in _chosen(self._optimizer, dtype):
             found += map(itemgetter(2), bucket.params)
-        return found
+        return self._orders.numbers(found, iter)
 
     def reduces(self, is_boundary: bool) -> bool:
         self._all_ran |= self._optimizer._hooks_fired_this_backward == self._hooks
         return is_boundary or self._optimizer.partition_gradients
 
-    def missing(self, arrived: Sequence[int]) -> list[int]:
+    def missing(self, arrived: Sequence[Numbers]) -> list[int]:
         if self.by_arrival:
             return _not_arrived(self, arrived, self._optimizer)
         all_ran, self._all_ran = self._all_ran, False
@@ -111,7 +117,7 @@ class _Stage1And2:
     def on_gradient(self, call: Callable[[nn.Parameter], None]) -> None:
         self._optimizer.process_gradients = lambda parameter, group: call(parameter)
 
-    def before_reduction(self, call: Callable[[list[int]], None]) -> None:
+    def before_reduction(self, call: Callable[[Numbers], None]) -> None:
         reduce = self._optimizer.reduce_ipg_grads
 
         def note_and_reduce(comm_dtype: torch.dtype | None = None) -> None:
@@ -127,6 +133,7 @@ class _Stage3:
     def __init__(self, optimizer: Any):
         self._optimizer = optimizer
         self._receive = optimizer.reduce_ready_partitions_and_remove_grads
+        self._orders = _Orders(_are_identical)
         self.parameters = {
             parameter.ds_id: parameter
             for parameters in optimizer.fp16_groups
@@ -137,17 +144,20 @@ class _Stage3:
     def prepare(self, is_boundary: bool) -> None:
         _prepare(self._optimizer, is_boundary)
 
-    def pending(self, dtype: torch.dtype | None = None) -> list[int]:
-        found: list[int] = []
+    def pending(self, dtype: torch.dtype | None = None) -> Numbers:
+        found: list[nn.Parameter] = []
         for bucket in _chosen(self._optimizer, dtype):
-            numbers = map(attrgetter("ds_id"), bucket.params)
-            found += sorted(numbers) if self._optimizer.reduce_scatter else numbers
-        return found
+            found += bucket.params
+        return self._orders.numbers(found, self._order)
+
+    def _order(self, parameters: Iterable[nn.Parameter]) -> Iterable[int]:
+        numbers = map(attrgetter("ds_id"), parameters)
+        return sorted(numbers) if self._optimizer.reduce_scatter else numbers
 
     def reduces(self, is_boundary: bool) -> bool:
         return True
 
-    def missing(self, arrived: Sequence[int]) -> list[int]:
+    def missing(self, arrived: Sequence[Numbers]) -> list[int]:
         return _not_arrived(self, arrived, self._optimizer)
 
     def give(self, number: int) -> None:
@@ -160,7 +170,7 @@ class _Stage3:
     def on_gradient(self, call: Callable[[nn.Parameter], None]) -> None:
         self._optimizer.reduce_ready_partitions_and_remove_grads = call
 
-    def before_reduction(self, call: Callable[[list[int]], None]) -> None:
+    def before_reduction(self, call: Callable[[Numbers], None]) -> None:
         name = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"
         reduce = getattr(self._optimizer, name)
 
@@ -185,9 +195,35 @@ def _chosen(optimizer: Any, dtype: torch.dtype | None) -> list[Any]:
     return list(buckets.values()) if dtype is None else [buckets[dtype]]
 
 
-def _not_arrived(buckets: Buckets, arrived: Sequence[int], optimizer: Any) -> list[int]:
-    pending = sum(len(bucket.params) for bucket in optimizer.ipg_buckets.values())
-    if len(arrived) + pending == len(buckets.parameters):  # in a backward each arrives once
+def _not_arrived(buckets: Buckets, arrived: Sequence[Numbers], optimizer: Any) -> list[int]:
+    count = sum(map(len, arrived))
+    for bucket in optimizer.ipg_buckets.values():
+        count += len(bucket.params)
+    if count == len(buckets.parameters):  # in a backward each arrives once
         return []
-    found = {*arrived, *buckets.pending()}
+    found = {*buckets.pending()}.union(*arrived)
     return [number for number in buckets.parameters if number not in found]
+
+
+class _Orders:
+    """The numbers of what is in a bucket, which are made anew only if there is something else."""
+
+    def __init__(self, is_same: Callable[[list[Any], list[Any]], bool]) -> None:
+        self._is_same = is_same
+        self._known: dict[int, tuple[list[Any], Numbers]] = {}
+        """By the first object in the bucket."""
+
+    def numbers(self, found: list[Any], number: Callable[[list[Any]], Iterable[int]]) -> Numbers:
+        """`number(found)`."""
+        if not found:
+            return NOTHING
+        known, numbers = self._known.get(id(found[0]), ([], NOTHING))
+        if len(known) != len(found) or not self._is_same(known, found):
+            numbers = array("q", number(found))
+            self._known[id(found[0])] = found, numbers
+        return numbers
+
+
+def _are_identical(some: list[Any], others: list[Any]) -> bool:
+    """Whether equally long lists are of the same objects; a tensor's `==` is of its elements."""
+    return all(map(is_, some, others))

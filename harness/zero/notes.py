@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from harness.distributed.shared_numbers import SharedNumbers
 from harness.zero import fetches
-from harness.zero.buckets import Buckets
+from harness.zero.buckets import Buckets, Numbers
 
 SECONDS_TO_ANSWER = 5.0
 """How long the ranks of other nodes have to answer."""
@@ -34,7 +34,7 @@ class Notes:
             self._gradients.next_round()
             self._gradients.clear()
 
-    def add_gradients(self, numbers: Sequence[int]) -> None:
+    def add_gradients(self, numbers: Numbers) -> None:
         """Gradients are about to be reduced."""
         if self._gradients is not None:
             self._gradients.add(numbers)
