@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import FormatError
-from harness.formats import unpickler, zips
+from harness.formats import file_kinds, unpickler, zips
 from harness.formats.dtypes import SIZES, STORAGES
 from harness.formats.unpickler import AllowedGlobal, PickleError, Placeholder
 
@@ -104,10 +104,9 @@ def read(path: Path, extra_globals: Mapping[str, Callable[..., Any]] | None = No
     opened.
     """
     try:
-        archive = zips.records(path)
+        prefix, archive, pickled = _open(path)
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror}") from None
-    prefix, pickled = _find_pickle(path, archive)
     storages: dict[str, Storage] = {}
 
     def load_storage(reference: Any) -> tuple[Storage, str]:
@@ -125,6 +124,19 @@ def read(path: Path, extra_globals: Mapping[str, Callable[..., Any]] | None = No
         return unpickler.unpickle(pickled.read(), _GLOBALS | extra, load_storage)
     except PickleError as error:
         raise FormatError(f"{path}: cannot be read: {error}") from None
+
+
+def _open(path: Path) -> tuple[str, Mapping[str, zips.Record], zips.Record]:
+    """The prefix of all names in an archive, the archive, and its pickle."""
+    if file_kinds.format_of(path) != file_kinds.PT:
+        raise FormatError(f"{path}: a safetensors file, expected one of torch.save")
+    try:
+        archive = zips.records(path)
+        prefix, pickled = _find_pickle(path, archive)
+    except FormatError:
+        file_kinds.refuse_foreign_zip(path)
+        raise
+    return prefix, archive, pickled
 
 
 def _find_pickle(path: Path, archive: Mapping[str, zips.Record]) -> tuple[str, zips.Record]:
