@@ -29,6 +29,11 @@ class CheckpointError(HarnessError):
     """A checkpoint that cannot be written, read, or used by this run."""
 
 
+class UnreadableCheckpoint(CheckpointError):
+    """A checkpoint that cannot be judged: of a newer format, or one that the disk does not give. It
+    may be complete, so it is neither passed over nor removed."""
+
+
 class FormatError(HarnessError):
     """A file of weights that is damaged, malicious or in another format; or data that the format
     cannot hold."""
@@ -86,6 +91,11 @@ def compile_pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+
+
+def printable(name: str) -> str:
+    """A name of a file's content for output: quoted and escaped if it holds control characters."""
+    return name if name.isprintable() else ascii(name)
 
 
 def first_few(items: Iterable[object], most: int = 6, between: str = ", ") -> str:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is complete, on one disk or over several.
+"""Whether a checkpoint is complete, on one disk or over several, or cannot be judged.
 
 Each node may have its own disk, with only the files that its ranks wrote.
 """
@@ -8,21 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness import distributed
-from harness.checkpoint.files import FileEntry, verify_file
+from harness.checkpoint.files import FileEntry, reading, verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
-from harness.convert.resolve_source import MANIFEST
+from harness.convert.run_checkpoints import MANIFEST
 from harness.errors import CheckpointError, missing_files
+from harness.files import is_present
 
 
 def common_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint, also on ranks whose disk does not have it. Collective.
 
-    Raises CheckpointError, on all ranks, if it is missing, damaged, or not of the same save on all.
+    Raises CheckpointError, on all ranks, if it is missing, damaged, or not of the same save on all;
+    UnreadableCheckpoint if it cannot be judged.
     """
     doing = f"cannot read checkpoint {directory}"
     manifest: Manifest | None = None
-    with distributed.raise_on_all_ranks(doing):
-        if (directory / MANIFEST).exists():
+    with distributed.raise_on_all_ranks(doing), reading(directory):
+        if is_present(directory / MANIFEST):
             manifest = read_manifest(directory)
     saves = distributed.all_gather(manifest and manifest.saved_at)
     known = [saved for saved in saves if saved is not None]
@@ -44,7 +46,8 @@ def verify_checkpoint(directory: Path) -> Manifest:
     """Reads all files that a resume needs, on any disk, and checks every CRC. Collective.
 
     The ranks share the work. With another number of ranks, of the `rank-N.pt` only rank 0's is
-    needed. Raises CheckpointError, on all ranks, if a file is damaged or missing on all disks.
+    needed. Raises CheckpointError, on all ranks, if a file is damaged or missing on all disks;
+    UnreadableCheckpoint if a disk does not give one.
     """
     manifest = common_manifest(directory)
     doing = f"cannot read checkpoint {directory}"
@@ -55,8 +58,8 @@ def verify_checkpoint(directory: Path) -> Manifest:
     else:
         files = {n: e for n, e in manifest.files.items() if "/" in n or e.rank == 0}
         share = list(files)[rank::world_size]
-    with distributed.raise_on_all_ranks(doing):
-        present = [name for name in share if (directory / name).is_file()]
+    with distributed.raise_on_all_ranks(doing), reading(directory):
+        present = [name for name in share if is_present(directory / name)]
         for name in present:
             verify_file(directory / name, files[name])
         checked = {name: _identity(directory / name) for name in present}
@@ -84,11 +87,11 @@ def _verify_copies(
     one.
     """
     rank = distributed.global_rank()
-    with distributed.raise_on_all_ranks(f"cannot read checkpoint {directory}"):
+    with distributed.raise_on_all_ranks(f"cannot read checkpoint {directory}"), reading(directory):
         others = [
             name
             for name in files
-            if (directory / name).is_file() and _identity(directory / name) != checked.get(name)
+            if is_present(directory / name) and _identity(directory / name) != checked.get(name)
         ]
         sharing = [other for other, disk in enumerate(disks) if disk == disks[rank]]
         for name in others[sharing.index(rank) :: len(sharing)]:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from harness import distributed
-from harness.errors import CheckpointError, FormatError
+from harness.errors import CheckpointError, FormatError, UnreadableCheckpoint
 from harness.formats import zips
 from harness.utils import write_durably
 
@@ -27,6 +27,17 @@ def checkpoint_error_on_all_ranks(failure: str) -> Iterator[None]:
             yield
         except (OSError, CheckpointError) as error:
             raise CheckpointError(f"{failure}: {error}") from None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns an OSError into an UnreadableCheckpoint: what cannot be read is not known to be
+    damaged. `path`: what is read, if the error does not name it."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename or path
+        raise UnreadableCheckpoint(f"cannot read {name}: {error.strerror}") from None
 
 
 class FileEntry(BaseModel):
@@ -54,11 +65,13 @@ def write_file(state: Any, path: Path) -> FileEntry:
 def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:
     """Checks size and table of contents, and with `read` the CRC of every tensor.
 
-    Raises CheckpointError with what was expected and found.
+    Raises CheckpointError with what was expected and found; UnreadableCheckpoint if the disk does
+    not give it.
     """
     try:
-        zips.check(path, entry.size, entry.digest)
-        for record in zips.records(path).values() if read else ():
-            record.verify()
-    except (FormatError, OSError) as error:
+        with reading(path):
+            zips.check(path, entry.size, entry.digest)
+            for record in zips.records(path).values() if read else ():
+                record.verify()
+    except FormatError as error:
         raise CheckpointError(f"damaged: {error}") from None

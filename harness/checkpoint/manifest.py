@@ -9,9 +9,10 @@ checkpoints/
 """
 
 import hashlib
+import json
 import math
-import re
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -19,11 +20,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from harness import __version__
-from harness.checkpoint.files import FileEntry
+from harness.checkpoint.files import FileEntry, reading
 from harness.config.old_names import current_import_path
-from harness.convert.resolve_source import MANIFEST
-from harness.errors import CheckpointError, written_by
-from harness.files import json_write
+from harness.convert.run_checkpoints import FORMAT, MANIFEST, check_format
+from harness.convert.run_checkpoints import checkpoints_in as checkpoints_in
+from harness.convert.run_checkpoints import saved_at as saved_at
+from harness.errors import CheckpointError, UnreadableCheckpoint, written_by
+from harness.files import is_present, json_write
 
 
 class EngineManifest(BaseModel):
@@ -47,7 +50,7 @@ class Manifest(BaseModel):
     """What a checkpoint holds."""
 
     model_config = ConfigDict(extra="forbid")
-    format: Literal[4] = 4
+    format: Literal[4] = FORMAT
     step: int
     world_size: int
     engines: dict[str, EngineManifest]
@@ -94,22 +97,34 @@ class Manifest(BaseModel):
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises CheckpointError if it is missing or unreadable."""
+    """The manifest of a checkpoint.
+
+    Raises CheckpointError if it is missing or damaged; UnreadableCheckpoint if it cannot be judged:
+    of another format, with keys that this version does not know, or not given by the disk.
+    """
+    with reading(directory / MANIFEST):
+        if not is_present(directory / MANIFEST):
+            raise CheckpointError(f"{directory} is not a checkpoint: it has no {MANIFEST}")
+        text = (directory / MANIFEST).read_bytes()
     try:
-        return Manifest.model_validate_json((directory / MANIFEST).read_bytes())
-    except OSError as error:
-        raise CheckpointError(
-            f"{directory} is not a checkpoint: {MANIFEST}: {error.strerror}"
-        ) from None
+        return Manifest.model_validate_json(text)
     except ValidationError as error:
         mistakes = {".".join(map(str, mistake["loc"])): mistake for mistake in error.errors()}
-        where = "format" if "format" in mistakes else next(iter(mistakes))
-        reason = f"{MANIFEST} is damaged: {where} {mistakes[where]['msg']}"
-        if where == "format":
-            reason = (
-                f"has format {mistakes[where]['input']}; this version of harness reads format 4"
-            )
-        raise CheckpointError(f"checkpoint {directory}: {reason}") from None
+    with suppress(ValueError):  # not JSON: damaged
+        check_format(json.loads(text), directory)
+    where = "format" if "format" in mistakes else next(iter(mistakes))
+    if where == "format":
+        raise UnreadableCheckpoint(
+            f"checkpoint {directory} has format {mistakes[where]['input']!r:.40}; this version of "
+            f"harness reads format {FORMAT}: use the version that wrote it"
+        )
+    if unknown := [key for key, found in mistakes.items() if found["type"] == "extra_forbidden"]:
+        raise UnreadableCheckpoint(
+            f"checkpoint {directory}: {MANIFEST} has {unknown[0]!r:.80}, which this version of "
+            "harness does not know: update harness"
+        )
+    reason = f"{MANIFEST} is damaged: {where} {mistakes[where]['msg']}"
+    raise CheckpointError(f"checkpoint {directory}: {reason}")
 
 
 def digest(text: str) -> str:
@@ -122,21 +137,10 @@ def step_directory(parent: Path, step: int, name: str | None = None) -> Path:
     return parent / (f"step-{step:08d}" + (f"-{name}" if name else ""))
 
 
-def checkpoints_in(parent: Path) -> list[Path]:
-    """The directories that hold a manifest, readable or not, the newest first."""
-    directories = [path.parent for path in parent.glob(f"step-*/{MANIFEST}")]
-    checkpoints = [
-        path
-        for path in directories
-        if re.fullmatch(r"step-\d{8,}(-[\w.-]+)?", path.name) and path.suffix != ".tmp"
-    ]
-    return sorted(checkpoints, key=lambda path: (saved_at(path), path.name), reverse=True)
-
-
-def saved_at(directory: Path) -> float:
-    """When a checkpoint was saved, in seconds since 1970; if its manifest is unreadable, the
-    manifest's modification time."""
+def is_unreadable(directory: Path) -> bool:
+    """Whether a checkpoint cannot be judged by its manifest, and may be complete."""
     try:
-        return read_manifest(directory).saved_at
-    except CheckpointError:
-        return (directory / MANIFEST).stat().st_mtime
+        read_manifest(directory)
+    except CheckpointError as error:
+        return isinstance(error, UnreadableCheckpoint)
+    return False

@@ -10,7 +10,7 @@ import torch
 from harness import distributed
 from harness.checkpoint.completeness import common_manifest, verify_checkpoint
 from harness.checkpoint.disks import Disks, list_checkpoints
-from harness.checkpoint.manifest import EngineManifest, Manifest, digest
+from harness.checkpoint.manifest import EngineManifest, Manifest, digest, is_unreadable
 from harness.checkpoint.reshard import in_current_layout
 from harness.checkpoint.retention import clean
 from harness.checkpoint.save import rank_file
@@ -19,7 +19,7 @@ from harness.data.step_batches import StepBatches
 from harness.distributed.rng import set_rng_state
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
-from harness.errors import CheckpointError, ConfigError
+from harness.errors import CheckpointError, ConfigError, UnreadableCheckpoint
 
 log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)
@@ -30,13 +30,16 @@ def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks)
 
     `wanted`: `run.resume`. "latest" is the newest one in `parent` that is complete over all `disks`
     together; incomplete ones are logged and skipped. Raises, on all ranks, CheckpointError if there
-    are checkpoints and none is complete, or the requested one is not; ConfigError if it does not
-    match this run, or if "none" is requested and an earlier run has left checkpoints.
+    are checkpoints and none is complete, or the requested one is not; UnreadableCheckpoint if a
+    newer one than those cannot be judged; ConfigError if it does not match this run, or if "none"
+    is requested and an earlier run has left checkpoints.
     """
     names, everywhere = list_checkpoints(parent, disks)
+    unreadable = {name for name in names if disks.is_leader and is_unreadable(parent / name)}
+    unreadable = set().union(*distributed.all_gather(unreadable))
     with distributed.raise_on_all_ranks(f"cannot list {parent}"):
         if disks.is_leader:
-            clean(parent, set(names) - everywhere)
+            clean(parent, set(names) - everywhere - unreadable, unreadable)
     names, _ = list_checkpoints(parent, disks)
     with distributed.raise_on_all_ranks(f"cannot start over in {parent}"):
         if names and wanted == "none":
@@ -51,6 +54,12 @@ def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks)
     for directory in [parent / name for name in names]:
         try:
             manifest = verify_checkpoint(directory)
+        except UnreadableCheckpoint as error:
+            with distributed.raise_on_all_ranks(f"cannot resume from {parent}"):
+                raise UnreadableCheckpoint(
+                    f"{error}; it may be complete, so it is not passed over: to resume from "
+                    "another checkpoint, set run.resume to its path"
+                ) from None
         except CheckpointError as error:
             failures.append(str(error))
             log_warning("skipped: %s", error)

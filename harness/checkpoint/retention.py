@@ -7,7 +7,7 @@ from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 
-from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest
+from harness.checkpoint.manifest import Manifest, checkpoints_in, is_unreadable, read_manifest
 from harness.config.sections import CheckpointConfig
 from harness.convert.resolve_source import LATEST
 from harness.errors import CheckpointError
@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 REPLACED = ".replaced.tmp"
 PRUNED = ".pruned.tmp"
+KEPT = ".kept"
+"""Of a replaced directory that cannot be judged: no longer a checkpoint of the run, and left to the
+user."""
 
 
 def prune(
@@ -31,11 +34,15 @@ def prune(
     if not settings.keep_last:
         return
     manifests: dict[Path, Manifest] = {}
-    for path in checkpoints_in(directory):
-        try:
-            manifests[path] = read_manifest(path)
-        except CheckpointError as error:
-            log.warning("unreadable checkpoint is not removed: %s", error)
+    try:
+        for path in checkpoints_in(directory):
+            try:
+                manifests[path] = read_manifest(path)
+            except CheckpointError as error:
+                log.warning("unreadable checkpoint is not removed: %s", error)
+    except OSError as error:
+        log.warning("cannot list %s, so nothing is removed: %s", directory, error)
+        return
     common = manifests
     if everywhere is not None:
         common = {path: m for path, m in manifests.items() if path.name in everywhere}
@@ -96,25 +103,39 @@ def undo_move(staged: Path, target: Path) -> None:
 
 
 def delete_replaced(target: Path) -> None:
-    """Removes the directory that `move_into_place` has replaced, if any."""
-    if _replaced(target).exists():
-        shutil.rmtree(_replaced(target))
+    """Removes the directory that `move_into_place` has replaced, if any; one that cannot be judged
+    is only renamed."""
+    replaced = _replaced(target)
+    if not replaced.exists():
+        return
+    if not is_unreadable(replaced):
+        shutil.rmtree(replaced)
+        return
+    kept = target.with_name(f"{target.name}{KEPT}")
+    replaced.rename(kept)
+    log.warning("%s is replaced; the old one, which cannot be judged, is kept as %s", target, kept)
 
 
-def clean(directory: Path, unfinished: Collection[str] = ()) -> None:
+def clean(
+    directory: Path, unfinished: Collection[str] = (), unreadable: Collection[str] = ()
+) -> None:
     """Removes what a killed run left: half-written, half-removed and replaced directories.
 
     `unfinished`: names that are not the same save on all disks. If one of them has replaced another
-    directory on this disk, that one is restored.
+    directory on this disk, that one is restored. `unreadable`: names that cannot be judged on some
+    disk; what they have replaced is left as it is.
     """
-    for replaced in directory.glob(f"step-*{REPLACED}"):
+    left = {_replaced(directory / name) for name in unreadable}
+    for replaced in set(directory.glob(f"step-*{REPLACED}")) - left:
         target = replaced.with_name(replaced.name.removesuffix(REPLACED))
         if target.name in unfinished and target.exists():
             target.rename(target.with_name(f"{target.name}.tmp"))
-        if not target.exists():
+        if target.exists():
+            delete_replaced(target)
+        else:
             replaced.rename(target)
             log.warning("restored %s: a crash interrupted its replacement", target)
-    for path in directory.glob("step-*.tmp"):
+    for path in set(directory.glob("step-*.tmp")) - left:
         shutil.rmtree(path)
         log.warning("removed %s: unfinished, left by a crash", path)
 

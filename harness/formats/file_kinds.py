@@ -60,7 +60,9 @@ def format_of(path: Path) -> str:
     if what := _foreign(head, path):
         raise FormatError(f"{path}: {what}")
     if path.suffix not in suffixes.KNOWN:
-        raise FormatError(f"{path}: not a file of weights: expected the content of a .pt or an .sft")
+        raise FormatError(
+            f"{path}: not a file of weights: expected the content of a .pt or an .sft"
+        )
     return PT if path.suffix in suffixes.PT else SAFETENSORS
 
 
@@ -85,8 +87,8 @@ def refuse_foreign_zip(path: Path) -> None:
         raise FormatError(f"{path}: {what}")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise FormatError(
-            f"{path}: its zip archive is compressed, which torch.save does not do: save it again with "
-            "torch.save"
+            f"{path}: its zip archive is compressed, which torch.save does not do: save it "
+            "again with torch.save"
         )
 
 

@@ -90,7 +90,7 @@ def header_of(file: BinaryIO, path: Path) -> Header:
         _check_contiguous(header.tensors, 8 + size, 8 + available)
     except ValueError as error:  # also of bad UTF-8 and bad JSON
         if file_kinds.format_of(path) != file_kinds.SAFETENSORS:
-            raise FormatError(f"{path}: a file of torch.save, expected a safetensors file") from None
+            raise FormatError(f"{path}: not a safetensors file, but of torch.save") from None
         raise FormatError(f"{path}: not a safetensors file, or damaged: {error}") from None
     return header
 

@@ -60,6 +60,13 @@ def read(path: Path, key: str | None = None) -> TensorFile | None:
     return found
 
 
+def parts(path: Path) -> list[str]:
+    """The keys of a `.pt` that can be read alone; none of another file."""
+    if path.name.endswith(shard_index.SUFFIX) or file_kinds.format_of(path) != file_kinds.PT:
+        return []
+    return list(subtrees.weights_in(pt_reader.read(path), _is_weights))
+
+
 def _read_pt(path: Path, key: str | None) -> TensorFile | None:
     tree = pt_reader.read(path)
     if key is None and (found := _of_tree(tree)) is not None:

@@ -29,7 +29,7 @@ _NAMES = {dtype: short for short, dtype in _DTYPES.items()}
 
 
 def save(data: Any, path: str | Path, shard_size: int | None = None) -> None:
-    """Writes a structure in the format of the suffix: .pt, .pth, .bin, .ckpt, or .sft, .safetensors.
+    """Writes a structure in the format of the suffix (`formats.suffixes`).
 
     With `shard_size`, in bytes, `path` is a directory for Hugging Face shards and their index.
     Tensors that share memory are stored once. Raises FormatError, with the keys, for unsupported

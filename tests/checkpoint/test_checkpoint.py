@@ -143,7 +143,7 @@ def damage_dtype(directory: Path) -> str:
 def damage_format(directory: Path) -> str:
     manifest = json.loads((directory / "manifest.json").read_text()) | {"format": 3}
     (directory / "manifest.json").write_text(json.dumps(manifest))
-    return "has format 3; this version of harness reads format 4"
+    return "has format 3; this version of harness reads format 4: use the version that wrote it"
 
 
 @pytest.mark.parametrize(
