@@ -36,8 +36,8 @@ def explain(path: Path) -> str:
             "has no `latest`, which names the newest checkpoint and is written last: give one of "
             f"its tags: {first_few(tags)}"
         )
-    files = sorted(found.name for found in path.iterdir() if found.suffix in suffixes.KNOWN)
-    if files:
+    names = sorted(found.name for found in path.iterdir() if found.suffix in suffixes.KNOWN)
+    if files := [name for name in names if not name.endswith("_states.pt")]:
         return f"has no file of a known name: give the path of one of {first_few(files)}"
     return (
         "not a checkpoint or weights: expected latest, manifest.json, DeepSpeed's "

@@ -1,0 +1,66 @@
+"""Which directory `run.resume` means: the path of a checkpoint, of a run, or a step."""
+
+import re
+from pathlib import Path
+
+from harness import distributed
+from harness.convert.resolve_source import LATEST
+from harness.convert.run_checkpoints import MANIFEST, checkpoints_in
+from harness.errors import CheckpointError
+from harness.zero.reader import is_engine
+
+
+def find_source(wanted: str, parent: Path) -> Path:
+    """The checkpoint that `run.resume` names; or a directory of checkpoints, whose newest complete
+    one it means. Collective.
+
+    `wanted`: a step of this run, whose checkpoints are in `parent`, or a path: of a checkpoint, a
+    run directory, its `checkpoints`, or `latest` in it. Nodes with their own disks may lack it.
+    Raises CheckpointError, on all ranks, for another path.
+    """
+    own, failure = None, ""
+    with distributed.raise_on_all_ranks(f"run.resume = {wanted!r}"):
+        try:
+            own = _step(int(wanted), parent) if wanted.isdecimal() else _located(Path(wanted))
+        except CheckpointError as error:
+            failure = str(error)
+    found = [path for path in distributed.all_gather(own) if path is not None]
+    with distributed.raise_on_all_ranks(f"run.resume = {wanted!r}"):
+        if not found:
+            raise CheckpointError(failure)
+    return found[0]
+
+
+def _step(step: int, parent: Path) -> Path:
+    """The newest checkpoint of a step in `parent`."""
+    known = {}
+    for path in checkpoints_in(parent):
+        known.setdefault(int(re.split("[-]", path.name)[1]), path)
+    if step not in known:
+        steps = ", ".join(map(str, sorted(known))) or "none"
+        raise CheckpointError(f"{parent} has no checkpoint of step {step}; its steps: {steps}")
+    return known[step]
+
+
+def _located(path: Path) -> Path:
+    """A checkpoint, or a directory of checkpoints."""
+    if path.name == LATEST and path.is_file() and checkpoints_in(path.parent):
+        return path.parent
+    if (path / MANIFEST).exists():
+        return path
+    for parent in (path, path / "checkpoints"):
+        if checkpoints_in(parent):
+            return parent
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory")
+    if (path.parent / MANIFEST).exists():
+        raise CheckpointError(
+            f"{path} is a part of a checkpoint: resume from all of it, {path.parent}"
+        )
+    kind = "a file" if path.is_file() else "no directory of checkpoints of harness"
+    if is_engine(path) or (path / LATEST).exists():
+        kind = "a checkpoint of plain DeepSpeed"
+    raise CheckpointError(
+        f"{path} is {kind}: a run resumes from a run directory or one of its checkpoints, and "
+        "starts from weights with engines.NAME.init_from"
+    )
