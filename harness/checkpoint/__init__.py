@@ -3,13 +3,15 @@
 Its files, from the top down:
 
     resume.py         chooses, verifies and loads one
+    resume_source.py  which directory run.resume means
     init_weights.py   weights from files as an engine's starting point
     reshard.py        rewrites one for another number of ranks, ZeRO stage or other layout
     save.py           Saver: one atomic commit of all engines and ranks, also in the background
     export.py         plain weights
     inspect.py        what a checkpoint, an .sft or a .pt holds
     copy_missing.py   copies files to the nodes that read them
-    completeness.py   whether one is complete over all disks
+    compatible.py     whether one fits the run: engines, optimizers, models
+    completeness.py   whether one is complete over all disks, or cannot be judged
     disks.py          which ranks share a disk
     retention.py      which checkpoints are kept; cleaning up after a kill
     manifest.py       what makes a directory a checkpoint

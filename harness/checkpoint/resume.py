@@ -1,25 +1,25 @@
 """Finding the checkpoint to resume from, verifying it, and resuming exactly there."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from harness import distributed
+from harness.checkpoint.compatible import check_compatible
 from harness.checkpoint.completeness import common_manifest, verify_checkpoint
 from harness.checkpoint.disks import Disks, list_checkpoints
-from harness.checkpoint.manifest import EngineManifest, Manifest, digest, is_unreadable
+from harness.checkpoint.manifest import digest, is_unreadable
 from harness.checkpoint.reshard import in_current_layout
+from harness.checkpoint.resume_source import find_source
 from harness.checkpoint.retention import clean
 from harness.checkpoint.save import rank_file
 from harness.control.live import LiveConfig
 from harness.data.step_batches import StepBatches
 from harness.distributed.rng import set_rng_state
-from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, ConfigError, UnreadableCheckpoint
+from harness.zero import engine_state
 
 log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)
@@ -28,8 +28,8 @@ log_warning = distributed.global_leader_only(log.warning)
 def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | None:
     """The checkpoint to resume from, verified; None to start from step 0. Collective.
 
-    `wanted`: `run.resume`. "latest" is the newest one in `parent` that is complete over all `disks`
-    together; incomplete ones are logged and skipped. Raises, on all ranks, CheckpointError if there
+    `wanted`: `run.resume` (`resume_source`). "latest" is the newest one in `parent` that is
+    complete over all `disks` together; incomplete ones are logged and skipped. Raises, on all ranks, CheckpointError if there
     are checkpoints and none is complete, or the requested one is not; UnreadableCheckpoint if a
     newer one than those cannot be judged; ConfigError if it does not match this run, or if "none"
     is requested and an earlier run has left checkpoints.
@@ -48,8 +48,11 @@ def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks)
                 "run: choose another run.name, or move that run away"
             )
     if wanted not in ("latest", "none"):
-        check_compatible(Path(wanted), verify_checkpoint(Path(wanted)), engines)
-        return Path(wanted)
+        parent, is_parent = find_source(wanted, parent)
+        if not is_parent:
+            check_compatible(parent, verify_checkpoint(parent), engines)
+            return parent
+        names, _ = list_checkpoints(parent, Disks(tuple(range(distributed.world_size()))))
     failures = []
     for directory in [parent / name for name in names]:
         try:
@@ -72,33 +75,6 @@ def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks)
     return None
 
 
-def check_compatible(directory: Path, manifest: Manifest, engines: Engines) -> None:
-    """Checks that a checkpoint was saved by the same engines, in any layout. Collective.
-
-    Raises ConfigError, on all ranks.
-    """
-    with distributed.raise_on_all_ranks(f"cannot read checkpoint {directory}"):
-        saved = _identity(manifest.engines)
-        for what, current in _identity(engines).items():
-            if saved[what] != current:
-                raise ConfigError(
-                    f"checkpoint {directory} does not match this run: {what} is {current} in this "
-                    f"run, and {saved[what]} in the checkpoint: restore the old value, or start a "
-                    "new run under another run.name"
-                )
-
-
-def _identity(engines: Mapping[str, Engine | EngineManifest]) -> dict[str, Any]:
-    """What must be the same in the run and the checkpoint, by its name in messages."""
-    facts: dict[str, Any] = {"engines": sorted(engines)}
-    for name, engine in engines.items():
-        facts[f"engine {name!r}: dtype"] = str(engine.dtype)
-        is_engine = isinstance(engine, Engine)
-        optimizer = engine.optimizer_path if is_engine else engine.optimizer
-        facts[f"engine {name!r}: optimizer"] = optimizer
-    return facts
-
-
 def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveConfig) -> None:
     """Restores engines, data position, random generators and live changes from a verified
     checkpoint.
@@ -113,7 +89,7 @@ def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveC
     parent = live.config.run_dir / "checkpoints"
     with in_current_layout(engines, directory, manifest, parent) as sources:
         for engine in engines.trained:
-            engine.ds.load_checkpoint(str(sources[engine.name]), tag=engine.name)
+            engine_state.load(engine.ds, sources[engine.name], engine.name)
     with distributed.raise_on_all_ranks(f"cannot resume from {directory}"):
         # The states of engines and data are the same on every rank.
         file = directory / rank_file(rank if same_world else 0)

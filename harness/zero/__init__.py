@@ -15,6 +15,7 @@ Its files, from the top down:
     refill.py         TreeFiller: fills the trees of a new layout with what was saved in another
     reader.py         an engine's files, read without torch: everything by parameter name
     tied_names.py     which names of a state dict are one tensor, and under which it is kept
+    entries.py        the entries of a model's state dict: their shapes, and which are trained
     layout.py         where DeepSpeed's trees keep what, by parameter name
     shards.py         which elements are in the flat tensors that an optimizer steps
     parameters.py     what ZeRO does to a parameter

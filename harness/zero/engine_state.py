@@ -4,6 +4,7 @@ The functions take the DeepSpeed engine (`Engine.ds`), and use attributes that D
 document; the comments name the files below its `runtime/` that define them.
 """
 
+import glob
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -183,6 +184,20 @@ class _Collector:
 
     def preserves_storage_sharing(self) -> bool:
         return True
+
+
+def load(ds: Any, directory: Path, name: str) -> None:
+    """Loads what `collect` returned, from its files below `directory`. Collective.
+
+    DeepSpeed looks for the model's file with glob (engine.py, `_get_all_ckpt_names`): it is given a
+    path in which `*`, `?` and `[` stand for themselves.
+    """
+    names = ds._get_all_ckpt_names
+    ds._get_all_ckpt_names = lambda path, tag: names(glob.escape(path), glob.escape(tag))
+    try:
+        ds.load_checkpoint(str(directory), tag=name)
+    finally:
+        del ds._get_all_ckpt_names
 
 
 def shapes_of(trees: FileTrees) -> list[Shapes]:

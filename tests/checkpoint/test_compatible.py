@@ -1,0 +1,78 @@
+"""A model that has changed since the save is one message, before anything is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.run import run_in_world
+from harness.testing.pool import RankPool
+from tests.support.helpers import Pools, checkpoint, error_of, log_text, losses, tiny_config
+
+TASK = str(Path(__file__).parents[1] / "tasks/changed_task.py")
+
+
+def config_of(directory: Path, stage: int, kind: str = "", steps: int = 3, **engine: Any) -> Any:
+    return tiny_config(
+        directory,
+        stage,
+        run={"steps": steps},
+        task={"path": TASK, "args": {"change": kind}},
+        engines={"net": engine},
+        trainer={"export_at_end": False},
+    )
+
+
+CHANGES: list[tuple[str, dict[str, Any], str]] = [
+    ("buffer", {}, "only in this run: mask"),
+    ("no buffer", {}, "only in the checkpoint: scale"),
+    ("long buffer", {}, "changed: 'scale' has the shape (4,) in this run, and (1,)"),
+    ("integer", {}, "changed: 'scale' has the dtype int64 in this run, and float32"),
+    ("parameter", {}, "only in this run: gate"),
+    ("wider", {}, "'last.weight' has the shape (5, 16) in this run, and (3, 16)"),
+    ("untied", {}, "trained in this run, and not in the checkpoint: again.weight"),
+    (
+        "",
+        {"frozen": ["first"]},
+        "trained in the checkpoint, and frozen or tied in this run: first.weight, first.bias",
+    ),
+    ("", {"lora": {"targets": "first"}}, "only in this run: first.base_layer.weight"),
+]
+
+
+@pytest.mark.parametrize(("stage", "ranks", "changes"), [(0, 1, CHANGES[:6:3]), (3, 2, CHANGES)])
+def test_a_changed_model_is_refused(
+    pools: Pools, tmp_path: Path, stage: int, ranks: int, changes: Any
+) -> None:
+    pool = pools(ranks)
+    first = config_of(tmp_path, stage)
+    pool.run(run_in_world, first)
+    model = (checkpoint(first, 3) / "manifest.json").read_text()
+    for kind, engine, reason in changes:
+        errors = pool.run(error_of, config_of(tmp_path, stage, kind, steps=5, **engine))
+        assert all("the model of engine 'net' has changed" in text for text in errors), errors
+        assert all(reason in text and "init_from" in text for text in errors), errors
+    assert "resumed from" not in log_text(first)
+    assert (checkpoint(first, 3) / "manifest.json").read_text() == model
+
+
+def test_a_module_that_loads_its_state_itself_is_left_to_it(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    two_ranks.run(run_in_world, config_of(tmp_path, 2, "old"))
+    config = config_of(tmp_path, 2, "new", steps=5)
+    assert two_ranks.run(error_of, config) == ["", ""]
+    assert len(losses(config)) == 5
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3],
+)
+def test_a_path_with_wildcards_resumes(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
+    for name in ("plain", "runs[1]*?"):
+        for steps in (2, 4):
+            two_ranks.run(run_in_world, config_of(tmp_path / name, stage, steps=steps))
+    odd, plain = (config_of(tmp_path / name, stage) for name in ("runs[1]*?", "plain"))
+    assert "resumed from" in log_text(odd)
+    assert losses(odd) == losses(plain)
