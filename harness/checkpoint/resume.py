@@ -29,10 +29,10 @@ def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks)
     """The checkpoint to resume from, verified; None to start from step 0. Collective.
 
     `wanted`: `run.resume` (`resume_source`). "latest" is the newest one in `parent` that is
-    complete over all `disks` together; incomplete ones are logged and skipped. Raises, on all ranks, CheckpointError if there
-    are checkpoints and none is complete, or the requested one is not; UnreadableCheckpoint if a
-    newer one than those cannot be judged; ConfigError if it does not match this run, or if "none"
-    is requested and an earlier run has left checkpoints.
+    complete over all `disks` together; incomplete ones are logged and skipped. Raises, on all
+    ranks, CheckpointError if there are checkpoints and none is complete, or the requested one is
+    not; UnreadableCheckpoint if a newer one than those cannot be judged; ConfigError if it does not
+    match this run, or if "none" is requested and an earlier run has left checkpoints.
     """
     names, everywhere = list_checkpoints(parent, disks)
     unreadable = {name for name in names if disks.is_leader and is_unreadable(parent / name)}
