@@ -38,7 +38,7 @@ def evaluate(
     Collective; the same result on every rank. The engines are in evaluation mode meanwhile, with
     their EMA weights if they keep them, and the random generators are seeded alike in every
     evaluation. None if `should_stop`, which every rank calls after each batch, returned True. A
-    failure on one rank is raised on all of them.
+    failure on one rank is raised on all of them, except in a forward at ZeRO stage 3.
     """
     found: dict[str, float] = {}
     seed, rank = config.run.seed, distributed.global_rank()
@@ -89,6 +89,8 @@ def _sum_up(
         try:
             _add(sums, engines, task, latest, counts=own is not None)
         except Exception as error:
+            if any(engine.zero_stage == 3 for engine in engines.values()):
+                raise  # the other ranks wait in collectives of this forward, until this one ends
             failure = error
         if should_stop():
             return None

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from copy import copy
+from dataclasses import replace
 from typing import Any, Protocol
 
 from harness import distributed
@@ -65,8 +66,9 @@ class BegunStep:
             taken = engine.counters.micro_step - before.micro_step
             if taken >= engine.gradient_accumulation:
                 return False
-        for engine, before in pairs:
-            engine.counters = before
+        for engine, before in pairs:  # steps before this one may have been counted meanwhile
+            counted = {"samples": engine.counters.samples, "tokens": engine.counters.tokens}
+            engine.counters = replace(before, **counted)
         set_rng_state(self._rng)
         return True
 
@@ -88,24 +90,31 @@ def rescue(run: FailingRun, error: Exception) -> None:
         run.drain()  # which may find the same in the next step
         run.drain()  # of a step that failed before its exchange
     run.report(run.meter.take())
-    if isinstance(error, CheckpointError | GradientError) or run.is_saved:
+    if isinstance(error, CheckpointError | GradientError):
         return
+    try:
+        run.finish_save(run.saver.wait())  # one in the background, of this step or an earlier one
+        if not run.is_saved:
+            _save(run, error)
+    except CheckpointError as save_error:
+        log_error("%s", save_error)
+
+
+def _save(run: FailingRun, error: Exception) -> None:
+    """Saves the last complete step, if that is possible."""
     what = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
     if run.begun is not None and not (run.batches.can_rewind and run.begun.undo()):
         log_error("%s\nno checkpoint is saved: the error came in the middle of a step", what)
         return
     log_error("%s\nsaving a checkpoint before the run ends", what)
     run.finishing = True
-    try:
-        run.save()
-        run.finish_save(run.saver.wait())
-    except CheckpointError as save_error:
-        log_error("%s", save_error)
+    run.save()
+    run.finish_save(run.saver.wait())
 
 
 def _fails_together(run: FailingRun, error: Exception) -> bool:
     """Whether all ranks fail with such an error in the same place of the same step."""
-    if is_lost_rank(error):
+    if is_lost_rank(error) or isinstance(error, GradientError):
         return False
     lines = (f"{file}:{line}" for file, line, *_ in traceback.extract_tb(error.__traceback__))
     how = " ".join([f"step {run.engines.global_step}", type(error).__name__, *lines])

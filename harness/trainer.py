@@ -88,7 +88,7 @@ class Trainer:
             log.info("the run is complete; a larger run.steps in the config continues it")
             return 0
         try:
-            with no_exit():
+            with no_exit(), self.engines.explained():
                 self.loop()
                 self.finish()
         except Exception as error:
@@ -100,7 +100,8 @@ class Trainer:
         """Steps, and what is due between them, until the run is over."""
         self.engines.train()
         self.begin()
-        if self.live.config.trainer.eval_every and self.engines.global_step == 0:
+        every = self.live.config.trainer.eval_every
+        if (every and self.engines.global_step == 0) or self.engines.await_evaluation(every):
             self.evaluate()  # the starting point; and a broken evaluation fails now
         self.handle_commands()
         while not self.is_over():

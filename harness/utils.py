@@ -3,6 +3,7 @@
 import copy
 import importlib
 import os
+import pickle
 from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -92,21 +93,21 @@ def may_overlap(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return False
 
 
-def write_durably(value: Any, path: Path) -> None:
+def write_durably(value: Any, path: Path, pickle_module: Any = pickle) -> None:
     """`torch_write`, then syncs the file to the disk. Raises OSError, which names `path`."""
-    torch_write(value, path)
+    torch_write(value, path, pickle_module)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def torch_write(value: Any, path: Path) -> None:
+def torch_write(value: Any, path: Path, pickle_module: Any = pickle) -> None:
     """Writes with torch.save. Raises OSError, which names `path`, if that fails.
 
     When torch opens the file itself, its error hides the cause: a full disk is an "unexpected pos".
     """
     try:
         with path.open("wb") as file:
-            torch.save(value, file)
+            torch.save(value, file, pickle_module)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):

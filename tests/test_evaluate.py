@@ -16,10 +16,10 @@ from harness.config import Config
 from harness.config.sections import merge
 from harness.engine.engines import Engines, build_engines
 from harness.errors import ConfigError, HarnessError, TaskError
-from harness.evaluate import MAX_SUMMED, check_best_metric, evaluate
+from harness.evaluate import MAX_SUMMED, _add, check_best_metric, evaluate
 from harness.run import run_in_world
 from harness.task import Task, check_eval_data, checked_stats, load_task, validate
-from harness.testing.pool import RankPool
+from harness.testing.pool import RankError, RankPool
 from tests.support.helpers import ROOT, Pools, error_of, log_text, losses, records, tiny_config
 from tests.tasks.evaluated_task import PAD, Texts, pad, perplexity_and_f1, tagger
 
@@ -198,6 +198,38 @@ def test_a_corrupt_sample_is_raised_on_all_ranks_at_once(
     errors = two_ranks.run(error_of, config)
     assert all("rank 1: evaluation:" in text and "corrupt sample 3" in text for text in errors)
     assert "saved" in log_text(config)  # the evaluation at the end is after all steps
+
+
+def failing_in_a_forward(config: Config) -> str:
+    """The error of a run whose second evaluation forward fails on rank 1."""
+    calls = 0
+
+    def add(*args: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and distributed.global_rank() == 1:
+            raise RuntimeError("it is unwell")
+        original(*args, **options)
+
+    original = _add
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.evaluate._add", add)
+        return error_of(config)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_failure_in_a_forward_ends_all_ranks(
+    two_ranks: RankPool, tmp_path: Path, stage: int
+) -> None:
+    """Within seconds, though at stage 3 the other rank waits in a collective of the forward."""
+    config = config_of(tmp_path, stage, 1)
+    if stage == 2:
+        for error in two_ranks.run(failing_in_a_forward, config):
+            assert "rank 1: evaluation:" in error and "it is unwell" in error
+    else:
+        with pytest.raises(RankError, match=r"rank 1: (.|\n)*it is unwell"):
+            two_ranks.run(failing_in_a_forward, config)
+    assert "RuntimeError: it is unwell" in log_text(config)
 
 
 def build_with(**fields: Any) -> Task:

@@ -19,7 +19,7 @@ from harness.checkpoint.files import FileEntry, checkpoint_error_on_all_ranks, v
 from harness.checkpoint.manifest import Manifest
 from harness.convert.run_checkpoints import MANIFEST
 from harness.files import sync_directory
-from harness.zero.reader import rank_of_file
+from harness.zero.rank_files import rank_of_file
 
 CHUNK = 64 << 20  # bytes per broadcast
 _RANK_FILE = re.compile(r"rank-(\d+)\.pt")  # as of `save.rank_file`

@@ -6,9 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest
 from harness.convert.resolve_source import resolve_source
@@ -20,10 +17,11 @@ from harness.errors import (
     missing_files,
     printable,
 )
-from harness.formats import file_kinds, shard_index, tensor_file
-from harness.formats.json_tree import dotted, from_metadata, leaf_nodes
+from harness.formats import file_kinds, pt_reader, shard_index, tensor_file
+from harness.formats.json_tree import Keys, dotted, from_metadata, leaf_nodes
+from harness.formats.pickled import Placeholder, describe
+from harness.formats.pt_reader import TensorRef
 from harness.formats.safetensors import read_header
-from harness.utils import dtype_name
 from harness.zero.reader import SavedEngine
 
 
@@ -69,7 +67,7 @@ def _describe_file(path: Path) -> Iterator[str]:
     elif file_kinds.format_of(path) == file_kinds.SAFETENSORS:
         yield from _describe_tensors(path, _sft_tensors(path))
     else:
-        yield from _describe_tensors(path, _pt_tensors(path))
+        yield from _describe_pt(path)
 
 
 def _describe_run(path: Path, directories: list[Path], verify: bool) -> Iterator[str]:
@@ -142,42 +140,34 @@ def _sft_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
     return stored | tied
 
 
-class _Opaque:
-    """Placeholder for an object of a class that is not loaded."""
-
-    def __init__(self, *_: Any, **__: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _pt_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
-    """Dtype, shape and bytes of the tensors, by their keys joined with dots."""
+def _describe_pt(path: Path) -> Iterator[str]:
+    """The tensors, by their keys joined with dots, and what is neither a tensor nor plain."""
     try:
-        unknown = get_unsafe_globals_in_checkpoint(path)
-        with safe_globals([(_Opaque, name) for name in unknown]):
-            tree = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged or hostile file may raise anything
-        file_kinds.refuse_foreign_zip(path)
-        text = str(error).splitlines()[0]
+        found = list(_walk(pt_reader.read(path), ()))
+    except FormatError as error:
+        text = str(error).removeprefix(f"{path}: ")
         raise CheckpointError(f"{path}: not a readable .pt file: {text}") from None
-    return {
-        ".".join(keys): (dtype_name(t.dtype), list(t.shape), t.nbytes)
-        for keys, t in _walk(tree, ())
+    tensors = {
+        dotted(keys) or "(tensor)": (value.dtype, list(value.shape), value.nbytes)
+        for keys, value in found
+        if isinstance(value, TensorRef)
     }
+    yield from _describe_tensors(path, tensors)
+    for keys, value in found:
+        if not isinstance(value, TensorRef):
+            yield f"  not read: {dotted(keys) or 'all'!r}, {describe(value)}"
 
 
-def _walk(node: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+def _walk(node: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
     match node:
-        case torch.Tensor():
-            yield keys or ("(tensor)",), node
+        case TensorRef() | Placeholder():
+            yield keys, node
         case dict():
             for key, child in node.items():
-                yield from _walk(child, (*keys, str(key)))
+                yield from _walk(child, (*keys, key))
         case list() | tuple():
             for index, child in enumerate(node):
-                yield from _walk(child, (*keys, str(index)))
+                yield from _walk(child, (*keys, index))
 
 
 def _bytes(size: int) -> str:

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +171,10 @@ def _convert_structure(src: Path, dst: Path, options: Options, print_line: Print
         print_line(f"note: the complete structure; for a part of it, use {keys}")
     from harness import io  # late: imports torch
 
-    io.save(io.load(src, lazy=True), dst, options.shard_size)
+    skipped: list[str] = []
+    io.save(io.load(src, lazy=True, skipped=skipped), dst, options.shard_size)
+    for text in skipped:
+        print_line(f"note: skipped {text}")
     print_line(f"{dst}: {dst.stat().st_size / 1e9:.3f} GB" if dst.is_file() else str(dst))
 
 
@@ -264,7 +267,7 @@ def _write_file(
     if is_pt:
         pt_writer.write(path, described, fill, aliases)
         return overflows
-    entries = {n: (_safetensors_dtype(n, dtype), shape) for n, (dtype, shape) in described.items()}
+    entries = {name: _safetensors_entry(name, *entry) for name, entry in described.items()}
     structure = tied_weights.to_metadata(tensors, aliases)
     safetensors.write(path, entries, fill, {"format": "pt"} | metadata | structure)
     return overflows
@@ -288,10 +291,11 @@ def _staged_directory(dst: Path, needed: int) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _safetensors_dtype(name: str, dtype: str) -> str:
-    if dtype not in dtypes.SAFETENSORS or dtype == "float4_e2m1fn_x2":
-        raise FormatError(f"tensor {name!r}: safetensors does not support {dtype}: convert to .pt")
-    return dtypes.SAFETENSORS[dtype]
+def _safetensors_entry(name: str, dtype: str, shape: Sequence[int]) -> tuple[str, Sequence[int]]:
+    try:
+        return dtypes.to_safetensors(dtype, shape)
+    except FormatError as error:
+        raise FormatError(f"tensor {name!r}: {error}: convert to .pt") from None
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 
 from harness.errors import CheckpointError, HarnessError, compile_pattern, did_you_mean, printable
 from harness.formats.dtypes import FLOATS, SIZES
+from harness.formats.known_values import NumpyScalar
+from harness.formats.pickled import describe
 from harness.formats.pt_reader import TensorRef
 from harness.formats.stored_tensor import ByteRange, StoredTensor
 from harness.formats.tensor_file import TensorFile
@@ -96,8 +98,7 @@ def plan_weights(saved: SavedEngine, dtype: str) -> ConversionPlan:
         if isinstance(value, TensorRef):
             plan.tensors[name] = PlannedTensor(StoredTensor.from_ref(value), value.dtype)
         else:
-            kind = type(value).__name__
-            plan.notes.append(f"skipped {name!r}: not a tensor, but a {kind}")
+            plan.notes.append(f"skipped {name!r}: not a tensor, but {describe(value)}")
     plan.notes += [
         f"skipped {name!r}: tied to a frozen parameter, which exclude_frozen_parameters left out"
         for name in saved.omitted
@@ -266,8 +267,12 @@ def output_metadata(plan: ConversionPlan) -> dict[str, str]:
         key: {names[name]: value for name, value in by_parameter.items() if name in names}
         for key, by_parameter in plan.values.items()
     }
-    settings = json.dumps({"param_groups": groups, "state": values}, default=str)
+    settings = json.dumps({"param_groups": groups, "state": values}, default=_as_json)
     return plan.metadata | {OPTIMIZER: settings}
+
+
+def _as_json(value: Any) -> Any:
+    return value.item() if isinstance(value, NumpyScalar) else str(value)
 
 
 def deduplicate(plan: ConversionPlan) -> None:

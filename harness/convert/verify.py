@@ -8,6 +8,7 @@ from pathlib import Path
 from harness.convert.copy import BUFFER_SIZE, OnProgress, SourceFiles, Written
 from harness.errors import CheckpointError, FormatError
 from harness.formats import file_kinds, zips
+from harness.formats.legacy_pt import is_legacy
 from harness.formats.raw_io import read_crc
 from harness.formats.stored_tensor import ByteRange, StoredTensor
 from harness.zero.reader import SavedEngine
@@ -16,13 +17,13 @@ from harness.zero.reader import SavedEngine
 def check_sources(ranges: Iterable[ByteRange], progress: OnProgress) -> None:
     """Reads every record that is copied from. Raises FormatError for a wrong CRC.
 
-    Only `.pt` files have CRCs.
+    Only `.pt` files have CRCs, since torch 1.6.
     """
     by_path: dict[Path, set[int]] = {}
     for range_ in ranges:
         by_path.setdefault(range_.path, set()).add(range_.start)
     for path, unsorted_starts in by_path.items():
-        if file_kinds.format_of(path) != file_kinds.PT:
+        if file_kinds.format_of(path) != file_kinds.PT or is_legacy(path):
             continue
         starts = sorted(unsorted_starts)
         for record in zips.records(path).values():

@@ -13,9 +13,10 @@ from harness import distributed
 from harness.config import Config
 from harness.config.engine_sections import EngineConfig
 from harness.data.step_batches import Terms
+from harness.distributed.network import is_lost_rank
 from harness.engine import buffers
 from harness.engine.engine import Engine
-from harness.engine.gradient_check import GradientCheck
+from harness.engine.gradient_check import GradientCheck, explain_failure
 from harness.engine.models import build_models, check_engines
 from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
@@ -127,6 +128,18 @@ class Engines(Mapping[str, Engine]):
         self.gradient_check.record(self.global_step, self.due(self.global_step))
 
     @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raises GradientError for a collective that fails because the ranks use different
+        parameters."""
+        try:
+            yield
+        except Exception as error:
+            step = self.global_step + 1
+            if is_lost_rank(error) and (reason := explain_failure(step, self.trained)):
+                raise reason from error
+            raise
+
+    @contextmanager
     def _gathered(self) -> Iterator[None]:
         """The models whose parts may be used on some ranks only, complete. Collective."""
         with ExitStack() as stack:
@@ -192,6 +205,13 @@ class Engines(Mapping[str, Engine]):
             for group in engine.overrides.groups
             if len(engine.overrides.groups) > 1
         ]
+
+    def await_evaluation(self, every: int) -> bool:
+        """Whether the next step depends on an evaluation at this step that is missing: at the
+        beginning of a run, or if the run was ended in the middle of it. `every`: as `evaluated`."""
+        if not every or self.global_step % every:
+            return False
+        return any(engine.overrides.awaits_evaluation(self.global_step) for engine in self.trained)
 
     def evaluated(self, metrics: Mapping[str, float], every: int) -> bool:
         """Lets schedules react to an evaluation. Returns whether that changed their state.

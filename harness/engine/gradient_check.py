@@ -74,14 +74,29 @@ class GradientCheck:
             if difference := engine.arrivals.describe_difference(of_ranks):
                 name, text = engine.name, difference
                 break
-        error = GradientError(
-            f"engine {name!r}: step {step}: {text}. Above ZeRO 0 this can add gradients of "
-            "different parameters to each other, so the weights are not saved. Use the same "
-            f'parameters on every rank, or set engines.{name}.unused_parameters = "zeros", '
-            "and resume from the last checkpoint"
-        )
+        error = _error(name, step, text)
         error.on_all_ranks = True
         raise error
+
+
+def explain_failure(step: int, engines: Sequence[CheckedEngine]) -> GradientError | None:
+    """Why a collective has failed in a step, if the ranks differ. Blocks for those of other nodes.
+
+    The others may have ended: some collectives of unequal sizes end a process at once.
+    """
+    for engine in engines:
+        if text := engine.arrivals.describe_failure():
+            return _error(engine.name, step, f"a collective has failed, as {text}")
+    return None
+
+
+def _error(name: str, step: int, text: str) -> GradientError:
+    return GradientError(
+        f"engine {name!r}: step {step}: {text}. Above ZeRO 0 this can add gradients of "
+        "different parameters to each other, so the weights are not saved. Use the same "
+        f'parameters on every rank, or set engines.{name}.unused_parameters = "zeros", '
+        "and resume from the last checkpoint"
+    )
 
 
 def _digest(records: Sequence[Record]) -> int:

@@ -96,6 +96,10 @@ class Overrides:
         self._schedule.span(total_steps)
         self.apply_lr()
 
+    def awaits_evaluation(self, step: int) -> bool:
+        """Whether the schedule depends on an evaluation at a step of the run that is missing."""
+        return self._schedule.awaits(step)
+
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Lets the schedule react to the evaluation at a step of the run. Returns whether that
         changed its state. Raises ConfigError if the evaluation lacks the schedule's metric."""

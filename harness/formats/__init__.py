@@ -7,10 +7,14 @@ pt_writer.py      .pt files of flat tensors, streamed
 subtrees.py       which part of a structure holds the weights
 stored_tensor.py  a tensor as byte ranges of files
 pt_reader.py      .pt files as trees of tensor references, without running code
+legacy_pt.py      .pt files from before torch 1.6
+known_values.py   what pickles of Python's and numpy's plain values hold
 unpickler.py      an unpickler that runs no code
+pickled.py        objects of unknown classes, and the limits of trees
 zips.py           zip archives as torch writes them: directory, headers, CRCs
 safetensors.py    safetensors files: checked headers, streamed data
 json_tree.py      nested structures of plain values as typed JSON
+composites.py     times, paths, namespaces, deques: values that one call makes
 tensor_writer.py  an open file, to be filled with tensors
 raw_io.py         reads and writes at a file position: all bytes, or an error
 cast.py           floating-point casts with numpy

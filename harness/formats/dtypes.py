@@ -1,5 +1,9 @@
 """The dtypes of tensors in files, under torch's names."""
 
+from collections.abc import Sequence
+
+from harness.errors import FormatError
+
 SIZES = {
     "bool": 1,
     "uint8": 1,
@@ -53,6 +57,9 @@ SAFETENSORS = {
 }
 """Their names in safetensors files, which support no other complex dtypes."""
 
+PAIRS = "float4_e2m1fn_x2"
+"""The dtype of which torch counts pairs, which take a byte, and safetensors the halves."""
+
 STORAGES = {
     "bool": "BoolStorage",
     "uint8": "ByteStorage",
@@ -68,3 +75,34 @@ STORAGES = {
     "complex128": "ComplexDoubleStorage",
 }
 """torch's storage classes, which `.pt` files name. Other dtypes are bytes in an UntypedStorage."""
+
+STORAGE_DTYPES = {f"torch.{name}": dtype for dtype, name in STORAGES.items()} | {
+    "torch.UntypedStorage": "uint8",
+    "torch.storage.UntypedStorage": "uint8",
+}
+"""The dtypes of torch's storage classes, by full name."""
+
+
+def to_safetensors(dtype: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """The dtype and shape that a tensor of torch has in safetensors. Raises FormatError if none."""
+    if dtype not in SAFETENSORS:
+        raise FormatError(f"safetensors does not support {dtype}")
+    if dtype != PAIRS:
+        return SAFETENSORS[dtype], tuple(shape)
+    if not shape:
+        raise FormatError("cannot store a float4 tensor without dimensions")
+    return SAFETENSORS[dtype], (*shape[:-1], 2 * shape[-1])
+
+
+def from_safetensors(dtype: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """The dtype and shape that a tensor of safetensors has in torch. Raises FormatError if none."""
+    if dtype not in _TORCH:
+        raise FormatError(f"unsupported dtype {dtype}")
+    if _TORCH[dtype] != PAIRS:
+        return _TORCH[dtype], tuple(shape)
+    if not shape or shape[-1] % 2:
+        raise FormatError(f"torch supports {dtype} only in pairs")
+    return _TORCH[dtype], (*shape[:-1], shape[-1] // 2)
+
+
+_TORCH = {short: dtype for dtype, short in SAFETENSORS.items()}

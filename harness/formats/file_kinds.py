@@ -17,7 +17,7 @@ SAFETENSORS = "safetensors"
 _HEAD = 512
 _MAX_HEADER = 100_000_000
 _ZIP = b"PK\x03\x04"
-_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_LEGACY = re.compile(rb"\x80.{1,10}\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19\.", re.DOTALL)
 """The first pickle of a file of torch.save before torch 1.6: a magic number."""
 
 _DOWNLOAD = "download the file itself, and check its size"
@@ -53,7 +53,7 @@ def format_of(path: Path) -> str:
         raise FormatError(f"{path}: not a regular file")
     with path.open("rb") as file:
         head = file.read(_HEAD)
-    if head.startswith((_ZIP, _LEGACY)):
+    if head.startswith(_ZIP) or _LEGACY.match(head):
         return PT
     if _begins_as_safetensors(head):
         return SAFETENSORS

@@ -4,6 +4,7 @@
     {"dict": {"a": node}}                 a dict whose keys are all strings
     {"items": [[key, node], ...]}         any other dict
     {"tuple": [...]}, {"float": "nan"}, {"int": "0x..."}, {"bytes": base64}, ...
+    {"datetime": ["2024-01-01T00:00:00", 0]}, {"deque": [[...], 5]}, ...     of its parts
     {"ints_in": name}, {"text_in": name}, ...     long values, stored outside as arrays
     {anything else: ..., ...}             encoded by the caller: tensors, dtypes
 
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from harness.errors import FormatError
+from harness.formats import composites
 
 KEY = "harness"
 """The key of the structure in the metadata of a file."""
@@ -146,6 +148,8 @@ class _Encoder:
             return value
         if kind in _ENCODERS:
             return _ENCODERS[kind](self, value)
+        if kind in composites.TAGS and (parts := composites.parts(value)) is not None:
+            return {composites.TAGS[kind]: self.node(parts, keys)}
         if kind not in _CONTAINERS:
             node = self.leaves.encode(value, keys)
             if node is None:
@@ -250,6 +254,8 @@ class _Decoder:
             return _SETS[tag](self.key(item, depth) for item in _list(content))
         if tag in _DECODERS:
             return _DECODERS[tag](self, content, depth)
+        if tag in composites.MAKERS:
+            return composites.MAKERS[tag](*_list(self.value(content, depth - 1)))
         return self.leaves.decode(node)
 
     def mapping(self, kind: type[dict], node: dict[str, Any], content: Any, depth: int) -> Any:
@@ -315,7 +321,7 @@ def _walk(node: Node, keys: Keys) -> Iterator[tuple[Keys, dict[str, Any]]]:
         elif tag in _DICTS:
             for key, child in content:
                 yield from _walk(child, (*keys, key if isinstance(key, str | int) else "?"))
-        elif tag == "tuple":
+        elif tag == "tuple" or tag in composites.MAKERS:
             yield from _walk(content, keys)
         elif tag not in _DECODERS and tag not in _SETS:
             yield keys, node

@@ -1,24 +1,30 @@
 """Reads the `.pt` files of torch.save without torch, and without running code.
 
 `read` returns the tree of values with a `TensorRef` in place of each tensor, which describes it and
-its bytes in the file; tensor data is not read. All globals that a pickle may name are listed here;
-any other name is an error, and so is an archive that torch did not write (`zips`) or a pickle that
-would not end (`unpickler`).
+its bytes in the file; tensor data is not read. What makes tensors is listed here, and what makes
+other plain values in `known_values`; any other object is a `Placeholder`. An archive that torch did
+not write is an error (`zips`), and so is a pickle that is too large (`unpickler`).
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from harness.errors import FormatError
-from harness.formats import file_kinds, unpickler, zips
-from harness.formats.dtypes import SIZES, STORAGES
-from harness.formats.unpickler import AllowedGlobal, PickleError, Placeholder
+from harness.formats import file_kinds, legacy_pt, unpickler, zips
+from harness.formats.dtypes import SIZES, STORAGE_DTYPES
+from harness.formats.known_values import known_globals
+from harness.formats.pickled import (
+    Global,
+    PickleError,
+    Placeholder,
+    UnsupportedTensor,
+    Unusual,
+)
 
-MAX_PICKLE = 256 << 20
-"""Most bytes of the pickle in a file."""
+MAX_PICKLE = legacy_pt.MAX_PICKLE
 
 
 class Shape(tuple[int, ...]):
@@ -35,6 +41,19 @@ class DType:
 
     name: str
 
+    def __str__(self) -> str:
+        return f"torch.{self.name}"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Placeholder of a torch.device: "cuda:0"."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
 
 @dataclass(frozen=True, eq=False)
 class Storage:
@@ -43,6 +62,15 @@ class Storage:
     record: zips.Record
     location: str
     """The device it was on."""
+
+
+@dataclass(frozen=True, eq=False)
+class TypedStorage:
+    """A storage with the dtype of its elements, as a pickle names it."""
+
+    CALLED: ClassVar[str] = "a storage of torch"
+    storage: Storage
+    dtype: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +83,7 @@ class TensorRef:
     stride: tuple[int, ...]
     offset: int
     requires_grad: bool = False
+    is_parameter: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -95,48 +124,52 @@ class TensorRef:
         return True
 
 
-def read(path: Path, extra_globals: Mapping[str, Callable[..., Any]] | None = None) -> Any:
-    """The tree in a `.pt` file, tensors as TensorRef.
+def read(path: Path) -> Any:
+    """The tree in a `.pt` file.
 
-    `extra_globals`: what else the pickle may call, by full name. All kinds of dict are returned as
-    dict, torch.Size as Shape, torch.dtype as DType, and torch.device and the other globals in
-    `PLACEHOLDERS` as Placeholder. Raises FormatError, which names the file, also if it cannot be
-    opened.
+    Tensors are TensorRef, torch.Size, torch.dtype and torch.device Shape, DType and Device; values
+    of numpy are those of `known_values`. An object of an unknown class is a Placeholder, wherever
+    it is. Raises FormatError, which names the file, also if it cannot be opened.
     """
     try:
-        prefix, archive, pickled = _open(path)
+        pickled, storage_records = _open(path)
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror}") from None
     storages: dict[str, Storage] = {}
 
-    def load_storage(reference: Any) -> tuple[Storage, str]:
+    def load_storage(reference: Any) -> TypedStorage:
         match reference:
-            case ("storage", AllowedGlobal(name=kind), str(number), str(location), int()):
-                record = archive.get(f"{prefix}data/{number}")
-                if kind not in _STORAGE_DTYPES or record is None:
-                    raise PickleError(f"the tensor data {number!r} is missing")
+            case ("storage", Global(name=kind), str(number), str(location), int(), *_):
+                record = storage_records.get(number)
+                if kind not in STORAGE_DTYPES or record is None:
+                    raise PickleError(f"the tensor data {number!r:.40} is missing")
                 storage = storages.setdefault(number, Storage(record, location))
-                return storage, _STORAGE_DTYPES[kind]
+                return TypedStorage(storage, STORAGE_DTYPES[kind])
+            case ("module", Global() as kind, *_):  # a class, before torch 1.6
+                return kind  # type: ignore[return-value]
         raise PickleError("malformed: not a reference to tensor data")
 
-    extra = {name: AllowedGlobal(name, make) for name, make in (extra_globals or {}).items()}
     try:
-        return unpickler.unpickle(pickled.read(), _GLOBALS | extra, load_storage)
+        return unpickler.unpickle(pickled, _GLOBALS, load_storage)
     except PickleError as error:
         raise FormatError(f"{path}: cannot be read: {error}") from None
 
 
-def _open(path: Path) -> tuple[str, Mapping[str, zips.Record], zips.Record]:
-    """The prefix of all names in an archive, the archive, and its pickle."""
+def _open(path: Path) -> tuple[bytes, Mapping[str, zips.Record]]:
+    """The pickle of a file, and its tensor data by number."""
     if file_kinds.format_of(path) != file_kinds.PT:
         raise FormatError(f"{path}: a safetensors file, expected one of torch.save")
+    if legacy_pt.is_legacy(path):
+        return legacy_pt.read(path)
     try:
         archive = zips.records(path)
-        prefix, pickled = _find_pickle(path, archive)
+        prefix, record = _find_pickle(path, archive)
     except FormatError:
         file_kinds.refuse_foreign_zip(path)
         raise
-    return prefix, archive, pickled
+    start = f"{prefix}data/"
+    data = {n.removeprefix(start): data for n, data in archive.items() if n.startswith(start)}
+    return record.read(), data
 
 
 def _find_pickle(path: Path, archive: Mapping[str, zips.Record]) -> tuple[str, zips.Record]:
@@ -167,18 +200,21 @@ def _tensor(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, *rest: Any
 ) -> TensorRef:
     """`torch._utils._rebuild_tensor_v2`, and `_v3`, which has the dtype after the hooks."""
-    memory, dtype = storage
-    if rest[1:] and isinstance(rest[1], DType):
-        dtype = rest[1].name
-    if any(isinstance(flags, dict) and any(flags.values()) for flags in rest[1:]):
-        raise PickleError(
-            "a conjugated or negated tensor: save it after resolve_conj() and resolve_neg()"
-        )
-    sizes = [offset, *size, *stride]
-    if not isinstance(memory, Storage) or len(size) != len(stride) or len(size) > 64:
+    if not isinstance(storage, TypedStorage):
         raise PickleError("malformed: a tensor")
-    if dtype not in SIZES:
-        raise PickleError(f"a tensor of unsupported dtype {dtype}")
+    memory, dtype = storage.storage, storage.dtype
+    for extra in rest[1:]:
+        if isinstance(extra, DType):
+            dtype = extra.name
+        elif isinstance(extra, Global):
+            raise _Unread(f"tensor of {extra.name:.80}")
+        elif isinstance(extra, dict) and any(extra.values()):
+            raise _Unread(
+                "conjugated or negated tensor: save it after resolve_conj() and resolve_neg()"
+            )
+    sizes = [offset, *size, *stride]
+    if len(size) != len(stride) or len(size) > 64:
+        raise PickleError("malformed: a tensor")
     if not all(map(_is_count, sizes)):
         raise PickleError("malformed: the shape of a tensor")
     ref = TensorRef(memory, dtype, Shape(size), tuple(stride), offset, bool(requires_grad))
@@ -199,90 +235,85 @@ def _shape(sizes: Any = ()) -> Shape:
     return Shape(sizes)
 
 
-def _parameter(data: Any, *_: Any) -> Any:
-    return data
+def _parameter(data: Any, requires_grad: Any = True, *_: Any) -> Any:
+    if isinstance(data, Placeholder):
+        return data
+    if not isinstance(data, TensorRef):
+        raise PickleError("malformed: a parameter")
+    return replace(data, is_parameter=True, requires_grad=bool(requires_grad))
 
 
-def _of_type(rebuild: Any, _: Any, args: Any, __: Any) -> Any:
+def _of_type(rebuild: Any, kind: Any, args: Any, state: Any) -> Any:
     """`torch._tensor._rebuild_from_type_v2`: a tensor that carries attributes."""
-    make = rebuild.make if isinstance(rebuild, AllowedGlobal) else None
-    if make is None or make not in (_tensor, _parameter):
+    if not isinstance(rebuild, Global) or not isinstance(args, tuple):
         raise PickleError("malformed: a tensor")
-    return make(*args)
+    if rebuild.make is not None and rebuild.module == "torch._utils":
+        return rebuild.make(*args)
+    return UnsupportedTensor(_OF_TYPE, (rebuild, kind, args, state))
 
 
-def mapping(items: Any = ()) -> dict[Any, Any]:
-    """A dict from another dict, or from pairs whose keys are quick to hash."""
-    if isinstance(items, dict):
-        return dict(items)
-    return {unpickler.hashable(key): value for key, value in items}
+def _shape(sizes: Any = ()) -> Shape:
+    if not all(map(_is_count, sizes)):
+        raise PickleError("malformed: a shape")
+    return Shape(sizes)
 
 
-def _bytes(text: str = "", encoding: str = "latin1") -> bytes:
-    if encoding not in ("latin1", "utf-8"):
-        raise PickleError("malformed: bytes")
-    return text.encode(encoding)
+def _parameter(data: Any, requires_grad: Any = True, *_: Any) -> Any:
+    if isinstance(data, Placeholder):
+        return data
+    if not isinstance(data, TensorRef):
+        raise PickleError("malformed: a parameter")
+    return replace(data, is_parameter=True, requires_grad=bool(requires_grad))
 
 
-def _bytearray(content: Any = b"", *encoding: Any) -> bytearray:
-    if isinstance(content, str):
-        content = _bytes(content, *encoding)
-    if not isinstance(content, bytes):  # a number would be a size
-        raise PickleError("malformed: a bytearray")
-    return bytearray(content)
+def _device(kind: Any, index: Any = None) -> Device:
+    if not isinstance(kind, str) or not isinstance(index, int | None):
+        raise Unusual
+    return Device(kind if index is None else f"{kind}:{index}")
 
 
-def _set(items: Any = ()) -> set[Any]:
-    return {unpickler.hashable(item) for item in items}
+class _Unread(Exception):
+    """A tensor that cannot be read, and what it is."""
 
 
-def _placeholder(name: str) -> AllowedGlobal:
-    return AllowedGlobal(name, lambda *values: Placeholder(name, *values))
+def _rebuilder(name: str, make: Callable[..., Any] | None = None) -> Global:
+    """A function of `torch._utils` that makes tensors; without `make`, of a kind not read."""
+
+    def rebuild(*args: Any) -> Any:
+        what = ""
+        try:
+            if make is not None:
+                return make(*args)
+        except _Unread as error:
+            what = str(error)
+        tensor = UnsupportedTensor(known, args)
+        tensor.class_name = what or tensor.class_name
+        return tensor
+
+    known = Global("torch._utils", name, rebuild)
+    return known
 
 
-_STORAGE_DTYPES = {f"torch.{name}": dtype for dtype, name in STORAGES.items()} | {
-    "torch.UntypedStorage": "uint8",
-    "torch.storage.UntypedStorage": "uint8",
-}
-
-PLACEHOLDERS = (
-    "torch.device",
-    "torch._utils._rebuild_sparse_tensor",
-    "torch._utils._rebuild_qtensor",
-    "torch._utils._rebuild_meta_tensor_no_storage",
-    "torch.serialization._get_layout",
-    "argparse.Namespace",
-    "pathlib.PosixPath",
-    "pathlib._local.PosixPath",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
+_OF_TYPE = Global("torch._tensor", "_rebuild_from_type_v2", _of_type)
+_TENSORS = (
+    _OF_TYPE,
+    _rebuilder("_rebuild_tensor", _tensor),
+    _rebuilder("_rebuild_tensor_v2", _tensor),
+    _rebuilder("_rebuild_tensor_v3", _tensor),
+    _rebuilder("_rebuild_parameter", _parameter),
+    _rebuilder("_rebuild_parameter_with_state", _parameter),
+    _rebuilder("_rebuild_sparse_tensor"),
+    _rebuilder("_rebuild_nested_tensor"),
+    _rebuilder("_rebuild_qtensor"),
+    _rebuilder("_rebuild_meta_tensor_no_storage"),
+    _rebuilder("_rebuild_wrapper_subclass"),
+    _rebuilder("_rebuild_device_tensor_from_numpy"),
+    _rebuilder("_rebuild_device_tensor_from_cpu_tensor"),
 )
-"""Globals that are returned as Placeholder: only their arguments and attributes are needed."""
-
 _GLOBALS: dict[str, Any] = {
-    allowed.name: allowed
-    for allowed in (
-        *map(AllowedGlobal, _STORAGE_DTYPES),
-        *map(_placeholder, PLACEHOLDERS),
-        AllowedGlobal("torch.Tensor"),
-        AllowedGlobal("torch.nn.parameter.Parameter"),
-        AllowedGlobal("torch.Size", _shape),
-        AllowedGlobal("torch._utils._rebuild_tensor_v2", _tensor),
-        AllowedGlobal("torch._utils._rebuild_tensor_v3", _tensor),
-        AllowedGlobal("torch._utils._rebuild_parameter", _parameter),
-        AllowedGlobal("torch._utils._rebuild_parameter_with_state", _parameter),
-        AllowedGlobal("torch._tensor._rebuild_from_type_v2", _of_type),
-        AllowedGlobal("collections.OrderedDict", mapping),
-        AllowedGlobal("collections.Counter", mapping),
-        AllowedGlobal("collections.defaultdict", lambda _=None: {}),
-        AllowedGlobal("builtins.set", _set),
-        AllowedGlobal("builtins.frozenset", lambda items=(): frozenset(_set(items))),
-        AllowedGlobal("builtins.bytes", lambda: b""),
-        AllowedGlobal("builtins.complex", complex),
-        AllowedGlobal("builtins.bytearray", _bytearray),
-        AllowedGlobal("_codecs.encode", _bytes),
-        *map(AllowedGlobal, ("builtins.dict", "builtins.list", "builtins.int", "builtins.float")),
-    )
-} | {f"torch.{name}": DType(name) for name in SIZES}
+    **known_globals(),
+    **{known.name: known for known in _TENSORS},
+    "torch.Size": Global("torch", "Size", _shape),
+    "torch.device": Global("torch", "device", _device),
+    **{f"torch.{name}": DType(name) for name in SIZES},
+}

@@ -168,7 +168,9 @@ class _Parser:
         header = Header()
 
         def value(name: str, at: int) -> tuple[None, int]:
-            if name == METADATA:
+            if name == METADATA and self.text.startswith("null", at):
+                at += len("null")
+            elif name == METADATA:
                 strings, at = self.object(at, lambda _, at: self.string(at))
                 header.metadata.update(strings)
             else:

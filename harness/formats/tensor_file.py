@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from harness.formats import (
     subtrees,
     tied_weights,
 )
+from harness.formats.pickled import Global, Placeholder, UnsupportedTensor, describe
 from harness.formats.pt_reader import TensorRef
 from harness.formats.stored_tensor import ByteRange, StoredTensor
 from harness.formats.tensor_writer import TensorEntry
 
-_DTYPES = {short: dtype for dtype, short in dtypes.SAFETENSORS.items() if short != "F4"}
+EXTRA_STATE = "_extra_state"
+"""Last part of the name under which torch saves `Module.get_extra_state`, an object of any type."""
 _OURS = {json_tree.KEY, "format", "total_size"}
 """Metadata keys of our own files and indices."""
 
@@ -64,20 +67,20 @@ def parts(path: Path) -> list[str]:
     """The keys of a `.pt` that can be read alone; none of another file."""
     if path.name.endswith(shard_index.SUFFIX) or file_kinds.format_of(path) != file_kinds.PT:
         return []
-    return list(subtrees.weights_in(pt_reader.read(path), _is_weights))
+    return list(subtrees.weights_in(pt_reader.read(path), partial(_is_weights, path=path)))
 
 
 def _read_pt(path: Path, key: str | None) -> TensorFile | None:
     tree = pt_reader.read(path)
-    if key is None and (found := _of_tree(tree)) is not None:
+    if key is None and (found := _of_tree(path, tree)) is not None:
         return found
     try:
-        key, part = subtrees.choose(tree, key, _is_weights)
+        key, part = subtrees.choose(tree, key, partial(_is_weights, path=path))
     except FormatError as error:
         if key is None:
             return None
         raise FormatError(f"{path}: {error}") from None
-    found = _of_tree(part)
+    found = _of_tree(path, part)
     assert found is not None
     others = first_few([repr(str(other)) for other in tree if str(other) != key])
     left = f"; left out: {others}" if others else ""
@@ -91,7 +94,7 @@ def _read_shards(path: Path) -> TensorFile | None:
         if file_kinds.format_of(file) == file_kinds.SAFETENSORS:
             entries = safetensors.read_header(file).tensors
             shards[file] = {name: _stored(file, name, entry) for name, entry in entries.items()}
-        elif (shard := _of_tree(pt_reader.read(file))) is not None:
+        elif (shard := _of_tree(file, pt_reader.read(file))) is not None:
             shards[file] = shard.tensors
         else:
             raise FormatError(f"{file}: not a dict of tensors, as expected of a shard")
@@ -100,18 +103,26 @@ def _read_shards(path: Path) -> TensorFile | None:
     return _tensor_file(stored, index.metadata)
 
 
-def _is_weights(tree: Any) -> bool:
-    found = _of_tree(tree)
+def _is_weights(tree: Any, path: Path) -> bool:
+    found = _of_tree(path, tree)
     return found is not None and bool(found.tensors)
 
 
-def _of_tree(tree: Any) -> TensorFile | None:
+def _of_tree(path: Path, tree: Any) -> TensorFile | None:
     """A dict of tensors by name; None for another structure."""
     if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
         return None
-    if not all(isinstance(value, TensorRef) for value in tree.values()):
-        return None
-    return TensorFile({name: StoredTensor.from_ref(ref) for name, ref in tree.items()})
+    file = TensorFile({})
+    for name, value in tree.items():
+        if isinstance(value, TensorRef):
+            file.tensors[name] = StoredTensor.from_ref(value)
+        elif isinstance(value, UnsupportedTensor):
+            raise FormatError(f"{path}: {name!r} is {describe(value)}, which cannot be read")
+        elif name.rpartition(".")[2] == EXTRA_STATE or isinstance(value, Placeholder | Global):
+            file.notes.append(f"skipped {name!r}: not a tensor, but {describe(value)}")
+        else:
+            return None
+    return file if file.tensors or not tree else None
 
 
 def _tensor_file(stored: dict[str, StoredTensor], metadata: Mapping[str, Any]) -> TensorFile | None:
@@ -126,7 +137,9 @@ def _tensor_file(stored: dict[str, StoredTensor], metadata: Mapping[str, Any]) -
 
 
 def _stored(path: Path, name: str, entry: TensorEntry) -> StoredTensor:
-    if entry.dtype not in _DTYPES:
-        raise FormatError(f"{path}: {name!r}: cannot convert dtype {entry.dtype}")
+    try:
+        dtype, shape = dtypes.from_safetensors(entry.dtype, entry.shape)
+    except FormatError as error:
+        raise FormatError(f"{path}: {name!r}: {error}") from None
     ranges = (ByteRange(path, entry.start, entry.nbytes),) if entry.nbytes else ()
-    return StoredTensor(_DTYPES[entry.dtype], entry.shape, ranges)
+    return StoredTensor(dtype, shape, ranges)

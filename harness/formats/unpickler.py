@@ -1,78 +1,67 @@
-"""An unpickler that runs no code: it builds plain values from a closed list of globals.
+"""An unpickler that runs no code: it imports nothing, and calls only the globals that it is given.
 
-It executes only the opcodes in torch.save's pickles, and imports nothing. Limited are the number of
-operations, the depth of the tree, and its size when it is walked ("billion laughs"). Keys must be
-plain, as hashing a nested tuple can take forever. The opcodes: Python's pickletools.py.
+Any other global is a `Global`, and what it would make is a `Placeholder`. An operation takes a byte
+or more, so that the size of the pickle limits their number; limited are also the containers, and
+the tree (`pickled`). The opcodes: Python's pickletools.py; those of protocols 0 and 1, and of
+buffers outside the pickle, are not supported.
 """
 
 import pickle
 import struct
-from collections import OrderedDict
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from argparse import Namespace
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
-MAX_OPERATIONS = 5_000_000
-MAX_DEPTH = 200
-MAX_NODES = 20_000_000
-"""Values in a tree; a shared value counts each time it occurs."""
+from harness.formats.pickled import (
+    MAX_NODES,
+    Global,
+    PickleError,
+    Placeholder,
+    Unusual,
+    check_size,
+    hashable,
+)
 
-_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-"""Python 2's names, which pickles of protocol 2 use."""
+MAX_CONTAINERS = 5_000_000
+"""Containers and other objects that a pickle may make; each takes more memory than its bytes."""
 
-
-class PickleError(Exception):
-    """A pickle that cannot be read, and why."""
-
-
-class AllowedGlobal:
-    """A global that a pickle may name, and call if it has `make`. Its attributes cannot be set."""
-
-    __slots__ = ("make", "name")
-
-    def __init__(self, name: str, make: Callable[..., Any] | None = None):
-        """`make` None: it may be named, like a class that is an argument, but not called."""
-        self.name = name
-        self.make = make
-
-
-class Placeholder:
-    """An object whose class is not imported: its arguments and state, as plain values."""
-
-    def __init__(self, name: str, *values: Any):
-        self.class_name = name
-        self.values = values
-        self.state: dict[str, Any] = {}
-
-    def set_state(self, state: Any) -> None:
-        """Stores the attributes that the pickle sets."""
-        if isinstance(state, tuple) and len(state) == 2:  # for a class with __slots__
-            state = {**(state[0] or {}), **(state[1] or {})}
-        if not isinstance(state, dict):
-            raise PickleError(f"malformed: the attributes of {self.class_name}")
-        self.state |= state
-
-
-_CONTAINERS = (dict, list, tuple, set, Placeholder)
+_DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, struct.error)
 
 
 def unpickle(
-    data: bytes, known_globals: Mapping[str, Any], load_persistent: Callable[[Any], Any]
+    data: bytes,
+    known_globals: Mapping[str, Any],
+    load_persistent: Callable[[Any], Any],
 ) -> Any:
     """The tree that a pickle describes.
 
-    `known_globals`: an AllowedGlobal, or another value, for each global that the pickle may name,
-    by full name. `load_persistent(id)` returns objects outside the pickle. Raises PickleError for a
-    pickle that is malformed or too large, or that names or does anything else.
+    `known_globals`: the values of globals by full name; a `Global` among them may be called.
+    `load_persistent(id)` returns objects outside the pickle. Raises PickleError for a pickle that
+    is malformed or too large.
     """
-    unpickler = _Unpickler(data, known_globals, load_persistent)
+    return unpickle_first(data, 0, known_globals, load_persistent)[0]
+
+
+def unpickle_first(
+    data: bytes,
+    start: int,
+    known_globals: Mapping[str, Any],
+    load_persistent: Callable[[Any], Any],
+) -> tuple[Any, int]:
+    """The tree of the pickle at offset `start`, and the offset of its end. As `unpickle`."""
+    unpickler = _Unpickler(data, start, known_globals, load_persistent)
     try:
         tree = unpickler.run()
     except PickleError:
         raise
-    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+    except _DAMAGE as error:
         raise PickleError(f"malformed at byte {unpickler.position}: {error!r}"[:200]) from None
-    _check_size(tree)
-    return tree
+    check_size(tree, max(MAX_NODES, len(data)))
+    return tree, unpickler.position
 
 
 _MARK = object()
@@ -82,10 +71,16 @@ class _Unpickler:
     """The stack machine of Python's pickle module, without its imports and calls."""
 
     def __init__(
-        self, data: bytes, known_globals: Mapping[str, Any], load_persistent: Callable[[Any], Any]
+        self,
+        data: bytes,
+        start: int,
+        known_globals: Mapping[str, Any],
+        load_persistent: Callable[[Any], Any],
     ):
         self.data = data
-        self.position = 0
+        self.position = start
+        self.containers = 0
+        self.protocol = 0
         self.known_globals = known_globals
         self.load_persistent = load_persistent
         self.stack: list[Any] = []
@@ -93,7 +88,7 @@ class _Unpickler:
 
     def run(self) -> Any:
         data, opcodes = self.data, _OPCODES
-        for _ in range(MAX_OPERATIONS):
+        while True:
             code = data[self.position]
             self.position += 1
             if code == _STOP:
@@ -107,7 +102,6 @@ class _Unpickler:
                     f"unsupported opcode {bytes([code])!r} at byte {self.position - 1}"
                 )
             execute(self)
-        raise PickleError(f"more than {MAX_OPERATIONS} operations")
 
     def take(self, length: int) -> bytes:
         start, self.position = self.position, self.position + length
@@ -140,10 +134,24 @@ class _Unpickler:
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
-    def top(self, kind: type) -> Any:
+    def push_object(self, value: Any) -> None:
+        self.containers += 1
+        if self.containers > MAX_CONTAINERS:
+            raise PickleError(f"more than {MAX_CONTAINERS} containers and objects")
+        self.stack.append(value)
+
+    def pop_unused(self) -> None:
+        """A value that was made only for its effect, as by a setter of attributes."""
+        value = self.stack.pop()
+        changed = value.values[:1] if isinstance(value, Placeholder) else ()
+        if changed and isinstance(changed[0], Placeholder):
+            changed[0].steps.append(("call", value))
+
+    def top(self, *kinds: type) -> Any:
         value = self.stack[-1]
-        if not isinstance(value, kind):
-            raise PickleError(f"malformed: expected {kind.__name__}, found {type(value).__name__}")
+        if not isinstance(value, kinds):
+            expected = kinds[0].__name__
+            raise PickleError(f"malformed: expected {expected}, found {type(value).__name__}")
         return value
 
     def remember(self, key: int) -> None:
@@ -153,46 +161,57 @@ class _Unpickler:
         self.memo[key] = value
 
     def push_global(self, module: str, name: str) -> None:
-        full = f"{_MODULES.get(module, module)}.{name}"
-        if full not in self.known_globals:
-            raise PickleError(f"it names {full}, which could run code; nothing was run")
-        self.push(self.known_globals[full])
+        if self.protocol < 3:  # Python 2's names
+            module, name = NAME_MAPPING.get((module, name), (module, name))
+            module = IMPORT_MAPPING.get(module, module)
+        known = self.known_globals.get(f"{module}.{name}")
+        self.push_object(Global(module, name) if known is None else known)
+
+    def append(self, values: list[Any]) -> None:
+        target = self.top(list, deque, Placeholder)
+        if isinstance(target, Placeholder):
+            target.steps.append(("append", values))
+        else:
+            target.extend(values)
 
     def set_items(self, items: list[Any]) -> None:
-        target = self.top(dict)
+        target = self.top(dict, Placeholder)
+        if isinstance(target, Placeholder):
+            target.steps.append(("set", items))
+            return
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[hashable(key)] = value
 
-    def call(self) -> None:
+    def call(self, is_new: bool = False, options: Any = None) -> None:
         args = self.pop()
         target = self.pop()
-        if not (isinstance(args, tuple) and isinstance(target, AllowedGlobal) and target.make):
-            raise PickleError(f"it calls {_name_of(target)}")
-        self.push(target.make(*args))
+        if not isinstance(args, tuple) or not isinstance(options, dict | None):
+            raise PickleError("malformed: the arguments of a call")
+        if not isinstance(target, Global | Placeholder):
+            raise PickleError(f"malformed: a call of a {type(target).__name__}")
+        value = None
+        if isinstance(target, Global) and target.make is not None and not options:
+            with suppress(Unusual):
+                value = target.make(*args)
+        self.push_object(Placeholder(target, args, options, is_new) if value is None else value)
 
     def set_state(self) -> None:
         state = self.pop()
         target = self.top(object)
         if isinstance(target, Placeholder):
+            target.steps.append(("state", state))
+        elif isinstance(target, Namespace | SimpleNamespace):
+            if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+                raise PickleError("malformed: the attributes of a namespace")
+            vars(target).update(state)
+        elif hasattr(target, "set_state"):
             target.set_state(state)
         elif isinstance(target, OrderedDict) and isinstance(state, dict):
             if "_metadata" in state:  # of Module.state_dict()
                 vars(target)["_metadata"] = state["_metadata"]
         elif not isinstance(target, dict):
-            raise PickleError(f"it sets attributes of {_name_of(target)}")
-
-
-def _name_of(value: Any) -> str:
-    return value.name if isinstance(value, AllowedGlobal) else type(value).__name__
-
-
-def hashable(key: Any) -> Any:
-    """The key, if it is quick to hash. Raises PickleError otherwise."""
-    parts = key if isinstance(key, tuple) else (key,)
-    plain = (str, int, float, bool, bytes, complex, type(None), AllowedGlobal)
-    if not all(isinstance(part, plain) or type(part).__hash__ is object.__hash__ for part in parts):
-        raise PickleError(f"unsupported key type {type(key).__name__}")
-    return key
+            name = target.name if isinstance(target, Global) else f"a {type(target).__name__}"
+            raise PickleError(f"malformed: it sets attributes of {name}")
 
 
 def _global(unpickler: _Unpickler) -> None:
@@ -207,16 +226,6 @@ def _stack_global(unpickler: _Unpickler) -> None:
     unpickler.push_global(module, name)
 
 
-def _append(unpickler: _Unpickler) -> None:
-    value = unpickler.pop()
-    unpickler.top(list).append(value)
-
-
-def _appends(unpickler: _Unpickler) -> None:
-    values = unpickler.pop_mark()
-    unpickler.top(list).extend(values)
-
-
 def _set_item(unpickler: _Unpickler) -> None:
     value, key = unpickler.pop(), unpickler.pop()
     unpickler.set_items([key, value])
@@ -227,16 +236,43 @@ def _add_items(unpickler: _Unpickler) -> None:
     unpickler.top(set).update(map(hashable, values))
 
 
+def _frozen_set(unpickler: _Unpickler) -> None:
+    unpickler.push_object(frozenset(map(hashable, unpickler.pop_mark())))
+
+
+def _new_with_options(unpickler: _Unpickler) -> None:
+    unpickler.call(is_new=True, options=unpickler.pop())
+
+
 def _tuple_of(length: int) -> Callable[[_Unpickler], None]:
     def execute(unpickler: _Unpickler) -> None:
         values = [unpickler.pop() for _ in range(length)]
-        unpickler.push(tuple(reversed(values)))
+        unpickler.push_object(tuple(reversed(values)))
 
     return execute
 
 
 def _text(unpickler: _Unpickler, width: int) -> None:
     unpickler.push(unpickler.take(unpickler.number(width)).decode("utf-8", "surrogatepass"))
+
+
+def _protocol(unpickler: _Unpickler) -> None:
+    unpickler.protocol = unpickler.number(1)
+
+
+def _int_4(unpickler: _Unpickler) -> None:
+    unpickler.stack.append(_INT4.unpack_from(unpickler.data, unpickler.position)[0])
+    unpickler.position += 4
+
+
+def _int_1(unpickler: _Unpickler) -> None:
+    unpickler.stack.append(unpickler.data[unpickler.position])
+    unpickler.position += 1
+
+
+def _float(unpickler: _Unpickler) -> None:
+    unpickler.stack.append(_FLOAT.unpack_from(unpickler.data, unpickler.position)[0])
+    unpickler.position += 8
 
 
 def _signed(unpickler: _Unpickler, width: int) -> None:
@@ -248,42 +284,47 @@ def _memo_next(unpickler: _Unpickler) -> None:
 
 
 _STOP = pickle.STOP[0]
+_INT4, _FLOAT = struct.Struct("<i"), struct.Struct(">d")
 _OPCODES: dict[int, Callable[[_Unpickler], None]] = {
     opcode[0]: execute
     for opcode, execute in {
-        pickle.PROTO: lambda u: u.take(1),
+        pickle.PROTO: _protocol,
         pickle.FRAME: lambda u: u.take(8),
         pickle.MARK: lambda u: u.push(_MARK),
-        pickle.POP: lambda u: u.stack.pop(),
+        pickle.POP: lambda u: u.pop_unused(),
+        pickle.POP_MARK: lambda u: u.pop_mark(),
         pickle.NONE: lambda u: u.push(None),
         pickle.NEWTRUE: lambda u: u.push(True),
         pickle.NEWFALSE: lambda u: u.push(False),
-        pickle.BININT: lambda u: _signed(u, 4),
-        pickle.BININT1: lambda u: u.push(u.number(1)),
+        pickle.BININT: _int_4,
+        pickle.BININT1: _int_1,
         pickle.BININT2: lambda u: u.push(u.number(2)),
         pickle.LONG1: lambda u: _signed(u, u.number(1)),
-        pickle.BINFLOAT: lambda u: u.push(struct.unpack(">d", u.take(8))[0]),
+        pickle.LONG4: lambda u: _signed(u, u.number(4)),
+        pickle.BINFLOAT: _float,
         pickle.BINUNICODE: lambda u: _text(u, 4),
         pickle.SHORT_BINUNICODE: lambda u: _text(u, 1),
         pickle.BINUNICODE8: lambda u: _text(u, 8),
         pickle.SHORT_BINSTRING: lambda u: u.push(u.take(u.number(1)).decode("latin1")),
+        pickle.BINSTRING: lambda u: u.push(u.take(u.number(4)).decode("latin1")),
         pickle.BINBYTES: lambda u: u.push(u.take(u.number(4))),
         pickle.SHORT_BINBYTES: lambda u: u.push(u.take(u.number(1))),
         pickle.BINBYTES8: lambda u: u.push(u.take(u.number(8))),
-        pickle.BYTEARRAY8: lambda u: u.push(bytearray(u.take(u.number(8)))),
-        pickle.EMPTY_LIST: lambda u: u.push([]),
-        pickle.EMPTY_DICT: lambda u: u.push({}),
-        pickle.EMPTY_SET: lambda u: u.push(set()),
+        pickle.BYTEARRAY8: lambda u: u.push_object(bytearray(u.take(u.number(8)))),
+        pickle.EMPTY_LIST: lambda u: u.push_object([]),
+        pickle.EMPTY_DICT: lambda u: u.push_object({}),
+        pickle.EMPTY_SET: lambda u: u.push_object(set()),
         pickle.EMPTY_TUPLE: lambda u: u.push(()),
-        pickle.TUPLE: lambda u: u.push(tuple(u.pop_mark())),
+        pickle.TUPLE: lambda u: u.push_object(tuple(u.pop_mark())),
         pickle.TUPLE1: _tuple_of(1),
         pickle.TUPLE2: _tuple_of(2),
         pickle.TUPLE3: _tuple_of(3),
-        pickle.APPEND: _append,
-        pickle.APPENDS: _appends,
+        pickle.APPEND: lambda u: u.append([u.pop()]),
+        pickle.APPENDS: lambda u: u.append(u.pop_mark()),
         pickle.SETITEM: _set_item,
         pickle.SETITEMS: lambda u: u.set_items(u.pop_mark()),
         pickle.ADDITEMS: _add_items,
+        pickle.FROZENSET: _frozen_set,
         pickle.BINGET: lambda u: u.push(u.memo[u.number(1)]),
         pickle.LONG_BINGET: lambda u: u.push(u.memo[u.number(4)]),
         pickle.BINPUT: lambda u: u.remember(u.number(1)),
@@ -292,51 +333,9 @@ _OPCODES: dict[int, Callable[[_Unpickler], None]] = {
         pickle.GLOBAL: _global,
         pickle.STACK_GLOBAL: _stack_global,
         pickle.REDUCE: lambda u: u.call(),
-        pickle.NEWOBJ: lambda u: u.call(),
+        pickle.NEWOBJ: lambda u: u.call(is_new=True),
+        pickle.NEWOBJ_EX: _new_with_options,
         pickle.BUILD: lambda u: u.set_state(),
         pickle.BINPERSID: lambda u: u.push(u.load_persistent(u.pop())),
     }.items()
 }
-
-
-def _children(node: Any) -> list[Any]:
-    """The values in a node of a tree, without keys."""
-    match node:
-        case dict():
-            return [*node.values(), getattr(node, "__dict__", None)]
-        case list() | tuple() | set():
-            return list(node)
-        case Placeholder():
-            return [*node.values, *node.state.values()]
-    return []
-
-
-def _check_size(tree: Any) -> None:
-    """Raises PickleError if the tree is too deep or too large to be walked, or contains itself."""
-    sizes: dict[int, tuple[int, int]] = {}  # of finished containers: nodes, depth
-    unfinished: set[int] = set()
-    stack = [(tree, False)]
-    while stack:
-        node, is_finished = stack.pop()
-        key = id(node)
-        if not is_finished:
-            if key in sizes:
-                continue
-            if key in unfinished:
-                raise PickleError("a value that contains itself")
-            unfinished.add(key)
-            stack.append((node, True))
-            stack.extend(
-                (child, False) for child in _children(node) if isinstance(child, _CONTAINERS)
-            )
-            continue
-        unfinished.discard(key)
-        values = _children(node)
-        inner = [sizes[id(child)] for child in values if isinstance(child, _CONTAINERS)]
-        nodes = 1 + len(values) + sum(size for size, _ in inner)
-        depth = 1 + max((depth for _, depth in inner), default=0)
-        if depth > MAX_DEPTH:
-            raise PickleError(f"values nested deeper than {MAX_DEPTH} levels")
-        if nodes > MAX_NODES:
-            raise PickleError(f"a tree of more than {MAX_NODES} values")
-        sizes[key] = nodes, depth

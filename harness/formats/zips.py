@@ -41,13 +41,16 @@ _VERSION = 45
 
 @dataclass(frozen=True)
 class Record:
-    """A file in an archive: bytes `start` to `start + size`, and their CRC-32."""
+    """A file in an archive: bytes `start` to `start + size`, and their CRC-32.
+
+    `crc` None: nothing to check, as in formats other than zip.
+    """
 
     path: Path
     name: str
     start: int
     size: int
-    crc: int
+    crc: int | None
 
     def read(self) -> bytes:
         """Its bytes. Raises FormatError if their CRC is wrong."""
@@ -64,7 +67,7 @@ class Record:
 
     def check_crc(self, crc: int) -> None:
         """Raises FormatError unless its CRC is `crc`."""
-        if crc != self.crc:
+        if self.crc is not None and crc != self.crc:
             raise FormatError(f"{self.path}: damaged: wrong CRC of {self.name}")
 
 

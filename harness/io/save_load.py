@@ -23,9 +23,7 @@ from harness.io.structure import (
     unpack,
     with_own_storage,
 )
-
-_DTYPES = {short: DTYPES[dtype] for dtype, short in dtypes.SAFETENSORS.items() if dtype in DTYPES}
-_NAMES = {dtype: short for short, dtype in _DTYPES.items()}
+from harness.utils import dtype_name
 
 
 def save(data: Any, path: str | Path, shard_size: int | None = None) -> None:
@@ -56,13 +54,15 @@ def load(
     device: str | torch.device = "cpu",
     unsafe: bool = False,
     lazy: bool = False,
+    skipped: list[str] | None = None,
 ) -> Any:
     """The structure in a file, or in a directory of Hugging Face shards; ties are restored.
 
     No code in a pickle is run, except with `unsafe`, which passes a `.pt` file to torch.load: that
     may run any code. `lazy`: the tensors are memory-mapped and read on use; writing to them does
-    not change the file. Raises FormatError for a file that is damaged, hostile, or in another
-    format.
+    not change the file. An object of an unknown class in a `.pt` is an error, or with the list
+    `skipped` left out, and described there. Raises FormatError for a file that is damaged, hostile,
+    or in another format.
     """
     path = Path(path)
     if lazy and torch.device(device).type != "cpu":
@@ -78,7 +78,7 @@ def load(
             return _assemble(path, file.header.metadata, files, device)
     if unsafe:
         return torch.load(path, map_location=device, weights_only=False, mmap=lazy or None)
-    return pt.read(path, device, lazy)
+    return pt.read(path, device, lazy, skipped)
 
 
 def _check_suffix(path: Path) -> None:
@@ -118,12 +118,7 @@ def _dtype_and_shape(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
     """The dtype and shape of a tensor in a safetensors file."""
     if tensor.dtype in STORED_AS_PAIRS:
         return ("F16" if tensor.itemsize == 4 else "F64"), (*tensor.shape, 2)
-    name, shape = _NAMES[tensor.dtype], tuple(tensor.shape)
-    if name == "F4":  # two elements per byte: torch counts bytes, the format elements
-        if not shape:
-            raise FormatError("cannot store a float4 tensor without dimensions")
-        return name, (*shape[:-1], 2 * shape[-1])
-    return name, shape
+    return dtypes.to_safetensors(dtype_name(tensor.dtype), tensor.shape)
 
 
 def _row_major_bytes(tensor: torch.Tensor) -> Any:
@@ -148,15 +143,15 @@ class _SafetensorsFile:
 
     def tensor(self, name: str) -> torch.Tensor:
         entry = self.header.tensors[name]
-        dtype, shape = _DTYPES.get(entry.dtype), entry.shape
+        try:
+            own_name, shape = dtypes.from_safetensors(entry.dtype, entry.shape)
+        except FormatError as error:
+            raise FormatError(f"{self.bytes.path}: {name!r}: {error}") from None
+        dtype = DTYPES.get(own_name)
         if dtype is None:
             raise FormatError(
                 f"{self.bytes.path}: {name!r}: this torch does not support {entry.dtype}"
             )
-        if entry.dtype == "F4":
-            if not shape or shape[-1] % 2:
-                raise FormatError(f"{self.bytes.path}: {name!r}: torch supports F4 only in pairs")
-            shape = (*shape[:-1], shape[-1] // 2)
         if not entry.nbytes:
             return torch.empty(shape, dtype=dtype)
         return self.bytes.tensor(entry.start, entry.nbytes, dtype.itemsize).view(dtype).view(shape)

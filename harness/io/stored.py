@@ -4,9 +4,12 @@ from typing import Any
 
 import torch
 
-from harness.formats.pt_reader import DType, Shape, TensorRef
+from harness.errors import FormatError
+from harness.formats.json_tree import Keys, dotted
+from harness.formats.pickled import Global, PickleError, Placeholder, check_size, describe
 from harness.formats.raw_io import read_into
 from harness.formats.stored_tensor import StoredTensor
+from harness.io.tree import TreeConverter
 
 
 def read_tensor(tensor: StoredTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -43,21 +46,25 @@ def _read_strided(tensor: StoredTensor) -> torch.Tensor:
 
 
 def materialize(tree: Any) -> Any:
-    """A tree of `formats.pt_reader` with torch values in place of its references.
+    """A tree of `formats.pt_reader` with the values of torch and numpy in place of its references.
 
-    Raises as `read_tensor` does.
+    An object of an unknown class remains a Placeholder, its contents replaced likewise:
+    `placeholder_pickle` writes it as it was. Raises as `read_tensor` does, and FormatError for what
+    cannot be written again.
     """
-    match tree:
-        case TensorRef():
-            return read_tensor(StoredTensor.from_ref(tree))
-        case DType():
-            return getattr(torch, tree.name)
-        case Shape():
-            return torch.Size(tree)
-        case dict():
-            return {key: materialize(value) for key, value in tree.items()}
-        case list():
-            return [materialize(value) for value in tree]
-        case tuple():
-            return tuple(materialize(value) for value in tree)
-    return tree
+
+    def same(node: Any, keys: Keys) -> Any:
+        if isinstance(node, Placeholder):
+            return node.mapped(converter.value)
+        if isinstance(node, Global) and node.can_be_named:
+            return node
+        raise FormatError(f"{dotted(keys)}: {describe(node)} cannot be written again")
+
+    converter = TreeConverter(lambda ref: read_tensor(StoredTensor.from_ref(ref)), same)
+    try:
+        check_size(tree, inside=True)
+        return converter.value(tree)
+    except (PickleError, RecursionError) as error:
+        raise FormatError(
+            f"an object of an unknown class cannot be written again: {error}"
+        ) from None

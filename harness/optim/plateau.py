@@ -53,6 +53,10 @@ class Plateau:
     def __call__(self, step: int) -> float:
         return warm(step, self._warmup) * self._value
 
+    def awaits(self, step: int) -> bool:
+        """Whether no evaluation at a step of the run has been counted."""
+        return step != self._evaluated_step
+
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Counts the evaluation at a step of the run, once. Returns whether it was counted.
 

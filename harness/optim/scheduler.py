@@ -38,6 +38,10 @@ class Schedule:
         self._factor = build_factor(self._config, total_steps)
         self.load_state_dict(state)
 
+    def awaits(self, step: int) -> bool:
+        """Whether it depends on an evaluation at a step of the run that has not been counted."""
+        return isinstance(self._factor, Plateau) and self._factor.awaits(step)
+
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Counts the evaluation at a step of the run; whether that changed the state."""
         return isinstance(self._factor, Plateau) and self._factor.evaluated(step, metrics)

@@ -8,12 +8,14 @@ Its files, from the top down:
     patches.py        patches of DeepSpeed's classes, so that all stages train alike
     engine_state.py   what a running engine holds, and what can be set on it
     arrivals.py       which gradients arrive in a backward, in which order; zeros for the others
+    notes.py          what a rank did in a micro-batch, if a collective in it fails
     buckets.py        where stages 1 to 3 collect gradients
     fetches.py        which modules' weights stage 3 gathers
     writer.py         files for plain DeepSpeed in another layout, written outside of a run
     muon.py           DeepSpeed's Muon optimizer
     refill.py         TreeFiller: fills the trees of a new layout with what was saved in another
     reader.py         an engine's files, read without torch: everything by parameter name
+    rank_files.py     whose a file is, and whether those of all ranks are of one save
     tied_names.py     which names of a state dict are one tensor, and under which it is kept
     entries.py        the entries of a model's state dict: their shapes, and which are trained
     layout.py         where DeepSpeed's trees keep what, by parameter name

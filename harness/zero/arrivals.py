@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from harness.distributed import world_size
 from harness.errors import TaskError, first_few
 from harness.zero import fetches
 from harness.zero.buckets import buckets_of
+from harness.zero.notes import ByRank, Notes
 
 END_OF_BACKWARD = -(1 << 62)
 
@@ -56,12 +58,13 @@ class Arrivals:
         self._gradients: list[int] = []
         self._modules: tuple[Sequence[nn.Module], Numbers] = (), NOTHING
         """The last order of modules that was recorded, and their numbers."""
+        self._notes = Notes(ds, self._buckets) if not in_order and world_size() > 1 else None
         if in_order:
             fetches.allow_different_modules(ds)
         if self._buckets is None:
             return
         if self._buckets.by_arrival:
-            self._buckets.before_reduction(self._arrived.extend)
+            self._buckets.before_reduction(self._note)
             if in_order:
                 self._queue = _Queue(self._buckets.parameters, self._buckets.give)
                 self._buckets.on_gradient(self._queue.arrive)
@@ -78,6 +81,8 @@ class Arrivals:
         if self._buckets is not None:
             self._buckets.prepare(self._ds.is_gradient_accumulation_boundary())
             self._arrived.clear()
+            if self._notes is not None:
+                self._notes.begin_backward()
             if self._queue is not None and loss.requires_grad:
                 self._queue.restart()
                 loss.register_hook(self._queue.find_unused)
@@ -103,16 +108,31 @@ class Arrivals:
 
         `records`: by rank.
         """
-        parameters = self._buckets.parameters if self._buckets is not None else {}
-        paths = {id(p): path for path, p in self._ds.module.named_parameters()}
-        names = {number: paths[id(p)] for number, p in parameters.items()}
+        parameters = self._parameter_names()
         backwards = [_backwards(record.gradients) for record in records]
         for count, per_rank in enumerate(zip_longest(*backwards, fillvalue=[]), 1):
-            if text := _difference(per_rank, names):
+            if text := _difference(per_rank, parameters):
                 return f"in micro-batch {count}, {text}"
-        modules = {m.ds_id: path or "model" for path, m in self._ds.module.named_modules()}
-        calls = [record.modules for record in records]
-        return _first_difference(calls, modules, "call", "called the modules")
+        return _other_calls(dict(enumerate(r.modules for r in records)), fetches.names(self._ds))
+
+    def describe_failure(self) -> str:
+        """How the ranks differ in a micro-batch in which a collective has failed; empty if they do
+        not, as far as is known. Blocks for the ranks of other nodes."""
+        if self._notes is None:
+            return ""
+        text = _other_calls(self._notes.modules(), fetches.names(self._ds))
+        return text or _other_gradients(self._notes.gradients(), self._parameter_names())
+
+    def _parameter_names(self) -> dict[int, str]:
+        parameters = self._buckets.parameters if self._buckets is not None else {}
+        paths = {id(p): path for path, p in self._ds.module.named_parameters()}
+        return {number: paths[id(p)] for number, p in parameters.items()}
+
+    def _note(self, numbers: list[int]) -> None:
+        """Gradients are about to be reduced, which may end this process if the ranks differ."""
+        self._arrived += numbers
+        if self._notes is not None:
+            self._notes.add_gradients(numbers)
 
     def _complete(self) -> None:
         """Gives zeros to the parameters without a gradient, before the last reduction."""
@@ -196,15 +216,22 @@ def _difference(per_rank: Sequence[Sequence[int]], names: Mapping[int, str]) -> 
         return "only some ranks had gradients for: " + "; ".join(
             f"{first_few(paths)} (rank {first_few(ranks)})" for ranks, paths in by_ranks.items()
         )
-    return _first_difference(per_rank, names, "gradient", "had the gradients")
+    return _other_gradients(dict(enumerate(per_rank)), names)
 
 
-def _first_difference(
-    per_rank: Sequence[Sequence[int]], names: Mapping[int, str], what: str, did: str
-) -> str:
-    for count, numbers in enumerate(zip_longest(*per_rank), 1):
+def _other_gradients(per_rank: ByRank, names: Mapping[int, str]) -> str:
+    what = _first_difference(per_rank, names)
+    return what and f"the ranks had the gradients in different orders: gradient {what}"
+
+
+def _other_calls(per_rank: ByRank, names: Mapping[int, str]) -> str:
+    what = _first_difference(per_rank, names)
+    return what and f"the ranks called the modules in different orders: call {what}"
+
+
+def _first_difference(per_rank: ByRank, names: Mapping[int, str]) -> str:
+    for count, numbers in enumerate(zip_longest(*per_rank.values()), 1):
         if len(set(numbers)) > 1:
-            found = (names.get(number, "none") for number in numbers)
-            by_rank = (f"{name} on rank {rank}" for rank, name in enumerate(found))
-            return f"the ranks {did} in different orders: {what} {count} is {first_few(by_rank)}"
+            found = zip(per_rank, (names.get(number, "none") for number in numbers), strict=True)
+            return f"{count} is " + first_few(f"{name} on rank {rank}" for rank, name in found)
     return ""

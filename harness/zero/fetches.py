@@ -11,6 +11,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from harness.distributed.shared_numbers import SharedNumbers
+
 ALL_RANKS = -1
 """Among the modules that use a weight: no module, but all ranks at once."""
 
@@ -27,6 +29,48 @@ def called_modules(ds: Any) -> Sequence[nn.Module]:
 def numbers(modules: Iterable[nn.Module]) -> list[int]:
     """DeepSpeed's numbers of modules, the same on every rank."""
     return [cast(int, module.ds_id) for module in modules]
+
+
+def names(ds: Any) -> dict[int, str]:
+    """The names of the modules that are fetched, by number; empty below stage 3."""
+    if _coordinator(ds) is None:
+        return {}
+    modules: Iterable[tuple[str, Any]] = ds.module.named_modules()
+    return {m.ds_id: path or "model" for path, m in modules if hasattr(m, "ds_id")}  # no leaf's
+
+
+def note_calls(ds: Any, notes: SharedNumbers) -> None:
+    """Notes down modules before they are fetched, as long as DeepSpeed has no complete order of
+    them: after that the notes stay true. At stage 3."""
+    coordinator = _coordinator(ds)
+    fetch, invalidate, reset = (
+        getattr(coordinator, name)
+        for name in ("fetch_sub_module", "_invalidate_trace", "reset_step")
+    )
+
+    def note_and_fetch(module: Any, forward: bool) -> None:
+        notes.add([module.ds_id])
+        fetch(module, forward=forward)
+
+    def keep_begin_and_invalidate() -> None:
+        """A module is called that is not the next one in order."""
+        count = coordinator._PartitionedParameterCoordinator__step_id
+        notes.clear()
+        notes.add(numbers(called_modules(ds)[:count]))
+        coordinator.fetch_sub_module = note_and_fetch
+        invalidate()
+
+    def begin_and_reset() -> None:
+        notes.next_round()
+        reset()
+        if coordinator.is_complete_trace():
+            coordinator.fetch_sub_module = fetch
+        else:
+            notes.clear()
+            coordinator.fetch_sub_module = note_and_fetch
+
+    coordinator._invalidate_trace = keep_begin_and_invalidate
+    coordinator.reset_step = begin_and_reset
 
 
 def allow_different_modules(ds: Any) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.errors import CheckpointError
+from harness.formats.tensor_file import EXTRA_STATE
 from harness.zero.partition import (
     Segment,
     full_segment,
@@ -27,9 +28,6 @@ from harness.zero.partition import (
 PARAMETER_NAMES = "parameter_names"
 """Key of a model file: names by parameter group, in the optimizer's order. Plain DeepSpeed writes
 none at stage 0."""
-
-EXTRA_STATE = "_extra_state"
-"""Last part of the name under which torch saves `Module.get_extra_state`, an object of any type."""
 
 EMA = "ema"
 """Key of the EMA of the weights in the optimizer's state of a parameter (`engine.ema`)."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from harness.errors import CheckpointError, first_few
 from harness.formats import file_kinds, pt_reader
+from harness.formats.pickled import UnsupportedTensor, describe
 from harness.formats.pt_reader import Shape, TensorRef
 from harness.formats.stored_tensor import ByteRange, StoredTensor
-from harness.formats.unpickler import Placeholder
 from harness.zero.layout import (
     PARAMETER_NAMES,
     Flat,
@@ -24,21 +24,12 @@ from harness.zero.layout import (
     group_shapes,
     is_extra_state,
 )
+from harness.zero.rank_files import check_rank_files, plain_int
 from harness.zero.tied_names import source_names
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
-_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_\w+\.pt")
-
-
-def rank_of_file(name: str) -> int | None:
-    """The rank whose state a file of DeepSpeed's holds; None for one that every rank reads.
-
-    `name`: of the file, or its path in a checkpoint.
-    """
-    match = _OF_RANK.search(name)
-    return int(match[1]) if match else None
 
 
 def is_engine(directory: Path) -> bool:
@@ -69,7 +60,8 @@ class SavedEngine:
     """The files of `directory`, opened: our `step-N/ENGINE/`, or a tag of plain DeepSpeed.
 
     `model` is rank 0's tree of model_states, with a `TensorRef` for every tensor; `extra` what the
-    modules' `get_extra_state` returned, tensors or anything else, by its name in the state dict;
+    modules' `get_extra_state` returned, tensors or anything else, by its name in the state dict,
+    and whatever else there is not a tensor;
     `shapes` are those of the parameters that the optimizer steps; `groups` its parameter groups
     without their parameters; `flats` the flat tensors of every rank (at stage 0 of one), in the
     optimizer's own numbering; `omitted` further names of tied frozen parameters that DeepSpeed's
@@ -104,17 +96,24 @@ class SavedEngine:
         if "module" not in model or "dp_world_size" not in model:
             raise CheckpointError("not a DeepSpeed checkpoint: model_states has no module")
         module: Tree = model["module"]
-        self.extra: Tree = {name: module.pop(name) for name in [*module] if is_extra_state(name)}
+        self.extra: Tree = {
+            name: module.pop(name)
+            for name, value in [*module.items()]
+            if is_extra_state(name) or not isinstance(value, TensorRef)
+        }
+        for name, value in self.extra.items():
+            if isinstance(value, UnsupportedTensor):
+                raise CheckpointError(f"{name!r} is {describe(value)}, which cannot be read")
         self.world_size: int = model["dp_world_size"]
         if type(self.world_size) is not int or self.world_size < 1:
             raise CheckpointError(
                 f"dp_world_size = {self.world_size!r:.80}: expected a number of ranks >= 1"
             )
         states = {rank: tree["optimizer_state_dict"] for rank, tree in optimizers.items()}
-        self.stage = _int(states[0].get("zero_stage", 1)) if states else 0
+        self.stage = plain_int(states[0].get("zero_stage", 1)) if states else 0
         if len(models) > 1 or self._is_sharded():
             self.stage = 3
-        self._check_ranks(models, states)
+        check_rank_files(models, states, self.world_size, self.stage)
         self.experts: Tree = {}
         self._read_experts()
         self._fragments = [models[rank]["frozen_param_fragments"] for rank in sorted(models)]
@@ -126,17 +125,17 @@ class SavedEngine:
         self.shapes: dict[str, Shape] = {}
         self._pieces: dict[str, list[tuple[Segment, Flat]]] = {}
         if self.optimizer is not None and self.has_parameter_names:
-            self._locate(states)
+            self._locate(self.optimizer, states)
         self.omitted: list[str] = []
         if self.stage == 3 and model.get("frozen_param_fragments", {}) is None:
             self.omitted = [name for name in module if name not in self.sources]
             for name in self.omitted:
                 del module[name]
 
-    def _locate(self, states: dict[int, Tree]) -> None:
+    def _locate(self, optimizer: Tree, states: dict[int, Tree]) -> None:
         """Finds the flats, and the pieces of every parameter in them."""
         model = self.model
-        for group in base_state(self.optimizer)["param_groups"]:
+        for group in base_state(optimizer)["param_groups"]:
             self.groups.append({key: value for key, value in group.items() if key != "params"})
         shapes: list[Shapes] = [
             {name: Shape(size) for name, size in group.items()} for group in group_shapes(model)
@@ -166,7 +165,9 @@ class SavedEngine:
         buffers = set(self.model["buffer_names"])
         owners = {*self.shapes, *(self.model.get("frozen_param_shapes") or ())}
         complete = buffers if self.stage == 3 else module
-        names = source_names(module, owners, complete, self.model.get("shared_params") or {})
+        listed = self.model.get("shared_params") or {}
+        listed = {name: listed[name] for name in listed.keys() - buffers}
+        names = source_names(module, owners, complete, listed)
         return {name: name for name in (*self.experts, *self.shapes)} | names
 
     @property
@@ -325,26 +326,6 @@ class SavedEngine:
     def _is_sharded(self) -> bool:
         return any(self.directory.glob("zero_pp_rank_*_model_states.pt"))
 
-    def _check_ranks(self, models: dict[int, Tree], states: dict[int, Tree]) -> None:
-        """Raises CheckpointError unless every rank's files are present, and from the same save."""
-        for kind, trees in (("model_states", models), ("optim_states", states)):
-            is_expected = trees or self.model["param_shapes"] is not None
-            expected = range(self.world_size if is_expected else 0)
-            if kind == "model_states" and self.stage < 3:
-                expected = range(1)
-            if missing := first_few(rank for rank in expected if rank not in trees):
-                raise CheckpointError(
-                    f"{kind}.pt of ranks {missing} are missing: saved by {self.world_size} ranks"
-                )
-            if extra := first_few(rank for rank in sorted(trees) if rank not in expected):
-                raise CheckpointError(
-                    f"{kind}.pt of ranks {extra} are from another save: this one is of "
-                    f"{self.world_size} ranks"
-                )
-        _check_same(models, ("dp_world_size", "global_steps", "param_shapes", "ds_version"))
-        _check_same(states, ("zero_stage", "partition_count", "ds_version"))
-        _check_same({rank: _steps(state) for rank, state in states.items()}, ("step",))
-
     def _check_pieces(self, name: str) -> None:
         end = 0
         for segment, _ in self._pieces[name]:
@@ -368,35 +349,6 @@ class SavedEngine:
                     segment.offset * width, segment.length * width
                 )
         return StoredTensor(pieces[0][1].dtype, shape, tuple(ranges))
-
-
-def _check_same(trees: dict[int, Tree], keys: tuple[str, ...]) -> None:
-    """Raises CheckpointError unless these keys have the same values in all ranks' files."""
-    for rank, tree in trees.items():
-        for key in keys:
-            value, expected = (_plain(each.get(key)) for each in (tree, trees[0]))
-            if value != expected:
-                raise CheckpointError(
-                    f"the files of rank {rank} are from another run or step than those of rank 0: "
-                    f"{key} is {value!r:.80} on rank {rank}, and {expected!r:.80} on rank 0"
-                )
-
-
-def _steps(optimizer: Tree) -> Tree:
-    """The first step count in an optimizer's state; for a tensor, the CRC of its bytes."""
-    state = base_state(optimizer)["state"]
-    step = next(iter(state.values()), {}).get("step")
-    if isinstance(step, TensorRef):
-        return {"step": f"bytes with CRC {step.storage.record.crc:08x}"}
-    return {"step": step}
-
-
-def _plain(value: Any) -> Any:
-    return _int(value) if isinstance(value, Placeholder) else value
-
-
-def _int(value: Any) -> int:
-    return value.values[0] if isinstance(value, Placeholder) else int(value)
 
 
 def _has_dimensions(value: Any) -> bool:

@@ -43,10 +43,10 @@ def source_names(
         if owner := owner_of(name):
             return owner
         other = listed.get(name, name)
-        is_alike = other in module and module[other].shape == module[name].shape
-        if is_alike and (owner := owner_of(other)):
-            return owner
-        return complete_at.get(_place(module[name]), name if name in complete else None)
+        if other in module and module[other].shape == module[name].shape:
+            name = other
+        itself = name if name in complete else None
+        return owner_of(name) or complete_at.get(_place(module[name]), itself)
 
     return {name: source for name in module if (source := source_of(name)) is not None}
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, FormatError
+from harness.io import placeholder_pickle
 from harness.io.stored import materialize
 from harness.utils import write_durably
 from harness.zero.layout import Shapes, Tree, flats
@@ -53,7 +54,14 @@ class ZeroWriter:
             raise CheckpointError(f"{source}: experts cannot be resharded")
         saved.check_moments()
         self.saved, self.stage, self.ranks = saved, stage, ranks
-        self.config: Tree = deepcopy(materialize(saved.model["ds_config"]))
+        self._unchanged: Tree = {
+            key: self._of_source(key, value)
+            for key, value in saved.model.items()
+            if key not in _BY_LAYOUT
+        }
+        self._extra: Tree = {key: self._of_source(key, value) for key, value in saved.extra.items()}
+        self._settings: list[Tree] = [self._of_source("param_groups", g) for g in saved.groups]
+        self.config: Tree = deepcopy(self._unchanged["ds_config"])
         self._zero: Tree = self.config.setdefault("zero_optimization", {})
         self._is_fp16 = bool(self.config.get("fp16", {}).get("enabled"))
         self._is_bf16 = bool(self.config.get("bf16", {}).get("enabled"))
@@ -76,6 +84,13 @@ class ZeroWriter:
             if round_robin:
                 self._groups = [round_robin_order(names, world=ranks) for names in self._groups]
         self._parts = self._groups if stage < 3 else list(self._sub_groups())
+
+    def _of_source(self, key: str, value: Any) -> Any:
+        """A value of the source, to be written again. Raises CheckpointError if it cannot be."""
+        try:
+            return materialize(value)
+        except FormatError as error:
+            raise CheckpointError(f"{self.saved.directory}: {key!r:.80}: {error}") from None
 
     def _ordered(self, was_round_robin: bool) -> list[list[str]]:
         """The names by parameter group, in the optimizer's order."""
@@ -129,20 +144,18 @@ class ZeroWriter:
         prefix = "bf16_" if self._is_bf16 else ""
         for rank in range(self.ranks):
             if self.stage == 3:
-                write_durably(
+                _write(
                     self._model(rank),
                     directory / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt",
                 )
             elif rank == 0:
-                write_durably(self._model(rank), directory / "mp_rank_00_model_states.pt")
+                _write(self._model(rank), directory / "mp_rank_00_model_states.pt")
             tree = {
                 "optimizer_state_dict": self._optimizer(rank),
                 "ds_config": self.config,
                 "ds_version": self.saved.model["ds_version"],
             }
-            write_durably(
-                tree, directory / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-            )
+            _write(tree, directory / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
 
     def _model(self, rank: int) -> Tree:
         saved = self.saved
@@ -156,7 +169,7 @@ class ZeroWriter:
             if name not in saved.shapes and not saved.is_buffer(name):
                 frozen[name] = weight_of(saved, name)
         module = {name: tensors[saved.source(name)] for name in old}
-        module |= materialize(saved.extra)
+        module |= self._extra
         shapes = {name: tensor.shape for name, tensor in frozen.items()}
         fragments = frozen
         if self.stage == 3:
@@ -164,10 +177,7 @@ class ZeroWriter:
                 name: shard_of(tensor, shard_size(numel=tensor.numel(), world=self.ranks), rank)
                 for name, tensor in frozen.items()
             }
-        unchanged = {
-            key: materialize(value) for key, value in saved.model.items() if key not in _BY_LAYOUT
-        }
-        return unchanged | {
+        return self._unchanged | {
             "module": module,
             "optimizer": None,
             "shared_params": saved.shared,
@@ -233,8 +243,8 @@ class ZeroWriter:
 
     def _base(self, numbers: list[list[int]]) -> Tree:
         groups = [
-            {**materialize(group), "params": params}
-            for group, params in zip(self.saved.groups, numbers, strict=True)
+            {**group, "params": params}
+            for group, params in zip(self._settings, numbers, strict=True)
         ]
         return {"state": {}, "param_groups": groups}
 
@@ -254,3 +264,7 @@ class ZeroWriter:
         scaler = kind.__new__(kind)
         vars(scaler).update(materialize(old.state))
         return scaler
+
+
+def _write(tree: Tree, path: Path) -> None:
+    write_durably(tree, path, placeholder_pickle)

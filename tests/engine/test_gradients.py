@@ -1,6 +1,7 @@
 """Gradients of parameters that not every micro-batch uses, against plain PyTorch."""
 
 import re
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from harness.config import Config
 from harness.config.sections import merge
 from harness.run import run_in_world
 from harness.task import load_task
-from harness.testing.pool import RankPool
+from harness.testing.pool import RankError, RankPool
 from tests.support.helpers import (
     OFFLOAD,
     ROOT,
@@ -159,6 +160,56 @@ def test_other_parameters_on_other_ranks_end_the_run_without_a_save(
     assert errors[0] == errors[1]
     assert re.search(re.escape(expected).replace(r"\.\*", ".*"), errors[0])
     assert not checkpoints_in(config.run_dir / "checkpoints")
+
+
+def write_error(config: Config, directory: Path) -> None:
+    """Like `error_of`, if other ranks may die."""
+    text = error_of(config)
+    (directory / f"rank{distributed.global_rank()}").write_text(text)
+
+
+def errors_of_survivors(config: Config, directory: Path) -> list[str]:
+    """The errors that ranks report, while others die or wait for each other."""
+    with suppress(RankError), RankPool(2, timeout_s=10) as fresh:
+        fresh.run(distributed.barrier)  # with the timeout of collectives
+        fresh.timeout_s = 60
+        fresh.run(write_error, config, directory)
+    return [path.read_text() for path in directory.glob("rank?")]
+
+
+OTHER_BUCKETS = "the ranks had the gradients in different orders: gradient 3 is experts."
+UNEQUAL = [
+    ("shapes", 2, "1", OTHER_BUCKETS + "1.2.bias on rank 0, experts.0.2.bias on rank 1. "),
+    ("shapes", 3, "1", OTHER_CALLS.partition("step 1: ")[2]),
+    ("late shapes", 2, "4", OTHER_BUCKETS + "0.2.bias on rank 0, experts.1.2.bias on rank 1. "),
+    ("late shapes", 3, "4", "called the modules in different orders: call 4 is experts.0 on rank"),
+    ("late skip", 2, "4", OTHER_BUCKETS),
+    ("late skip", 3, "4", "called the modules in different orders: call 8 is last on rank 0, exp"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "step", "expected"),
+    [pytest.param(*way, marks=() if way[0] == "shapes" else pytest.mark.slow) for way in UNEQUAL],
+)
+def test_where_a_collective_fails_the_remaining_ranks_say_how_they_differ(
+    tmp_path: Path, kind: str, stage: int, step: str, expected: str
+) -> None:
+    config = config_of(tmp_path, stage, {"kind": kind}, SMALL_BUCKETS, trainer={"save_every": 1})
+    errors = errors_of_survivors(config, tmp_path)
+    assert errors
+    for error in errors:
+        assert f"engine 'net': step {step}: a collective has failed, as the ranks" in error
+        assert expected in error
+        assert 'set engines.net.unused_parameters = "zeros"' in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_that_is_killed_is_a_lost_rank(tmp_path: Path, stage: int) -> None:
+    config = config_of(tmp_path, stage, {"kind": "late death"}, SMALL_BUCKETS)
+    [error] = errors_of_survivors(config, tmp_path)
+    assert "has lost another rank" in error
 
 
 @pytest.mark.parametrize("stage", [0, 1])

@@ -5,8 +5,10 @@ import os
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
+from argparse import Namespace
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,8 +19,8 @@ from torch import nn
 
 from harness.errors import FormatError
 from harness.formats import pt_reader
-from harness.formats.pt_reader import DType, Shape, TensorRef
-from harness.formats.unpickler import Placeholder
+from harness.formats.pickled import Global, Placeholder
+from harness.formats.pt_reader import Device, DType, Shape, TensorRef
 from tests.support.fuzz import fuzz, mutated
 
 
@@ -99,7 +101,7 @@ def test_values_of_torch_have_stand_ins(tmp_path: Path) -> None:
     found = pt_reader.read(saved(tree, tmp_path))
     assert found["s"] == (2, 3) and isinstance(found["s"], Shape) and found["s"].numel() == 6
     assert found["d"] == DType("bfloat16")
-    assert isinstance(found["on"], Placeholder) and found["on"].values == ("cpu",)
+    assert found["on"] == Device("cpu")
     assert list(found["m"]) == list(model)
 
 
@@ -135,12 +137,6 @@ def tensor_of(offset: int, size: int, stride: int) -> bytes:
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "code": (lambda p: archive(p, pickle.dumps(Evil(), 2)), "names posix.system"),
-    "code by name": (lambda p: archive(p, b"\x80\x02cbuiltins\neval\n."), "names builtins.eval"),
-    "stack global": (
-        lambda p: archive(p, b"\x80\x04\x8c\x02os\x8c\x06system\x93."),
-        "names os.system",
-    ),
     "extension": (lambda p: archive(p, b"\x80\x02\x82\x01."), "opcode"),
     "inst": (lambda p: archive(p, b"\x80\x02(ios\nsystem\n."), "opcode"),
     "bomb": (
@@ -160,7 +156,32 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda p: archive(p, b"\x80\x02ctorch\nSize\n}X\x04\x00\x00\x00makeK\x01sb."),
         "sets attributes of torch.Size",
     ),
-    "called": (lambda p: archive(p, b"\x80\x02ctorch\nTensor\n)R."), "calls torch.Tensor"),
+    "a number called": (lambda p: archive(p, b"\x80\x02K\x01)R."), "a call of a int"),
+    "a dtype called": (lambda p: archive(p, b"\x80\x02ctorch\nint8\n)R."), "a call of a DType"),
+    "laughing keys": (
+        lambda p: archive(p, b"\x80\x04(K\x01\x91" + b"q\x000(h\x00K\x01\x91" * 40 + b"."),
+        "unsupported key type",
+    ),
+    "a slice as key": (
+        lambda p: archive(p, b"\x80\x02}cbuiltins\nslice\nK\x01\x85RK\x01s."),
+        "unsupported key type slice",
+    ),
+    "a long tuple as key": (
+        lambda p: archive(p, b"\x80\x02}(" + b"N" * 1001 + b"tK\x01s."),
+        "unsupported key type tuple",
+    ),
+    "a huge number as key": (
+        lambda p: archive(p, b"\x80\x02}\x8b\x10\x27\x00\x00" + b"\x7f" * 10_000 + b"K\x01s."),
+        "unsupported key type int",
+    ),
+    "a namespace of numbers": (
+        lambda p: archive(p, b"\x80\x02cargparse\nNamespace\n)\x81}K\x01K\x02sb."),
+        "the attributes of a namespace",
+    ),
+    "an array of no shape": (
+        lambda p: archive(p, b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R(NNNNNtb."),
+        "a numpy array",
+    ),
     "out of range": (lambda p: archive(p, tensor_of(0, 5, 1)), "past the end of its data"),
     "far out": (lambda p: archive(p, tensor_of(2**61, 2, 2**61)), "past the end of its data"),
     "negative": (lambda p: archive(p, tensor_of(0, 2, -1)), "the shape of a tensor"),
@@ -179,6 +200,48 @@ def test_hostile_files_are_refused(
         pt_reader.read(make(tmp_path / "hostile.pt"))
     assert str(tmp_path / "hostile.pt") in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["hostile.pt"]
+
+
+NOT_RUN: dict[str, tuple[bytes, str]] = {
+    "a call": (pickle.dumps(Evil(), 2), "posix.system"),
+    "a name": (b"\x80\x02cbuiltins\neval\n.", "builtins.eval"),
+    "a name on the stack": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "os.system"),
+    "a class of torch": (b"\x80\x02ctorch\nTensor\n)R.", "torch.Tensor"),
+    "an attribute": (b"\x80\x02cbuiltins\ngetattr\nca\nB\nX\x01\x00\x00\x00C\x86R.", "a.B.C"),
+    "calls in calls": (b"\x80\x02" + b"cx\ny\n" * 99_999 + b")R" + b"\x85R" * 99_998 + b".", "x.y"),
+    "what calls itself": (b"\x80\x02cx\ny\n)Rq\x00h\x00b.", "x.y"),
+    "a setter": (b"\x80\x02cx\ny\n)Rq\x00cx\nset\nh\x00\x85R0.", "x.y"),
+    "a plain class with odd arguments": (b"\x80\x02cbuiltins\nrange\nN\x85R.", "builtins.range"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_RUN)
+def test_nothing_that_a_pickle_names_is_run(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pickled, name = NOT_RUN[kind]
+    found = pt_reader.read(archive(tmp_path / "x.pt", pickled))
+    assert isinstance(found, Placeholder | Global)
+    assert (found.name if isinstance(found, Global) else found.class_name) == name
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_many_placeholders_are_hashed_quickly(tmp_path: Path) -> None:
+    made = b"cx\ny\n)R"
+    pickled = b"\x80\x04\x8f(" + made * 50_000 + b"\x90}" + (made + b"Ns") * 50_000 + b"\x86."
+    keys, values = pt_reader.read(archive(tmp_path / "x.pt", pickled))
+    assert len(keys) == len(values) == 50_000
+
+
+def test_containers_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.formats.unpickler.MAX_CONTAINERS", 1000)
+    for container in (b"]", b"}", b"\x8f", b")\x85", b"cx\ny\n"):
+        with pytest.raises(FormatError, match="more than 1000 containers"):
+            pt_reader.read(
+                archive(tmp_path / "x.pt", b"\x80\x04]" + (container + b"a") * 1001 + b".")
+            )
+    pt_reader.read(archive(tmp_path / "x.pt", b"\x80\x04](" + b"N" * 100_000 + b"e."))
 
 
 def test_a_tensor_that_ends_exactly_at_the_end_is_read(tmp_path: Path) -> None:
@@ -227,7 +290,7 @@ def test_archives_above_4_gb_are_read(tmp_path: Path) -> None:
     assert ref.storage.record.read() == struct.pack("<4f", 1, 2, 3, 4)
 
 
-def seeds() -> list[bytes]:
+def seeds(**options: Any) -> list[bytes]:
     """Small files of every kind, to be damaged."""
     weight = nn.Parameter(torch.randn(3, 2))
     marked = torch.arange(5.0)
@@ -235,12 +298,13 @@ def seeds() -> list[bytes]:
     trees: list[Any] = [
         {"w": weight, "tied": weight, "m": marked, "t": torch.randn(2, 2).t()},
         {"plain": [1, 2.5, None, True, b"x", "y", (1,), {2}], "s": torch.Size([2]), 3: 1j},
+        {"n": Namespace(p=Path("a")), "d": deque([date(2024, 1, 2)]), "m": nn.Linear(1, 1)},
         OrderedDict(f8=torch.zeros(3, dtype=torch.float8_e4m3fn), d=torch.int8, e=torch.empty(0)),
     ]
     files = []
     for tree in trees:
         buffer = io.BytesIO()
-        torch.save(tree, buffer)
+        torch.save(tree, buffer, **options)
         files.append(buffer.getvalue())
     return files
 
@@ -263,6 +327,21 @@ def test_a_damaged_file_loads_or_is_refused(tmp_path: Path, count: int) -> None:
             assert record.start + record.size <= path.stat().st_size
 
     assert count / 10 < fuzz(path, make, read, count) < count / 2
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(40_000, marks=pytest.mark.slow)])
+def test_a_damaged_file_of_old_torch_loads_or_is_refused(tmp_path: Path, count: int) -> None:
+    path, files = tmp_path / "x.pt", seeds(_use_new_zipfile_serialization=False)
+
+    def read(_: int) -> None:
+        for ref in refs_in(pt_reader.read(path)):
+            record = ref.storage.record
+            assert record.start + record.size <= path.stat().st_size
+
+    def make(random: Random) -> bytes:
+        return mutated(random.choice(files), random, files)
+
+    assert count / 20 < fuzz(path, make, read, count) < count / 2
 
 
 def refs_in(tree: Any) -> list[TensorRef]:

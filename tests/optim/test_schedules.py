@@ -12,11 +12,13 @@ from torch import nn
 
 from harness.config import Config
 from harness.config.engine_sections import SchedulerConfig
+from harness.control.commands import Quit
 from harness.errors import ConfigError
 from harness.optim.plateau import Plateau
 from harness.optim.scheduler import Schedule
 from harness.run import run_in_world
 from harness.testing.pool import RankError, RankPool
+from harness.trainer import Trainer
 from tests.support.commanded import commanded
 from tests.support.helpers import (
     checkpoint,
@@ -225,6 +227,34 @@ def test_plateau_lowers_a_run_s_rate_and_obeys_commands(
     expected = [1e-2, 1e-2, 5e-3, 5e-3, 2.5e-3, 2.5e-3, 1e-3, 1.25e-3, 6.25e-5, 6.25e-5]
     assert rates == pytest.approx(expected)
     assert "step 2: eval/loss has not improved on" in log_text(config)
+
+
+def ended_in_the_evaluation(config: Config, step: int) -> None:
+    """A run that is ended by a command while it evaluates at a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        evaluate = Trainer.evaluate
+
+        def or_end(self: Trainer) -> str | None:
+            if self.engines.global_step != step:
+                return evaluate(self)
+            self.ending = Quit()
+            return None
+
+        patch.setattr(Trainer, "evaluate", or_end)
+        run_in_world(config)
+
+
+def test_plateau_catches_up_with_an_evaluation_that_was_not_finished(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    config, whole = (run_of(tmp_path / name, PLATEAU, 8) for name in "ab")
+    two_ranks.run(ended_in_the_evaluation, config, 4)
+    assert len(records(config)) == 4
+    for run in (config, whole):
+        two_ranks.run(run_in_world, run)
+    for prefix in ("", "eval/"):
+        found, expected = (without_times(records(run, prefix)) for run in (config, whole))
+        assert found == expected
 
 
 def test_plateau_without_its_metric_ends_before_step_1(two_ranks: RankPool, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Structures to be stored, and the comparison of what is loaded with what was saved."""
 
 import math
-from collections import Counter, OrderedDict
+from argparse import Namespace
+from collections import Counter, OrderedDict, deque
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,9 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
             return [tree]
         case dict():
             return [tensor for value in tree.values() for tensor in tensors_in(value)]
-        case list() | tuple():
+        case Namespace() | SimpleNamespace():
+            return tensors_in(vars(tree))
+        case list() | tuple() | deque():
             return [tensor for value in tree for tensor in tensors_in(value)]
     return []
 
@@ -60,7 +64,9 @@ def _assert_equal(found: Any, saved: Any) -> None:
                 _assert_equal(ours, theirs)
             attributes = getattr(found, "__dict__", None), getattr(saved, "__dict__", None)
             _assert_equal(*attributes)
-        case list() | tuple():
+        case Namespace() | SimpleNamespace():
+            _assert_equal(vars(found), vars(saved))
+        case list() | tuple() | deque():
             assert len(found) == len(saved)
             for ours, theirs in zip(found, saved, strict=True):
                 _assert_equal(ours, theirs)

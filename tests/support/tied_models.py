@@ -77,24 +77,25 @@ def _state(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The live weights, and the live masters, each under all of its names. Collective."""
     net, stage = engine.module, engine.zero_optimization_stage()
     with deepspeed.zero.GatheredParameters(list(net.parameters()), enabled=stage == 3):
-        live = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-    masters = {name: tensor.float() for name, tensor in live.items()}
-    for name, parameter in net.named_parameters() if stage else ():
+        state = net.state_dict(keep_vars=True)
+        weights = {id(tensor): tensor.detach().clone() for tensor in state.values()}
+    masters = {key: weight.float() for key, weight in weights.items()}
+    for parameter in net.parameters() if stage else ():
         if parameter.requires_grad:
-            masters[name] = safe_get_full_fp32_param(parameter).clone()
-    first = {id(parameter): name for name, parameter in net.named_parameters()}
-    for name, parameter in net.named_parameters(remove_duplicate=False):
-        masters[name] = masters[first[id(parameter)]]
-    return live, masters
+            masters[id(parameter)] = safe_get_full_fp32_param(parameter).clone()
+    live, exact = ({n: kept[id(t)] for n, t in state.items()} for kept in (weights, masters))
+    return live, exact
 
 
 def write(directory: Path, seed: int, stage: int, dtype: str) -> None:
-    """Trains two steps and saves, with `live.pt` and `masters.pt` beside it. Collective."""
+    """Trains two steps and saves, with `live.pt` and `masters.pt` beside it, and below `lean/`
+    without frozen parameters. Collective."""
     engine = _engine(seed, stage, dtype)
     for step in range(2):
         engine.backward(engine(torch.tensor(float(step))))
         engine.step()
     engine.save_checkpoint(str(directory), tag="here")
+    engine.save_checkpoint(str(directory / "lean"), tag="here", exclude_frozen_parameters=True)
     states = _state(engine)
     if distributed.is_global_leader():
         for state, name in zip(states, ("live.pt", "masters.pt"), strict=True):

@@ -1,5 +1,7 @@
 """Models with layers that not every micro-batch uses."""
 
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ class Branches(nn.ModuleList):
     """Layers of which `kind` and the number of the last sample choose some."""
 
     def __init__(self, kind: str, reentrant: bool):
-        widths = (WIDTH, 2 * WIDTH if kind == "shapes" else WIDTH)
+        widths = (WIDTH, 2 * WIDTH if "shapes" in kind else WIDTH)
         super().__init__(
             nn.Sequential(nn.Linear(WIDTH, width), nn.Tanh(), nn.Linear(width, WIDTH))
             for width in widths
@@ -43,6 +45,14 @@ class Branches(nn.ModuleList):
                 return [self[last % 5 % 2]]
             case "sometimes":  # both, in every third micro-batch of 8 samples
                 return [] if last // 8 % 3 else [first, second]
+            case "late shapes":  # from the fourth micro-batch on
+                return [self[last % 2 if last >= 3 * 8 else 0]]
+            case "late skip":
+                return [first, second] if last % 2 or last < 3 * 8 else [first]
+            case "late death":
+                if last >= 3 * 8 and last % 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return [first, second]
             case "order":
                 return [first, second] if last % 2 else [second, first]
             case _:

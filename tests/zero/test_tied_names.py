@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from harness import io
 from harness.convert.convert import Options, convert
@@ -21,6 +22,14 @@ FUZZ = [
 ]
 
 
+def places(tensors: dict[str, Tensor], known: dict[str, Tensor]) -> set[frozenset[str]]:
+    """The names that share memory, of parameters that have several."""
+    names: dict[int, set[str]] = {}
+    for name in known:
+        names.setdefault(tensors[name].data_ptr(), set()).add(name)
+    return {frozenset(tied) for tied in names.values() if len(tied) > 1}
+
+
 @pytest.mark.parametrize(("seed", "ranks", "stage", "dtype"), QUICK + FUZZ)
 def test_they_agree_with_the_live_model(
     pools: Pools, tmp_path: Path, seed: int, ranks: int, stage: int, dtype: str
@@ -34,6 +43,7 @@ def test_they_agree_with_the_live_model(
     ):
         convert(source, path, options, print)
         assert_equal(io.load(path), expected)
+    assert places(io.load(tmp_path / "fp32.sft"), masters) == places(masters, masters)
     if not stage:  # without names of the masters
         return
     for now, new_ranks in ((stage % 3 + 1, 3), ((stage + 1) % 3 + 1, 1)):
