@@ -123,7 +123,7 @@ def read_manifest(directory: Path) -> Manifest:
             f"checkpoint {directory}: {MANIFEST} has {unknown[0]!r:.80}, which this version of "
             "harness does not know: update harness"
         )
-    reason = f"{MANIFEST} is damaged: {where} {mistakes[where]['msg']}"
+    reason = f"{MANIFEST} is damaged: {where and where + ' '}{mistakes[where]['msg']}"
     raise CheckpointError(f"checkpoint {directory}: {reason}")
 
 

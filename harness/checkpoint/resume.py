@@ -101,7 +101,9 @@ def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveC
             batches.load_state_dict(state["batches"] | {"world_size": manifest.world_size})
         except ValueError as error:
             raise CheckpointError(
-                f"checkpoint {directory}: the data has changed: {error}"
+                f"checkpoint {directory}: the data has changed: {error}: restore it, or start a "
+                "new run under another run.name, with engines.NAME.init_from to begin with the "
+                "saved weights"
             ) from None
         if same_world:
             set_rng_state(state["rng"])

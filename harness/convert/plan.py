@@ -100,7 +100,7 @@ def plan_weights(saved: SavedEngine, dtype: str) -> ConversionPlan:
         else:
             plan.notes.append(f"skipped {name!r}: not a tensor, but {describe(value)}")
     plan.notes += [
-        f"skipped {name!r}: tied to a frozen parameter, which exclude_frozen_parameters left out"
+        f"skipped {name!r}: a frozen parameter, whose weights are not in the files"
         for name in saved.omitted
     ]
     if not saved.has_parameter_names and saved.optimizer is not None:

@@ -11,7 +11,7 @@ Which ones training changes is found by comparing them with what they were: `Ten
 neither of BatchNorm's updates nor of those through `.data`. That is done after the steps 1, 2, 4,
 8, ..., at every multiple of 256, and before anything reads them. All ranks agree on the result, and
 checkpoints have it, so that a resumed run broadcasts the same ones. A buffer that changes its
-shape, as a cache does, stays each rank's own.
+shape, as a cache does, or is sparse, stays each rank's own.
 """
 
 import logging
@@ -213,9 +213,9 @@ class Buffers:
         owner.register_buffer(key, value.to(distributed.device()), persistent=False)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All buffers by name; a tied one has one name."""
+        """All dense buffers by name; a tied one has one name."""
         for name, tensor in self._module.named_buffers():
-            if not is_lazy(tensor):
+            if not is_lazy(tensor) and tensor.layout == torch.strided:
                 yield name, tensor
 
 
@@ -239,7 +239,7 @@ def layout_of(tensor: Tensor) -> Layout:
 
 def content_of(tensor: Tensor) -> Content:
     """Layout and checksum. Waits for the device."""
-    data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return Content(layout_of(tensor), zlib.crc32(data.data))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from harness import distributed
 from harness.errors import first_few
-from harness.zero import engine_state
+from harness.zero import engine_state, fetches
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +45,14 @@ class Edits:
         shapes = self._shapes if masters else []
         self.check()
         doing = f"engine {self._name!r}: edit_weights"
-        try:
-            with engine_state.editing(self._ds.module), distributed.raise_on_all_ranks(doing):
-                yield self._ds.module
-        finally:
-            if masters:
-                engine_state.update_masters(self._ds, shapes)
-            self._versions = self._current()
+        with fetches.as_sharded(self._ds):
+            try:
+                with engine_state.editing(self._ds.module), distributed.raise_on_all_ranks(doing):
+                    yield self._ds.module
+            finally:
+                if masters:
+                    engine_state.update_masters(self._ds, shapes)
+                self._versions = self._current()
 
     def stepped(self) -> None:
         """Checks after steps 1, 2, 4, 8, ...: reading the versions of 3,000 parameters takes 1 ms,
@@ -68,8 +69,9 @@ class Edits:
             pairs = zip(self._watched, versions, self._versions, strict=True)
             log.warning(
                 "engine %s: changed in place outside of engine.edit_weights(): %s: the next step "
-                "undoes this, as it writes the weights from their fp32 masters. Use `with "
-                "engine.edit_weights() as model: ...`",
+                "undoes this, as it writes the weights from their fp32 masters, and at ZeRO 3 the "
+                "weights are empty between their uses. Use `with engine.edit_weights() as model: "
+                "...`",
                 self._name,
                 first_few(name for name, new, old in pairs if new != old),
             )

@@ -1,9 +1,10 @@
-"""Refuses models that DeepSpeed cannot train, or would train in another way at another stage."""
+"""Refuses models that DeepSpeed cannot train, or would train in another way at another stage, or
+that no checkpoint can hold."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from harness.errors import ConfigError, TaskError
+from harness.errors import ConfigError, TaskError, first_few
 
 
 def check_trainable(engine: str, model: nn.Module) -> None:
@@ -33,3 +34,47 @@ def check_trainable(engine: str, model: nn.Module) -> None:
                 f"make the {type(module).__name__} with sparse=False, or freeze it: "
                 f"engines.{engine}.frozen"
             )
+
+
+def check_storable(engine: str, model: nn.Module) -> None:
+    """Raises TaskError, which names it, for a sparse tensor in the model's state dict."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+            raise TaskError(
+                f"engine {engine!r}: buffer {name!r} has the layout {tensor.layout}, which no "
+                "checkpoint can hold: register it with persistent=False, or make it dense"
+            )
+
+
+class TrainedParameters:
+    """Which parameters of an engine's model are trained: the same ones in the entire run."""
+
+    def __init__(self, engine: str, model: nn.Module):
+        self._engine = engine
+        named = dict(model.named_parameters())
+        self._names, self._parameters = list(named), list(named.values())
+        self._trained = self._current()
+
+    def check(self) -> None:
+        """Raises TaskError, with `requires_grad` restored, if it is not what it was."""
+        current = self._current()
+        if current == self._trained:
+            return
+        changed = []
+        for name, parameter, trained in zip(
+            self._names, self._parameters, self._trained, strict=True
+        ):
+            if parameter.requires_grad != trained:
+                changed.append(name)
+                parameter.requires_grad_(trained)
+        raise TaskError(
+            f"engine {self._engine!r}: requires_grad was changed during the run: "
+            f"{first_few(changed)}. DeepSpeed would go on to step what was frozen, by its moments "
+            "and weight decay, and never step what was not trained from the start. To freeze "
+            "parameters for some steps, give them a group of their own, engines."
+            f"{self._engine}.optimizer.groups, and set its learning rate to 0: `lr "
+            f"{self._engine}/GROUP 0`"
+        )
+
+    def _current(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self._parameters]

@@ -229,20 +229,6 @@ def _tensor(
     return ref
 
 
-def _shape(sizes: Any = ()) -> Shape:
-    if not all(map(_is_count, sizes)):
-        raise PickleError("malformed: a shape")
-    return Shape(sizes)
-
-
-def _parameter(data: Any, requires_grad: Any = True, *_: Any) -> Any:
-    if isinstance(data, Placeholder):
-        return data
-    if not isinstance(data, TensorRef):
-        raise PickleError("malformed: a parameter")
-    return replace(data, is_parameter=True, requires_grad=bool(requires_grad))
-
-
 def _of_type(rebuild: Any, kind: Any, args: Any, state: Any) -> Any:
     """`torch._tensor._rebuild_from_type_v2`: a tensor that carries attributes."""
     if not isinstance(rebuild, Global) or not isinstance(args, tuple):

@@ -250,9 +250,12 @@ def has_masters(ds: Any) -> bool:
 
 
 def watchable(ds: Any) -> dict[str, Tensor]:
-    """The trained parameters with masters whose `_version` DeepSpeed's own writes do not change, by
-    name. One that is alone in its group is the group's flat tensor, which DeepSpeed writes
+    """The parameters that must not be changed in place, by name, and whose `_version` DeepSpeed's
+    own writes do not change: those with masters, and all at stage 3, where they are empty between
+    their uses. One that is alone in its group is the group's flat tensor, which DeepSpeed writes
     (zero/stage_1_and_2.py, bf16_optimizer.py)."""
+    if zero_stage(ds) == 3:
+        return dict(ds.module.named_parameters())
     if not has_masters(ds):
         return {}
     groups = getattr(ds.optimizer, "bit16_groups", getattr(ds.optimizer, "bf16_groups", ()))

@@ -5,6 +5,7 @@ do the same at that moment (zero/partitioned_param_coordinator.py): if they call
 they get each other's shards, or wait for each other.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -13,8 +14,12 @@ from torch import nn
 
 from harness.distributed.shared_numbers import SharedNumbers
 
+HOLDERS = "ds_active_sub_modules"
+"""The attribute of a sharded parameter with the modules that use it, and need it complete."""
 ALL_RANKS = -1
 """Among the modules that use a weight: no module, but all ranks at once."""
+
+_SHAPE_ERROR = re.compile(r"invalid gradient|must be a matrix|size mismatch|\(0\)|\[0\]|0x0")
 
 
 def called_modules(ds: Any) -> Sequence[nn.Module]:
@@ -102,6 +107,36 @@ def gathered(ds: Any) -> Iterator[None]:
             parameter.ds_active_sub_modules.discard(ALL_RANKS)
         if sharded:
             sharded[0].partition(sharded)
+
+
+@contextmanager
+def as_sharded(ds: Any) -> Iterator[None]:
+    """In the block the model is sharded again, if it was `gathered`. Collective."""
+    held = [p for p in ds.module.parameters() if ALL_RANKS in getattr(p, HOLDERS, ())]
+    for parameter in held:
+        parameter.ds_active_sub_modules.discard(ALL_RANKS)
+    complete = [p for p in held if not p.ds_persist]
+    if complete:
+        complete[0].partition(complete)
+    try:
+        yield
+    finally:
+        if complete:
+            complete[0].all_gather(complete)
+        for parameter in held:
+            parameter.ds_active_sub_modules.add(ALL_RANKS)
+
+
+def explain(error: RuntimeError, engine: str, ds: Any) -> None:
+    """Adds to an error of torch's at stage 3 that comes from weights which are not gathered."""
+    if _coordinator(ds) is not None and _SHAPE_ERROR.search(str(error)):
+        error.add_note(
+            f"engine {engine!r}: at ZeRO 3 a weight is empty outside of the module that has it. A "
+            "loss that reads weights elsewhere, like a penalty on all of them, or that goes "
+            "through a gradient (create_graph=True), needs "
+            f'engines.{engine}.unused_parameters = "zeros", which gathers the model for each '
+            "micro-batch, or ZeRO 2"
+        )
 
 
 def _coordinator(ds: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from harness.distributed.forks import sockets_close_in_forks
 from harness.errors import ConfigError
-from harness.zero.parameters import is_sharded
+from harness.zero.parameters import is_sharded, make_contiguous
 from harness.zero.sharded_init import cast_parameters
 
 TABLES = {
@@ -38,6 +38,7 @@ def initialize(
     """
     import deepspeed  # late: zero.startup patches it first
 
+    make_contiguous(model.parameters())
     if any(map(is_sharded, model.parameters())):
         cast_parameters(model, _compute_dtype(settings))  # LoRA's are new; DeepSpeed casts none
     with _refusals(), sockets_close_in_forks():  # of its process groups

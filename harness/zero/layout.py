@@ -128,22 +128,42 @@ _Located = Iterator[tuple[Any, int, int, list[Segment]]]
 def _partitions(optimizer: Tree, shapes: list[Shapes], rank: int, world: int) -> _Located:
     """Stages 1 and 2: a group is one long tensor, cut into equal partitions."""
     alignment = optimizer.get("param_alignment_paddings", [[0] * len(group) for group in shapes])
-    masters, paddings = optimizer["single_partition_of_fp32_groups"], optimizer["group_paddings"]
-    is_trimmed = "param_alignment_paddings" in optimizer  # not by BF16_Optimizer
+    masters = optimizer["single_partition_of_fp32_groups"]
+    counts = _of_groups(optimizer["partition_count"], shapes)
     groups = base_state(optimizer)["param_groups"]
-    for number, (group, gaps, master, padding, settings) in enumerate(
-        _pairs(shapes, alignment, masters, paddings, groups)
+    for number, (group, gaps, master, count, settings) in enumerate(
+        _pairs(shapes, alignment, masters, counts, groups)
     ):
-        size = master.numel() + (padding if is_trimmed else 0)
         partition = rank
         if settings.get("moe"):
-            group, partition = _experts(group, rank, world // optimizer["partition_count"][number])
+            group, partition = _experts(group, rank, world // count)
         if len(gaps) != len(group):
             raise _mismatch()
         sizes = {name: shape.numel() for name, shape in group.items()}
+        padding = _unsaved_padding(optimizer, number, sum(sizes.values()), partition, count)
+        size = master.numel() + padding
         offsets = offsets_end_to_end(sizes=sizes, gaps=gaps)
         segments = partition_segments(offsets=offsets, sizes=sizes, size=size, rank=partition)
         yield master, size, padding, segments
+
+
+def _of_groups(value: Any, shapes: list[Shapes]) -> list[Any]:
+    """One value per group, of a setting that DeepSpeed before 0.5 has once for all groups."""
+    return value if isinstance(value, list) else [value] * len(shapes)
+
+
+def _unsaved_padding(optimizer: Tree, group: int, numel: int, partition: int, count: int) -> int:
+    """Elements at the end of a partition that DeepSpeed does not save of its master.
+
+    Stages 1 and 2, which write `zero_stage`, omit what makes a group divisible by the number of
+    partitions; BF16_Optimizer, which does not, saves all. `group_paddings` is not in files of
+    DeepSpeed before 0.7. `numel`: of the group; only its last partition has padding.
+    """
+    if "zero_stage" not in optimizer:
+        return 0
+    if "group_paddings" in optimizer:
+        return optimizer["group_paddings"][group]
+    return -numel % count if partition == count - 1 else 0
 
 
 _EXPERT = re.compile(r"(?P<before>.*\.deepspeed_experts\.)(?P<number>\d+)(?P<after>\..*)")
@@ -212,8 +232,9 @@ def group_shapes(model: Tree) -> list[Shapes]:
 
     `model`: rank 0's tree of model_states. Raises CheckpointError if it does not have the names.
     """
-    if model["param_shapes"] is not None:
-        return model["param_shapes"]
+    shapes = model["param_shapes"]
+    if shapes is not None:
+        return [shapes] if isinstance(shapes, dict) else shapes  # of all groups, before 0.5.4
     if PARAMETER_NAMES not in model:
         raise CheckpointError("saved at ZeRO 0 before names were recorded")
     groups: list[Shapes] = [

@@ -4,6 +4,7 @@ At stage 3 (partition_parameters.py) a parameter is an empty tensor between its 
 shape and this rank's shard as attributes. Nothing of harness or DeepSpeed is imported.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,3 +35,11 @@ def shard(tensor: Tensor) -> Tensor | None:
 def is_expert(parameter: Tensor) -> bool:
     """Whether this is a weight of one of DeepSpeed's experts, which not every rank has."""
     return not getattr(parameter, "allreduce", True)
+
+
+def make_contiguous(parameters: Iterable[Tensor]) -> None:
+    """Orders the elements of parameters in memory, in place: DeepSpeed sends their bytes as they
+    lie, and refuses others, as of model.to(memory_format=torch.channels_last)."""
+    for parameter in parameters:
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()

@@ -25,9 +25,11 @@ from harness.zero.layout import (
     is_extra_state,
 )
 from harness.zero.rank_files import check_rank_files, plain_int
-from harness.zero.tied_names import source_names
+from harness.zero.tied_names import place, source_names
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_OPTIONAL = ("param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params")
+"""Keys of model_states that are not in files of every version of DeepSpeed."""
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 
@@ -93,6 +95,10 @@ class SavedEngine:
 
     def _open(self, models: dict[int, Tree], optimizers: dict[int, Tree]) -> None:
         model = self.model
+        for rank, tree in models.items():
+            tree.update(dict.fromkeys(_OPTIONAL) | tree)
+            if tree["param_shapes"] is None:  # they are there before 0.6
+                tree["param_shapes"] = optimizers.get(rank, {}).get("param_shapes")
         if "module" not in model or "dp_world_size" not in model:
             raise CheckpointError("not a DeepSpeed checkpoint: model_states has no module")
         module: Tree = model["module"]
@@ -127,7 +133,11 @@ class SavedEngine:
         if self.optimizer is not None and self.has_parameter_names:
             self._locate(self.optimizer, states)
         self.omitted: list[str] = []
-        if self.stage == 3 and model.get("frozen_param_fragments", {}) is None:
+        if "buffer_names" not in model:  # before 0.4
+            model["buffer_names"] = [
+                name for name, ref in module.items() if name not in self.shapes and ref.numel()
+            ]
+        if self.stage == 3 and model["frozen_param_fragments"] is None:
             self.omitted = [name for name in module if name not in self.sources]
             for name in self.omitted:
                 del module[name]
@@ -179,13 +189,17 @@ class SavedEngine:
         """`sources[name]`. Raises CheckpointError if the files do not have the tensor."""
         if name in self.sources:
             return self.sources[name]
-        if name not in self.model["module"]:
+        module: dict[str, TensorRef] = self.model["module"]
+        if name not in module:
             raise CheckpointError(f"{self.directory}: has no weights of {name!r}")
+        here = (n for n in module if n != name and place(module[n]) == place(module[name]))
+        listed = (self.model.get("shared_params") or {}).get(name)
         raise CheckpointError(
             f"{self.directory}: the weights of {name!r} cannot be found: the state dict has a "
-            "placeholder for it, but there are no shards under this name, and neither the place of "
-            "the placeholder in the file nor DeepSpeed's shared_params tells which parameter it is "
-            "tied to: load the checkpoint where it was saved, and save it again"
+            "placeholder for it, but no shards are saved under this name, and which parameter it "
+            "is tied to is not recorded: at the place of the placeholder in the file are those of "
+            f"{first_few(here) or 'no other name'}, and shared_params has {listed!r}. Load the "
+            "checkpoint in the layout that it was saved in, and save it again"
         )
 
     def is_buffer(self, name: str) -> bool:
@@ -305,7 +319,9 @@ class SavedEngine:
                 )
             tree = pt_reader.read(path)
             if not isinstance(tree, dict):
-                raise CheckpointError(f"{path}: not a file of a DeepSpeed checkpoint")
+                raise CheckpointError(
+                    f"{path}: not a file of a DeepSpeed checkpoint: it holds {describe(tree)}"
+                )
             trees[int(match[1] or 0)] = tree
         return trees
 

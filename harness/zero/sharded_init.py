@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from harness.zero.parameters import is_sharded
+from harness.zero.parameters import is_sharded, make_contiguous
 
 MOST_GATHERED = 2**30
 """Bytes of weights that stay gathered after they were touched."""
@@ -34,6 +34,7 @@ def build_in_shards(build: Callable[[], Any], settings: dict[str, Any]) -> Any:
         with torch._C.DisableTorchFunction():
             touched.shard_all()
     if isinstance(model, nn.Module):
+        make_contiguous(model.parameters())
         context._convert_to_zero_parameters(model.parameters())
         cast_parameters(model, context.dtype)
         for buffer in model.buffers():
@@ -62,6 +63,7 @@ def _sharding_class() -> Any:
     class ShardedInit(deepspeed.zero.Init):
         def _post_init_method(self, module: nn.Module) -> None:
             with torch._C.DisableTorchFunction():
+                make_contiguous(module.parameters(recurse=False))
                 super()._post_init_method(module)
 
         def _convert_to_deepspeed_param(self, param: Any) -> None:
@@ -116,6 +118,7 @@ class _Gathering(TorchFunctionMode):
     def _shard(self, parameters: Iterable[Any]) -> None:
         for parameter in parameters:
             if not _is_incomplete(parameter):
+                make_contiguous([parameter])
                 group = parameter.ds_process_group
                 dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group=group)
                 parameter.partition(has_been_updated=True)

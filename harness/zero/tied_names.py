@@ -28,15 +28,15 @@ def source_names(
     complete_at: dict[Hashable, str] = {}
     for name, ref in module.items():
         if name in owners:
-            owners_at.setdefault(_place(ref), []).append(name)
+            owners_at.setdefault(place(ref), []).append(name)
         elif name in complete and ref.numel():
-            complete_at.setdefault(_place(ref), name)
+            complete_at.setdefault(place(ref), name)
 
     def owner_of(name: str) -> str | None:
         """None also if there are several: a file may have all its placeholders at one place."""
         if name in owners:
             return name
-        found = owners_at.get(_place(module[name]), ())
+        found = owners_at.get(place(module[name]), ())
         return found[0] if len(found) == 1 else None
 
     def source_of(name: str) -> str | None:
@@ -46,11 +46,11 @@ def source_names(
         if other in module and module[other].shape == module[name].shape:
             name = other
         itself = name if name in complete else None
-        return owner_of(name) or complete_at.get(_place(module[name]), itself)
+        return owner_of(name) or complete_at.get(place(module[name]), itself)
 
     return {name: source for name in module if (source := source_of(name)) is not None}
 
 
-def _place(ref: TensorRef) -> Hashable:
-    """Equal for entries that are one tensor in the file."""
+def place(ref: TensorRef) -> Hashable:
+    """What is equal for entries that are one tensor in the file."""
     return ref.storage, ref.offset, ref.shape, ref.stride, ref.dtype

@@ -54,6 +54,11 @@ class ZeroWriter:
             raise CheckpointError(f"{source}: experts cannot be resharded")
         saved.check_moments()
         self.saved, self.stage, self.ranks = saved, stage, ranks
+        if "ds_config" not in saved.model:
+            raise CheckpointError(
+                f"{source}: has no ds_config, as before DeepSpeed 0.4: only its weights and its "
+                "optimizer state can be converted, without --to-zero"
+            )
         self._unchanged: Tree = {
             key: self._of_source(key, value)
             for key, value in saved.model.items()
@@ -153,7 +158,7 @@ class ZeroWriter:
             tree = {
                 "optimizer_state_dict": self._optimizer(rank),
                 "ds_config": self.config,
-                "ds_version": self.saved.model["ds_version"],
+                "ds_version": self.saved.model.get("ds_version"),
             }
             _write(tree, directory / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
 
@@ -191,6 +196,7 @@ class ZeroWriter:
     def _optimizer(self, rank: int) -> Tree:
         """DeepSpeed's optimizer state of a rank."""
         tree = self._partitions(rank) if self.stage < 3 else self._shards()
+        tree["zero_stage"] = self.stage
         own = flats(tree, {}, self.shapes, rank, self.ranks)
         masters = [filled_flat(flat, self.saved, None) for flat in own]
         states = {number: filled_state(flat, self.saved) for number, flat in enumerate(own)}
@@ -206,8 +212,7 @@ class ZeroWriter:
             "loss_scaler": self._loss_scaler(),
             "dynamic_loss_scale": old.get("dynamic_loss_scale", False),
             "overflow": old.get("overflow", False),
-            "zero_stage": self.stage,
-            "ds_version": self.saved.model["ds_version"],
+            "ds_version": self.saved.model.get("ds_version"),
         }
 
     def _partitions(self, rank: int) -> Tree:

@@ -16,7 +16,7 @@ from harness.convert.convert import Options, convert
 from harness.io import load as load_weights
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
-from tests.support.helpers import ROOT, assert_equal, exports, records, without_times
+from tests.support.helpers import ROOT, Pools, assert_equal, exports, records, without_times
 
 BEFORE = ROOT / "tests/fixtures/before"
 RUNS = ["zero2_bf16_ema", "zero3_apollo"]
@@ -75,3 +75,32 @@ def test_its_checkpoint_converts_to_the_same_file(tmp_path: Path, name: str, wha
     checkpoint = BEFORE / name / "checkpoints/step-00000004"
     convert(checkpoint, tmp_path / "new.sft", Options(what=what, verify=True), print)
     assert (tmp_path / "new.sft").read_bytes() == (BEFORE / f"{name}.converted.sft").read_bytes()
+
+
+# ------------------------------------------------------------------- under an older DeepSpeed
+OF_0195 = "deepspeed_0195"
+"""A group of 419 elements on 2 ranks at ZeRO 2: the last partition is padded."""
+
+
+def test_a_run_under_an_older_deepspeed_resumes_bit_identically(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    config = old_run(OF_0195, tmp_path)
+    two_ranks.run(run_in_world, config)
+    assert without_times(records(config)[-4:]) == without_times(expected(OF_0195))
+    exported = load_weights(exports(config) / "net.sft")
+    assert_equal(exported, load_weights(BEFORE / f"{OF_0195}.exports/net.sft"))
+
+
+def test_a_run_under_an_older_deepspeed_resumes_on_one_rank(pools: Pools, tmp_path: Path) -> None:
+    config = old_run(OF_0195, tmp_path, data={"micro_batch_size": 8})
+    pools(1).run(run_in_world, config)
+    losses = [record["loss"] for record in records(config)[-4:]]
+    assert losses == pytest.approx([record["loss"] for record in expected(OF_0195)])
+
+
+def test_a_checkpoint_under_an_older_deepspeed_converts(tmp_path: Path) -> None:
+    checkpoint = BEFORE / OF_0195 / "checkpoints/step-00000004"
+    convert(checkpoint, tmp_path / "w.sft", Options(what="all", verify=True), print)
+    found = load_weights(tmp_path / "w.sft")
+    assert sum(t.numel() for n, t in found.items() if n.startswith("optimizer.exp_avg.")) == 419

@@ -194,6 +194,7 @@ def test_changed_data_are_refused(two_ranks: RankPool, tmp_path: Path) -> None:
     other = tiny_config(tmp_path, task={"args": {"samples": 50}}, run={"steps": 8})
     errors = two_ranks.run(error_of, other)
     assert all("the data has changed" in text and "length is 96" in text for text in errors), errors
+    assert all("with engines.NAME.init_from to begin" in text for text in errors)
 
 
 def test_starting_over_in_a_used_run_directory_is_refused(

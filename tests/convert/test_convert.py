@@ -335,7 +335,10 @@ DAMAGED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda d, _: os.truncate(only(d, RANK_1), only(d, RANK_1).stat().st_size - 99),
         "truncated or damaged: .* copy or download the file again",
     ),
-    "code": (lambda d, _: hostile(only(d, RANK_1)), "it names os.system"),
+    "code": (
+        lambda d, _: hostile(only(d, RANK_1)),
+        r"it holds (a|the global) os.system",
+    ),
     "bomb": (lambda d, _: bomb(only(d, RANK_1)), "is compressed"),
     "flipped": (
         lambda d, _: flip_bit(only(d, RANK_1), in_a_master(only(d, RANK_1))),

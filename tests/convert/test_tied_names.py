@@ -118,15 +118,17 @@ def test_a_name_without_a_source_is_an_error(checkpoints: Checkpoints, tmp_path:
     saved = SavedEngine(source / "here")
     lost = next(name for name in saved.shared if name not in saved.model["shared_params"])
     message = re.escape(f"{directory}: the weights of {lost!r} cannot be found: ")
-    for options in ({}, {"what": "all"}, {"to_zero": 2}):
+    for options in (Options(), Options(what="all"), Options(to_zero=2)):
         with pytest.raises(HarnessError, match=message):
-            convert(directory, tmp_path / "x.sft", Options(**options), print)
+            convert(directory, tmp_path / "x.sft", options, print)
     trained = converted(directory, what="optimizer")  # which has each tensor once
     assert_equal(trained, converted(source / "here", what="optimizer"))
 
-    directory = changed(
-        source, tmp_path / "listed", lambda t: (change(t), listing(saved.shared)(t))
-    )
+    def change_listed(tree: dict[str, Any]) -> None:
+        change(tree)
+        tree["shared_params"] = saved.shared
+
+    directory = changed(source, tmp_path / "listed", change_listed)
     assert_equal(converted(directory), torch.load(source / "masters.pt"))
 
 

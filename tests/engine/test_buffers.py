@@ -12,6 +12,7 @@ import torch.distributed as dist
 from harness.checkpoint.save import rank_file
 from harness.config import Config
 from harness.config.sections import merge
+from harness.engine.buffers import content_of
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.run import run_in_world
@@ -282,3 +283,8 @@ def test_a_synced_buffer_that_grows_is_an_error(two_ranks: RankPool, tmp_path: P
     )
     with pytest.raises(RankError, match=re.compile(expected, re.DOTALL)):
         two_ranks.run(run_in_world, config)
+
+
+def test_a_buffer_may_repeat_one_element() -> None:
+    found = content_of(torch.ones(1).expand(2, 3))
+    assert found == content_of(torch.ones(2, 3)) != content_of(torch.zeros(2, 3))

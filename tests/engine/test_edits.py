@@ -151,7 +151,8 @@ def warnings_of(
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (2, "offload")]
+    ("stage", "dtype"),
+    [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (2, "offload"), (3, "fp32"), (3, "bf16")],
 )
 def test_an_edit_that_would_be_undone_is_noticed(
     two_ranks: RankPool, stage: int, dtype: str
@@ -167,11 +168,31 @@ def test_an_edit_that_would_be_undone_is_noticed(
         assert not warnings
 
 
+def half_frozen() -> nn.Module:
+    net: Any = model()
+    net[2].requires_grad_(False)
+    return net
+
+
+def move_what_is_frozen(engine: Any, batch: Tensor) -> Any:
+    with torch.no_grad():
+        engine.module[2].bias.add_(0.1)
+    return call(engine, batch)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_edit_of_frozen_weights_is_lost_at_stage_3_alone(
+    two_ranks: RankPool, stage: int
+) -> None:
+    for warnings in two_ranks.run(warnings_of, stage, "fp32", move_what_is_frozen, half_frozen):
+        assert bool(warnings) == (stage == 3)
+
+
 def one_parameter() -> nn.Module:
     return nn.Linear(batches(1)[0].shape[-1], 4, bias=False)
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (1, "bf16"), (2, "fp32")])
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
 def test_a_parameter_that_is_alone_in_its_group_is_no_false_alarm(
     two_ranks: RankPool, stage: int, dtype: str
 ) -> None:

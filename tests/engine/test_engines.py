@@ -125,6 +125,58 @@ def test_a_backward_in_the_feeder_is_refused(two_ranks: RankPool, stage: int) ->
         assert "a loss was back-propagated in the feeder" in error
 
 
+def feed_constant(engine: Any, batch: Any) -> Any:
+    return engine(batch).sum().detach(), {}
+
+
+def feed_frozen(engine: Any, batch: Any) -> Any:
+    engine.module.bias.requires_grad_(False)
+    return engine(batch).sum(), {}
+
+
+def feed_all_weights(engine: Any, batch: Any) -> Any:
+    return engine(batch).sum() + engine.module.weight.square().sum(), {}
+
+
+WRONG_FEEDERS: dict[Any, str] = {
+    feed_constant: "the loss does not depend on any trained parameter",
+    feed_frozen: "engine 'net': requires_grad was changed during the run: bias",
+    feed_all_weights: "a penalty on all of them.* engines.net.unused_parameters",
+}
+
+
+def error_with(feeder: Any) -> str:
+    """The error of a step at ZeRO 3, and its notes."""
+    engines = engines_of(nn.Linear(6, 3), feeder, 3)
+    with pytest.raises((TaskError, RuntimeError)) as error:
+        train(engines, [torch.ones(4, 6)])
+    assert error.type is TaskError or feeder is feed_all_weights
+    engines.close()
+    return " ".join([str(error.value), *getattr(error.value, "__notes__", ())])
+
+
+def test_what_a_feeder_cannot_do_is_an_error_with_the_remedy(two_ranks: RankPool) -> None:
+    for feeder, message in WRONG_FEEDERS.items():
+        for error in two_ranks.run(error_with, feeder):
+            assert re.search(message, error)
+
+
+def edit_a_teacher() -> str:
+    models: Any = {"net": nn.Linear(2, 2), "teacher": nn.Linear(2, 2)}
+    engines = engines_of(models, feed_constant, 0)
+    engines["teacher"].role = "teacher"
+    with pytest.raises(TaskError) as error, engines["teacher"].edit_weights():
+        pass
+    engines.close()
+    return str(error.value)
+
+
+def test_the_weights_of_a_teacher_are_not_edited(two_ranks: RankPool) -> None:
+    """They are in no checkpoint."""
+    for error in two_ranks.run(edit_a_teacher):
+        assert "engine 'teacher': the weights of a teacher were edited" in error
+
+
 @pytest.mark.parametrize(("stages", "loss_fn"), [((3, 0), "kl"), ((1, 3), "mse")], ids=str)
 def test_distillation_equals_plain_torch(
     two_ranks: RankPool, tmp_path: Path, stages: tuple[int, int], loss_fn: str

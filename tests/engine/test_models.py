@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from harness.config import Config
 from harness.run import run_in_world
+from harness.task import default_feeder
 from harness.testing.pool import RankPool
 from tests.support.helpers import (
     OFFLOAD,
@@ -19,6 +21,7 @@ from tests.support.helpers import (
     losses,
     tiny_config,
 )
+from tests.support.small_loop import engines_of, weights_of
 
 BF16 = {"bf16": {"enabled": True}}
 SAME = {"what": "torch.nn:Linear", "by": "tests.tasks.function_task:Same", "include": "first"}
@@ -86,6 +89,27 @@ def test_a_rank_holds_its_shards_only(two_ranks: RankPool, tmp_path: Path) -> No
     config = function_config(tmp_path, "stage 3, bf16, LoRA", function=True)
     for full, own, itemsize in two_ranks.run(parameters_of, config):
         assert full / 2 <= own < full / 2 + 40 and itemsize == torch.bfloat16.itemsize
+
+
+class NotContiguous(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(3, 5).T)
+        self.inner = nn.Conv2d(2, 3, 2)
+        weight = self.inner.weight
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def weights_at(stage: int) -> dict[str, Any]:
+    engines = engines_of({"net": NotContiguous}, default_feeder, stage)
+    found = weights_of(engines)
+    engines.close()
+    return found
+
+
+def test_a_function_may_build_weights_that_are_not_contiguous(two_ranks: RankPool) -> None:
+    complete, gathered = two_ranks.run(weights_at, 0)[0], two_ranks.run(weights_at, 3)[0]
+    assert_equal(gathered, complete)
 
 
 def test_a_function_that_fails_is_an_error(two_ranks: RankPool, tmp_path: Path) -> None:

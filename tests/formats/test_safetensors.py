@@ -134,13 +134,13 @@ def test_a_pipe_or_directory_is_refused_at_once(
     with pytest.raises(FormatError):
         load(tmp_path / "x.sft")
     with pytest.raises(FormatError, match="not a regular file"):
-        safetensors.read_header(tmp_path / "x.sft")
+        safetensors.safetensors.read_header(tmp_path / "x.sft")
 
 
 def test_misaligned_tensors_of_other_programs_are_read(tmp_path: Path) -> None:
     header = {"a": entry(0, 1), "b": entry(1, 9, "F32", [2])}
     (tmp_path / "x.sft").write_bytes(file_of(header, b"\7" + np.array([1, 2], "f4").tobytes()))
-    assert safetensors.read_header(tmp_path / "x.sft").tensors["b"].start % 4
+    assert safetensors.safetensors.read_header(tmp_path / "x.sft").tensors["b"].start % 4
     for lazy in (False, True):
         found = load(tmp_path / "x.sft", lazy=lazy)
         assert found["a"].tolist() == [7] and found["b"].tolist() == [1, 2]
@@ -284,3 +284,16 @@ def test_a_damaged_file_loads_or_is_refused(tmp_path: Path, count: int) -> None:
 
     loaded = fuzz(path, make, lambda number: load(path, lazy=bool(number % 2)), count)
     assert count / 100 < loaded < count / 2
+
+
+def test_metadata_may_be_null(tmp_path: Path) -> None:
+    """As the safetensors library reads it: no metadata."""
+    header = b'{"__metadata__": null, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}'
+    (tmp_path / "x.sft").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    found = safetensors.read_header(tmp_path / "x.sft")
+    assert list(found.tensors) == ["a"] and found.metadata == {}
+    (tmp_path / "x.sft").write_bytes(
+        len(header).to_bytes(8, "little") + header.replace(b"null", b"nul ") + b"x"
+    )
+    with pytest.raises(FormatError, match="expected"):
+        safetensors.read_header(tmp_path / "x.sft")

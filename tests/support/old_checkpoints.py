@@ -11,7 +11,8 @@ import io
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
+from typing import Any
 
 import numpy
 import torch
@@ -20,9 +21,10 @@ from torch import nn
 from torch.distributed.elastic.agent.server import api
 
 # What these versions import, and has disappeared since.
-numpy.BUFSIZE = 8192
-api.log, api._get_socket_with_port = api.logger, None
-sys.modules["torch._six"] = SimpleNamespace(inf=float("inf"))
+numpy.__dict__["BUFSIZE"] = 8192
+api.__dict__.update(log=api.logger, _get_socket_with_port=None)
+six = sys.modules["torch._six"] = ModuleType("torch._six")
+vars(six).update(inf=float("inf"))
 
 torch.distributed.init_process_group("gloo")
 
@@ -51,7 +53,7 @@ class Absent:
 
 def patch() -> None:
     """What these versions ask of an accelerator, and of packages of Intel's, on a CPU."""
-    accelerator = type(deepspeed.accelerator.get_accelerator())
+    accelerator: Any = type(deepspeed.accelerator.get_accelerator())
     idle = ("memory_", "max_memory_", "reset_", "empty_", "range_", "synchronize", "set_device")
     for name in dir(accelerator):
         if name.startswith(idle):
@@ -90,6 +92,7 @@ class Net(nn.Module):
         self.down = nn.Linear(hidden, width)
         self.head = nn.Linear(width, vocab, bias=False)
         self.head.weight = self.embedding.weight
+        self.scale: torch.Tensor
         self.register_buffer("scale", torch.arange(1.0, 4.0))
 
     def forward(self, tokens):
@@ -152,7 +155,7 @@ def converted(directory: Path) -> "dict | None":
     torch.load = lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": False})
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(directory))
+            weights: Any = get_fp32_state_dict_from_zero_checkpoint(str(directory))
     except (ValueError, TypeError, KeyError) as error:
         print(f"{directory.name}: {error}")  # noqa: T201
         return None

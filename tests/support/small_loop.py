@@ -1,6 +1,6 @@
 """Engines for any model and feeder, without a run around them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ Feeder = Callable[[Any, Any], Any]
 
 
 def engines_of(
-    models: nn.Module | dict[str, nn.Module],
+    models: nn.Module | Mapping[str, nn.Module | Callable[[], nn.Module]],
     feeder: Feeder,
     stage: int,
     ds: dict[str, Any] | None = None,

@@ -82,7 +82,8 @@ def _state(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     masters = {key: weight.float() for key, weight in weights.items()}
     for parameter in net.parameters() if stage else ():
         if parameter.requires_grad:
-            masters[id(parameter)] = safe_get_full_fp32_param(parameter).clone()
+            master: Any = safe_get_full_fp32_param(parameter)
+            masters[id(parameter)] = master.clone()
     live, exact = ({n: kept[id(t)] for n, t in state.items()} for kept in (weights, masters))
     return live, exact
 

@@ -12,6 +12,8 @@ from tests.tasks.tiny_task import Points
 class Counted(nn.Linear):
     """Counts its calls in a buffer."""
 
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__(6, 6)
         self.register_buffer("calls", torch.zeros(1))

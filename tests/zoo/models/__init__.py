@@ -9,3 +9,4 @@ from tests.zoo.models import normalization as normalization
 from tests.zoo.models import sequence as sequence
 from tests.zoo.models import training as training
 from tests.zoo.models import vision as vision
+from tests.zoo.models import weights as weights
