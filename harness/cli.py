@@ -93,9 +93,10 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         type=Path,
         help="run directory, checkpoint directory (also of plain DeepSpeed, Accelerate, the HF "
-        "Trainer) or one of its tags, folder of Hugging Face shards, .sft or .pt",
+        "Trainer) or one of its tags, folder of Hugging Face shards, .sft or .pt "
+        "(.pth, .bin, .ckpt), by its content",
     )
-    add("dst", metavar="DST", type=Path, help=".sft, .safetensors, .pt or .pth")
+    add("dst", metavar="DST", type=Path, help=".sft, .safetensors, .pt, .pth, .bin or .ckpt")
     add(
         "--shard-size",
         metavar="SIZE",
@@ -114,6 +115,12 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         default="weights",
         help="ema: the EMA weights of ema_decay instead of the weights; optimizer: master weights "
         "and moments, as optimizer.KEY.NAME",
+    )
+    add(
+        "--key",
+        metavar="KEY",
+        help="part of a .pt that holds the weights, like model or state.model; default: all of it, "
+        "or the only part that is a dict of tensors",
     )
     add("--engine", metavar="NAME", help="engine to convert, if the checkpoint has several")
     add_zero_arguments(parser)
@@ -170,6 +177,7 @@ def run_convert(args: argparse.Namespace) -> int:
     options = Options(
         what=args.what,
         dtype=args.dtype,
+        key=args.key,
         include=tuple(args.include),
         exclude=tuple(args.exclude),
         rename=tuple(args.rename),

@@ -93,6 +93,11 @@ def compile_pattern(text: str) -> re.Pattern[str]:
         raise ValueError(f"{text!r} is not a regular expression: {error}") from None
 
 
+def printable(name: str) -> str:
+    """A name of a file's content for output: quoted and escaped if it holds control characters."""
+    return name if name.isprintable() else ascii(name)
+
+
 def first_few(items: Iterable[object], most: int = 6, between: str = ", ") -> str:
     """`"a, b and 3 more"`: the first `most` items as text, and the number of the others.
 

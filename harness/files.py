@@ -36,6 +36,15 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         staged.unlink(missing_ok=True)
 
 
+def is_present(path: Path) -> bool:
+    """Whether a file exists. Raises OSError if that cannot be found out."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def sync_directory(path: Path) -> None:
     """Makes the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY)

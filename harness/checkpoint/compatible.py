@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from harness import distributed
-from harness.checkpoint.files import is_present, reading
+from harness.checkpoint.files import reading
 from harness.checkpoint.manifest import EngineManifest, Manifest
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, ConfigError, first_few
+from harness.files import is_present
 from harness.formats.dtypes import FLOATS
 from harness.zero.entries import Entry, entries_of, file_of_entries, saved_entries
 

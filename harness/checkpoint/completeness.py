@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness import distributed
-from harness.checkpoint.files import FileEntry, is_present, reading, verify_file
+from harness.checkpoint.files import FileEntry, reading, verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
-from harness.convert.resolve_source import MANIFEST
+from harness.convert.run_checkpoints import MANIFEST
 from harness.errors import CheckpointError, missing_files
+from harness.files import is_present
 
 
 def common_manifest(directory: Path) -> Manifest:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.files import checkpoint_error_on_all_ranks
-from harness.checkpoint.manifest import checkpoints_in, saved_at
+from harness.convert.run_checkpoints import checkpoints_in, saved_at
 
 
 @dataclass(frozen=True)

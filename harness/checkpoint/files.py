@@ -40,15 +40,6 @@ def reading(path: Path) -> Iterator[None]:
         raise UnreadableCheckpoint(f"cannot read {name}: {error.strerror}") from None
 
 
-def is_present(path: Path) -> bool:
-    """Whether a file exists. Raises OSError if that cannot be found out."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
 class FileEntry(BaseModel):
     """A file's entry in the manifest."""
 

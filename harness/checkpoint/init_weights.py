@@ -14,11 +14,11 @@ import torch
 from harness import distributed
 from harness.config.engine_sections import EngineConfig
 from harness.convert import plan
-from harness.convert.resolve_source import resolve_source
+from harness.convert.resolve_source import read_file, resolve_source
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.engine.lora import base_weights
-from harness.errors import ConfigError, FormatError, did_you_mean
+from harness.errors import ConfigError, FormatError, did_you_mean, first_few
 from harness.formats import tensor_file
 from harness.formats.dtypes import FLOATS
 from harness.formats.stored_tensor import StoredTensor
@@ -89,7 +89,7 @@ def match_weights(engine: Engine, path: Path) -> Weights:
     weights = _read_weights(path, engine.name)
     module = _entries(engine)
     if extra := [name for name in weights if is_extra_state(name)]:
-        log.info("engine %s: extra state is ignored: %s", engine.name, ", ".join(extra))
+        log.info("engine %s: extra state is ignored: %s", engine.name, ", ".join(map(repr, extra)))
         weights = {name: weight for name, weight in weights.items() if name not in extra}
     if any(map(is_expert, module.values())):
         raise ConfigError(f"engines.{engine.name}.init_from: not supported for DeepSpeed's experts")
@@ -132,17 +132,23 @@ def _read_weights(path: Path, engine: str) -> Weights:
         if (path / f"{engine}.{suffix}").is_file():
             path = path / f"{engine}.{suffix}"
             break
-    source = resolve_source(path, default_engine=engine)
+
+    def note(text: str) -> None:
+        log.info("engine %s: init_from: %s", engine, text)
+
+    source = resolve_source(path, default_engine=engine, on_note=note)
     if isinstance(source, SavedEngine):
         return {
             name: planned.source
             for name, planned in plan.plan_weights(source, "fp32").tensors.items()
         }
-    content = tensor_file.read(source)
+    content = read_file(source)
     if content is None:
-        raise FormatError(f"{source}: expected weights by name, found other structures")
-    for note in content.notes:
-        log.info("engine %s: init_from: %s", engine, note)
+        keys = first_few([repr(key) for key in tensor_file.parts(source)])
+        hint = f": `harness convert --key KEY` writes one of {keys} to a file" if keys else ""
+        raise FormatError(f"{source}: expected weights by name, found other structures{hint}")
+    for text in content.notes:
+        note(text)
     return content.tensors
 
 

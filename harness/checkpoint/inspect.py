@@ -2,43 +2,75 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest
-from harness.convert.resolve_source import MANIFEST
-from harness.errors import CheckpointError, FormatError, UnreadableCheckpoint, missing_files
-from harness.formats import pt_reader, suffixes
+from harness.convert.resolve_source import resolve_source
+from harness.convert.run_checkpoints import MANIFEST
+from harness.errors import (
+    CheckpointError,
+    FormatError,
+    UnreadableCheckpoint,
+    missing_files,
+    printable,
+)
+from harness.formats import file_kinds, pt_reader, shard_index, tensor_file
 from harness.formats.json_tree import Keys, dotted, from_metadata, leaf_nodes
 from harness.formats.pickled import Placeholder, describe
 from harness.formats.pt_reader import TensorRef
 from harness.formats.safetensors import read_header
+from harness.zero.reader import SavedEngine
 
 
 def describe_path(path: Path, verify: bool = False) -> Iterator[str]:
-    """Lines that describe a run directory, a checkpoint, an `.sft` or a `.pt`.
+    """Lines that describe a run directory, a checkpoint, a file of weights, or what
+    `resolve_source` takes of another directory.
 
-    `verify` reads the files of a checkpoint and checks every CRC; otherwise their sizes are
-    checked. Raises CheckpointError for any other path, and for what is damaged or incomplete; for a
-    run directory, after all its checkpoints have been described.
+    `verify` reads the files of a checkpoint of a run and checks every CRC; otherwise their sizes
+    are checked. Raises CheckpointError or FormatError for any other path, and for what is damaged
+    or incomplete; for a run directory, after all its checkpoints have been described.
     """
-    if path.suffix in suffixes.SAFETENSORS and path.is_file():
-        yield from _describe_tensors(path, _sft_tensors(path))
-    elif path.suffix in suffixes.PT and path.is_file():
-        yield from _describe_pt(path)
-    elif (path / MANIFEST).is_file():
+    parents = [parent for parent in (path, path / "checkpoints") if checkpoints_in(parent)]
+    if (path / MANIFEST).is_file():
         yield from _describe_checkpoint(path, read_manifest(path), verify)
+    elif parents:
+        yield from _describe_run(path, checkpoints_in(parents[0]), verify)
     else:
-        yield from _describe_run(path, verify)
+        notes: list[str] = []
+        source = resolve_source(path, on_note=notes.append)
+        yield from notes
+        if isinstance(source, SavedEngine):
+            yield from _describe_engine(source)
+        else:
+            yield from _describe_file(source)
 
 
-def _describe_run(path: Path, verify: bool) -> Iterator[str]:
-    parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    directories = checkpoints_in(parent)
-    if not directories:
-        raise CheckpointError(f"{path}: not a run directory, a checkpoint, an .sft or a .pt")
+def _describe_engine(saved: SavedEngine) -> Iterator[str]:
+    yield (
+        f"{saved.directory}: DeepSpeed, ZeRO stage {saved.stage}, {saved.world_size} ranks, step "
+        f"{saved.global_steps}"
+    )
+    stored = {name: saved.weight(name) for name in saved.weights}
+    yield from _list_tensors({n: (s.dtype, list(s.shape), s.nbytes) for n, s in stored.items()})
+
+
+def _describe_file(path: Path) -> Iterator[str]:
+    if path.name.endswith(shard_index.SUFFIX):
+        content = tensor_file.read(path)
+        stored = content.tensors if content else {}
+        tensors = {n: (s.dtype, list(s.shape), s.nbytes) for n, s in stored.items()}
+        yield f"{path}: {len(tensors)} tensors in shards"
+        yield from _list_tensors(tensors)
+    elif file_kinds.format_of(path) == file_kinds.SAFETENSORS:
+        yield from _describe_tensors(path, _sft_tensors(path))
+    else:
+        yield from _describe_pt(path)
+
+
+def _describe_run(path: Path, directories: list[Path], verify: bool) -> Iterator[str]:
     broken: list[str] = []
     unreadable: list[str] = []
     for directory in directories:
@@ -81,7 +113,11 @@ def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterat
 
 def _describe_tensors(path: Path, tensors: dict[str, tuple[str, list[int], int]]) -> Iterator[str]:
     yield f"{path}: {len(tensors)} tensors, {_bytes(path.stat().st_size).strip()}"
-    names = {name: name if name.isprintable() else repr(name) for name in tensors}
+    yield from _list_tensors(tensors)
+
+
+def _list_tensors(tensors: Mapping[str, tuple[str, list[int], int]]) -> Iterator[str]:
+    names = {name: printable(name) for name in tensors}
     width = max(map(len, names.values()), default=0)
     for name, (dtype, shape, size) in zip(names.values(), tensors.values(), strict=True):
         yield f"  {name:<{width}}  {dtype:<8}  {_bytes(size)}  {shape}"

@@ -11,7 +11,6 @@ checkpoints/
 import hashlib
 import json
 import math
-import re
 import time
 from contextlib import suppress
 from importlib.metadata import version
@@ -21,11 +20,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from harness import __version__
-from harness.checkpoint.files import FileEntry, is_present, reading
+from harness.checkpoint.files import FileEntry, reading
 from harness.config.old_names import current_import_path
-from harness.convert.resolve_source import FORMAT, MANIFEST, check_format
+from harness.convert.run_checkpoints import FORMAT, MANIFEST, check_format
+from harness.convert.run_checkpoints import checkpoints_in as checkpoints_in
+from harness.convert.run_checkpoints import saved_at as saved_at
 from harness.errors import CheckpointError, UnreadableCheckpoint, written_by
-from harness.files import json_write
+from harness.files import is_present, json_write
 
 
 class EngineManifest(BaseModel):
@@ -134,43 +135,6 @@ def digest(text: str) -> str:
 def step_directory(parent: Path, step: int, name: str | None = None) -> Path:
     """`parent/step-00001000`, or with a name `parent/step-00001000-NAME`."""
     return parent / (f"step-{step:08d}" + (f"-{name}" if name else ""))
-
-
-def checkpoints_in(parent: Path) -> list[Path]:
-    """The directories that hold a manifest, readable or not, the newest first. Raises OSError."""
-    try:
-        entries = list(parent.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    checkpoints = [
-        path
-        for path in entries
-        if re.fullmatch(r"step-\d{8,}(-[\w.-]+)?", path.name)
-        and path.suffix != ".tmp"
-        and _may_hold_manifest(path)
-    ]
-    return sorted(checkpoints, key=lambda path: (saved_at(path), path.name), reverse=True)
-
-
-def _may_hold_manifest(directory: Path) -> bool:
-    """False only if it is known to hold none."""
-    try:
-        return is_present(directory / MANIFEST)
-    except OSError:
-        return True
-
-
-def saved_at(directory: Path) -> float:
-    """When a checkpoint was saved, in seconds since 1970, also if it is of a newer format; if its
-    manifest is unreadable, the modification time. Raises OSError."""
-    try:
-        return float(json.loads((directory / MANIFEST).read_bytes())["saved_at"])
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    try:
-        return (directory / MANIFEST).stat().st_mtime
-    except OSError:
-        return directory.stat().st_mtime
 
 
 def is_unreadable(directory: Path) -> bool:

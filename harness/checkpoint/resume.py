@@ -11,6 +11,7 @@ from harness.checkpoint.completeness import common_manifest, verify_checkpoint
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.manifest import digest, is_unreadable
 from harness.checkpoint.reshard import in_current_layout
+from harness.checkpoint.resume_source import find_source
 from harness.checkpoint.retention import clean
 from harness.checkpoint.save import rank_file
 from harness.control.live import LiveConfig
@@ -27,11 +28,11 @@ log_warning = distributed.global_leader_only(log.warning)
 def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | None:
     """The checkpoint to resume from, verified; None to start from step 0. Collective.
 
-    `wanted`: `run.resume`. "latest" is the newest one in `parent` that is complete over all `disks`
-    together; incomplete ones are logged and skipped. Raises, on all ranks, CheckpointError if there
-    are checkpoints and none is complete, or the requested one is not; UnreadableCheckpoint if a
-    newer one than those cannot be judged; ConfigError if it does not match this run, or if "none"
-    is requested and an earlier run has left checkpoints.
+    `wanted`: `run.resume` (`resume_source`). "latest" is the newest one in `parent` that is
+    complete over all `disks` together; incomplete ones are logged and skipped. Raises, on all
+    ranks, CheckpointError if there are checkpoints and none is complete, or the requested one is
+    not; UnreadableCheckpoint if a newer one than those cannot be judged; ConfigError if it does not
+    match this run, or if "none" is requested and an earlier run has left checkpoints.
     """
     names, everywhere = list_checkpoints(parent, disks)
     unreadable = {name for name in names if disks.is_leader and is_unreadable(parent / name)}
@@ -47,8 +48,11 @@ def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks)
                 "run: choose another run.name, or move that run away"
             )
     if wanted not in ("latest", "none"):
-        check_compatible(Path(wanted), verify_checkpoint(Path(wanted)), engines)
-        return Path(wanted)
+        parent, is_parent = find_source(wanted, parent)
+        if not is_parent:
+            check_compatible(parent, verify_checkpoint(parent), engines)
+            return parent
+        names, _ = list_checkpoints(parent, Disks(tuple(range(distributed.world_size()))))
     failures = []
     for directory in [parent / name for name in names]:
         try:

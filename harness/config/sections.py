@@ -59,8 +59,8 @@ class RunConfig(Section):
     steps: int = Field(default=1000, ge=1, json_schema_extra=LIVE)
     """Optimizer steps of the complete run, including those before a resume."""
     resume: Annotated[str, BeforeValidator(expand_path)] = "latest"
-    """"latest": resume from the run's newest checkpoint, if any; "none": start over; or the path
-    of a checkpoint."""
+    """"latest": resume from the run's newest checkpoint, if any; "none": start over; a step of
+    the run; or a path: of a checkpoint, or of a run directory, whose newest checkpoint is meant."""
     timeout_s: float = Field(default=1800.0, gt=0, le=1e8)
     """Timeout of collectives, in seconds; after it the run ends."""
 

@@ -17,9 +17,9 @@ from typing import Any
 from harness.convert import plan as planning
 from harness.convert.copy import OnProgress, copy
 from harness.convert.plan import ConversionPlan, PlannedTensor
-from harness.convert.resolve_source import LATEST, resolve_source
+from harness.convert.resolve_source import LATEST, read_file, resolve_source
 from harness.convert.verify import check_masters, check_output, check_sources
-from harness.errors import FormatError, HarnessError
+from harness.errors import FormatError, HarnessError, first_few
 from harness.files import sync_directory, write_atomically
 from harness.formats import (
     dtypes,
@@ -43,6 +43,8 @@ class Options:
     """The options of `harness convert`; see its --help."""
 
     what: str = "weights"
+    key: str | None = None
+    """The part of a `.pt` that holds the weights, its keys joined with dots."""
     dtype: str | None = None
     """A key of DTYPES; None: fp32 for a checkpoint, "keep" for a file."""
     include: tuple[str, ...] = ()
@@ -70,7 +72,7 @@ def convert(src: Path, dst: Path, options: Options, print_line: PrintLine) -> No
     possible, OSError if files cannot be read or written; `dst` is then unchanged.
     """
     _check_destination(dst, options)
-    source = resolve_source(src, options.engine)
+    source = resolve_source(src, options.engine, on_note=lambda text: print_line(f"note: {text}"))
     if options.to_zero is not None:
         _write_zero_checkpoint(source, dst, options, print_line)
         return
@@ -94,8 +96,14 @@ def convert(src: Path, dst: Path, options: Options, print_line: PrintLine) -> No
         _verify_source(source, plan)
     started = time.perf_counter()
     with _progress_bar(plan.nbytes, "converting") as progress:
-        _write(plan, metadata, dst, options, progress)
+        overflows = _write(plan, metadata, dst, options, progress)
     seconds = time.perf_counter() - started
+    if overflows:
+        print_line(
+            f"warning: values of {len(overflows)} tensor{'s' * (len(overflows) != 1)} are too "
+            f"large for {options.dtype}, and became infinite: "
+            f"{first_few([repr(name) for name in sorted(overflows)])}"
+        )
     print_line(
         f"{dst}: {len(plan.tensors)} tensors, {plan.nbytes / 1e6:,.1f} MB in {seconds:.1f} s, "
         f"{plan.nbytes / 1e9 / seconds:.2f} GB/s{', verified' if options.verify else ''}"
@@ -130,10 +138,12 @@ def _check_new_directory(dst: Path, content: str) -> None:
 def _make_plan(source: SavedEngine | Path, options: Options) -> ConversionPlan | None:
     """None for a file of another structure than flat tensors."""
     if isinstance(source, SavedEngine):
+        if options.key is not None:
+            raise HarnessError(f"{source.directory}: --key needs a .pt file, not a checkpoint")
         return planning.plan_engine(source, options.what, DTYPES[options.dtype or "fp32"])
     if options.what != "weights" or options.engine is not None:
         raise HarnessError(f"{source}: --what and --engine need a checkpoint")
-    content = tensor_file.read(source)
+    content = read_file(source, options.key)
     if content is None:
         return None
     return planning.plan_file(content, DTYPES[options.dtype or "keep"])
@@ -150,11 +160,15 @@ def _verify_source(source: SavedEngine | Path, plan: ConversionPlan) -> None:
 def _convert_structure(src: Path, dst: Path, options: Options, print_line: PrintLine) -> None:
     """Converts a file of another structure than flat tensors, through `harness.io`."""
     unsupported = (options.dtype, options.include, options.exclude, options.rename, options.dry_run)
+    keys = first_few([f"--key {key!r}" for key in tensor_file.parts(src)])
     if any(unsupported) or options.verify:
+        part = f"; for a part of it, use {keys}" if keys else ""
         raise HarnessError(
             f"{src} is not a flat dict of tensors: --dtype, --include, --exclude, --rename, "
-            "--dry-run and --verify are not supported"
+            f"--dry-run and --verify are not supported{part}"
         )
+    if keys:
+        print_line(f"note: the complete structure; for a part of it, use {keys}")
     from harness import io  # late: imports torch
 
     skipped: list[str] = []
@@ -205,20 +219,22 @@ def _write(
     dst: Path,
     options: Options,
     progress: OnProgress,
-) -> None:
+) -> set[str]:
+    """The names of tensors of which a finite number has become infinite."""
     if options.shard_size is None:
-        _write_file(plan.tensors, dst, plan.aliases, metadata, options, progress)
-        return
+        return _write_file(plan.tensors, dst, plan.aliases, metadata, options, progress)
+    overflows: set[str] = set()
     sizes = {name: planned.nbytes for name, planned in plan.tensors.items()}
     shards = shard_index.split(sizes, options.shard_size)
     with _staged_directory(dst, plan.nbytes) as staged:
         for number, names in enumerate(shards):
             path = staged / shard_index.shard_name(number, len(shards))
             tensors = {name: plan.tensors[name] for name in names}
-            _write_file(tensors, path, {}, metadata, options, progress)
+            overflows |= _write_file(tensors, path, {}, metadata, options, progress)
         structure = tied_weights.to_metadata(plan.tensors, plan.aliases)
         total: dict[str, Any] = {"total_size": plan.nbytes}
         shard_index.write_index(staged, shards, total | metadata | structure)
+    return overflows
 
 
 def _write_file(
@@ -228,7 +244,8 @@ def _write_file(
     metadata: dict[str, str],
     options: Options,
     progress: OnProgress,
-) -> None:
+) -> set[str]:
+    overflows: set[str] = set()
     workers = options.workers or min(4, os.cpu_count() or 1)
     is_pt = path.suffix in suffixes.PT
     with_crc = is_pt or options.verify
@@ -236,7 +253,9 @@ def _write_file(
     def fill(writer: TensorWriter) -> None:
         target = writer.fileno()
         written = copy(
-            tensors, writer.tensors, target, workers, progress, with_crc, by_tensor=is_pt
+            *(tensors, writer.tensors, target, workers, progress, with_crc),
+            by_tensor=is_pt,
+            overflows=overflows,
         )
         if is_pt:
             writer.crcs |= {part.name: part.crc for part in written}
@@ -247,10 +266,11 @@ def _write_file(
     described = {name: (planned.dtype, planned.shape) for name, planned in tensors.items()}
     if is_pt:
         pt_writer.write(path, described, fill, aliases)
-        return
+        return overflows
     entries = {name: _safetensors_entry(name, *entry) for name, entry in described.items()}
     structure = tied_weights.to_metadata(tensors, aliases)
     safetensors.write(path, entries, fill, {"format": "pt"} | metadata | structure)
+    return overflows
 
 
 @contextmanager

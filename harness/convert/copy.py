@@ -129,18 +129,21 @@ def copy(
     progress: OnProgress,
     with_crc: bool = False,
     by_tensor: bool = False,
+    overflows: set[str] | None = None,
 ) -> list[Written]:
     """Writes every tensor to its entry in the file `target`, a descriptor.
 
     `by_tensor`: the result has one item per tensor; otherwise an item is up to TASK_SIZE bytes of
-    one or more tensors. Raises FormatError or OSError if a read or write fails; the threads then
+    one or more tensors. `overflows` is filled with the names of tensors of which a finite number
+    has become infinite. Raises FormatError or OSError if a read or write fails; the threads then
     end before their next buffer, as on an interrupt.
     """
     stop = threading.Event()
+    found = set() if overflows is None else overflows
     with SourceFiles() as files, ThreadPoolExecutor(workers, thread_name_prefix="copy") as pool:
 
         def run(task: list[Chunk]) -> Written:
-            return _Copier(files, target, progress, with_crc, stop).run(task)
+            return _Copier(files, target, progress, with_crc, stop, found).run(task)
 
         try:
             tasks = split_into_tasks(tensors, entries, by_tensor)
@@ -184,12 +187,14 @@ class _Copier:
         progress: OnProgress,
         with_crc: bool,
         stop: threading.Event,
+        overflows: set[str],
     ):
         self.files = files
         self.target = target
         self.progress = progress
         self.with_crc = with_crc
         self.stop = stop
+        self.overflows = overflows
         self.buffer = memoryview(bytearray(BUFFER_SIZE))
         self.filled = 0  # bytes of the buffer
         self.position = 0  # of the buffer in the file
@@ -202,7 +207,7 @@ class _Copier:
             if source.strided is not None:
                 self.flush()
                 for content in self.files.read_row_major(source):
-                    self.write(_cast(chunk.planned, content))
+                    self.write(self.cast(chunk, content))
             elif source.dtype == chunk.planned.dtype:
                 self.gather(chunk)
             else:
@@ -231,8 +236,16 @@ class _Copier:
             count = min(remaining, BUFFER_SIZE // width)
             view = self.buffer[: count * width]
             self.files.read_elements(source, first * width, count * width, view)
-            self.write(_cast(chunk.planned, view))
+            self.write(self.cast(chunk, view))
             first, remaining = first + count, remaining - count
+
+    def cast(self, chunk: Chunk, content: memoryview) -> memoryview:
+        dtype, target = chunk.planned.source.dtype, chunk.planned.dtype
+        if dtype == target:
+            return content
+        from harness.formats.cast import cast  # late: plain copies need no numpy
+
+        return cast(content, dtype, target, lambda: self.overflows.add(chunk.name))
 
     def flush(self) -> None:
         filled, self.filled = self.filled, 0
@@ -246,11 +259,3 @@ class _Copier:
         write_at(self.target, content, self.position)
         self.position += len(content)
         self.progress(len(content))
-
-
-def _cast(planned: PlannedTensor, content: memoryview) -> memoryview:
-    if planned.source.dtype == planned.dtype:
-        return content
-    from harness.formats.cast import cast  # late: plain copies need no numpy
-
-    return cast(content, planned.source.dtype, planned.dtype)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.errors import CheckpointError, HarnessError, compile_pattern, did_you_mean
+from harness.errors import CheckpointError, HarnessError, compile_pattern, did_you_mean, printable
 from harness.formats.dtypes import FLOATS, SIZES
 from harness.formats.known_values import NumpyScalar
 from harness.formats.pickled import describe
@@ -300,15 +300,15 @@ def _compiled(text: str) -> re.Pattern[str]:
 
 def print_plan(plan: ConversionPlan, print_line: Callable[[str], object]) -> None:
     """Prints a line per tensor, and the total."""
-    width = max(map(len, [*plan.tensors, *plan.aliases]), default=0)
+    width = max(map(len, map(printable, [*plan.tensors, *plan.aliases])), default=0)
     for name, planned in plan.tensors.items():
         files = {range_.path for range_ in planned.source.ranges}
         old, new = planned.source.dtype, planned.dtype
         dtype = new if old == new else f"{old} -> {new}"
         print_line(
-            f"{name:<{width}}  {dtype:<20}  {list(planned.shape)!s:<16}  "
+            f"{printable(name):<{width}}  {dtype:<20}  {list(planned.shape)!s:<16}  "
             f"{planned.nbytes:>14,} bytes from {len(files)} file{'s' * (len(files) != 1)}"
         )
     for name, stored_name in plan.aliases.items():
-        print_line(f"{name:<{width}}  = {stored_name}")
+        print_line(f"{printable(name):<{width}}  = {printable(stored_name)}")
     print_line(f"{len(plan.tensors)} tensors, {plan.nbytes:,} bytes")

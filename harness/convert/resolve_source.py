@@ -1,155 +1,176 @@
-"""From a user's path to an engine's files in a checkpoint, or to a file of weights."""
+"""From a user's path to an engine's files in a checkpoint, or to a file of weights.
 
-import json
+Of the checkpoints of one run the newest complete one is taken, as a resume does. If a directory
+holds different things that could be meant, nothing is guessed.
+"""
+
 import re
-import socket
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from harness import __version__
-from harness.errors import (
-    CheckpointError,
-    FormatError,
-    UnreadableCheckpoint,
-    did_you_mean,
-    missing_files,
-    written_by,
+from harness.convert import foreign_directories
+from harness.convert.run_checkpoints import (
+    MANIFEST,
+    checkpoints_in,
+    is_plain,
+    open_checkpoint,
+    open_newest,
 )
-from harness.formats import shard_index, suffixes, zips
-from harness.zero.reader import SavedEngine, is_engine
+from harness.errors import CheckpointError
+from harness.formats import file_kinds, shard_index, tensor_file
+from harness.formats.tensor_file import TensorFile
+from harness.zero.reader import SavedEngine, check_is_complete, is_engine
 
-MANIFEST = "manifest.json"
-FORMAT = 4
-"""The format of the manifests that this version writes."""
 LATEST = "latest"
+
+Source = SavedEngine | Path
+
+OnNote = Callable[[str], object]
+"""Called with a line for the user: what was taken of a directory, and what was passed over."""
+
+_NUMBERED = re.compile(r"checkpoint[-_](\d{1,18})")
+"""Checkpoints of the HF Trainer and of Accelerate."""
+_ACCELERATE = re.compile(r"pytorch_model(_\d+)?")
+"""Accelerate's tags: one for each model."""
+_FURTHER_MODEL = re.compile(r"(model_\d+\.safetensors|pytorch_model_\d+\.bin)")
 
 
 def resolve_source(
-    path: Path, engine: str | None = None, default_engine: str | None = None
-) -> SavedEngine | Path:
+    path: Path,
+    engine: str | None = None,
+    default_engine: str | None = None,
+    on_note: OnNote = lambda _: None,
+) -> Source:
     """What to read for `path`.
 
-    - A run directory, or its `checkpoints`: the newest checkpoint.
+    - A run directory, or its `checkpoints`: the newest complete checkpoint.
     - A checkpoint: its only engine, the engine named `engine`, or else `default_engine`.
-    - A directory with `latest`, from plain DeepSpeed, Accelerate or the HF Trainer: the tag that it
-      names.
-    - The output directory of the HF Trainer: its newest checkpoint.
+    - A directory with `latest`, from plain DeepSpeed, Accelerate or the HF Trainer, or `latest`
+      itself: the tag that it names.
+    - The output directory of the HF Trainer, or of Accelerate's numbered checkpoints: the newest.
     - A tag, or a file: itself.
     - A directory of Hugging Face shards: the index, or the only file.
 
-    Raises CheckpointError or FormatError.
+    Raises CheckpointError or FormatError, also if a directory holds several of these.
     """
-    if path.is_file():
-        if path.suffix not in suffixes.KNOWN and not path.name.endswith(shard_index.SUFFIX):
-            raise CheckpointError(f"{path}: expected a directory, or one of {suffixes.listed()}")
-        return path
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or directory")
-    if (path / "checkpoints").is_dir():
-        path = path / "checkpoints"
-    elif not (path / LATEST).is_file() and (steps := _trainer_steps(path)):
-        path = path / f"checkpoint-{max(steps)}"
-    if is_engine(path):
-        return SavedEngine(path)
-    if (path / MANIFEST).is_file():
-        return _open_checkpoint(path, engine, default_engine)
+    source = _Resolver(engine, default_engine, on_note).resolve(path)
+    if isinstance(source, SavedEngine) and source.directory != path:
+        step = "" if _is_of_run(source) else f", step {source.global_steps}"
+        on_note(f"from {_relative(source.directory, path)}{step}")
+    elif isinstance(source, Path) and source != path:
+        on_note(f"from {_relative(source, path)}")
+    return source
+
+
+def read_file(path: Path, key: str | None = None) -> TensorFile | None:
+    """`tensor_file.read`. Raises CheckpointError for a file of a ZeRO 3 checkpoint, which holds
+    only placeholders of its weights."""
+    content = tensor_file.read(path, key)
+    if content is None or content.key is not None:
+        check_is_complete(path)
+    if content is not None and path.name == foreign_directories.ADAPTER:
+        content.notes.append("the tensors of an adapter, without its base model")
+    return content
+
+
+def _is_of_run(source: SavedEngine) -> bool:
+    return (source.directory.parent / MANIFEST).is_file()
+
+
+def _relative(path: Path, parent: Path) -> Path:
+    return path.relative_to(parent) if path.is_relative_to(parent) else path
+
+
+class _Resolver:
+    """`resolve_source` without its last note."""
+
+    def __init__(self, engine: str | None, default_engine: str | None, on_note: OnNote):
+        self.engine = engine
+        self.default_engine = default_engine
+        self.on_note = on_note
+
+    def resolve(self, path: Path) -> Source:
+        if path.is_file():
+            return self.resolve(_tag(path.parent)) if path.name == LATEST else _file(path)
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such file or directory")
+        if (path / MANIFEST).is_file():
+            return open_checkpoint(path, self.engine, self.default_engine)
+        if is_engine(path):
+            foreign_directories.refuse_tag(path)
+            return SavedEngine(path)
+        candidates = _candidates(path)
+        if not candidates and (path / "checkpoints").is_dir():
+            return self.resolve(path / "checkpoints")
+        if not candidates:
+            raise CheckpointError(f"{path}: {foreign_directories.explain(path)}")
+        if (path / "checkpoints").is_dir() and _candidates(path / "checkpoints"):
+            candidates.append(path / "checkpoints")
+        if len(candidates) > 1:
+            names = ", ".join(str(_relative(found, path)) for found in candidates)
+            raise CheckpointError(
+                f"{path} holds several things that could be meant: {names}: give the path of one, "
+                f"like {candidates[0]}"
+            )
+        if candidates == [path]:
+            return open_newest(path, self.engine, self.default_engine, self.pass_over)
+        return self.resolve(candidates[0])
+
+    def pass_over(self, reason: str) -> None:
+        self.on_note(f"passed over: {reason}")
+
+
+def _candidates(path: Path) -> list[Path]:
+    """What could be meant by a directory; itself if it holds the checkpoints of a run."""
+    if checkpoints_in(path):
+        return [path, *_weights(path)]
     if (path / LATEST).is_file():
-        tag = _latest(path)
-        if (tag / MANIFEST).is_file():
-            return _open_checkpoint(tag, engine, default_engine)
-        return SavedEngine(tag)
-    if any(path.glob(f"*{shard_index.SUFFIX}")) or (path / shard_index.SINGLE).is_file():
-        return shard_index.find_index(path)
-    raise CheckpointError(
-        f"{path}: not a checkpoint or weights: expected {LATEST}, {MANIFEST}, DeepSpeed's "
-        f"*_model_states.pt, {shard_index.SINGLE} or its index"
-    )
+        tag = _tag(path)
+        tags = sorted(p for p in path.iterdir() if _ACCELERATE.fullmatch(p.name) and is_engine(p))
+        found = tags if tag in tags else [tag]
+        # The Trainer writes the tag and the rounded weights in one save.
+        return found if (path / "trainer_state.json").is_file() else [*found, *_weights(path)]
+    return [*_newest_numbered(path), *_weights(path)]
 
 
-def _latest(path: Path) -> Path:
-    with (path / LATEST).open("rb") as file:
+def _newest_numbered(path: Path) -> list[Path]:
+    """The newest complete checkpoint of the HF Trainer or Accelerate, if there is one."""
+    numbers = {
+        int(match[1]): found
+        for found in path.iterdir()
+        if (match := _NUMBERED.fullmatch(found.name))
+        and ((found / LATEST).is_file() or _weights(found))
+    }
+    return [numbers[max(numbers)]] if numbers else []
+
+
+def _weights(path: Path) -> list[Path]:
+    """Files of complete models in a directory."""
+    if not path.is_dir():
+        return []
+    further = [found for found in path.iterdir() if _FURTHER_MODEL.fullmatch(found.name)]
+    adapter = path / foreign_directories.ADAPTER
+    return [
+        *shard_index.find_weights(path),
+        *sorted(further),
+        *([adapter] if adapter.is_file() else []),
+    ]
+
+
+def _tag(directory: Path) -> Path:
+    """The directory that `latest` names."""
+    with (directory / LATEST).open("rb") as file:
         tag = file.read(4096).decode(errors="replace").strip()
-    if not _is_plain(tag):
+    if not is_plain(tag):
         raise CheckpointError(
-            f"{path / LATEST}: {tag!r:.80} is not the name of a directory next to it"
+            f"{directory / LATEST}: {tag!r:.80} is not the name of a directory next to it"
         )
-    if not (path / tag).is_dir():
-        raise CheckpointError(f"{path / LATEST} names {tag!r:.80}, which does not exist")
-    return path / tag
+    if not (directory / tag).is_dir():
+        raise CheckpointError(f"{directory / LATEST} names {tag!r:.80}, which does not exist")
+    return directory / tag
 
 
-def _trainer_steps(path: Path) -> list[int]:
-    """The steps of the HF Trainer's checkpoints in a directory that were saved by DeepSpeed."""
-    names = (latest.parent.name for latest in path.glob(f"checkpoint-*/{LATEST}"))
-    return [int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d{1,18}", name)]
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name is that of a directory entry, not a path to elsewhere."""
-    return name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
-
-
-def _open_checkpoint(path: Path, engine: str | None, default_engine: str | None) -> SavedEngine:
-    """An engine of a harness checkpoint, its files checked against the manifest."""
-    engines, files, writers = _read_manifest(path)
-    if engine is None and default_engine in engines:
-        engine = default_engine
-    if engine is None and len(engines) != 1:
-        hint = "use" if default_engine is not None else "use --engine NAME, or"
-        names = ", ".join(engines) or "none"
-        raise CheckpointError(f"{path}: expected one engine, found {names}: {hint} {path}/NAME")
-    if engine is not None and engine not in engines:
-        hint = did_you_mean(engine, engines)
-        raise CheckpointError(
-            f"{path} has no engine {engine!r}{hint}; engines: {', '.join(engines)}"
-        )
-    name = engine or engines[0]
-    files = {file: entry for file, entry in files.items() if file.startswith(f"{name}/")}
-    if absent := {file: writers[file] for file in files if not (path / file).is_file()}:
-        raise CheckpointError(missing_files(path, absent, [socket.gethostname()]))
-    for file, entry in files.items():
-        try:
-            zips.check(path / file, entry["size"], entry["digest"])
-        except FormatError as error:
-            raise CheckpointError(f"damaged: {error}") from None
-        except OSError as error:
-            raise UnreadableCheckpoint(f"cannot read {path / file}: {error.strerror}") from None
-    return SavedEngine(path / name)
-
-
-def check_format(manifest: Any, path: Path) -> None:
-    """Raises UnreadableCheckpoint if a manifest is of a newer format. `path`: of the checkpoint."""
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if type(found) is int and found > FORMAT:
-        versions = manifest.get("versions")
-        writer = versions.get("harness") if isinstance(versions, dict) else None
-        by = f", written by harness {writer!s:.40}" if writer else ""
-        raise UnreadableCheckpoint(
-            f"checkpoint {path} has format {found}{by}; harness {__version__} reads format "
-            f"{FORMAT}: update harness"
-        )
-
-
-def _read_manifest(path: Path) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, str]]:
-    """Reads a manifest without pydantic: the engines that have files, the entry of each file, and
-    who wrote it. Raises CheckpointError if it is damaged, UnreadableCheckpoint if that cannot be
-    found out."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        check_format(manifest, path)
-        if invalid := [name for name in manifest["engines"] if not _is_plain(name)]:
-            raise ValueError(f"invalid engine name {invalid[0]!r:.80}")
-        files: dict[str, dict[str, Any]] = manifest["files"]
-        directories = {file.partition("/")[0] for file in files}
-        engines = [name for name in manifest["engines"] if name in directories]
-        if not all({"size", "digest"} <= entry.keys() for entry in files.values()):
-            raise ValueError("a file without size or digest")
-        hosts = [str(host) for host in manifest.get("hosts", ())]  # not in older formats
-        writers = {
-            file: written_by(int(entry.get("rank", -1)), hosts) for file, entry in files.items()
-        }
-    except OSError as error:
-        raise UnreadableCheckpoint(f"cannot read {path / MANIFEST}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from None
-    return engines, files, writers
+def _file(path: Path) -> Path:
+    if not path.name.endswith(shard_index.SUFFIX):
+        file_kinds.format_of(path)
+    return path

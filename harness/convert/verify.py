@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.convert.copy import BUFFER_SIZE, OnProgress, SourceFiles, Written
 from harness.errors import CheckpointError, FormatError
-from harness.formats import suffixes, zips
+from harness.formats import file_kinds, zips
 from harness.formats.legacy_pt import is_legacy
 from harness.formats.raw_io import read_crc
 from harness.formats.stored_tensor import ByteRange, StoredTensor
@@ -21,10 +21,9 @@ def check_sources(ranges: Iterable[ByteRange], progress: OnProgress) -> None:
     """
     by_path: dict[Path, set[int]] = {}
     for range_ in ranges:
-        if range_.path.suffix in suffixes.PT:
-            by_path.setdefault(range_.path, set()).add(range_.start)
+        by_path.setdefault(range_.path, set()).add(range_.start)
     for path, unsorted_starts in by_path.items():
-        if is_legacy(path):
+        if file_kinds.format_of(path) != file_kinds.PT or is_legacy(path):
             continue
         starts = sorted(unsorted_starts)
         for record in zips.records(path).values():

@@ -4,6 +4,7 @@ tensor_file.py    a file or shards of flat tensors only, as StoredTensors
 tied_weights.py   tied tensors in safetensors: stored once, all names in the metadata
 shard_index.py    the index of Hugging Face shards
 pt_writer.py      .pt files of flat tensors, streamed
+subtrees.py       which part of a structure holds the weights
 stored_tensor.py  a tensor as byte ranges of files
 pt_reader.py      .pt files as trees of tensor references, without running code
 legacy_pt.py      .pt files from before torch 1.6
@@ -18,5 +19,6 @@ tensor_writer.py  an open file, to be filled with tensors
 raw_io.py         reads and writes at a file position: all bytes, or an error
 cast.py           floating-point casts with numpy
 dtypes.py         names, sizes and storages of dtypes
+file_kinds.py     what a file is, by its first bytes
 suffixes.py       file suffixes by format
 """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from harness.errors import FormatError
-from harness.formats import legacy_pt, unpickler, zips
+from harness.formats import file_kinds, legacy_pt, unpickler, zips
 from harness.formats.dtypes import SIZES, STORAGE_DTYPES
 from harness.formats.known_values import known_globals
 from harness.formats.pickled import (
@@ -157,10 +157,16 @@ def read(path: Path) -> Any:
 
 def _open(path: Path) -> tuple[bytes, Mapping[str, zips.Record]]:
     """The pickle of a file, and its tensor data by number."""
+    if file_kinds.format_of(path) != file_kinds.PT:
+        raise FormatError(f"{path}: a safetensors file, expected one of torch.save")
     if legacy_pt.is_legacy(path):
         return legacy_pt.read(path)
-    archive = zips.records(path)
-    prefix, record = _find_pickle(path, archive)
+    try:
+        archive = zips.records(path)
+        prefix, record = _find_pickle(path, archive)
+    except FormatError:
+        file_kinds.refuse_foreign_zip(path)
+        raise
     start = f"{prefix}data/"
     data = {n.removeprefix(start): data for n, data in archive.items() if n.startswith(start)}
     return record.read(), data

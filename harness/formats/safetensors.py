@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from harness.errors import FormatError
 from harness.files import reserve, write_atomically
+from harness.formats import file_kinds
 from harness.formats.tensor_writer import TensorEntry, TensorWriter
 
 BITS = {
@@ -88,6 +89,8 @@ def header_of(file: BinaryIO, path: Path) -> Header:
         header = _Parser(file.read(size).decode(), 8 + size).header()
         _check_contiguous(header.tensors, 8 + size, 8 + available)
     except ValueError as error:  # also of bad UTF-8 and bad JSON
+        if file_kinds.format_of(path) != file_kinds.SAFETENSORS:
+            raise FormatError(f"{path}: not a safetensors file, but of torch.save") from None
         raise FormatError(f"{path}: not a safetensors file, or damaged: {error}") from None
     return header
 

@@ -1,13 +1,14 @@
-"""Weights in several safetensors files with an index, as Hugging Face stores them.
+"""Weights in several files with an index, as Hugging Face stores them.
 
     model-00001-of-00002.safetensors, model-00002-of-00002.safetensors
     model.safetensors.index.json          {"metadata": {...}, "weight_map": {name: file}}
 
+Older ones have `pytorch_model.bin.index.json` and shards in torch's format, which are only read.
 The index is removed first and written last: if it exists, its files are complete.
 The format: https://github.com/huggingface/huggingface_hub, serialization/_base.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from harness.formats import json_tree, safetensors, suffixes
 SUFFIX = ".index.json"
 INDEX = f"model.safetensors{SUFFIX}"
 SINGLE = "model.safetensors"
+SINGLES = (SINGLE, "pytorch_model.bin")
+_SHARDS = suffixes.SAFETENSORS | {".bin"}
+_OF_OTHERS = (".h5.index.json", ".msgpack.index.json")
 MAX_INDEX = safetensors.MAX_HEADER
 
 
@@ -62,19 +66,22 @@ def write_index(
 
 
 def find_index(directory: Path) -> Path:
-    """The index in a directory, or else its only weights file.
+    """The index in a directory, or its only weights file.
 
-    Raises FormatError if there is neither, or more than one index.
+    Raises FormatError if there is neither, or more than one of them.
     """
-    if (directory / INDEX).is_file():
-        return directory / INDEX
-    indices = sorted(directory.glob(f"*{SUFFIX}"))
-    if len(indices) == 1:
-        return indices[0]
-    if not indices and (directory / SINGLE).is_file():
-        return directory / SINGLE
-    names = first_few([path.name for path in indices]) or "none"
-    raise FormatError(f"{directory}: expected {INDEX} or {SINGLE}; indices found: {names}")
+    found = find_weights(directory)
+    if len(found) == 1:
+        return found[0]
+    names = first_few([path.name for path in found]) or "none"
+    raise FormatError(f"{directory}: expected one of {INDEX} or {SINGLE}; found: {names}")
+
+
+def find_weights(directory: Path) -> list[Path]:
+    """The indices in a directory, and the files of weights as Hugging Face names them."""
+    indices = [path for path in directory.glob(f"*{SUFFIX}") if path.is_file()]
+    ours = sorted(path for path in indices if not path.name.endswith(_OF_OTHERS))
+    return ours + [directory / name for name in SINGLES if (directory / name).is_file()]
 
 
 def read_index(path: Path) -> Index:
@@ -104,15 +111,18 @@ def read_index(path: Path) -> Index:
     return Index({name: known[file] for name, file in weights.items()}, metadata)
 
 
-def check_shards(path: Path, index: Index, headers: Mapping[Path, safetensors.Header]) -> None:
-    """Raises FormatError unless each shard has exactly the tensors that the index lists."""
+def check_shards(path: Path, index: Index, shards: Mapping[Path, Collection[str]]) -> None:
+    """Raises FormatError unless each shard has exactly the tensors that the index lists.
+
+    `shards`: the names in each file.
+    """
     expected: dict[Path, set[str]] = {}
     for name, file in index.files.items():
         expected.setdefault(file, set()).add(name)
     for file, names in expected.items():
-        if missing := sorted(names - headers[file].tensors.keys()):
+        if missing := sorted(names.difference(shards[file])):
             raise FormatError(f"{file}: missing: {_names(missing)}, listed in {path.name}")
-        if unexpected := sorted(headers[file].tensors.keys() - names):
+        if unexpected := sorted(set(shards[file]) - names):
             raise FormatError(
                 f"{file}: unexpected: {_names(unexpected)}, not listed in {path.name}"
             )
@@ -123,7 +133,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _next_to(index: Path, file: str) -> Path:
-    if Path(file).name != file or "\0" in file or Path(file).suffix not in suffixes.SAFETENSORS:
+    if Path(file).name != file or "\0" in file or Path(file).suffix not in _SHARDS:
         raise FormatError(f"{index}: {file!r} is not a plain file name like {SINGLE}")
     if not index.with_name(file).is_file():
         raise FormatError(f"{index}: the shard {file!r} is missing")

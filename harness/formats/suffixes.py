@@ -1,10 +1,10 @@
 """Suffixes of tensor files."""
 
-PT = frozenset({".pt", ".pth"})
+PT = frozenset({".pt", ".pth", ".bin", ".ckpt"})
 SAFETENSORS = frozenset({".sft", ".safetensors"})
 KNOWN = PT | SAFETENSORS
 
 
 def listed() -> str:
-    """All suffixes, for error messages: ".pt, .pth, .safetensors, .sft"."""
+    """All suffixes, for error messages: ".bin, .ckpt, .pt, .pth, ..."."""
     return ", ".join(sorted(KNOWN))

@@ -3,7 +3,7 @@
 docs/files.md describes what other programs see in a file, and what is not supported.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from harness.errors import FormatError
-from harness.formats import dtypes, json_tree, safetensors, shard_index, suffixes
+from harness.formats import dtypes, file_kinds, json_tree, safetensors, shard_index, suffixes
 from harness.formats.tensor_writer import TensorWriter
 from harness.io import pt
 from harness.io.mmap import ByteFile
@@ -27,7 +27,7 @@ from harness.utils import dtype_name
 
 
 def save(data: Any, path: str | Path, shard_size: int | None = None) -> None:
-    """Writes a structure in the format of the suffix: .pt, .pth, .sft, .safetensors.
+    """Writes a structure in the format of the suffix (`formats.suffixes`).
 
     With `shard_size`, in bytes, `path` is a directory for Hugging Face shards and their index.
     Tensors that share memory are stored once. Raises FormatError, with the keys, for unsupported
@@ -71,8 +71,7 @@ def load(
         path = shard_index.find_index(path)
     if path.name.endswith(shard_index.SUFFIX):
         return _load_shards(path, device, lazy)
-    _check_suffix(path)
-    if path.suffix in suffixes.SAFETENSORS:
+    if file_kinds.format_of(path) == file_kinds.SAFETENSORS:
         with ExitStack() as stack:
             file = _SafetensorsFile(path, lazy, stack)
             files = dict.fromkeys(file.header.tensors, file)
@@ -138,6 +137,10 @@ class _SafetensorsFile:
         self.bytes = stack.enter_context(ByteFile(path, lazy))
         self.header = safetensors.header_of(self.bytes.file, path)
 
+    @property
+    def names(self) -> Collection[str]:
+        return self.header.tensors.keys()
+
     def tensor(self, name: str) -> torch.Tensor:
         entry = self.header.tensors[name]
         try:
@@ -154,12 +157,31 @@ class _SafetensorsFile:
         return self.bytes.tensor(entry.start, entry.nbytes, dtype.itemsize).view(dtype).view(shape)
 
 
+class _PtShard:
+    """A shard in torch's format, a dict of tensors."""
+
+    def __init__(self, path: Path, lazy: bool):
+        self.tensors = pt.read(path, "cpu", lazy)
+        is_flat = isinstance(self.tensors, dict)
+        if not is_flat or not all(isinstance(t, torch.Tensor) for t in self.tensors.values()):
+            raise FormatError(f"{path}: not a dict of tensors, as expected of a shard")
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.tensors.keys()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
 def _load_shards(path: Path, device: str | torch.device, lazy: bool) -> Any:
     index = shard_index.read_index(path)
     with ExitStack() as stack:
-        opened = {file: _SafetensorsFile(file, lazy, stack) for file in set(index.files.values())}
-        headers = {file: shard.header for file, shard in opened.items()}
-        shard_index.check_shards(path, index, headers)
+        opened: dict[Path, _SafetensorsFile | _PtShard] = {}
+        for file in set(index.files.values()):
+            is_pt = file_kinds.format_of(file) == file_kinds.PT
+            opened[file] = _PtShard(file, lazy) if is_pt else _SafetensorsFile(file, lazy, stack)
+        shard_index.check_shards(path, index, {file: s.names for file, s in opened.items()})
         files = {name: opened[file] for name, file in index.files.items()}
         return _assemble(path, index.metadata, files, device)
 
@@ -167,7 +189,7 @@ def _load_shards(path: Path, device: str | torch.device, lazy: bool) -> Any:
 def _assemble(
     path: Path,
     metadata: Mapping[str, Any],
-    files: Mapping[str, _SafetensorsFile],
+    files: Mapping[str, _SafetensorsFile | _PtShard],
     device: str | torch.device,
 ) -> Any:
     """The structure of one or more files; `files`: the file of each tensor, by name."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import CheckpointError, first_few
-from harness.formats import pt_reader
+from harness.formats import file_kinds, pt_reader
 from harness.formats.pickled import UnsupportedTensor, describe
 from harness.formats.pt_reader import Shape, TensorRef
 from harness.formats.stored_tensor import ByteRange, StoredTensor
@@ -37,6 +37,25 @@ _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 def is_engine(directory: Path) -> bool:
     """Whether a directory holds files of an engine, as DeepSpeed names them."""
     return directory.is_dir() and any(_MODEL.fullmatch(p.name) for p in directory.iterdir())
+
+
+def check_is_complete(path: Path) -> None:
+    """Raises CheckpointError if a file holds placeholders in place of weights, as the model file of
+    one rank does at stage 3."""
+    if file_kinds.format_of(path) != file_kinds.PT:
+        return
+    tree = pt_reader.read(path)
+    if not isinstance(tree, dict) or not isinstance(tree.get("module"), dict):
+        return
+    groups = [*(tree.get("param_shapes") or ()), tree.get("frozen_param_shapes") or {}]
+    for name, shape in ((n, s) for group in groups for n, s in group.items()):
+        ref = tree["module"].get(name)
+        if isinstance(ref, TensorRef) and ref.numel() != Shape(shape).numel():
+            raise CheckpointError(
+                f"{path}: the file of one rank of a ZeRO 3 checkpoint, without the weights of "
+                f"{name!r}: they are in the files of all ranks: give the directory that holds "
+                f"them, like {path.parent}"
+            )
 
 
 class SavedEngine:

@@ -161,7 +161,7 @@ def test_the_settings_of_the_optimizer_use_the_names_of_its_tensors(
         assert f"optimizer.exp_avg.{name}" in found and name in found
     lines: list[str] = []
     convert(directory, tmp_path / "x.pt", Options(what="optimizer"), lines.append)
-    assert lines[0] == "note: a .pt cannot store metadata: dropped optimizer"
+    assert lines[1] == "note: a .pt cannot store metadata: dropped optimizer"
 
 
 def test_metadata_of_other_programs_is_kept(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_the_masters_of_zero_0_are_not_named(checkpoints: Checkpoints, tmp_path:
     lines: list[str] = []
     directory = checkpoints(2) / "zero0 bf16"
     convert(directory, tmp_path / "x.sft", Options(), lines.append)
-    assert "note: at ZeRO 0 DeepSpeed does not record the names of the fp32 masters" in lines[0]
+    assert "note: at ZeRO 0 DeepSpeed does not record the names of the fp32 masters" in lines[1]
     with pytest.raises(HarnessError, match="does not record which parameter"):
         convert(directory, tmp_path / "y.sft", Options(what="optimizer"), lines.append)
 
@@ -333,7 +333,7 @@ DAMAGED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "truncated": (
         lambda d, _: os.truncate(only(d, RANK_1), only(d, RANK_1).stat().st_size - 99),
-        "truncated, or not a zip archive, which torch.save writes",
+        "truncated or damaged: .* copy or download the file again",
     ),
     "code": (
         lambda d, _: hostile(only(d, RANK_1)),
@@ -498,4 +498,11 @@ def test_a_run_of_harness_is_converted(two_ranks: RankPool, tmp_path: Path) -> N
     old, new = (only(checkpoints / f"step-0000000{n}/net", RANK_1) for n in (2, 4))
     shutil.copy(old, new)
     with pytest.raises(HarnessError, match="is not the file that was saved"):
-        converted(config.run_dir, tmp_path / "y.sft")
+        converted(checkpoints / "step-00000004", tmp_path / "y.sft")
+    lines: list[str] = []
+    convert(config.run_dir, tmp_path / "y.sft", Options(), lines.append)
+    assert re.match("note: passed over: .*is not the file that was saved", lines[0])
+    assert lines[1] == "note: from checkpoints/step-00000002/net"
+    old.write_bytes(b"")
+    with pytest.raises(HarnessError, match="no checkpoint is complete on this host"):
+        converted(config.run_dir, tmp_path / "z.sft")

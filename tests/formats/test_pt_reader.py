@@ -185,7 +185,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "out of range": (lambda p: archive(p, tensor_of(0, 5, 1)), "past the end of its data"),
     "far out": (lambda p: archive(p, tensor_of(2**61, 2, 2**61)), "past the end of its data"),
     "negative": (lambda p: archive(p, tensor_of(0, 2, -1)), "the shape of a tensor"),
-    "empty": (lambda p: (p.write_bytes(b"") and p) or p, "not a zip archive"),
+    "empty": (lambda p: (p.write_bytes(b"") and p) or p, "but empty"),
     "text": (lambda p: (p.write_text("hello, " * 99) and p) or p, "not a zip archive"),
 }
 

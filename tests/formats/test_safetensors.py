@@ -33,7 +33,7 @@ def entry(start: int, end: int, dtype: Any = "U8", shape: Any = None) -> dict[st
 
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "fewer than 8 bytes"),
+    "empty": (b"", "not a file of weights, but empty"),
     "short": (b"\2\0\0", "fewer than 8 bytes"),
     "false length": (file_of({}, size=1 << 62), "but the file has only 2 more"),
     "header longer than the file": (
