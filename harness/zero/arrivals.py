@@ -84,7 +84,8 @@ class Arrivals:
             if self._queue is not None and loss.requires_grad:
                 self._queue.restart()
                 loss.register_hook(self._queue.find_unused)
-        self._ds.backward(loss)
+        with fetches.in_backward(self._ds):
+            self._ds.backward(loss)
         if self._arrived and not self._in_order:
             self._gradients += self._arrived
             self._gradients.append(END_OF_BACKWARD)

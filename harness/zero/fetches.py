@@ -7,7 +7,7 @@ they get each other's shards, or wait for each other.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 from torch import nn
@@ -91,9 +91,11 @@ def allow_different_modules(ds: Any) -> None:
 @contextmanager
 def gathered(ds: Any) -> Iterator[None]:
     """In the block the whole model is gathered, and no module releases its weights. Collective."""
-    if _coordinator(ds) is None:
+    coordinator = _coordinator(ds)
+    if coordinator is None:
         yield
         return
+    coordinator._clean_inflight_param_registry()
     sharded = [p for p in ds.module.parameters() if p.ds_status.name == "NOT_AVAILABLE"]
     if sharded:
         sharded[0].all_gather(sharded)
@@ -132,11 +134,36 @@ def explain(error: RuntimeError, engine: str, ds: Any) -> None:
     if _coordinator(ds) is not None and _SHAPE_ERROR.search(str(error)):
         error.add_note(
             f"engine {engine!r}: at ZeRO 3 a weight is empty outside of the module that has it. A "
-            "loss that reads weights elsewhere, like a penalty on all of them, or that goes "
-            "through a gradient (create_graph=True), needs "
+            "loss that reads weights elsewhere, like a penalty on all of them, needs "
             f'engines.{engine}.unused_parameters = "zeros", which gathers the model for each '
             "micro-batch, or ZeRO 2"
         )
+
+
+class Backward:
+    """Whether the backward of a loss is running, of any engine."""
+
+    is_running = False
+
+
+@contextmanager
+def in_backward(ds: Any) -> Iterator[None]:
+    """To be open in the backward of a loss. Collective.
+
+    If a gradient was computed in the forward before it, as for a penalty, this backward may go
+    through that one, which needs weights outside of the modules that fetch them: so the whole model
+    is gathered.
+    """
+    coordinator = _coordinator(ds)
+    is_differentiated = getattr(coordinator, "is_differentiated", False)
+    Backward.is_running = True
+    try:
+        with gathered(ds) if is_differentiated else nullcontext():
+            yield
+    finally:
+        Backward.is_running = False
+        if coordinator is not None:
+            coordinator.is_differentiated = False
 
 
 def _coordinator(ds: Any) -> Any:

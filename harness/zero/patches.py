@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from harness.errors import TaskError
+from harness.zero import fetches
 
 RUNTIME = "deepspeed.runtime"
 
@@ -20,7 +21,7 @@ def apply_patches() -> None:
     """Patches DeepSpeed in this process, once it has been imported."""
     _keep_optimizers_fresh()
     _accept_scalars()
-    _accept_empty_parameters()
+    _patch_fetches()
     _allow_gradient_penalties()
     _let_timers_start_twice()
 
@@ -131,13 +132,16 @@ def _scalars_as_vectors(tensors: Iterable[Tensor]) -> Iterator[None]:
             scalar.data = scalar.data.view(())
 
 
-def _accept_empty_parameters() -> None:
+def _patch_fetches() -> None:
     """At stage 3, modules can have parameters without elements: DeepSpeed gathers nothing where
-    there is no element to gather, and then misses the parameter."""
+    there is no element to gather, and then misses the parameter. And a loss can be of a gradient:
+    see `fetches.in_backward`."""
     module: Any = importlib.import_module(f"{RUNTIME}.zero.partitioned_param_coordinator")
     fetch = module.PartitionedParameterCoordinator._fetch_sub_module_impl
 
     def fetch_sub_module(self: Any, submodule: Any, forward: bool, is_leaf: bool) -> None:
+        if not forward and not fetches.Backward.is_running:
+            self.is_differentiated = True
         for parameter in module.iter_params(submodule, recurse=is_leaf):
             if not parameter.ds_numel:
                 parameter.data = parameter.data.new_empty(parameter.ds_shape)
@@ -145,6 +149,7 @@ def _accept_empty_parameters() -> None:
         fetch(self, submodule, forward, is_leaf)
 
     module.PartitionedParameterCoordinator._fetch_sub_module_impl = fetch_sub_module
+    module.PartitionedParameterCoordinator.is_differentiated = False
 
 
 def _allow_gradient_penalties() -> None:

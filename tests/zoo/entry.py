@@ -73,8 +73,6 @@ class Entry:
     """Tolerance in bf16, also under autocast, where gradients are averaged in 16 bits."""
     autocast: bool = False
     """Whether it is also trained under `torch_autocast`."""
-    not_at_zero_3: str = ""
-    """Why it does not train at ZeRO 3."""
 
     def models(self) -> dict[str, nn.Module]:
         """The models by engine."""
@@ -87,8 +85,7 @@ class Entry:
 
     def layouts(self) -> list[Layout]:
         """All layouts that it trains in."""
-        layouts = LAYOUTS + AUTOCAST_LAYOUTS * self.autocast
-        return [each for each in layouts if each.stage < 3 or not self.not_at_zero_3]
+        return LAYOUTS + AUTOCAST_LAYOUTS * self.autocast
 
 
 ZOO: dict[str, Entry] = {}

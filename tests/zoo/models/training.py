@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from harness.utils import to_device
 from tests.zoo.data import vectors
 from tests.zoo.entry import ADAMW, call, entry
-from tests.zoo.models.basics import DOUBLE_BACKWARD, Mlp, mse
+from tests.zoo.models.basics import Mlp, mse
 
 
 @entry(vectors, engines={"net": {"ema_decay": 0.8}}, autocast=True)
@@ -80,6 +80,6 @@ def feed_penalty(engine: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
     return mse(output, y) + slope.float().square().mean(), {}
 
 
-@entry(vectors, feeder=feed_penalty, not_at_zero_3=DOUBLE_BACKWARD)
+@entry(vectors, feeder=feed_penalty)
 def gradient_penalty() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
