@@ -134,8 +134,7 @@ def explain(error: RuntimeError, engine: str, ds: Any) -> None:
     if _coordinator(ds) is not None and _SHAPE_ERROR.search(str(error)):
         error.add_note(
             f"engine {engine!r}: at ZeRO 3 a weight is empty outside of the module that has it. A "
-            "loss that reads weights elsewhere, like a penalty on all of them, or that goes "
-            "through a gradient (create_graph=True), needs "
+            "loss that reads weights elsewhere, like a penalty on all of them, needs "
             f'engines.{engine}.unused_parameters = "zeros", which gathers the model for each '
             "micro-batch, or ZeRO 2"
         )
