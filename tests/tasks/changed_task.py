@@ -1,5 +1,7 @@
 """The tiny task, whose model `task.args.change` changes between a save and a resume."""
 
+from typing import Any
+
 import torch
 from tiny_task import Classifier, Points
 from torch import nn
@@ -15,10 +17,10 @@ class OwnLoading(nn.Module):
         super().__init__()
         self.register_buffer(name, torch.ones(2))
 
-    def _load_from_state_dict(self, state: dict, prefix: str, *args: object) -> None:
-        if f"{prefix}old" in state and hasattr(self, "new"):
-            state[f"{prefix}new"] = state.pop(f"{prefix}old")
-        super()._load_from_state_dict(state, prefix, *args)
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:  # type: ignore[override]
+        if f"{prefix}old" in state_dict and hasattr(self, "new"):
+            state_dict[f"{prefix}new"] = state_dict.pop(f"{prefix}old")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def change(model: Classifier, kind: str) -> None:
