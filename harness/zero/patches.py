@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.nn import functional
 
 from harness.errors import TaskError
 from harness.zero import fetches
@@ -25,27 +24,11 @@ def apply_patches() -> None:
     _patch_fetches()
     _allow_gradient_penalties()
     _let_timers_start_twice()
-    _give_linear_back()
 
 
 def _class(module: str, name: str) -> Any:
     """A class of DeepSpeed's runtime."""
     return getattr(importlib.import_module(f"{RUNTIME}.{module}"), name)
-
-
-def _give_linear_back() -> None:
-    """A stage 3 engine that ends leaves torch's linear layer as it was: later runs in the process,
-    at other stages, would round in bf16 as stage 3 does."""
-    engine = _class("engine", "DeepSpeedEngine")
-    destroy, linear = engine.destroy, functional.linear
-    of_stage_3 = importlib.import_module(f"{RUNTIME}.zero.linear").zero3_linear_wrap
-
-    def destroy_and_give_back(self: Any) -> None:
-        destroy(self)
-        if functional.linear is of_stage_3:
-            functional.linear = linear
-
-    engine.destroy = destroy_and_give_back
 
 
 def _let_timers_start_twice() -> None:

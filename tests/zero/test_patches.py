@@ -79,16 +79,3 @@ def test_adagrad_is_the_one_that_was_built(two_ranks: RankPool, stage: int) -> N
         assert has_average
         for name, weight in expected.items():
             assert torch.allclose(found[name], weight, rtol=0, atol=1e-6), name
-
-
-def linear_after(stages: list[int]) -> list[str]:
-    """The name of torch's linear layer once an engine at each of the stages has ended."""
-    found = []
-    for stage in stages:
-        engines_of(model(), feed, stage, {}).close()
-        found.append(nn.functional.linear.__name__)
-    return found
-
-
-def test_stage_3_does_not_leave_its_linear_layer_behind(two_ranks: RankPool) -> None:
-    assert two_ranks.run(linear_after, [2, 3])[0] == ["linear", "linear"]
