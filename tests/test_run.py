@@ -229,7 +229,7 @@ def test_every_sampler_and_workers(two_ranks: RankPool, tmp_path: Path, sampler:
         ),
         ({"engines": {"net": {"optimizer": {"name": "adam"}}}}, "did you mean 'adamw'"),
         ({"engines": {"net": {"scheduler": {"name": "cosin"}}}}, "did you mean 'cosine'"),
-        ({"run": {"resume": "/no/where"}}, "/no/where is not a checkpoint"),
+        ({"run": {"resume": "/no/where"}}, "/no/where: no such file or directory"),
     ],
 )
 def test_a_mistake_is_reported_on_all_ranks_before_anything_is_written(

@@ -43,8 +43,6 @@ class Options:
     """The options of `harness convert`; see its --help."""
 
     what: str = "weights"
-    key: str | None = None
-    """The part of a `.pt` that holds the weights, its keys joined with dots."""
     dtype: str | None = None
     """A key of DTYPES; None: fp32 for a checkpoint, "keep" for a file."""
     include: tuple[str, ...] = ()
@@ -63,6 +61,8 @@ class Options:
     """round_robin_gradients of the engine that will load it; None: false."""
     workers: int = 0
     """Threads; 0: as many as processors, at most 4."""
+    key: str | None = None
+    """The part of a `.pt` that holds the weights, its keys joined with dots."""
 
 
 def convert(src: Path, dst: Path, options: Options, print_line: PrintLine) -> None:
