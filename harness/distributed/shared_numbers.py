@@ -7,8 +7,10 @@ rank may be unable to tell the others what it did.
 import mmap
 import os
 import secrets
+import threading
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -73,17 +75,26 @@ class SharedNumbers:
         ]
 
     def _exchange(self, texts: Sequence[bytes], timeout_s: float) -> list[bytes]:
-        """Adds those of the other nodes, through the store of the process group."""
-        try:
+        """Adds those of the other nodes, through the store of the process group.
+
+        In a thread: a store that cannot be reached any more, as after a cut cable, never answers.
+        """
+        found = list(texts)
+        thread = threading.Thread(target=self._fill, args=(found, timeout_s), daemon=True)
+        thread.start()
+        thread.join(timeout_s + 1)
+        return list(found)
+
+    def _fill(self, texts: list[bytes], timeout_s: float) -> None:
+        with suppress(DistError):  # not all in time, or the store is gone with its rank
             store = PrefixStore(self._prefix, dist.distributed_c10d._get_default_store())
             for rank, text in enumerate(texts):
                 if text:
                     store.set(str(rank), text)  # type: ignore[arg-type]  # torch takes bytes too
-            missing = [str(rank) for rank, text in enumerate(texts) if not text]
-            store.wait(missing, timedelta(seconds=timeout_s))
-            return [text or store.get(str(rank)) for rank, text in enumerate(texts)]
-        except DistError:  # not all in time, or the store is gone with its rank
-            return list(texts)
+            missing = [rank for rank, text in enumerate(texts) if not text]
+            store.wait(list(map(str, missing)), timedelta(seconds=timeout_s))
+            for rank in missing:
+                texts[rank] = store.get(str(rank))
 
 
 def _mapped(file: int, size: int) -> memoryview:
