@@ -10,6 +10,7 @@ Here a parameter without a gradient gets zeros at the end of every backward. Wha
 recorded, for a comparison between the ranks; or it is handed over in one fixed order.
 """
 
+import os
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -56,7 +57,8 @@ class Arrivals:
         self._modules: tuple[Sequence[nn.Module], Numbers] = (), NOTHING
         """The last order of modules that was recorded, and their numbers."""
         self._calls_modules = bool(fetches.names(ds))
-        self._notes = Notes(ds, self._buckets) if not in_order and world_size() > 1 else None
+        can_note = not in_order and world_size() > 1 and hasattr(os, "memfd_create")  # on Linux
+        self._notes = Notes(ds, self._buckets) if can_note else None
         if in_order:
             fetches.allow_different_modules(ds)
         if self._buckets is None:
