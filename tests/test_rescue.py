@@ -15,8 +15,8 @@ from torch.utils.data import default_collate
 
 from harness import distributed
 from harness.checkpoint import save
-from harness.checkpoint.manifest import checkpoints_in
 from harness.config import Config
+from harness.convert.run_checkpoints import checkpoints_in
 from harness.run import run_in_world
 from harness.task import load_task
 from harness.testing.pool import RankError, RankPool

@@ -22,10 +22,10 @@ from harness.errors import ConfigError, FormatError, did_you_mean, first_few
 from harness.formats import tensor_file
 from harness.formats.dtypes import FLOATS
 from harness.formats.stored_tensor import StoredTensor
+from harness.formats.tensor_file import is_extra_state
 from harness.io.stored import read_tensor
 from harness.utils import dtype_name
 from harness.zero.engine_state import fill_masters, fill_weight, shapes_of
-from harness.zero.layout import is_extra_state
 from harness.zero.parameters import full_shape, is_expert
 from harness.zero.reader import SavedEngine
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.files import verify_file
-from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest
+from harness.checkpoint.manifest import Manifest, read_manifest
 from harness.convert.resolve_source import resolve_source
-from harness.convert.run_checkpoints import MANIFEST
+from harness.convert.run_checkpoints import MANIFEST, checkpoints_in
 from harness.errors import (
     CheckpointError,
     FormatError,

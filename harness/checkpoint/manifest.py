@@ -23,8 +23,6 @@ from harness import __version__
 from harness.checkpoint.files import FileEntry, reading
 from harness.config.old_names import current_import_path
 from harness.convert.run_checkpoints import FORMAT, MANIFEST, check_format
-from harness.convert.run_checkpoints import checkpoints_in as checkpoints_in
-from harness.convert.run_checkpoints import saved_at as saved_at
 from harness.errors import CheckpointError, UnreadableCheckpoint, written_by
 from harness.files import is_present, json_write
 

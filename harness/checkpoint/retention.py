@@ -7,9 +7,10 @@ from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 
-from harness.checkpoint.manifest import Manifest, checkpoints_in, is_unreadable, read_manifest
+from harness.checkpoint.manifest import Manifest, is_unreadable, read_manifest
 from harness.config.sections import CheckpointConfig
 from harness.convert.resolve_source import LATEST
+from harness.convert.run_checkpoints import checkpoints_in
 from harness.errors import CheckpointError
 
 log = logging.getLogger(__name__)

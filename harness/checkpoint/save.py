@@ -18,18 +18,12 @@ from pathlib import Path
 from harness import distributed
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.files import FileEntry, checkpoint_error_on_all_ranks, write_file
-from harness.checkpoint.manifest import (
-    EngineManifest,
-    Manifest,
-    checkpoints_in,
-    digest,
-    saved_at,
-    step_directory,
-)
+from harness.checkpoint.manifest import EngineManifest, Manifest, digest, step_directory
 from harness.checkpoint.retention import delete_replaced, move_into_place, prune, undo_move
 from harness.checkpoint.snapshot import Snapshots, bytes_of
 from harness.control.live import LiveConfig
 from harness.convert.resolve_source import LATEST
+from harness.convert.run_checkpoints import checkpoints_in, saved_at
 from harness.data.step_batches import StepBatches
 from harness.distributed.rng import rng_state
 from harness.engine.engine import Engine

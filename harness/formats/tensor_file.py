@@ -23,10 +23,14 @@ from harness.formats.pt_reader import TensorRef
 from harness.formats.stored_tensor import ByteRange, StoredTensor
 from harness.formats.tensor_writer import TensorEntry
 
-EXTRA_STATE = "_extra_state"
-"""Last part of the name under which torch saves `Module.get_extra_state`, an object of any type."""
 _OURS = {json_tree.KEY, "format", "total_size"}
 """Metadata keys of our own files and indices."""
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether an entry of a state dict is what a module's `get_extra_state` returned, an object of
+    any type."""
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def _of_tree(path: Path, tree: Any) -> TensorFile | None:
             file.tensors[name] = StoredTensor.from_ref(value)
         elif isinstance(value, UnsupportedTensor):
             raise FormatError(f"{path}: {name!r} is {describe(value)}, which cannot be read")
-        elif name.rpartition(".")[2] == EXTRA_STATE or isinstance(value, Placeholder | Global):
+        elif is_extra_state(name) or isinstance(value, Placeholder | Global):
             file.notes.append(f"skipped {name!r}: not a tensor, but {describe(value)}")
         else:
             return None

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.formats import pt_reader
-from harness.zero.layout import PARAMETER_NAMES, Tree, group_shapes, is_extra_state
+from harness.formats.tensor_file import is_extra_state
+from harness.zero.layout import PARAMETER_NAMES, Tree, group_shapes
 
 _OF_RANK_0 = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_00_model_states\.pt")
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.errors import CheckpointError
-from harness.formats.tensor_file import EXTRA_STATE
 from harness.zero.partition import (
     Segment,
     full_segment,
@@ -60,11 +59,6 @@ class Flat:
         """The shape of the moments: the parameter's own at stage 0, (elements,) above it."""
         shape = self.master.shape
         return shape if shape.numel() == self.size else type(shape)([self.size])
-
-
-def is_extra_state(name: str) -> bool:
-    """Whether an entry of a state dict is what a module's `get_extra_state` returned."""
-    return name.rpartition(".")[2] == EXTRA_STATE
 
 
 def base_state(optimizer: Tree) -> Tree:

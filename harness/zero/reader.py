@@ -13,6 +13,7 @@ from harness.formats import file_kinds, pt_reader
 from harness.formats.pickled import UnsupportedTensor, describe
 from harness.formats.pt_reader import Shape, TensorRef
 from harness.formats.stored_tensor import ByteRange, StoredTensor
+from harness.formats.tensor_file import is_extra_state
 from harness.zero.layout import (
     PARAMETER_NAMES,
     Flat,
@@ -22,7 +23,6 @@ from harness.zero.layout import (
     base_state,
     flats,
     group_shapes,
-    is_extra_state,
 )
 from harness.zero.rank_files import check_rank_files, plain_int
 from harness.zero.tied_names import place, source_names

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from harness.errors import CheckpointError
+from harness.formats.tensor_file import is_extra_state
 from harness.io.stored import materialize, read_tensor
-from harness.zero.layout import Flat, Shapes, Tree, base_state, flats, is_extra_state
+from harness.zero.layout import Flat, Shapes, Tree, base_state, flats
 from harness.zero.partition import shard_range
 from harness.zero.reader import SavedEngine
 

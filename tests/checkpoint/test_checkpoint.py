@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from harness.checkpoint.manifest import checkpoints_in
 from harness.config import Config
 from harness.config.sections import merge
+from harness.convert.run_checkpoints import checkpoints_in
 from harness.engine import engines as engines_module
 from harness.run import run_in_world
 from harness.testing.pool import RankPool

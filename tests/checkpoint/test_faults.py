@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from harness.checkpoint.manifest import checkpoints_in, read_manifest
+from harness.checkpoint.manifest import read_manifest
 from harness.config import Config
+from harness.convert.run_checkpoints import checkpoints_in
 from harness.io import load
 from harness.run import run_in_world
 from harness.testing.faults import die_during_save, fail_at, io_error

@@ -8,8 +8,9 @@ import torch
 
 from harness import distributed
 from harness.checkpoint.inspect import describe_path
-from harness.checkpoint.manifest import checkpoints_in, read_manifest
+from harness.checkpoint.manifest import read_manifest
 from harness.config import Config
+from harness.convert.run_checkpoints import checkpoints_in
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.trainer import Trainer

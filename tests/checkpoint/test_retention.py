@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from harness.checkpoint.files import FileEntry
-from harness.checkpoint.manifest import Manifest, checkpoints_in, read_manifest, step_directory
+from harness.checkpoint.manifest import Manifest, read_manifest, step_directory
 from harness.checkpoint.retention import PRUNED, REPLACED, clean, prune
 from harness.config.sections import CheckpointConfig
+from harness.convert.run_checkpoints import checkpoints_in
 
 
 def make(

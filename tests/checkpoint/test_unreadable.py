@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from harness.checkpoint.inspect import describe_path
-from harness.checkpoint.manifest import checkpoints_in, read_manifest
+from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.retention import KEPT, REPLACED, clean, delete_replaced, prune
 from harness.config.sections import CheckpointConfig
 from harness.convert.resolve_source import resolve_source
+from harness.convert.run_checkpoints import checkpoints_in
 from harness.errors import CheckpointError, UnreadableCheckpoint
 from harness.run import run_in_world
 from harness.testing.pool import RankPool

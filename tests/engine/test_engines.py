@@ -12,9 +12,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from harness.checkpoint.manifest import checkpoints_in
 from harness.config import Config
 from harness.config.sections import merge
+from harness.convert.run_checkpoints import checkpoints_in
 from harness.engine.turns import Turn
 from harness.errors import TaskError
 from harness.run import run_in_world

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from harness import distributed
-from harness.checkpoint.manifest import checkpoints_in
 from harness.config import Config
 from harness.config.sections import merge
+from harness.convert.run_checkpoints import checkpoints_in
 from harness.run import run_in_world
 from harness.task import load_task
 from harness.testing.pool import RankError, RankPool
