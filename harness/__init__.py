@@ -17,6 +17,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     data/              from a dataset to the micro-batches of a rank
     metrics/           each step's numbers: averaged, recorded, shown
     control/           live commands, from where they are typed to all ranks at one step
+    health/            non-finite numbers, hangs, restarts: what one rank meets, all decide
     optim/             optimizers, learning-rate schedules, APOLLO
     offload/           activations in host memory until backward
     wrapper/           other modules in a model's place; freezing, growing, compiling, placing
