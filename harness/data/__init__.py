@@ -7,6 +7,7 @@ This package exports the samplers.
     loader.py         endless micro-batches of a dataset, or of the task's own loader; resumable
     workers.py        the end of worker processes
     sampler.py        the order of the samples on every rank; usable without harness
+    permutation.py    a random order of any number of items, computed where it is asked for
 """
 
 from harness.data.sampler import (

@@ -23,7 +23,14 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from harness.data.permutation import Permutation
+
 Draw = TypeVar("Draw")
+
+STORED = 65_536
+"""The longest order that is stored; of a longer one, any place is computed when it is drawn."""
+SLICE = 1024
+"""Draws that a stream takes from an order at once."""
 
 
 class Sampler(ABC, Generic[Draw]):
@@ -70,11 +77,14 @@ class Sampler(ABC, Generic[Draw]):
         return self._stream(self._epoch, self._position + self.rank)
 
     def _stream(self, epoch: int, index: int) -> Iterator[Draw]:
+        count = 1  # one draw is cheap, and so are many
         while True:
             order = self._cached_order(epoch)
             while index < len(order):
-                yield order[index]
-                index += self.world_size
+                drawn = order[index : index + count * self.world_size : self.world_size]
+                yield from drawn
+                index += len(drawn) * self.world_size
+                count = min(2 * count, SLICE)
             index -= len(order)
             epoch += 1
 
@@ -136,12 +146,6 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def _permutation(length: int, seed: int, epoch: int) -> Sequence[int]:
-    # An int64 array takes about as much memory as the tensor, and its items are plain ints.
-    permutation = torch.randperm(length, generator=_generator(seed, epoch))
-    return array("q", permutation.numpy().tobytes())
-
-
 class OrderedSampler(Sampler[int]):
     """0 to length - 1, in order, every epoch."""
 
@@ -149,14 +153,41 @@ class OrderedSampler(Sampler[int]):
         return range(self.length)
 
 
-class RandomSampler(Sampler[int]):
-    """A new permutation of 0 to length - 1 every epoch; takes about 8 bytes per index."""
+class _Shuffler(Sampler[Draw]):
+    """A sampler that can draw in a new random order every epoch.
+
+    An order of up to `STORED` items takes 8 bytes an item; a longer one is computed where it is
+    drawn from and takes no memory, except if the state that was loaded is older than that.
+    """
+
+    def __init__(self, length: int, **ranks: int) -> None:
+        super().__init__(length, **ranks)
+        self._is_computed = length > STORED
+
+    def shuffled(self, epoch: int) -> Sequence[int]:
+        """0 to length - 1 in the order of that epoch."""
+        if self._is_computed:
+            return Permutation(self.length, f"{self.seed}/{epoch}")
+        # An int64 array takes about as much memory as the tensor, and its items are plain ints.
+        permutation = torch.randperm(self.length, generator=_generator(self.seed, epoch))
+        return array("q", permutation.numpy().tobytes())
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | ({"order": "computed"} if self._is_computed else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._is_computed = state.get("order") == "computed"
+
+
+class RandomSampler(_Shuffler[int]):
+    """A new permutation of 0 to length - 1 every epoch."""
 
     def order(self, epoch: int) -> Sequence[int]:
-        return _permutation(self.length, self.seed, epoch)
+        return self.shuffled(epoch)
 
 
-class PoolSampler(Sampler[Any]):
+class PoolSampler(_Shuffler[Any]):
     """A pool that is drawn from without replacement and refilled when it is empty.
 
     The pool is a sequence, or an int n for range(n). A draw is an index into it, or with `keep_all`
@@ -180,10 +211,8 @@ class PoolSampler(Sampler[Any]):
         super().__init__(len(self.pool), seed=seed, rank=rank, world_size=world_size)
 
     def order(self, epoch: int) -> Sequence[Any]:
-        indices = range(self.length)
-        if self.shuffle:
-            indices = _permutation(self.length, self.seed, epoch)
-        return [self.pool[index] for index in indices] if self.keep_all else indices
+        indices = self.shuffled(epoch) if self.shuffle else range(self.length)
+        return _Picked(self.pool, indices) if self.keep_all else indices
 
     def sample(self) -> Any:
         """This rank's next draw, which is consumed; all ranks must make the same call."""
@@ -193,6 +222,45 @@ class PoolSampler(Sampler[Any]):
 
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {"shuffle": self.shuffle}
+
+
+class _Picked(Sequence[Any]):
+    """The items of a pool at some indices."""
+
+    def __init__(self, pool: Sequence[Any], indices: Sequence[int]) -> None:
+        self._pool, self._indices = pool, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self._pool[index] for index in self._indices[place]]
+        return self._pool[self._indices[place]]
+
+
+class _Batches(Sequence[list[int]]):
+    """Lists of indices, one after another in an array, in another order."""
+
+    def __init__(self) -> None:
+        self.order = array("q")
+        self._indices = array("q")
+        self._ends = array("q", [0])
+
+    def append(self, batch: list[int]) -> None:
+        self._indices.extend(batch)
+        self._ends.append(len(self._indices))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self._batch(number) for number in self.order[place]]
+        return self._batch(self.order[place])
+
+    def _batch(self, number: int) -> list[int]:
+        return self._indices[self._ends[number] : self._ends[number + 1]].tolist()
 
 
 class BatchedOrderedSampler(Sampler[list[int]]):
@@ -206,6 +274,8 @@ class BatchedOrderedSampler(Sampler[list[int]]):
     `shuffle` reshuffles the items within their buckets, and all batches, every epoch: more buckets
     then mean less padding, and the number of batches may differ between epochs. `drop_last` drops
     the last batch of a bucket if the bucket's shortest item would still fit into it.
+
+    It takes 16 bytes per item, and an epoch's order 16 more at most.
 
     Raises ValueError for arguments out of range, for a single item that exceeds `max_tokens`, and
     if `drop_last` drops all batches.
@@ -239,7 +309,7 @@ class BatchedOrderedSampler(Sampler[list[int]]):
         self.shuffle = shuffle
         self.drop_last = drop_last
         sizes = torch.as_tensor(lengths, dtype=torch.float64)
-        self._lengths: list[float] = sizes.tolist()
+        self._lengths = array("d", sizes.numpy().tobytes())
         for index, size in enumerate(self._lengths):
             if not 0 <= size < math.inf:
                 raise ValueError(f"lengths[{index}] = {size:g}: expected a finite number >= 0")
@@ -261,8 +331,12 @@ class BatchedOrderedSampler(Sampler[list[int]]):
                 return indices
             return indices[torch.randperm(len(indices), generator=generator)]
 
-        batches = [b for bucket in self._buckets for b in self._pack(shuffled(bucket).tolist())]
-        return [batches[index] for index in shuffled(torch.arange(len(batches))).tolist()]
+        batches = _Batches()
+        for bucket in self._buckets:
+            for batch in self._pack(shuffled(bucket).tolist()):
+                batches.append(batch)
+        batches.order = array("q", shuffled(torch.arange(len(batches))).numpy().tobytes())
+        return batches
 
     def _pack(self, bucket: list[int]) -> Iterator[list[int]]:
         batch: list[int] = []

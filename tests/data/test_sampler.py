@@ -1,5 +1,6 @@
 """Laws of the samplers: once an epoch, the same on any number of ranks, resumable anywhere."""
 
+import hashlib
 import importlib
 import io
 import pickle
@@ -22,6 +23,7 @@ from harness.data import (
     RandomSampler,
     Sampler,
 )
+from harness.data.sampler import STORED
 
 Build = Callable[..., Sampler[Any]]
 
@@ -341,8 +343,34 @@ def test_permutations_are_uniform() -> None:
     assert all(abs(times - 600) < 100 for times in first.values())
 
 
-def test_a_permutation_takes_about_eight_bytes_an_index() -> None:
-    assert sys.getsizeof(RandomSampler(100_000).order(0)) < 9 * 100_000
+def test_a_stored_order_takes_about_eight_bytes_an_index() -> None:
+    assert sys.getsizeof(RandomSampler(STORED).order(0)) < 9 * STORED
+
+
+@pytest.mark.parametrize("count", [STORED + 1, 10**10])
+def test_a_longer_order_takes_no_memory(count: int) -> None:
+    for sampler in (RandomSampler(count), PoolSampler(count), PoolSampler(count, keep_all=True)):
+        sampler.advance(count // 2)
+        drawn = list(islice(sampler.stream(), 3000))
+        assert len(set(drawn)) == 3000
+        assert 0 <= min(drawn) < max(drawn) < count
+        assert len(pickle.dumps(sampler)) < 1000
+
+
+def test_a_state_of_before_continues_in_its_order() -> None:
+    """Orders of any length were stored: torch's randperm, seeded by a digest."""
+    count = STORED + 7
+    digest = hashlib.blake2b(b"5/0", digest_size=4).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    order = torch.randperm(count, generator=generator).tolist()
+    sampler = RandomSampler(count, seed=1)
+    before = {"sampler": "RandomSampler", "length": count, "seed": 5, "epoch": 0, "position": 9}
+    sampler.load_state_dict(before)
+    assert list(islice(sampler.stream(), 2000)) == order[9:2009]
+    assert sampler.state_dict() == before, "its later checkpoints stay in that order too"
+    other = RandomSampler(count, seed=5)
+    assert list(islice(other.stream(), 20)) != order[:20]
+    assert other.state_dict()["order"] == "computed"
 
 
 def test_an_order_is_freed_when_its_epoch_ends() -> None:
@@ -447,8 +475,8 @@ def test_a_batch_holds_items_of_one_bucket(
 
 def test_shuffling_changes_the_batches_every_epoch() -> None:
     sampler = batched(60, shuffle=True, seed=1)
-    first, second = sampler.order(0), sampler.order(1)
-    assert first == batched(60, shuffle=True, seed=1).order(0)
+    first, second = list(sampler.order(0)), list(sampler.order(1))
+    assert first == list(batched(60, shuffle=True, seed=1).order(0))
     assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}
 
 
@@ -462,7 +490,7 @@ def test_shuffling_changes_the_order_of_the_batches_every_epoch() -> None:
 
 def test_unshuffled_batches_are_the_same_every_epoch_and_go_from_short_to_long() -> None:
     sampler = BatchedOrderedSampler([3, 1, 2, 1, 9], max_tokens=9, buckets=1)
-    assert sampler.order(0) == sampler.order(1) == [[1, 3, 2], [0], [4]]
+    assert list(sampler.order(0)) == list(sampler.order(1)) == [[1, 3, 2], [0], [4]]
 
 
 @laws
@@ -541,4 +569,5 @@ def test_the_samplers_import_nothing_else_of_harness(monkeypatch: pytest.MonkeyP
         monkeypatch.delitem(sys.modules, name)
     importlib.import_module("harness.data.sampler")
     imported = {name for name in sys.modules if name.partition(".")[0] == "harness"}
-    assert imported == {"harness", "harness.data", "harness.data.sampler"}
+    modules = ("harness.data.sampler", "harness.data.permutation")
+    assert imported == {"harness", "harness.data", *modules}
