@@ -193,6 +193,47 @@ def run_convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `harness data`."""
+    kinds = parser.add_subparsers(dest="action", required=True)
+    prepare = kinds.add_parser(
+        "prepare",
+        help="tokenize texts into a corpus",
+        description="Tokenizes texts into DST.bin and DST.idx (Megatron-LM's format), which appear "
+        "complete, or not at all. Each text, with the token that ends it, is a document.",
+    )
+    add: Any = prepare.add_argument
+    add(
+        "src",
+        metavar="SRC",
+        type=Path,
+        nargs="+",
+        help="files or folders of text, .jsonl, .parquet; data sets of save_to_disk",
+    )
+    add("dst", metavar="DST", type=Path, help="path of the corpus, without suffix")
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        required=True,
+        help='tokenizer.json or a folder with one (Hugging Face), or "bytes"',
+    )
+    add("--field", default="text", help="field or column that holds the text; default: text")
+    add("--lines", action="store_true", help="each line of a text file is a document")
+    end = prepare.add_mutually_exclusive_group()
+    end.add_argument("--eos", metavar="TOKEN", help="what ends a document, if it is not obvious")
+    end.add_argument("--no-eos", action="store_true", help="nothing ends a document")
+
+
+def run_data(args: argparse.Namespace) -> int:
+    """Prepares a corpus, and prints what it holds."""
+    from harness.data.prepare import Options, prepare
+
+    eos = "" if args.no_eos else args.eos
+    options = Options(args.tokenizer, args.field, args.lines, eos)
+    prepare(args.src, args.dst, options, print_line)
+    return 0
+
+
 def size(text: str) -> int:
     """Parses a size like 500MB or 5GiB into bytes; units are powers of 1000, with an i of 1024."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
@@ -229,6 +270,7 @@ COMMANDS = {
         description="Streams the weights of any DeepSpeed checkpoint, or of a file, to DST, in "
         "constant memory. DST appears complete, or not at all.",
     ),
+    "data": Subcommand("prepare training data", add_data_arguments, run_data),
 }
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ This package exports the samplers.
     held_out.py       the sets of held-out data, each read once by all ranks together
     loader.py         endless micro-batches of a dataset, or of the task's own loader; resumable
     workers.py        the end of worker processes
+    prepare.py        texts into a corpus of tokens
     token_files.py    corpora of tokens, mapped into memory, as datasets
     sampler.py        the order of the samples on every rank; usable without harness
     permutation.py    a random order of any number of items, computed where it is asked for
