@@ -1,12 +1,12 @@
 """`harness data prepare`: every kind of source gives the same documents."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from harness.cli import main
 from harness.data.prepare import BATCH_DOCUMENTS, Options, prepare
 from harness.data.token_files import Documents, TokenFile
 from harness.errors import ConfigError
@@ -153,13 +153,15 @@ def test_mistakes_are_named(tmp_path: Path, tokenizer: Path) -> None:
     assert not left, "nothing is half-written"
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_jsonl(tmp_path / "a.jsonl")
-    command = [sys.executable, "-m", "harness.cli", "data", "prepare"]
-    command += [str(tmp_path / "a.jsonl"), str(tmp_path / "corpus"), "--tokenizer"]
-    done = subprocess.run([*command, "bytes"], capture_output=True, text=True, check=True)
-    assert "5 documents, 95 tokens (uint8) of a vocabulary of 256" in done.stdout
-    wrong = subprocess.run([*command, "none"], capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: --tokenizer: none does not exist")
-    assert "Traceback" not in wrong.stderr
+    words = ["harness", "data", "prepare", str(tmp_path / "a.jsonl"), str(tmp_path / "corpus")]
+    monkeypatch.setattr(sys, "argv", [*words, "--tokenizer", "bytes"])
+    main()
+    assert "5 documents, 95 tokens (uint8) of a vocabulary of 256" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*words, "--tokenizer", "none"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.startswith("error: --tokenizer: none does not exist")
