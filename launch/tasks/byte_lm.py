@@ -199,12 +199,16 @@ class ByteLM(nn.Module):
         self.norm = nn.RMSNorm(args.dim)
         self.head = linear(args.dim, VOCABULARY)
 
-    def forward(self, bytes_BT: Tensor) -> Tensor:
-        """Logits [B, T, V], in the weights' dtype, of the byte after each of the int64 [B, T]."""
+    def forward(self, bytes_BT: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V], in the weights' dtype, of the byte after each of the int64 [B, T].
+
+        `mask_B1TT`: bool, which position sees which; None: all before it. Positions are relative,
+        so documents that do not see each other need none of their own.
+        """
         cos_TR, sin_TR = rotation(bytes_BT.shape[1], self.head_size, bytes_BT.device)
         x_BTD = self.dropout(self.embed(bytes_BT))
         for block in self.blocks:
-            x_BTD = block(x_BTD, cos_TR, sin_TR)
+            x_BTD = block(x_BTD, cos_TR, sin_TR, mask_B1TT)
         return self.head(self.norm(x_BTD))
 
 
@@ -219,9 +223,12 @@ class Block(nn.Module):
         self.swiglu = SwiGLU(args)
         self.dropout = nn.Dropout(args.dropout)
 
-    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, mask_B1TT: Tensor | None = None
+    ) -> Tensor:
         """The stream [B, T, D] after this block."""
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), cos_TR, sin_TR))
+        normed_BTD = self.attention_norm(x_BTD)
+        x_BTD = x_BTD + self.dropout(self.attention(normed_BTD, cos_TR, sin_TR, mask_B1TT))
         return x_BTD + self.dropout(self.swiglu(self.swiglu_norm(x_BTD)))
 
 
@@ -234,7 +241,9 @@ class Attention(nn.Module):
         self.qkv = linear(args.dim, 3 * args.dim)
         self.project = linear(args.dim, args.dim, residuals=2 * args.layers)
 
-    def forward(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, mask_B1TT: Tensor | None = None
+    ) -> Tensor:
         """What each position attends to in itself and those before it, [B, T, D]."""
         q_BHTK, k_BHTK, v_BHTK = (
             part_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -244,8 +253,9 @@ class Attention(nn.Module):
             rotate(q_BHTK, cos_TR, sin_TR),
             rotate(k_BHTK, cos_TR, sin_TR),
             v_BHTK,
+            attn_mask=mask_B1TT,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=mask_B1TT is None,
         )
         return self.project(y_BHTK.transpose(1, 2).flatten(2))
 
