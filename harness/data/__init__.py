@@ -9,6 +9,7 @@ This package exports the samplers.
     prepare.py        texts into a corpus of tokens
     packing.py        documents in windows of one length, each as if it were alone
     token_files.py    corpora of tokens, mapped into memory, as datasets
+    mixture.py        several datasets drawn from by weight
     sampler.py        the order of the samples on every rank; usable without harness
     permutation.py    a random order of any number of items, computed where it is asked for
 """

@@ -40,21 +40,21 @@ class Permutation(Sequence[int]):
 
     def __getitem__(self, place: int | slice) -> int | list[int]:
         if isinstance(place, slice):
-            return self._at(np.arange(*place.indices(self._length), dtype=np.int64))
+            return self.at(np.arange(*place.indices(self._length), dtype=np.int64)).tolist()
         if not -self._length <= place < self._length:
             raise IndexError(f"place {place} of {self._length}")
-        return self._at(np.array([place % self._length]))[0]
+        return int(self.at(np.array([place % self._length]))[0])
 
     def __iter__(self) -> Iterator[int]:
         for start in range(0, self._length, 4096):
             yield from self[start : start + 4096]
 
-    def _at(self, places: np.ndarray) -> list[int]:
-        """The items at some places (int64)."""
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """The items (int64) at some places (int64, from 0 to length - 1)."""
         items = self._network(places.astype(np.uint64))
         while len(outside := np.flatnonzero(items >= self._length)):
             items[outside] = self._network(items[outside])
-        return items.astype(np.int64).tolist()
+        return items.astype(np.int64)
 
     def _network(self, numbers: np.ndarray) -> np.ndarray:
         """A permutation of the numbers below 2^bits, of uint64."""
@@ -62,7 +62,7 @@ class Permutation(Sequence[int]):
         for key in self._keys:
             high, low = numbers >> low_bits, numbers & _mask(low_bits)
             # The halves change places, and with them their widths.
-            numbers = (low << high_bits) | (high ^ (_mixed(low ^ key) & _mask(high_bits)))
+            numbers = (low << high_bits) | (high ^ (mixed(low ^ key) & _mask(high_bits)))
             low_bits, high_bits = high_bits, low_bits
         return numbers
 
@@ -71,8 +71,8 @@ def _mask(bits: np.uint64) -> np.uint64:
     return (np.uint64(1) << bits) - np.uint64(1)
 
 
-def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64."""
+def mixed(numbers: np.ndarray) -> np.ndarray:
+    """A permutation of uint64 whose results look random: the finalizer of SplitMix64."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))

@@ -117,16 +117,19 @@ class Sampler(ABC, Generic[Draw]):
         Raises ValueError if the state belongs to a sampler of another class, dataset or options,
         whose order differs.
         """
+        self._check_identity(state)
+        self.seed = state["seed"]
+        self._epoch = state["epoch"]
+        self._position = state["position"]
+        self._orders.clear()
+
+    def _check_identity(self, state: Mapping[str, Any]) -> None:
         for key, expected in self._identity().items():
             if (saved := state.get(key)) != expected:
                 raise ValueError(
                     f"{type(self).__name__} cannot load this state: "
                     f"{key} is {saved!r} in the state, but {expected!r} in the sampler"
                 )
-        self.seed = state["seed"]
-        self._epoch = state["epoch"]
-        self._position = state["position"]
-        self._orders.clear()
 
     def _identity(self) -> dict[str, Any]:
         """What two samplers must have in common, besides the seed, to have the same order."""

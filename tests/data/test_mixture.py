@@ -1,0 +1,137 @@
+"""Mixtures: by weight, each source once an epoch of its own, on any number of ranks."""
+
+from collections import Counter
+from itertools import islice
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.data.mixture import Mixture, MixtureSampler
+
+LENGTHS = {"code": 7, "web": 30, "math": 3}
+WEIGHTS = {"code": 2.0, "web": 5.0, "math": 1.0}
+laws = settings(deadline=None, max_examples=40)
+
+
+def sampler(**options: Any) -> MixtureSampler:
+    return MixtureSampler(LENGTHS, WEIGHTS, **options)
+
+
+def drawn(count: int, world_size: int, **options: Any) -> list[int]:
+    """The first draws of all ranks together."""
+    streams = [
+        sampler(rank=r, world_size=world_size, **options).stream() for r in range(world_size)
+    ]
+    return [next(streams[number % world_size]) for number in range(count)]
+
+
+def by_source(indices: list[int]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {"code": [], "web": [], "math": []}
+    for index in indices:
+        name = "code" if index < 7 else "web" if index < 37 else "math"
+        found[name].append(index - {"code": 0, "web": 7, "math": 37}[name])
+    return found
+
+
+def test_sources_are_drawn_by_weight() -> None:
+    found = by_source(drawn(20_000, 1, seed=3))
+    for name, weight in WEIGHTS.items():
+        assert abs(len(found[name]) / 20_000 - weight / 8) < 0.015, "sigma is 0.0035"
+
+
+@laws
+@given(st.integers(1, 7), st.integers(0, 2**64), st.integers(1, 400))
+def test_the_draws_are_the_same_for_any_world_size(world_size: int, seed: int, count: int) -> None:
+    assert drawn(count, world_size, seed=seed) == drawn(count, 1, seed=seed)
+
+
+@laws
+@given(st.integers(0, 2**64))
+def test_each_source_is_gone_through_before_an_item_comes_again(seed: int) -> None:
+    found = by_source(drawn(300, 1, seed=seed))
+    for name, items in found.items():
+        length = LENGTHS[name]
+        for start in range(0, len(items) - length, length):
+            assert sorted(items[start : start + length]) == list(range(length))
+    epochs = [tuple(found["code"][start : start + 7]) for start in (0, 7, 14)]
+    assert len(set(epochs)) == 3
+
+
+@laws
+@given(
+    st.integers(0, 2**64),
+    st.lists(st.tuples(st.integers(1, 5), st.integers(0, 12)), max_size=5),
+    st.sampled_from([None, {"code": 1.0, "web": 0.0, "math": 3.0}]),
+)
+def test_runs_at_changing_world_sizes_and_weights_make_one_stream(
+    seed: int, runs: list[tuple[int, int]], later: dict[str, float] | None
+) -> None:
+    """Weights that change after the first run apply from there on."""
+    found: list[int] = []
+    state = sampler(seed=seed).state_dict()
+    for number, (world_size, rounds) in enumerate(runs):
+        ranks = [sampler(rank=rank, world_size=world_size) for rank in range(world_size)]
+        for rank in ranks:
+            rank.load_state_dict(state)
+            if later and number:
+                rank.set_weights(later)
+        streams = [rank.stream() for rank in ranks]
+        found += [next(stream) for _ in range(rounds) for stream in streams]
+        for rank in ranks:
+            rank.advance(rounds)
+        state = ranks[0].state_dict()
+        assert all(rank.state_dict() == state for rank in ranks)
+    alone = sampler(seed=seed)
+    first = runs[0][0] * runs[0][1] if runs else 0
+    expected = list(islice(alone.stream(), first))
+    alone.advance(first)
+    if later:
+        alone.set_weights(later)
+    expected += islice(alone.stream(), len(found) - first)
+    assert found == expected
+
+
+def test_a_source_without_weight_waits_and_keeps_its_place() -> None:
+    one = sampler(seed=1)
+    one.advance(40)
+    passes = one.passes()
+    one.set_weights({"code": 0, "web": 1, "math": 0})
+    assert all(7 <= index < 37 for index in islice(one.stream(), 100))
+    one.advance(60)
+    assert one.passes()["code"] == passes["code"]
+    assert one.passes()["web"] == passes["web"] + 2
+    assert (one.epoch, one.position, len(one)) == (2, 20, 20)
+
+
+def test_a_mixture_is_its_sources_one_after_another() -> None:
+    mixture = Mixture({"a": "xyz", "b": [10, 20]})
+    assert [mixture[index] for index in range(len(mixture))] == ["x", "y", "z", 10, 20]
+    assert mixture.lengths == {"a": 3, "b": 2}
+    with pytest.raises(IndexError):
+        mixture[5]
+    with pytest.raises(ValueError, match="'b' has no items"):
+        Mixture({"a": "x", "b": ""})
+
+
+def test_what_does_not_fit_is_named() -> None:
+    for weights, message in (
+        ({"code": 1.0}, r"weights of \['code'\], but the sources are \['code', 'math', 'web'\]"),
+        (dict.fromkeys(LENGTHS, 0.0), "one above 0"),
+        (WEIGHTS | {"code": -1.0}, "numbers >= 0"),
+        (WEIGHTS | {"code": float("nan")}, "numbers >= 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MixtureSampler(LENGTHS, weights)
+    with pytest.raises(ValueError, match=r"lengths is .*'web': 30.* but .*'web': 31"):
+        MixtureSampler(LENGTHS | {"web": 31}, WEIGHTS).load_state_dict(sampler().state_dict())
+
+
+def test_every_item_comes_equally_often() -> None:
+    counts = Counter(drawn(30_000, 1))
+    found = by_source(list(counts.elements()))
+    for name, length in LENGTHS.items():
+        times = Counter(found[name])
+        assert len(times) == length
+        assert max(times.values()) - min(times.values()) <= 1
