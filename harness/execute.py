@@ -3,7 +3,7 @@
 This is not part of control/, which transports commands and knows neither trainer nor engines.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from harness.control.bus import Ticket
 from harness.control.events import Event
 from harness.control.grammar import Grammar
 from harness.control.live import LiveConfig, live_keys, value_of
+from harness.data.loader import mixture_weights
 from harness.engine.engines import Engines
 from harness.errors import CommandError
 from harness.evaluate import check_best_metric
@@ -35,6 +36,8 @@ class CommandTarget(Protocol):
     def is_over(self) -> bool: ...
 
     def move_end(self, steps: int) -> None: ...
+
+    def set_mixture(self, weights: Mapping[str, float]) -> None: ...
 
     def evaluate(self) -> str | None: ...
 
@@ -98,7 +101,9 @@ def answer(
         case c.ShowEvents():
             return _joined(live.events, "\n") or "no event is pending"
         case c.ShowSettings():
-            return "\n".join(f"{key} = {value_of(live.config, key)}" for key in live_keys())
+            return "\n".join(
+                f"{key} = {value_of(live.config, key)}" for key in live_keys(live.config)
+            )
         case _:
             raise AssertionError(query)
 
@@ -163,6 +168,8 @@ def _set(run: CommandTarget, key: str, text: str) -> str:
     check_best_metric(new, run.task, run.evaluated)
     if new.run.steps != old.run.steps:
         run.move_end(new.run.steps)
+    if new.data.mix != old.data.mix:
+        run.set_mixture(mixture_weights(new.data))
     run.live.set(key, text)
     return f"{key} = {value_of(new, key)} (was {value_of(old, key)})"
 

@@ -14,11 +14,11 @@ from harness.config import Config
 from harness.control.audit import Audit
 from harness.control.bus import Bus
 from harness.control.grammar import Grammar
-from harness.control.live import LiveConfig
+from harness.control.live import LiveConfig, live_keys
 from harness.control.signals import Signals
 from harness.control.socket import SocketFront
 from harness.control.stdin import StdinFront
-from harness.data.loader import train_batches
+from harness.data.loader import mixture_weights, train_batches, train_lengths
 from harness.data.step_batches import StepBatches
 from harness.distributed.network import raise_lost_rank
 from harness.engine.engines import Engines, build_engines
@@ -106,6 +106,8 @@ def _restore(
         init_weights.load_weights(engines[name], loaded)
     if checkpoint is not None:
         resume.restore(checkpoint, engines, batches, live)
+        if mixture := mixture_weights(live.config.data):
+            batches.set_weights(mixture)
     return checkpoint
 
 
@@ -140,7 +142,7 @@ def _build_task(config: Config) -> tuple[Task, StepBatches]:
             task.train_data, config.data, task.collate, config.run.seed, rank, world_size
         )
         batches = StepBatches(loader, task.weigh, config.run.seed * world_size + rank)
-        lengths = {"train_data": len(task.train_data), **check_eval_data(task, config)}
+        lengths = {**train_lengths(task.train_data), **check_eval_data(task, config)}
         check_best_metric(config, task)
     per_rank = distributed.all_gather(lengths)
     with distributed.raise_on_all_ranks(f"task {config.task.path}"):
@@ -170,7 +172,8 @@ def _build_control(
     """The bus, and on rank 0 its audit log and its fronts. Collective."""
     config = live.config
     helps = {name: getdoc(function) or "" for name, function in task.commands.items()}
-    grammar = Grammar([engine.name for engine in engines.trained], helps, engines.groups())
+    names = [engine.name for engine in engines.trained]
+    grammar = Grammar(names, helps, engines.groups(), live_keys(config))
     audit = None
     with distributed.raise_on_all_ranks(f"run directory {config.run_dir}"):
         if distributed.is_global_leader():

@@ -143,6 +143,7 @@ class Trainer:
         local = {
             "step": self.engines.global_step,
             "epoch": self.batches.epoch,
+            **self.batches.passes(),
             **self.engines.rates(),
             "step_time_s": time.perf_counter() - started,
         }
@@ -176,6 +177,11 @@ class Trainer:
         self.engines.set_total_steps(steps)
         self.status.steps = steps
         self.progress.set_steps(steps)
+
+    def set_mixture(self, weights: Mapping[str, float]) -> None:
+        """Draws from the sources of a mixture by other weights, from the next step on."""
+        self.batches.set_weights(weights)
+        self.begin()
 
     # Commands
 

@@ -86,6 +86,15 @@ class TaskConfig(Section):
         return path
 
 
+class MixConfig(Section):
+    """[data.mix.NAME] one of several datasets that the task returns by name."""
+
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False, json_schema_extra=LIVE)
+    """Samples of this source in relation to those of the others; 0: none for now."""
+    source: str = ""
+    """Where the task finds it, if the task asks for that."""
+
+
 class DataConfig(Section):
     """[data] how a dataset becomes micro-batches. Ignored if the task returns a loader."""
 
@@ -103,8 +112,16 @@ class DataConfig(Section):
     """Data-loading processes per rank, in training and in evaluations; 0: samples are loaded in the
     rank's own process."""
 
+    mix: dict[str, MixConfig] = {}
+    """Sources of a mixture, if `train_data` is a dict of datasets; default: samples of all sources
+    equally often."""
+
     @model_validator(mode="after")
     def _fits_sampler(self) -> "DataConfig":
+        if self.mix and self.sampler != "random":
+            raise ValueError(f"mix needs sampler = 'random', found {self.sampler!r}")
+        if self.mix and not any(source.weight for source in self.mix.values()):
+            raise ValueError("mix: every weight is 0")
         if self.max_tokens and self.sampler != "batched":
             raise ValueError(f"max_tokens needs sampler = 'batched', found {self.sampler!r}")
         return self

@@ -35,8 +35,9 @@ class Grammar:
         engines: Sequence[str],
         task_commands: Mapping[str, str],
         groups: Sequence[str] = (),
+        keys: Sequence[str] | None = None,
     ) -> None:
-        self._kinds = _kinds(engines, groups)
+        self._kinds = _kinds(engines, groups, live_keys() if keys is None else keys)
         self._task_commands = task_commands
         self._takes_any_text = {"set", *task_commands}  # whose arguments may contain an @
         self._forms = [(form.split(), command) for command in COMMANDS for form in command.forms]
@@ -139,7 +140,7 @@ class _Mismatch(Exception):
 Kind = Callable[[str], Any]
 
 
-def _kinds(engines: Sequence[str], groups: Sequence[str]) -> dict[str, Kind]:
+def _kinds(engines: Sequence[str], groups: Sequence[str], keys: Sequence[str]) -> dict[str, Kind]:
     """The parser of each word in capitals: from text to value, or ValueError."""
     return {
         "NAME": _name,
@@ -154,7 +155,7 @@ def _kinds(engines: Sequence[str], groups: Sequence[str]) -> dict[str, Kind]:
         "STEP": _positive_integer,
         "ID": _positive_integer,
         "LEVEL": _one_of(["debug", "info", "warning", "error"]),
-        "KEY": _one_of(live_keys()),
+        "KEY": _one_of(keys),
         "VALUE": str,
     }
 

@@ -1,15 +1,15 @@
 """The config with the changes of live commands, and the pending events."""
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_origin
 
-from pydantic import ValidationError, create_model
+from pydantic import BaseModel, ValidationError, create_model
 
 from harness.config import Config
 from harness.config.command_line import parse_overrides
 from harness.config.old_names import current_setting
-from harness.config.sections import LIVE, section_of
+from harness.config.sections import LIVE, merge, section_of
 from harness.control.events import Events
 from harness.errors import ConfigError
 
@@ -32,10 +32,12 @@ class LiveConfig:
     def with_changes(self, changes: Mapping[str, str]) -> Config:
         """The config with new values for live keys, all of one section. Raises ConfigError."""
         section = next(iter(changes)).partition(".")[0]
-        values = {key.partition(".")[2]: parse_value(key, text) for key, text in changes.items()}
+        values: dict[str, Any] = {}
+        for key, text in changes.items():
+            values = merge(values, _nested(key.split(".")[1:], parse_value(key, text)))
         old = getattr(self.config, section)
         try:
-            new = type(old).model_validate(old.model_dump() | values)
+            new = type(old).model_validate(merge(old.model_dump(), values))
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ConfigError(f"{', '.join(changes)}: {reason}") from None
@@ -68,7 +70,7 @@ class LiveConfig:
         for name, (new, old) in state["changes"].items():
             key, text = current_setting(name, new)
             _, old_value = current_setting(name, old)
-            if key in live_keys() and repr(value_of(self._initial, key)) == old_value:
+            if key in live_keys(self._initial) and repr(value_of(self._initial, key)) == old_value:
                 sections.setdefault(key.partition(".")[0], {})[key] = text
             else:
                 log.info("dropping the live change %s = %s: the config has changed", key, text)
@@ -81,33 +83,55 @@ class LiveConfig:
                 log.warning("dropping the live change %s: %s", text, error)
 
 
-def live_keys() -> list[str]:
-    """The keys of the config that `set KEY VALUE` can change."""
-    return [
-        f"{section}.{name}"
-        for section, field in Config.model_fields.items()
-        if (inner := section_of(field.annotation)) is not None
-        for name, info in inner.model_fields.items()
-        if info.json_schema_extra == LIVE
-    ]
+def live_keys(config: Config | None = None) -> list[str]:
+    """The keys of the config that `set KEY VALUE` can change; of one config also those in tables
+    that it names, like data.mix.code.weight."""
+    return list(_live_keys(Config, config, ""))
+
+
+def _live_keys(section: type[BaseModel], values: Any, prefix: str) -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        key, value = f"{prefix}{name}", getattr(values, name, None)
+        if info.json_schema_extra == LIVE:
+            yield key
+        inner = section_of(info.annotation)
+        if inner is None or isinstance(value, list):
+            continue
+        if get_origin(info.annotation) is dict:
+            for item in value or {}:
+                yield from _live_keys(inner, value[item], f"{key}.{item}.")
+        else:
+            yield from _live_keys(inner, value, f"{key}.")
+
+
+def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
+    """A value in tables: `{"mix": {"code": {"weight": 2.0}}}`."""
+    for name in reversed(path):
+        value = {name: value}
+    return value
 
 
 def value_of(config: Config, key: str) -> Any:
     """The value of a key, like trainer.save_every."""
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
+    value: Any = config
+    for name in key.split("."):
+        value = value[name] if isinstance(value, Mapping) else getattr(value, name)
+    return value
 
 
 def parse_value(key: str, text: str) -> Any:
     """A live key's value, parsed as on the command line. Raises ConfigError if it is invalid."""
-    section, _, name = key.partition(".")
+    *path, name = key.split(".")
     try:
-        value = parse_overrides([f"--{key}={text}"])[section][name]
+        value: Any = parse_overrides([f"--{key}={text}"])
     except (ValueError, RecursionError) as error:  # too many digits, too deeply nested
         raise ConfigError(f"{key}: found {text[:80]!r}: {error}") from None
-    inner = section_of(Config.model_fields[section].annotation)
-    assert inner is not None
-    info: Any = inner.model_fields[name]
+    section: Any = Config
+    for part in path:
+        value = value[part]
+        known = section.model_fields.get(part)  # None: the name of a table
+        section = section_of(known.annotation) if known is not None else section
+    value, info = value[name], section.model_fields[name]
     try:
         model = create_model("Value", value=(info.annotation, info))
         return model(value=value).model_dump()["value"]

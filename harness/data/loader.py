@@ -5,7 +5,7 @@ import itertools
 import logging
 import pickle
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from harness.config.sections import DataConfig
 from harness.control.signals import leave_signals_to_parent
+from harness.data.mixture import Mixture, MixtureSampler
 from harness.data.sampler import (
     BatchedOrderedSampler,
     OrderedSampler,
@@ -41,6 +42,14 @@ class Batches(Protocol):
 
     def close(self) -> None:
         """Ends the worker processes."""
+        ...
+
+    def passes(self) -> dict[str, float]:
+        """How often each source of a mixture has been gone through; else nothing."""
+        ...
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Other weights of a mixture's sources, from the current position on."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -113,7 +122,17 @@ class Loader:
         """Continues at a saved position. Raises ValueError if it belongs to another dataset."""
         self.sampler.load_state_dict(state["sampler"])
         self._returned = state["given"]
-        self._iterator = None
+        self.close()
+
+    def passes(self) -> dict[str, float]:
+        """How often each source of a mixture has been gone through; else nothing."""
+        return self.sampler.passes() if isinstance(self.sampler, MixtureSampler) else {}
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Other weights of a mixture's sources, from the current position on."""
+        assert isinstance(self.sampler, MixtureSampler)
+        self.sampler.set_weights(weights)
+        self.close()
 
     def _prefetch(self) -> Iterator[Any]:
         loader = DataLoader(
@@ -197,6 +216,14 @@ class TaskLoader:
         end_workers(self._iterator)
         self._iterator = None
 
+    def passes(self) -> dict[str, float]:
+        """Nothing: what the task's loader reads is not known."""
+        return {}
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Never called: only a dict of datasets is a mixture."""
+        raise AssertionError
+
     def state_dict(self) -> dict[str, Any]:
         """Epoch, batches returned in it, and the loader's own state, if any."""
         own = self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
@@ -247,6 +274,12 @@ def train_batches(
 
     A torch IterableDataset, also one with `__getitem__`, yields the samples of this rank.
     """
+    if isinstance(data, Mapping):
+        data = _mixture(data)
+    if config.mix and not isinstance(data, Mixture):
+        raise ConfigError(
+            f"data.mix: train_data is a {type(data).__name__}, expected a dict of datasets"
+        )
     if not hasattr(data, "__len__"):
         raise TaskError(f"train_data: {type(data).__name__} has no length (`__len__`)")
     if len(data) == 0:
@@ -275,6 +308,31 @@ def _batched(
     )
 
 
+def mixture_weights(config: DataConfig) -> dict[str, float]:
+    """The configured weights of a mixture's sources, by name."""
+    return {name: source.weight for name, source in config.mix.items()}
+
+
+def _mixture(sources: Mapping[str, Any]) -> Mixture:
+    """Raises TaskError if a source is not a map-style dataset with items."""
+    for name, source in sources.items():
+        if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+            raise TaskError(
+                f"train_data[{name!r}]: {type(source).__name__}, expected a map-style dataset"
+            )
+    try:
+        return Mixture(sources)
+    except ValueError as error:
+        raise TaskError(f"train_data: {error}") from None
+
+
+def train_lengths(data: Any) -> dict[str, int]:
+    """The lengths of the training data, by what they are called in messages."""
+    if isinstance(data, Mapping):
+        return {f"train_data[{name!r}]": len(source) for name, source in data.items()}
+    return {"train_data": len(data)}
+
+
 def _check_state(loader: Any) -> None:
     """Raises TaskError if a loader's state could be saved, but not loaded with weights_only."""
     if not hasattr(loader, "state_dict"):
@@ -293,6 +351,14 @@ def _check_state(loader: Any) -> None:
 
 def _sampler(data: Any, config: DataConfig, seed: int, rank: int, world_size: int) -> Sampler:
     ranks: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size}
+    if isinstance(data, Mixture):
+        if config.sampler != "random":
+            raise ConfigError(f"data.sampler = {config.sampler!r}: a mixture needs 'random'")
+        weights = mixture_weights(config) or data.lengths
+        try:
+            return MixtureSampler(data.lengths, weights, **ranks)
+        except ValueError as error:
+            raise ConfigError(f"data.mix: {error}") from None
     match config.sampler:
         case "random":
             return RandomSampler(len(data), **ranks)

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +42,8 @@ class _Fetched:
     position: dict[str, Any]
     """Of the loader, before them."""
     epoch: int
-    """After them."""
+    """After them, as is `passes`."""
+    passes: dict[str, float]
 
 
 class StepBatches:
@@ -64,6 +65,7 @@ class StepBatches:
         self._fetched: deque[_Fetched] = deque()
         self._contributed: list[Terms] = []
         self._epoch: int | None = None
+        self._passes: dict[str, float] | None = None
         self._taken = 0  # micro-batches of the step in progress
         self._before: dict[str, Any] | None = None  # position before the step in progress
 
@@ -83,7 +85,8 @@ class StepBatches:
         with seeded(self._seed, step):
             micro_batches = [next(self._batches) for _ in range(size)]
         terms = Terms([checked_weight(self._weigh(batch)) for batch in micro_batches])
-        self._fetched.append(_Fetched(micro_batches, terms, position, self._batches.epoch))
+        epoch, passes = self._batches.epoch, self._batches.passes()
+        self._fetched.append(_Fetched(micro_batches, terms, position, epoch, passes))
 
     def next_step(self, size: int) -> tuple[Iterator[Any], Terms | None]:
         """The micro-batches of the next step, and their weights if there is a `weigh`.
@@ -96,7 +99,7 @@ class StepBatches:
         fetched = self._fetched.popleft()
         self._before = fetched.position
         assert fetched.terms.totals, "the weights of this step have not been summed"
-        self._epoch = fetched.epoch
+        self._epoch, self._passes = fetched.epoch, fetched.passes
         return iter(fetched.micro_batches), fetched.terms
 
     def _read(self, size: int) -> Iterator[Any]:
@@ -127,6 +130,18 @@ class StepBatches:
             start += len(terms.own)
         self._contributed = []
 
+    def passes(self) -> dict[str, float]:
+        """How often each source of a mixture has been gone through; else nothing."""
+        passes = self._batches.passes() if self._passes is None else self._passes
+        return {f"epoch/{name}": times for name, times in passes.items()}
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Other weights of a mixture's sources, from the next step on: what was fetched ahead is
+        dropped, and must be fetched again."""
+        state = self.state_dict()
+        self.load_state_dict(state)
+        self._batches.set_weights(weights)
+
     def close(self) -> None:
         """Ends the worker processes."""
         self._batches.close()
@@ -142,7 +157,7 @@ class StepBatches:
         self._batches.load_state_dict(state)
         self._fetched.clear()
         self._contributed = []
-        self._epoch = None
+        self._epoch = self._passes = None
         self.end_step()
 
 

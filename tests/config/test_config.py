@@ -232,7 +232,9 @@ def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)
         assert field.description, f"{prefix}{name} has no docstring"
-        within = {"engines": ".NAME.", "replace": "[].", "groups": "[]."}.get(name, ".")
+        within = {"engines": ".NAME.", "mix": ".NAME.", "replace": "[].", "groups": "[]."}.get(
+            name, "."
+        )
         yield from leaves(inner, f"{prefix}{name}{within}") if inner else [f"{prefix}{name}"]
 
 

@@ -1,14 +1,21 @@
 """Mixtures: by weight, each source once an epoch of its own, on any number of ranks."""
 
+import re
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.config import Config
+from harness.config.sections import merge
 from harness.data.mixture import Mixture, MixtureSampler
+from harness.run import run_in_world
+from tests.support.commanded import commanded
+from tests.support.helpers import ROOT, Pools, error_of, log_text, losses, records, tiny_config
 
 LENGTHS = {"code": 7, "web": 30, "math": 3}
 WEIGHTS = {"code": 2.0, "web": 5.0, "math": 1.0}
@@ -135,3 +142,67 @@ def test_every_item_comes_equally_often() -> None:
         times = Counter(found[name])
         assert len(times) == length
         assert max(times.values()) - min(times.values()) <= 1
+
+
+def mixture_config(directory: Path, **overrides: Any) -> Config:
+    tables: dict[str, Any] = {
+        "task": {"path": str(ROOT / "tests/tasks/mixture_task.py")},
+        "data": {"mix": {"a": {"weight": 1.0}, "b": {"weight": 3.0}}},
+        "control": {"stdin": True},
+    }
+    return tiny_config(directory, 1, **merge(tables, overrides))
+
+
+@pytest.mark.parametrize("weigh", [False, True])
+def test_a_run_changes_weights_and_resumes(pools: Pools, tmp_path: Path, weigh: bool) -> None:
+    """Also with micro-batches that are fetched ahead: the change applies to the next step."""
+    task = {"args": {"weigh": weigh}}
+    change = "event set data.mix.a.weight 9 @3\n"
+    whole = mixture_config(tmp_path / "whole", run={"steps": 6}, task=task)
+    pools(2).run(commanded, whole, change)
+    stopped = mixture_config(tmp_path / "resumed", run={"steps": 4}, task=task)
+    pools(2).run(commanded, stopped, change)
+    resumed = mixture_config(tmp_path / "resumed", run={"steps": 6}, task=task)
+    pools(2).run(run_in_world, resumed)
+    assert losses(resumed) == losses(whole)
+    assert "restored live change: data.mix.a.weight = 9.0 (config: 1.0)" in log_text(resumed)
+    found = records(whole)
+    assert found[-1]["epoch/a"] * 20 + found[-1]["epoch/b"] * 50 == pytest.approx(6 * 2 * 4)
+    in_a = [record["epoch/a"] * 20 for record in found]
+    assert in_a[5] - in_a[2] > 16 > in_a[2], "of 24 draws each; 6 of the first are expected"
+
+
+def test_a_resumed_run_on_other_ranks_draws_what_is_next(pools: Pools, tmp_path: Path) -> None:
+    config = mixture_config(tmp_path, run={"steps": 3})
+    pools(2).run(run_in_world, config)
+    later = mixture_config(tmp_path, run={"steps": 6})
+    pools(1).run(run_in_world, later)
+    sampler = MixtureSampler({"a": 20, "b": 50}, {"a": 1.0, "b": 3.0})
+    expected = []
+    for draws in (8, 8, 8, 4, 4, 4):
+        sampler.advance(draws)
+        expected.append(sampler.passes())
+    found = [{name: r[f"epoch/{name}"] for name in ("a", "b")} for r in records(later)]
+    assert found == [pytest.approx(passes) for passes in expected]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data": {"mix": {"c": {}}}}, r"data.mix: weights of \['a', 'b', 'c'\], but the sources"),
+        ({"data": {"sampler": "ordered"}}, "mix needs sampler = 'random'"),
+        ({"data": {"mix": {"a": {"weight": 0}, "b": {"weight": 0}}}}, "every weight is 0"),
+        ({"task": {"args": {"sources": {"a": 0, "b": 5}}}}, "the source 'a' has no items"),
+        ({"task": {"path": str(ROOT / "tests/tasks/tiny_task.py")}}, "expected a dict of datasets"),
+    ],
+)
+def test_a_wrong_mixture_is_known_before_step_1(
+    pools: Pools, tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    try:
+        config = mixture_config(tmp_path, **overrides)
+    except ValueError as error:
+        found = str(error)
+    else:
+        found = pools(1).run(error_of, config)[0]
+    assert re.search(message, found)
