@@ -46,6 +46,26 @@ def check_storable(engine: str, model: nn.Module) -> None:
             )
 
 
+def check_loss(engine: str, loss: Tensor) -> None:
+    """Raises TaskError for a loss without a graph."""
+    if not loss.requires_grad:
+        raise TaskError(
+            f"engine {engine!r}: the loss does not depend on any trained parameter, or was "
+            "computed without a graph: if a micro-batch has nothing to learn from, return the "
+            "model's output times 0"
+        )
+
+
+def check_editable(engine: str, role: str) -> None:
+    """Raises TaskError for edits of a teacher."""
+    if role == "teacher":
+        raise TaskError(
+            f"engine {engine!r}: the weights of a teacher were edited, which are in no "
+            "checkpoint: a resumed run would begin with the first ones. Make it a part of a "
+            "trained engine's model, without requires_grad, and edit it there"
+        )
+
+
 class TrainedParameters:
     """Which parameters of an engine's model are trained: the same ones in the entire run."""
 
