@@ -120,6 +120,7 @@ class Engine:
         if frozen := freeze(model, self._config.frozen):
             log.info("engine %s: frozen: %s", self.name, ", ".join(frozen))
         trainable.check_trainable(self.name, model)
+        trainable.check_renormed(self.name, model, self._config)
 
     def _build_optimizer(self, model: nn.Module) -> Optimizer:
         """Builds the optimizer, and records its settings and parameters. Raises ConfigError."""

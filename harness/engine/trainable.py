@@ -4,6 +4,9 @@ that no checkpoint can hold."""
 import torch
 from torch import Tensor, nn
 
+from harness import distributed
+from harness.config.deepspeed_rules import half_precision
+from harness.config.engine_sections import EngineConfig
 from harness.errors import ConfigError, TaskError, first_few
 
 
@@ -32,6 +35,30 @@ def check_trainable(engine: str, model: nn.Module) -> None:
                 f"engine {engine!r}: parameter {f'{path}.weight'.lstrip('.')!r} "
                 f"({module.weight.dtype}) would have sparse gradients, which ZeRO cannot reduce: "
                 f"make the {type(module).__name__} with sparse=False, or freeze it: "
+                f"engines.{engine}.frozen"
+            )
+
+
+def check_renormed(engine: str, model: nn.Module, config: EngineConfig) -> None:
+    """Raises TaskError for a trained embedding with `max_norm`, whose forward changes its weight in
+    place, where that is undone by masters, or done by each rank to the rows of its own batch."""
+    if config.zero_stage or half_precision(config.deepspeed()):
+        why = "with ZeRO or in 16 bits the next step undoes that, by its fp32 masters"
+    elif distributed.world_size() > 1:
+        why = "every rank does that for its own batch, so that their weights diverge"
+    else:
+        return
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.max_norm is None:
+            continue
+        if module.weight.requires_grad:
+            name = f"{path}.weight".lstrip(".")
+            raise TaskError(
+                f"engine {engine!r}: parameter {name!r} has max_norm = {module.max_norm}, with "
+                f"which every forward changes it in place; {why}: make the "
+                f"{type(module).__name__} without max_norm, and begin each step with `with "
+                f"engine.edit_weights() as model: model.{name}.data.renorm_"
+                f"({module.norm_type:g}, 0, {module.max_norm:g})` (docs/engines.md), or freeze it: "
                 f"engines.{engine}.frozen"
             )
 
