@@ -111,7 +111,8 @@ class Task:
 
     train_data: Any
     """A map-style dataset (`__len__`, `__getitem__`), which is split over the ranks; an
-    IterableDataset (`__len__`, `__iter__`) of this rank's samples; or a loader (`__len__`,
+    IterableDataset (`__len__`, `__iter__`) of this rank's samples, of which each of several
+    `data.workers` yields a part (torch.utils.data.get_worker_info); or a loader (`__len__`,
     `__iter__`) of this rank's batches. Within an epoch the last two resume only on the same number
     of ranks, except for a loader whose `has_global_state` is true: see `data.loader.TaskLoader`."""
 

@@ -344,10 +344,10 @@ class Trainer:
 
     def export(self, format: str = "sft") -> Path:
         """Writes the plain weights of this step. Returns their directory."""
+        directory = self.live.config.run_dir / "exports"
         with self.status.doing("exporting"):
-            return export(
-                self.engines, self.live.config.run_dir / "exports", format, self.poll_commands
-            )
+            self.drain()  # raises if this step has made the weights wrong
+            return export(self.engines, directory, format, self.poll_commands)
 
     def try_to_export(self) -> None:
         """Exports; a failure that is raised on all ranks is logged, and the run continues."""

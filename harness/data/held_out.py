@@ -9,12 +9,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from harness.config.sections import DataConfig
 from harness.control.signals import leave_signals_to_parent
-from harness.data.loader import Collate, Fetch, unchanged
+from harness.data.loader import Collate, Counted, CountingCollate, Fetch, unchanged
 from harness.data.workers import iterated
 from harness.errors import TaskError
-
-Counted = tuple[int, Any]
-"""`(number of samples, batch)`."""
 
 
 def sets_of(data: Any) -> dict[str, Any]:
@@ -103,19 +100,9 @@ def read_once(
             for share, batch in zip(shares, batches, strict=True):
                 yield len(share), batch
     elif isinstance(data, IterableDataset):
-        counting = _CountingCollate(collate)
+        counting = CountingCollate(collate)
         with iterated(DataLoader(data, batch_size=size, collate_fn=counting, **options)) as batches:
             yield from batches
     else:
         for batch in data:
             yield count(batch)[0], batch
-
-
-class _CountingCollate:
-    """Collates samples into a `Counted`; workers may unpickle it."""
-
-    def __init__(self, collate: Collate):
-        self.collate = collate
-
-    def __call__(self, samples: list[Any]) -> Counted:
-        return len(samples), self.collate(samples)

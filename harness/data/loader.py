@@ -5,7 +5,7 @@ import itertools
 import logging
 import pickle
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +28,8 @@ from harness.errors import CheckpointError, ConfigError, TaskError
 log = logging.getLogger(__name__)
 
 Collate = Callable[[list[Any]], Any]
+Counted = tuple[int, Any]
+"""`(number of samples, batch)`."""
 
 
 class Batches(Protocol):
@@ -177,6 +179,16 @@ def unchanged(batch: Any) -> Any:
     return batch
 
 
+class CountingCollate:
+    """Collates samples into a `Counted`; workers may unpickle it."""
+
+    def __init__(self, collate: Collate):
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> Counted:
+        return len(samples), self.collate(samples)
+
+
 class TaskLoader:
     """A loader from the task, iterated epoch after epoch.
 
@@ -187,11 +199,16 @@ class TaskLoader:
     same on every rank, and can be loaded on any number of them.
     """
 
-    def __init__(self, loader: Any, world_size: int = 1):
+    def __init__(self, loader: Any, world_size: int = 1, samples: Sized | None = None):
+        """`samples`: those of an epoch on this rank, if the loader is a DataLoader of `Counted`
+        batches. Each of its workers makes batches of its own samples, so there may be more of them
+        than the DataLoader's length."""
         self.loader = loader
         self.world_size = world_size
         self.epoch = 0
+        self._samples = samples
         self._returned = 0
+        self._read = 0  # of the epoch's batches, or samples
         self._iterator: Iterator[Any] | None = None
 
     def __next__(self) -> Any:
@@ -200,16 +217,34 @@ class TaskLoader:
             if sampler is not None and hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(self.epoch)  # torch's DistributedSampler
             self._iterator = iter(self.loader)
-        batch = next(self._iterator, _END)
-        if batch is _END:
+        length = len(self.loader if self._samples is None else self._samples)
+        item = next(self._iterator, _END)
+        if item is _END:
+            unit = "batches" if self._samples is None else "samples"
             raise TaskError(  # on this rank only
-                f"train_data: its length is {len(self.loader)} batches, but epoch {self.epoch} "
-                f"ended after {self._returned}"
+                f"train_data: its length is {length} {unit}, but epoch {self.epoch} ended after "
+                f"{self._read}"
             )
+        size, batch = (1, item) if self._samples is None else item
         self._returned += 1
-        if self._returned == len(self.loader):
-            self.epoch, self._returned, self._iterator = self.epoch + 1, 0, None
+        self._read += size
+        if self._read >= length:
+            self._check_end(self._iterator)
+            self.epoch, self._returned, self._read = self.epoch + 1, 0, 0
+            self._iterator = None
         return batch
+
+    def _check_end(self, iterator: Iterator[Any]) -> None:
+        """Raises TaskError if several workers yield more samples than there are."""
+        if self._samples is None or self.loader.num_workers < 2 or next(iterator, _END) is _END:
+            return
+        raise TaskError(
+            f"train_data: its length is {len(self._samples)} samples, but "
+            f"{type(self._samples).__name__} yields more with data.workers = "
+            f"{self.loader.num_workers}: its `__iter__` must yield other samples in each worker, "
+            "and all of them once, by torch.utils.data.get_worker_info(); or set data.workers = 1, "
+            "also for samples without an end"
+        )
 
     def close(self) -> None:
         """Ends the workers of the loader's iterator."""
@@ -239,10 +274,11 @@ class TaskLoader:
         Raises CheckpointError if it is of another number of ranks, and not known on this one.
         """
         state = self._on_this_world_size(state)
-        self.epoch, self._returned, self._iterator = state["epoch"], 0, None
+        self.epoch, self._returned, self._read = state["epoch"], 0, 0
+        self._iterator = None
         if state["loader"] is not None:
             self.loader.load_state_dict(state["loader"])
-            self._returned = state["given"]
+            self._returned = self._read = state["given"]
         elif state["given"]:
             log.warning("train_data has no state_dict: skipping %d batches", state["given"])
             for _ in range(state["given"]):
@@ -285,7 +321,8 @@ def train_batches(
     if len(data) == 0:
         raise TaskError(f"train_data: {type(data).__name__} has no items")
     if isinstance(data, IterableDataset):
-        return TaskLoader(_batched(data, config, collate, seed * world_size + rank), world_size)
+        loader = _batched(data, config, collate, seed * world_size + rank)
+        return TaskLoader(loader, world_size, data)
     if not hasattr(data, "__getitem__"):
         _check_state(data)
         return TaskLoader(data, world_size)
@@ -300,7 +337,7 @@ def _batched(
     return DataLoader(
         samples,
         batch_size=config.micro_batch_size,
-        collate_fn=collate,
+        collate_fn=CountingCollate(collate),
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # keeps the global generator untouched

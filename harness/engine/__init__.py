@@ -9,6 +9,7 @@ Its files, from the top down:
     engine.py          Engine: one model under one DeepSpeed engine, by composition
     counters.py        what an engine has done so far
     buffers.py         buffers that training changes: rank 0's everywhere, or each rank's own
+    explained.py       errors of torch's in a model, with the keys that help
     mixed_dtypes.py    what 16-bit engines cast, and the keys that help
     overrides.py       learning rates by group, and clipping: scheduled, or changed by commands
     trainable.py       refuses models that DeepSpeed cannot train

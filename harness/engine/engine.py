@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 
 from harness import distributed
 from harness.config.engine_sections import EngineConfig
-from harness.engine import mixed_dtypes
+from harness.engine import mixed_dtypes, trainable
 from harness.engine.buffers import Buffers
 from harness.engine.counters import Counters
 from harness.engine.edits import Edits
 from harness.engine.ema import Ema, remove_average
+from harness.engine.explained import explained
 from harness.engine.lora import adapt
 from harness.engine.models import engine_settings, settings_named
 from harness.engine.overrides import Overrides
-from harness.engine.trainable import TrainedParameters, check_storable, check_trainable
 from harness.engine.turns import Peers, Turn, zero_gradients
 from harness.errors import CheckpointError, ConfigError, TaskError, config_errors_of
 from harness.offload import OffloadPlan
@@ -29,7 +29,7 @@ from harness.optim.build import build_optimizer, configured_keys
 from harness.optim.scheduler import Schedule, build_scheduler
 from harness.optim.zero_compatibility import can_regroup, check_zero, is_elementwise
 from harness.wrapper import freeze
-from harness.zero import engine_state, fetches
+from harness.zero import engine_state
 from harness.zero.arrivals import Arrivals
 from harness.zero.initialize import initialize
 
@@ -90,7 +90,8 @@ class Engine:
         self._ema: Ema | None = None
         optimizer = scheduler = schedule = None
         with distributed.raise_on_all_ranks(f"engines.{name}"):
-            check_storable(name, model)
+            trainable.check_storable(name, model)
+            trainable.check_shardable(name, model, config.zero_stage)
             if self.role == "teacher":
                 model.requires_grad_(False).eval()
             else:
@@ -105,7 +106,7 @@ class Engine:
             mixed_dtypes.warn_of_cast(name, kept_in_fp32, self.dtype)
         self.arrivals = Arrivals(self.ds, in_order=config.unused_parameters == "zeros")
         self.edits = Edits(name, self.ds, self.collect)
-        self._trained = TrainedParameters(name, model)
+        self._trained = trainable.TrainedParameters(name, model)
         if schedule is not None:
             self.overrides = Overrides(name, self.ds, config, schedule, self._chosen)
             self.buffers = Buffers(name, model, config.buffers)
@@ -119,7 +120,8 @@ class Engine:
             log.info("engine %s: LoRA adapters for %s", self.name, ", ".join(adapted))
         if frozen := freeze(model, self._config.frozen):
             log.info("engine %s: frozen: %s", self.name, ", ".join(frozen))
-        check_trainable(self.name, model)
+        trainable.check_trainable(self.name, model)
+        trainable.check_renormed(self.name, model, self._config)
 
     def _build_optimizer(self, model: nn.Module) -> Optimizer:
         """Builds the optimizer, and records its settings and parameters. Raises ConfigError."""
@@ -191,12 +193,8 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through DeepSpeed. Raises TaskError in another engine's turn."""
         self.turn.check(self.name, "called")
-        try:
+        with explained(self.name, self.ds):
             return self.ds(*args, **kwargs)
-        except RuntimeError as error:
-            mixed_dtypes.explain(error, self.name, self.module, self.dtype)
-            fetches.explain(error, self.name, self.ds)
-            raise
 
     def train(self) -> None:
         """Training mode; a teacher stays in eval mode."""
@@ -223,20 +221,12 @@ class Engine:
                 "add to the first: return the sum of the losses from the feeder, without calling "
                 "engine.backward"
             )
-        if not loss.requires_grad:
-            raise TaskError(
-                f"engine {self.name!r}: the loss does not depend on any trained parameter, or was "
-                "computed without a graph: if a micro-batch has nothing to learn from, return the "
-                "model's output times 0"
-            )
+        trainable.check_loss(self.name, loss)
         self._is_back_propagated = True
         engine_state.start_backward_timers(self.ds)
-        with nullcontext() if share else zero_gradients(self.module):
-            try:
-                self.arrivals.backward(loss if share == 1 else loss * share)
-            except RuntimeError as error:
-                fetches.explain(error, self.name, self.ds)
-                raise
+        without_terms = nullcontext() if share else zero_gradients(self.module)
+        with without_terms, explained(self.name, self.ds):
+            self.arrivals.backward(loss if share == 1 else loss * share)
 
     def step(self) -> bool:
         """Ends a micro-batch. True if it was the last of an optimizer step, which is then taken."""
@@ -309,12 +299,7 @@ class Engine:
         they are. Call it between steps, as in a command, or at the start of the engine's turn:
         raises TaskError if a step has begun, in an evaluation, and for a teacher.
         """
-        if self.role == "teacher":
-            raise TaskError(
-                f"engine {self.name!r}: the weights of a teacher were edited, which are in no "
-                "checkpoint: a resumed run would begin with the first ones. Make it a part of a "
-                "trained engine's model, without requires_grad, and edit it there"
-            )
+        trainable.check_editable(self.name, self.role)
         self.turn.check_edit(self.name)
         return self.edits.block()
 

@@ -38,7 +38,7 @@ def warn_of_cast(engine: str, names: list[str], dtype: torch.dtype) -> None:
 
 
 def explain(error: RuntimeError, engine: str, module: nn.Module, dtype: torch.dtype) -> None:
-    """Adds to an error of a 16-bit engine's forward that is about dtypes which keys help."""
+    """Adds to an error in a 16-bit engine's model that is about dtypes which keys help."""
     if dtype == torch.float32 or not _DTYPE_ERROR.search(str(error)):
         return
     note = f"engine {engine!r}: DeepSpeed has cast all parameters to {dtype_name(dtype)}."

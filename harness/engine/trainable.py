@@ -4,7 +4,11 @@ that no checkpoint can hold."""
 import torch
 from torch import Tensor, nn
 
+from harness import distributed
+from harness.config.deepspeed_rules import half_precision
+from harness.config.engine_sections import EngineConfig
 from harness.errors import ConfigError, TaskError, first_few
+from harness.zero.parameters import is_sharded
 
 
 def check_trainable(engine: str, model: nn.Module) -> None:
@@ -36,6 +40,30 @@ def check_trainable(engine: str, model: nn.Module) -> None:
             )
 
 
+def check_renormed(engine: str, model: nn.Module, config: EngineConfig) -> None:
+    """Raises TaskError for a trained embedding with `max_norm`, whose forward changes its weight in
+    place, where that is undone by masters, or done by each rank to the rows of its own batch."""
+    if config.zero_stage or half_precision(config.deepspeed()):
+        why = "with ZeRO or in 16 bits the next step undoes that, by its fp32 masters"
+    elif distributed.world_size() > 1:
+        why = "every rank does that for its own batch, so that their weights diverge"
+    else:
+        return
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.max_norm is None:
+            continue
+        if module.weight.requires_grad:
+            name = f"{path}.weight".lstrip(".")
+            raise TaskError(
+                f"engine {engine!r}: parameter {name!r} has max_norm = {module.max_norm}, with "
+                f"which every forward changes it in place; {why}: make the "
+                f"{type(module).__name__} without max_norm, and begin each step with `with "
+                f"engine.edit_weights() as model: model.{name}.data.renorm_"
+                f"({module.norm_type:g}, 0, {module.max_norm:g})` (docs/engines.md), or freeze it: "
+                f"engines.{engine}.frozen"
+            )
+
+
 def check_storable(engine: str, model: nn.Module) -> None:
     """Raises TaskError, which names it, for a sparse tensor in the model's state dict."""
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -44,6 +72,38 @@ def check_storable(engine: str, model: nn.Module) -> None:
                 f"engine {engine!r}: buffer {name!r} has the layout {tensor.layout}, which no "
                 "checkpoint can hold: register it with persistent=False, or make it dense"
             )
+
+
+def check_shardable(engine: str, model: nn.Module, zero_stage: int) -> None:
+    """Raises TaskError for a parameter, trained or not, of a dtype that ZeRO 3 does not shard
+    once the model is built."""
+    for name, parameter in model.named_parameters() if zero_stage == 3 else ():
+        is_floating = parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if not is_floating and not is_sharded(parameter):
+            raise TaskError(
+                f"engine {engine!r}: parameter {name!r} is {parameter.dtype}, expected float32, "
+                "bfloat16 or float16 at ZeRO 3: make it a buffer (register_buffer), or use ZeRO 2"
+            )
+
+
+def check_loss(engine: str, loss: Tensor) -> None:
+    """Raises TaskError for a loss without a graph."""
+    if not loss.requires_grad:
+        raise TaskError(
+            f"engine {engine!r}: the loss does not depend on any trained parameter, or was "
+            "computed without a graph: if a micro-batch has nothing to learn from, return the "
+            "model's output times 0"
+        )
+
+
+def check_editable(engine: str, role: str) -> None:
+    """Raises TaskError for edits of a teacher."""
+    if role == "teacher":
+        raise TaskError(
+            f"engine {engine!r}: the weights of a teacher were edited, which are in no "
+            "checkpoint: a resumed run would begin with the first ones. Make it a part of a "
+            "trained engine's model, without requires_grad, and edit it there"
+        )
 
 
 class TrainedParameters:

@@ -1,15 +1,16 @@
 """Loaders of the task's own, and samples that each rank reads for itself."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from harness.config.sections import DataConfig
 from harness.data.loader import TaskLoader, train_batches
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, TaskError
 from harness.run import run_in_world
 from tests.support.helpers import ROOT, Pools, error_of, losses, tiny_config
 from tests.tasks.loader_task import SIZE, Global, Loader, Stateful, Streaming
@@ -38,6 +39,61 @@ def test_a_stream_of_this_ranks_samples_is_not_split_again(on_rank: Any, workers
         batches.close()
     points = Points(48).points
     assert {tuple(p.tolist()) for p in torch.cat(seen)} == {tuple(p.tolist()) for p in points}
+
+
+class Numbers(IterableDataset):
+    """So many samples; each worker yields its part, or all of them if they are not `divided`."""
+
+    def __init__(self, samples: int, divided: bool = True):
+        self.samples, self.divided = samples, divided
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        first, step = (info.id, info.num_workers) if info and self.divided else (0, 1)
+        return iter(range(first, self.samples, step))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_workers_of_a_stream_lose_no_sample(workers: int) -> None:
+    """2 workers of 5 samples make 4 micro-batches of at most 4; one alone makes 3 of them."""
+    config = DataConfig(micro_batch_size=4, workers=workers)
+    batches, resumed = (
+        train_batches(Numbers(10), config, default_collate, 0, 0, 1) for _ in range(2)
+    )
+    for epoch in range(2):
+        seen = []
+        while batches.epoch == epoch:
+            seen += next(batches).tolist()
+        assert sorted(seen) == list(range(10))
+    next(batches)
+    resumed.load_state_dict(batches.state_dict() | {"world_size": 1})
+    assert torch.equal(next(resumed), next(batches))
+    batches.close()
+    resumed.close()
+
+
+def test_workers_that_all_yield_the_same_samples_are_refused() -> None:
+    config = DataConfig(micro_batch_size=4, workers=2)
+    batches = train_batches(Numbers(12, divided=False), config, default_collate, 0, 0, 1)
+    with pytest.raises(TaskError, match=r"12 samples, but Numbers yields more .*get_worker_info"):
+        for _ in range(3):
+            next(batches)
+    batches.close()
+
+
+def test_a_stream_that_ends_early_is_an_error() -> None:
+    batches = train_batches(Short(12), DataConfig(micro_batch_size=4), default_collate, 0, 0, 1)
+    with pytest.raises(TaskError, match="length is 12 samples, but epoch 0 ended after 11"):
+        for _ in range(4):
+            next(batches)
+
+
+class Short(Numbers):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.samples - 1))
 
 
 def test_a_stream_continues_within_its_epoch(on_rank: Any) -> None:

@@ -162,6 +162,22 @@ def test_other_parameters_on_other_ranks_end_the_run_without_a_save(
     assert not checkpoints_in(config.run_dir / "checkpoints")
 
 
+def error_between_exchanges(config: Config) -> str:
+    """Of a run whose export is too fast for an exchange between its tensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.control.bus.Bus.skips_exchange", lambda bus: True)
+        return error_of(config)
+
+
+def test_nothing_is_exported_of_a_step_with_other_parameters_on_other_ranks(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, 1, {"kind": "experts"}, trainer={"export_every": 1})
+    for error in two_ranks.run(error_between_exchanges, config):
+        assert "engine 'net': step 1: in micro-batch 1, only some ranks had gradients" in error
+    assert not list(config.run_dir.glob("exports/*"))
+
+
 def write_error(config: Config, directory: Path) -> None:
     """Like `error_of`, if other ranks may die."""
     text = error_of(config)

@@ -1,13 +1,24 @@
 """Models that are refused before the first step, with the remedy."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from harness.engine.trainable import TrainedParameters, check_storable, check_trainable
+from harness.engine.trainable import (
+    TrainedParameters,
+    check_renormed,
+    check_shardable,
+    check_storable,
+    check_trainable,
+)
 from harness.errors import ConfigError, TaskError
+from harness.testing.pool import RankPool
+from tests.support.helpers import Pools, tiny_config
+from tests.support.small_loop import engines_of, train, weights_of
 
 REFUSED = {
     "float64": (nn.Linear(2, 2).double(), "'weight' is torch.float64, expected .*model.float"),
@@ -32,6 +43,93 @@ def test_what_deepspeed_cannot_train_is_refused(kind: str) -> None:
     with pytest.raises(ConfigError, match="no trainable parameter"):
         check_trainable("net", model.requires_grad_(False))
     check_trainable("net", nn.ModuleList([model, nn.Linear(1, 1)]))
+
+
+def renormed(stage: int = 0, bf16: bool = False) -> Any:
+    """The error, or the weight after three steps, of an embedding that renormalizes itself."""
+    embedding = nn.Embedding.from_pretrained(ROWS.clone(), freeze=False, max_norm=1.0)
+    try:
+        engines = engines_of(embedding, feed, stage, {"bf16": {"enabled": bf16}}, **SETTINGS)
+    except TaskError as error:
+        return str(error)
+    train(engines, LOOKUPS)
+    weight = weights_of(engines)["weight"]
+    engines.close()
+    return weight
+
+
+def renormed_by_edits(stage: int, bf16: bool) -> torch.Tensor:
+    """What the message advises."""
+
+    def feed_renormed(engine: Any, batch: torch.Tensor) -> Any:
+        with engine.edit_weights() as model:
+            model.weight.data.renorm_(2, 0, 1)
+        return feed(engine, batch)
+
+    embedding = nn.Embedding.from_pretrained(ROWS.clone(), freeze=False)
+    engines = engines_of(embedding, feed_renormed, stage, {"bf16": {"enabled": bf16}}, **SETTINGS)
+    train(engines, LOOKUPS)
+    weight = weights_of(engines)["weight"].float()
+    engines.close()
+    return weight
+
+
+ROWS = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)) * 2
+LOOKUPS = [torch.tensor([0, 1, 2, 3, 3, 3])] * 3  # all rows
+SETTINGS = {"optimizer": {"name": "torch.optim:SGD", "lr": 0.5, "weight_decay": 0.0}}
+
+
+def feed(engine: Any, batch: torch.Tensor) -> Any:
+    return (engine(batch).float() - 1).square().sum(-1).mean(), {}
+
+
+def plain_renormed() -> torch.Tensor:
+    embedding = nn.Embedding.from_pretrained(ROWS.clone(), freeze=False, max_norm=1.0)
+    optimizer = torch.optim.SGD(embedding.parameters(), lr=0.5)
+    for batch in LOOKUPS:
+        optimizer.zero_grad()
+        feed(embedding, batch)[0].backward()
+        optimizer.step()
+    return embedding.weight.detach()
+
+
+@pytest.mark.parametrize(
+    ("stage", "bf16"), [(0, False), (0, True), (1, False), (2, False), (3, False), (3, True)]
+)
+def test_an_embedding_with_max_norm_is_refused_where_its_changes_do_not_last(
+    two_ranks: RankPool, stage: int, bf16: bool
+) -> None:
+    why = "undoes that" if stage or bf16 else "diverge"
+    for error in two_ranks.run(renormed, stage, bf16):
+        assert re.search(
+            rf"'net': parameter 'weight' has max_norm = 1.0.*{why}.*model\.weight\.data\.renorm_"
+            r"\(2, 0, 1\).*engines\.net\.frozen",
+            error,
+        )
+    tolerance = 3e-2 if bf16 else 1e-6
+    for weight in two_ranks.run(renormed_by_edits, stage, bf16):
+        assert torch.allclose(weight, plain_renormed(), rtol=0, atol=tolerance)
+
+
+def test_an_embedding_with_max_norm_trains_on_one_rank_in_fp32(pools: Pools) -> None:
+    (weight,) = pools(1).run(renormed)
+    assert torch.allclose(weight, plain_renormed(), rtol=0, atol=1e-6)
+
+
+def test_a_bag_with_max_norm_is_refused_unless_it_is_frozen() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(3, 2, max_norm=2.0))
+    config = tiny_config(Path(), 1).engines["net"]
+    with pytest.raises(TaskError, match=r"'0.weight' has max_norm = 2.0.* the EmbeddingBag with"):
+        check_renormed("net", model, config)
+    check_renormed("net", model.requires_grad_(False), config)
+
+
+def test_what_zero_3_cannot_shard_is_named() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    model.a.register_parameter("ids", nn.Parameter(torch.arange(3), requires_grad=False))
+    check_shardable("net", model, 2)
+    with pytest.raises(TaskError, match=r"'a.ids' is torch.int64, expected .* at ZeRO 3: .*buffer"):
+        check_shardable("net", model, 3)
 
 
 def test_a_sparse_buffer_that_a_checkpoint_would_have_is_refused() -> None:
