@@ -10,7 +10,7 @@ from pathlib import Path
 from harness import distributed
 from harness.checkpoint.files import FileEntry, reading, verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
-from harness.convert.run_checkpoints import MANIFEST
+from harness.convert.run_checkpoints import MANIFEST, no_manifest
 from harness.errors import CheckpointError, missing_files
 from harness.files import is_present
 
@@ -30,7 +30,7 @@ def common_manifest(directory: Path) -> Manifest:
     known = [saved for saved in saves if saved is not None]
     with distributed.raise_on_all_ranks(doing):
         if not known:
-            raise CheckpointError(f"{directory} is not a checkpoint: it has no {MANIFEST}")
+            raise CheckpointError(no_manifest(directory))
         if len(set(known)) > 1:
             raise CheckpointError(
                 f"checkpoint {directory} is not from the same save on all nodes: the run was "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.files import checkpoint_error_on_all_ranks
-from harness.convert.run_checkpoints import checkpoints_in, saved_at
+from harness.convert.run_checkpoints import may_hold_manifest, saved_at, steps_in
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,18 @@ def find_disks(directory: Path) -> Disks:
 
 
 def list_checkpoints(directory: Path, disks: Disks) -> tuple[list[str], set[str]]:
-    """The names of all checkpoints in `directory` on any disk, the newest first; and of those that
-    are from the same save on every disk. Collective. Raises CheckpointError on all ranks."""
-    own: dict[str, float] = {}
+    """The names of all checkpoints in `directory` on any disk, the newest first, those without a
+    manifest included; and of those that are from the same save on every disk. Collective. Raises
+    CheckpointError on all ranks."""
+    own: dict[str, tuple[bool, float]] = {}  # with a manifest, when: where one is, it tells
     doing = f"cannot list {directory}"
     with checkpoint_error_on_all_ranks(doing):
         if disks.is_leader:
-            own = {path.name: saved_at(path) for path in checkpoints_in(directory)}
+            own = {p.name: (may_hold_manifest(p), saved_at(p)) for p in steps_in(directory)}
     per_rank = distributed.all_gather(own)
     per_disk = [per_rank[leader] for leader in sorted(set(disks.leaders))]
-    newest: dict[str, float] = {}
+    newest: dict[str, tuple[bool, float]] = {}
     for times in per_disk:
         newest |= {name: max(at, newest.get(name, at)) for name, at in times.items()}
-    names = sorted(newest, key=lambda name: (newest[name], name), reverse=True)
+    names = sorted(newest, key=lambda name: (newest[name][1], name), reverse=True)
     return names, {name for name in names if len({t.get(name) for t in per_disk}) == 1}

@@ -9,7 +9,7 @@ from typing import Any
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
 from harness.convert.resolve_source import resolve_source
-from harness.convert.run_checkpoints import MANIFEST, checkpoints_in
+from harness.convert.run_checkpoints import MANIFEST, checkpoints_in, steps_in
 from harness.errors import (
     CheckpointError,
     FormatError,
@@ -37,7 +37,7 @@ def describe_path(path: Path, verify: bool = False) -> Iterator[str]:
     if (path / MANIFEST).is_file():
         yield from _describe_checkpoint(path, read_manifest(path), verify)
     elif parents:
-        yield from _describe_run(path, checkpoints_in(parents[0]), verify)
+        yield from _describe_run(path, steps_in(parents[0]), verify)
     else:
         notes: list[str] = []
         source = resolve_source(path, on_note=notes.append)

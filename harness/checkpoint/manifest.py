@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from harness import __version__
 from harness.checkpoint.files import FileEntry, reading
 from harness.config.old_names import current_import_path
-from harness.convert.run_checkpoints import FORMAT, MANIFEST, check_format
+from harness.convert.run_checkpoints import FORMAT, MANIFEST, check_format, no_manifest
 from harness.errors import CheckpointError, UnreadableCheckpoint, written_by
 from harness.files import is_present, json_write
 
@@ -102,7 +102,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     with reading(directory / MANIFEST):
         if not is_present(directory / MANIFEST):
-            raise CheckpointError(f"{directory} is not a checkpoint: it has no {MANIFEST}")
+            raise CheckpointError(no_manifest(directory))
         text = (directory / MANIFEST).read_bytes()
     try:
         return Manifest.model_validate_json(text)

@@ -4,22 +4,19 @@ import logging
 import math
 import shutil
 from collections.abc import Collection
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from harness.checkpoint.manifest import Manifest, is_unreadable, read_manifest
 from harness.config.sections import CheckpointConfig
 from harness.convert.resolve_source import LATEST
-from harness.convert.run_checkpoints import checkpoints_in
+from harness.convert.run_checkpoints import KEPT, checkpoints_in, may_hold_manifest
 from harness.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
 REPLACED = ".replaced.tmp"
 PRUNED = ".pruned.tmp"
-KEPT = ".kept"
-"""Of a replaced directory that cannot be judged: no longer a checkpoint of the run, and left to the
-user."""
 
 
 def prune(
@@ -104,15 +101,18 @@ def undo_move(staged: Path, target: Path) -> None:
 
 
 def delete_replaced(target: Path) -> None:
-    """Removes the directory that `move_into_place` has replaced, if any; one that cannot be judged
-    is only renamed."""
+    """Removes the directory that `move_into_place` has replaced, if any; one that cannot be judged,
+    also because it has no manifest, is only renamed."""
     replaced = _replaced(target)
     if not replaced.exists():
         return
-    if not is_unreadable(replaced):
-        shutil.rmtree(replaced)
+    if may_hold_manifest(replaced) and not is_unreadable(replaced):
+        remove(replaced)  # half removed it would have no manifest
         return
     kept = target.with_name(f"{target.name}{KEPT}")
+    numbers = count(2)
+    while kept.exists():
+        kept = target.with_name(f"{target.name}.{next(numbers)}{KEPT}")
     replaced.rename(kept)
     log.warning("%s is replaced; the old one, which cannot be judged, is kept as %s", target, kept)
 

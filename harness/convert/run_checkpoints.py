@@ -23,6 +23,9 @@ from harness.zero.reader import SavedEngine
 MANIFEST = "manifest.json"
 FORMAT = 4
 """The format of the manifests that this version writes."""
+KEPT = ".kept"
+"""Suffix of a replaced directory that cannot be judged: no longer a checkpoint of the run, and left
+to the user."""
 OnText = Callable[[str], object]
 
 _STEP = re.compile(r"step-\d{8,}(-[\w.-]+)?")
@@ -92,7 +95,7 @@ def open_newest(
     cannot be judged.
     """
     failures: list[str] = []
-    for directory in checkpoints_in(parent):
+    for directory in steps_in(parent):
         try:
             checkpoint = RunCheckpoint(directory)
             for name in checkpoint.engines:
@@ -115,19 +118,24 @@ def open_newest(
 
 def checkpoints_in(parent: Path) -> list[Path]:
     """The directories that hold a manifest, readable or not, the newest first. Raises OSError."""
+    return [path for path in steps_in(parent) if may_hold_manifest(path)]
+
+
+def steps_in(parent: Path) -> list[Path]:
+    """`checkpoints_in`, and those with the name of a checkpoint whose manifest is gone."""
     try:
         entries = list(parent.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-    checkpoints = [
+    steps = [
         path
         for path in entries
-        if _STEP.fullmatch(path.name) and path.suffix != ".tmp" and _may_hold_manifest(path)
+        if _STEP.fullmatch(path.name) and path.suffix not in (".tmp", KEPT) and path.is_dir()
     ]
-    return sorted(checkpoints, key=lambda path: (saved_at(path), path.name), reverse=True)
+    return sorted(steps, key=lambda path: (saved_at(path), path.name), reverse=True)
 
 
-def _may_hold_manifest(directory: Path) -> bool:
+def may_hold_manifest(directory: Path) -> bool:
     """False only if it is known to hold none."""
     try:
         return is_present(directory / MANIFEST)
@@ -137,7 +145,7 @@ def _may_hold_manifest(directory: Path) -> bool:
 
 def saved_at(directory: Path) -> float:
     """When a checkpoint was saved, in seconds since 1970, also if it is of a newer format; if its
-    manifest is unreadable, the modification time. Raises OSError."""
+    manifest is unreadable or gone, the modification time. Raises OSError."""
     try:
         return float(json.loads((directory / MANIFEST).read_bytes())["saved_at"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -146,6 +154,11 @@ def saved_at(directory: Path) -> float:
         return (directory / MANIFEST).stat().st_mtime
     except OSError:
         return directory.stat().st_mtime
+
+
+def no_manifest(directory: Path) -> str:
+    """The reason why a directory is not a checkpoint."""
+    return f"{directory} is not a checkpoint: it has no {MANIFEST}, which is written last"
 
 
 def check_format(manifest: Any, path: Path) -> None:
@@ -179,6 +192,8 @@ def _read_manifest(path: Path) -> tuple[list[str], dict[str, dict[str, Any]], di
         writers = {
             file: written_by(int(entry.get("rank", -1)), hosts) for file, entry in files.items()
         }
+    except FileNotFoundError:
+        raise CheckpointError(no_manifest(path)) from None
     except OSError as error:
         raise UnreadableCheckpoint(f"cannot read {path / MANIFEST}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

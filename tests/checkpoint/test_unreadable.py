@@ -8,10 +8,10 @@ import pytest
 
 from harness.checkpoint.inspect import describe_path
 from harness.checkpoint.manifest import read_manifest
-from harness.checkpoint.retention import KEPT, REPLACED, clean, delete_replaced, prune
+from harness.checkpoint.retention import REPLACED, clean, delete_replaced, prune
 from harness.config.sections import CheckpointConfig
 from harness.convert.resolve_source import resolve_source
-from harness.convert.run_checkpoints import checkpoints_in
+from harness.convert.run_checkpoints import KEPT, checkpoints_in
 from harness.errors import CheckpointError, UnreadableCheckpoint
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
@@ -83,6 +83,53 @@ def test_a_run_refuses_to_start(two_ranks: RankPool, tmp_path: Path, damage: Any
         assert (kept / "manifest.json").read_text() == manifest
 
 
+def test_a_run_names_what_it_passes_over_and_keeps_what_has_no_manifest(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """`latest` is for people: without it the same checkpoints are found."""
+    every: Any = {"trainer": {"save_every": 2, "export_at_end": False}}
+    config = tiny_config(tmp_path, run={"steps": 6}, **every)
+    two_ranks.run(run_in_world, config)
+    parent = config.run_dir / "checkpoints"
+    (parent / "latest").unlink()
+    (parent / "step-00000006/manifest.json").unlink()
+    (parent / "step-00000004/net").rename(parent / "step-00000004/gen")
+    rank_file = (parent / "step-00000006/rank-00001.pt").read_bytes()
+    two_ranks.run(run_in_world, tiny_config(tmp_path, run={"steps": 8}, **every))
+    text = log_text(config)
+    assert "step-00000006 is not a checkpoint: it has no manifest.json" in text
+    assert "step-00000004 on host" in text and "net/mp_rank_00_model_states.pt" in text
+    assert text.index("skipped: ") < text.index("resumed from")
+    assert f"resumed from {parent / 'step-00000002'}" in text
+    steps = {f"step-0000000{step}" for step in (2, 4, 6, 8)}
+    assert names(parent) == {*steps, "latest", f"step-00000006{KEPT}"}
+    assert (parent / f"step-00000006{KEPT}/rank-00001.pt").read_bytes() == rank_file
+    assert "the old one, which cannot be judged, is kept as" in text
+    for step in steps:
+        (parent / step / "manifest.json").unlink()
+    for resume, message in (("latest", "no checkpoint is complete"), ("none", "has 4 checkpoints")):
+        again = tiny_config(tmp_path, run={"resume": resume}, **every)
+        assert all(message in error for error in two_ranks.run(error_of, again))
+
+
+def test_without_its_manifest_it_is_passed_over_by_name(tmp_path: Path) -> None:
+    for step in (1, 2):
+        make(tmp_path, step)
+    (tmp_path / "step-00000002/manifest.json").unlink()
+    reason = "step-00000002 is not a checkpoint: it has no manifest.json"
+    passed_over: list[str] = []
+    with pytest.raises(CheckpointError, match="step-00000001: expected one engine, found none"):
+        resolve_source(tmp_path, on_note=passed_over.append)
+    assert len(passed_over) == 1 and reason in passed_over[0]
+    lines: list[str] = []
+    with pytest.raises(CheckpointError, match=r"incomplete on this host: step-00000002, "):
+        lines.extend(describe_path(tmp_path))
+    assert any(reason in line for line in lines)
+    prune(tmp_path, CheckpointConfig(keep_last=1))
+    clean(tmp_path)
+    assert names(tmp_path) == {"step-00000001", "step-00000002"}
+
+
 @pytest.mark.parametrize("damage", OF_MANIFEST)
 def test_retention_and_cleaning_leave_it(tmp_path: Path, damage: Any) -> None:
     for step in (1, 2, 3):
@@ -107,6 +154,19 @@ def test_a_replaced_one_is_kept(tmp_path: Path) -> None:
     expected = {f"step-0000000{step}{end}" for step in (1, 2) for end in ("", KEPT)}
     assert names(tmp_path) == expected
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000002", "step-00000001"]
+
+
+@pytest.mark.parametrize("name", ["step-00000001", "step-00000001-best"])
+def test_several_replaced_ones_are_kept(tmp_path: Path, name: str) -> None:
+    for _ in range(3):
+        make(tmp_path, 1).rename(tmp_path / f"{name}{REPLACED}")
+        (tmp_path / f"{name}{REPLACED}/manifest.json").unlink()
+        make(tmp_path, 1).rename(tmp_path / name)
+        delete_replaced(tmp_path / name)
+        (tmp_path / name).rename(tmp_path / f"{name}{REPLACED}")
+        delete_replaced(tmp_path / name)  # a complete one is removed
+    assert names(tmp_path) == {f"{name}{end}{KEPT}" for end in ("", ".2", ".3")}
+    assert not checkpoints_in(tmp_path)
 
 
 def test_a_newer_one_is_in_its_place_in_the_order(tmp_path: Path) -> None:
