@@ -30,6 +30,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     pattern.py         in which order a model sees the tokens of several codebooks
     logs.py            the log, on the terminal and in log.txt
     files.py           files by atomic rename, or a line at a time; locks
+    devices.py         what this process computes on, and what suits that device
     utils.py           small helpers that need no file of their own
     errors.py          errors addressed to the user
     testing/           rank pools, a simulated device, faults on demand; nothing imports it

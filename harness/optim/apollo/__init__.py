@@ -1,7 +1,7 @@
 """APOLLO: AdamW's step sizes from a low-rank sketch of the gradient, exact under every ZeRO stage.
 
-Usable alone: imports torch and, from harness, only `harness.zero`'s partition, shards and
-parameters.
+Usable alone: imports torch and, from harness, only `devices` and `harness.zero`'s partition, shards
+and parameters.
 
     optimizer.py       Apollo, ApolloMini: the equations, and a step
     exchange.py        the collectives of a step

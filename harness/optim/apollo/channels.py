@@ -18,11 +18,9 @@ from math import prod
 
 import torch
 
+from harness.devices import LIMITS
 from harness.zero.partition import Segment
 from harness.zero.shards import Shard
-
-TILE_ELEMENTS = 2**18
-"""Maximum elements per tile, so that intermediate results stay in a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,15 @@ class ChannelPlan:
     Either all flats hold complete parameters, or there is a single flat, which is sharded.
     """
 
-    def __init__(self, shards: Sequence[Shard], matrices: Mapping[str, Sequence[Matrix]]):
-        """`matrices`: the matrices of each parameter, by parameter name."""
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        matrices: Mapping[str, Sequence[Matrix]],
+        tile_elements: int = LIMITS["cpu"].tile_elements,
+    ):
+        """`matrices`: the matrices of each parameter, by parameter name. `tile_elements`: the
+        largest size of a tile of several rows."""
+        self._tile_elements = tile_elements
         self.rank = shards[0].rank
         self.world = len(shards[0].segments)
         self.matrices: list[Matrix] = []
@@ -208,7 +213,8 @@ class ChannelPlan:
 
     def _tiles(self, number: int, start: int, stop: int, segment: Segment) -> Iterator[Tile]:
         matrix, flat = self.matrices[number], self.flat_of_matrix[number]
-        for row, column, height, width in _rectangles(start, stop, matrix.columns):
+        rectangles = _rectangles(start, stop, matrix.columns, self._tile_elements)
+        for row, column, height, width in rectangles:
             channels, inner = range(row, row + height), range(column, column + width)
             strides = width, 1
             if not matrix.by_rows:
@@ -235,7 +241,7 @@ class ChannelPlan:
         counts = [channels.count for channels in ranges]
         matrices = torch.tensor([*(channels.matrix for channels in ranges), len(self.matrices)])
         empty = self.slots - sum(counts)
-        return matrices.repeat_interleave(torch.tensor([*counts, empty]))
+        return matrices.repeat_interleave(torch.tensor([*counts, empty]), output_size=self.slots)
 
     def _rows_of_flat(self, flats: int) -> list[int]:
         rows = [0] * flats
@@ -252,15 +258,17 @@ def _span(matrix: Matrix, segment: Segment) -> tuple[int, int]:
     return start, min(max(segment.stop - matrix.start, start), size)
 
 
-def _rectangles(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
+def _rectangles(
+    start: int, stop: int, columns: int, most: int
+) -> Iterator[tuple[int, int, int, int]]:
     """Elements [start, stop) of a matrix as (row, column, height, width): the end of a row,
-    complete rows in strips, the beginning of a row."""
+    complete rows in strips of at most `most` elements, the beginning of a row."""
     while start < stop:
         row, column = divmod(start, columns)
         if column or stop - start < columns:
             height, width = 1, min(columns - column, stop - start)
         else:
-            height = min((stop - start) // columns, max(1, TILE_ELEMENTS // columns))
+            height = min((stop - start) // columns, max(1, most // columns))
             width = columns
         yield row, column, height, width
         start += height * width

@@ -5,14 +5,14 @@ The equations and their sources are at the top of optimizer.py. Shapes: C channe
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from harness.devices import limits
 from harness.optim.apollo import named_state
 from harness.optim.apollo.channels import ChannelPlan, Matrix, Tile
 from harness.optim.apollo.projections import Projections
@@ -37,17 +37,25 @@ class LowRank(TensorGroup):
         """`matrices`: the matrices of each parameter, by parameter name."""
         super().__init__(flats, shards)
         self._projections = projections
-        self.plan = ChannelPlan(shards, matrices)
+        self.plan = ChannelPlan(shards, matrices, limits(self.device).tile_elements)
         self.is_cut = self.plan.is_cut
         self._matrix_of_slot = self.plan.matrix_of_slot.to(self.device)
         self._flat_of_matrix = torch.tensor(self.plan.flat_of_matrix, device=self.device)
         self._channels_of = self._count_channels()
-        self._inner_of: dict[int, range] = {}
-        """By matrix: the inner indices that this rank has elements of."""
+        self._tiles_of: dict[int, list[Tile]] = {}
+        """By matrix."""
         for tile in self.plan.tiles:
-            known, inner = self._inner_of.get(tile.matrix, tile.inner), tile.inner
-            first, stop = min(known.start, inner.start), max(known.stop, inner.stop)
-            self._inner_of[tile.matrix] = range(first, stop)
+            self._tiles_of.setdefault(tile.matrix, []).append(tile)
+        self._matrices_with: dict[range, list[int]] = {}
+        """By the inner indices that this rank has elements of."""
+        for number, tiles in self._tiles_of.items():
+            start = min(tile.inner.start for tile in tiles)
+            stop = max(tile.inner.stop for tile in tiles)
+            self._matrices_with.setdefault(range(start, stop), []).append(number)
+        self._has_rows = torch.tensor(
+            [*(matrix.by_rows for matrix in self.plan.matrices), False], device=self.device
+        )[self._matrix_of_slot]
+        """Whether the channel of a slot is a row."""
         self._is_written = not self.plan.shared and all(m.by_rows for m in self.plan.matrices)
         """Whether each channel's R is written by exactly one tile, so that none needs zeroing."""
         self._sketch = self._squares = self._ratios = torch.empty(0)
@@ -55,12 +63,13 @@ class LowRank(TensorGroup):
 
     def _count_channels(self) -> Tensor:
         """Rows of state per matrix: for the local slots, then for the shared ones, each followed by
-        the number of empty slots. int64 (2 (n + 1),)."""
+        the number of empty slots; three times, for three sums. int64 (3 * 2 (n + 1),)."""
         plan, count = self.plan, len(self.plan.matrices)
         local = self._matrix_of_slot[: plan.local_rows]
         first = plan.local_rows + plan.rank * plan.chunk
         shared = self._matrix_of_slot[first : first + plan.chunk]
-        return torch.cat([torch.bincount(slots, minlength=count + 1) for slots in (local, shared)])
+        counts = [torch.bincount(slots, minlength=count + 1) for slots in (local, shared)]
+        return torch.cat(counts).repeat(3)
 
     def _initial_state(self, number: int) -> State:
         return named_state.initial_state(self.plan, number, self.settings, self.device)
@@ -103,15 +112,25 @@ class LowRank(TensorGroup):
                 part.copy_(tile.of(self.gradients))
         return gradient
 
-    def _projection(self, number: int) -> Tensor:
-        """The rows of a matrix's P that this rank needs."""
-        plan, needed = self.plan, self._inner_of[number]
-        state = self.states[plan.flat_of_matrix[number]]
-        if self.settings["projection"] == "svd":
-            complete = state["projection"].narrow(0, *plan.projection_rows[number])
-            return complete[needed.start : needed.stop]
-        matrix = plan.matrices[number]
-        return self._projections.get(matrix, needed, state["calls"], self.settings, self.device)
+    def _projections_of(self, numbers: Sequence[int], inner: range) -> list[Tensor]:
+        """The given rows of the P of some matrices."""
+        plan, settings = self.plan, self.settings
+        states = [self.states[plan.flat_of_matrix[number]] for number in numbers]
+        if settings["projection"] == "svd":
+            pairs = zip(numbers, states, strict=True)
+            complete = [s["projection"].narrow(0, *plan.projection_rows[n]) for n, s in pairs]
+            return [projection[inner.start : inner.stop] for projection in complete]
+        matrices = [plan.matrices[number] for number in numbers]
+        calls = [state["calls"] for state in states]
+        return self._projections.get(matrices, inner, calls, settings, self.device)
+
+    def _batches(self) -> Iterator[tuple[range, list[int]]]:
+        """Matrices whose P are made together, and the rows of P that they need."""
+        for inner, numbers in self._matrices_with.items():
+            size = 4 * len(inner) * self.settings["rank"]
+            count = max(1, limits(self.device).batch_bytes // size)
+            for first in range(0, len(numbers), count):
+                yield inner, numbers[first : first + count]
 
     def step_metrics(self) -> dict[str, Tensor]:
         return self._step_metrics
@@ -141,13 +160,17 @@ class LowRank(TensorGroup):
         new = torch.empty if is_written else torch.zeros
         self._sketch = new(plan.slots, rank, device=self.device)
         self._squares = new(plan.slots, device=self.device)
-        for number, tiles in groupby(plan.tiles, key=lambda tile: tile.matrix):
-            needed, projection = self._inner_of[number], self._projection(number)
-            for tile in tiles:
-                first = tile.inner.start - needed.start
-                is_all = len(tile.inner) == len(needed)
-                rows = projection if is_all else projection[first : first + len(tile.inner)]
-                self._project_tile(tile, rows)
+        for inner, numbers in self._batches():
+            projections = self._projections_of(numbers, inner)
+            for number, projection in zip(numbers, projections, strict=True):
+                for tile in self._tiles_of[number]:
+                    first = tile.inner.start - inner.start
+                    is_all = len(tile.inner) == len(inner)
+                    rows = projection if is_all else projection[first : first + len(tile.inner)]
+                    self._project_tile(tile, rows)
+        if settings["scale_type"] == "channel":  # rows have their norms so far
+            squares = self._squares.square()
+            self._squares = torch.where(self._has_rows, squares, self._squares)
         shared = [self._sketch[plan.local_rows :], self._squares[plan.local_rows :, None]]
         return torch.cat(shared, dim=1).view(plan.world, plan.chunk * (rank + 1))
 
@@ -163,7 +186,7 @@ class LowRank(TensorGroup):
         if self.settings["scale_type"] == "tensor":  # only their sum is needed
             squares[0] += torch.linalg.vector_norm(channels).square()
         elif by_rows:
-            torch.linalg.vector_norm(channels, dim=1, out=squares).square_()
+            torch.linalg.vector_norm(channels, dim=1, out=squares)
         else:  # torch's norm is slow along columns
             squares += channels.square().sum(1)
 
@@ -179,12 +202,13 @@ class LowRank(TensorGroup):
         self._ratios = torch.ones_like(norms)
         if settings["scale_type"] == "channel":
             self._ratios = adapted_norms / (norms + 1e-8)
-        of_channel = torch.stack([self._ratios**2 * squares, norms**2, adapted_norms**2], dim=1)
-        lengths = self._channels_of
-        sums = torch.segment_reduce(  # unsafe: its checks of the lengths would wait for the device
-            of_channel, "sum", lengths=lengths, axis=0, unsafe=True, initial=0
+        # In one dimension, where a GPU has many threads for a segment. Unsafe: its checks of the
+        # lengths would wait for the device.
+        of_channel = torch.cat([self._ratios**2 * squares, norms**2, adapted_norms**2])
+        sums = torch.segment_reduce(
+            of_channel, "sum", lengths=self._channels_of, axis=0, unsafe=True, initial=0
         )
-        sums = sums.view(2, -1, 3).sum(0)[:-1]
+        sums = sums.view(3, 2, -1).sum(1)[:, :-1].T
         return torch.cat([self._ratios[plan.local_rows :], sums.flatten()])
 
     def apply(self, gathered: Tensor, all_finite: Tensor) -> None:
@@ -205,9 +229,9 @@ class LowRank(TensorGroup):
         rate = settings["lr"] * alpha * self._corrections() * scale / limit * (1 - decay)
         rate = torch.cat([rate, rate.new_zeros(1)])[self._matrix_of_slot]
         step = torch.where(all_finite, ratios * rate, 0.0).float()[:, None]
+        masked = _mask(all_finite)
         for tile in plan.tiles:
-            weight = tile.of(self.weights)
-            gradient = _zeros_unless(all_finite, tile.of(self.gradients))
+            weight, gradient = tile.of(self.weights), masked(tile.of(self.gradients))
             if settings["weight_decay"]:  # not w *= 1 - decay, which always rounds one way
                 weight.addcmul_(weight, decay, value=-1)
             weight.addcmul_(gradient, step[tile.slots], value=-1)
@@ -271,16 +295,10 @@ class LowRank(TensorGroup):
         return limit
 
 
-def _zeros_unless(condition: Tensor, tensor: Tensor) -> Tensor:
-    """A fp32 tensor if the condition holds, else zeros. (0 times inf or NaN is not 0.)
-
-    Branches on the condition on CPUs only, where that does not wait for a device.
-    """
-    if tensor.device.type == "cpu":
-        return tensor if condition else torch.zeros_like(tensor)
-    return _masked(condition, tensor)
-
-
-def _masked(condition: Tensor, tensor: Tensor) -> Tensor:
-    """The fp32 tensor, or zeros, by masking its bits."""
-    return (tensor.view(torch.int32) & -condition.to(torch.int32)).view(torch.float32)
+def _mask(condition: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that returns a fp32 tensor if the condition holds, else zeros. (0 times inf or NaN
+    is not 0.) It masks the bits, unless reading the condition does not wait for a device."""
+    if not limits(condition.device).is_asynchronous:
+        return (lambda tensor: tensor) if condition else torch.zeros_like
+    bits = -condition.to(torch.int32)
+    return lambda tensor: (tensor.view(torch.int32) & bits).view(torch.float32)

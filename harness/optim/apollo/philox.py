@@ -7,10 +7,12 @@ The counter is (column group, row, refresh, kind); the key is derived from a see
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from harness.devices import limits
 
 Key = tuple[int, int]
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -18,15 +20,14 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
-_STRIP = 2**14  # counters per call, so that their words stay in a CPU's cache
 
 _GAUSSIAN, _SIGNS = 0, 1  # the counter's last word: each distribution has its own numbers
 
 
-def philox4x32(counter: Words, key: Key) -> Words:
+def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     """Philox4x32-10: four words of 32 random bits for each counter.
 
-    Words are int64 tensors with values below 2**32; they broadcast against each other.
+    Words and keys are int64 tensors with values below 2**32; they broadcast against each other.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -45,8 +46,11 @@ def key_of(seed: int, name: str) -> Key:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def gaussian(rows: range, columns: range, refresh: int, key: Key, device: torch.device) -> Tensor:
-    """Rows and columns of a matrix with entries from N(0, 1): float32 (rows, columns).
+def gaussian(
+    rows: range, columns: range, refreshes: Sequence[int], keys: Sequence[Key], device: torch.device
+) -> Tensor:
+    """The same part of several matrices with entries from N(0, 1), one for each refresh and key:
+    float32 (keys, rows, columns).
 
     Box and Muller, "A note on the generation of random normal deviates", 1958. In float64, so that
     last-bit differences of a logarithm between devices or parts disappear after rounding.
@@ -60,23 +64,25 @@ def gaussian(rows: range, columns: range, refresh: int, key: Key, device: torch.
             normals += [angle.cos().mul_(radius), angle.sin_().mul_(radius)]
         return normals
 
-    return _part(rows, columns, (refresh, _GAUSSIAN), key, device, normal, 4)
+    return _parts(rows, columns, (refreshes, _GAUSSIAN), keys, device, normal, 4)
 
 
-def rademacher(rows: range, columns: range, refresh: int, key: Key, device: torch.device) -> Tensor:
-    """Rows and columns of a matrix with entries -1 and +1, equally likely: float32."""
+def rademacher(
+    rows: range, columns: range, refreshes: Sequence[int], keys: Sequence[Key], device: torch.device
+) -> Tensor:
+    """As `gaussian`, with entries -1 and +1, equally likely."""
 
     def signs(words: Words) -> list[Tensor]:
         return [1 - 2 * (word >> bit & 1) for word in words for bit in range(32)]
 
-    return _part(rows, columns, (refresh, _SIGNS), key, device, signs, 128)
+    return _parts(rows, columns, (refreshes, _SIGNS), keys, device, signs, 128)
 
 
-def _part(
+def _parts(
     rows: range,
     columns: range,
-    last_words: tuple[int, int],
-    key: Key,
+    last_words: tuple[Sequence[int], int],
+    keys: Sequence[Key],
     device: torch.device,
     entries: Callable[[Words], list[Tensor]],
     width: int,
@@ -84,12 +90,29 @@ def _part(
     """The entries at (rows, columns); `entries` generates `width` adjacent ones per counter."""
     first, stop = columns.start // width, -(-columns.stop // width)
     groups = torch.arange(first, stop, device=device)
-    high, low = (torch.full((), word, device=device) for word in last_words)  # no transfer
-    part = torch.empty(len(rows), stop - first, width, device=device)
-    strip = max(1, _STRIP // max(1, len(groups)))
-    for start in range(0, len(rows), strip):
-        row_strip = torch.arange(rows.start, rows.stop, device=device)[start : start + strip, None]
-        columns_of_group = entries(philox4x32((groups, row_strip, high, low), key))
-        part[start : start + strip] = torch.stack(columns_of_group, dim=-1)
+    every_row = torch.arange(rows.start, rows.stop, device=device)
+    parts = torch.empty(len(keys), len(rows), stop - first, width, device=device)
+    most = limits(device).counters
+    matrices = max(1, most // max(1, parts[0].numel() // width))
+    height = max(1, most // max(1, matrices * len(groups)))
+    for some in _slices(len(keys), matrices):
+        refresh, *key = (
+            _words(words, device) for words in (last_words[0][some], *zip(*keys[some], strict=True))
+        )
+        kind = torch.full((), last_words[1], device=device)
+        for strip in _slices(len(rows), height):
+            counter = groups, every_row[strip, None], refresh, kind
+            columns_of_group = entries(philox4x32(counter, (key[0], key[1])))
+            parts[some, strip] = torch.stack(columns_of_group, dim=-1)
     skipped = columns.start - first * width
-    return part.flatten(1)[:, skipped : skipped + len(columns)]
+    return parts.flatten(2)[:, :, skipped : skipped + len(columns)]
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, size, step)]
+
+
+def _words(words: Sequence[int], device: torch.device) -> Tensor:
+    """A word for each matrix, (n, 1, 1). Filled in on the device: a copy would wait for it."""
+    filled = [torch.full((), word, device=device) for word in words]
+    return torch.stack(filled)[:, None, None]

@@ -1,19 +1,18 @@
 """Random projections: generated on demand, and cached until their refresh."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from harness.devices import limits
 from harness.optim.apollo.channels import Matrix
 from harness.optim.apollo.philox import gaussian, key_of, rademacher
 from harness.optim.apollo.tensor_groups import ParamGroup
 
 PROJECTIONS = {"gaussian": gaussian, "rademacher": rademacher}
-
-CACHE_BYTES = 64 * 2**20
-"""Bytes of projections that an optimizer caches; the others are regenerated at each step."""
 
 
 class Projections:
@@ -25,26 +24,37 @@ class Projections:
 
     def get(
         self,
-        matrix: Matrix,
+        matrices: Sequence[Matrix],
         inner: range,
-        calls: int,
+        calls: Sequence[int],
         settings: ParamGroup,
         device: torch.device,
-    ) -> Tensor:
-        """The rows of P for inner indices of a matrix, with entries from N(0, 1/r) or, for
-        "rademacher", +-sqrt(1/r): fp32 (inner, r). `calls`: steps before this one."""
-        rank, refresh = settings["rank"], calls // settings["update_proj_gap"]
-        address = matrix.name, inner, rank
-        version = refresh, settings["projection"], settings["seed"]
-        if address in self._cache:
-            cached_version, projection = self._cache[address]
-            if cached_version == version:
-                return projection
-            del self._cache[address]
-            self._bytes -= projection.nbytes
-        generate, key = PROJECTIONS[settings["projection"]], key_of(settings["seed"], matrix.name)
-        projection = generate(inner, range(rank), refresh, key, device).div_(math.sqrt(rank))
-        if self._bytes + projection.nbytes <= CACHE_BYTES:
-            self._cache[address] = version, projection
-            self._bytes += projection.nbytes
-        return projection
+    ) -> list[Tensor]:
+        """The rows of the P of each matrix for the same inner indices, with entries from N(0, 1/r)
+        or, for "rademacher", +-sqrt(1/r): fp32 (inner, r) each. `calls`: steps before this one."""
+        refreshes = [count // settings["update_proj_gap"] for count in calls]
+        addresses = [(matrix.name, inner, settings["rank"]) for matrix in matrices]
+        versions = [(refresh, settings["projection"], settings["seed"]) for refresh in refreshes]
+        due = [
+            number
+            for number, (address, version) in enumerate(zip(addresses, versions, strict=True))
+            if self._cache.get(address, (None,))[0] != version
+        ]
+        made: dict[int, Tensor] = {}
+        if due:
+            for old in (self._cache.pop(addresses[number], None) for number in due):
+                self._bytes -= old[1].nbytes if old else 0
+            keys = [key_of(settings["seed"], matrices[number].name) for number in due]
+            generate, rank = PROJECTIONS[settings["projection"]], settings["rank"]
+            due_refreshes = [refreshes[number] for number in due]
+            batch = generate(inner, range(rank), due_refreshes, keys, device).div_(math.sqrt(rank))
+            made = dict(zip(due, batch, strict=True))
+            if self._bytes + batch.nbytes <= limits(device).cache_bytes:
+                self._cache |= {
+                    addresses[number]: (versions[number], made[number]) for number in due
+                }
+                self._bytes += batch.nbytes
+        return [
+            made[number] if number in made else self._cache[address][1]
+            for number, address in enumerate(addresses)
+        ]

@@ -49,7 +49,8 @@ def naive(
     """The equations as they are usually written, without any of the precautions: rank 1 per
     channel, lr 1e-2, for a matrix with more rows than columns."""
     weight = weight.detach().clone().to(dtype)
-    projection = gaussian(range(weight.shape[1]), range(1), 0, key_of(0, "0.0"), CPU).to(dtype)
+    keys = [key_of(0, "0.0")]
+    projection = gaussian(range(weight.shape[1]), range(1), [0], keys, CPU)[0].to(dtype)
     moment = square = torch.zeros(len(weight), 1, dtype=dtype)
     last: Tensor | None = None
     places = []
@@ -447,7 +448,8 @@ def test_a_projection_that_cannot_be_computed_is_kept(monkeypatch: pytest.Monkey
 
 
 def test_usable_alone() -> None:
-    """Nothing of harness is imported but the arithmetic and the marks of ZeRO, and no DeepSpeed."""
+    """Nothing of harness is imported but `devices` and the arithmetic and marks of ZeRO, and no
+    DeepSpeed."""
     loaded = loaded_by(
         "import torch; from harness.optim import Apollo\n"
         "p = torch.nn.Parameter(torch.ones(4, 3)); p.grad = torch.ones(4, 3)\n"
@@ -455,4 +457,4 @@ def test_usable_alone() -> None:
     )
     own = {name for name in loaded if name.startswith("harness.optim.apollo")}
     zero = {f"harness.zero.{name}" for name in ("partition", "shards", "parameters")}
-    assert loaded - own <= {"harness", "harness.optim", "harness.zero"} | zero
+    assert loaded - own <= {"harness", "harness.devices", "harness.optim", "harness.zero"} | zero

@@ -53,7 +53,8 @@ def ours_into(official: Any, rank: int, monkeypatch: pytest.MonkeyPatch) -> None
     def projection(self: Any, weights: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         shape = tuple(weights.shape)
         name, inner = f"0.{SHAPES.index(shape)}", min(shape)  # type: ignore[arg-type]
-        made = gaussian(range(inner), range(rank), refreshes[shape], key_of(0, name), CPU)  # type: ignore[index]
+        refresh = [refreshes[shape]]  # type: ignore[index]
+        made = gaussian(range(inner), range(rank), refresh, [key_of(0, name)], CPU)[0]
         refreshes[shape] += 1  # type: ignore[index]
         made /= rank**0.5
         return made.T if shape[0] >= shape[1] else made

@@ -1,14 +1,14 @@
 """Philox against Random123's known answers, and blocks that are slices of the whole."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
 from harness.optim.apollo.philox import Key, gaussian, key_of, philox4x32, rademacher
 
-Maker = Callable[[range, range, int, Key, torch.device], torch.Tensor]
+Maker = Callable[[range, range, Sequence[int], Sequence[Key], torch.device], torch.Tensor]
 CPU = torch.device("cpu")
 KEY = key_of(0, "layer.weight")
 
@@ -34,36 +34,36 @@ KNOWN_ANSWERS = [
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
 def test_known_answers(counter: list[int], key: tuple[int, int], answer: list[int]) -> None:
-    c0, c1, c2, c3 = (torch.tensor([word]) for word in counter)
-    assert [int(word) for word in philox4x32((c0, c1, c2, c3), key)] == answer
+    c0, c1, c2, c3, k0, k1 = (torch.tensor([word]) for word in (*counter, *key))
+    assert [int(word) for word in philox4x32((c0, c1, c2, c3), (k0, k1))] == answer
 
 
 @pytest.mark.parametrize("make", [gaussian, rademacher])
 def test_every_block_is_a_slice_of_the_full_matrix(make: Maker) -> None:
-    whole = make(range(300), range(150), 2, KEY, CPU)
+    whole = make(range(300), range(150), [2], [KEY], CPU)[0]
     for rows in (range(0, 1), range(3, 50), range(299, 300), range(120, 300)):
         for columns in (range(0, 150), range(1, 7), range(127, 150), range(6, 131)):
-            block = make(rows, columns, 2, KEY, CPU)
+            block = make(rows, columns, [2], [KEY], CPU)[0]
             assert torch.equal(block, whole[rows.start : rows.stop, columns.start : columns.stop])
 
 
 @pytest.mark.parametrize("make", [gaussian, rademacher])
 def test_refreshes_names_and_seeds_are_independent(make: Maker) -> None:
     size = range(200), range(100)
-    one = make(*size, 0, KEY, CPU)
+    one = make(*size, [0], [KEY], CPU)
     addresses = [(1, KEY), (0, key_of(0, "other.weight")), (0, key_of(1, "layer.weight"))]
-    others = [make(*size, refresh, key, CPU) for refresh, key in addresses]
-    for other in [*others, make(range(200, 400), range(100), 0, KEY, CPU)]:
+    others = [make(*size, [refresh], [key], CPU) for refresh, key in addresses]
+    for other in [*others, make(range(200, 400), range(100), [0], [KEY], CPU)]:
         correlation = (one * other).mean().abs() * math.sqrt(one.numel())
         assert correlation < 4  # standard deviations
 
 
 def test_the_distributions() -> None:
-    normal = gaussian(range(1000), range(100), 0, KEY, CPU).double()
+    normal = gaussian(range(1000), range(100), [0], [KEY], CPU).double()
     for power, expected, deviation in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         found = (normal**power).mean().item()
         assert abs(found - expected) < 4 * math.sqrt(deviation / normal.numel())
     assert normal.abs().max() > 4
-    signs = rademacher(range(1000), range(100), 0, KEY, CPU)
+    signs = rademacher(range(1000), range(100), [0], [KEY], CPU)
     assert signs.unique().tolist() == [-1, 1]
     assert signs.mean().abs() < 4 / math.sqrt(signs.numel())

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness import distributed
+from harness import devices, distributed
 from harness.optim import Apollo, apollo_param_groups
-from harness.optim.apollo import lowrank
 from harness.optim.apollo.memory import state_bytes
 from harness.testing.pool import RankPool
 from harness.zero.shards import ShardError, locate
@@ -66,7 +65,7 @@ def what_a_step_does(stage: int, overrides: dict[str, Any]) -> tuple[list[list[s
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lowrank, "_zeros_unless", lowrank._masked)
+        patch.setitem(devices.LIMITS, "cpu", devices.LIMITS["cuda"])
         patch.setattr(optimizer, "step", watched.__get__(optimizer))
         engine.backward(engine(gradients_of(2)))
         for name in COLLECTIVES:
@@ -106,7 +105,7 @@ def test_two_collectives_and_no_wait(
 def test_no_operator_waits_for_the_device(mini: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an operator reads of a device by itself, which the profiler sees. (Fused Adam reads its
     steps on CPUs only.)"""
-    monkeypatch.setattr(lowrank, "_zeros_unless", lowrank._masked)
+    monkeypatch.setitem(devices.LIMITS, "cpu", devices.LIMITS["cuda"])
     model = Given()
     optimizer = apollo(model, mini)
     take_plain_steps(model, optimizer, range(1))
