@@ -9,12 +9,33 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Literal
+
+RESTART_CODE = 75
+"""The exit code of an end that a restart may mend (EX_TEMPFAIL of sysexits.h)."""
+
+Kind = Literal[
+    "complete",  # all steps are taken
+    "quit",  # by a command
+    "signal",
+    "config",  # ConfigError: a restart fails in the same way
+    "task",  # an exception in the task's code
+    "checkpoint",  # a save that failed at the end, or a checkpoint that cannot be read
+    "gradients",  # GradientError
+    "nonfinite",  # too many steps skipped or rolled back
+    "lost_rank",
+    "hang",
+    "oom",
+    "error",  # any other
+]
+"""How a run ends: `health.outcome`."""
 
 
 class HarnessError(Exception):
     """An error that the user can fix: the entry point prints the message and exits with `code`."""
 
     code = 1
+    kind: Kind = "error"
     on_all_ranks = False
     """Whether every rank raises the same error."""
 
@@ -22,11 +43,14 @@ class HarnessError(Exception):
 class ConfigError(HarnessError):
     """A wrong, missing or impossible setting: starting again fails in the same way."""
 
+    kind = "config"
     code = 2
 
 
 class CheckpointError(HarnessError):
     """A checkpoint that cannot be written, read, or used by this run."""
+
+    kind = "checkpoint"
 
 
 class UnreadableCheckpoint(CheckpointError):
@@ -38,6 +62,8 @@ class FormatError(HarnessError):
     """A file of weights that is damaged, malicious or in another format; or data that the format
     cannot hold."""
 
+    kind = "checkpoint"
+
 
 class CommandError(HarnessError):
     """A command that is invalid or cannot be executed; the run continues."""
@@ -45,6 +71,8 @@ class CommandError(HarnessError):
 
 class TaskError(HarnessError):
     """The user's own task failed or broke its contract."""
+
+    kind = "task"
 
 
 @contextmanager
@@ -63,9 +91,14 @@ def no_exit() -> Iterator[None]:
 class GradientError(HarnessError):
     """The gradients of a step were wrong, and so are the weights: they must not be saved."""
 
+    kind = "gradients"
+
 
 class LostRank(HarnessError):
     """Another rank is gone or does not respond: its process, its node or the network failed."""
+
+    code = RESTART_CODE
+    kind = "lost_rank"
 
 
 @contextmanager

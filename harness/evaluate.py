@@ -15,6 +15,7 @@ from harness.data.step_batches import checked_weight
 from harness.distributed.rng import seeded
 from harness.engine.engines import Engines
 from harness.errors import ConfigError, TaskError, did_you_mean, first_few
+from harness.health import phases
 from harness.task import Task, checked_stats
 from harness.utils import to_device
 
@@ -94,6 +95,7 @@ def _sum_up(
             failure = error
         if should_stop():
             return None
+        phases.beat()
     with distributed.raise_on_all_ranks("evaluation"):
         if failure is not None:
             raise failure

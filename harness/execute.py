@@ -16,6 +16,7 @@ from harness.data.loader import mixture_weights
 from harness.engine.engines import Engines
 from harness.errors import CommandError
 from harness.evaluate import check_best_metric
+from harness.health import phases
 from harness.logs import set_log_level
 from harness.metrics.status import Status
 from harness.metrics.trace import Traces
@@ -49,6 +50,11 @@ def execute(run: CommandTarget, ticket: Ticket) -> str | None:
 
     Returns the answer, or None if it follows later. Raises HarnessError if the command fails.
     """
+    with phases.during("commands"):
+        return _execute(run, ticket)
+
+
+def _execute(run: CommandTarget, ticket: Ticket) -> str | None:
     match ticket.command:
         case c.Export(format):
             return f"exported {run.export(format)}"

@@ -16,6 +16,8 @@ from harness.distributed.network import is_lost_rank
 from harness.distributed.rng import rng_state, set_rng_state
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, GradientError, HarnessError
+from harness.health import phases
+from harness.health.outcome import Outcome
 from harness.metrics.meters import StepMeter, StepNumbers
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class BegunStep:
     """A step in progress: what it changes before any optimizer steps, as it was before."""
 
     def __init__(self, engines: Engines):
+        phases.at_step(engines.global_step + 1)
         self._engines = engines
         self._rng = rng_state()
         self._counters = [copy(engine.counters) for engine in engines.trained]
@@ -81,6 +84,8 @@ def rescue(run: FailingRun, error: Exception) -> None:
     alone, with `"ranks": 1`. Nothing is saved after a failed save, if the weights are known to be
     wrong, or in the middle of the step of an optimizer.
     """
+    if not is_lost_rank(error):  # of whose loss the run directory tells more
+        Outcome.of(error).write()
     on_all_ranks = isinstance(error, HarnessError) and error.on_all_ranks
     if not on_all_ranks and not _fails_together(run, error):
         for numbers in run.meter.take_own():

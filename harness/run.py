@@ -1,6 +1,7 @@
 """A run from its config to its end, in named steps: task, engines, run directory, loop."""
 
 import logging
+import signal
 import socket
 from contextlib import ExitStack
 from functools import partial
@@ -13,6 +14,7 @@ from harness.checkpoint.save import Saver
 from harness.config import Config
 from harness.control.audit import Audit
 from harness.control.bus import Bus
+from harness.control.commands import Interrupt
 from harness.control.grammar import Grammar
 from harness.control.live import LiveConfig, live_keys
 from harness.control.signals import Signals
@@ -25,6 +27,8 @@ from harness.engine.engines import Engines, build_engines
 from harness.errors import ConfigError, TaskError
 from harness.evaluate import check_best_metric
 from harness.execute import answer
+from harness.health import phases
+from harness.health.outcome import Outcome
 from harness.logs import configure_logging
 from harness.metrics.progress import Progress
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
@@ -47,17 +51,22 @@ def run(config: Config) -> int:
     HarnessError, on all ranks, for what the user can fix; until models, data and checkpoint have
     been validated, nothing is written except to an earlier run's log.
     """
-    with raise_lost_rank(config.run.timeout_s):
-        distributed.init(config.run.timeout_s, join)
-        try:
-            return run_in_world(config)
-        finally:
-            distributed.shutdown()
+    try:
+        with raise_lost_rank(config.run.timeout_s):
+            distributed.init(config.run.timeout_s, join)
+            try:
+                return run_in_world(config)
+            finally:
+                distributed.shutdown()
+    except Exception as error:
+        Outcome.of(error).write()  # also without a run directory
+        raise
 
 
 def run_in_world(config: Config) -> int:
     """`run`, once all ranks have joined the world."""
     configure_logging()
+    phases.begin()
     _check_same_config(config)
     signals = Signals()
     with signals.installed(), ExitStack() as stack:
@@ -81,7 +90,20 @@ def run_in_world(config: Config) -> int:
         stack.callback(progress.close)
         bus = _build_control(task, engines, live, signals, status, stack)
         trainer = Trainer(live, task, engines, batches, saver, bus, sinks, progress, status)
-        return trainer.train()
+        code = trainer.train()
+        _outcome(trainer, code).write()
+        phases.enter("end")
+        return code
+
+
+def _outcome(trainer: Trainer, code: int) -> Outcome:
+    """How a run without an error has ended."""
+    command, step = trainer.ending, trainer.engines.global_step
+    if command is None:
+        return Outcome("complete", code, f"all {step} steps are taken", step=step)
+    if isinstance(command, Interrupt):
+        return Outcome("signal", code, signal.Signals(command.signal).name, step=step)
+    return Outcome("quit", code, f"the command {command.forms[0]}", step=step)
 
 
 def _restore(

@@ -14,6 +14,8 @@ from harness.config import Config
 from harness.distributed.network import raise_lost_rank
 from harness.errors import HarnessError
 from harness.files import locked, toml_write
+from harness.health import outcome, phases
+from harness.health.outcome import Outcome
 from harness.logs import log_to_file
 
 log = logging.getLogger(__name__)
@@ -24,7 +26,8 @@ class RunDirectory:
 
     Entering the context locks an earlier run's directory before anything is read from it, and opens
     its log, so that it records why the run cannot be resumed. A new directory is made by `create`,
-    once everything else has been validated. On an error, `log.txt` records why the run ended.
+    once everything else has been validated. On an error, `log.txt` and `ended.json` record why the
+    run ended.
     """
 
     def __init__(self, config: Config):
@@ -78,9 +81,12 @@ class RunDirectory:
         with distributed.raise_on_all_ranks(f"run directory {self.path}"):
             if now and self.disks.is_leader:
                 self._stack.enter_context(locked(self.path / "control/lock"))
+                outcome.forget(self.path)
         with distributed.raise_on_all_ranks(f"log of run directory {self.path}"):
             if now:
                 handler = log_to_file(self.path / "log.txt")
+                outcome.write_into(self.path)
+                self._stack.callback(outcome.write_into, None)
                 self._stack.callback(handler.close)
                 self._stack.callback(logging.getLogger("harness").removeHandler, handler)
                 self._stack.enter_context(_errors_logged_by(handler))
@@ -93,6 +99,8 @@ def _errors_logged_by(handler: logging.Handler) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        Outcome.of(error).write()
+        phases.enter("end")
         trace = None if isinstance(error, HarnessError) else sys.exc_info()
         handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error), (), trace))
         raise

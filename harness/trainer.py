@@ -306,7 +306,7 @@ class Trainer:
             self._saving.append(ticket)
             return None
         self.finish_save(self.saver.wait())
-        with self.status.doing("saving"):
+        with self.status.doing("save"):
             self.drain()  # the counters must include this step
             result = self.saver.save(self._evaluation, name)
         if result is not None and result.error is not None and ticket is not None:
@@ -345,7 +345,7 @@ class Trainer:
     def export(self, format: str = "sft") -> Path:
         """Writes the plain weights of this step. Returns their directory."""
         directory = self.live.config.run_dir / "exports"
-        with self.status.doing("exporting"):
+        with self.status.doing("export"):
             self.drain()  # raises if this step has made the weights wrong
             return export(self.engines, directory, format, self.poll_commands)
 
@@ -366,7 +366,7 @@ class Trainer:
         if self.task.eval_data is None:
             return None
         self.drain()
-        with self.status.doing("evaluating"):
+        with self.status.doing("evaluation"):
             found = evaluate(self.engines, self.task, self.live.config, self.poll_commands)
         if found is None:
             return None

@@ -6,10 +6,12 @@
 import os
 import sys
 import time
+import traceback
 from typing import NoReturn
 
 from harness.config.command_line import parse_args
 from harness.errors import ConfigError, HarnessError
+from harness.health.outcome import Outcome, forget_of_environment
 from harness.launcher import environment, parent
 
 LEADER_TIME_S = 5.0
@@ -21,8 +23,11 @@ def main() -> None:
     parent.parent_ids()  # while all launchers are alive
     try:
         environment.set_rank_variables()
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            forget_of_environment()
         config = parse_args(sys.argv[1:])
     except HarnessError as error:
+        Outcome.of(error).write()
         if not is_leader():  # which most likely has the same error
             time.sleep(LEADER_TIME_S)
         exit_with(error)
@@ -32,8 +37,13 @@ def main() -> None:
         sys.exit(run(config))
     except HarnessError as error:
         exit_with(error)
-    except KeyboardInterrupt:  # before the run handles signals
-        sys.exit(130)
+    except KeyboardInterrupt as error:  # before the run handles signals
+        end = Outcome.of(error)
+        end.write()
+        sys.exit(end.code)
+    except Exception as error:
+        traceback.print_exc()
+        sys.exit(Outcome.of(error).code)
 
 
 def exit_with(error: HarnessError) -> NoReturn:

@@ -17,6 +17,7 @@ from harness import distributed
 from harness.checkpoint import save
 from harness.config import Config
 from harness.convert.run_checkpoints import checkpoints_in
+from harness.health.outcome import Outcome
 from harness.run import run_in_world
 from harness.task import load_task
 from harness.testing.pool import RankError, RankPool
@@ -114,9 +115,14 @@ def test_what_fails_on_all_ranks_is_saved_as_before_the_step(
     assert [record["step"] for record in records(config)] == [1, 2, 3]
     assert steps_saved(config) == [3]
     assert "Unwell: it is unwell\nsaving a checkpoint" in log_text(config)
+    ended = Outcome.read(config.run_dir / "ended.json")
+    assert ended is not None and (ended.kind, ended.code, ended.step) == ("task", 1, 4)
+    assert ended.phase == {"feed": "forward", "data": "data"}[place]
     for run in (config, whole):
         pools(ranks).run(run_in_world, run)
     assert without_times(records(config)) == without_times(records(whole))
+    ended = Outcome.read(config.run_dir / "ended.json")
+    assert ended is not None and (ended.kind, ended.code, ended.step) == ("complete", 0, 6)
 
 
 def run_exiting(config: Config, place: str, at: int) -> str:
@@ -205,6 +211,13 @@ def test_a_failure_of_one_rank_loses_no_record(
     assert [record.get("ranks") for record in found] == [None, 1, 1]
     assert all(record["loss"] > 0 and record["step_time_s"] > 0 for record in found)
     assert steps_saved(config) == []
+    ended = Outcome.read(config.run_dir / "ended.json")
+    assert ended is not None
+    if rank == 0:  # not what the other one met
+        assert (ended.kind, ended.rank, ended.step, ended.phase) == ("task", 0, 4, "forward")
+        assert ended.reason == "Unwell: it is unwell"
+    else:
+        assert (ended.kind, ended.code, ended.rank, ended.step) == ("lost_rank", 75, None, 4)
 
 
 class EndsEarly:

@@ -12,6 +12,7 @@ from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.engine.full_tensors import full_tensors
 from harness.engine.lora import merged, save_adapters
+from harness.health import phases
 from harness.io import save
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def _export_weights(engine: Engine, path: Path, between: Callable[[], object]) -
         if tensor is not None:
             state[name] = tensor
         between()
+        phases.beat()
     with distributed.raise_on_all_ranks(f"cannot export {path}"):
         if distributed.is_global_leader():
             path.parent.mkdir(parents=True, exist_ok=True)

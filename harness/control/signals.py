@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from harness.distributed.forks import close_in_forks, end_with_parent
+from harness.health import phases
+from harness.health.outcome import Outcome
 from harness.launcher.parent import is_orphaned
 
 log = logging.getLogger(__name__)
@@ -104,7 +106,9 @@ class Signals:
             return
         now = time.monotonic()
         if self._stopped_at and now - self._stopped_at > SECONDS_OF_ONE_STOP:
-            log.warning("%s again: exiting immediately", number.name)
+            reason = f"{number.name} again: exiting immediately"
+            log.warning(reason)
+            Outcome("signal", 128 + number, reason, step=phases.now().step).write()
             os._exit(128 + number)
         with self._lock:
             self._stop = number

@@ -11,6 +11,7 @@ from harness import distributed
 from harness.data.loader import Batches
 from harness.distributed.rng import seeded
 from harness.errors import TaskError
+from harness.health import phases
 
 
 @dataclass
@@ -82,7 +83,7 @@ class StepBatches:
         if self._weigh is None:
             return
         position = deepcopy(self._batches.state_dict())
-        with seeded(self._seed, step):
+        with seeded(self._seed, step), phases.during("data"):
             micro_batches = [next(self._batches) for _ in range(size)]
         terms = Terms([checked_weight(self._weigh(batch)) for batch in micro_batches])
         epoch, passes = self._batches.epoch, self._batches.passes()
@@ -104,6 +105,7 @@ class StepBatches:
 
     def _read(self, size: int) -> Iterator[Any]:
         for _ in range(size):
+            phases.enter("data")
             batch = next(self._batches)
             self._taken += 1
             yield batch

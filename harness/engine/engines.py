@@ -21,6 +21,7 @@ from harness.engine.models import build_models, check_engines
 from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
 from harness.errors import ConfigError, TaskError, did_you_mean
+from harness.health import phases
 from harness.optim.param_groups import with_groups
 from harness.task import Stats, Task, checked_stats, feed
 
@@ -78,8 +79,11 @@ class Engines(Mapping[str, Engine]):
                 continue
             begins_step = engine.counters.micro_step % engine.gradient_accumulation == 0
             with self._gathered(), self._turn.of(engine.name, begins_step):
+                phases.enter("forward")
                 loss, stats = feed(self._task, engine, batch)
+                phases.enter("backward")
                 engine.backward(loss, share)
+            phases.enter("step")
             if engine.step() and not engine.was_step_applied():
                 # In fp16 this is how the loss scale is found.
                 level = logging.INFO if engine.has_loss_scale else logging.WARNING
@@ -125,6 +129,7 @@ class Engines(Mapping[str, Engine]):
     def end_step(self) -> None:
         """Ends a step of the run, once all its micro-batches have been fed."""
         self.global_step += 1
+        phases.at_step(self.global_step)
         self.gradient_check.record(self.global_step, self.due(self.global_step))
 
     @contextmanager
@@ -272,6 +277,7 @@ class Engines(Mapping[str, Engine]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.global_step = state["global_step"]
+        phases.at_step(self.global_step)
         for name, engine in self.items():
             engine.load_state_dict(state["engines"][name])
 

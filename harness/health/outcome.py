@@ -1,36 +1,36 @@
 """How a run has ended, for whatever started it: launchers lose exit codes (torchrun turns all
-into 1)."""
+into 1).
+
+Every rank that ends writes its outcome, on the disk of its node, and the one that tells most stays:
+after an error on one rank the others only know that they have lost a rank. Does not import torch.
+"""
 
 import json
+import logging
 import os
+import signal
+import socket
+import sys
+import sysconfig
 import time
+import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from harness.errors import RESTART_CODE, HarnessError, Kind
 from harness.files import json_write
+from harness.health import phases
+
+log = logging.getLogger(__name__)
 
 FILE = "ended.json"
 """Its name in the run directory."""
 VARIABLE = "HARNESS_OUTCOME"
-"""The environment variable with another path that it is written to."""
-RESTART_CODE = 75
-"""The exit code of an end that a restart may mend (EX_TEMPFAIL of sysexits.h)."""
+"""The environment variable with another path that it is written to, also by a run that has no
+directory yet."""
 
-Kind = Literal[
-    "complete",  # all steps are taken
-    "quit",  # by a command
-    "signal",
-    "config",  # ConfigError: a restart fails in the same way
-    "task",  # an exception in the task's code
-    "checkpoint",  # a save that failed at the end, or a checkpoint that cannot be read
-    "gradients",  # GradientError
-    "nonfinite",  # too many steps skipped or rolled back
-    "lost_rank",
-    "hang",
-    "oom",
-    "error",  # any other
-]
+_run_dir: Path | None = None  # of the run in this process
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,104 @@ class Outcome:
         """Whether starting again may go better."""
         return self.kind in ("lost_rank", "hang", "oom", "signal", "checkpoint", "error")
 
-    def write(self, run_dir: Path) -> None:
-        """Writes RUN_DIR/ended.json, and the file that `HARNESS_OUTCOME` names."""
-        paths = [run_dir / FILE] if run_dir.is_dir() else []
+    @property
+    def _tells(self) -> int:
+        """How much it tells: a rank that is lost, or ended by its launcher, is another's doing."""
+        if self.kind == "lost_rank":
+            return 0 if self.rank is None else 1
+        return 1 if self.kind == "signal" else 2
+
+    def write(self, run_dir: Path | None = None) -> None:
+        """Writes RUN_DIR/ended.json, and the file that `HARNESS_OUTCOME` names, unless what they
+        have tells as much. `run_dir`: None is that of the run in this process, if it has one."""
+        run_dir = run_dir or _run_dir
+        paths = [run_dir / FILE] if run_dir is not None and run_dir.is_dir() else []
         if os.environ.get(VARIABLE):
             paths.append(Path(os.environ[VARIABLE]))
         for path in paths:
+            try:
+                self._write(path)
+            except OSError as error:  # the end goes on
+                log.error("cannot write how the run has ended: %s", error)
+
+    def _write(self, path: Path) -> None:
+        if Outcome.read(path) is None:
+            with suppress(FileExistsError):
+                _create(json.dumps(asdict(self), indent=2) + "\n", path)
+                return
+        known = Outcome.read(path)  # of another rank
+        if known is None or self._tells > known._tells:
             json_write(asdict(self), path)
 
     @staticmethod
     def read(path: Path) -> "Outcome | None":
-        """The outcome in a file; None if there is no such file."""
+        """The outcome in a file; None if there is no such file, or it holds something else."""
         try:
             return Outcome(**json.loads(path.read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError):
             return None
+
+    @staticmethod
+    def of(error: BaseException) -> "Outcome":
+        """The outcome of a run that this error ends, in the step and phase of this rank."""
+        kind, code = _kind_of(error)
+        is_ours = isinstance(error, HarnessError)
+        reason = str(error) if is_ours else f"{type(error).__name__}: {error}"
+        is_own = kind not in ("config", "lost_rank") and not (is_ours and error.on_all_ranks)
+        rank, host = (_own_rank(), socket.gethostname()) if is_own else (None, None)
+        doing = phases.now()
+        return Outcome(kind, code, reason, rank, host, doing.step, doing.phase)
+
+
+def write_into(run_dir: Path | None) -> None:
+    """The outcome of this process's run belongs into that directory, whose lock the run holds."""
+    global _run_dir
+    _run_dir = run_dir
+
+
+def forget(run_dir: Path) -> None:
+    """Removes an earlier start's outcome from a run directory."""
+    (run_dir / FILE).unlink(missing_ok=True)
+
+
+def forget_of_environment() -> None:
+    """Removes an earlier start's outcome that `HARNESS_OUTCOME` names."""
+    if os.environ.get(VARIABLE):
+        Path(os.environ[VARIABLE]).unlink(missing_ok=True)
+
+
+def _create(text: str, path: Path) -> None:
+    """A new file, complete at once. Raises FileExistsError if another rank was faster."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        staged.write_text(text)
+        os.link(staged, path)
+    except PermissionError:  # a file system without links
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _own_rank() -> int | None:
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else None
+
+
+def _kind_of(error: BaseException) -> tuple[Kind, int]:
+    """With the exit code."""
+    if isinstance(error, HarnessError):
+        return error.kind, error.code
+    if isinstance(error, KeyboardInterrupt):
+        return "signal", 128 + signal.SIGINT
+    if {"OutOfMemoryError", "MemoryError"} & {kind.__name__ for kind in type(error).__mro__}:
+        return "oom", RESTART_CODE
+    is_of_task = not isinstance(error, OSError) and _is_of_task(error)
+    return ("task" if is_of_task else "error"), 1
+
+
+def _is_of_task(error: BaseException) -> bool:
+    """Whether it came through a file that is not of harness, the libraries, or the entry point."""
+    known = [str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("stdlib", "purelib"))]
+    known += [sysconfig.get_path("platlib"), sys.argv[0], "<"]
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return any(not file.startswith(tuple(filter(None, known))) for file in files)

@@ -6,7 +6,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from harness.health import phases
+from harness.health.phases import Phase
+
 STEPS_OF_AN_ESTIMATE = 50
+ACTIVITIES: dict[Phase, str] = {
+    "save": "saving",
+    "evaluation": "evaluating",
+    "export": "exporting",
+    "paused": "paused",
+}
+"""What the status calls the phases between steps."""
 HEADLINE = ("loss", "lr", "tokens_per_s")
 """Metrics that the status and the progress bar show, for every engine."""
 
@@ -37,12 +47,13 @@ class Status:
         self._record = record
 
     @contextmanager
-    def doing(self, activity: str) -> Iterator[None]:
-        """Sets the activity within the context, whose duration does not count as training time."""
-        previous, self.activity = self.activity, activity
+    def doing(self, phase: Phase) -> Iterator[None]:
+        """The phase within the context, whose duration does not count as training time."""
+        previous, self.activity = self.activity, ACTIVITIES[phase]
         began = time.monotonic()
         try:
-            yield
+            with phases.during(phase):
+                yield
         finally:
             self.activity = previous
             if previous == "training":
@@ -53,7 +64,8 @@ class Status:
         """The state of the run on one line."""
         numbers = "".join(f", {name} {number}" for name, number in headline(self._record).items())
         idle = time.monotonic() - self._ends[-1][1]
-        waiting = f" (last step {format_duration(idle)} ago)" if idle > 10 else ""
+        doing = f"phase {phases.now().phase} for {format_duration(phases.now().seconds)}"
+        waiting = f" (last step {format_duration(idle)} ago; {doing})" if idle > 10 else ""
         return f"step {self.step} of {self.steps}, {self.activity}{waiting}{numbers}"
 
     def time_left(self, to: int | None = None) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from harness.health.outcome import Outcome
 from tests.support.helpers import ROOT
 from tests.support.jobs import (
     LAUNCHERS,
@@ -106,6 +107,8 @@ def test_a_signal_ends_the_job_with_a_checkpoint(
         until(lambda: not ranks_of(tmp_path))
         code = process.wait(timeout=60)
     assert code == 143 if launcher == "python" else code != 0, code
+    ended = Outcome.read(tmp_path / "runs/tiny/ended.json")
+    assert ended is not None and ended.kind == "signal" and ended.code in (130, 143)
     last = steps_of(tmp_path)[-1]
     assert f"saved {tmp_path}/runs/tiny/checkpoints/step-{last:08d}\n" in log_of(tmp_path)
     manifest = tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json"
@@ -265,8 +268,16 @@ def test_a_port_in_use_is_one_message(tmp_path: Path) -> None:
     ],
 )
 def test_an_error_is_one_message_and_an_exit_code(
-    tmp_path: Path, launcher: str, word: str, code: int, message: str
+    tmp_path: Path,
+    launcher: str,
+    word: str,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And an outcome where the environment says, though there is no run directory."""
+    monkeypatch.setenv("HARNESS_OUTCOME", str(tmp_path / "outcome.json"))
+    (tmp_path / "outcome.json").write_text('{"kind": "complete", "code": 0}')  # of an earlier start
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/manifest.json").write_text("{}")
     done = start(launcher, tmp_path, word)
@@ -276,3 +287,6 @@ def test_an_error_is_one_message_and_an_exit_code(
     tracebacks = {"torchrun": 1, "deepspeed": int("raise" in word), "python": 0}[launcher]
     assert done.stderr.count("Traceback") <= tracebacks, done.stderr
     assert not (tmp_path / "runs").exists()
+    ended = Outcome.read(tmp_path / "outcome.json")
+    assert ended is not None and ended.code == code and message in ended.reason
+    assert ended.kind == ("config" if code == 2 else "checkpoint" if "resume" in word else "task")

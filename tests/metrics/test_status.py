@@ -29,7 +29,7 @@ def test_the_estimate_excludes_pauses_and_what_happens_in_them(clock: Clock) -> 
     status.stepped(1)
     with status.doing("paused"):
         clock.now += 500
-        with status.doing("evaluating"):
+        with status.doing("evaluation"):
             clock.now += 70
     clock.now += 2
     status.stepped(2)
@@ -45,9 +45,10 @@ def test_the_line_shows_the_activity_and_the_newest_numbers(clock: Clock) -> Non
     status.show({"step": 3, "G/loss": 0.123456, "lr": 1e-3, "grad_norm": 2.0, "tokens_per_s": 7})
     numbers = "G/loss 0.1235, lr 0.001, tokens_per_s 7"
     assert status.line() == f"step 3 of 9, training, {numbers}"
-    with status.doing("saving"):
+    with status.doing("save"):
         clock.now += 90
-        assert status.line() == f"step 3 of 9, saving (last step 1 min 30 s ago), {numbers}"
+        since = "last step 1 min 30 s ago; phase save for 0 s"
+        assert status.line() == f"step 3 of 9, saving ({since}), {numbers}"
     assert status.line() == f"step 3 of 9, training, {numbers}"  # a save is not counted
 
 

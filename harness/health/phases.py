@@ -1,0 +1,141 @@
+"""What this rank is doing: its step, its phase, and since when.
+
+The loop tells by `enter`, which takes about a microsecond: a few numbers are written into memory
+that the rank's watchdog maps as well, so that it sees them even if the interpreter is stuck. The
+numbers of this process are module state, as a process is one rank.
+"""
+
+import mmap
+import os
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import monotonic
+from typing import Literal, get_args
+
+Phase = Literal[
+    "start",  # until the first step
+    "data",  # waiting for a micro-batch
+    "forward",
+    "backward",
+    "step",  # of the optimizer, and what ends a step
+    "save",
+    "evaluation",
+    "export",
+    "commands",
+    "paused",
+    "end",  # after the last step, or an error
+]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+COUNT, STEP, PHASE, SINCE = range(4)
+"""Cells: phases entered so far, the same on every rank at the same point; the step; the number of
+the phase; seconds of the monotonic clock, the same for all processes of a node."""
+SPENT, LONGEST, TIMES = (4 + number * len(PHASES) for number in range(3))
+"""The first cells of as many as there are phases: seconds in a phase so far; its longest, except
+for the first `FIRST` times; how often it was left."""
+CELLS = 4 + 3 * len(PHASES)
+FIRST = 2
+"""Times that a phase compiles, allocates or fills caches, and is no measure for later ones."""
+
+_NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What a rank is doing."""
+
+    phase: Phase
+    step: int
+    """The step in progress, or between steps the last one."""
+    seconds: float
+    """For how long."""
+    count: int
+    """Phases entered so far: ranks in lockstep have equal counts at the same point."""
+
+    def __str__(self) -> str:
+        return f"step {self.step}, phase {self.phase}"
+
+
+def view_of(descriptor: int) -> memoryview:
+    """The cells, as float64, in a file of that many."""
+    return memoryview(mmap.mmap(descriptor, 8 * CELLS)).cast("d")
+
+
+def _new_memory() -> None:
+    """New cells, also in a forked process, whose phases are not its rank's."""
+    global file, _cells
+    if file is not None:
+        os.close(file)
+    file = os.memfd_create("harness-phases")
+    os.truncate(file, 8 * CELLS)
+    _cells = view_of(file)
+    _cells[SINCE] = monotonic()
+
+
+file: int | None = None
+"""The memory's descriptor, for the watchdog."""
+_cells: memoryview
+_new_memory()
+os.register_at_fork(after_in_child=_new_memory)
+
+
+def enter(phase: Phase) -> None:
+    """This rank begins a phase. A phase that goes on calls it again, as a sign of life."""
+    cells, now = _cells, monotonic()
+    before, took = int(cells[PHASE]), now - cells[SINCE]
+    cells[SPENT + before] += took
+    cells[TIMES + before] += 1
+    if took > cells[LONGEST + before] and cells[TIMES + before] > FIRST:
+        cells[LONGEST + before] = took
+    cells[SINCE] = now  # first: who reads in between sees the old phase, just begun
+    cells[PHASE] = _NUMBERS[phase]
+    cells[COUNT] += 1
+
+
+@contextmanager
+def during(phase: Phase) -> Iterator[None]:
+    """The phase within the context, and then the one before, unless there is an error: what reports
+    the error tells the phase."""
+    before = now().phase
+    enter(phase)
+    yield
+    enter(before)
+
+
+def beat() -> None:
+    """A sign of life of a phase with many parts, such as the batches of an evaluation."""
+    enter(PHASES[int(_cells[PHASE])])
+
+
+def at_step(step: int) -> None:
+    """The step in progress."""
+    _cells[STEP] = step
+
+
+def begin() -> None:
+    """A run begins: forgets an earlier one in this process."""
+    _cells[:] = memoryview(array("d", bytes(8 * CELLS)))
+    _cells[SINCE] = monotonic()
+
+
+def now() -> Doing:
+    """What this rank is doing; from any thread."""
+    return doing(_cells)
+
+
+def doing(cells: memoryview) -> Doing:
+    """What the rank with these cells is doing."""
+    seconds = monotonic() - cells[SINCE]
+    return Doing(PHASES[int(cells[PHASE])], int(cells[STEP]), seconds, int(cells[COUNT]))
+
+
+def spent() -> dict[Phase, float]:
+    """Seconds in each phase so far, without the present one."""
+    return {phase: _cells[SPENT + number] for phase, number in _NUMBERS.items()}
+
+
+def longest() -> dict[Phase, float]:
+    """The longest time in each phase, except for the first ones."""
+    return {phase: _cells[LONGEST + number] for phase, number in _NUMBERS.items()}
