@@ -64,6 +64,12 @@ class GradientError(HarnessError):
     """The gradients of a step were wrong, and so are the weights: they must not be saved."""
 
 
+class OutOfMemory(HarnessError):
+    """Memory of the device, or of the host, has run out; smaller micro-batches may fit."""
+
+    kind = "oom"
+
+
 class LostRank(HarnessError):
     """Another rank is gone or does not respond: its process, its node or the network failed."""
 

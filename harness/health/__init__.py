@@ -2,5 +2,8 @@
 
 A decision that one rank took alone would be a hang of the others, so every decision is agreed.
 
-    outcome.py  how a run has ended: kind, exit code, rank, step, phase and reason, in ended.json
+    supervisor.py  `harness run`: starts a run again after an end that a restart may mend
+    attempt.py     one attempt of it: its processes, none of which is left behind
+    oom.py         out of memory: what is reported, and smaller micro-batches for the next start
+    outcome.py     how a run has ended: kind, exit code, rank, step, phase and reason, in ended.json
 """

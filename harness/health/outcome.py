@@ -45,6 +45,8 @@ class Outcome:
     host: str | None = None
     step: int | None = None
     phase: str | None = None
+    run_dir: str | None = None
+    """The run directory, once there is one."""
     time: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
@@ -58,8 +60,10 @@ class Outcome:
         paths = [run_dir / FILE] if run_dir.is_dir() else []
         if os.environ.get(VARIABLE):
             paths.append(Path(os.environ[VARIABLE]))
+        known = run_dir.absolute() if run_dir.is_dir() else None
+        record = asdict(self) | {"run_dir": None if known is None else str(known)}
         for path in paths:
-            json_write(asdict(self), path)
+            json_write(record, path)
 
     @staticmethod
     def read(path: Path) -> "Outcome | None":
