@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import time
 from contextlib import ExitStack
 from functools import partial
 from inspect import getdoc
@@ -25,6 +26,7 @@ from harness.engine.engines import Engines, build_engines
 from harness.errors import ConfigError, TaskError
 from harness.evaluate import check_best_metric
 from harness.execute import answer
+from harness.health.goodput import Ledger
 from harness.logs import configure_logging
 from harness.metrics.progress import Progress
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
@@ -40,23 +42,27 @@ from harness.zero.startup import join
 log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> int:
+def run(config: Config, began: float | None = None) -> int:
     """Trains what the config describes. Every rank calls it; it ends on all of them together.
+
+    `began`: when this process did, in seconds since the epoch; by default now. For the ledger.
 
     Returns the exit code: 0, or 128 + the number of the signal that ended the run. Raises
     HarnessError, on all ranks, for what the user can fix; until models, data and checkpoint have
     been validated, nothing is written except to an earlier run's log.
     """
+    began = began or time.time()
     with raise_lost_rank(config.run.timeout_s):
         distributed.init(config.run.timeout_s, join)
         try:
-            return run_in_world(config)
+            return run_in_world(config, began)
         finally:
             distributed.shutdown()
 
 
-def run_in_world(config: Config) -> int:
+def run_in_world(config: Config, began: float | None = None) -> int:
     """`run`, once all ranks have joined the world."""
+    began = began or time.time()
     configure_logging()
     _check_same_config(config)
     signals = Signals()
@@ -75,7 +81,7 @@ def run_in_world(config: Config) -> int:
         stack.callback(saver.close)
         step, steps = engines.global_step, live.config.run.steps
         status = Status(step, steps)
-        sinks = _open_sinks(config, step if checkpoint else -1, stack)
+        sinks = _open_sinks(config, step if checkpoint else -1, status, began, stack)
         is_shown = config.metrics.progress and distributed.is_global_leader()
         progress = Progress(step, steps, is_shown)
         stack.callback(progress.close)
@@ -199,11 +205,17 @@ def _open_fronts(config: Config, bus: Bus, stack: ExitStack) -> None:
         stack.callback(StdinFront(bus).close)
 
 
-def _open_sinks(config: Config, step: int, stack: ExitStack) -> list[Sink]:
-    """The metric sinks, truncated after `step`, on rank 0; elsewhere none. Collective."""
+def _open_sinks(
+    config: Config, step: int, status: Status, began: float, stack: ExitStack
+) -> list[Sink]:
+    """The ledger, and the metric sinks, truncated after `step`, on rank 0; elsewhere none.
+    Collective."""
     sinks: list[Sink] = []
     with distributed.raise_on_all_ranks(f"run directory {config.run_dir}"):
         if distributed.is_global_leader():
+            ledger = Ledger(config.run_dir, status.step, began)
+            status.on_activity = ledger.enter
+            sinks.append(ledger)
             sinks.append(JsonlSink(config.run_dir / "metrics.jsonl", step))
             if config.metrics.tensorboard:
                 sinks.append(TensorBoardSink(config.run_dir / "tensorboard", step))

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,8 @@ class Status:
         self.steps = steps
         """The last step of the run."""
         self.activity = "training"
+        self.on_activity: Callable[[str, int], None] | None = None
+        """Called with every new activity and the last step, on the trainer's thread."""
         self._record: Mapping[str, Any] = {}
         self._ends: deque[tuple[int, float]] = deque([(step, time.monotonic())])
 
@@ -39,15 +41,21 @@ class Status:
     @contextmanager
     def doing(self, activity: str) -> Iterator[None]:
         """Sets the activity within the context, whose duration does not count as training time."""
-        previous, self.activity = self.activity, activity
+        previous = self.activity
+        self._begin(activity)
         began = time.monotonic()
         try:
             yield
         finally:
-            self.activity = previous
+            self._begin(previous)
             if previous == "training":
                 took = time.monotonic() - began
                 self._ends = deque((step, ended + took) for step, ended in self._ends)
+
+    def _begin(self, activity: str) -> None:
+        self.activity = activity
+        if self.on_activity is not None:
+            self.on_activity(activity, self.step)
 
     def line(self) -> str:
         """The state of the run on one line."""
