@@ -19,13 +19,14 @@ from harness.control.live import LiveConfig
 from harness.control.signals import Signals
 from harness.control.socket import SocketFront
 from harness.control.stdin import StdinFront
-from harness.data.loader import train_batches
+from harness.data.loader import TaskLoader, train_batches
 from harness.data.step_batches import StepBatches
 from harness.distributed.network import raise_lost_rank
 from harness.engine.engines import Engines, build_engines
 from harness.errors import ConfigError, TaskError
 from harness.evaluate import check_best_metric
 from harness.execute import answer
+from harness.health import oom
 from harness.health.goodput import Ledger
 from harness.logs import configure_logging
 from harness.metrics.progress import Progress
@@ -73,6 +74,7 @@ def run_in_world(config: Config, began: float | None = None) -> int:
         stack.callback(engines.close)
         _use_attention_backend(config, engines, stack)
         directory = stack.enter_context(RunDirectory(config))
+        stack.enter_context(oom.explained(config))
         live = LiveConfig(config)
         checkpoint = _restore(config, directory, engines, batches, live)
         directory.write_config()
@@ -145,6 +147,7 @@ def _build_task(config: Config) -> tuple[Task, StepBatches]:
         loader = train_batches(
             task.train_data, config.data, task.collate, config.run.seed, rank, world_size
         )
+        oom.check_can_shrink(config, has_own_loader=isinstance(loader, TaskLoader))
         batches = StepBatches(loader, task.weigh, config.run.seed * world_size + rank)
         lengths = {"train_data": len(task.train_data), **check_eval_data(task, config)}
         check_best_metric(config, task)

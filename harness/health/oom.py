@@ -3,6 +3,8 @@
 Only the functions that a rank calls import torch.
 """
 
+import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,10 +34,20 @@ def explained(config: Config) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        lines = [f"out of memory: {str(error).partition(chr(10))[0] or type(error).__name__}"]
-        lines += ["memory in use, GiB:", *_table(), "what would need less:", *_advice(config)]
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        lines = [
+            f"out of memory on rank {os.environ.get('RANK', '0')}, in {_place(error)}: {reason}"
+        ]
+        lines += ["memory in GiB:", *_table(), "what would need less:", *_advice(config)]
         text = "\n  ".join(lines)
         raise OutOfMemory(text).with_traceback(error.__traceback__) from error
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line that is not in a library."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f"{own[-1].filename}:{own[-1].lineno}"
 
 
 def _table() -> list[str]:
