@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.errors import HarnessError
+from harness.errors import ConfigError, HarnessError
 
 
 class Subcommand(NamedTuple):
@@ -67,6 +67,30 @@ def run_inspect(args: argparse.Namespace) -> int:
     for line in describe_path(args.path, args.verify):
         print_line(line)
     return 0
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `harness run`."""
+    add: Any = parser.add_argument
+    add("--max-restarts", metavar="N", type=int, default=10, help="default: 10")
+    add(
+        "--backoff",
+        metavar="SECONDS",
+        type=float,
+        default=5.0,
+        help="before a restart; doubled, up to 300, as long as no step is gained; default: 5",
+    )
+    add("words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="what starts the run")
+
+
+def run_run(args: argparse.Namespace) -> int:
+    """Runs a command until the run is complete. Its exit code."""
+    from harness.health.supervisor import Supervisor
+
+    command = args.words[1:] if args.words[:1] == ["--"] else args.words
+    if not command:
+        raise ConfigError("no command: expected harness run -- deepspeed launch/train.py ...")
+    return Supervisor(command, args.max_restarts, args.backoff).run()
 
 
 def add_ctl_arguments(parser: argparse.ArgumentParser) -> None:
@@ -252,6 +276,16 @@ def print_line(line: str) -> None:
 COMMANDS = {
     "inspect": Subcommand(
         "show what a checkpoint, .sft or .pt contains", add_inspect_arguments, run_inspect
+    ),
+    "run": Subcommand(
+        "start a run, and start it again after faults",
+        add_run_arguments,
+        run_run,
+        description="Runs `deepspeed launch/train.py ...`, or torchrun, srun, python, and starts "
+        "it again after an end that a restart may mend: a lost rank, a hang, a signal to a rank. "
+        "A signal to this process is passed on, and ends the run.",
+        epilog="exit code: 0 complete, 2 a mistake in the config, 75 a restart may help, 128 + N "
+        "signal N; others: of the run",
     ),
     "ctl": Subcommand(
         "send commands to a running job",

@@ -94,6 +94,12 @@ class GradientError(HarnessError):
     kind = "gradients"
 
 
+class OutOfMemory(HarnessError):
+    """Memory of the device, or of the host, has run out; smaller micro-batches may fit."""
+
+    kind = "oom"
+
+
 class LostRank(HarnessError):
     """Another rank is gone or does not respond: its process, its node or the network failed."""
 

@@ -3,6 +3,7 @@
 import logging
 import signal
 import socket
+import time
 from contextlib import ExitStack
 from functools import partial
 from inspect import getdoc
@@ -20,14 +21,15 @@ from harness.control.live import LiveConfig, live_keys
 from harness.control.signals import Signals
 from harness.control.socket import SocketFront
 from harness.control.stdin import StdinFront
-from harness.data.loader import mixture_weights, train_batches, train_lengths
+from harness.data.loader import TaskLoader, mixture_weights, train_batches, train_lengths
 from harness.data.step_batches import StepBatches
 from harness.distributed.network import raise_lost_rank
 from harness.engine.engines import Engines, build_engines
 from harness.errors import ConfigError, TaskError
 from harness.evaluate import check_best_metric
 from harness.execute import answer
-from harness.health import phases
+from harness.health import oom, phases
+from harness.health.goodput import Ledger
 from harness.health.outcome import Outcome
 from harness.logs import configure_logging
 from harness.metrics.progress import Progress
@@ -44,18 +46,21 @@ from harness.zero.startup import join
 log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> int:
+def run(config: Config, began: float | None = None) -> int:
     """Trains what the config describes. Every rank calls it; it ends on all of them together.
+
+    `began`: when this process did, in seconds since the epoch; by default now. For the ledger.
 
     Returns the exit code: 0, or 128 + the number of the signal that ended the run. Raises
     HarnessError, on all ranks, for what the user can fix; until models, data and checkpoint have
     been validated, nothing is written except to an earlier run's log.
     """
+    began = began or time.time()
     try:
         with raise_lost_rank(config.run.timeout_s):
             distributed.init(config.run.timeout_s, join)
             try:
-                return run_in_world(config)
+                return run_in_world(config, began)
             finally:
                 distributed.shutdown()
     except Exception as error:
@@ -63,8 +68,9 @@ def run(config: Config) -> int:
         raise
 
 
-def run_in_world(config: Config) -> int:
+def run_in_world(config: Config, began: float | None = None) -> int:
     """`run`, once all ranks have joined the world."""
+    began = began or time.time()
     configure_logging()
     phases.begin()
     _check_same_config(config)
@@ -76,6 +82,7 @@ def run_in_world(config: Config) -> int:
         stack.callback(engines.close)
         _use_attention_backend(config, engines, stack)
         directory = stack.enter_context(RunDirectory(config))
+        stack.enter_context(oom.explained(config))
         live = LiveConfig(config)
         checkpoint = _restore(config, directory, engines, batches, live)
         directory.write_config()
@@ -84,7 +91,7 @@ def run_in_world(config: Config) -> int:
         stack.callback(saver.close)
         step, steps = engines.global_step, live.config.run.steps
         status = Status(step, steps)
-        sinks = _open_sinks(config, step if checkpoint else -1, stack)
+        sinks = _open_sinks(config, step if checkpoint else -1, status, began, stack)
         is_shown = config.metrics.progress and distributed.is_global_leader()
         progress = Progress(step, steps, is_shown)
         stack.callback(progress.close)
@@ -163,6 +170,7 @@ def _build_task(config: Config) -> tuple[Task, StepBatches]:
         loader = train_batches(
             task.train_data, config.data, task.collate, config.run.seed, rank, world_size
         )
+        oom.check_can_shrink(config, has_own_loader=isinstance(loader, TaskLoader))
         batches = StepBatches(loader, task.weigh, config.run.seed * world_size + rank)
         lengths = {**train_lengths(task.train_data), **check_eval_data(task, config)}
         check_best_metric(config, task)
@@ -224,11 +232,17 @@ def _open_fronts(config: Config, bus: Bus, stack: ExitStack) -> None:
         stack.callback(StdinFront(bus).close)
 
 
-def _open_sinks(config: Config, step: int, stack: ExitStack) -> list[Sink]:
-    """The metric sinks, truncated after `step`, on rank 0; elsewhere none. Collective."""
+def _open_sinks(
+    config: Config, step: int, status: Status, began: float, stack: ExitStack
+) -> list[Sink]:
+    """The ledger, and the metric sinks, truncated after `step`, on rank 0; elsewhere none.
+    Collective."""
     sinks: list[Sink] = []
     with distributed.raise_on_all_ranks(f"run directory {config.run_dir}"):
         if distributed.is_global_leader():
+            ledger = Ledger(config.run_dir, status.step, began)
+            status.on_activity = ledger.enter
+            sinks.append(ledger)
             sinks.append(JsonlSink(config.run_dir / "metrics.jsonl", step))
             if config.metrics.tensorboard:
                 sinks.append(TensorBoardSink(config.run_dir / "tensorboard", step))

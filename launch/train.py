@@ -20,6 +20,7 @@ LEADER_TIME_S = 5.0
 
 def main() -> None:
     """Parses the command line and trains; an error that the user can fix is one message."""
+    began = time.time()
     parent.parent_ids()  # while all launchers are alive
     try:
         environment.set_rank_variables()
@@ -34,7 +35,7 @@ def main() -> None:
     from harness.run import run  # late: config errors are reported before torch is imported
 
     try:
-        sys.exit(run(config))
+        sys.exit(run(config, began))
     except HarnessError as error:
         exit_with(error)
     except KeyboardInterrupt as error:  # before the run handles signals

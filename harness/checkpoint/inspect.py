@@ -22,11 +22,12 @@ from harness.formats.json_tree import Keys, dotted, from_metadata, leaf_nodes
 from harness.formats.pickled import Placeholder, describe
 from harness.formats.pt_reader import TensorRef
 from harness.formats.safetensors import read_header
+from harness.health import goodput
 from harness.zero.reader import SavedEngine
 
 
 def describe_path(path: Path, verify: bool = False) -> Iterator[str]:
-    """Lines that describe a run directory, a checkpoint, a file of weights, or what
+    """Lines that describe a run directory with its ledger, a checkpoint, a file of weights, or what
     `resolve_source` takes of another directory.
 
     `verify` reads the files of a checkpoint of a run and checks every CRC; otherwise their sizes
@@ -37,6 +38,7 @@ def describe_path(path: Path, verify: bool = False) -> Iterator[str]:
     if (path / MANIFEST).is_file():
         yield from _describe_checkpoint(path, read_manifest(path), verify)
     elif parents:
+        yield from goodput.table(path / goodput.FILE)
         yield from _describe_run(path, steps_in(parents[0]), verify)
     else:
         notes: list[str] = []

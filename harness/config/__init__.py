@@ -6,6 +6,7 @@ Nothing here imports torch, so that a mistake in the config is reported within a
     load.py             a TOML file and overrides into a Config; one line per mistake
     root.py             Config: all tables, and the rules between them
     engine_sections.py  [engines.NAME]: DeepSpeed's JSON, optimizer, schedule, adapters
+    health_section.py   [health]: what follows trouble of a rank
     deepspeed_rules.py  settings of DeepSpeed that harness does not support, one check each
     deepspeed_keys.py   the keys that DeepSpeed knows
     sections.py         the other tables

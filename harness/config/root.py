@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from harness.config.engine_sections import EngineConfig
+from harness.config.health_section import HealthConfig
 from harness.config.old_names import current_keys
 from harness.config.sections import (
     CheckpointConfig,
@@ -39,6 +40,8 @@ class Config(Section):
     """Training loop settings."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoint settings."""
+    health: HealthConfig = HealthConfig()
+    """What follows trouble of a rank."""
     optimizations: OptimizationsConfig = OptimizationsConfig()
     """Optimizations."""
     control: ControlConfig = ControlConfig()

@@ -2,6 +2,10 @@
 
 A decision that one rank took alone would be a hang of the others, so every decision is agreed.
 
-    outcome.py  how a run has ended: kind, exit code, rank, step, phase and reason, in ended.json
-    phases.py   what this rank is doing, and since when, readable for its watchdog
+    supervisor.py  `harness run`: starts a run again after an end that a restart may mend
+    attempt.py     one attempt of it: its processes, none of which is left behind
+    goodput.py     where the time of a run goes, over all its starts: goodput.jsonl
+    oom.py         out of memory: what is reported, and smaller micro-batches for the next start
+    outcome.py     how a run has ended: kind, exit code, rank, step, phase and reason, in ended.json
+    phases.py      what this rank is doing, and since when, readable for its watchdog
 """

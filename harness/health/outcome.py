@@ -15,7 +15,7 @@ import sysconfig
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from harness.errors import RESTART_CODE, HarnessError, Kind
@@ -45,6 +45,8 @@ class Outcome:
     host: str | None = None
     step: int | None = None
     phase: str | None = None
+    run_dir: str | None = None
+    """The run directory, once there is one."""
     time: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
@@ -64,12 +66,15 @@ class Outcome:
         """Writes RUN_DIR/ended.json, and the file that `HARNESS_OUTCOME` names, unless what they
         have tells as much. `run_dir`: None is that of the run in this process, if it has one."""
         run_dir = run_dir or _run_dir
-        paths = [run_dir / FILE] if run_dir is not None and run_dir.is_dir() else []
+        outcome, paths = self, []
+        if run_dir is not None and run_dir.is_dir():
+            outcome = replace(self, run_dir=str(run_dir.absolute()))
+            paths.append(run_dir / FILE)
         if os.environ.get(VARIABLE):
             paths.append(Path(os.environ[VARIABLE]))
         for path in paths:
             try:
-                self._write(path)
+                outcome._write(path)
             except OSError as error:  # the end goes on
                 log.error("cannot write how the run has ended: %s", error)
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,8 @@ class Status:
         self.steps = steps
         """The last step of the run."""
         self.activity = "training"
+        self.on_activity: Callable[[str, int], None] | None = None
+        """Called with every new activity and the last step, on the trainer's thread."""
         self._record: Mapping[str, Any] = {}
         self._ends: deque[tuple[int, float]] = deque([(step, time.monotonic())])
 
@@ -49,16 +51,22 @@ class Status:
     @contextmanager
     def doing(self, phase: Phase) -> Iterator[None]:
         """The phase within the context, whose duration does not count as training time."""
-        previous, self.activity = self.activity, ACTIVITIES[phase]
+        previous = self.activity
+        self._begin(ACTIVITIES[phase])
         began = time.monotonic()
         try:
             with phases.during(phase):
                 yield
         finally:
-            self.activity = previous
+            self._begin(previous)
             if previous == "training":
                 took = time.monotonic() - began
                 self._ends = deque((step, ended + took) for step, ended in self._ends)
+
+    def _begin(self, activity: str) -> None:
+        self.activity = activity
+        if self.on_activity is not None:
+            self.on_activity(activity, self.step)
 
     def line(self) -> str:
         """The state of the run on one line."""
