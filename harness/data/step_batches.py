@@ -43,6 +43,8 @@ class _Fetched:
     """Of the loader, before them."""
     epoch: int
     """After them."""
+    samples: list[Any]
+    """Of each of them."""
 
 
 class StepBatches:
@@ -66,6 +68,8 @@ class StepBatches:
         self._epoch: int | None = None
         self._taken = 0  # micro-batches of the step in progress
         self._before: dict[str, Any] | None = None  # position before the step in progress
+        self.samples: list[int] | None = None
+        """The indices of the samples in the current micro-batch, if they are known."""
 
     @property
     def epoch(self) -> int:
@@ -81,9 +85,12 @@ class StepBatches:
             return
         position = deepcopy(self._batches.state_dict())
         with seeded(self._seed, step):
-            micro_batches = [next(self._batches) for _ in range(size)]
+            pairs = [(next(self._batches), self._batches.samples) for _ in range(size)]
+        micro_batches = [batch for batch, _ in pairs]
         terms = Terms([checked_weight(self._weigh(batch)) for batch in micro_batches])
-        self._fetched.append(_Fetched(micro_batches, terms, position, self._batches.epoch))
+        samples = [samples for _, samples in pairs]
+        fetched = _Fetched(micro_batches, terms, position, self._batches.epoch, samples)
+        self._fetched.append(fetched)
 
     def next_step(self, size: int) -> tuple[Iterator[Any], Terms | None]:
         """The micro-batches of the next step, and their weights if there is a `weigh`.
@@ -97,12 +104,17 @@ class StepBatches:
         self._before = fetched.position
         assert fetched.terms.totals, "the weights of this step have not been summed"
         self._epoch = fetched.epoch
-        return iter(fetched.micro_batches), fetched.terms
+        return self._give(fetched), fetched.terms
+
+    def _give(self, fetched: _Fetched) -> Iterator[Any]:
+        for batch, self.samples in zip(fetched.micro_batches, fetched.samples, strict=True):
+            yield batch
 
     def _read(self, size: int) -> Iterator[Any]:
         for _ in range(size):
             batch = next(self._batches)
             self._taken += 1
+            self.samples = self._batches.samples
             yield batch
 
     def end_step(self) -> None:
