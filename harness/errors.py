@@ -105,6 +105,36 @@ class LostRank(HarnessError):
 
     code = RESTART_CODE
     kind = "lost_rank"
+    rank: int | None = None
+    """The lost rank, where it ran, and where it failed; as far as they are known."""
+    host: str | None = None
+    step: int | None = None
+    phase: str | None = None
+
+
+def mark_on_all_ranks(error: Exception) -> None:
+    """Marks an error that every rank raises in the same way: it is reported once."""
+    error.on_all_ranks = True  # type: ignore[attr-defined]
+
+
+def is_on_all_ranks(error: BaseException) -> bool:
+    """Whether every rank raises the same error."""
+    return getattr(error, "on_all_ranks", False)
+
+
+def summary(error: BaseException) -> str:
+    """An error without the tracebacks in its message: those of workers, and of other ranks."""
+    text = str(error)
+    if "Traceback (most recent call last)" in text:
+        *_, text = text.strip().splitlines()
+    elif not isinstance(error, HarnessError):
+        text = f"{type(error).__name__}: {text}"
+    return text
+
+
+def with_notes(error: BaseException) -> str:
+    """An error's message, and below it the notes about where it was raised."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
 @contextmanager

@@ -11,14 +11,21 @@ from typing import Any, Protocol
 from harness import distributed
 from harness.checkpoint.save import Saver, SaveResult
 from harness.data.step_batches import StepBatches
-from harness.distributed.joint_failure import JointFailure
+from harness.distributed.failures import Failures, current
 from harness.distributed.network import is_lost_rank
 from harness.distributed.rng import rng_state, set_rng_state
 from harness.engine.engines import Engines
-from harness.errors import CheckpointError, GradientError, HarnessError
+from harness.errors import (
+    CheckpointError,
+    GradientError,
+    is_on_all_ranks,
+    mark_on_all_ranks,
+    summary,
+)
 from harness.health import phases
 from harness.health.outcome import Outcome
 from harness.metrics.meters import StepMeter, StepNumbers
+from harness.place import place_of
 
 log = logging.getLogger(__name__)
 log_error = distributed.global_leader_only(log.error)
@@ -34,7 +41,7 @@ class FailingRun(Protocol):
     batches: StepBatches
     meter: StepMeter
     saver: Saver
-    joint_failure: JointFailure
+    failures: Failures
     begun: "BegunStep | None"
     finishing: bool
 
@@ -58,6 +65,7 @@ class BegunStep:
     def __init__(self, engines: Engines):
         phases.at_step(engines.global_step + 1)
         self._engines = engines
+        current().step = engines.global_step
         self._rng = rng_state()
         self._counters = [copy(engine.counters) for engine in engines.trained]
 
@@ -86,8 +94,12 @@ def rescue(run: FailingRun, error: Exception) -> None:
     """
     if not is_lost_rank(error):  # of whose loss the run directory tells more
         Outcome.of(error).write()
-    on_all_ranks = isinstance(error, HarnessError) and error.on_all_ranks
-    if not on_all_ranks and not _fails_together(run, error):
+    place = place_of(run, error)
+    if not is_on_all_ranks(error) and _fails_together(run, error):
+        mark_on_all_ranks(error)
+    place.note(error)
+    if not is_on_all_ranks(error):
+        run.failures.tell("" if is_lost_rank(error) else summary(error), place.step, place.phase)
         for numbers in run.meter.take_own():
             run.record(numbers.local | numbers.means | {"ranks": 1})
         return
@@ -107,7 +119,7 @@ def rescue(run: FailingRun, error: Exception) -> None:
 
 def _save(run: FailingRun, error: Exception) -> None:
     """Saves the last complete step, if that is possible."""
-    what = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+    what = summary(error)
     if run.begun is not None and not (run.batches.can_rewind and run.begun.undo()):
         log_error("%s\nno checkpoint is saved: the error came in the middle of a step", what)
         return
@@ -123,4 +135,4 @@ def _fails_together(run: FailingRun, error: Exception) -> bool:
         return False
     lines = (f"{file}:{line}" for file, line, *_ in traceback.extract_tb(error.__traceback__))
     how = " ".join([f"step {run.engines.global_step}", type(error).__name__, *lines])
-    return run.joint_failure.is_joint(how, SECONDS_TO_FAIL_TOGETHER)
+    return run.failures.is_joint(how, SECONDS_TO_FAIL_TOGETHER)

@@ -23,7 +23,7 @@ from harness.control.socket import SocketFront
 from harness.control.stdin import StdinFront
 from harness.data.loader import TaskLoader, mixture_weights, train_batches, train_lengths
 from harness.data.step_batches import StepBatches
-from harness.distributed.network import raise_lost_rank
+from harness.distributed.failures import Failures, raise_lost_rank
 from harness.engine.engines import Engines, build_engines
 from harness.errors import ConfigError, TaskError
 from harness.evaluate import check_best_metric
@@ -75,7 +75,7 @@ def run_in_world(config: Config, began: float | None = None) -> int:
     phases.begin()
     _check_same_config(config)
     signals = Signals()
-    with signals.installed(), ExitStack() as stack:
+    with signals.installed(), Failures(config.run.timeout_s), ExitStack() as stack:
         task, batches = _build_task(config)
         stack.callback(batches.close)
         engines = build_engines(task, config)

@@ -11,8 +11,8 @@ from harness import distributed
 from harness.checkpoint.disks import find_disks
 from harness.checkpoint.retention import clean
 from harness.config import Config
-from harness.distributed.network import raise_lost_rank
-from harness.errors import HarnessError
+from harness.distributed.failures import raise_lost_rank
+from harness.errors import HarnessError, is_on_all_ranks, with_notes
 from harness.files import locked, toml_write
 from harness.health import outcome, phases
 from harness.health.outcome import Outcome
@@ -89,20 +89,25 @@ class RunDirectory:
                 self._stack.callback(outcome.write_into, None)
                 self._stack.callback(handler.close)
                 self._stack.callback(logging.getLogger("harness").removeHandler, handler)
-                self._stack.enter_context(_errors_logged_by(handler))
+                self._stack.enter_context(_errors_logged_by(handler, self.disks.is_leader))
                 self._stack.enter_context(raise_lost_rank(self._config.run.timeout_s))
 
 
 @contextmanager
-def _errors_logged_by(handler: logging.Handler) -> Iterator[None]:
-    """Logs to log.txt why the run ended: the terminal's output may be lost with a node."""
+def _errors_logged_by(handler: logging.Handler, is_leader: bool) -> Iterator[None]:
+    """Logs to log.txt why the run ended: the terminal's output may be lost with a node.
+
+    What is raised on all ranks, once: if this one `is_leader` of those that share the file.
+    """
     try:
         yield
     except Exception as error:
         Outcome.of(error).write()
         phases.enter("end")
-        trace = None if isinstance(error, HarnessError) else sys.exc_info()
-        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error), (), trace))
+        if is_leader or not is_on_all_ranks(error):
+            is_ours = isinstance(error, HarnessError)
+            text, trace = (with_notes(error), None) if is_ours else (str(error), sys.exc_info())
+            handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), trace))
         raise
 
 

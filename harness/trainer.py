@@ -15,7 +15,7 @@ from harness.control.commands import EvalQuit, Interrupt, Quit, QuitUnsaved, Sav
 from harness.control.live import LiveConfig
 from harness.data.step_batches import StepBatches
 from harness.distributed import StepVector
-from harness.distributed.joint_failure import JointFailure
+from harness.distributed.failures import current, raise_lost_rank
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, CommandError, GradientError, HarnessError, no_exit
 from harness.evaluate import check_best_metric, evaluate
@@ -73,7 +73,7 @@ class Trainer:
         """Commands that all ranks have received and not yet executed."""
         self._saving: list[Ticket] = []
         """Commands that wait for the save in flight."""
-        self.joint_failure = JointFailure()
+        self.failures = current()
         self.begun: BegunStep | None = None  # the step in progress
         self._started_at = engines.global_step
         self._saved_step: int | None = None
@@ -88,7 +88,7 @@ class Trainer:
             log.info("the run is complete; a larger run.steps in the config continues it")
             return 0
         try:
-            with no_exit(), self.engines.explained():
+            with raise_lost_rank(self.failures.timeout_s), no_exit(), self.engines.explained():
                 self.loop()
                 self.finish()
         except Exception as error:

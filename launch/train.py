@@ -10,7 +10,7 @@ import traceback
 from typing import NoReturn
 
 from harness.config.command_line import parse_args
-from harness.errors import ConfigError, HarnessError
+from harness.errors import ConfigError, HarnessError, is_on_all_ranks, with_notes
 from harness.health.outcome import Outcome, forget_of_environment
 from harness.launcher import environment, parent
 
@@ -32,6 +32,7 @@ def main() -> None:
         if not is_leader():  # which most likely has the same error
             time.sleep(LEADER_TIME_S)
         exit_with(error)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no stacks of C++ when a rank is lost
     from harness.run import run  # late: config errors are reported before torch is imported
 
     try:
@@ -43,18 +44,21 @@ def main() -> None:
         end.write()
         sys.exit(end.code)
     except Exception as error:
-        traceback.print_exc()
+        if not is_on_all_ranks(error) or is_leader():
+            traceback.print_exc()
+        else:
+            time.sleep(LEADER_TIME_S)
         sys.exit(Outcome.of(error).code)
 
 
 def exit_with(error: HarnessError) -> NoReturn:
     """Reports an error and exits with its code; if all ranks agree, only rank 0 reports it."""
     if is_leader():
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {with_notes(error)}\n")
     elif error.on_all_ranks or isinstance(error, ConfigError):  # most likely of rank 0 as well
         time.sleep(LEADER_TIME_S)
     if not (is_leader() or error.on_all_ranks):
-        sys.stderr.write(f"error on rank {os.environ['RANK']}: {error}\n")
+        sys.stderr.write(f"error on rank {os.environ['RANK']}: {with_notes(error)}\n")
     sys.exit(error.code)
 
 

@@ -5,6 +5,7 @@ import itertools
 import logging
 import pickle
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
@@ -23,13 +24,16 @@ from harness.data.sampler import (
     Sampler,
 )
 from harness.data.workers import end_workers
-from harness.errors import CheckpointError, ConfigError, TaskError
+from harness.errors import CheckpointError, ConfigError, TaskError, first_few
 
 log = logging.getLogger(__name__)
 
 Collate = Callable[[list[Any]], Any]
 Counted = tuple[int, Any]
 """`(number of samples, batch)`."""
+
+MOST_SAMPLES = 64
+"""How many indices of samples an error's note contains."""
 
 
 class Batches(Protocol):
@@ -38,6 +42,11 @@ class Batches(Protocol):
     @property
     def epoch(self) -> int:
         """Completed passes over the data."""
+        ...
+
+    @property
+    def samples(self) -> list[int] | None:
+        """The indices of the samples in the last micro-batch, if they are known."""
         ...
 
     def __next__(self) -> Any: ...
@@ -90,6 +99,8 @@ class Loader:
         self._workers = workers
         self._returned = 0
         self._iterator: Iterator[Any] | None = None
+        self._drawn: deque[list[int]] = deque()  # of the micro-batches that are being fetched
+        self.samples: list[int] | None = None
 
     @property
     def epoch(self) -> int:
@@ -103,6 +114,7 @@ class Loader:
         if self._iterator is None:
             self._iterator = self._prefetch()
         batch = next(self._iterator)
+        self.samples = self._drawn.popleft()
         self.sampler.advance(self._rounds)
         self._returned += 1
         return batch
@@ -152,10 +164,12 @@ class Loader:
     def _indices(self) -> Iterator[tuple[int, list[int]]]:
         """`(number, indices)` of each micro-batch, from the current position on."""
         draws = self.sampler.stream()
+        self._drawn.clear()
         for number in itertools.count(self._returned):
             batch = list(itertools.islice(draws, self._rounds))
             is_batched = isinstance(self.sampler, BatchedOrderedSampler)
-            yield number, batch[0] if is_batched else batch
+            self._drawn.append(batch[0] if is_batched else batch)
+            yield number, self._drawn[-1]
 
 
 class Fetch(Dataset):
@@ -171,7 +185,17 @@ class Fetch(Dataset):
             random.seed(int(words[0]))
             np.random.seed(int(words[1]))
             torch.manual_seed(int(words[2]))
-        return self.collate([self.dataset[index] for index in indices])
+        index: int | None = None
+        try:
+            samples = []
+            for index in indices:
+                samples.append(self.dataset[index])
+            index = None
+            return self.collate(samples)
+        except Exception as error:
+            what = "collating" if index is None else f"reading sample {index} of"
+            error.add_note(f"while {what} the samples {first_few(indices, MOST_SAMPLES)}")
+            raise
 
 
 def unchanged(batch: Any) -> Any:
@@ -207,6 +231,7 @@ class TaskLoader:
         self.world_size = world_size
         self.epoch = 0
         self._samples = samples
+        self.samples = None  # known to the loader only
         self._returned = 0
         self._read = 0  # of the epoch's batches, or samples
         self._iterator: Iterator[Any] | None = None

@@ -45,6 +45,8 @@ class _Fetched:
     epoch: int
     """After them, as is `passes`."""
     passes: dict[str, float]
+    samples: list[Any]
+    """Of each of them."""
 
 
 class StepBatches:
@@ -69,6 +71,8 @@ class StepBatches:
         self._passes: dict[str, float] | None = None
         self._taken = 0  # micro-batches of the step in progress
         self._before: dict[str, Any] | None = None  # position before the step in progress
+        self.samples: list[int] | None = None
+        """The indices of the samples in the current micro-batch, if they are known."""
 
     @property
     def epoch(self) -> int:
@@ -84,10 +88,12 @@ class StepBatches:
             return
         position = deepcopy(self._batches.state_dict())
         with seeded(self._seed, step), phases.during("data"):
-            micro_batches = [next(self._batches) for _ in range(size)]
+            pairs = [(next(self._batches), self._batches.samples) for _ in range(size)]
+        micro_batches = [batch for batch, _ in pairs]
         terms = Terms([checked_weight(self._weigh(batch)) for batch in micro_batches])
         epoch, passes = self._batches.epoch, self._batches.passes()
-        self._fetched.append(_Fetched(micro_batches, terms, position, epoch, passes))
+        samples = [samples for _, samples in pairs]
+        self._fetched.append(_Fetched(micro_batches, terms, position, epoch, passes, samples))
 
     def next_step(self, size: int) -> tuple[Iterator[Any], Terms | None]:
         """The micro-batches of the next step, and their weights if there is a `weigh`.
@@ -101,13 +107,18 @@ class StepBatches:
         self._before = fetched.position
         assert fetched.terms.totals, "the weights of this step have not been summed"
         self._epoch, self._passes = fetched.epoch, fetched.passes
-        return iter(fetched.micro_batches), fetched.terms
+        return self._give(fetched), fetched.terms
+
+    def _give(self, fetched: _Fetched) -> Iterator[Any]:
+        for batch, self.samples in zip(fetched.micro_batches, fetched.samples, strict=True):
+            yield batch
 
     def _read(self, size: int) -> Iterator[Any]:
         for _ in range(size):
             phases.enter("data")
             batch = next(self._batches)
             self._taken += 1
+            self.samples = self._batches.samples
             yield batch
 
     def end_step(self) -> None:

@@ -3,13 +3,14 @@
 Its files, from the top down:
 
     step_vector.py     the one vector that the ranks sum in each step
-    joint_failure.py   whether all ranks fail in the same way
+    failures.py        how ranks fail, told to each other; the error when a rank is lost
     shared_numbers.py  what each rank has noted down, even if it has died
     tensors.py         rank 0's tensors on every rank
     collectives.py     all-reduce, broadcast, gather; raising on all ranks together
+    abort.py           aborts the collectives of this rank
     rng.py             the random generators of a rank
     world.py           ranks and devices; joining and leaving the world
-    network.py         which interface gloo uses; the error when a rank is lost
+    network.py         which interface gloo uses, and what its errors mean
     forks.py           what a forked process must not keep of its rank
 """
 

@@ -52,6 +52,11 @@ def end_with_parent() -> None:
             os._exit(1)
 
 
+def open_descriptors() -> list[int]:
+    """The descriptors that forked processes would close, as far as they are still open."""
+    return [number for number, identity in _to_close.items() if _identity(number) == identity]
+
+
 def _open_sockets() -> dict[int, _Identity]:
     numbers = [int(name) for name in os.listdir("/dev/fd")]  # noqa: PTH208 (no real directory)
     found = {number: _identity(number, only_sockets=True) for number in numbers}
@@ -70,9 +75,8 @@ def _identity(descriptor: int, only_sockets: bool = False) -> _Identity | None:
 
 
 def _close() -> None:
-    for descriptor, identity in _to_close.items():
-        if _identity(descriptor) == identity:
-            os.close(descriptor)
+    for descriptor in open_descriptors():
+        os.close(descriptor)
     _to_close.clear()
 
 

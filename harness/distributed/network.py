@@ -1,7 +1,9 @@
-"""The network between the nodes: which interface gloo uses, and the error when a rank is lost."""
+"""The network between the nodes: which interface gloo uses, and what its errors mean."""
 
 import ipaddress
 import os
+import re
+import resource
 import socket
 import threading
 from collections.abc import Iterator, MutableMapping
@@ -56,47 +58,42 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
-def is_lost_rank(error: Exception) -> bool:
-    """Whether it is the error of a collective, if a rank is gone or hangs."""
-    is_gloo = any(words in str(error) for words in ("gloo/", "pair closure"))
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and is_gloo)
+_GLOO = re.compile(
+    r"""\[[^\s\]]*gloo/\S+\.(cc|h):\d+\]\ .  # where in gloo it was raised
+    |\[enforce\ fail\ at\ \S*gloo/          # a check of gloo's: sizes differ between ranks
+    |Application\ timeout\ caused\ pair\ closure""",
+    re.VERBOSE,
+)
+"""How the messages of gloo begin."""
 
 
-@contextmanager
-def raise_lost_rank(timeout_s: float) -> Iterator[None]:
-    """Turns the error of a collective, if a rank is gone or hangs, into a LostRank.
-
-    `timeout_s`: of every collective, for the message.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        reason = str(error).rpartition("/gloo/")[2].partition("] ")[2] or str(error)
-        reason = reason.partition(" This is typically")[0].rstrip(".")
-        raise LostRank(
-            f"{socket.gethostname()} has lost another rank: {reason}. Its process has ended, its "
-            f"node or the network is down, or it has hung for run.timeout_s = {timeout_s:g} s: see "
-            "its own output. Start the run again, on these or the remaining nodes: it resumes from "
-            "its newest checkpoint"
-        ) from error
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether it is the error of a collective, if a rank is gone or hangs; or a LostRank."""
+    if local_cause(error) is not None:
+        return False
+    is_of_gloo = type(error) is RuntimeError and _GLOO.match(str(error))
+    return bool(is_of_gloo) or isinstance(error, DistError | LostRank)
 
 
-@contextmanager
-def raise_port_in_use() -> Iterator[None]:
-    """Turns rank 0's error, if another program listens on the port for the ranks, into a
-    ConfigError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise ConfigError(
+def local_cause(error: BaseException) -> ConfigError | None:
+    """What is wrong on this machine, if that is why the ranks cannot connect; else None."""
+    text = str(error)
+    if not (isinstance(error, DistError) or _GLOO.match(text)):
+        return None
+    here = f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
+    if "EADDRINUSE" in text or "Address already in use" in text:
+        return ConfigError(
             f"port {os.environ['MASTER_PORT']} of {socket.gethostname()} is in use, perhaps by "
             "another run: start with another port, of the launcher's --master_port (`deepspeed`, "
             "`torchrun`) or in MASTER_PORT"
-        ) from error
+        )
+    if "too many open files" in text.lower() or "Failed to init uv loop" in text:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return ConfigError(
+            f"{here} cannot connect to the other ranks: too many open files, of which the limit is "
+            f"{limit}: raise it before the start, with `ulimit -n 65536` for instance"
+        )
+    return None
 
 
 @contextmanager

@@ -86,8 +86,7 @@ def init(timeout_s: float, join: Callable[[timedelta], object]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     master = f"rank 0 at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     doing = f"rank {global_rank()} on {socket.gethostname()} joins {master}"
-    bounded, port = network.bounded(timeout_s + 60, doing), network.raise_port_in_use()
-    with bounded, port, sockets_close_in_forks():
+    with network.bounded(timeout_s + 60, doing), sockets_close_in_forks():
         join(timeout)
         group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)

@@ -2,12 +2,15 @@
 
 import importlib
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from types import ModuleType
+from typing import Any
 
 import torch.distributed as dist
 
 from harness import distributed
+from harness.distributed.forks import sockets_close_in_forks
 from harness.zero.patches import apply_patches
 
 
@@ -31,6 +34,11 @@ def _patched(timeout: timedelta) -> ModuleType:
     deepspeed = importlib.import_module("deepspeed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = importlib.import_module("deepspeed.comm.torch").TorchBackend
-    backend.new_group = lambda self, ranks: dist.new_group(list(ranks), timeout=timeout)
+
+    def new_group(self: Any, ranks: Sequence[int]) -> Any:
+        with sockets_close_in_forks():
+            return dist.new_group(list(ranks), timeout=timeout)
+
+    backend.new_group = new_group
     apply_patches()
     return deepspeed

@@ -1,0 +1,320 @@
+"""How the ranks of a run fail: told to each other without a collective.
+
+A rank that fails cannot call a collective: the others may be in another one. So each rank writes
+into the store of the process group how it fails, and a thread of each rank looks there, and at the
+processes of the other ranks on its node. A rank whose peers have failed leaves as well: its
+collectives are aborted, so that it need not wait for their timeout.
+"""
+
+import json
+import logging
+import os
+import select
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import (
+    DistError,  # pyright: ignore[reportPrivateImportUsage]
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+)
+
+from harness.distributed.abort import abort_collectives
+from harness.distributed.collectives import all_gather, broadcast
+from harness.distributed.network import is_lost_rank, local_cause
+from harness.distributed.world import global_rank, world_size
+from harness.errors import LostRank, first_few, is_on_all_ranks, summary
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SECONDS_TO_ANSWER = 3.0
+"""How long a rank that has lost another one waits for the others to tell why."""
+FAILED = "failed"
+"""The key that is set once a rank has failed alone."""
+
+SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_NOTICE = 2.0
+"""What a rank has to find out by itself that another one has failed, before it is made to."""
+SECONDS_TO_LEAVE = 12.0
+"""What it has to end after that, before its process is ended."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank fails."""
+
+    rank: int
+    host: str
+    reason: str = ""
+    """Empty if it only fails because another one does."""
+    step: int | None = None
+    phase: str | None = None
+
+    def __str__(self) -> str:
+        """`rank 1 on node7 has failed in the forward of step 6: ValueError: ...`."""
+        phase = f"the {self.phase} of " if self.phase else ""
+        place = f" in {phase}step {self.step}" if self.step is not None else ""
+        return f"rank {self.rank} on {self.host} has failed{place}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank runs."""
+
+    host: str
+    namespace: str
+    """Of process ids; empty if unknown."""
+    pid: int
+
+
+class Failures:
+    """What the ranks of a run tell each other of their failures. A context, left with the run."""
+
+    def __init__(self, timeout_s: float) -> None:
+        """`timeout_s`: of every collective, for messages. Collective."""
+        self.timeout_s = timeout_s
+        self.step: int | None = None
+        """The last step that this rank has completed."""
+        self._places = all_gather(_own_place())
+        self._prefix = f"harness/failures/{broadcast(uuid.uuid4().hex)}"
+        self._store: PrefixStore | None = None
+        self._told = False
+        self._ended: set[int] = set()
+        """The ranks of this node whose processes have ended without a word."""
+        self._left = threading.Event()
+        self._wake, self._waking = os.pipe()
+        self._thread = threading.Thread(target=self._watch, name="failures", daemon=True)
+
+    def __enter__(self) -> Self:
+        global _current
+        _current = self
+        if world_size() > 1:
+            # A connection of its own: a call that waits would block others of the same connection.
+            store = dist.distributed_c10d._get_default_store().clone()
+            self._store = PrefixStore(self._prefix, store)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _current
+        _current = None
+        fails_alone = error is not None and not (is_on_all_ranks(error) or is_lost_rank(error))
+        self.tell(summary(error) if error is not None and fails_alone else "")
+        self._left.set()
+        os.close(self._waking)
+        if self._store is not None:
+            self._thread.join(SECONDS_TO_ANSWER)
+        os.close(self._wake)
+
+    def is_joint(self, how: str, timeout_s: float) -> bool:
+        """Whether every rank calls this, with the same text and within `timeout_s`. Blocks."""
+        store = self._store
+        if store is None:
+            return True
+        ranks = [f"joint/{rank}" for rank in range(world_size())]
+
+        def ask() -> bool:
+            store.set(ranks[global_rank()], how)
+            store.wait(ranks, timedelta(seconds=timeout_s))
+            return {store.get(rank) for rank in ranks} == {how.encode()}
+
+        return _answer(ask, timeout_s + 1) or False
+
+    def tell(self, reason: str, step: int | None = None, phase: str | None = None) -> None:
+        """Tells the other ranks, once, why this one fails alone, so that they end as well. With an
+        empty reason: that it ends in order, or because another one fails."""
+        store = self._store
+        if store is None or self._told:
+            return
+        self._told = True
+        text = json.dumps(asdict(Failure(global_rank(), _host(), reason, step, phase)))
+        _answer(lambda: store.set(_told(global_rank()), text), SECONDS_TO_ANSWER)
+        if reason:
+            _answer(lambda: store.set(FAILED, "1"), SECONDS_TO_ANSWER)
+
+    def lost_rank(self, reason: str) -> LostRank:
+        """The error of a rank that has lost others, which names them. Blocks until they have told
+        why, for seconds at most. `reason`: as this rank knows it."""
+        if self._store is None:
+            return _lost_rank([], None, reason, self._what_happened())
+        self.tell("")
+        told: dict[int, Failure] = {}
+        _answer(lambda: self._ask_all(told), SECONDS_TO_ANSWER + 1)
+        if failed := [failure for failure in told.values() if failure.reason]:
+            first = failed[0]
+            error = LostRank(f"{first}. This rank ends, as it cannot continue without that one")
+            error.rank, error.host = first.rank, first.host
+            error.step, error.phase = first.step, first.phase
+            return error
+        silent = [rank for rank in range(world_size()) if rank not in told]
+        lost = sorted(self._ended) or [rank for rank in silent if rank != global_rank()]
+        names = [f"rank {rank} on {self._places[rank].host}" for rank in lost]
+        error = _lost_rank(names, self.step, reason, self._what_happened())
+        error.step = self.step
+        if lost:
+            error.rank, error.host = lost[0], self._places[lost[0]].host
+        return error
+
+    def _what_happened(self) -> str:
+        if self._ended:
+            return "its process was killed, perhaps for lack of memory, or has crashed"
+        return _unknown_end(self.timeout_s)
+
+    def _ask_all(self, told: dict[int, Failure]) -> None:
+        """Collects what the ranks tell, by rank, until one has failed or all have told it."""
+        assert self._store is not None
+        end = time.monotonic() + SECONDS_TO_ANSWER
+        while time.monotonic() < end:
+            with suppress(DistError):  # the store is gone: its rank's end will be noticed
+                for rank in set(range(world_size())) - told.keys():
+                    if self._store.check([_told(rank)]):
+                        told[rank] = Failure(**json.loads(self._store.get(_told(rank))))
+            if self._ended or len(told) == world_size() or any(f.reason for f in told.values()):
+                return
+            time.sleep(0.1)
+
+    def _watch(self) -> None:
+        """Waits until another rank fails, and makes this one leave."""
+        poll = select.poll()
+        poll.register(self._wake)
+        ranks: dict[int, int] = {}
+        for rank, place in enumerate(self._places):
+            if rank != global_rank() and (process := _process_of(place)) is not None:
+                ranks[process] = rank
+                poll.register(process, select.POLLIN)
+        try:
+            has_failed = self._wait(poll, ranks)
+        except DistError:  # the store is gone, with its rank: at the end of the run, or before
+            has_failed = None
+        finally:
+            for process in ranks:
+                os.close(process)
+        if has_failed is False or self._left.wait(SECONDS_TO_NOTICE):
+            return
+        abort_collectives()
+        if not self._left.wait(SECONDS_TO_LEAVE) and has_failed:
+            log.error("another rank has failed, and this one does not end: ending its process")
+            os._exit(LostRank.code)
+
+    def _wait(self, poll: "select.poll", ranks: dict[int, int]) -> bool:
+        """Waits until another rank has failed, or this one leaves. Returns whether one has failed.
+
+        `ranks`: by the descriptors of their processes.
+        """
+        assert self._store is not None
+        while True:
+            for descriptor, _ in poll.poll(1000 * SECONDS_BETWEEN_LOOKS):
+                if descriptor == self._wake:
+                    return False
+                poll.unregister(descriptor)
+                self._ended.add(ranks[descriptor])
+                if self._store.check([_told(ranks[descriptor])]):
+                    self._ended.remove(ranks[descriptor])
+            if self._ended or self._store.check([FAILED]):
+                return True
+
+
+_current: Failures | None = None
+"""Of the run in progress."""
+
+
+def current() -> Failures:
+    """Those of the run in progress."""
+    assert _current is not None, "no run is in progress"
+    return _current
+
+
+@contextmanager
+def raise_lost_rank(timeout_s: float) -> Iterator[None]:
+    """Turns the error of a collective, if a rank is gone or hangs, into a LostRank that names it;
+    and into a ConfigError if the cause is on this machine.
+
+    `timeout_s`: of every collective, for the message.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if cause := local_cause(error):
+            raise cause from error
+        if not is_lost_rank(error):
+            raise
+        reason = str(error).rpartition("/gloo/")[2].partition("] ")[2] or str(error)
+        reason = reason.partition(" This is typically")[0].rstrip(".")
+        if _current is None:
+            raise _lost_rank([], None, reason, _unknown_end(timeout_s)) from error
+        raise _current.lost_rank(reason) from error
+
+
+def _unknown_end(timeout_s: float) -> str:
+    return (
+        "its process has ended, its node or the network is down, or it has hung for "
+        f"run.timeout_s = {timeout_s:g} s"
+    )
+
+
+def _lost_rank(names: Sequence[str], step: int | None, reason: str, what_happened: str) -> LostRank:
+    after = "" if step is None else f" after step {step}"
+    return LostRank(
+        f"{_host()} has lost {first_few(names) or 'another rank'}{after}: {reason}: "
+        f"{what_happened}: see its own output. Start the run again, on these or the remaining "
+        "nodes: it resumes from its newest checkpoint"
+    )
+
+
+def _told(rank: int) -> str:
+    """The key of what a rank has told."""
+    return f"told/{rank}"
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _own_place() -> _Place:
+    try:
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        namespace = ""
+    return _Place(_host(), namespace, os.getpid())
+
+
+def _process_of(place: _Place) -> int | None:
+    """A descriptor of a process of this node, readable once it has ended; None if there is none."""
+    own = _own_place()
+    if not own.namespace or (own.host, own.namespace) != (place.host, place.namespace):
+        return None
+    try:
+        return os.pidfd_open(place.pid)
+    except (OSError, AttributeError):  # not on this system
+        return None
+
+
+def _answer(ask: Callable[[], T], seconds: float) -> T | None:
+    """What `ask` returns of the store. None if the store is gone with its rank, or does not answer
+    within `seconds`: one behind a cut cable never does."""
+    found: list[T] = []
+
+    def run() -> None:
+        with suppress(DistError):
+            found.append(ask())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
