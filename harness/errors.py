@@ -64,6 +64,13 @@ class GradientError(HarnessError):
     """The gradients of a step were wrong, and so are the weights: they must not be saved."""
 
 
+class NonFiniteError(HarnessError):
+    """Training has failed: too many steps were skipped, or the policy is to end at the first. A
+    restart would meet the same; what was saved is good."""
+
+    code = 2
+
+
 class LostRank(HarnessError):
     """Another rank is gone or does not respond: its process, its node or the network failed."""
 

@@ -16,6 +16,7 @@ from harness.engine.engines import Engines
 from harness.errors import CommandError
 from harness.evaluate import check_best_metric
 from harness.logs import set_log_level
+from harness.metrics.progress import Progress
 from harness.metrics.status import Status
 from harness.metrics.trace import Traces
 from harness.task import Task, check_eval_data
@@ -28,13 +29,13 @@ class CommandTarget(Protocol):
     task: Task
     engines: Engines
     traces: Traces
+    status: Status
+    progress: Progress
     evaluated: set[str]
     paused: bool
     ending: c.Quit | None
 
     def is_over(self) -> bool: ...
-
-    def move_end(self, steps: int) -> None: ...
 
     def evaluate(self) -> str | None: ...
 
@@ -162,9 +163,19 @@ def _set(run: CommandTarget, key: str, text: str) -> str:
     check_eval_data(run.task, new)
     check_best_metric(new, run.task, run.evaluated)
     if new.run.steps != old.run.steps:
-        run.move_end(new.run.steps)
+        _move_end(run, new.run.steps)
     run.live.set(key, text)
     return f"{key} = {value_of(new, key)} (was {value_of(old, key)})"
+
+
+def _move_end(run: CommandTarget, steps: int) -> None:
+    if steps <= run.engines.global_step:
+        raise CommandError(
+            f"the run is already at step {run.engines.global_step}: use quit to end it"
+        )
+    run.engines.set_total_steps(steps)
+    run.status.steps = steps
+    run.progress.set_steps(steps)
 
 
 def _add_event(run: CommandTarget, command: c.At | c.Every) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from harness.config.engine_sections import EngineConfig
+from harness.config.health_section import HealthConfig
 from harness.config.old_names import current_keys
 from harness.config.sections import (
     CheckpointConfig,
@@ -45,6 +46,8 @@ class Config(Section):
     """Live command settings."""
     metrics: MetricsConfig = MetricsConfig()
     """Metrics settings."""
+    health: HealthConfig = HealthConfig()
+    """What follows a step that must not train the model."""
 
     @property
     def run_dir(self) -> Path:

@@ -2,5 +2,6 @@
 
 A decision that one rank took alone would be a hang of the others, so every decision is agreed.
 
+    skips.py    steps that changed nothing: why, and on which rank it began
     outcome.py  how a run has ended: kind, exit code, rank, step, phase and reason, in ended.json
 """

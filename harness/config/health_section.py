@@ -1,0 +1,18 @@
+"""[health] what follows steps that must not train the model, and other trouble of a rank."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from harness.config.sections import LIVE, Section
+
+
+class HealthConfig(Section):
+    """[health] what follows a loss or gradient that is not finite."""
+
+    nonfinite: Literal["skip", "stop"] = Field(default="skip", json_schema_extra=LIVE)
+    """After a step whose gradient is not finite on some rank, and which therefore changes nothing:
+    "skip": the run continues; "stop": it saves and ends."""
+    most_skipped: int = Field(default=10, ge=1, json_schema_extra=LIVE)
+    """Steps that may be skipped in a row; after that many the run saves and ends. An fp16 overflow
+    above the smallest loss scale does not count."""
