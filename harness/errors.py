@@ -100,6 +100,13 @@ class OutOfMemory(HarnessError):
     kind = "oom"
 
 
+class NonFiniteError(HarnessError):
+    """Training has failed: too many steps were skipped, or the policy is to end at the first. A
+    restart would meet the same; what was saved is good."""
+
+    code = 2
+
+
 class LostRank(HarnessError):
     """Another rank is gone or does not respond: its process, its node or the network failed."""
 

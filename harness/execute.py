@@ -3,7 +3,7 @@
 This is not part of control/, which transports commands and knows neither trainer nor engines.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -13,11 +13,13 @@ from harness.control.events import Event
 from harness.control.grammar import Grammar
 from harness.control.live import LiveConfig, live_keys, value_of
 from harness.data.loader import mixture_weights
+from harness.data.step_batches import StepBatches
 from harness.engine.engines import Engines
 from harness.errors import CommandError
 from harness.evaluate import check_best_metric
 from harness.health import phases
 from harness.logs import set_log_level
+from harness.metrics.progress import Progress
 from harness.metrics.status import Status
 from harness.metrics.trace import Traces
 from harness.task import Task, check_eval_data
@@ -29,16 +31,17 @@ class CommandTarget(Protocol):
     live: LiveConfig
     task: Task
     engines: Engines
+    batches: StepBatches
     traces: Traces
+    status: Status
+    progress: Progress
     evaluated: set[str]
     paused: bool
     ending: c.Quit | None
 
     def is_over(self) -> bool: ...
 
-    def move_end(self, steps: int) -> None: ...
-
-    def set_mixture(self, weights: Mapping[str, float]) -> None: ...
+    def begin(self) -> None: ...
 
     def evaluate(self) -> str | None: ...
 
@@ -173,11 +176,22 @@ def _set(run: CommandTarget, key: str, text: str) -> str:
     check_eval_data(run.task, new)
     check_best_metric(new, run.task, run.evaluated)
     if new.run.steps != old.run.steps:
-        run.move_end(new.run.steps)
-    if new.data.mix != old.data.mix:
-        run.set_mixture(mixture_weights(new.data))
+        _move_end(run, new.run.steps)
+    if new.data.mix != old.data.mix:  # from the next step on, which may have been fetched ahead
+        run.batches.set_weights(mixture_weights(new.data))
+        run.begin()
     run.live.set(key, text)
     return f"{key} = {value_of(new, key)} (was {value_of(old, key)})"
+
+
+def _move_end(run: CommandTarget, steps: int) -> None:
+    if steps <= run.engines.global_step:
+        raise CommandError(
+            f"the run is already at step {run.engines.global_step}: use quit to end it"
+        )
+    run.engines.set_total_steps(steps)
+    run.status.steps = steps
+    run.progress.set_steps(steps)
 
 
 def _add_event(run: CommandTarget, command: c.At | c.Every) -> str:

@@ -94,7 +94,7 @@ def rescue(run: FailingRun, error: Exception) -> None:
     """
     if not is_lost_rank(error):  # of whose loss the run directory tells more
         Outcome.of(error).write()
-    place = place_of(run, error)
+    place = place_of(run)
     if not is_on_all_ranks(error) and _fails_together(run, error):
         mark_on_all_ranks(error)
     place.note(error)

@@ -25,6 +25,7 @@ from harness.metrics.progress import Progress
 from harness.metrics.sinks import Sink
 from harness.metrics.status import Status
 from harness.metrics.trace import Traces
+from harness.recovery import check_end, recover
 from harness.rescue import BegunStep, rescue
 from harness.task import Task
 from harness.utils import to_device
@@ -62,7 +63,7 @@ class Trainer:
         self.meter = StepMeter()
         self.traces = Traces(bus, live.config.run_dir / "traces")
         self.vector = StepVector()
-        for part in (bus, self.meter, batches, engines.gradient_check):
+        for part in (bus, self.meter, batches, engines.gradient_check, engines.skips):
             self.vector.add(part)
         self.evaluated: set[str] = set()  # metrics of the evaluations so far
         self.paused = False
@@ -82,10 +83,12 @@ class Trainer:
     def train(self) -> int:
         """Trains up to `run.steps`, or to a `quit`; then evaluates, exports and saves.
 
-        Returns the exit code: 0, or 128 + the number of the signal that ended the run.
+        Returns the exit code: 0, or 128 + the number of the signal that ended the run. Raises
+        NonFiniteError if its last steps were skipped.
         """
         if self.is_over():
             log.info("the run is complete; a larger run.steps in the config continues it")
+            check_end(self)
             return 0
         try:
             with raise_lost_rank(self.failures.timeout_s), no_exit(), self.engines.explained():
@@ -94,7 +97,10 @@ class Trainer:
         except Exception as error:
             rescue(self, error)
             raise
-        return 128 + self.ending.signal if isinstance(self.ending, Interrupt) else 0
+        if isinstance(self.ending, Interrupt):
+            return 128 + self.ending.signal
+        check_end(self)
+        return 0
 
     def loop(self) -> None:
         """Steps, and what is due between them, until the run is over."""
@@ -106,6 +112,7 @@ class Trainer:
         self.handle_commands()
         while not self.is_over():
             self.step()
+            recover(self)
             self.finish_save(self.saver.poll())
             if self.is_due(self.live.config.trainer.eval_every):
                 self.evaluate()
@@ -167,21 +174,6 @@ class Trainer:
     def is_due(self, every: int) -> bool:
         """Whether this step is a multiple of `every`; at the run's end `finish` takes over."""
         return bool(every) and self.engines.global_step % every == 0 and not self.is_over()
-
-    def move_end(self, steps: int) -> None:
-        """Sets another `run.steps`. Raises CommandError if that step has passed."""
-        if steps <= self.engines.global_step:
-            raise CommandError(
-                f"the run is already at step {self.engines.global_step}: use quit to end it"
-            )
-        self.engines.set_total_steps(steps)
-        self.status.steps = steps
-        self.progress.set_steps(steps)
-
-    def set_mixture(self, weights: Mapping[str, float]) -> None:
-        """Draws from the sources of a mixture by other weights, from the next step on."""
-        self.batches.set_weights(weights)
-        self.begin()
 
     # Commands
 

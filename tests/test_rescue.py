@@ -217,7 +217,7 @@ def test_a_failure_of_one_rank_loses_no_record(
         assert (ended.kind, ended.rank, ended.step, ended.phase) == ("task", 0, 4, "forward")
         assert ended.reason == "Unwell: it is unwell"
     else:
-        assert (ended.kind, ended.code, ended.rank, ended.step) == ("lost_rank", 75, None, 4)
+        assert (ended.kind, ended.code, ended.rank, ended.step) == ("lost_rank", 75, 1, 4)
 
 
 class EndsEarly:

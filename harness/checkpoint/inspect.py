@@ -95,8 +95,8 @@ def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterat
     for name, engine in manifest.engines.items():
         kind = f"{engine.dtype}, optimizer {engine.optimizer}"
         yield f"  engine {name}: ZeRO stage {engine.zero_stage}, {kind}"
-    if manifest.fault:
-        yield f"  {manifest.fault}"
+    for text in filter(None, (manifest.fault, manifest.note)):
+        yield f"  {text}"
     for name, value in manifest.metrics.items():
         yield f"  {name} {value:.6g}"
     missing = {n: manifest.writer(n) for n in manifest.files if not (path / n).is_file()}

@@ -65,6 +65,8 @@ class Manifest(BaseModel):
     """The evaluation at this step, if there was one."""
     finite: bool | None = None
     """Whether all trained weights are finite; None if that was not recorded (by harness 0.1)."""
+    note: str = ""
+    """Why it was saved, if the run did not go on from it."""
     saved_at: float = Field(default_factory=time.time)
     """Seconds since 1970, always greater than in the previous checkpoint, even if a clock was set
     back: the newest checkpoint is the one with the largest value."""

@@ -110,7 +110,7 @@ def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveC
         else:
             seed = digest(f"{live.config.run.seed} {manifest.step} {rank}")
             distributed.seed_everything(int(seed[:15], 16))
-    log.info("resumed from %s", directory)
+    log.info("resumed from %s%s", directory, manifest.note and f", {manifest.note}")
     if manifest.fault:
         log_warning(
             "%s: %s: to resume from an earlier checkpoint, set run.resume to its path",

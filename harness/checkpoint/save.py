@@ -74,6 +74,8 @@ class Saver:
         Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved.
         """
         self.directory = live.config.run_dir / "checkpoints"
+        self.note = ""
+        """Of the checkpoints from now on: `Manifest.note`."""
         self._disks = disks
         self._hosts = distributed.all_gather(socket.gethostname())
         self._engines = engines
@@ -219,6 +221,7 @@ class Saver:
             config_digest=self._config_digest,
             metrics=metrics,
             pinned=pinned,
+            note=self.note,
             saved_at=max(time.time(), self._saved_at + 1e-3),  # a clock may be set back
         )
 

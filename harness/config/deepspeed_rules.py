@@ -146,6 +146,14 @@ def check_no_node_local_storage(ds: Mapping[str, Any]) -> None:
         raise UnsupportedSetting(key, local, "false", "remove it: harness detects node-local disks")
 
 
+def check_norm_is_computed(ds: Mapping[str, Any]) -> None:
+    """Without it DeepSpeed applies gradients that are not finite."""
+    key = "zero_optimization.compute_grad_norm"
+    if value_at(ds, key) is False and value_at(ds, "zero_optimization.stage") in (1, 2):
+        reason = "whether a step is taken is decided by the norm of its gradient"
+        raise UnsupportedSetting(key, False, "true", reason)
+
+
 def check_no_nvme(ds: Mapping[str, Any], reason: str) -> None:
     """Parameters and optimizer state on NVMe can be neither saved nor initialized."""
     for key in ("offload_optimizer", "offload_param"):

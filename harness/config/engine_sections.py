@@ -247,6 +247,7 @@ class EngineConfig(Section):
         rules.check_not_elastic(ds)
         rules.check_no_node_local_storage(ds)
         if self.role == "train":
+            rules.check_norm_is_computed(ds)
             rules.check_no_nvme(ds, "checkpoints would lack the state on NVMe")
         else:
             rules.check_teacher_stage(ds)

@@ -40,14 +40,14 @@ class Config(Section):
     """Training loop settings."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoint settings."""
-    health: HealthConfig = HealthConfig()
-    """What follows trouble of a rank."""
     optimizations: OptimizationsConfig = OptimizationsConfig()
     """Optimizations."""
     control: ControlConfig = ControlConfig()
     """Live command settings."""
     metrics: MetricsConfig = MetricsConfig()
     """Metrics settings."""
+    health: HealthConfig = HealthConfig()
+    """What follows trouble of a rank."""
 
     @property
     def run_dir(self) -> Path:

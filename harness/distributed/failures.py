@@ -166,7 +166,6 @@ class Failures:
         lost = sorted(self._ended) or [rank for rank in silent if rank != global_rank()]
         names = [f"rank {rank} on {self._places[rank].host}" for rank in lost]
         error = _lost_rank(names, self.step, reason, self._what_happened())
-        error.step = self.step
         if lost:
             error.rank, error.host = lost[0], self._places[lost[0]].host
         return error

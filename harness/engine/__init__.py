@@ -7,6 +7,7 @@ Its files, from the top down:
     gradient_check.py  whether all ranks gave gradients to the same parameters
     full_tensors.py    the complete tensors of an engine's model, one at a time
     engine.py          Engine: one model under one DeepSpeed engine, by composition
+    kept_buffers.py    buffers as they were before a step, restored if it is skipped
     counters.py        what an engine has done so far
     buffers.py         buffers that training changes: rank 0's everywhere, or each rank's own
     explained.py       errors of torch's in a model, with the keys that help

@@ -71,6 +71,8 @@ class Buffers:
         self._changed: dict[str, Slot] = {}  # alike on every rank
         self._restored: Sequence[str] = ()  # that the checkpoint names as changed
         self._others: dict[str, Content] | None = None  # at the last search
+        self._is_stepped = False  # since the first search
+        self._is_compared = False  # whether it is known which ones training changes
 
     @property
     def changed(self) -> list[str]:
@@ -89,6 +91,7 @@ class Buffers:
         """
         found = {n: content_of(t) for n, t in self._tensors() if n not in self._changed}
         is_first = self._others is None
+        self._is_compared |= self._is_stepped
         changed = set(self._restored) if is_first else self._changed_since(found)
         per_rank = distributed.all_gather((found, changed))
         contents = [content for content, _ in per_rank]
@@ -150,6 +153,24 @@ class Buffers:
             tensors.append(tensor)
         return tensors
 
+    def changeable(self) -> dict[str, tuple[nn.Module, str, Tensor]]:
+        """The buffers that a step may change, with the modules that have them: those that training
+        changes, and all until that is known. Called before a step."""
+        self._is_stepped = True
+        if self._is_compared:
+            slots = {name: (owner, key) for name, (owner, key, _) in self._changed.items()}
+        else:
+            slots = {}
+            for name, _ in self._tensors():
+                path, _, key = name.rpartition(".")
+                slots[name] = self._module.get_submodule(path), key
+        found = ((n, owner, key, owner._buffers.get(key)) for n, (owner, key) in slots.items())
+        return {n: (owner, key, tensor) for n, owner, key, tensor in found if tensor is not None}
+
+    def restored(self) -> None:
+        """The step was undone, and so shows nothing."""
+        self._is_stepped = False
+
     def log_own(self, what: str) -> None:
         """Logs that `what` was done with buffers that differ by rank, if there are such."""
         if self.mode == "own" and self._changed and distributed.world_size() > 1:
@@ -187,6 +208,7 @@ class Buffers:
                 )
             return
         self._restored = state["changed"]
+        self._is_compared = True
         tensors = dict(self._tensors())
         for name, value in state["values"].items():
             if name in tensors and tensors[name].shape == value.shape:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from harness.health.skips import Reason
+
 
 @dataclass
 class Counters:
@@ -16,4 +18,15 @@ class Counters:
     tokens: int = 0
     """Tokens over all ranks, likewise."""
     skipped: int = 0
-    """Optimizer steps that changed nothing, because gradients were not finite."""
+    """Optimizer steps that changed nothing: a gradient was not finite, or their norm a spike, or no
+    rank had a term of the loss."""
+    skipped_in_a_row: int = 0
+    """The last ones, without those that find the loss scale of fp16."""
+
+    def stepped(self, skipped: Reason | None) -> None:
+        """Counts an optimizer step. `skipped`: why it was, if it was."""
+        self.global_step += 1
+        self.skipped += skipped is not None
+        self.skipped_in_a_row += skipped is not None and skipped != "overflow"
+        if skipped is None:
+            self.skipped_in_a_row = 0

@@ -1,6 +1,7 @@
 """One model under one DeepSpeed engine."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -18,11 +19,13 @@ from harness.engine.counters import Counters
 from harness.engine.edits import Edits
 from harness.engine.ema import Ema, remove_average
 from harness.engine.explained import explained
+from harness.engine.kept_buffers import KeptBuffers
 from harness.engine.lora import adapt
 from harness.engine.models import engine_settings, settings_named
 from harness.engine.overrides import Overrides
 from harness.engine.turns import Peers, Turn, zero_gradients
 from harness.errors import CheckpointError, ConfigError, TaskError, config_errors_of
+from harness.health.skips import Reason, reason_of
 from harness.offload import OffloadPlan
 from harness.optim.apollo import Apollo
 from harness.optim.build import build_optimizer, configured_keys
@@ -81,6 +84,12 @@ class Engine:
         self.last_lrs: dict[str, float] = {}
         """Of the last step, under their log names: `Overrides.rates`."""
         self.last_grad_norm: torch.Tensor | float = 0.0
+        self.largest_norm = math.inf
+        """A step whose gradient norm is above it is skipped."""
+        self.kept_buffers = KeptBuffers()
+        self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
+        self.last_skip: Reason | None = None
+        """Why the last step was skipped; None if it was applied."""
         self._was_step_applied = False
         self.offloading: OffloadPlan | None = None
         """Which of its activations are kept in host memory."""
@@ -223,6 +232,9 @@ class Engine:
             )
         trainable.check_loss(self.name, loss)
         self._is_back_propagated = True
+        if self.counters.micro_step % self.gradient_accumulation == 0:
+            self._losses.clear()
+        self._losses.append(loss.detach())
         engine_state.start_backward_timers(self.ds)
         without_terms = nullcontext() if share else zero_gradients(self.module)
         with without_terms, explained(self.name, self.ds):
@@ -243,17 +255,26 @@ class Engine:
             return False
         self._trained.check()
         self.last_lrs = self.overrides.rates()
-        self.last_grad_norm = engine_state.take_step(self.ds)
+        is_finding_scale = engine_state.finds_loss_scale(self.ds)
+        self.last_grad_norm = engine_state.take_step(self.ds, self.largest_norm)
         self._was_step_applied = self.ds.was_step_applied()
-        self.counters.global_step += 1
-        self.counters.skipped += not self._was_step_applied
+        self.last_skip = None
+        if not self._was_step_applied:
+            self.last_skip = reason_of(self.last_grad_norm, is_finding_scale)
+            self.kept_buffers.restore()
+        self.counters.stepped(self.last_skip)
         self.overrides.apply_lr()
         self.edits.stepped()
         return True
 
     def was_step_applied(self) -> bool:
-        """Whether the last step changed the weights; it is skipped if a gradient is not finite."""
+        """Whether the last step changed the weights, optimizer, schedule, EMA and buffers; it is
+        skipped if a gradient is not finite."""
         return self._was_step_applied
+
+    def losses_are_finite(self) -> bool:
+        """Whether those of this rank were in the last step. Waits for the device."""
+        return all(loss.isfinite() for loss in self._losses)
 
     @property
     def has_loss_scale(self) -> bool:

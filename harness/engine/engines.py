@@ -22,11 +22,12 @@ from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
 from harness.errors import ConfigError, TaskError, did_you_mean
 from harness.health import phases
+from harness.health.skips import Reason, Skip, Skips
 from harness.optim.param_groups import with_groups
 from harness.task import Stats, Task, checked_stats, feed
 
 log = logging.getLogger(__name__)
-log_on_leader = distributed.global_leader_only(log.log)
+log_on_leader = distributed.global_leader_only(log.info)
 
 
 class Engines(Mapping[str, Engine]):
@@ -43,6 +44,8 @@ class Engines(Mapping[str, Engine]):
         self._turn = Turn()
         self.gradient_check = GradientCheck()
         """Whether all ranks gave gradients to the same parameters; a part of the step's vector."""
+        self.skips = Skips()
+        """The steps that changed nothing; a part of the step's vector."""
         self.trained = [engine for engine in engines.values() if engine.role == "train"]
         for engine in engines.values():
             engine.peers, engine.turn = self, self._turn
@@ -75,32 +78,37 @@ class Engines(Mapping[str, Engine]):
             if share is None:
                 if number % engine.gradient_accumulation == 0:
                     engine.counters.skipped += 1
-                    self._log_skipped(engine, logging.INFO, "no rank has a term")
+                    log_on_leader(
+                        "step %d: engine %s: skipped, as no rank has a term (%d so far)",
+                        *(self.global_step + 1, engine.name, engine.counters.skipped),
+                    )
                 continue
             begins_step = engine.counters.micro_step % engine.gradient_accumulation == 0
+            if begins_step:
+                engine.kept_buffers.begin_step(engine.buffers)
             with self._gathered(), self._turn.of(engine.name, begins_step):
                 phases.enter("forward")
                 loss, stats = feed(self._task, engine, batch)
                 phases.enter("backward")
                 engine.backward(loss, share)
             phases.enter("step")
-            if engine.step() and not engine.was_step_applied():
-                # In fp16 this is how the loss scale is found.
-                level = logging.INFO if engine.has_loss_scale else logging.WARNING
-                self._log_skipped(engine, level, "its gradients are not finite")
+            if engine.step() and engine.last_skip is not None:
+                self._record_skip(engine, engine.last_skip)
             report |= self.label(engine, {"loss": loss.detach(), **stats})
         return report
 
-    def _log_skipped(self, engine: Engine, level: int, reason: str) -> None:
-        log_on_leader(
-            level,
-            "step %d: engine %s: skipped, as %s (%d so far)%s",
+    def _record_skip(self, engine: Engine, reason: Reason) -> None:
+        skip = Skip(
             self.global_step + 1,
             engine.name,
             reason,
-            engine.counters.skipped,
-            f"; loss scale {engine.loss_scale:g}" if engine.has_loss_scale else "",
+            norm=float(engine.last_grad_norm),
+            count=engine.counters.skipped,
+            in_a_row=engine.counters.skipped_in_a_row,
+            loss_scale=engine.loss_scale,
+            is_own_loss_finite=engine.losses_are_finite(),
         )
+        self.skips.record(skip)
 
     def sync_buffers(self, search: bool = False) -> None:
         """Makes the buffers that training changes rank 0's on every rank: before every step, and
@@ -164,7 +172,10 @@ class Engines(Mapping[str, Engine]):
             raise TaskError(
                 f"there is no engine {name!r} to lend{hint}; the engines are {', '.join(self)}"
             )
-        return self._turn.lend(name, self[name].module)
+        borrower, module = self._turn.name, self[name].module
+        if borrower not in (None, name) and module.training and self[name].role == "train":
+            self[borrower].kept_buffers.keep(self[name].buffers)
+        return self._turn.lend(name, module)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

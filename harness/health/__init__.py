@@ -8,4 +8,5 @@ A decision that one rank took alone would be a hang of the others, so every deci
     oom.py         out of memory: what is reported, and smaller micro-batches for the next start
     outcome.py     how a run has ended: kind, exit code, rank, step, phase and reason, in ended.json
     phases.py      what this rank is doing, and since when, readable for its watchdog
+    skips.py       steps that changed nothing: why, and on which rank it began
 """

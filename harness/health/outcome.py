@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from harness.errors import RESTART_CODE, HarnessError, Kind
+from harness.errors import RESTART_CODE, HarnessError, Kind, LostRank, is_on_all_ranks
 from harness.files import json_write
 from harness.health import phases
 
@@ -101,9 +101,12 @@ class Outcome:
         kind, code = _kind_of(error)
         is_ours = isinstance(error, HarnessError)
         reason = str(error) if is_ours else f"{type(error).__name__}: {error}"
-        is_own = kind not in ("config", "lost_rank") and not (is_ours and error.on_all_ranks)
-        rank, host = (_own_rank(), socket.gethostname()) if is_own else (None, None)
         doing = phases.now()
+        if isinstance(error, LostRank):
+            place = (error.rank, error.host, error.step or doing.step, error.phase or doing.phase)
+            return Outcome(kind, code, reason, *place)
+        is_own = kind != "config" and not is_on_all_ranks(error)
+        rank, host = (_own_rank(), socket.gethostname()) if is_own else (None, None)
         return Outcome(kind, code, reason, rank, host, doing.step, doing.phase)
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from harness import distributed
 from harness.zero.layout import PARAMETER_NAMES, Shapes, Tree, flats, group_shapes
+from harness.zero.norms import StepNorm, is_rejected, plain_norm
 from harness.zero.parameters import full_shape, is_expert, is_sharded, shard
 from harness.zero.partition import Segment, shard_range
 
@@ -70,6 +71,16 @@ def start_backward_timers(ds: Any) -> None:
 def loss_scale(ds: Any) -> float:
     """The fp16 loss scale; 1 in fp32 and bf16."""
     return float(_scaler(ds).cur_scale) if ds.fp16_enabled() else 1.0
+
+
+def finds_loss_scale(ds: Any) -> bool:
+    """Whether an overflow now would lower the loss scale: in fp16, above its smallest."""
+    if not ds.fp16_enabled():
+        return False
+    scaler = _scaler(ds)  # whose names differ: fp16/unfused_optimizer.py, fp16/loss_scaler.py
+    is_dynamic = getattr(scaler, "dynamic_loss_scale", getattr(scaler, "dynamic", False))
+    smallest = getattr(scaler, "min_loss_scale", getattr(scaler, "min_scale", 1.0))
+    return is_dynamic and scaler.cur_scale > smallest
 
 
 def set_loss_scale(ds: Any, scale: float) -> None:
@@ -309,36 +320,33 @@ def zero_stage(ds: Any) -> int:
     return ds.zero_optimization_stage()
 
 
-def take_step(ds: Any) -> Tensor | float:
-    """DeepSpeed's optimizer step: skipped, at every stage, if a gradient is not finite.
+def take_step(ds: Any, largest: float = math.inf) -> Tensor | float:
+    """DeepSpeed's optimizer step: skipped, at every stage, if a gradient is not finite, or if their
+    norm is above `largest`.
 
-    Returns the gradients' L2 norm before clipping; inf if the step was skipped. Collective.
+    Returns the gradients' L2 norm before clipping; inf if one is not finite. Collective.
     """
-    if zero_stage(ds) or compute_dtype(ds) != torch.float32:
+    scale = loss_scale(ds)
+    StepNorm.largest, StepNorm.found = largest * scale, None
+    is_checked = zero_stage(ds) > 0 or compute_dtype(ds) != torch.float32  # by DeepSpeed
+    if is_checked or _is_taken_everywhere(plain_norm(ds.module), ds.module):
         ds.step()
-        return ds.get_global_grad_norm()
-    norm = _plain_grad_norm(ds.module)
-    if _is_finite_everywhere(norm, ds.module):
-        ds.step()
-        return norm
-    with _overflowing(ds.optimizer):
-        ds.step()
-    return math.inf
+    else:
+        with _overflowing(ds.optimizer):
+            ds.step()
+    norm = StepNorm.found
+    if norm is None or not (ds.was_step_applied() or 0 <= float(norm) < math.inf):
+        return math.inf
+    return norm if scale == 1 else norm / scale
 
 
-def _plain_grad_norm(module: nn.Module) -> Tensor:
-    """The norm in fp32 at stage 0: there DeepSpeed neither wraps the optimizer nor computes it."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
-
-
-def _is_finite_everywhere(norm: Tensor, module: nn.Module) -> bool:
+def _is_taken_everywhere(norm: Tensor, module: nn.Module) -> bool:
     """Whether all ranks may step. Waits for the device. Ranks reduce to the same gradients, and so
     to the same answer, except those of experts."""
-    is_finite = bool(norm.isfinite())
+    is_taken = not is_rejected(norm)
     if any(map(is_expert, module.parameters())):
-        return not distributed.all_reduce_max([not is_finite])[0]
-    return is_finite
+        return not distributed.all_reduce_max([not is_taken])[0]
+    return is_taken
 
 
 @contextmanager

@@ -42,9 +42,12 @@ def initialize(
     if any(map(is_sharded, model.parameters())):
         cast_parameters(model, _compute_dtype(settings))  # LoRA's are new; DeepSpeed casts none
     with _refusals(), sockets_close_in_forks():  # of its process groups
-        return deepspeed.initialize(
+        engine = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings
         )[0]
+    if hasattr(engine.optimizer, "check_grad_overflow"):  # false in bf16: NaN would be applied
+        engine.optimizer.check_grad_overflow |= engine.bfloat16_enabled()
+    return engine
 
 
 def _compute_dtype(settings: dict[str, Any]) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from harness.errors import TaskError
 from harness.zero import fetches
+from harness.zero.norms import patch_norms
 
 RUNTIME = "deepspeed.runtime"
 
@@ -24,6 +25,8 @@ def apply_patches() -> None:
     _patch_fetches()
     _allow_gradient_penalties()
     _let_timers_start_twice()
+    _stay_at_the_smallest_scale()
+    patch_norms()
 
 
 def _class(module: str, name: str) -> Any:
@@ -36,6 +39,19 @@ def _let_timers_start_twice() -> None:
     timer = importlib.import_module("deepspeed.utils.timer").SynchronizedWallClockTimer.Timer
     start = timer.start
     timer.start = lambda self: None if self.started_ else start(self)
+
+
+def _stay_at_the_smallest_scale() -> None:
+    """At its smallest fp16 loss scale DeepSpeed ends the run with an exception at the first
+    overflow, above stage 0: how many are too many is the health policy's decision."""
+    scaler = _class("fp16.loss_scaler", "DynamicLossScaler")
+    update = scaler.update_scale
+
+    def update_scale(self: Any, overflow: bool) -> None:
+        self.raise_error_at_min_scale = False
+        update(self, overflow)
+
+    scaler.update_scale = update_scale
 
 
 def _keep_optimizers_fresh() -> None:

@@ -90,6 +90,46 @@ def test_all_layouts_skip_the_same_steps(two_ranks: RankPool, stage: int, dtype:
             assert torch.allclose(found["weights"][name].float(), weight, rtol=0, atol=tolerance)
 
 
+def feed_pair(engine: Any, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """D trains on the batch; G's loss goes through D, whose statistics it changes."""
+    if engine.name == "D":
+        return engine(batch.nan_to_num()).square().mean(), {}
+    with engine.peers.lend("D") as model:
+        return model(engine(batch)).square().mean(), {}
+
+
+def statistics_of(names: str, stage: int) -> list[Tensor]:
+    """Of D's BatchNorm, after each of three steps."""
+    torch.manual_seed(0)
+    models = {
+        "D": nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)),
+        "G": nn.Sequential(nn.Linear(6, 6), nn.Tanh()),
+    }
+    engines = engines_of({name: models[name] for name in names}, feed_pair, stage)
+    found = []
+    for batch in batches()[1:4]:  # the first and the last with NaN
+        train(engines, [batch])
+        found.append(engines["D"].module[1].running_mean.clone())
+    assert engines["D"].counters.skipped == 0
+    engines.close()
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_skipped_step_restores_what_it_has_changed_in_a_lent_model(
+    two_ranks: RankPool, stage: int
+) -> None:
+    """What the other engine's own step has changed stays."""
+    for alone, both in zip(
+        two_ranks.run(statistics_of, "D", stage),
+        two_ranks.run(statistics_of, "DG", stage),
+        strict=True,
+    ):
+        assert torch.equal(alone[0], both[0])
+        assert all(mean.isfinite().all() for mean in both)
+        assert not torch.equal(alone[1], both[1])
+
+
 def nan_config(directory: Path, steps: int) -> Config:
     task = {"path": str(ROOT / "tests/tasks/nan_task.py"), "args": {"steps": [2, 5]}}
     return tiny_config(directory, 0, task=task, run={"steps": steps})

@@ -1,0 +1,212 @@
+"""Steps that are not finite, or spikes: skipped, the end of the run, or a rollback."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.checkpoint.files import write_file
+from harness.checkpoint.manifest import read_manifest
+from harness.checkpoint.save import rank_file
+from harness.config import Config
+from harness.config.sections import merge
+from harness.convert.run_checkpoints import checkpoints_in
+from harness.errors import HarnessError
+from harness.run import run_in_world
+from harness.testing.pool import RankPool
+from harness.zero.reader import SavedEngine
+from tests.support.helpers import (
+    ROOT,
+    assert_equal,
+    assert_same_optimizer,
+    checkpoint,
+    exported,
+    log_text,
+    records,
+    tensor_crcs,
+    tiny_config,
+)
+
+TASK = str(ROOT / "tests/tasks/unstable_task.py")
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": {"name": "adamw", "lr": 1e-2, "weight_decay": 0.1},
+    "apollo": {"name": "apollo", "lr": 1e-2, "rank": 4},
+}
+LAYOUTS = [
+    pytest.param(stage, dtype, optimizer, marks=[] if quick else [pytest.mark.slow])
+    for stage, dtype, optimizer in itertools.product(range(4), ("fp32", "bf16"), OPTIMIZERS)
+    for quick in [(stage, dtype, optimizer) in ((0, "fp32", "apollo"), (3, "bf16", "adamw"))]
+]
+
+
+def config_of(
+    directory: Path,
+    stage: int = 1,
+    dtype: str = "fp32",
+    optimizer: str = "adamw",
+    args: Any = None,
+    **overrides: Any,
+) -> Config:
+    """A run of 10 steps in the order of the data, saved every second step."""
+    zero = {"stage3_param_persistence_threshold": 0}
+    engine = {
+        "ds_overrides": {"bf16": {"enabled": dtype == "bf16"}, "zero_optimization": zero},
+        "optimizer": OPTIMIZERS[optimizer],
+        "scheduler": {"name": "linear", "warmup": 3},
+        "ema_decay": 0.8,
+        "buffer_dtype": "model",
+    }
+    table = {
+        "run": {"steps": 10},
+        "task": {"path": TASK, "args": args or {}},
+        "engines": {"net": engine},
+        "data": {"sampler": "ordered", "micro_batch_size": 4},
+        "trainer": {"save_every": 2},
+    }
+    config = tiny_config(directory, stage)
+    table = merge(merge(config.model_dump(exclude={"engines"}), table), overrides)
+    table["engines"] = {
+        name: merge({"ds_config": config.engines["net"].ds_config}, each)
+        for name, each in table["engines"].items()
+    }
+    return Config.model_validate(table)
+
+
+def assert_same_end(found: Config, expected: Config) -> None:
+    """The same weights, buffers, EMA and optimizer state after the last step, to the bit."""
+    assert_equal(exported(found), exported(expected))
+    ours, theirs = (checkpoint(config, config.run.steps) for config in (found, expected))
+    for path in ours.glob("net/*.pt"):
+        if "rank_1" not in path.name:  # at stage 3 the last shards end with padding
+            assert tensor_crcs(path) == tensor_crcs(theirs / "net" / path.name)
+    if "apollo" not in str(found.engines["net"].optimizer):
+        assert_same_optimizer(SavedEngine(ours / "net"), SavedEngine(theirs / "net"))
+    states = [torch.load(c / rank_file(1), weights_only=True) for c in (ours, theirs)]
+    buffers = [state["engines"]["engines"]["net"]["buffers"]["values"] for state in states]
+    assert "calls" in buffers[0] and torch.equal(buffers[0]["calls"], buffers[1]["calls"])
+
+
+def skip_in_checkpoint(config: Config, before: int, after: int) -> None:
+    """Makes the checkpoint of step `after` what it is if the steps since `before` were not taken:
+    all of `before`, but the random generators, the data position and the counters."""
+    old, new = checkpoint(config, before), checkpoint(config, after)
+    files = dict(read_manifest(old).files)
+    for path in old.glob("net/*"):
+        (new / "net" / path.name).write_bytes(path.read_bytes())
+    for rank in range(2):
+        name = rank_file(rank)
+        states = [torch.load(each / name, weights_only=True) for each in (old, new)]
+        engine, later = (state["engines"]["engines"]["net"] for state in states)
+        states[1]["engines"]["engines"]["net"] = engine | {"counters": later["counters"]}
+        entry = write_file(states[1], new / name)
+        files[name] = entry.model_copy(update={"rank": rank})
+    read_manifest(new).model_copy(update={"files": files}).write(new)
+
+
+@pytest.mark.parametrize(("stage", "dtype", "optimizer"), LAYOUTS)
+def test_a_skipped_step_changes_nothing(
+    two_ranks: RankPool, tmp_path: Path, stage: int, dtype: str, optimizer: str
+) -> None:
+    """Of the first steps, and of some in between: to the bit as if there were none."""
+    layout = stage, dtype, optimizer
+    config = config_of(tmp_path / "skipping", *layout, args={"steps": [5, 6]})
+    reference = config_of(tmp_path / "reference", *layout, run={"steps": 6})
+    two_ranks.run(run_in_world, config)
+    two_ranks.run(run_in_world, reference)
+    skip_in_checkpoint(reference, 4, 6)
+    reference = config_of(tmp_path / "reference", *layout)
+    two_ranks.run(run_in_world, reference)
+    assert_same_end(config, reference)
+    assert [record["skipped"] for record in records(config)] == [0, 0, 0, 0, 1, 2, 2, 2, 2, 2]
+    for step, count in ((5, 1), (6, 2)):
+        text = f"step {step}: engine net: skipped, as its gradients are not finite ({count} so far)"
+        assert log_text(config).count(f"{text}: the loss of rank 1 is not finite\n") == 1
+
+
+def ending(config: Config) -> tuple[str, int, bool]:
+    """The error that ends a run, its exit code, and whether all ranks know it."""
+    try:
+        run_in_world(config)
+    except HarnessError as error:
+        return str(error), error.code, error.on_all_ranks
+    return "", 0, False
+
+
+SKIPPED = "engine 'net': skipped, as its gradients are not finite"
+NOT_TRAINING = "the run has ended, but engine 'net' does not train: its last"
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps", "health", "error", "ends_at"),
+    [
+        (0, [3, 5], {"nonfinite": "stop"}, f"step 3: {SKIPPED} (health.nonfinite = 'stop')", 3),
+        (
+            2,
+            [2, 4, 5, 6, 7],
+            {"most_skipped": 3},
+            f"step 6: {SKIPPED}, the last 3 steps in a row (health.most_skipped = 3)",
+            6,
+        ),
+        (3, [4, 9, 10], {}, f"{NOT_TRAINING} 2 steps were skipped", 10),
+        (1, [9], {}, "", 10),
+    ],
+)
+def test_a_run_that_does_not_train_ends(
+    two_ranks: RankPool,
+    tmp_path: Path,
+    stage: int,
+    steps: list[int],
+    health: Any,
+    error: str,
+    ends_at: int,
+) -> None:
+    """And what is saved is good: the steps change nothing."""
+    config = config_of(tmp_path, stage, args={"steps": steps}, health=health)
+    assert two_ranks.run(ending, config) == [(error, 2 if error else 0, bool(error))] * 2
+    saved = checkpoints_in(config.run_dir / "checkpoints")[0]
+    manifest = read_manifest(saved)
+    assert (manifest.step, manifest.finite) == (ends_at, True)
+    reason = error.partition(" (")[0]
+    assert manifest.note == (f"saved as the run ended: {reason}" if ends_at < 10 else "")
+    assert [record["step"] for record in records(config)] == list(range(1, ends_at + 1))
+    assert records(config)[-1]["skipped"] == len([step for step in steps if step <= ends_at])
+    if ends_at == 10:  # the launcher must not take it for complete the next time either
+        assert two_ranks.run(ending, config)[0][0] == error
+    if error and ends_at < 10:
+        config = config_of(tmp_path, stage, args={"steps": []})
+        assert two_ranks.run(ending, config)[0] == ("", 0, False)
+        assert f"step-{ends_at:08d}, {manifest.note}" in log_text(config)
+
+
+def test_the_first_steps_change_no_buffers(two_ranks: RankPool, tmp_path: Path) -> None:
+    """When it is not known yet which ones training changes; with an evaluation before them."""
+    args = {"steps": [1, 2], "factor": "gradient"}
+    config = config_of(tmp_path, 1, args=args, trainer={"eval_every": 5})
+    two_ranks.run(run_in_world, config)
+    state = torch.load(checkpoint(config, 2) / rank_file(1), weights_only=True)
+    assert state["engines"]["engines"]["net"]["buffers"]["changed"] == []
+    model = torch.load(next(checkpoint(config, 2).glob("net/mp_rank_00*")), weights_only=False)
+    assert not model["module"]["norm.running_mean"].any()
+    assert "step 2: engine net: skipped, as its gradients are not finite (2 so far): " in (
+        text := log_text(config)
+    )
+    assert "(2 so far): every loss is, so it began in a backward\n" in text
+    assert "training changes 4 buffers" in text
+
+
+def test_each_engine_skips_for_itself(two_ranks: RankPool, tmp_path: Path) -> None:
+    """The other trains as if it were alone."""
+    engine = config_of(tmp_path).model_dump()["engines"]["net"]
+    args = {"steps": [3, 4], "engine": "b"}
+    config = config_of(tmp_path / "both", args=args, engines={"a": engine, "b": engine})
+    del (table := config.model_dump())["engines"]["net"]
+    config = Config.model_validate(table)
+    two_ranks.run(run_in_world, config)
+    found = records(config)
+    assert [r["b/skipped"] for r in found] == [0, 0, 1, 2, 2, 2, 2, 2, 2, 2]
+    assert {r["a/skipped"] for r in found} == {0}
+    assert "step 4: engine b: skipped" in log_text(config)
+    assert [r["b/loss"] == "nan" for r in found] == [step in (3, 4) for step in range(1, 11)]
+    assert all(isinstance(r["a/loss"], float) for r in found)
