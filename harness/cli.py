@@ -242,6 +242,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help='tokenizer.json or a folder with one (Hugging Face), or "bytes"',
     )
     add("--field", default="text", help="field or column that holds the text; default: text")
+    add("--glob", default="*", help="files to read in folders, like '*.py'; default: all")
     add("--lines", action="store_true", help="each line of a text file is a document")
     end = prepare.add_mutually_exclusive_group()
     end.add_argument("--eos", metavar="TOKEN", help="what ends a document, if it is not obvious")
@@ -253,7 +254,7 @@ def run_data(args: argparse.Namespace) -> int:
     from harness.data.prepare import Options, prepare
 
     eos = "" if args.no_eos else args.eos
-    options = Options(args.tokenizer, args.field, args.lines, eos)
+    options = Options(args.tokenizer, args.field, args.lines, args.glob, eos)
     prepare(args.src, args.dst, options, print_line)
     return 0
 

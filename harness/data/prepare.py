@@ -34,6 +34,8 @@ class Options:
     """Field of .jsonl, column of .parquet and of data sets that holds the text."""
     lines: bool = False
     """Whether each line of a text file is a document, instead of the whole file."""
+    glob: str = "*"
+    """Names of the files that are read in folders."""
     eos: str | None = None
     """The token after each document; default: the tokenizer's, as of `END_TOKENS`; "": none."""
 
@@ -46,7 +48,7 @@ def prepare(
     Raises ConfigError for a wrong source, tokenizer or option, and OSError.
     """
     encode, vocabulary = load_tokenizer(options)
-    files = [file for source in sources for file in files_of(source)]
+    files = [file for source in sources for file in files_of(source, options.glob)]
     dtype = "u1" if vocabulary <= 1 << 8 else "u2" if vocabulary <= 1 << 16 else "i4"
     total = sum(map(size_of, files))
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +119,9 @@ def _end_token(tokenizer: Any, path: Path, eos: str | None) -> list[int]:
     raise ConfigError(f"{path}: which token ends a document? Set --eos TOKEN, or --no-eos")
 
 
-def files_of(source: Path) -> list[Path]:
-    """The files of a source, in order: itself, or all below a folder, hidden ones excepted.
+def files_of(source: Path, glob: str = "*") -> list[Path]:
+    """The files of a source, in order: itself, or those below a folder whose names match, hidden
+    ones excepted.
 
     Raises ConfigError if there is none.
     """
@@ -128,12 +131,12 @@ def files_of(source: Path) -> list[Path]:
         raise ConfigError(f"{source} does not exist")
     files = [
         file
-        for file in sorted(source.rglob("*"))
+        for file in sorted(source.rglob(glob))
         if file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(source).parts)
     ]
     if not files:
-        raise ConfigError(f"{source} has no files")
+        raise ConfigError(f"{source} has no files {glob}")
     return files
 
 

@@ -189,15 +189,15 @@ class Windows(Dataset[Tensor]):
 class ByteLM(nn.Module):
     """The language model. Untrained, it is nearly uniform: its loss is about ln 256 = 5.55."""
 
-    def __init__(self, args: ByteLMArgs) -> None:
+    def __init__(self, args: TransformerArgs, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
         self.head_size = args.dim // args.heads
-        self.embed = nn.Embedding(VOCABULARY, args.dim)
+        self.embed = nn.Embedding(vocabulary, args.dim)
         nn.init.normal_(self.embed.weight, std=0.02)
         self.dropout = nn.Dropout(args.dropout)
         self.blocks = nn.ModuleList(Block(args) for _ in range(args.layers))
         self.norm = nn.RMSNorm(args.dim)
-        self.head = linear(args.dim, VOCABULARY)
+        self.head = linear(args.dim, vocabulary)
 
     def forward(self, bytes_BT: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
         """Logits [B, T, V], in the weights' dtype, of the byte after each of the int64 [B, T].

@@ -79,13 +79,14 @@ def test_every_kind_of_source_gives_the_same_documents(tmp_path: Path, tokenizer
     folder = tmp_path / "folder"
     (folder / "sub").mkdir(parents=True)
     (folder / ".hidden").write_text("not this")
+    (folder / "README").write_text("nor this")
     for number, text in enumerate(TEXTS):
         (folder / "sub" / f"{number}.txt").write_text(text)
     plain = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     plain.no_truncation()
     end = plain.token_to_id("<|endoftext|>")
     expected = [[*plain.encode(text).ids, end] for text in TEXTS]
-    options = Options(str(tokenizer))
+    options = Options(str(tokenizer), glob="*.txt")
     for source in (
         folder,
         write_jsonl(tmp_path / "a.jsonl"),
