@@ -21,6 +21,7 @@ def apply_patches() -> None:
     """Patches DeepSpeed in this process, once it has been imported."""
     _keep_optimizers_fresh()
     _accept_scalars()
+    _accept_any_first_parameter()
     _patch_fetches()
     _allow_gradient_penalties()
     _let_timers_start_twice()
@@ -118,6 +119,20 @@ def _accept_scalars() -> None:
     engine.clip_fp32_gradients = clip_fp32_gradients
     gathered._exit = leave_gathered
     init._zero_init_param = shard_parameter
+
+
+def _accept_any_first_parameter() -> None:
+    """Stage 3 takes the first parameter's dtype for that of the model, and refuses integers."""
+    offload = _class("zero.parameter_offload", "DeepSpeedZeRoOffload")
+    shard = offload._convert_to_zero_parameters
+
+    def shard_in_floating_dtype(self: Any, ds_config: Any, module: Any, mpu: Any) -> None:
+        found = (p.dtype for p in module.parameters())
+        floating = (torch.float32, torch.bfloat16, torch.float16)
+        self.dtype = next((dtype for dtype in found if dtype in floating), self.dtype)
+        shard(self, ds_config, module, mpu)
+
+    offload._convert_to_zero_parameters = shard_in_floating_dtype
 
 
 @contextmanager
