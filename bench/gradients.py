@@ -6,7 +6,7 @@ One process takes training steps of a model of so many parameters under DeepSpee
 the recording and the step's digest, and without, in turn. Prints the CPU time inside of the added
 code (the least, as on a quiet machine; relative to a step of 50 ms), and the ratio of the CPU times
 of a step with and without it (median and quartiles). Digests travel in a vector that is sent
-anyway.
+anyway. Then the same time of checking that `requires_grad` is what it was at the start.
 """
 
 import argparse
@@ -126,8 +126,30 @@ def measure(stage: int, parameters: int, rounds: int, steps: int) -> list[tuple[
     return found[2:]
 
 
+def check_trained(parameters: int, rounds: int = 1000) -> float:
+    """The least CPU seconds of the step's check of `requires_grad`."""
+    from torch import nn
+
+    from harness.engine.trainable import TrainedParameters
+
+    trained = TrainedParameters(
+        "net", nn.ParameterList(nn.Linear(8, 8).weight for _ in range(parameters))
+    )
+
+    def seconds() -> float:
+        started = time.thread_time()
+        trained.check()
+        return time.thread_time() - started
+
+    return min(seconds() for _ in range(rounds))
+
+
 def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
+
+
+def share(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} us a step, {seconds / STEP_S:.3%} of {STEP_S * 1e3:g} ms"
 
 
 def line(stage: int, parameters: int, found: Sequence[tuple[float, ...]]) -> str:
@@ -136,8 +158,7 @@ def line(stage: int, parameters: int, found: Sequence[tuple[float, ...]]) -> str
     inside = min(seconds for *_, seconds in found)
     step = statistics.median(fast for _, fast, _ in found)
     return (
-        f"ZeRO {stage}, {parameters} parameters: {inside * 1e6:.0f} us a step, "
-        f"{inside / STEP_S:.3%} of {STEP_S * 1e3:g} ms; with / without: {middle:.4f} "
+        f"ZeRO {stage}, {parameters} parameters: {share(inside)}; with / without: {middle:.4f} "
         f"({low:.4f} to {high:.4f}) of {step * 1e3:.1f} ms\n"
     )
 
@@ -156,6 +177,8 @@ def main() -> None:
                 [found] = pool.run(measure, stage, parameters, args.rounds + 2, args.steps)
                 sys.stdout.write(line(stage, parameters, found))
                 sys.stdout.flush()
+            seconds = check_trained(parameters)
+            sys.stdout.write(f"requires_grad, {parameters} parameters: {share(seconds)}\n")
 
 
 if __name__ == "__main__":

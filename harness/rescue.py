@@ -68,10 +68,14 @@ class BegunStep:
         current().step = engines.global_step
         self._rng = rng_state()
         self._counters = [copy(engine.counters) for engine in engines.trained]
+        self._edits = [engine.edits.count for engine in engines.trained]
 
     def undo(self) -> bool:
         """Restores the state before the step, except for the model's buffers and the position of
-        the data. False if an optimizer has stepped: the weights are of neither step."""
+        the data. False if an optimizer has stepped, or weights were edited, which a resumed run
+        would do again: they are of neither step."""
+        if self._edits != [engine.edits.count for engine in self._engines.trained]:
+            return False
         pairs = list(zip(self._engines.trained, self._counters, strict=True))
         for engine, before in pairs:
             taken = engine.counters.micro_step - before.micro_step
@@ -90,7 +94,7 @@ def rescue(run: FailingRun, error: Exception) -> None:
     They do if the error was raised on all of them, or if each failed in the same place of the same
     step. Otherwise the others can neither sum up metrics nor save: the last records are of rank 0
     alone, with `"ranks": 1`. Nothing is saved after a failed save, if the weights are known to be
-    wrong, or in the middle of the step of an optimizer.
+    wrong, or once weights have been changed in a step.
     """
     if not is_lost_rank(error):  # of whose loss the run directory tells more
         Outcome.of(error).write()

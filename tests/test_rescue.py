@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import default_collate
 
 from harness import distributed
 from harness.checkpoint import save
 from harness.config import Config
 from harness.convert.run_checkpoints import checkpoints_in
+from harness.engine import engines
 from harness.health.outcome import Outcome
 from harness.run import run_in_world
-from harness.task import load_task
+from harness.task import Task, load_task
 from harness.testing.pool import RankError, RankPool
 from tests.support.helpers import (
     ROOT,
@@ -161,6 +163,35 @@ def test_nothing_is_saved_in_the_middle_of_an_optimizers_step(
     two_ranks.run(run_failing, config, "step", 3, (0, 1))
     assert [record["step"] for record in records(config)] == [1, 2]
     assert steps_saved(config) == []
+    assert "no checkpoint is saved" in log_text(config)
+
+
+def run_failing_after_an_edit(config: Config) -> None:
+    """Every step but the first edits the weights; step 4 fails."""
+    original = engines.feed
+
+    def edit_and_feed(task: Task, engine: Any, batch: Any) -> Any:
+        step, number = divmod(engine.counters.micro_step, 2)
+        if step and not number:
+            with engine.edit_weights() as model, torch.no_grad():
+                next(model.parameters()).mul_(0.9)
+        if (step, number) == (3, 1):
+            fail(None)
+        return original(task, engine, batch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Unwell):
+        patch.setattr(engines, "feed", edit_and_feed)
+        run_in_world(config)
+
+
+def test_nothing_is_saved_once_the_weights_have_been_edited_in_a_step(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """A resumed run would take the step, and with it the edit, once more."""
+    config = accumulated(tmp_path, 1, trainer={"save_every": 2})
+    two_ranks.run(run_failing_after_an_edit, config)
+    assert [record["step"] for record in records(config)] == [1, 2, 3]
+    assert steps_saved(config) == [2]
     assert "no checkpoint is saved" in log_text(config)
 
 

@@ -73,6 +73,7 @@ class Buffers:
         self._others: dict[str, Content] | None = None  # at the last search
         self._is_stepped = False  # since the first search
         self._is_compared = False  # whether it is known which ones training changes
+        self._searched_at = 0  # step of the last search
 
     @property
     def changed(self) -> list[str]:
@@ -84,10 +85,11 @@ class Buffers:
         """Whether it has searched at least once since the start or the resume."""
         return self._others is not None
 
-    def search(self) -> None:
+    def search(self, step: int) -> None:
         """Looks for buffers that have changed on any rank since the last call. Collective.
 
-        The first call remembers what they are, and in mode "sync" makes them alike.
+        `step`: the last one taken. The first call remembers what they are, and in mode "sync" makes
+        them alike.
         """
         found = {n: content_of(t) for n, t in self._tensors() if n not in self._changed}
         is_first = self._others is None
@@ -104,6 +106,14 @@ class Buffers:
         if new:
             whose = "rank 0's before every step" if self.mode == "sync" else "each rank's own"
             log.info("engine %s: training changes %s: %s", self._engine, summary(new), whose)
+            unnoticed = step - self._searched_at
+            if self.mode == "sync" and not is_first and unnoticed > 1:
+                log_warning(
+                    "engine %s: %s: began to change in one of the last %d steps, and may have been "
+                    "each rank's own in the steps after it",
+                    *(self._engine, summary(new), unnoticed),
+                )
+        self._searched_at = step
         if is_first and self.mode == "sync":
             others = sorted(alike.keys() - set(new))
             self._make_alike([n for n in others if len({c[n].crc for c in contents}) > 1])
@@ -247,7 +257,7 @@ def sync(buffers: Sequence[Buffers], step: int, search: bool) -> None:
     is_due = search or step & (step - 1) == 0 or step % SEARCH_EVERY == 0
     for one in buffers:
         if is_due or not one.has_searched:
-            one.search()
+            one.search(step)
     if distributed.world_size() == 1:
         return
     if tensors := [tensor for one in buffers for tensor in one.synced()]:

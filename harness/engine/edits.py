@@ -24,6 +24,8 @@ class Edits:
 
     def __init__(self, name: str, ds: Any, collect: Callable[[], engine_state.FileTrees]):
         """`ds`: the DeepSpeed engine. `collect`: its trees, as `Engine.collect`."""
+        self.count = 0
+        """Of the edits so far."""
         self._name = name
         self._ds = ds
         self._collect = collect
@@ -41,6 +43,7 @@ class Edits:
 
         What was changed before an exception stays changed, at every stage.
         """
+        self.count += 1
         masters = engine_state.has_masters(self._ds)
         shapes = self._shapes if masters else []
         self.check()

@@ -111,10 +111,15 @@ def gathered(ds: Any) -> Iterator[None]:
             sharded[0].partition(sharded)
 
 
+def is_held(parameter: Any) -> bool:
+    """Whether it is `gathered` on all ranks."""
+    return ALL_RANKS in getattr(parameter, HOLDERS, ())
+
+
 @contextmanager
 def as_sharded(ds: Any) -> Iterator[None]:
     """In the block the model is sharded again, if it was `gathered`. Collective."""
-    held = [p for p in ds.module.parameters() if ALL_RANKS in getattr(p, HOLDERS, ())]
+    held = list(filter(is_held, ds.module.parameters()))
     for parameter in held:
         parameter.ds_active_sub_modules.discard(ALL_RANKS)
     complete = [p for p in held if not p.ds_persist]

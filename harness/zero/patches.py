@@ -22,6 +22,8 @@ def apply_patches() -> None:
     """Patches DeepSpeed in this process, once it has been imported."""
     _keep_optimizers_fresh()
     _accept_scalars()
+    _accept_any_first_parameter()
+    _let_tasks_gather()
     _patch_fetches()
     _allow_gradient_penalties()
     _let_timers_start_twice()
@@ -146,6 +148,41 @@ def _scalars_as_vectors(tensors: Iterable[Tensor]) -> Iterator[None]:
     for scalar in scalars:
         if scalar.numel():
             scalar.data = scalar.data.view(())
+
+
+def _accept_any_first_parameter() -> None:
+    """Stage 3 takes the first parameter's dtype for that of the model, and refuses integers."""
+    offload = _class("zero.parameter_offload", "DeepSpeedZeRoOffload")
+    shard = offload._convert_to_zero_parameters
+
+    def shard_in_floating_dtype(self: Any, ds_config: Any, module: Any, mpu: Any) -> None:
+        found = (p.dtype for p in module.parameters())
+        floating = (torch.float32, torch.bfloat16, torch.float16)
+        self.dtype = next((dtype for dtype in found if dtype in floating), self.dtype)
+        shard(self, ds_config, module, mpu)
+
+    offload._convert_to_zero_parameters = shard_in_floating_dtype
+
+
+def _let_tasks_gather() -> None:
+    """A task may gather parameters in a micro-batch for which all are gathered, and reads them."""
+    gathered = _class("zero.partition_parameters", "GatheredParameters")
+    enter, to_partition = gathered.__enter__, gathered._params_to_partition
+
+    def enter_unless_changed(self: Any) -> None:
+        if self.enabled and self.src_rank is not None and any(map(fetches.is_held, self.params)):
+            raise TaskError(
+                "weights were to be changed by GatheredParameters(..., modifier_rank=...) in a "
+                "micro-batch for which they are gathered already, and the change would be lost: "
+                "use `with engine.edit_weights() as model: ...`"
+            )
+        enter(self)
+
+    def not_held(self: Any) -> list[Tensor]:
+        return [p for p in to_partition(self) if not fetches.is_held(p)]
+
+    gathered.__enter__ = enter_unless_changed
+    gathered._params_to_partition = not_held
 
 
 def _patch_fetches() -> None:

@@ -175,6 +175,8 @@ def test_all_kinds_of_buffers_are_synced_in_one_broadcast_a_step(
     names = "calls, hidden, mean, replaced, seen"
     assert f"training changes 5 buffers ({names}): rank 0's before every step" in log_text(config)
     assert "training changes 1 buffer (late_mean)" in log_text(config)
+    assert "(late_mean): began to change in one of the last 2 steps" in log_text(config)
+    assert log_text(config).count("began to change") == 1
     engine = {"ds_overrides": KEEP_NONE, "buffers": "own"}
     own = config_of(tmp_path / "own", "mixed", 3, engine, **NONE)
     _, without = different(two_ranks, own)

@@ -118,6 +118,20 @@ def test_with_zeros_at_zero_1_with_other_settings(
     compare(two_ranks, zeros(tmp_path, 1, {"kind": "experts"}, *ds))
 
 
+@pytest.mark.parametrize("kind", ["experts", pytest.param("shapes", marks=pytest.mark.slow)])
+def test_with_zeros_a_feeder_may_gather_weights_itself(
+    two_ranks: RankPool, tmp_path: Path, kind: str
+) -> None:
+    compare(two_ranks, zeros(tmp_path, 3, {"kind": kind, "feeder": "look"}, TWICE))
+
+
+def test_with_zeros_a_feeder_may_not_change_what_it_gathers(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    for error in two_ranks.run(error_of, zeros(tmp_path, 3, {"kind": "order", "feeder": "change"})):
+        assert "change would be lost: use `with engine.edit_weights() as model" in error
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_experts_of_a_bug_report(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
     settings = {"unused_parameters": "zeros", "optimizer": {"weight_decay": 0.01}}

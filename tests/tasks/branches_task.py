@@ -147,7 +147,38 @@ def feed_module(engine: Any, batch: Any) -> tuple[Tensor, Stats]:
     return engine.module.__dict__.pop("loss"), {}
 
 
-FEEDERS: dict[str, Any] = {"twice": feed_twice, "step": feed_and_step, "module": feed_module}
+def feed_after_a_look(engine: Any, batch: Any) -> tuple[Tensor, Stats]:
+    """Reads weights outside of the modules that have them, before the forward and after it."""
+    norms = weight_norms(engine.module)
+    loss, _ = default_feeder(engine, batch)
+    assert weight_norms(engine.module) == norms
+    return loss, {}
+
+
+def weight_norms(module: nn.Module) -> list[float]:
+    import deepspeed  # late: zero.startup patches it first
+
+    parameters = list(module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        return [parameter.norm().item() for parameter in parameters]
+
+
+def feed_after_a_change(engine: Any, batch: Any) -> tuple[Tensor, Stats]:
+    """Changes weights without `edit_weights`."""
+    import deepspeed  # late: zero.startup patches it first
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
+        pass
+    return default_feeder(engine, batch)
+
+
+FEEDERS: dict[str, Any] = {
+    "change": feed_after_a_change,
+    "twice": feed_twice,
+    "step": feed_and_step,
+    "module": feed_module,
+    "look": feed_after_a_look,
+}
 
 
 def build(config: Config) -> Task:

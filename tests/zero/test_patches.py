@@ -79,3 +79,48 @@ def test_adagrad_is_the_one_that_was_built(two_ranks: RankPool, stage: int) -> N
         assert has_average
         for name, weight in expected.items():
             assert torch.allclose(found[name], weight, rtol=0, atol=1e-6), name
+
+
+class Permuted(nn.Module):
+    """A frozen parameter that is no floating number, before all others."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.order = nn.Parameter(torch.tensor([0, 1, 1, 0, 1, 0], dtype=dtype), False)
+        self.net = model()
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.net(batch * self.order.real.to(batch.dtype))
+
+
+def with_frozen(dtype: torch.dtype, stage: int, ds: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights after two steps, of which the second follows an edit."""
+    engines = engines_of(Permuted(dtype), feed, stage, ds)
+    train(engines, [torch.ones(4, 6)])
+    with engines["net"].edit_weights() as complete:
+        complete.order.data[0] = 1
+    train(engines, [torch.ones(4, 6)])
+    found = weights_of(engines)
+    engines.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ds"),
+    [
+        (torch.int64, {}),
+        (torch.int64, BF16),
+        pytest.param(torch.bool, {}, marks=pytest.mark.slow),
+        pytest.param(torch.float64, {}, marks=pytest.mark.slow),
+        pytest.param(torch.complex64, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_frozen_parameter_of_any_dtype_may_come_first(
+    two_ranks: RankPool, dtype: torch.dtype, ds: dict[str, Any]
+) -> None:
+    expected, _ = two_ranks.run(with_frozen, dtype, 2, ds)
+    for found in two_ranks.run(with_frozen, dtype, 3, ds):
+        assert found["order"].dtype == dtype
+        assert found["order"].real.tolist() == [1, 1, 1, 0, 1, 0]
+        for name, weight in expected.items():
+            assert torch.allclose(found[name], weight, rtol=0, atol=1e-2 if ds else 1e-6), name
