@@ -109,7 +109,7 @@ class SavedEngine:
         }
         for name, value in self.extra.items():
             if isinstance(value, UnsupportedTensor):
-                raise CheckpointError(f"{name!r} is {describe(value)}, which cannot be read")
+                raise CheckpointError(f"{name!r} cannot be read: it is {describe(value)}")
         self.world_size: int = model["dp_world_size"]
         if type(self.world_size) is not int or self.world_size < 1:
             raise CheckpointError(
