@@ -214,6 +214,16 @@ def test_one_ranks_file_of_zero_3_is_refused(tmp_path: Path) -> None:
             taken(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["zero_pp_rank_0_mp_rank_00_optim_states.pt", "renamed.pt"])
+def test_one_ranks_optimizer_state_is_named(tmp_path: Path, name: str) -> None:
+    state = {"partition_count": [2], "single_partition_of_fp32_groups": [torch.ones(3)]}
+    torch.save({"optimizer_state_dict": state, "ds_version": "0.19.8"}, tmp_path / name)
+    message = rf"{name}: the optimizer's state of one rank .* directory .* like {tmp_path}$"
+    for key in (None, "optimizer_state_dict"):
+        with pytest.raises(HarnessError, match=message if key is None else "choose|no key"):
+            taken(tmp_path / name, key=key)
+
+
 def tag(directory: Path, step: int, fill: float = 0.0) -> None:
     """A tag of plain DeepSpeed at ZeRO 0, which names no optimizer."""
     directory.mkdir(parents=True)
