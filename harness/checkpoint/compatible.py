@@ -15,6 +15,8 @@ from harness.errors import CheckpointError, ConfigError, first_few
 from harness.files import is_present
 from harness.formats.dtypes import FLOATS
 from harness.zero.entries import Entry, entries_of, file_of_entries, saved_entries
+from harness.zero.layout import Shapes
+from harness.zero.reader import SavedEngine
 
 Entries = dict[str, Entry]
 
@@ -35,6 +37,37 @@ def check_compatible(directory: Path, manifest: Manifest, engines: Engines) -> N
                 )
     for engine in engines.trained:
         _check_entries(directory, manifest, engine)
+
+
+def check_parameters(saved: SavedEngine, engine: Engine, shapes: list[Shapes]) -> None:
+    """Checks that an engine's optimizer has the saved parameters, as a rewrite for another layout
+    needs: also those of modules that read other names themselves.
+
+    `shapes`: of the new layout (`layout.group_shapes`). Raises CheckpointError if they differ, or,
+    unless its state can be moved, are in other parameter groups. Only DeepSpeed's stage 0 in fp32
+    counts those without elements among them.
+    """
+    current, stored = (
+        {name: Entry(tuple(size), "", True) for name, size in sizes.items() if size.numel()}
+        for sizes in (dict(pair for group in shapes for pair in group.items()), saved.shapes)
+    )
+    if differences := _differences(stored, current, stored | current):
+        raise CheckpointError(
+            f"engine {engine.name!r}: the optimizer has other parameters than in the checkpoint, "
+            "which cannot be rewritten for the layout of this run:\n" + "\n".join(differences)
+        )
+    moved = [
+        name
+        for number, names in enumerate(engine.parameter_names)
+        for name in names
+        if name in current and saved.group_of(name) != number
+    ]
+    if moved and not engine.can_regroup:
+        raise CheckpointError(
+            f"engine {engine.name!r}: these parameters are in other parameter groups than in the "
+            f"checkpoint: {first_few(moved)}; the state of {engine.optimizer_path} cannot follow "
+            "them: restore the old groups, or start a new run under another run.name"
+        )
 
 
 def _identity(engines: Mapping[str, Engine | EngineManifest]) -> dict[str, Any]:

@@ -74,4 +74,4 @@ def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:
             for record in zips.records(path).values() if read else ():
                 record.verify()
     except FormatError as error:
-        raise CheckpointError(f"damaged: {error}") from None
+        raise CheckpointError(str(error)) from None

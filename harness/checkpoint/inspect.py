@@ -144,11 +144,7 @@ def _sft_tensors(path: Path) -> dict[str, tuple[str, list[int], int]]:
 
 def _describe_pt(path: Path) -> Iterator[str]:
     """The tensors, by their keys joined with dots, and what is neither a tensor nor plain."""
-    try:
-        found = list(_walk(pt_reader.read(path), ()))
-    except FormatError as error:
-        text = str(error).removeprefix(f"{path}: ")
-        raise CheckpointError(f"{path}: not a readable .pt file: {text}") from None
+    found = list(_walk(pt_reader.read(path), ()))
     tensors = {
         dotted(keys) or "(tensor)": (value.dtype, list(value.shape), value.nbytes)
         for keys, value in found

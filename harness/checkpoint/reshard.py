@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from harness import distributed
+from harness.checkpoint.compatible import check_parameters
 from harness.checkpoint.copy_missing import (
     copy_missing_checkpoint,
     copy_missing_files,
@@ -28,12 +29,12 @@ from harness.checkpoint.manifest import EngineManifest, Manifest, step_directory
 from harness.checkpoint.save import create_staging, engine_manifest
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
-from harness.errors import CheckpointError, first_few, missing_files
+from harness.errors import CheckpointError, missing_files
 from harness.io.stored import materialize
 from harness.optim.apollo import named_state
 from harness.optim.apollo.channels import ChannelPlan, matrices_of
 from harness.zero.engine_state import shapes_of
-from harness.zero.layout import EMA, Flat, Shapes, Tree
+from harness.zero.layout import EMA, Flat, Tree
 from harness.zero.reader import SavedEngine
 from harness.zero.refill import FlatsOf, TreeFiller, filled_flat, filled_state
 from harness.zero.shards import Shard
@@ -151,7 +152,7 @@ def write_resharded(directory: Path, engine: Engine, staged: Path) -> dict[str, 
         saved = SavedEngine(directory / engine.name)
         if not engine.is_low_rank:
             saved.check_moments()
-        _check_names(saved, engine, shapes)
+        check_parameters(saved, engine, shapes)
         rank, world = distributed.global_rank(), distributed.world_size()
         states = _low_rank_states if engine.is_low_rank else _states
         filler = TreeFiller(
@@ -161,39 +162,6 @@ def write_resharded(directory: Path, engine: Engine, staged: Path) -> dict[str, 
             written[path] = write_file(filler.fill(tree), staged / path)
     per_rank = distributed.all_gather(written)
     return {path: entry for files in per_rank for path, entry in files.items()}
-
-
-def _check_names(saved: SavedEngine, engine: Engine, shapes: list[Shapes]) -> None:
-    """Raises CheckpointError unless the optimizer has the same parameters, of the same shapes; and,
-    unless its state can be moved, in the same parameter groups.
-
-    Only DeepSpeed's stage 0 in fp32 counts those without elements among them.
-    """
-    sizes = {name: size for group in shapes for name, size in group.items() if size.numel()}
-    saved_sizes = {name: size for name, size in saved.shapes.items() if size.numel()}
-    if different := sorted(sizes.keys() ^ saved_sizes.keys()):
-        raise CheckpointError(
-            f"engine {engine.name!r}: the optimizer has other parameters than in the checkpoint: "
-            f"only in one of them: {', '.join(different)}"
-        )
-    moved = [
-        name
-        for number, names in enumerate(engine.parameter_names)
-        for name in names
-        if name in sizes and saved.group_of(name) != number
-    ]
-    if moved and not engine.can_regroup:
-        raise CheckpointError(
-            f"engine {engine.name!r}: these parameters are in other parameter groups than in the "
-            f"checkpoint: {first_few(moved)}; the state of {engine.optimizer_path} cannot follow "
-            "them: restore the old groups, or start a new run under another run.name"
-        )
-    for name, shape in sizes.items():
-        if saved_sizes[name] != shape:
-            raise CheckpointError(
-                f"engine {engine.name!r}: parameter {name!r} has the shape {tuple(shape)} in this "
-                f"run, and {tuple(saved_sizes[name])} in the checkpoint"
-            )
 
 
 def _states(saved: SavedEngine, engine: Engine, flats_of: FlatsOf) -> dict[int, Tree]:

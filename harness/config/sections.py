@@ -41,6 +41,11 @@ UserPath = Annotated[Path, BeforeValidator(expand_path)]
 """A path as users write it."""
 
 
+def _step_or_path(value: Any) -> Any:
+    """`run.resume`: a step is also accepted as a number of TOML."""
+    return str(value) if type(value) is int else expand_path(value)
+
+
 class Section(BaseModel):
     """A table of the TOML file: unknown keys are errors, docstrings are the `--help`."""
 
@@ -58,7 +63,7 @@ class RunConfig(Section):
     """Seed of the models' initial weights, of the data order, and (with the rank) of dropout."""
     steps: int = Field(default=1000, ge=1, json_schema_extra=LIVE)
     """Optimizer steps of the complete run, including those before a resume."""
-    resume: Annotated[str, BeforeValidator(expand_path)] = "latest"
+    resume: Annotated[str, BeforeValidator(_step_or_path)] = "latest"
     """"latest": resume from the run's newest checkpoint, if any; "none": start over; a step of
     the run; or a path: of a checkpoint, or of a run directory, whose newest checkpoint is meant."""
     timeout_s: float = Field(default=1800.0, gt=0, le=1e8)

@@ -71,7 +71,7 @@ class RunCheckpoint:
             for name, entry in files.items():
                 zips.check(self.path / name, entry["size"], entry["digest"])
         except FormatError as error:
-            raise CheckpointError(f"damaged: {error}") from None
+            raise CheckpointError(str(error)) from None
         except OSError as error:
             name = error.filename or self.path
             raise UnreadableCheckpoint(f"cannot read {name}: {error.strerror}") from None

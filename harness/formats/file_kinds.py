@@ -23,7 +23,7 @@ _LEGACY = re.compile(rb"\x80.{1,10}\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19\.", re.DOTA
 _DOWNLOAD = "download the file itself, and check its size"
 _EXPORT = "export the weights as .pt or .safetensors with the program that wrote it"
 _KINDS: list[tuple[str, str, str]] = [
-    (r"version https://git-lfs", "a git-lfs pointer, not the file", "run `git lfs pull` there"),
+    (r"version https://git-lfs", "a git-lfs pointer to one", "run `git lfs pull` there"),
     (r"\s*(?i:<!doctype|<html)", "an HTML page, as of a failed download", _DOWNLOAD),
     (r"\s*<\?xml|\s*<Error>", "an XML page, as of a failed download", _DOWNLOAD),
     (r'\s*\{\s*"', "JSON text, as of a failed download", _DOWNLOAD),

@@ -66,7 +66,8 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class TypedStorage:
-    """A storage with the dtype of its elements, as a pickle names it."""
+    """A storage with the dtype of its elements, as a pickle names it. For a kind of storage that is
+    not read the dtype is that kind."""
 
     CALLED: ClassVar[str] = "a storage of torch"
     storage: Storage
@@ -141,10 +142,10 @@ def read(path: Path) -> Any:
         match reference:
             case ("storage", Global(name=kind), str(number), str(location), int(), *_):
                 record = storage_records.get(number)
-                if kind not in STORAGE_DTYPES or record is None:
+                if record is None:
                     raise PickleError(f"the tensor data {number!r:.40} is missing")
                 storage = storages.setdefault(number, Storage(record, location))
-                return TypedStorage(storage, STORAGE_DTYPES[kind])
+                return TypedStorage(storage, STORAGE_DTYPES.get(kind, kind))
             case ("module", Global() as kind, *_):  # a class, before torch 1.6
                 return kind  # type: ignore[return-value]
         raise PickleError("malformed: not a reference to tensor data")
@@ -212,6 +213,8 @@ def _tensor(
             raise _Unread(
                 "conjugated or negated tensor: save it after resolve_conj() and resolve_neg()"
             )
+    if dtype not in SIZES:
+        raise _Unread(f"tensor of a {dtype:.80}")
     sizes = [offset, *size, *stride]
     if len(size) != len(stride) or len(size) > 64:
         raise PickleError("malformed: a tensor")
@@ -262,18 +265,17 @@ class _Unread(Exception):
     """A tensor that cannot be read, and what it is."""
 
 
-def _rebuilder(name: str, make: Callable[..., Any] | None = None) -> Global:
-    """A function of `torch._utils` that makes tensors; without `make`, of a kind not read."""
+def _rebuilder(name: str, make: Callable[..., Any] | str) -> Global:
+    """A function of `torch._utils` that makes tensors. `make`: for a kind not read, what it is."""
 
     def rebuild(*args: Any) -> Any:
-        what = ""
-        try:
-            if make is not None:
-                return make(*args)
-        except _Unread as error:
-            what = str(error)
         tensor = UnsupportedTensor(known, args)
-        tensor.class_name = what or tensor.class_name
+        try:
+            if not isinstance(make, str):
+                return make(*args)
+            tensor.class_name = make
+        except _Unread as error:
+            tensor.class_name = str(error)
         return tensor
 
     known = Global("torch._utils", name, rebuild)
@@ -288,13 +290,13 @@ _TENSORS = (
     _rebuilder("_rebuild_tensor_v3", _tensor),
     _rebuilder("_rebuild_parameter", _parameter),
     _rebuilder("_rebuild_parameter_with_state", _parameter),
-    _rebuilder("_rebuild_sparse_tensor"),
-    _rebuilder("_rebuild_nested_tensor"),
-    _rebuilder("_rebuild_qtensor"),
-    _rebuilder("_rebuild_meta_tensor_no_storage"),
-    _rebuilder("_rebuild_wrapper_subclass"),
-    _rebuilder("_rebuild_device_tensor_from_numpy"),
-    _rebuilder("_rebuild_device_tensor_from_cpu_tensor"),
+    _rebuilder("_rebuild_sparse_tensor", "sparse tensor: save it after to_dense()"),
+    _rebuilder("_rebuild_nested_tensor", "nested tensor: save the tensors in it after unbind()"),
+    _rebuilder("_rebuild_qtensor", "quantized tensor: save it after dequantize()"),
+    _rebuilder("_rebuild_meta_tensor_no_storage", "meta tensor, which has no data"),
+    _rebuilder("_rebuild_wrapper_subclass", "tensor of a class that wraps others"),
+    _rebuilder("_rebuild_device_tensor_from_numpy", "tensor saved through numpy"),
+    _rebuilder("_rebuild_device_tensor_from_cpu_tensor", "tensor saved through a CPU tensor"),
 )
 _GLOBALS: dict[str, Any] = {
     **known_globals(),

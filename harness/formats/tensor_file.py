@@ -121,7 +121,7 @@ def _of_tree(path: Path, tree: Any) -> TensorFile | None:
         if isinstance(value, TensorRef):
             file.tensors[name] = StoredTensor.from_ref(value)
         elif isinstance(value, UnsupportedTensor):
-            raise FormatError(f"{path}: {name!r} is {describe(value)}, which cannot be read")
+            raise FormatError(f"{path}: {name!r} cannot be read: it is {describe(value)}")
         elif is_extra_state(name) or isinstance(value, Placeholder | Global):
             file.notes.append(f"skipped {name!r}: not a tensor, but {describe(value)}")
         else:

@@ -113,9 +113,14 @@ def check(path: Path, size: int, expected_digest: str) -> None:
     if not path.is_file():
         raise FormatError(f"{path} is missing")
     if (actual_size := path.stat().st_size) != size:
-        raise FormatError(f"{path} has {actual_size} bytes, expected {size}")
-    if digest(path) != expected_digest:
-        raise FormatError(f"{path} is not the file that was saved: another digest")
+        raise FormatError(f"{path}: damaged: {actual_size} bytes, expected {size}")
+    try:
+        found = digest(path)
+    except FormatError as error:
+        reason = str(error).removeprefix(f"{path}: ").removeprefix("damaged: ")
+        raise FormatError(f"{path}: damaged: {reason}") from None
+    if found != expected_digest:
+        raise FormatError(f"{path}: damaged, or not the file that was saved: another digest")
 
 
 def data_start(header: int, name: str) -> int:
@@ -162,7 +167,7 @@ def _directory(path: Path, file: int, size: int) -> tuple[int, int, int]:
     tail = os.pread(file, _END.size + _LOCATOR.size, max(0, size - _END.size - _LOCATOR.size))
     end = tail[-_END.size :]
     if len(end) < _END.size or not end.startswith(_END_MAGIC):
-        raise FormatError(f"{path}: truncated, or not a zip archive, which torch.save writes")
+        raise FormatError(f"{path}: not a file of torch.save, or truncated: not a zip archive")
     _, disk, first_disk, on_disk, count, length, start, comment = _END.unpack(end)
     stop = size - _END.size
     is_wide = count == 0xFFFF or _WIDE in (length, start)

@@ -40,12 +40,20 @@ def is_engine(directory: Path) -> bool:
 
 
 def check_is_complete(path: Path) -> None:
-    """Raises CheckpointError if a file holds placeholders in place of weights, as the model file of
-    one rank does at stage 3."""
+    """Raises CheckpointError if a file has weights of one rank only: an optimizer's state, or the
+    model file of stage 3, which holds placeholders in place of weights."""
     if file_kinds.format_of(path) != file_kinds.PT:
         return
     tree = pt_reader.read(path)
-    if not isinstance(tree, dict) or not isinstance(tree.get("module"), dict):
+    if not isinstance(tree, dict):
+        return
+    state = tree.get("optimizer_state_dict")
+    if isinstance(state, dict) and "partition_count" in state:
+        raise CheckpointError(
+            f"{path}: the optimizer's state of one rank of a ZeRO checkpoint: the weights are in "
+            f"the files of all ranks: give the directory that holds them, like {path.parent}"
+        )
+    if not isinstance(tree.get("module"), dict):
         return
     groups = [*(tree.get("param_shapes") or ()), tree.get("frozen_param_shapes") or {}]
     for name, shape in ((n, s) for group in groups for n, s in group.items()):
@@ -109,7 +117,7 @@ class SavedEngine:
         }
         for name, value in self.extra.items():
             if isinstance(value, UnsupportedTensor):
-                raise CheckpointError(f"{name!r} is {describe(value)}, which cannot be read")
+                raise CheckpointError(f"{name!r} cannot be read: it is {describe(value)}")
         self.world_size: int = model["dp_world_size"]
         if type(self.world_size) is not int or self.world_size < 1:
             raise CheckpointError(

@@ -172,7 +172,7 @@ class ZeroWriter:
             is_sharded = self.stage == 3 and not saved.is_buffer(name)
             tensors[name] = torch.empty(0, dtype=dtype) if is_sharded else weight_of(saved, name)
             if name not in saved.shapes and not saved.is_buffer(name):
-                frozen[name] = weight_of(saved, name)
+                frozen[name] = weight_of(saved, name) if is_sharded else tensors[name]
         module = {name: tensors[saved.source(name)] for name in old}
         module |= self._extra
         shapes = {name: tensor.shape for name, tensor in frozen.items()}

@@ -1,10 +1,15 @@
 """A model that has changed since the save is one message, before anything is loaded."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from harness.checkpoint.compatible import check_parameters
+from harness.errors import CheckpointError
+from harness.formats.pt_reader import Shape
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from tests.support.helpers import Pools, checkpoint, error_of, log_text, losses, tiny_config
@@ -63,6 +68,33 @@ def test_a_module_that_loads_its_state_itself_is_left_to_it(
     config = config_of(tmp_path, 2, "new", steps=5)
     assert two_ranks.run(error_of, config) == ["", ""]
     assert len(losses(config)) == 5
+
+
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        ([{"w": (2, 3), "b": (3,), "none": (0,)}], ""),
+        ([{"w": (2, 3)}], "only in the checkpoint: b"),
+        ([{"w": (2, 3)}, {"b": (3,), "c": (1,)}], "only in this run: c"),
+        ([{"w": (3, 2), "b": (3,)}], r"'w' has the shape \(3, 2\) in this run, and \(2, 3\)"),
+        ([{"w": (2, 3)}, {"b": (3,)}], "in other parameter groups .*: b; the state of Adafactor"),
+    ],
+)
+def test_parameters_of_a_rewrite_are_those_of_the_checkpoint(shapes: Any, reason: str) -> None:
+    """Also where `check_compatible` leaves the names to the module."""
+    saved: Any = SimpleNamespace(
+        shapes={"w": Shape((2, 3)), "b": Shape((3,)), "empty": Shape((0,))},
+        group_of=lambda name: 0,
+    )
+    engine: Any = SimpleNamespace(
+        name="net",
+        optimizer_path="Adafactor",
+        can_regroup=False,
+        parameter_names=[list(group) for group in shapes],
+    )
+    groups = [{name: Shape(size) for name, size in group.items()} for group in shapes]
+    with pytest.raises(CheckpointError, match=reason) if reason else nullcontext():
+        check_parameters(saved, engine, groups)
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ def damage_a_copy(root: Path) -> str:
     """A node's copy is damaged, and the file is intact where it was written."""
     path = place(root, "b", 6) / "net" / MODEL
     path.write_bytes((place(root, "a", 6) / "net" / MODEL).read_bytes()[:-1])
-    return f"rank 1: damaged: runs/tiny/checkpoints/step-00000006/net/{MODEL}"
+    return f"rank 1: runs/tiny/checkpoints/step-00000006/net/{MODEL}: damaged: "
 
 
 def mix_saves(root: Path) -> str:

@@ -55,10 +55,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"a": Code(), "b": torch.ones(2, 3)}, tmp_path / "x.pt")
-    try:
-        assert any("[2, 3]" in line for line in describe_path(tmp_path / "x.pt"))
-    except CheckpointError as error:
-        assert "not a readable .pt" in str(error)
+    assert any("[2, 3]" in line for line in describe_path(tmp_path / "x.pt"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -80,7 +77,7 @@ def test_damage_is_reported(run: Config) -> None:
     path = directory / "rank-00000.pt"
     data = path.read_bytes()
     path.write_bytes(data[:-1])
-    with pytest.raises(CheckpointError, match=r"rank-00000\.pt has \d+ bytes, expected"):
+    with pytest.raises(CheckpointError, match=r"rank-00000\.pt: damaged: \d+ bytes, expected"):
         list(describe_path(directory))
     lines: list[str] = []
     with pytest.raises(
@@ -89,4 +86,4 @@ def test_damage_is_reported(run: Config) -> None:
         lines.extend(describe_path(run.run_dir))
     path.write_bytes(data)
     assert sum("sizes checked: complete" in line for line in lines) == 1
-    assert sum("rank-00000.pt has" in line for line in lines) == 1
+    assert sum("rank-00000.pt: damaged: " in line for line in lines) == 1

@@ -162,6 +162,13 @@ def test_what_is_not_a_config_is_refused(tmp_path: Path, text: str) -> None:
         load(tmp_path / "missing.toml")
 
 
+@pytest.mark.parametrize("words", [[], ["--run.resume=4"]])
+def test_a_step_to_resume_from_is_a_number(toml: Path, words: list[str]) -> None:
+    text = toml.read_text()
+    toml.write_text(text if words else text.replace("[run]\n", "[run]\nresume = 4\n"))
+    assert parse_args([f"--config={toml}", *words]).run.resume == "4"
+
+
 def test_home_and_variables_in_paths(
     toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

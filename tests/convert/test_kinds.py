@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 import shutil
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -51,13 +52,18 @@ def recompressed(path: Path) -> None:
             archive.writestr(name, content)
 
 
+def archive(path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        tar.add(__file__, arcname="model.pt")
+
+
 def half(path: Path) -> None:
     torch.save(WEIGHTS, path)
     path.write_bytes(path.read_bytes()[:600])
 
 
 KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "lfs": (lambda path: path.write_text(POINTER), "a git-lfs pointer, .* `git lfs pull`"),
+    "lfs": (lambda path: path.write_text(POINTER), "a git-lfs pointer to one: run `git lfs pull`"),
     "page": (lambda path: path.write_text("\n<!doctype html><html>"), "an HTML page"),
     "denied": (lambda path: path.write_text("<?xml version='1.0'?><Error>"), "an XML page"),
     "json": (lambda path: path.write_text('{"error": "Unauthorized"}'), "JSON text"),
@@ -68,6 +74,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "npz packed": (lambda path: numpy_archive(path, np.savez_compressed), "arrays of numpy"),
     "script": (script, "a TorchScript archive"),
     "pt2": (exported, "a program of torch.export"),
+    "tar": (archive, "a tar archive: extract it first"),
     "pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "a plain pickle"),
     "gzip": (lambda path: path.write_bytes(gzip.compress(b"x")), "compressed file: decompress"),
     "empty": (lambda path: path.write_bytes(b""), "but empty"),
@@ -92,6 +99,22 @@ def test_another_kind_of_file_is_named(tmp_path: Path, kind: str, suffix: str) -
         with pytest.raises(HarnessError, match=f"(?s){path}: .*{message}"):
             act()
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("x.onnx", "an ONNX model: use the weights it was made from"),
+        ("x.msgpack", "a msgpack file of Flax: export the weights as .pt or .safetensors"),
+        ("x.h5", "an HDF5 file, as of Keras: export the weights"),
+    ],
+)
+def test_a_kind_without_a_mark_is_known_by_its_suffix(tmp_path: Path, name: str, what: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"\x0a\x83\xa6params")
+    for act in (taken, load, lambda path: list(describe_path(path))):
+        with pytest.raises(HarnessError, match=f"{path}: not a file of weights, but {what}"):
+            act(path)
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x.bin", "x.ckpt", "x"])
@@ -189,6 +212,16 @@ def test_one_ranks_file_of_zero_3_is_refused(tmp_path: Path) -> None:
         torch.save(model, tmp_path / name)
         with pytest.raises(HarnessError, match=r"of one rank of a ZeRO 3 .*give the directory"):
             taken(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["zero_pp_rank_0_mp_rank_00_optim_states.pt", "renamed.pt"])
+def test_one_ranks_optimizer_state_is_named(tmp_path: Path, name: str) -> None:
+    state = {"partition_count": [2], "single_partition_of_fp32_groups": [torch.ones(3)]}
+    torch.save({"optimizer_state_dict": state, "ds_version": "0.19.8"}, tmp_path / name)
+    message = rf"{name}: the optimizer's state of one rank .* directory .* like {tmp_path}$"
+    for key in (None, "optimizer_state_dict"):
+        with pytest.raises(HarnessError, match=message if key is None else "choose|no key"):
+            taken(tmp_path / name, key=key)
 
 
 def tag(directory: Path, step: int, fill: float = 0.0) -> None:

@@ -100,7 +100,12 @@ HOSTILE: dict[str, tuple[Any, str]] = {
         Call(PARAMETER, torch.arange(3), True, OrderedDict()),
         "damaged: .*floating point",
     ),
-    "sparse": (torch.eye(2).to_sparse(), "'0' holds a torch._utils._rebuild_sparse_tensor"),
+    "sparse": (torch.eye(2).to_sparse(), "'0' holds a sparse tensor: save it after to_dense"),
+    "quantized": (
+        torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.quint8),
+        r"'0' holds a quantized tensor: save it after dequantize\(\)",
+    ),
+    "nested": (torch.nested.nested_tensor([torch.ones(2)]), "'0' holds a nested tensor"),
     "conjugated": (torch.ones(2, dtype=torch.complex64).conj(), "save it after resolve_conj"),
     "storage": (torch.ones(2).untyped_storage(), "'0' holds a storage of torch"),
     "module": (torch.nn.Linear(2, 2), "holds a torch.nn.modules.linear.Linear.*unsafe=True"),
