@@ -18,6 +18,7 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(if $(GPUS),python -m pytest -m gpu $(ARGS))
 
 lint: $(VENV)/.installed-dev
 	ruff check

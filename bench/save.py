@@ -33,6 +33,7 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     from harness.data.step_batches import StepBatches
     from harness.engine.engines import build_engines
     from harness.task import load_task
+    from harness.utils import to_device
 
     table = {
         "run": {"name": "bench", "dir": directory},
@@ -48,7 +49,7 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     rank, world_size = distributed.global_rank(), distributed.world_size()
     batches = train_batches(task.train_data, config.data, task.collate, 0, rank, world_size)
     engines = build_engines(task, config)
-    engines.step(next(batches))
+    engines.step(to_device(next(batches), distributed.device()))
     position = StepBatches(batches)
     seconds: dict[str, list[float]] = {}
     disks = find_disks(directory)

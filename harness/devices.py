@@ -54,20 +54,20 @@ def separate_pages(size: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def pin(memory: torch.Tensor) -> bool:
+def pin(memory: torch.UntypedStorage) -> bool:
     """Pins host memory for the GPUs, until `unpin`; False if the system refuses.
 
     torch's own pinned allocator rounds up to a power of two (pytorch #95823).
     """
-    if int(_cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+    if int(_cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes(), 0)) == 0:
         return True
     with suppress(RuntimeError):  # clears the error, which the next kernel would report
         torch.zeros(1, device="cuda")
     return False
 
 
-def unpin(memory: torch.Tensor) -> None:
-    """Undoes `pin`."""
+def unpin(memory: torch.UntypedStorage) -> None:
+    """Undoes `pin`, before the memory is freed; harmless if it was refused."""
     _cudart().cudaHostUnregister(memory.data_ptr())
 
 

@@ -133,7 +133,7 @@ class Trainer:
 
     def step(self) -> None:
         """One step: all its micro-batches, through every engine."""
-        started = time.perf_counter()
+        self.meter.begin()
         self.begun = BegunStep(self.engines)
         samples, tokens, size = 0, 0, self.engines.gradient_accumulation
         batches, terms = self.batches.next_step(size)
@@ -152,7 +152,6 @@ class Trainer:
             "epoch": self.batches.epoch,
             **self.batches.passes(),
             **self.engines.rates(),
-            "step_time_s": time.perf_counter() - started,
         }
         reported_by = [engine.name for engine in self.engines.due(self.engines.global_step)]
         self.meter.push(local, reported_by, samples, tokens)

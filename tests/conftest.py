@@ -1,5 +1,6 @@
 """Shared fixtures: pools of ranks for the entire session, and the `--slow` option."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -13,6 +14,12 @@ from tests.support.helpers import Pools
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides the GPUs, also from subprocesses, from all tests but those of `-m gpu`."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,11 +1,13 @@
 """Copies of live tensors in CPU memory, which a save in the background writes."""
 
+import itertools
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
+from harness import devices
 from harness.utils import tensor_leaves
 
 
@@ -47,9 +49,16 @@ class Snapshots:
 
         copied = tree_map(copy, tree)
         self._buffers = list(copies.values())
+        if devices.is_gpu_used():
+            for unused in itertools.chain(*spare.values()):
+                if unused.nbytes():
+                    devices.unpin(unused)
         return copied
 
 
 def _buffer(size: int) -> torch.UntypedStorage:
-    pin = torch.cuda.is_available()
-    return torch.empty(size, dtype=torch.uint8, pin_memory=pin).untyped_storage()
+    if not (size and devices.is_gpu_used()):
+        return torch.UntypedStorage(size)
+    buffer = devices.separate_pages(size).untyped_storage()
+    devices.pin(buffer)
+    return buffer

@@ -11,6 +11,7 @@ from harness.config.sections import DataConfig
 from harness.control.signals import leave_signals_to_parent
 from harness.data.loader import Collate, Counted, CountingCollate, Fetch, unchanged
 from harness.data.workers import iterated
+from harness.devices import is_gpu_used
 from harness.errors import TaskError
 
 
@@ -82,7 +83,7 @@ def read_once(
     size, workers = config.micro_batch_size, config.workers
     options: dict[str, Any] = {
         "num_workers": workers,
-        "pin_memory": torch.cuda.is_available(),
+        "pin_memory": is_gpu_used(),
         "generator": torch.Generator().manual_seed(seed),
         "worker_init_fn": leave_signals_to_parent,
     }

@@ -24,6 +24,7 @@ from harness.data.sampler import (
     Sampler,
 )
 from harness.data.workers import end_workers
+from harness.devices import is_gpu_used
 from harness.errors import CheckpointError, ConfigError, TaskError, first_few
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ class Loader:
             batch_size=None,
             collate_fn=unchanged,
             num_workers=self._workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=is_gpu_used(),
             generator=torch.Generator(),  # keeps the global generator untouched
             worker_init_fn=leave_signals_to_parent,
         )
@@ -364,7 +365,7 @@ def _batched(
         batch_size=config.micro_batch_size,
         collate_fn=CountingCollate(collate),
         num_workers=config.workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=is_gpu_used(),
         generator=torch.Generator().manual_seed(seed),  # keeps the global generator untouched
         worker_init_fn=leave_signals_to_parent,
     )

@@ -15,8 +15,10 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
+from harness.devices import is_gpu_used
 from harness.distributed import network
 from harness.distributed.forks import sockets_close_in_forks
+from harness.errors import ConfigError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,7 +63,7 @@ def global_leader_only(function: Callable[P, T]) -> Callable[P, T | None]:
 
 def device() -> torch.device:
     """The device of this rank: its GPU, or the CPU if there is none or DS_ACCELERATOR=cpu."""
-    if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available():
+    if is_gpu_used():
         return torch.device("cuda", local_rank())
     return torch.device("cpu")
 
@@ -80,6 +82,7 @@ def init(timeout_s: float, join: Callable[[timedelta], object]) -> None:
     if "RANK" not in os.environ:
         os.environ.update(single, MASTER_PORT=str(free_port()))
     if device().type == "cuda":
+        _check_gpus()
         torch.cuda.set_device(device())
     if local_world_size() < world_size():
         network.choose_interface()
@@ -93,6 +96,17 @@ def init(timeout_s: float, join: Callable[[timedelta], object]) -> None:
     _control = group
     if device().type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(_threads_of_this_rank())
+
+
+def _check_gpus() -> None:
+    """Raises ConfigError if this node's ranks do not have a GPU each."""
+    ranks, gpus = max(local_world_size(), local_rank() + 1), torch.cuda.device_count()
+    if ranks > gpus:
+        raise ConfigError(
+            f"rank {global_rank()} is one of {ranks} ranks on {socket.gethostname()} and sees "
+            f"{gpus} GPU{'s' * (gpus != 1)}: start one rank per GPU, let each rank see all GPUs of "
+            "its node (in Slurm --gpu-bind=none), or set DS_ACCELERATOR=cpu"
+        )
 
 
 def _threads_of_this_rank() -> int:

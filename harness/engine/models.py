@@ -19,6 +19,7 @@ def engine_settings(config: EngineConfig, micro_batch_size: int) -> dict[str, An
     """DeepSpeed's JSON for an engine, with what harness sets itself."""
     settings = {
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice per step
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": micro_batch_size,

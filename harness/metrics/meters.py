@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from harness import distributed
+from harness.metrics.step_clock import StepClock
 
 Stats = Mapping[str, torch.Tensor | float]
 """Metrics of one micro-batch, by name."""
@@ -92,6 +93,7 @@ class _Pending:
     """A step in the pipeline."""
 
     local: dict[str, Any]
+    clock: StepClock
     names: list[str]
     sums: _Sums
     tail: list[int]
@@ -103,6 +105,10 @@ class _Pending:
         if self.copied is not None:
             self.copied.synchronize()
         return self.sums.by_name()
+
+    def own(self) -> dict[str, Any]:
+        """`local`, and the step's duration. Call `totals` first."""
+        return self.local | {"step_time_s": self.clock.seconds()}
 
 
 class StepMeter:
@@ -118,10 +124,15 @@ class StepMeter:
         self._exchanged: set[str] = set()  # engines whose metrics all ranks know
         self._new_names: dict[str, None] = {}  # unknown to other ranks, perhaps
         self._sums = _Sums()
+        self._clock = StepClock()
         self._pushed: _Pending | None = None
         self._copying: _Pending | None = None
         self._summing: _Pending | None = None
         self._completed: list[StepNumbers] = []
+
+    def begin(self) -> None:
+        """Begins a step, whose duration is reported as `step_time_s`."""
+        self._clock = StepClock()
 
     def add(self, report: Stats, weight: float = 1.0) -> None:
         """Adds the metrics of a micro-batch to the step; with weight 0, their names only."""
@@ -142,6 +153,7 @@ class StepMeter:
         if not self._exchanged.issuperset(reported_by):
             self._exchanged.update(reported_by)
             self._exchange_names()
+        self._clock.stop()
         sums, self._sums = self._sums, _Sums()
         sums.copy_to_host()
         copied = None
@@ -149,7 +161,7 @@ class StepMeter:
             copied = torch.cuda.Event()
             copied.record()
         tail = [samples, tokens, len(self._new_names)]
-        self._pushed = _Pending(local, self._names, sums, tail, copied)
+        self._pushed = _Pending(local, self._clock, self._names, sums, tail, copied)
 
     def take(self) -> list[StepNumbers]:
         """The steps completed since the last call."""
@@ -162,7 +174,7 @@ class StepMeter:
         for pending in filter(None, (self._summing, self._copying, self._pushed)):
             sums, weights = pending.totals()
             means = {name: sums[name] / weight for name, weight in weights.items() if weight}
-            own.append(StepNumbers(pending.local, means, *pending.tail[:2]))
+            own.append(StepNumbers(pending.own(), means, *pending.tail[:2]))
         return own
 
     def contribute(self) -> Sequence[float]:
@@ -189,7 +201,7 @@ class StepMeter:
         samples, tokens, new_names = map(int, sums[2 * size :])
         if new_names:
             self._exchange_names()
-        self._completed.append(StepNumbers(pending.local, means, samples, tokens))
+        self._completed.append(StepNumbers(pending.own(), means, samples, tokens))
 
     def _exchange_names(self) -> None:
         new = [name for names in distributed.all_gather(list(self._new_names)) for name in names]

@@ -4,14 +4,14 @@ A backend provides streams, events and copies. All ordering between them is in `
 that a simulated backend can test it.
 """
 
-import mmap
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from contextlib import suppress
 from typing import Any
 
 import torch
+
+from harness import devices
 
 MARGIN = 0.1
 """The fraction of a device's memory that the planner leaves free, for fragmentation and for later
@@ -61,10 +61,7 @@ class Backend(ABC):
 
     def pin(self, size: int) -> torch.Tensor | None:
         """`size` bytes of host memory (uint8, 1-D) in separate pages; None if refused."""
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Forked data-loader workers must not inherit these pages.
-        memory.madvise(mmap.MADV_DONTFORK)
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return devices.separate_pages(size)
 
     def unpin(self, memory: torch.Tensor) -> None:  # noqa: B027  (optional)
         """Undoes `pin`; the pages are freed with the tensor."""
@@ -175,17 +172,11 @@ class CudaBackend(Backend):
         tensor.record_stream(stream)
 
     def pin(self, size: int) -> torch.Tensor | None:
-        # torch's own pinned allocator rounds up to a power of two (pytorch #95823).
-        memory = super().pin(size)
-        assert memory is not None
-        if int(_cudart().cudaHostRegister(memory.data_ptr(), size, 0)) == 0:
-            return memory
-        with suppress(RuntimeError):  # clears the error, which the next kernel would report
-            torch.zeros(1, device="cuda")
-        return None
+        memory = devices.separate_pages(size)
+        return memory if devices.pin(memory.untyped_storage()) else None
 
     def unpin(self, memory: torch.Tensor) -> None:
-        _cudart().cudaHostUnregister(memory.data_ptr())
+        devices.unpin(memory.untyped_storage())
 
     def stall_s(self) -> float:
         self._count_waits()
@@ -202,10 +193,6 @@ class CudaBackend(Backend):
         return total * (1 - MARGIN) - others - torch.cuda.max_memory_allocated(device)
 
 
-def _cudart() -> Any:
-    return torch.cuda.cudart()
-
-
 def default_backend() -> Backend:
-    """The backend for this process's GPUs, or for its CPU if there are none."""
-    return CudaBackend() if torch.cuda.is_available() else CpuBackend()
+    """The backend for this process's GPU, or for its CPU if it computes there."""
+    return CudaBackend() if devices.is_gpu_used() else CpuBackend()

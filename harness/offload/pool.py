@@ -1,6 +1,7 @@
 """Host memory for copies: pinned slabs that are reused, up to a limit in bytes."""
 
 import threading
+import weakref
 from bisect import bisect_left, insort
 from collections import deque
 from operator import attrgetter
@@ -70,6 +71,9 @@ class Pool:
         self._leased = 0
         self._idle: list[Slab] = []  # sorted by size, then by time of return
         self._returned: deque[Slab] = deque()
+        self._slabs: dict[int, Slab] = {}  # all of them, by address
+        # A pool without leases may be dropped; pages must not be freed while they are pinned.
+        weakref.finalize(self, _free_all, backend, self._slabs).atexit = False
         self._lock = threading.Lock()
 
     def lease(self, size: int) -> Slab | None:
@@ -123,10 +127,20 @@ class Pool:
             return None
         self.held += size
         self.pins += 1
-        return Slab(memory)
+        slab = self._slabs[memory.data_ptr()] = Slab(memory)
+        return slab
 
     def _free(self, slab: Slab) -> None:
-        if slab.busy is not None:
-            self._backend.synchronize(slab.busy)
-        self._backend.unpin(slab.memory)
+        _release(self._backend, self._slabs.pop(slab.memory.data_ptr()))
         self.held -= slab.size
+
+
+def _release(backend: Backend, slab: Slab) -> None:
+    if slab.busy is not None:
+        backend.synchronize(slab.busy)
+    backend.unpin(slab.memory)
+
+
+def _free_all(backend: Backend, slabs: dict[int, Slab]) -> None:
+    while slabs:
+        _release(backend, slabs.popitem()[1])

@@ -24,7 +24,8 @@ def attention_backend(
     """Inside the context, scaled_dot_product_attention uses only this backend; with "any", torch
     chooses.
 
-    Raises ConfigError if the backend has no kernel for one of the dtypes on the device.
+    Raises ConfigError if the backend has no kernel for one of the dtypes on the device, or for a
+    call inside the context.
     """
     if name == "any":
         yield
@@ -38,4 +39,13 @@ def attention_backend(
                 raise ConfigError(
                     f"attention = {name!r}: no kernel for {dtype} on {device.type}: {error}"
                 ) from None
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            raise ConfigError(
+                f"attention = {name!r}: it has no kernel on {device.type} for a call in the model, "
+                "because of its dropout, mask, head size or dtype: choose another backend, or "
+                '"any"'
+            ) from error

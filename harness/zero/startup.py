@@ -32,7 +32,8 @@ def _patched(timeout: timedelta) -> ModuleType:
     """
     os.environ.setdefault("DS_ACCELERATOR", distributed.device().type)
     deepspeed = importlib.import_module("deepspeed")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Set before it is asked for: DeepSpeed would run compilers to find out about all its ops.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     backend = importlib.import_module("deepspeed.comm.torch").TorchBackend
 
     def new_group(self: Any, ranks: Sequence[int]) -> Any:

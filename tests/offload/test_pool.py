@@ -1,5 +1,6 @@
 """The pool of host memory, and the planner that decides how much to use it."""
 
+import gc
 import itertools
 import random
 import threading
@@ -109,6 +110,26 @@ def test_after_a_failure_to_pin_the_pool_stops_growing() -> None:
     pool = Pool(backend, 100 * MB)
     slabs = [pool.lease(MB) for _ in range(5)]
     assert slabs.count(None) == 3 and backend.asked == 3 and pool.host_bytes == 2 * MB
+
+
+def test_a_dropped_pool_unpins_its_memory() -> None:
+    class Counting(CpuBackend):
+        pinned = 0
+
+        def pin(self, size: int) -> torch.Tensor | None:
+            self.pinned += 1
+            return super().pin(size)
+
+        def unpin(self, memory: torch.Tensor) -> None:
+            self.pinned -= 1
+
+    backend, model = Counting(), Model(4)
+    plan = offload.attach(model, fraction="all", keep_last=0, min_bytes=0, backend=backend)
+    step(model, rows=20)
+    assert backend.pinned > 0
+    del plan, model  # without detach
+    gc.collect()
+    assert backend.pinned == 0
 
 
 def test_slabs_come_back_from_other_threads() -> None:

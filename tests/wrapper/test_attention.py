@@ -30,3 +30,14 @@ def test_only_the_chosen_backend_is_used_and_an_unavailable_one_is_refused() -> 
     with pytest.raises(ConfigError, match=message):
         attention_backend("cudnn", [torch.float32], cpu).__enter__()
     assert [flag() for flag in flags] == [True, True]
+
+
+def test_a_call_without_a_kernel_is_explained() -> None:
+    """Flash attention on a CPU has no dropout."""
+    x = torch.zeros(1, 1, 8, 64)
+    message = "attention = 'flash': it has no kernel on cpu for a call in the model"
+    with (
+        pytest.raises(ConfigError, match=message),
+        attention_backend("flash", [torch.float32], torch.device("cpu")),
+    ):
+        torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
