@@ -57,6 +57,7 @@ OPTIMIZERS = {
     "apollo": OptimizerSpec("harness.optim.apollo:Apollo"),
     "apollo-mini": OptimizerSpec("harness.optim.apollo:ApolloMini"),
     "muon": OptimizerSpec("harness.optim.matrices:Muon"),
+    "soap": OptimizerSpec("harness.optim.matrices:Soap"),
     "muon-deepspeed": OptimizerSpec(muon.PATH, make=_muon_of_deepspeed),
     "adafactor": OptimizerSpec(
         "torch.optim:Adafactor",

@@ -143,7 +143,7 @@ class MatrixGroup(TensorGroup):
                 assert batch is not None  # a matrix's first piece comes first
                 batch.pieces.append(firsts[number] + index)
                 batch.lengths.append(piece.length)
-        return batches
+        return sorted(batches, key=lambda batch: (batch.plan, batch.shape))
 
 
 def may_branch(condition: Tensor) -> bool:

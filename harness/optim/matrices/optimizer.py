@@ -111,6 +111,7 @@ class MatrixOptimizer(ShardedOptimizer):
         }
         group = self.GROUP(flats, shards, matrices, load, torch.float32)
         group.dtype = self._dtype_on(group.compute_device)
+        group.settings = param_group
         return group
 
     @abstractmethod

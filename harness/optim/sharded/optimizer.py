@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from harness.optim.sharded.tensor_groups import ParamGroup, TensorGroup
+from harness.optim.sharded.tensor_groups import ParamGroup, State, TensorGroup
 from harness.zero.parameters import full_shape
 from harness.zero.shards import Shard, locate
 
@@ -26,6 +26,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """If it is given the state of another optimizer."""
     IS_ELEMENTWISE: ClassVar[bool] = False
     """Whether all state has the size of the weights, and can be split at any element."""
+    STATE_SETTINGS: ClassVar[tuple[str, ...]] = ()
+    """Settings that the shapes of the state depend on, which a resumed run must not change."""
     SELECTION: ClassVar[tuple[str, ...]]
     """The arguments of `split_groups` that a config may set."""
     GROUP_ONLY: ClassVar[tuple[str, ...]] = ()
@@ -48,6 +50,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
     ) -> list[ParamGroup]:
         """Groups with their parameters by name as `params`, each split into matrices, stacks of
         matrices, and the rest. `args`: the constructor's."""
+
+    @classmethod
+    def resharded(
+        cls,
+        old: Iterable[tuple[Sequence[Shard], Sequence[State]]],
+        new: Shard,
+        matrices: Mapping[str, Sequence[Any]],
+        settings: ParamGroup,
+    ) -> State:
+        """The state of a flat of matrices in a new layout, for optimizers that are not elementwise.
+
+        `old`: for each flat of the old layout that has some of them, its shards, and its states on
+        the CPU, by rank. `matrices`: of each parameter of these flats, by parameter name.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def matrices_in(cls, name: str, shape: Sequence[int], group: Mapping[str, Any]) -> list[Any]:
+        """The matrices of a parameter in a group; none if it is dense."""
+        return []
 
     @abstractmethod
     def _allowed(self, group: ParamGroup) -> dict[str, bool]:

@@ -20,9 +20,9 @@ from tests.support.given_gradients import (
     take_steps,
     worst,
 )
-from tests.support.matrix_optimizers import muon
+from tests.support.matrix_optimizers import muon, soap
 
-OPTIMIZERS = pytest.mark.parametrize("make", [muon], ids=lambda make: make.__name__)
+OPTIMIZERS = pytest.mark.parametrize("make", [muon, soap], ids=lambda make: make.__name__)
 MODULES = ("groups", "optimizer", "muon")
 
 
@@ -129,4 +129,4 @@ def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(
 ) -> None:
     for moved, difference in two_ranks.run(poisoned_on_one_rank, make):
         assert moved == 0.0
-        assert difference <= 5e-7
+        assert difference <= 2e-6

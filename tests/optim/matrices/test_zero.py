@@ -1,4 +1,4 @@
-"""Muon under every ZeRO stage and wrapper ends where the unsharded optimizer ends.
+"""Muon and SOAP under every ZeRO stage and wrapper ends where the unsharded optimizer ends.
 
 Gradients are injected, so that nothing amplifies rounding; the bound is on |difference| / max|W| of
 every parameter after 40 steps.
@@ -12,9 +12,9 @@ import pytest
 from harness.testing.pool import RankPool
 from tests.support.given_gradients import difference
 from tests.support.helpers import Pools
-from tests.support.matrix_optimizers import muon
+from tests.support.matrix_optimizers import muon, soap
 
-BOUNDS: dict[Callable[..., Any], float] = {muon: 5e-7}
+BOUNDS: dict[Callable[..., Any], float] = {muon: 5e-7, soap: 2e-6}
 OPTIMIZERS = pytest.mark.parametrize("make", BOUNDS, ids=lambda make: make.__name__)
 SLOW = pytest.mark.slow
 
