@@ -1,7 +1,7 @@
 """Settings of DeepSpeed that harness does not support, one check each.
 
-Each check takes the merged JSON, `ds`, and raises UnsupportedSetting. Those for EMA, APOLLO and
-teachers apply to engines that use them.
+Each check takes the merged JSON, `ds`, and raises UnsupportedSetting. Those for EMA, APOLLO,
+Muon and teachers apply to engines that use them.
 """
 
 from collections.abc import Mapping
@@ -180,9 +180,9 @@ def check_ema_covers_all(ds: Mapping[str, Any]) -> None:
     _ratio_is_1(ds, "ema_decay: DeepSpeed updates the rest with its own optimizer")
 
 
-def check_apollo_covers_all(ds: Mapping[str, Any]) -> None:
+def check_optimizer_covers_all(ds: Mapping[str, Any]) -> None:
     """With a ratio < 1 DeepSpeed updates the rest itself, with AdamW."""
-    _ratio_is_1(ds, "APOLLO: DeepSpeed updates the rest with its own AdamW")
+    _ratio_is_1(ds, "DeepSpeed updates the rest with its own AdamW")
 
 
 def _ratio_is_1(ds: Mapping[str, Any], reason: str) -> None:

@@ -94,9 +94,9 @@ class OptimizerConfig(NamedConfig):
     """[engines.NAME.optimizer] an optimizer; other keys are its arguments."""
 
     name: str = "adamw"
-    """A registered optimizer ("adamw", "apollo", "apollo-mini", "muon", "adafactor", "prodigy",
-    "schedulefree", "adam8bit", "adamw8bit", "lion8bit"), or an import path, like
-    "torch.optim:SGD"."""
+    """A registered optimizer ("adamw", "apollo", "apollo-mini", "muon", "soap",
+    "muon-deepspeed", "adafactor", "prodigy", "schedulefree", "adam8bit", "adamw8bit", "lion8bit"),
+    or an import path, like "torch.optim:SGD"."""
     lr: float = Field(default=1e-3, ge=0, allow_inf_nan=False)
     """Learning rate: the peak of the schedule."""
     groups: list[ParameterGroupConfig] = Field(default=[], repr=False)

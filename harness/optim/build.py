@@ -9,30 +9,26 @@ from torch.optim import Optimizer
 
 from harness.config.engine_sections import OptimizerConfig
 from harness.errors import ConfigError, did_you_mean
-from harness.optim.apollo.optimizer import Apollo
-from harness.optim.apollo.param_groups import apollo_param_groups
 from harness.optim.arguments import check_arguments
 from harness.optim.param_groups import Named, parameters_by_group, without_decay
 from harness.optim.registry import OPTIMIZERS, optimizer_class
-
-PARAM_GROUP_ARGUMENTS = ("low_rank", "dense", "stacked")
-"""Arguments of `apollo_param_groups` that a config may set."""
+from harness.optim.sharded.optimizer import ShardedOptimizer
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer that the config names, for the trainable parameters of a model.
 
     With `groups` or `no_decay`, each of torch's parameter groups has the `name` of the group in the
-    config that it belongs to; several may have the same name. APOLLO also takes the arguments of
-    `apollo_param_groups`. Raises ConfigError for an unknown name or unknown arguments, for a group
-    without parameters, and if the optimizer rejects its arguments.
+    config that it belongs to; several may have the same name. APOLLO, Muon and SOAP also take the
+    arguments that say which parameters are matrices. Raises ConfigError for an unknown name or
+    unknown arguments, for a group without parameters, and if the optimizer rejects its arguments.
     """
     kind: Any = optimizer_class(config.name)
     args: dict[str, Any] = dict(config.args)
-    is_apollo = issubclass(kind, Apollo)
+    is_sharded = issubclass(kind, ShardedOptimizer)
     spec = OPTIMIZERS.get(config.name)
-    constructor: Any = (spec and spec.make) or (Apollo if is_apollo else kind)
-    extra = PARAM_GROUP_ARGUMENTS if is_apollo else ()
+    constructor: Any = (spec and spec.make) or kind
+    extra = kind.SELECTION if is_sharded else ()
     check_arguments(f"optimizer {config.name!r}", constructor, args, extra)
     selection = {key: args.pop(key) for key in extra if key in args}
     has_groups = bool(config.groups) or config.no_decay
@@ -41,18 +37,17 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
             if has_groups:
                 raise ConfigError("groups and no_decay are not supported: it makes its own groups")
             return spec.make(model, lr=config.lr, **args)
-        if not (has_groups or is_apollo):
+        if not (has_groups or is_sharded):
             trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
             return kind(trainable, lr=config.lr, **args)
         defaults = kind([nn.Parameter(torch.zeros(2, 2))], lr=config.lr, **args).defaults
         _check_groups(config, kind, args, defaults)
         groups = _torch_groups(model, config)
-        if is_apollo:
-            rank = args.pop("rank", kind.RANK)
-            groups = _apollo_groups(model, groups, rank, selection)
+        if is_sharded:
+            groups = kind.split_groups(model, groups, args | {"lr": config.lr}, **selection)
         if config.no_decay:
             groups = without_decay(groups, defaults["weight_decay"])
-        return kind([_listed(group, is_apollo) for group in groups], lr=config.lr, **args)
+        return kind([_listed(group, is_sharded) for group in groups], lr=config.lr, **args)
     except Exception as error:  # an optimizer may raise any exception for wrong arguments
         raise ConfigError(f"optimizer {config.name!r}: {error}") from error
 
@@ -66,7 +61,9 @@ def configured_keys(config: OptimizerConfig, optimizer: Optimizer) -> set[str]:
     keys = {"lr", "name", *config.args}
     for group in config.groups:
         keys |= group.args.keys()
-    is_stateless = isinstance(optimizer, Apollo) or type(optimizer).__module__.startswith("torch.")
+    is_stateless = isinstance(optimizer, ShardedOptimizer) or type(optimizer).__module__.startswith(
+        "torch."
+    )
     return keys | (optimizer.defaults.keys() if config.groups and is_stateless else set())
 
 
@@ -78,23 +75,6 @@ def _torch_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, A
         ({"name": name} if has_names else {}) | {"params": named} | settings.get(name, {})
         for name, named in parameters_by_group(model, config.groups).items()
     ]
-
-
-def _apollo_groups(
-    model: nn.Module, groups: list[dict[str, Any]], rank: int, selection: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """The groups, each split into matrices, stacks of matrices, and the rest."""
-    ranks = {group.get("rank", rank) for group in groups}
-    by_rank = {rank: apollo_param_groups(model, rank=rank, **selection) for rank in ranks}
-    split = []
-    for group in groups:
-        for kind in by_rank[group.get("rank", rank)]:
-            names = set(kind["param_names"])
-            named = {name: p for name, p in group["params"].items() if name in names}
-            if named:
-                own = {key: value for key, value in kind.items() if key != "param_names"}
-                split.append(group | own | {"params": named})
-    return split
 
 
 def _listed(group: dict[str, Any], with_names: bool) -> dict[str, Any]:
@@ -109,6 +89,7 @@ def _check_groups(
     """Raises ConfigError for an option of a group that the optimizer does not have, or rejects."""
     if config.no_decay and "weight_decay" not in defaults:
         raise ConfigError("no_decay: it has no weight_decay")
+    group_only = kind.GROUP_ONLY if issubclass(kind, ShardedOptimizer) else ()
     for group in config.groups:
         for key in group.args:
             if key not in defaults:
@@ -117,6 +98,7 @@ def _check_groups(
                     f"known: {', '.join(defaults)}"
                 )
         try:  # torch checks the optimizer's own settings only, not those of a group
-            kind([nn.Parameter(torch.zeros(2, 2))], **{**args, **group.args, "lr": config.lr})
+            of_group = {key: v for key, v in group.args.items() if key not in group_only}
+            kind([nn.Parameter(torch.zeros(2, 2))], **{**args, **of_group, "lr": config.lr})
         except Exception as error:
             raise ConfigError(f"group {group.name!r}: {error}") from error

@@ -28,7 +28,7 @@ class OptimizerSpec:
     """Builds it from a model, for optimizers whose constructor needs more than parameters."""
 
 
-def _muon(
+def _muon_of_deepspeed(
     model: nn.Module,
     *,
     lr: float,
@@ -56,7 +56,9 @@ OPTIMIZERS = {
     "adamw": OptimizerSpec("torch.optim:AdamW"),
     "apollo": OptimizerSpec("harness.optim.apollo:Apollo"),
     "apollo-mini": OptimizerSpec("harness.optim.apollo:ApolloMini"),
-    "muon": OptimizerSpec(muon.PATH, make=_muon),
+    "muon": OptimizerSpec("harness.optim.matrices:Muon"),
+    "soap": OptimizerSpec("harness.optim.matrices:Soap"),
+    "muon-deepspeed": OptimizerSpec(muon.PATH, make=_muon_of_deepspeed),
     "adafactor": OptimizerSpec(
         "torch.optim:Adafactor",
         wrong_when_sharded="it keeps row and column means of each matrix, but receives 1-D tensors",

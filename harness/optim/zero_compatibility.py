@@ -12,15 +12,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from harness.config.deepspeed_rules import UnsupportedSetting, check_apollo_covers_all
+from harness.config.deepspeed_rules import UnsupportedSetting, check_optimizer_covers_all
 from harness.config.engine_sections import OptimizerConfig
 from harness.errors import ConfigError
-from harness.optim.apollo.optimizer import Apollo
 from harness.optim.build import build_optimizer
 from harness.optim.registry import OPTIMIZERS, optimizer_class
+from harness.optim.sharded.optimizer import ShardedOptimizer
 from harness.zero.engine_state import DEFAULT_CLIPPING
 
 log = logging.getLogger(__name__)
+
+MUON_OF_DEEPSPEED = "muon-deepspeed"
 
 UNSUPPORTED: dict[type[Optimizer], str] = {
     torch.optim.LBFGS: "it computes the loss several times a step, but DeepSpeed only once",
@@ -40,14 +42,14 @@ def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"optimizer {config.name!r} is not supported: {reason}; use another optimizer"
             )
-    if config.name == "muon" and stage == 3 and zero.get("reduce_scatter", True):
+    if config.name == MUON_OF_DEEPSPEED and stage == 3 and zero.get("reduce_scatter", True):
         raise ConfigError(
             f"optimizer {config.name!r} needs complete gradients at ZeRO stage 3: set "
-            "zero_optimization.reduce_scatter = false"
+            "zero_optimization.reduce_scatter = false, or use 'muon'"
         )
     check_clipping(config, stage, deepspeed.get("gradient_clipping", DEFAULT_CLIPPING))
-    if issubclass(kind, Apollo):
-        _check_apollo(config.name, stage, deepspeed)
+    if issubclass(kind, ShardedOptimizer):
+        _check_sharded(config.name, stage, deepspeed)
     spec = OPTIMIZERS.get(config.name)
     if stage and spec is not None and spec.wrong_when_sharded:
         raise ConfigError(
@@ -60,7 +62,8 @@ def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
             f"optimizer {config.name!r}: {spec.needs_model_parameters}, but with ZeRO or a 16-bit "
             "dtype it only sees the master weights: use ZeRO stage 0 in fp32"
         )
-    if stage and spec is None and not _is_elementwise_torch(kind):
+    is_known = spec is not None or issubclass(kind, ShardedOptimizer)
+    if stage and not is_known and not _is_elementwise_torch(kind):
         log.warning(
             "optimizer %r is not known to be elementwise: at ZeRO stage %d it receives 1-D "
             "tensors, this rank's shard of the parameters",
@@ -71,17 +74,17 @@ def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
 
 def check_clipping(config: OptimizerConfig, stage: int, norm: float) -> None:
     """Raises ConfigError if the optimizer is not correct when gradients are clipped to `norm`."""
-    if config.name == "muon" and stage and norm:
+    if config.name == MUON_OF_DEEPSPEED and stage and norm:
         raise ConfigError(
             f"optimizer {config.name!r}: at ZeRO stage {stage} DeepSpeed clips its updates instead "
             f"of the gradients (to {norm:g}): set gradient_clipping = 0 in DeepSpeed's config, or "
-            "use stage 0"
+            "use 'muon', or stage 0"
         )
 
 
-def _check_apollo(name: str, stage: int, deepspeed: Mapping[str, Any]) -> None:
+def _check_sharded(name: str, stage: int, deepspeed: Mapping[str, Any]) -> None:
     try:
-        check_apollo_covers_all(deepspeed)
+        check_optimizer_covers_all(deepspeed)
     except UnsupportedSetting as error:
         raise ConfigError(f"optimizer {name!r}: {error}") from None
     if not stage and deepspeed.get("fp16", {}).get("enabled"):
@@ -107,10 +110,11 @@ def is_elementwise(config: OptimizerConfig, device: torch.device) -> bool:
     """Whether the optimizer keeps the same state for a matrix as for a vector of its elements.
 
     If not (Adafactor keeps means of rows and columns), the state cannot be resharded. Determined by
-    stepping a matrix and a vector, except for APOLLO, which treats so small a matrix as dense.
+    stepping a matrix and a vector, except for those that know it of themselves.
     """
-    if issubclass(optimizer_class(config.name), Apollo):
-        return False
+    kind = optimizer_class(config.name)
+    if issubclass(kind, ShardedOptimizer):
+        return kind.IS_ELEMENTWISE
     config = config.model_copy(update={"groups": [], "no_decay": False})
     states = []
     for shape in ((2, 3), (6,)):

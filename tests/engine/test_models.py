@@ -35,7 +35,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "stage 3, Muon": (
         3,
         {"gradient_clipping": 0.0, "zero_optimization": {"reduce_scatter": False}},
-        {"optimizer": {"name": "muon", "lr": 1e-2}},
+        {"optimizer": {"name": "muon-deepspeed", "lr": 1e-2}},
     ),
     "stage 3, offload": (3, OFFLOAD, {}),
 }

@@ -91,10 +91,14 @@ ADAFACTOR = "keeps row and column means of each matrix"
         ("adafactor", {"zero_optimization": {"stage": 1}}, ADAFACTOR),
         ("schedulefree", {"zero_optimization": {"stage": 1}}, "use ZeRO stage 0 in fp32"),
         ("schedulefree", {"bf16": {"enabled": True}}, "use ZeRO stage 0 in fp32"),
-        ("muon", {"zero_optimization": {"stage": 3}}, "reduce_scatter = false"),
+        ("muon-deepspeed", {"zero_optimization": {"stage": 3}}, "reduce_scatter = false"),
         ("torch.optim:LBFGS", {}, "computes the loss several times a step"),
         ("torch.optim:SparseAdam", {}, "needs sparse gradients"),
-        ("muon", {"zero_optimization": {"stage": 2}}, r"\(to 1\): set gradient_clipping = 0"),
+        (
+            "muon-deepspeed",
+            {"zero_optimization": {"stage": 2}},
+            r"\(to 1\): set gradient_clipping = 0",
+        ),
         ("apollo", {"fp16": {"enabled": True}}, "use stage 1, or bf16"),
         (
             "apollo",
@@ -134,7 +138,7 @@ def with_muon(stage: int, clip: float) -> dict[str, Tensor] | str:
     dynamo.config.disable = True  # its kernels are compiled, which takes a minute
     shapes = {"matrix": (12, 8), "wide": (8, 16), "bias": (7,), "embedding": (6, 5)}
     model = Given(shapes)
-    config = optimizer_config(name="muon", lr=0.02, adam_lr=1e-2, momentum=0.9)
+    config = optimizer_config(name="muon-deepspeed", lr=0.02, adam_lr=1e-2, momentum=0.9)
     overrides = {
         "gradient_clipping": clip,
         "zero_optimization": {"stage": stage, "reduce_scatter": stage != 3},
@@ -176,7 +180,7 @@ def test_muon_is_the_same_at_every_stage_or_refused(
 def muon_config(directory: Path, stage: int, clip: float | None) -> Any:
     overrides = {} if clip is None else {"gradient_clipping": clip}
     engine = {
-        "optimizer": {"name": "muon", "lr": 1e-2},
+        "optimizer": {"name": "muon-deepspeed", "lr": 1e-2},
         "ds_overrides": overrides | {"zero_optimization": {"reduce_scatter": False}},
     }
     return tiny_config(
@@ -193,7 +197,7 @@ def test_a_run_of_muon_that_would_clip_its_updates_is_refused(
         assert f"at ZeRO stage {stage} DeepSpeed clips its updates" in error
     live = muon_config(tmp_path / "live", stage, 0.0)
     two_ranks.run(commanded, live, "clip 1@1\n")
-    assert "step 1: clip 1: failed: optimizer 'muon'" in log_text(live)
+    assert "step 1: clip 1: failed: optimizer 'muon-deepspeed'" in log_text(live)
     assert len(records(live)) == 2
 
 

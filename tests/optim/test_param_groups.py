@@ -135,7 +135,10 @@ def test_groups_are_split_further_for_apollo() -> None:
         (settings([{"match": "norm", "params": []}]), "'g0': unknown key 'params'"),
         (settings([{"match": "norm", "weight_decay": -1}]), "'g0': Invalid weight_decay"),
         (settings([{"match": "norm", "gamma": 0.1}], name="apollo"), "gamma = 0.1 is not valid"),
-        (settings([{"match": "norm"}], name="muon"), "groups and no_decay are not supported"),
+        (
+            settings([{"match": "norm"}], name="muon-deepspeed"),
+            "groups and no_decay are not supported",
+        ),
         (settings(name="torch.optim:Rprop", no_decay=True), "it has no weight_decay"),
     ],
 )

@@ -70,7 +70,11 @@ REFUSED: list[tuple[Entry, str]] = [
         "a second backward in one micro-batch.*return the sum of the losses from the feeder",
     ),
     (
-        _entry("muon", optimizer={"name": "muon", "lr": 1e-2}, engines=COMPLETE_GRADIENTS),
+        _entry(
+            "muon-deepspeed",
+            optimizer={"name": "muon-deepspeed", "lr": 1e-2},
+            engines=COMPLETE_GRADIENTS,
+        ),
         "clips its updates instead of the gradients .to 1.: set gradient_clipping = 0",
     ),
 ]

@@ -6,8 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.optim.apollo.tensor_groups import TensorGroup
-from harness.zero.shards import ShardError
+from harness.optim.sharded.tensor_groups import TensorGroup, common_shard
 
 
 class Exchange:
@@ -15,13 +14,8 @@ class Exchange:
 
     def __init__(self, tensor_groups: Sequence[TensorGroup]):
         """Raises ShardError if they are sharded over different process groups."""
-        self._shard = tensor_groups[0].shard
+        self._shard = common_shard(tensor_groups)
         self._world = tensor_groups[0].world
-        if any(group.shard.group is not self._shard.group for group in tensor_groups):
-            raise ShardError(
-                "one step() would update parameters that are sharded over different process groups "
-                "(experts, with BF16_Optimizer): use ZeRO stage 2, which steps them separately"
-            )
 
     def reduce_scatter(self, sent: Sequence[Tensor]) -> list[Tensor]:
         """For each tensor (W, any), this rank's row, summed over the ranks: (any,)."""

@@ -1,21 +1,10 @@
 """Bytes of state that APOLLO keeps on each rank, computed from shapes."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from math import prod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.optim.apollo.channels import ChannelPlan, matrices_of
-from harness.zero.partition import (
-    full_segment,
-    offsets_end_to_end,
-    partition_segments,
-    partition_size,
-    shard_segments,
-    shards_numel,
-)
-from harness.zero.shards import Shard
-
-Shapes = Mapping[str, Sequence[int]]
+from harness.optim.sharded.layouts import expected_shards
 
 
 def state_bytes(groups: Sequence[Mapping[str, Any]], stage: int, world: int) -> list[int]:
@@ -35,7 +24,7 @@ def state_bytes(groups: Sequence[Mapping[str, Any]], stage: int, world: int) -> 
             for name, shape in shapes.items():
                 matrices[name] = matrices_of(name, shape, group.get("stacked", False))
         for rank in range(world):
-            for shard, elements in _shards(shapes, stage, world, rank):
+            for shard, elements in expected_shards(shapes, stage, world, rank):
                 total[rank] += 4  # the step
                 if not group["rank"]:
                     total[rank] += 2 * 4 * elements
@@ -46,23 +35,3 @@ def state_bytes(groups: Sequence[Mapping[str, Any]], stage: int, world: int) -> 
                         rows = sum(size for _, size in plan.projection_rows.values())
                         total[rank] += 4 * rows * group["rank"]
     return total
-
-
-def _shards(shapes: Shapes, stage: int, world: int, rank: int) -> Iterator[tuple[Shard, int]]:
-    """The tensors that a rank steps for one parameter group: (shard, number of elements)."""
-    sizes = {name: prod(shape) for name, shape in shapes.items()}
-    if stage == 0:
-        for name, size in sizes.items():
-            yield Shard(((full_segment(name=name, numel=size),),)), size
-        return
-    if stage == 3:
-        by_rank = [shard_segments(sizes=sizes, world=world, rank=of) for of in range(world)]
-        elements = shards_numel(sizes=sizes, world=world)
-    else:
-        offsets = offsets_end_to_end(sizes=sizes)
-        elements = partition_size(numel=sum(sizes.values()), world=world)
-        by_rank = [
-            partition_segments(offsets=offsets, sizes=sizes, size=elements, rank=of)
-            for of in range(world)
-        ]
-    yield Shard(tuple(map(tuple, by_rank)), rank), elements

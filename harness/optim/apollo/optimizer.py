@@ -23,22 +23,26 @@ If a gradient (or its square) is not finite on any rank, all ranks skip the step
 nor state change, except for `calls`, which decides when P is refreshed.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.optim.apollo.channels import matrices_of
 from harness.optim.apollo.exchange import Exchange
 from harness.optim.apollo.lowrank import LowRank
+from harness.optim.apollo.param_groups import apollo_param_groups
 from harness.optim.apollo.projections import PROJECTIONS, Projections
-from harness.optim.apollo.tensor_groups import Dense, ParamGroup, TensorGroup
-from harness.zero.parameters import full_shape
-from harness.zero.shards import Shard, locate
+from harness.optim.sharded.elementwise import Dense
+from harness.optim.sharded.optimizer import ShardedOptimizer
+from harness.optim.sharded.param_groups import split_by_kind
+from harness.optim.sharded.tensor_groups import ParamGroup, TensorGroup, all_finite
+from harness.zero.shards import Shard
 
 
-class Apollo(torch.optim.Optimizer):
+class Apollo(ShardedOptimizer):
     """APOLLO for matrices, AdamW for the rest; stand-alone, or as DeepSpeed's client optimizer.
 
     A parameter group with `rank = 0` is dense AdamW; `apollo_param_groups` builds the groups of a
@@ -47,6 +51,9 @@ class Apollo(torch.optim.Optimizer):
     (matrices,), `step` (), and the int `calls`.
     """
 
+    TITLE = "an APOLLO optimizer"
+    MARK = "rank"
+    SELECTION = ("low_rank", "dense", "stacked")
     RANK: ClassVar = 256
     """The default rank."""
 
@@ -77,14 +84,7 @@ class Apollo(torch.optim.Optimizer):
         ValueError for invalid settings, and for a group of rank > 0 with a parameter that is not a
         matrix.
         """
-        self._parameters: dict[str, Tensor] = {}
-        self._shapes: dict[str, torch.Size] = {}
-        self._group_of: dict[str, int] = {}
-        self._tensor_groups: dict[tuple[int, ...], TensorGroup] = {}
-        self._located: dict[tuple[int, ...], tuple[ParamGroup, list[Tensor], list[Shard]]] = {}
         self._projections = Projections()
-        self._loaded: dict[str, Tensor] = {}
-        """Loaded state by name that no tensor has taken over yet."""
         settings = {
             "lr": lr,
             "rank": rank,
@@ -102,50 +102,52 @@ class Apollo(torch.optim.Optimizer):
         }
         super().__init__(params, settings)
 
-    def add_param_group(self, param_group: ParamGroup) -> None:
-        """As torch's. Parameters without names are named `GROUP.INDEX`; P depends on the names."""
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        if not any(isinstance(parameter, tuple) for parameter in params):
-            number = len(self.param_groups)
-            names = [f"{number}.{index}" for index in range(len(params))]
-            param_group = {"param_names": names} | param_group
-        super().add_param_group(param_group | {"params": params})
-        group = self.param_groups[-1]
-        _check(group)
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            if name in self._parameters:
-                raise ValueError(f"two parameters are named {name!r}")
-            shape = full_shape(parameter)
-            if group["rank"]:
-                matrices_of(name, shape, group["stacked"])
-            self._parameters[name], self._shapes[name] = parameter, shape
-            self._group_of[name] = len(self.param_groups) - 1
+    @classmethod
+    def split_groups(
+        cls, model: nn.Module, groups: list[ParamGroup], args: Mapping[str, Any], **selection: Any
+    ) -> list[ParamGroup]:
+        """As the base class: `rank = 0` makes a group dense."""
+        default = args.get("rank", cls.RANK)
+        ranks = {group.get("rank", default) for group in groups}
+        by_rank = {rank: apollo_param_groups(model, rank=rank, **selection) for rank in ranks}
+        return split_by_kind(groups, lambda group: by_rank[group.get("rank", default)])
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step. Collective where parameters are sharded; the first may raise ShardError."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not self.state and self._is_probe():
-            return loss
-        groups = self._begin()
-        if not groups:
-            return loss
+    def _allowed(self, group: ParamGroup) -> dict[str, bool]:
+        beta1, beta2 = group["betas"]
+        return {
+            "lr": group["lr"] >= 0,
+            "rank": type(group["rank"]) is int and group["rank"] >= 0,
+            "scale": group["scale"] > 0,
+            "scale_type": group["scale_type"] in ("channel", "tensor"),
+            "update_proj_gap": isinstance(group["update_proj_gap"], int)
+            and group["update_proj_gap"] > 0,
+            "gamma": group["gamma"] is None or group["gamma"] >= 1,
+            "projection": group["projection"] in (*PROJECTIONS, "svd"),
+            "betas": 0 <= beta1 < 1 and 0 <= beta2 < 1,
+            "eps": group["eps"] > 0 or (group["eps"] == 0 and not group["rank"]),  # or N is 0 / 0
+            "weight_decay": group["weight_decay"] >= 0,
+        }
+
+    def _check_parameter(self, name: str, group: ParamGroup) -> None:
+        if group["rank"]:
+            matrices_of(name, self._shapes[name], group["stacked"])
+
+    def _step(self, groups: Sequence[TensorGroup]) -> None:
+        low_rank = [group for group in groups if isinstance(group, LowRank)]
         exchange = Exchange(groups)
-        sent = [group.project() for group in groups]
-        failed = ~torch.stack([group.square_sum() for group in groups]).sum().isfinite()
-        sent.append(failed.float().expand(groups[0].world, 1))
+        sent = [group.project() for group in low_rank]
+        sent.append((~all_finite(groups)).float().expand(groups[0].world, 1))
         *received, failures = exchange.reduce_scatter(sent)
-        all_finite = (failures == 0).squeeze()
-        sent = [group.adapt(own, all_finite) for group, own in zip(groups, received, strict=True)]
+        is_finite = (failures == 0).squeeze()
+        pairs = zip(low_rank, received, strict=True)
+        sent = [group.adapt(own, is_finite) for group, own in pairs]
         is_cut = any(group.is_cut for group in groups)
         gathered = exchange.all_gather(sent) if is_cut else [own[None] for own in sent]
-        for group, per_rank in zip(groups, gathered, strict=True):
-            group.apply(per_rank, all_finite)
-        return loss
+        for group, per_rank in zip(low_rank, gathered, strict=True):
+            group.apply(per_rank, is_finite)
+        for group in groups:
+            if isinstance(group, Dense):
+                group.update(is_finite)
 
     def step_metrics(self) -> dict[str, Tensor]:
         """Metrics of the last step, on the device, over the matrices that this rank has elements
@@ -167,107 +169,6 @@ class Apollo(torch.optim.Optimizer):
         skipped = torch.stack([state["calls"] - state["step"] for state in states]).max()
         return means | {"apollo/skipped": skipped}
 
-    def named_state(self) -> dict[str, Tensor]:
-        """The state by parameter and matrix name, complete and layout-independent, on the CPU of
-        every rank: `NAME/exp_avg` and so on, ready for a .sft file.
-
-        Empty before the first step. Collective where parameters are sharded: call it on every rank.
-        """
-        named = dict(self._loaded)
-        for param_group, flats, shards in self._located.values():
-            pairs = zip(flats, shards, strict=True)
-            stepped = [(flat, shard) for flat, shard in pairs if flat in self.state]
-            if stepped:
-                states = [self.state[flat] for flat, _ in stepped]
-                items = self._new_tensor_group(param_group, stepped).named_state(states)
-                named |= {name: value.cpu().clone() for name, value in items}
-        return named
-
-    def load_named_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restores what `named_state` returned, on any number of ranks and at any ZeRO stage.
-
-        Each tensor takes over its entries at its next step. `exp_avg`, `exp_avg_sq` and `step` of
-        an AdamW fit dense parameters; where an entry does not match, it is dropped with a warning.
-        """
-        self.state.clear()
-        self._loaded = dict(state)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's. Raises RuntimeError while state loaded by name has not been taken over."""
-        names = [key.removesuffix("/exp_avg") for key in self._loaded if key.endswith("/exp_avg")]
-        if waiting := [n for n in names if {n, n.rpartition("[")[0]} & self._parameters.keys()]:
-            raise RuntimeError(
-                "state_dict() is incomplete: a parameter takes over state loaded by name at the "
-                "next step that has a gradient for it; until then save named_state(). Pending: "
-                f"{', '.join(waiting)}"
-            )
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but state tensors keep their dtype, even for 16-bit parameters.
-
-        Raises ValueError for the state of another optimizer.
-        """
-        if any("rank" not in group for group in state_dict["param_groups"]):
-            raise ValueError(
-                "this is not the state of an APOLLO optimizer: use load_named_state to load the "
-                "moments of an AdamW"
-            )
-        super().load_state_dict(state_dict)
-        self._loaded = {}
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        flats = [flat for group in self.param_groups for flat in group["params"]]
-        for number, flat in zip(saved, flats, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[flat][key] = value.to(flat.device, copy=True)
-
-    def _is_probe(self) -> bool:
-        """Whether this is not a real step: DeepSpeed's FP16_UnfusedOptimizer calls `step` in its
-        constructor, with zero gradients, to allocate state."""
-        gradients = []
-        for group in self.param_groups:
-            for flat, shard in zip(group["params"], self._locate(group), strict=True):
-                if shard.group is not None or self._parameters[shard.own[0].name] is flat:
-                    return False
-                gradients.append(flat.grad)
-        return not any(bool(gradient.any()) for gradient in gradients if gradient is not None)
-
-    def _locate(self, param_group: ParamGroup) -> list[Shard]:
-        """What each tensor of a group holds; cached. The first call is collective and may raise
-        ShardError."""
-        flats = param_group["params"]
-        if not flats:
-            return []
-        key = tuple(map(id, flats))
-        if key not in self._located:
-            parameters = {name: self._parameters[name] for name in param_group["param_names"]}
-            self._located[key] = param_group, list(flats), locate(flats, parameters)
-        return self._located[key][2]
-
-    def _begin(self) -> list[TensorGroup]:
-        """The tensor groups with gradients, prepared for this step."""
-        groups = []
-        for param_group in self.param_groups:
-            pairs = zip(param_group["params"], self._locate(param_group), strict=True)
-            stepped = [(flat, shard) for flat, shard in pairs if flat.grad is not None]
-            if stepped:
-                group = self._tensor_group(param_group, stepped)
-                states = [self.state[flat] for flat in group.flats]
-                group.begin(param_group, states, self._loaded)
-                groups.append(group)
-        return groups
-
-    def _tensor_group(
-        self, param_group: ParamGroup, stepped: list[tuple[Tensor, Shard]]
-    ) -> TensorGroup:
-        """The tensor group of the last step if it has the same tensors, otherwise a new one."""
-        key = tuple(map(id, param_group["params"]))
-        group = self._tensor_groups.get(key)
-        if group is None or list(map(id, group.flats)) != [id(flat) for flat, _ in stepped]:
-            group = self._tensor_groups[key] = self._new_tensor_group(param_group, stepped)
-        return group
-
     def _new_tensor_group(
         self, param_group: ParamGroup, stepped: list[tuple[Tensor, Shard]]
     ) -> TensorGroup:
@@ -285,6 +186,7 @@ class ApolloMini(Apollo):
     """APOLLO of rank 1 with one scale per matrix, which needs hardly any state."""
 
     RANK: ClassVar = 1
+    __signature__ = inspect.signature(Apollo)
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, **settings: Any):
         """As Apollo, with other defaults: rank 1, scale 128, scale_type "tensor"."""
@@ -302,24 +204,3 @@ def _means(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         "apollo/scale": torch.where(seen, scale, 0.0).sum() / count,
         "apollo/limited": (limited & seen).sum() / count,
     }
-
-
-def _check(group: ParamGroup) -> None:
-    """Raises ValueError for invalid settings of a parameter group."""
-    beta1, beta2 = group["betas"]
-    allowed = {
-        "lr": group["lr"] >= 0,
-        "rank": type(group["rank"]) is int and group["rank"] >= 0,
-        "scale": group["scale"] > 0,
-        "scale_type": group["scale_type"] in ("channel", "tensor"),
-        "update_proj_gap": isinstance(group["update_proj_gap"], int)
-        and group["update_proj_gap"] > 0,
-        "gamma": group["gamma"] is None or group["gamma"] >= 1,
-        "projection": group["projection"] in (*PROJECTIONS, "svd"),
-        "betas": 0 <= beta1 < 1 and 0 <= beta2 < 1,
-        "eps": group["eps"] > 0 or (group["eps"] == 0 and not group["rank"]),  # or N is 0 / 0
-        "weight_decay": group["weight_decay"] >= 0,
-    }
-    for key, is_allowed in allowed.items():
-        if not is_allowed:
-            raise ValueError(f"{key} = {group[key]!r} is not valid")

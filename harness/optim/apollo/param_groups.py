@@ -1,19 +1,11 @@
 """Which parameters APOLLO treats as low-rank matrices, and which get dense AdamW."""
 
-import re
 import warnings
-from math import prod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from harness.zero.parameters import full_shape
-
-DENSE = r"(^|\.)(\w*embed\w*|wte|wpe|\w*head|classifier|score|\w*norm\w*)(\.|$)"
-"""Matches in the names of dense parameters: embeddings, heads and norms."""
-
-STACKED = r"(^|\.)experts(\.|$)"
-"""Matches in the names of 3-D parameters that are stacks of matrices: experts."""
+from harness.optim.sharded.param_groups import DENSE, STACKED, as_groups, parameter_kinds
 
 
 def apollo_param_groups(
@@ -33,41 +25,18 @@ def apollo_param_groups(
     make smaller. Names that match `low_rank` are always low-rank. `settings` apply to the low-rank
     groups. Warns if nothing is low-rank.
     """
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-    tables = {id(module.weight) for module in embeddings}
-
-    def kind(name: str, parameter: Tensor) -> str:
-        shape = full_shape(parameter)
-        is_stack = len(shape) == 3 and re.search(stacked, name) is not None
-        sides = shape[1:] if is_stack else shape
-        if len(sides) < 2 or not prod(sides):
-            return "dense"
-        is_chosen = bool(low_rank) and re.search(low_rank, name) is not None
-        if not is_chosen and (
-            id(parameter) in tables
-            or re.search(dense, name)
-            or min(sides[0], prod(sides[1:])) <= rank
-        ):
-            return "dense"
-        return "stack" if is_stack else "matrix"
-
-    by_kind: dict[str, dict[str, Tensor]] = {"matrix": {}, "stack": {}, "dense": {}}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            by_kind[kind(name, parameter)][name] = parameter
-    if not by_kind["matrix"] and not by_kind["stack"]:
+    kinds = parameter_kinds(
+        model, matrices=low_rank, dense=dense, stacked=stacked, longest_dense=rank
+    )
+    if not kinds["matrix"] and not kinds["stack"]:
         warnings.warn(
             f"no parameter is low-rank at rank = {rank}: this is plain AdamW. Choose a rank below "
             "the shorter sides of the matrices, or name some with low_rank = '...'",
             stacklevel=2,
         )
-    of_kind: dict[str, dict[str, Any]] = {
+    by_kind = {
         "matrix": settings | {"rank": rank},
         "stack": settings | {"rank": rank, "stacked": True},
         "dense": {"rank": 0},
     }
-    return [
-        {"params": list(named.values()), "param_names": list(named), **of_kind[key]}
-        for key, named in by_kind.items()
-        if named
-    ]
+    return as_groups(kinds, by_kind)

@@ -451,10 +451,11 @@ def test_usable_alone() -> None:
     """Nothing of harness is imported but `devices` and the arithmetic and marks of ZeRO, and no
     DeepSpeed."""
     loaded = loaded_by(
-        "import torch; from harness.optim import Apollo\n"
+        "import torch; from harness.optim import Apollo, Muon\n"
         "p = torch.nn.Parameter(torch.ones(4, 3)); p.grad = torch.ones(4, 3)\n"
-        "Apollo([p], rank=2).step()\n"
+        "Apollo([p], rank=2).step(); Muon([p]).step()\n"
     )
-    own = {name for name in loaded if name.startswith("harness.optim.apollo")}
+    rooms = ("harness.optim.apollo", "harness.optim.matrices", "harness.optim.sharded")
+    own = {name for name in loaded if name.startswith(rooms)}
     zero = {f"harness.zero.{name}" for name in ("partition", "shards", "parameters")}
     assert loaded - own <= {"harness", "harness.devices", "harness.optim", "harness.zero"} | zero
