@@ -135,7 +135,8 @@ class Guard:
             self._link.send(overdue=True)
         elif not self._is_debugged():  # alone
             verdict = Verdict("hang", [report], [])
-            text = told(verdict, {report.rank: self._write_stacks()}, self._stacks_place())
+            places = {report.rank: stacks.place_in(self._write_stacks())}
+            text = told(verdict, places, self._stacks_place())
             about = {key: getattr(report, key) for key in ("rank", "host", "step", "phase")}
             self._end({"kind": "hang", "reason": text, **about})
 
@@ -181,8 +182,13 @@ class Guard:
             is_overdue = self._report().is_overdue
             self._link.send(report=asdict(self._report(asks_debugger=is_overdue)))
         elif message.get("ask") == "stacks":
-            place = self._write_stacks()
-            self._link.send(place=place, rank=self._number, stacks=self._stacks_place())
+            python = self._write_stacks()
+            self._link.send(
+                rank=self._number,
+                place=stacks.place_in(python),
+                waits=stacks.waits_for_others(python),
+                stacks=self._stacks_place(),
+            )
         elif "verdict" in message:
             self._end(message["verdict"])
 
@@ -193,7 +199,7 @@ class Guard:
         return f"The stacks are in {self._run_dir}/stacks/step-{step:08d}-rank-*.txt"
 
     def _write_stacks(self) -> str:
-        """Writes the rank's stacks. Returns where its main thread is."""
+        """Writes the rank's Python stacks, and returns them."""
         report = self._report()
         if report.is_stopped:
             python = "no stacks: the process is stopped (SIGSTOP)\n"
@@ -210,7 +216,7 @@ class Guard:
             path = self._run_dir / "stacks" / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
-        return stacks.place_in(python)
+        return python
 
     # Ending
 

@@ -10,7 +10,7 @@ import socket
 from time import monotonic
 
 from harness.health.lines import Lines, Message
-from harness.health.verdict import Report, Verdict, judge, told
+from harness.health.verdict import Report, Verdict, judge, narrowed, told
 
 SECONDS_TO_MEET = 30.0
 """For the watchdogs of all ranks, once the first is here."""
@@ -48,6 +48,7 @@ class Hub:
         self._verdict: Verdict | None = None
         self._places: dict[int, str] = {}
         self._stacks = ""
+        self._in_collectives: set[int] = set()
 
     def accept(self) -> None:
         """A watchdog connects."""
@@ -79,6 +80,8 @@ class Hub:
         elif "place" in message:
             self._places[message["rank"]] = message["place"]
             self._stacks = self._stacks or message["stacks"]
+            if message["waits"]:
+                self._in_collectives.add(message["rank"])
             self._asked.discard(member)
         elif "overdue" in message and self._until is None and self._may_ask():
             self._ask(SECONDS_TO_ANSWER, ask="report")
@@ -93,12 +96,13 @@ class Hub:
             return
         self._until = None
         if self._verdict is not None:
-            text = told(self._verdict, self._places, self._stacks)
-            first = self._verdict.guilty[0]
-            everyone = len(self._verdict.guilty) > 1 and not self._verdict.waiting
+            verdict = narrowed(self._verdict, self._in_collectives)
+            text = told(verdict, self._places, self._stacks)
+            first = verdict.guilty[0]
+            everyone = len(verdict.guilty) > 1 and not verdict.waiting
             self._tell(
                 verdict={
-                    "kind": self._verdict.kind,
+                    "kind": verdict.kind,
                     "reason": text,
                     "rank": None if everyone else first.rank,
                     "host": None if everyone else first.host,
@@ -115,7 +119,7 @@ class Hub:
         if self._verdict is None:
             self._next = monotonic() + SECONDS_BETWEEN_INQUIRIES
         else:
-            self._places, self._stacks = {}, ""
+            self._places, self._stacks, self._in_collectives = {}, "", set()
             self._ask(SECONDS_TO_DUMP, ask="stacks")
 
     def _ask(self, seconds: float, **message: str) -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 
 SIGNAL = signal.SIGRTMIN + 12
@@ -73,11 +74,31 @@ def native_stacks_of(process: int) -> str:
 def place_in(stacks: str) -> str:
     """Where the main thread is: the collective if it is in one, and the innermost line of the task
     or of harness. Empty if that is not known."""
-    _, _, main = stacks.partition("Current thread")  # the one that the kernel gives signals first
-    frames = [match for line in main.splitlines() if (match := _FRAME.fullmatch(line))]
+    frames = _frames_of_main(stacks)
     names = [frame["name"] for frame in frames if frame["file"].endswith(COLLECTIVES)]
-    libraries = (os.sep + "site-packages" + os.sep, sys.prefix, sys.base_prefix)
-    own = [f for f in frames if not any(library in f["file"] for library in libraries)]
-    shown = (own or frames)[:1]
+    shown = ([frame for frame in frames if _is_own(frame)] or frames)[:1]
     lines = [f"{f['name']} ({Path(f['file']).name}:{f['line']})" for f in shown]
     return " of ".join([*names[-1:], *lines])
+
+
+def waits_for_others(stacks: str) -> bool:
+    """Whether the main thread is known to be in a collective."""
+    inner = takewhile(lambda frame: not _is_own(frame), _frames_of_main(stacks))
+    return any(
+        "/torch/distributed/" in frame["file"]
+        or "/harness/distributed/" in frame["file"]
+        or ("/deepspeed/" in frame["file"] and frame["name"] == "wait")
+        for frame in inner
+    )
+
+
+def _frames_of_main(stacks: str) -> list[re.Match[str]]:
+    """From the innermost."""
+    _, _, main = stacks.partition("Current thread")  # the one that the kernel gives signals first
+    return [match for line in main.splitlines() if (match := _FRAME.fullmatch(line))]
+
+
+def _is_own(frame: re.Match[str]) -> bool:
+    """Whether it is the task's, or harness's beyond its messages between ranks."""
+    libraries = (os.sep + "site-packages" + os.sep, sys.prefix, sys.base_prefix, "/harness/distrib")
+    return not any(library in frame["file"] for library in libraries)

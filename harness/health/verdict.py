@@ -4,7 +4,7 @@ Pure functions of what the ranks' watchdogs report.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.errors import first_few
@@ -106,6 +106,16 @@ def judge(reports: Sequence[Report], vanished: Mapping[int, Report]) -> Verdict 
     if stopped := [report for report in behind if report.is_stopped]:
         behind = stopped
     return Verdict("hang", behind, [report for report in reports if report not in behind])
+
+
+def narrowed(verdict: Verdict, waiting: Collection[int]) -> Verdict:
+    """The verdict, once stacks tell which ranks are in a collective: at ZeRO stage 3, for instance,
+    the others wait in the phase of the one that hangs."""
+    guilty = [report for report in verdict.guilty if report.rank not in waiting]
+    if verdict.kind != "hang" or not guilty:
+        return verdict
+    others = [report for report in verdict.guilty if report.rank in waiting]
+    return Verdict("hang", guilty, others + verdict.waiting)
 
 
 def told(verdict: Verdict, places: Mapping[int, str], stacks: str) -> str:

@@ -8,8 +8,8 @@ import pytest
 
 from harness.config.health_section import TimeoutsConfig
 from harness.health.phases import PHASES, Phase
-from harness.health.stacks import place_in
-from harness.health.verdict import FLOORS, Report, Verdict, bound_of, judge, told
+from harness.health.stacks import place_in, waits_for_others
+from harness.health.verdict import FLOORS, Report, Verdict, bound_of, judge, narrowed, told
 
 TIMEOUT_S = 1800.0
 FIRST_S = 0.95 * TIMEOUT_S
@@ -120,3 +120,39 @@ Current thread 0x00007f2 (most recent call first):
     assert place_in(stack) == "all_reduce of feed (my_task.py:12)"
     assert place_in(stack.replace("distributed_c10d.py", "other.py")) == "feed (my_task.py:12)"
     assert place_in("") == ""
+
+
+@pytest.mark.parametrize(
+    ("frames", "waits"),
+    [
+        (["site-packages/torch/distributed/distributed_c10d.py all_reduce"], True),
+        (
+            [
+                "site-packages/deepspeed/utils/nvtx.py wrapped_fn",
+                "site-packages/deepspeed/runtime/zero/partition_parameters.py wait",
+            ],
+            True,
+        ),
+        (["harness/distributed/step_vector.py wait"], True),
+        (["lib/python3.11/multiprocessing/connection.py wait"], False),  # for a worker
+        (["site-packages/torch/nn/modules/linear.py forward"], False),
+        ([], False),
+    ],
+)
+def test_a_rank_in_a_collective_is_not_to_blame(frames: list[str], waits: bool) -> None:
+    """At ZeRO stage 3 the others wait in the phase of the one that hangs."""
+    lines = [f'  File "/v/{f.split()[0]}", line 1 in {f.split()[1]}' for f in frames]
+    outer = [
+        '  File "/home/me/my_task.py", line 12 in feed',
+        '  File "/v/site-packages/torch/distributed/elastic.py", line 1 in main',
+    ]
+    stack = "\n".join(["Current thread 0x1 (most recent call first):", *lines, *outer])
+    assert waits_for_others(stack) == waits
+
+
+def test_the_guilty_are_not_in_a_collective() -> None:
+    both = judge([report(0, 80), report(1, 80)], {})
+    assert both is not None
+    assert [r.rank for r in narrowed(both, {1}).guilty] == [0]
+    assert [r.rank for r in narrowed(both, {1}).waiting] == [1]
+    assert narrowed(both, {0, 1}) == narrowed(both, set()) == both
