@@ -28,7 +28,7 @@ from harness.engine.engines import Engines, build_engines
 from harness.errors import ConfigError, TaskError
 from harness.evaluate import check_best_metric
 from harness.execute import answer
-from harness.health import oom, phases
+from harness.health import oom, phases, watchdog
 from harness.health.goodput import Ledger
 from harness.health.outcome import Outcome
 from harness.logs import configure_logging
@@ -46,20 +46,23 @@ from harness.zero.startup import join
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, began: float | None = None) -> int:
+def run(config: Config, began: float | None = None, owns_process: bool = False) -> int:
     """Trains what the config describes. Every rank calls it; it ends on all of them together.
 
     `began`: when this process did, in seconds since the epoch; by default now. For the ledger.
+    `owns_process`: a hang may end this process; else it is only reported.
 
     Returns the exit code: 0, or 128 + the number of the signal that ended the run. Raises
     HarnessError, on all ranks, for what the user can fix; until models, data and checkpoint have
-    been validated, nothing is written except to an earlier run's log.
+    been validated, nothing is written except to an earlier run's log and outcome.
     """
     began = began or time.time()
+    phases.begin()
     try:
-        with raise_lost_rank(config.run.timeout_s):
+        with raise_lost_rank(config.run.timeout_s), watchdog.watched(config, owns_process):
             distributed.init(config.run.timeout_s, join)
             try:
+                watchdog.join()
                 return run_in_world(config, began)
             finally:
                 distributed.shutdown()

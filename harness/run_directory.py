@@ -14,7 +14,7 @@ from harness.config import Config
 from harness.distributed.failures import raise_lost_rank
 from harness.errors import HarnessError, is_on_all_ranks, with_notes
 from harness.files import locked, toml_write
-from harness.health import outcome, phases
+from harness.health import outcome, phases, watchdog
 from harness.health.outcome import Outcome
 from harness.logs import log_to_file
 
@@ -86,6 +86,7 @@ class RunDirectory:
             if now:
                 handler = log_to_file(self.path / "log.txt")
                 outcome.write_into(self.path)
+                watchdog.write_into(self.path, self.disks.is_leader)
                 self._stack.callback(outcome.write_into, None)
                 self._stack.callback(handler.close)
                 self._stack.callback(logging.getLogger("harness").removeHandler, handler)

@@ -36,7 +36,7 @@ def main() -> None:
     from harness.run import run  # late: config errors are reported before torch is imported
 
     try:
-        sys.exit(run(config, began))
+        sys.exit(run(config, began, owns_process=True))
     except HarnessError as error:
         exit_with(error)
     except KeyboardInterrupt as error:  # before the run handles signals

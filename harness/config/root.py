@@ -47,7 +47,7 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     """Metrics settings."""
     health: HealthConfig = HealthConfig()
-    """What follows trouble of a rank."""
+    """What is watched, and what follows trouble of a rank."""
 
     @property
     def run_dir(self) -> Path:

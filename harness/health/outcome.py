@@ -56,7 +56,7 @@ class Outcome:
         return self.kind in ("lost_rank", "hang", "oom", "signal", "checkpoint", "error")
 
     @property
-    def _tells(self) -> int:
+    def tells(self) -> int:
         """How much it tells: a rank that is lost, or ended by its launcher, is another's doing."""
         if self.kind == "lost_rank":
             return 0 if self.rank is None else 1
@@ -84,7 +84,7 @@ class Outcome:
                 _create(json.dumps(asdict(self), indent=2) + "\n", path)
                 return
         known = Outcome.read(path)  # of another rank
-        if known is None or self._tells > known._tells:
+        if known is None or self.tells > known.tells:
             json_write(asdict(self), path)
 
     @staticmethod

@@ -132,6 +132,8 @@ def test_a_second_signal_ends_a_hanging_rank(tmp_path: Path) -> None:
 
 def test_without_stdin_it_trains_and_then_resumes(tmp_path: Path) -> None:
     assert start("torchrun", tmp_path).returncode == 0
+    ended = Outcome.read(tmp_path / "runs/tiny/ended.json")
+    assert ended is not None and (ended.kind, ended.code, ended.step) == ("complete", 0, 4)
     again = start("torchrun", tmp_path, "--run.steps=6", "--metrics.tensorboard=true")
     assert again.returncode == 0
     assert "resumed from" in again.stderr and "step 4 of 6 on 2 ranks" in again.stderr

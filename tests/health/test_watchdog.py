@@ -1,0 +1,275 @@
+"""Ranks that hang in every way, each with its real watchdog; without the world, so that it is fast.
+
+All jobs of this file run at the same time.
+"""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import distributed
+from harness.health import outcome, phases, watchdog
+from harness.health.outcome import Outcome
+from harness.health.phases import Phase
+from tests.support.helpers import tiny_config
+
+BOUND_S = 1.5
+LONGER_S = 4.0
+FAULTY_STEP = 3  # the first two may take as long as run.timeout_s
+fork = multiprocessing.get_context("fork")
+
+
+def sleep() -> None:
+    time.sleep(60)
+
+
+def pause_longer() -> None:
+    time.sleep(LONGER_S)
+
+
+def sleep_until_told() -> None:
+    log = Path(os.environ["HARNESS_OUTCOME"]).with_name("log.txt")
+    end = time.monotonic() + 30
+    while not log.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(1)  # the other rank's stacks
+
+
+def hold_the_gil() -> None:
+    library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    for _ in range(2):  # a deadlock
+        library.pthread_mutex_lock(mutex)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)
+
+
+def exit_silently() -> None:
+    os._exit(9)
+
+
+def second_signal() -> None:
+    Outcome("signal", 143, "SIGTERM again: exiting immediately").write()
+    os._exit(143)
+
+
+def work() -> None:
+    end = time.monotonic() + LONGER_S
+    while time.monotonic() < end:
+        sum(range(10000))
+
+
+def at_a_prompt() -> None:
+    """In a frame of pdb's."""
+    code = compile("time.sleep(seconds)", "pdb.py", "exec")
+    exec(code, {"__name__": "pdb", "time": time, "seconds": LONGER_S})
+
+
+def all_reduce() -> None:
+    """Where the other ranks wait, as in a collective of torch's."""
+    time.sleep(60)
+
+
+@dataclass
+class Job:
+    """Two ranks, the second of which misbehaves in a phase of a step."""
+
+    name: str
+    act: Callable[[], None]
+    phase: Phase = "forward"
+    faulty: tuple[int, ...] = (1,)
+    may_end: bool = True
+    waits_s: float = 60.0
+    """How long the other rank waits for it."""
+    directory: Path = Path()
+    ranks: list[BaseProcess] = field(default_factory=list)
+
+    def run(self, rank: int) -> None:
+        """In the process of a rank."""
+        os.dup2(os.open(self.directory / f"err{rank}", os.O_WRONLY | os.O_CREAT), 2)
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ["HARNESS_OUTCOME"] = str(self.directory / "outcome.json")
+        distributed.broadcast = self.share  # type: ignore[assignment]
+        timeouts = dict.fromkeys(("start", "data", "forward", "backward"), BOUND_S)
+        config = tiny_config(self.directory, health={"timeouts": timeouts}, run={"timeout_s": 90})
+        with watchdog.watched(config, self.may_end):
+            watchdog.join()
+            outcome.write_into(self.directory)
+            watchdog.write_into(self.directory, rank == 0)
+            if self.phase == "start":
+                self.act()
+                return
+            for step in range(1, 5):
+                phases.at_step(step)
+                for phase in ("data", "forward", "backward", "save"):
+                    if phase in ("data", "forward", "backward") or phase == self.phase:
+                        phases.enter(phase)
+                    if step == FAULTY_STEP and phase == self.phase:
+                        self.act() if rank in self.faulty else self.wait()
+
+    def wait(self) -> None:
+        phases.enter("backward" if self.phase != "save" else "step")
+        time.sleep(self.waits_s) if self.may_end else sleep_until_told()
+
+    def share(self, found: Any) -> Any:
+        """Rank 0's value on every rank."""
+        path = self.directory / "shared.json"
+        if os.environ["RANK"] == "0":
+            path.with_suffix(".tmp").write_text(json.dumps(found))
+            path.with_suffix(".tmp").rename(path)
+        while not path.exists():
+            time.sleep(0.02)
+        return json.loads(path.read_text())
+
+    def codes(self) -> list[int | None]:
+        return [rank.exitcode for rank in self.ranks]
+
+    def ended(self) -> Outcome | None:
+        found = [Outcome.read(self.directory / name) for name in ("ended.json", "outcome.json")]
+        told = [ended and replace(ended, time=0) for ended in found]  # by whoever was first
+        assert told[0] == told[1]
+        return found[0]
+
+    def log(self) -> str:
+        path = self.directory / "log.txt"
+        return path.read_text() if path.exists() else ""
+
+    def terminal(self) -> str:
+        return "".join((self.directory / f"err{rank}").read_text() for rank in (0, 1))
+
+    def stacks(self, rank: int) -> str:
+        return (self.directory / f"stacks/step-{FAULTY_STEP:08d}-rank-{rank}.txt").read_text()
+
+
+JOBS = [
+    Job("sleep", sleep),
+    Job("gil", hold_the_gil),
+    Job("stop", stop),
+    Job("all", sleep, "data", faulty=(0, 1)),
+    Job("exit", exit_silently),
+    Job("signal", second_signal, faulty=(0, 1)),
+    Job("start", sleep, "start", faulty=(0, 1)),
+    Job("reported", sleep_until_told, may_end=False),
+    Job("paused", pause_longer, "paused", waits_s=0),
+    Job("slow save", pause_longer, "save", waits_s=LONGER_S),
+    Job("debugger", at_a_prompt, waits_s=LONGER_S),
+    Job("compiler", work, "start", faulty=(0, 1)),
+]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
+    with ExitStack() as stack:
+        for job in JOBS:
+            job.directory = tmp_path_factory.mktemp(job.name.replace(" ", "-"))
+            job.ranks = [fork.Process(target=job.run, args=(rank,)) for rank in (0, 1)]
+            for rank in job.ranks:
+                rank.start()
+                stack.callback(rank.kill)
+        for job in JOBS:
+            for rank in job.ranks:
+                rank.join(40)
+        yield {job.name: job for job in JOBS}
+
+
+def test_a_rank_that_hangs_ends_the_run_and_is_named(jobs: dict[str, Job]) -> None:
+    job, ended = jobs["sleep"], jobs["sleep"].ended()
+    assert job.codes() == [75, 75]
+    assert ended is not None and (ended.kind, ended.code, ended.rank) == ("hang", 75, 1)
+    assert (ended.step, ended.phase, ended.host) == (3, "forward", os.uname().nodename)
+    assert re.search(r"no sign of life for \d+ s in phase forward of step 3", job.log())
+    assert "in sleep (test_watchdog.py:" in job.log()
+    assert "rank 0 waits in phase backward of step 3, in wait (test_watchdog.py:" in job.log()
+    assert f"The stacks are in {job.directory}/stacks/step-00000003-rank-*.txt" in job.log()
+    assert job.terminal().count("the run hangs: ") == job.log().count("the run hangs: ") == 1
+    assert "in sleep\n" in job.stacks(1) and "in wait\n" in job.stacks(0)
+    assert job.stacks(1).startswith(f"rank 1 on {ended.host}, process {job.ranks[1].pid}: step 3")
+
+
+def test_a_rank_that_holds_the_interpreters_lock(jobs: dict[str, Job]) -> None:
+    """It cannot exit by itself, but its stack is there."""
+    job, ended = jobs["gil"], jobs["gil"].ended()
+    assert job.codes() == [75, -signal.SIGKILL]
+    assert ended is not None and (ended.kind, ended.rank, ended.phase) == ("hang", 1, "forward")
+    assert "in hold_the_gil\n" in job.stacks(1)
+
+
+def test_a_stopped_rank(jobs: dict[str, Job]) -> None:
+    job, ended = jobs["stop"], jobs["stop"].ended()
+    assert job.codes() == [75, -signal.SIGKILL]
+    assert ended is not None and (ended.kind, ended.rank) == ("hang", 1)
+    assert "in phase forward of step 3, stopped (SIGSTOP)" in job.log()
+    assert "the process is stopped" in job.stacks(1) and "in wait\n" in job.stacks(0)
+
+
+def test_ranks_that_all_hang(jobs: dict[str, Job]) -> None:
+    job, ended = jobs["all"], jobs["all"].ended()
+    assert job.codes() == [75, 75]
+    assert ended is not None and (ended.kind, ended.rank, ended.phase) == ("hang", None, "data")
+    assert re.search(r"the run hangs: ranks 0, 1 on \S+: no sign of life", job.log())
+
+
+def test_a_rank_that_ends_without_a_word(jobs: dict[str, Job]) -> None:
+    """Its watchdog tells for it, at once."""
+    job, ended = jobs["exit"], jobs["exit"].ended()
+    assert job.codes() == [75, 9]
+    assert ended is not None and (ended.kind, ended.code, ended.rank) == ("lost_rank", 75, 1)
+    assert (ended.step, ended.phase) == (3, "forward")
+    assert f"its process {job.ranks[1].pid} has ended without a word in step 3" in job.log()
+    assert "os._exit" in job.terminal()
+
+
+def test_a_rank_that_has_told_why_it_ends(jobs: dict[str, Job]) -> None:
+    job, ended = jobs["signal"], jobs["signal"].ended()
+    assert job.codes() == [143, 143]
+    assert ended is not None and ended.kind == "signal"
+    assert job.log() == job.terminal() == ""
+
+
+def test_a_start_that_hangs(jobs: dict[str, Job]) -> None:
+    """As by a lock of a compiler that was killed."""
+    job, ended = jobs["start"], jobs["start"].ended()
+    assert job.codes() == [75, 75]
+    assert ended is not None and (ended.kind, ended.step, ended.phase) == ("hang", 0, "start")
+
+
+def test_a_hang_in_somebody_elses_process_is_only_reported(jobs: dict[str, Job]) -> None:
+    job = jobs["reported"]
+    assert job.codes() == [0, 0]
+    assert job.ended() is None and "in sleep_until_told\n" in job.stacks(1)
+    assert job.log().count("the run hangs: rank 1 ") == 1
+
+
+@pytest.mark.parametrize("name", ["paused", "slow save", "debugger", "compiler"])
+def test_what_is_no_hang(jobs: dict[str, Job], name: str) -> None:
+    """A pause; a rank that others wait for, in a phase that may take longer; a debugger's prompt; a
+    start that computes."""
+    job = jobs[name]
+    assert job.codes() == [0, 0]
+    assert job.log() == job.terminal() == "" and job.ended() is None
+
+
+def test_no_watchdog_outlives_its_rank(jobs: dict[str, Job]) -> None:
+    found = []
+    for place in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            environ = place.read_bytes()
+        except OSError:
+            continue
+        ours = [job.name for job in jobs.values() if str(job.directory).encode() in environ]
+        found += [(place.parent.name, name) for name in ours]
+    assert found == []
