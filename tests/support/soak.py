@@ -34,6 +34,7 @@ from harness.health import attempt
 from harness.health.goodput import FILE, read, seconds_by_kind
 from harness.health.supervisor import PASSED_ON, Supervisor
 from harness.io import load
+from harness.testing import preload  # noqa: F401 (for the forks)
 from tests.support.helpers import ROOT
 
 RANKS, STEPS, SAVE_EVERY, MICRO_BATCH = 2, 30, 3, 4
@@ -101,8 +102,8 @@ def write_config(directory: Path, stage: int, background: bool, workers: int) ->
 
 
 class Forked:
-    """What `subprocess.Popen` is to an attempt: a process that forks the ranks, and looks after them
-    as DeepSpeed's launch.py does."""
+    """What `subprocess.Popen` is to an attempt: a process that forks the ranks, and looks after
+    them as DeepSpeed's launch.py does."""
 
     faults: Sequence[Fault] = ()
     started = 0
@@ -182,7 +183,7 @@ def launch(
         threading.Thread(target=strike, args=(fault, pids, directory), daemon=True).start()
     while alive:
         pid, status = os.wait()
-        alive.pop(pid, None)
+        alive.discard(pid)
         if code := os.waitstatus_to_exitcode(status):
             end(list(alive))
             return code if code > 0 else 128 - code
