@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.helpers import ROOT
-from tests.support.jobs import answers, ctl, log_of, ranks_of, steps_of, until, written_config
+from tests.support.jobs import answers, ctl, log_of, steps_of, until, written_config
 from tests.support.slurm_cluster import NODES, Cluster, cluster, why_not
 
 pytestmark = [
@@ -123,12 +124,20 @@ def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Cluster, tmp_path: Pat
     assert f"saved {tmp_path}/runs/tiny/checkpoints/step-{last:08d}\n" in log_of(tmp_path)
 
 
+def is_rank(process: psutil.Process, number: str, rank: str) -> bool:
+    """Whether it is that rank of a job."""
+    environ = process.info["environ"] or {}
+    is_ours = environ.get("SLURM_JOB_ID") == number and environ.get("SLURM_PROCID") == rank
+    return is_ours and process.cmdline()[1:2] == ["launch/train.py"]
+
+
 @pytest.mark.slow
 def test_a_job_that_has_lost_a_rank_resumes_by_itself(slurm: Cluster, tmp_path: Path) -> None:
     with job(slurm, tmp_path, "--run.steps=1000000") as number:
         until(lambda: is_training(tmp_path))
         assert ctl(tmp_path, "save")[0] == 0
-        ranks_of(tmp_path)[-1].kill()
+        (rank,) = [p for p in slurm.processes() if is_rank(p, number, "1")]
+        rank.kill()
         until(lambda: slurm.job(number)["Restarts"] == "1")
         until(lambda: "resumed from " in log_of(tmp_path))
         until(lambda: is_training(tmp_path))
