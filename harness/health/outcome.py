@@ -45,8 +45,8 @@ class Outcome:
     host: str | None = None
     step: int | None = None
     phase: str | None = None
-    run_dir: str | None = None
-    """The run directory, once there is one."""
+    run_dir: str | None = field(default=None, compare=False)
+    """The run directory, once there is one: set when it is written."""
     time: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 

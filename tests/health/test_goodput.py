@@ -10,6 +10,7 @@ import pytest
 from harness.checkpoint.inspect import describe_path
 from harness.config import Config
 from harness.health.goodput import FILE, KINDS, Ledger, read, seconds_by_kind, table
+from harness.health.phases import Phase
 from harness.metrics.status import Status
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
@@ -41,8 +42,8 @@ class Clock:
             self.ledger.write({"step": step, "step_time_s": 1.0, **more})
             os.utime(self._touched(), (self.now, self.now))
 
-    def do(self, activity: str, seconds: float) -> None:
-        with self.status.doing(activity):
+    def do(self, phase: Phase, seconds: float) -> None:
+        with self.status.doing(phase):
             self.now += seconds
 
     def _touched(self) -> Path:
@@ -63,13 +64,13 @@ def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_run_without_faults(clock: Clock) -> None:
     clock.start(0)
-    clock.do("evaluating", 2)
+    clock.do("evaluation", 2)
     clock.steps(1, 2, 3)
-    clock.do("saving", 5)
+    clock.do("save", 5)
     clock.steps(4, skipped=1)
     clock.steps(5, skipped=1)
     clock.do("paused", 7)
-    clock.do("exporting", 4)
+    clock.do("export", 4)
     clock.ledger.close()
     spent = {"starting": 3, "evaluating": 2, "steps": 4, "skipped": 1, "saving": 5, "waiting": 7}
     assert clock.spent() == spent | {"exporting": 4} and sum(clock.spent().values()) == 26
@@ -81,7 +82,7 @@ def test_a_killed_run_repeats_its_steps(clock: Clock) -> None:
     """Those since the save have no line; when the last one ended, metrics.jsonl tells."""
     clock.start(0)
     clock.steps(1, 2, 3)
-    clock.do("saving", 5)
+    clock.do("save", 5)
     clock.steps(4, 5)
     clock.now += 60
     clock.start(3)
@@ -95,7 +96,7 @@ def test_an_ended_run_that_could_not_save_repeats_its_steps(clock: Clock) -> Non
     """What the last line counted as steps is not, once the next start begins before them."""
     clock.start(0)
     clock.steps(1, 2)
-    clock.do("saving", 5)
+    clock.do("save", 5)
     clock.steps(3, 4, 5, 6)
     clock.ledger.close()
     assert clock.spent()["steps"] == 6
@@ -112,10 +113,10 @@ def test_an_ended_run_that_could_not_save_repeats_its_steps(clock: Clock) -> Non
 def test_a_rollback_repeats_steps_within_a_start(clock: Clock) -> None:
     clock.start(0)
     clock.steps(1, 2)
-    clock.do("saving", 5)
+    clock.do("save", 5)
     clock.steps(3, 4, 5)
     clock.steps(3, 4, 5, 6)
-    clock.do("saving", 1)
+    clock.do("save", 1)
     clock.ledger.close()
     assert clock.spent() == {"starting": 3, "steps": 5, "saving": 6, "repeated": 4}
     # The first repeated step was under way when its record came.

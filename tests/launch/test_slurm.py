@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.helpers import ROOT
@@ -123,6 +124,27 @@ def test_a_cancelled_job_saves_and_is_not_requeued(slurm: Cluster, tmp_path: Pat
     assert f"saved {tmp_path}/runs/tiny/checkpoints/step-{last:08d}\n" in log_of(tmp_path)
 
 
+def is_rank(process: psutil.Process, number: str, rank: str) -> bool:
+    """Whether it is that rank of a job."""
+    environ = process.info["environ"] or {}
+    is_ours = environ.get("SLURM_JOB_ID") == number and environ.get("SLURM_PROCID") == rank
+    return is_ours and process.cmdline()[1:2] == ["launch/train.py"]
+
+
+@pytest.mark.slow
+def test_a_job_that_has_lost_a_rank_resumes_by_itself(slurm: Cluster, tmp_path: Path) -> None:
+    with job(slurm, tmp_path, "--run.steps=1000000") as number:
+        until(lambda: is_training(tmp_path))
+        assert ctl(tmp_path, "save")[0] == 0
+        (rank,) = [p for p in slurm.processes() if is_rank(p, number, "1")]
+        rank.kill()
+        until(lambda: slurm.job(number)["Restarts"] == "1")
+        until(lambda: "resumed from " in log_of(tmp_path))
+        until(lambda: is_training(tmp_path))
+        assert ctl(tmp_path, "quit")[0] == 0
+        until(lambda: slurm.job(number)["JobState"] == "COMPLETED")
+
+
 @pytest.mark.slow
 def test_a_job_with_a_config_error_is_not_requeued(slurm: Cluster, tmp_path: Path) -> None:
     with job(slurm, tmp_path, "--run.stesp=1") as number:
@@ -131,6 +153,52 @@ def test_a_job_with_a_config_error_is_not_requeued(slurm: Cluster, tmp_path: Pat
     output = (tmp_path / "output").read_text()
     assert output.startswith("error: config "), output  # and later rank 1, which srun does not end
     assert "run.stesp (command line): unknown key" in output.partition("rank 1")[0], output
+
+
+ENDED = """#!/bin/bash
+# Stands in for Slurm's commands: rank 1 is killed, and the run reports an end with $CODE, or none.
+echo "${0##*/}" >>calls
+case ${0##*/} in
+srun)
+    json='{\\n  "kind": "error",\\n  "code": %s,\\n  "step": 75\\n}\\n'
+    [[ -z $CODE ]] || printf "$json" "$CODE" >"$HARNESS_OUTCOME"
+    exit 137
+    ;;
+squeue) echo "$STATE" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "restarts", "exits_with", "is_requeued"),
+    [
+        ("75", "RUNNING", "", 75, True),
+        ("75", "RUNNING", "9", 75, True),
+        ("75", "RUNNING", "10", 75, False),
+        ("75", "COMPLETING", "", 75, False),
+        ("143", "RUNNING", "10", 143, True),
+        ("0", "RUNNING", "", 0, False),
+        ("1", "RUNNING", "", 1, False),
+        ("2", "RUNNING", "", 2, False),
+        ("", "RUNNING", "", 137, False),
+    ],
+)
+def test_a_job_is_requeued_by_what_the_run_reports(
+    tmp_path: Path, code: str, state: str, restarts: str, exits_with: int, is_requeued: bool
+) -> None:
+    """Not by the exit code of srun, which is the highest of all ranks."""
+    for name in ("srun", "squeue", "scontrol"):
+        (tmp_path / name).write_text(ENDED)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    job = {"PATH": path, "SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": restarts}
+    script = ["bash", ROOT / "launch/slurm/train.sbatch"]
+    done = subprocess.run(
+        script, cwd=tmp_path, env=job | {"CODE": code, "STATE": state}, check=False, timeout=60
+    )
+    assert done.returncode == exits_with
+    assert ("scontrol" in (tmp_path / "calls").read_text()) == is_requeued
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_an_absent_controller_costs_no_requeue(tmp_path: Path) -> None:
