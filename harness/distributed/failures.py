@@ -200,6 +200,7 @@ class Failures:
         try:
             has_failed = self._wait(poll, ranks)
         except DistError:  # the store is gone, with its rank: at the end of the run, or before
+            self._look(poll, ranks)
             has_failed = None
         finally:
             for process in ranks:
@@ -217,16 +218,20 @@ class Failures:
         `ranks`: by the descriptors of their processes.
         """
         assert self._store is not None
-        while True:
-            for descriptor, _ in poll.poll(1000 * SECONDS_BETWEEN_LOOKS):
-                if descriptor == self._wake:
-                    return False
-                poll.unregister(descriptor)
-                self._ended.add(ranks[descriptor])
-                if self._store.check([_told(ranks[descriptor])]):
-                    self._ended.remove(ranks[descriptor])
+        while self._look(poll, ranks):
+            self._ended -= {rank for rank in self._ended if self._store.check([_told(rank)])}
             if self._ended or self._store.check([FAILED]):
                 return True
+        return False
+
+    def _look(self, poll: "select.poll", ranks: dict[int, int]) -> bool:
+        """Waits a while for ranks of this node to end. False if this one leaves."""
+        for descriptor, _ in poll.poll(1000 * SECONDS_BETWEEN_LOOKS):
+            if descriptor == self._wake:
+                return False
+            poll.unregister(descriptor)
+            self._ended.add(ranks[descriptor])
+        return True
 
 
 _current: Failures | None = None
