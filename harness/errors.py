@@ -133,7 +133,9 @@ def summary(error: BaseException) -> str:
     """An error without the tracebacks in its message: those of workers, and of other ranks."""
     text = str(error)
     if "Traceback (most recent call last)" in text:
-        *_, text = text.strip().splitlines()
+        lines = text.strip().splitlines()
+        frames = [number for number, line in enumerate(lines) if line.startswith(" ")]
+        text = lines[frames[-1] + 1] if frames and lines[frames[-1] + 1 :] else lines[-1]
     elif not isinstance(error, HarnessError):
         text = f"{type(error).__name__}: {text}"
     return text

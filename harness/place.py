@@ -8,19 +8,13 @@ from harness import distributed
 from harness.data.loader import MOST_SAMPLES
 from harness.data.step_batches import StepBatches
 from harness.distributed.network import is_lost_rank
-from harness.engine.engines import Engines
 from harness.errors import HarnessError, TaskError, first_few, is_on_all_ranks
 from harness.health import phases
-from harness.health.phases import Phase
-
-WORDS: dict[Phase, str] = {"step": "optimizer's step", "commands": "command"}
-"""Phases that have another name in a sentence."""
 
 
 class Loop(Protocol):
     """The part of a `trainer.Trainer` that is used here."""
 
-    engines: Engines
     batches: StepBatches
     begun: object
 
@@ -31,7 +25,7 @@ class Place:
 
     step: int
     """The step in progress; between steps the last one."""
-    phase: str
+    phase: phases.Phase
     samples: list[int] | None
     """Indices of the samples in the micro-batch in progress, if there is one and they are known."""
 
@@ -40,19 +34,16 @@ class Place:
         tells_it = isinstance(error, HarnessError) and type(error) not in (HarnessError, TaskError)
         if tells_it or is_lost_rank(error):
             return
-        words = [f"step {self.step}"]
+        words = [f"step {self.step}", f"phase {self.phase}"]
         if not is_on_all_ranks(error):
             words.insert(0, f"rank {distributed.global_rank()} on {socket.gethostname()}")
-        words.append(self.phase)
-        if self.samples is not None and not is_on_all_ranks(error):
-            words.append(f"samples {first_few(self.samples, MOST_SAMPLES)}")
+            if self.samples is not None:
+                words.append(f"samples {first_few(self.samples, MOST_SAMPLES)}")
         error.add_note("in " + ", ".join(words))
 
 
 def place_of(loop: Loop) -> Place:
-    """Where the loop is: after an error, where it was raised."""
-    phase = phases.now().phase
-    is_in_step = loop.begun is not None
-    is_batch = is_in_step and phase in ("forward", "backward", "step")
-    samples = loop.batches.samples if is_batch else None
-    return Place(loop.engines.global_step + is_in_step, WORDS.get(phase, phase), samples)
+    """Where the loop is; call it where an error is caught, before anything else is done."""
+    doing = phases.now()
+    has_batch = loop.begun is not None and doing.phase in ("forward", "backward", "step")
+    return Place(doing.step, doing.phase, loop.batches.samples if has_batch else None)

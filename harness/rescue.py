@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from harness import distributed
 from harness.checkpoint.save import Saver, SaveResult
 from harness.data.step_batches import StepBatches
-from harness.distributed.failures import Failures, current
+from harness.distributed.failures import Failures
 from harness.distributed.network import is_lost_rank
 from harness.distributed.rng import rng_state, set_rng_state
 from harness.engine.engines import Engines
@@ -65,7 +65,6 @@ class BegunStep:
     def __init__(self, engines: Engines):
         phases.at_step(engines.global_step + 1)
         self._engines = engines
-        current().step = engines.global_step
         self._rng = rng_state()
         self._counters = [copy(engine.counters) for engine in engines.trained]
         self._edits = [engine.edits.count for engine in engines.trained]
@@ -96,9 +95,9 @@ def rescue(run: FailingRun, error: Exception) -> None:
     alone, with `"ranks": 1`. Nothing is saved after a failed save, if the weights are known to be
     wrong, or once weights have been changed in a step.
     """
+    place = place_of(run)
     if not is_lost_rank(error):  # of whose loss the run directory tells more
         Outcome.of(error).write()
-    place = place_of(run)
     if not is_on_all_ranks(error) and _fails_together(run, error):
         mark_on_all_ranks(error)
     place.note(error)

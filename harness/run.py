@@ -78,7 +78,8 @@ def run_in_world(config: Config, began: float | None = None) -> int:
     phases.begin()
     _check_same_config(config)
     signals = Signals()
-    with signals.installed(), Failures(config.run.timeout_s), ExitStack() as stack:
+    failures = Failures(config.run.timeout_s, phases.file, phases.read)
+    with signals.installed(), failures, ExitStack() as stack:
         task, batches = _build_task(config)
         stack.callback(batches.close)
         engines = build_engines(task, config)

@@ -12,7 +12,7 @@ from harness.checkpoint.disks import find_disks
 from harness.checkpoint.retention import clean
 from harness.config import Config
 from harness.distributed.failures import raise_lost_rank
-from harness.errors import HarnessError, is_on_all_ranks, with_notes
+from harness.errors import HarnessError, is_on_all_ranks, summary, with_notes
 from harness.files import locked, toml_write
 from harness.health import outcome, phases, watchdog
 from harness.health.outcome import Outcome
@@ -107,7 +107,7 @@ def _errors_logged_by(handler: logging.Handler, is_leader: bool) -> Iterator[Non
         phases.enter("end")
         if is_leader or not is_on_all_ranks(error):
             is_ours = isinstance(error, HarnessError)
-            text, trace = (with_notes(error), None) if is_ours else (str(error), sys.exc_info())
+            text, trace = (with_notes(error), None) if is_ours else (summary(error), sys.exc_info())
             handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), trace))
         raise
 

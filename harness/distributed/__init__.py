@@ -7,6 +7,7 @@ Its files, from the top down:
     shared_numbers.py  what each rank has noted down, even if it has died
     tensors.py         rank 0's tensors on every rank
     collectives.py     all-reduce, broadcast, gather; raising on all ranks together
+    peers.py           where the other ranks run
     abort.py           aborts the collectives of this rank
     rng.py             the random generators of a rank
     world.py           ranks and devices; joining and leaving the world

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -29,8 +28,9 @@ from torch.distributed import (
 )
 
 from harness.distributed.abort import abort_collectives
-from harness.distributed.collectives import all_gather, broadcast
+from harness.distributed.collectives import all_gather
 from harness.distributed.network import is_lost_rank, local_cause
+from harness.distributed.peers import Place
 from harness.distributed.world import global_rank, world_size
 from harness.errors import LostRank, first_few, is_on_all_ranks, summary
 
@@ -62,32 +62,37 @@ class Failure:
     phase: str | None = None
 
     def __str__(self) -> str:
-        """`rank 1 on node7 has failed in the forward of step 6: ValueError: ...`."""
-        phase = f"the {self.phase} of " if self.phase else ""
-        place = f" in {phase}step {self.step}" if self.step is not None else ""
+        """`rank 1 on node7 has failed in step 6, phase forward: ValueError: ...`."""
+        place = "" if self.step is None else f" in {_at(self.step, self.phase)}"
         return f"rank {self.rank} on {self.host} has failed{place}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a rank runs."""
-
-    host: str
-    namespace: str
-    """Of process ids; empty if unknown."""
-    pid: int
 
 
 class Failures:
     """What the ranks of a run tell each other of their failures. A context, left with the run."""
 
-    def __init__(self, timeout_s: float) -> None:
-        """`timeout_s`: of every collective, for messages. Collective."""
+    def __init__(
+        self,
+        timeout_s: float,
+        file: int | None = None,
+        read: Callable[[int], tuple[int, str]] | None = None,
+    ) -> None:
+        """`timeout_s`: of every collective, for messages. Collective.
+
+        `file`: a descriptor of a file in memory that tells what this rank is doing; `read`: the
+        step and the phase in such a file, also of a rank that has died.
+        """
         self.timeout_s = timeout_s
-        self.step: int | None = None
-        """The last step that this rank has completed."""
-        self._places = all_gather(_own_place())
-        self._prefix = f"harness/failures/{broadcast(uuid.uuid4().hex)}"
+        self._read = read
+        self._places = all_gather(Place.own(file))
+        self._files = {rank: place.open_file() for rank, place in enumerate(self._places)}
+        others = [rank for rank in range(world_size()) if rank != global_rank()]
+        self._processes = {
+            descriptor: rank
+            for rank in others
+            if (descriptor := self._places[rank].open_process()) is not None
+        }
+        # After this, each rank may end: the others have found it.
+        self._prefix = f"harness/failures/{all_gather(uuid.uuid4().hex)[0]}"
         self._store: PrefixStore | None = None
         self._told = False
         self._ended: set[int] = set()
@@ -120,7 +125,9 @@ class Failures:
         os.close(self._waking)
         if self._store is not None:
             self._thread.join(SECONDS_TO_ANSWER)
-        os.close(self._wake)
+        if not self._thread.is_alive():  # else it waits for a store that does not answer
+            for descriptor in (self._wake, *self._processes, *filter(None, self._files.values())):
+                os.close(descriptor)
 
     def is_joint(self, how: str, timeout_s: float) -> bool:
         """Whether every rank calls this, with the same text and within `timeout_s`. Blocks."""
@@ -143,7 +150,7 @@ class Failures:
         if store is None or self._told:
             return
         self._told = True
-        text = json.dumps(asdict(Failure(global_rank(), _host(), reason, step, phase)))
+        text = json.dumps(asdict(Failure(global_rank(), socket.gethostname(), reason, step, phase)))
         _answer(lambda: store.set(_told(global_rank()), text), SECONDS_TO_ANSWER)
         if reason:
             _answer(lambda: store.set(FAILED, "1"), SECONDS_TO_ANSWER)
@@ -152,7 +159,7 @@ class Failures:
         """The error of a rank that has lost others, which names them. Blocks until they have told
         why, for seconds at most. `reason`: as this rank knows it."""
         if self._store is None:
-            return _lost_rank([], None, reason, self._what_happened())
+            return _lost_rank([], reason, self._what_happened())
         self.tell("")
         told: dict[int, Failure] = {}
         _answer(lambda: self._ask_all(told), SECONDS_TO_ANSWER + 1)
@@ -164,11 +171,21 @@ class Failures:
             return error
         silent = [rank for rank in range(world_size()) if rank not in told]
         lost = sorted(self._ended) or [rank for rank in silent if rank != global_rank()]
-        names = [f"rank {rank} on {self._places[rank].host}" for rank in lost]
-        error = _lost_rank(names, self.step, reason, self._what_happened())
+        error = _lost_rank([self._describe(rank) for rank in lost], reason, self._what_happened())
         if lost:
             error.rank, error.host = lost[0], self._places[lost[0]].host
+            error.step, error.phase = self._last_of(lost[0]) or (None, None)
         return error
+
+    def _describe(self, rank: int) -> str:
+        last = self._last_of(rank)
+        was = f", which was in {_at(*last)}" if last else ""
+        return f"rank {rank} on {self._places[rank].host}{was}"
+
+    def _last_of(self, rank: int) -> tuple[int, str] | None:
+        """Step and phase that a rank of this node was in."""
+        file = self._files[rank]
+        return None if file is None or self._read is None else self._read(file)
 
     def _what_happened(self) -> str:
         if self._ended:
@@ -191,19 +208,13 @@ class Failures:
     def _watch(self) -> None:
         """Waits until another rank fails, and makes this one leave."""
         poll = select.poll()
-        poll.register(self._wake)
-        ranks: dict[int, int] = {}
-        for rank, place in enumerate(self._places):
-            if rank != global_rank() and (process := _process_of(place)) is not None:
-                ranks[process] = rank
-                poll.register(process, select.POLLIN)
+        for descriptor in (self._wake, *self._processes):
+            poll.register(descriptor, select.POLLIN)
         try:
-            has_failed = self._wait(poll, ranks)
+            has_failed = self._wait(poll)
         except DistError:  # the store is gone, with its rank: at the end of the run, or before
+            self._look(poll)
             has_failed = None
-        finally:
-            for process in ranks:
-                os.close(process)
         if has_failed is False or self._left.wait(SECONDS_TO_NOTICE):
             return
         abort_collectives()
@@ -211,22 +222,23 @@ class Failures:
             log.error("another rank has failed, and this one does not end: ending its process")
             os._exit(LostRank.code)
 
-    def _wait(self, poll: "select.poll", ranks: dict[int, int]) -> bool:
-        """Waits until another rank has failed, or this one leaves. Returns whether one has failed.
-
-        `ranks`: by the descriptors of their processes.
-        """
+    def _wait(self, poll: "select.poll") -> bool:
+        """Waits until another rank has failed, or this one leaves; whether one has failed."""
         assert self._store is not None
-        while True:
-            for descriptor, _ in poll.poll(1000 * SECONDS_BETWEEN_LOOKS):
-                if descriptor == self._wake:
-                    return False
-                poll.unregister(descriptor)
-                self._ended.add(ranks[descriptor])
-                if self._store.check([_told(ranks[descriptor])]):
-                    self._ended.remove(ranks[descriptor])
+        while self._look(poll):
+            self._ended -= {rank for rank in self._ended if self._store.check([_told(rank)])}
             if self._ended or self._store.check([FAILED]):
                 return True
+        return False
+
+    def _look(self, poll: "select.poll") -> bool:
+        """Waits a while for ranks of this node to end. False if this one leaves."""
+        for descriptor, _ in poll.poll(1000 * SECONDS_BETWEEN_LOOKS):
+            if descriptor == self._wake:
+                return False
+            poll.unregister(descriptor)
+            self._ended.add(self._processes[descriptor])
+        return True
 
 
 _current: Failures | None = None
@@ -256,7 +268,7 @@ def raise_lost_rank(timeout_s: float) -> Iterator[None]:
         reason = str(error).rpartition("/gloo/")[2].partition("] ")[2] or str(error)
         reason = reason.partition(" This is typically")[0].rstrip(".")
         if _current is None:
-            raise _lost_rank([], None, reason, _unknown_end(timeout_s)) from error
+            raise _lost_rank([], reason, _unknown_end(timeout_s)) from error
         raise _current.lost_rank(reason) from error
 
 
@@ -267,41 +279,21 @@ def _unknown_end(timeout_s: float) -> str:
     )
 
 
-def _lost_rank(names: Sequence[str], step: int | None, reason: str, what_happened: str) -> LostRank:
-    after = "" if step is None else f" after step {step}"
+def _lost_rank(names: Sequence[str], reason: str, what_happened: str) -> LostRank:
     return LostRank(
-        f"{_host()} has lost {first_few(names) or 'another rank'}{after}: {reason}: "
+        f"{socket.gethostname()} has lost {first_few(names) or 'another rank'}: {reason}: "
         f"{what_happened}: see its own output. Start the run again, on these or the remaining "
         "nodes: it resumes from its newest checkpoint"
     )
 
 
+def _at(step: int, phase: str | None) -> str:
+    return f"step {step}, phase {phase}" if phase else f"step {step}"
+
+
 def _told(rank: int) -> str:
     """The key of what a rank has told."""
     return f"told/{rank}"
-
-
-def _host() -> str:
-    return socket.gethostname()
-
-
-def _own_place() -> _Place:
-    try:
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        namespace = ""
-    return _Place(_host(), namespace, os.getpid())
-
-
-def _process_of(place: _Place) -> int | None:
-    """A descriptor of a process of this node, readable once it has ended; None if there is none."""
-    own = _own_place()
-    if not own.namespace or (own.host, own.namespace) != (place.host, place.namespace):
-        return None
-    try:
-        return os.pidfd_open(place.pid)
-    except (OSError, AttributeError):  # not on this system
-        return None
 
 
 def _answer(ask: Callable[[], T], seconds: float) -> T | None:

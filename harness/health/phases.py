@@ -131,6 +131,12 @@ def doing(cells: memoryview) -> Doing:
     return Doing(PHASES[int(cells[PHASE])], int(cells[STEP]), seconds, int(cells[COUNT]))
 
 
+def read(descriptor: int) -> tuple[int, str]:
+    """Step and phase of the rank with the cells in a file."""
+    found = doing(view_of(descriptor))
+    return found.step, found.phase
+
+
 def spent() -> dict[Phase, float]:
     """Seconds in each phase so far, without the present one."""
     return {phase: _cells[SPENT + number] for phase, number in _NUMBERS.items()}

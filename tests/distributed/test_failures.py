@@ -87,12 +87,22 @@ def hurry() -> Iterator[None]:
         yield
 
 
+def file() -> int:
+    """What this rank is doing: the step is 5 more than the rank."""
+    descriptor = os.memfd_create("doing")
+    os.write(descriptor, bytes([5 + distributed.global_rank()]))
+    return descriptor
+
+
+def read(descriptor: int) -> tuple[int, str]:
+    return os.pread(descriptor, 1, 0)[0], "data"
+
+
 def wait_for_others(how: str) -> dict[str, Any]:
     """What the last rank does while the others wait for it in a collective, and what they raise."""
     last = distributed.world_size() - 1
     try:
-        with hurry(), Failures(30) as failures, raise_lost_rank(30):
-            failures.step = 7
+        with hurry(), Failures(30, file(), read) as failures, raise_lost_rank(30):
             if distributed.global_rank() == last:
                 if how == "ends":
                     os._exit(7)
@@ -113,7 +123,7 @@ def test_peers_of_a_rank_that_fails_leave_their_collectives(three_ranks: RankPoo
     here = socket.gethostname()
     for found in others:
         assert found["place"] == [2, True, 8, "forward"]
-        expected = f"rank 2 on {here} has failed in the forward of step 8: ValueError: unwell."
+        expected = f"rank 2 on {here} has failed in step 8, phase forward: ValueError: unwell."
         assert found["error"].startswith(expected)
     assert last == {}
     three_ranks.close()  # whose collectives are aborted
@@ -129,8 +139,9 @@ def test_a_rank_that_dies_is_named(three_ranks: RankPool, tmp_path: Path) -> Non
         three_ranks.run(write_what_others_raise, tmp_path)
     for rank in range(2):
         found = json.loads((tmp_path / str(rank)).read_text())
-        assert found["place"] == [2, True, 7, None]
-        assert f"has lost rank 2 on {socket.gethostname()} after step 7: " in found["error"]
+        assert found["place"] == [2, True, 7, "data"]
+        expected = f"rank 2 on {socket.gethostname()}, which was in step 7, phase data: "
+        assert expected in found["error"]
         assert "its process was killed" in found["error"]
 
 

@@ -79,7 +79,7 @@ def ended(job: subprocess.Popen[str], *nodes: Node) -> int:
 
 def losses_in(directory: Path) -> list[str]:
     """Who logs that a rank was lost: "rank 1 ERROR node2"."""
-    pattern = r"(rank . ERROR \S+) has lost rank \d on node\d after .+ run\.timeout_s = 20 s"
+    pattern = r"(rank . ERROR \S+) has lost rank \d on node\d: .+ run\.timeout_s = 20 s"
     return sorted(re.findall(pattern, log_of(directory)))
 
 
@@ -92,8 +92,7 @@ def test_after_a_cut_cable_and_a_lost_node_the_run_resumes(pair: Pair, tmp_path:
     assert ended(job, pair.first, pair.second) != 0
     assert losses_in(tmp_path) == ["rank 0 ERROR node1", "rank 1 ERROR node2"]
     assert (
-        "node1: error: node1 has lost rank 1 on node2 after step"
-        in (tmp_path / "node1.output").read_text()
+        "node1: error: node1 has lost rank 1 on node2: " in (tmp_path / "node1.output").read_text()
     )
 
     pair.reconnect()
