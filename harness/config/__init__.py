@@ -9,7 +9,6 @@ Nothing here imports torch, so that a mistake in the config is reported within a
     engine_sections.py  [engines.NAME]: DeepSpeed's JSON, optimizer, schedule, adapters
     deepspeed_rules.py  settings of DeepSpeed that harness does not support, one check each
     deepspeed_keys.py   the keys that DeepSpeed knows
-    health_section.py   [health]: what is watched
     sections.py         the other tables
     old_names.py        renamed keys and moved modules
 """
