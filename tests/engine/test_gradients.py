@@ -26,6 +26,7 @@ from tests.support.helpers import (
     losses,
     tiny_config,
 )
+from tests.tasks.branches_task import Once
 
 STAGES = [0, 1, 2, 3]
 SMALL_BUCKETS = {"zero_optimization": {"reduce_bucket_size": 150}}
@@ -296,6 +297,7 @@ def test_a_layer_that_only_the_first_step_uses_stays_where_it_is(
     )
     pools(1).run(run_in_world, config)
     sums = [exported(config, step)["extra.weight"].sum().item() for step in (1, 2, 3, 4)]
+    assert Once().extra.weight.sum().item() == pytest.approx(-0.7468, abs=1e-4)
     assert sums == pytest.approx([-0.7946] * 4, abs=1e-4)
 
 
