@@ -10,6 +10,7 @@ Its files, from the top down:
     kept_buffers.py    buffers as they were before a step, restored if it is skipped
     counters.py        what an engine has done so far
     buffers.py         buffers that training changes: rank 0's everywhere, or each rank's own
+    attributes.py      what a model's forward leaves in attributes of its submodules
     explained.py       errors of torch's in a model, with the keys that help
     mixed_dtypes.py    what 16-bit engines cast, and the keys that help
     overrides.py       learning rates by group, and clipping: scheduled, or changed by commands

@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from harness import distributed
 from harness.config.engine_sections import EngineConfig
-from harness.engine import mixed_dtypes, trainable
+from harness.engine import attributes, mixed_dtypes, trainable
 from harness.engine.buffers import Buffers
 from harness.engine.counters import Counters
 from harness.engine.edits import Edits
@@ -100,7 +99,6 @@ class Engine:
         optimizer = scheduler = schedule = None
         with distributed.raise_on_all_ranks(f"engines.{name}"):
             trainable.check_storable(name, model)
-            trainable.check_shardable(name, model, config.zero_stage)
             if self.role == "teacher":
                 model.requires_grad_(False).eval()
             else:
@@ -304,14 +302,12 @@ class Engine:
         """Whether an EMA of its weights is kept: `ema_decay` is set."""
         return self._ema is not None
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """The model with its EMA weights, if they are kept and a step was taken.
 
         Collective; between optimizer steps only. Afterwards everything is restored.
         """
-        with self._ema.in_place() if self._ema else nullcontext():
-            yield
+        return self._ema.in_place() if self._ema else nullcontext()
 
     def edit_weights(self) -> AbstractContextManager[nn.Module]:
         """The model, whose parameters may be changed in place: rank 0's changes, on all ranks.
@@ -345,31 +341,14 @@ class Engine:
         self.ds.destroy()
 
     def gather_attribute(self, name: str, kind: type = object) -> dict[str, Any]:
-        """Removes attribute `name` from every submodule that has it; `{module path: value}`.
-
-        Values that are not of type `kind` are left alone. Models may set `loss` and `stats` on
-        their submodules for the default feeder.
-        """
-        values = {}
-        for path, module in self.module.named_modules():
-            if isinstance(vars(module).get(name), kind) and name in vars(module):
-                values[path] = vars(module).pop(name)
-        return values
+        """`attributes.gather` from its model."""
+        return attributes.gather(self.module, name, kind)
 
     def dispatch_attribute(
-        self,
-        name: str,
-        value: Any,
-        where: Callable[[nn.Module], bool] | None = None,
+        self, name: str, value: Any, where: attributes.Choice | None = None
     ) -> int:
-        """Sets attribute `name` on every submodule that has it (or for which `where` is true).
-
-        Returns the number of submodules that were set.
-        """
-        chosen = [m for m in self.module.modules() if (where(m) if where else hasattr(m, name))]
-        for module in chosen:
-            setattr(module, name, value)
-        return len(chosen)
+        """`attributes.dispatch` to its model."""
+        return attributes.dispatch(self.module, name, value, where)
 
     def collect(self) -> engine_state.FileTrees:
         """The trees that DeepSpeed would write into a checkpoint for this rank. Collective."""

@@ -8,7 +8,6 @@ from harness import distributed
 from harness.config.deepspeed_rules import half_precision
 from harness.config.engine_sections import EngineConfig
 from harness.errors import ConfigError, TaskError, first_few
-from harness.zero.parameters import is_sharded
 
 
 def check_trainable(engine: str, model: nn.Module) -> None:
@@ -71,18 +70,6 @@ def check_storable(engine: str, model: nn.Module) -> None:
             raise TaskError(
                 f"engine {engine!r}: buffer {name!r} has the layout {tensor.layout}, which no "
                 "checkpoint can hold: register it with persistent=False, or make it dense"
-            )
-
-
-def check_shardable(engine: str, model: nn.Module, zero_stage: int) -> None:
-    """Raises TaskError for a parameter, trained or not, of a dtype that ZeRO 3 does not shard
-    once the model is built."""
-    for name, parameter in model.named_parameters() if zero_stage == 3 else ():
-        is_floating = parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if not is_floating and not is_sharded(parameter):
-            raise TaskError(
-                f"engine {engine!r}: parameter {name!r} is {parameter.dtype}, expected float32, "
-                "bfloat16 or float16 at ZeRO 3: make it a buffer (register_buffer), or use ZeRO 2"
             )
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from harness.engine.trainable import (
     TrainedParameters,
     check_renormed,
-    check_shardable,
     check_storable,
     check_trainable,
 )
@@ -122,14 +121,6 @@ def test_a_bag_with_max_norm_is_refused_unless_it_is_frozen() -> None:
     with pytest.raises(TaskError, match=r"'0.weight' has max_norm = 2.0.* the EmbeddingBag with"):
         check_renormed("net", model, config)
     check_renormed("net", model.requires_grad_(False), config)
-
-
-def test_what_zero_3_cannot_shard_is_named() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(2, 2)})
-    model.a.register_parameter("ids", nn.Parameter(torch.arange(3), requires_grad=False))
-    check_shardable("net", model, 2)
-    with pytest.raises(TaskError, match=r"'a.ids' is torch.int64, expected .* at ZeRO 3: .*buffer"):
-        check_shardable("net", model, 3)
 
 
 def test_a_sparse_buffer_that_a_checkpoint_would_have_is_refused() -> None:
