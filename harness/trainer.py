@@ -20,6 +20,7 @@ from harness.engine.engines import Engines
 from harness.errors import CheckpointError, CommandError, GradientError, HarnessError, no_exit
 from harness.evaluate import check_best_metric, evaluate
 from harness.execute import execute
+from harness.health.stragglers import Pace
 from harness.metrics.meters import StepMeter, StepNumbers
 from harness.metrics.progress import Progress
 from harness.metrics.sinks import Sink
@@ -63,7 +64,8 @@ class Trainer:
         self.meter = StepMeter()
         self.traces = Traces(bus, live.config.run_dir / "traces")
         self.vector = StepVector()
-        for part in (bus, self.meter, batches, engines.gradient_check, engines.skips):
+        self.pace = Pace(status.note)
+        for part in (bus, self.meter, batches, engines.gradient_check, engines.skips, self.pace):
             self.vector.add(part)
         self.evaluated: set[str] = set()  # metrics of the evaluations so far
         self.paused = False
@@ -383,7 +385,7 @@ class Trainer:
         for numbers in done:
             self.engines.count(numbers.local["step"], numbers.samples, numbers.tokens)
             counters = max((e.counters for e in self.engines.trained), key=lambda c: c.samples)
-            record = numbers.local | numbers.means
+            record = numbers.local | numbers.means | self.pace.of_step(numbers.local["step"])
             record |= {"samples": counters.samples, "tokens": counters.tokens}
             record["tokens_per_s"] = numbers.tokens / record["step_time_s"]
             self.record(record)

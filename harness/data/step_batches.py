@@ -115,8 +115,8 @@ class StepBatches:
 
     def _read(self, size: int) -> Iterator[Any]:
         for _ in range(size):
-            phases.enter("data")
-            batch = next(self._batches)
+            with phases.during("data"):
+                batch = next(self._batches)
             self._taken += 1
             self.samples = self._batches.samples
             yield batch

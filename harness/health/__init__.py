@@ -13,6 +13,7 @@ A decision that one rank took alone would be a hang of the others, so every deci
     stacks.py      the stacks of a rank whose interpreter is stuck
     processes.py   what Linux tells of a process
     verdict.py     whether a phase takes too long, and whom the ranks wait for
+    stragglers.py  which rank the others wait for, step by step
     outcome.py     how a run has ended: kind, exit code, rank, step, phase and reason, in ended.json
     phases.py      what this rank is doing, and since when, readable for its watchdog
     skips.py       steps that changed nothing: why, and on which rank it began

@@ -32,6 +32,7 @@ class Status:
         self.steps = steps
         """The last step of the run."""
         self.activity = "training"
+        self._note = ""
         self.on_activity: Callable[[str, int], None] | None = None
         """Called with every new activity and the last step, on the trainer's thread."""
         self._record: Mapping[str, Any] = {}
@@ -43,6 +44,10 @@ class Status:
         self._ends.append((step, time.monotonic()))
         if len(self._ends) > STEPS_OF_AN_ESTIMATE:
             self._ends.popleft()
+
+    def note(self, text: str) -> None:
+        """Sets what else the line says, empty for nothing."""
+        self._note = text
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Records the newest metrics."""
@@ -74,7 +79,8 @@ class Status:
         idle = time.monotonic() - self._ends[-1][1]
         doing = f"phase {phases.now().phase} for {format_duration(phases.now().seconds)}"
         waiting = f" (last step {format_duration(idle)} ago; {doing})" if idle > 10 else ""
-        return f"step {self.step} of {self.steps}, {self.activity}{waiting}{numbers}"
+        note = f"; {self._note}" if self._note else ""
+        return f"step {self.step} of {self.steps}, {self.activity}{waiting}{numbers}{note}"
 
     def time_left(self, to: int | None = None) -> str:
         """The estimated time to a step (None: the last), from the duration of recent steps."""

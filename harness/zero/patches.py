@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -199,7 +200,10 @@ def _patch_fetches() -> None:
             if not parameter.ds_numel:
                 parameter.data = parameter.data.new_empty(parameter.ds_shape)
                 parameter.ds_status = module.ZeroParamStatus.AVAILABLE
+        started = perf_counter()
         fetch(self, submodule, forward, is_leaf)
+        if forward:
+            fetches.Fetching.seconds += perf_counter() - started
 
     module.PartitionedParameterCoordinator._fetch_sub_module_impl = fetch_sub_module
     module.PartitionedParameterCoordinator.is_differentiated = False

@@ -64,7 +64,11 @@ def losses(config: Config) -> list[float]:
 def without_times(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records without what differs from run to run."""
     return [
-        {k: v for k, v in record.items() if k not in ("step_time_s", "tokens_per_s")}
+        {
+            key: value
+            for key, value in record.items()
+            if not key.startswith("step_time_") and key not in ("tokens_per_s", "slowest_rank")
+        }
         for record in found
     ]
 
