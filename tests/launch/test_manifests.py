@@ -1,5 +1,6 @@
 """Files for Kubernetes, Compose, shells and image builders: valid and consistent."""
 
+import argparse
 import re
 import shlex
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
+from harness.cli import add_run_arguments
 from harness.config.command_line import parse_args
 from harness.errors import ConfigError, HarnessError
 from tests.support.helpers import ROOT
@@ -55,7 +57,25 @@ JOBSET = {
                 "failurePolicy": {
                     "type": "object",
                     "additionalProperties": False,
-                    "properties": {"maxRestarts": {"type": "integer", "minimum": 0}},
+                    "properties": {
+                        "maxRestarts": {"type": "integer", "minimum": 0},
+                        "rules": {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "required": ["name", "action"],
+                                "additionalProperties": False,
+                                "properties": {
+                                    "name": {"type": "string"},
+                                    "action": {"enum": ["FailJobSet", "RestartJobSet"]},
+                                    "onJobFailureReasons": {
+                                        "type": "array",
+                                        "items": {"enum": ["PodFailurePolicy"]},
+                                    },
+                                },
+                            },
+                        },
+                    },
                 },
                 "replicatedJobs": {
                     "type": "array",
@@ -114,8 +134,8 @@ def check(document: dict[str, Any]) -> None:
         check(job)
 
 
-def test_only_a_config_error_fails_a_job_permanently() -> None:
-    (job,) = documents(ROOT / "launch/k8s/job.yaml")
+@pytest.mark.parametrize("job", ALL_JOBS, ids=lambda job: job["metadata"]["name"])
+def test_only_a_config_error_fails_a_job_permanently(job: dict[str, Any]) -> None:
     (rule,) = [r for r in job["spec"]["podFailurePolicy"]["rules"] if r["action"] == "FailJob"]
     errors = [HarnessError, *HarnessError.__subclasses__()]
     assert [e for e in errors if e.code in rule["onExitCodes"]["values"]] == [ConfigError]
@@ -158,9 +178,16 @@ def test_a_pod_matches_the_image(job: dict[str, Any]) -> None:
 
 
 def command(job: dict[str, Any]) -> list[str]:
-    """What the second pod of a Job runs."""
+    """What the second pod of a Job runs; without `harness run`, which ends with its exit code."""
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    return [word.replace("$(JOB_COMPLETION_INDEX)", "1") for word in container["args"]]
+    words = [word.replace("$(JOB_COMPLETION_INDEX)", "1") for word in container["args"]]
+    if words[0] != "harness":
+        assert words[0] == "python"
+        return words
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    assert words[1] == "run"
+    return parser.parse_args(words[2:]).words[1:]
 
 
 def save_seconds(words: list[str]) -> int:
@@ -185,6 +212,12 @@ def test_a_command_is_parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) 
         torchrun(words)
     entry = words.index("launch/train.py")
     assert parse_args(words[entry + 1 :]).run_dir.parts[0] == "runs"
+
+
+def test_a_permanent_failure_of_a_job_is_one_of_the_jobset() -> None:
+    (document,) = documents(ROOT / "launch/k8s/jobset.yaml")
+    (rule,) = document["spec"]["failurePolicy"]["rules"]
+    assert rule["action"] == "FailJobSet" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
 
 
 def test_the_pods_of_the_jobset_connect() -> None:

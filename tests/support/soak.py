@@ -28,6 +28,7 @@ from unittest.mock import patch
 import psutil
 import torch
 
+from harness.convert.convert import Options, convert
 from harness.distributed import free_port
 from harness.files import locked
 from harness.health import attempt
@@ -270,12 +271,19 @@ def run(config: Path, faults: Sequence[Fault]) -> dict[str, Any]:
     assert abs(sum(spent.values()) - total) <= 1e-2 * total, (spent, total)
     assert abs(took - total) <= 0.01 * took + 1.0, (took, total)
     return {
-        "weights": load(directory / f"exports/step-{STEPS:08d}/net.sft"),
+        "weights": weights_of(directory),
         "history": history(config.parent / "notes"),
         "starts": Forked.started,
         "seconds": took,
         "spent": spent,
     }
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    """The master weights of the last step. (A signal in it ends the run without an export.)"""
+    last, file = directory / f"checkpoints/step-{STEPS:08d}", directory / "weights.sft"
+    convert(last, file, Options(), lambda line: None)
+    return load(file)
 
 
 def shared_memory() -> set[str]:
