@@ -243,7 +243,7 @@ class Engine:
             return False
         self._trained.check()
         self.last_lrs = self.overrides.rates()
-        self.last_grad_norm = engine_state.take_step(self.ds)
+        self.last_grad_norm = engine_state.take_step(self.ds, self._config.max_loss_scale)
         self._was_step_applied = self.ds.was_step_applied()
         self.counters.global_step += 1
         self.counters.skipped += not self._was_step_applied

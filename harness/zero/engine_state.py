@@ -309,13 +309,16 @@ def zero_stage(ds: Any) -> int:
     return ds.zero_optimization_stage()
 
 
-def take_step(ds: Any) -> Tensor | float:
+def take_step(ds: Any, max_loss_scale: float | None = None) -> Tensor | float:
     """DeepSpeed's optimizer step: skipped, at every stage, if a gradient is not finite.
 
+    `max_loss_scale`: the largest fp16 loss scale of the next step; DeepSpeed has no limit.
     Returns the gradients' L2 norm before clipping; inf if the step was skipped. Collective.
     """
     if zero_stage(ds) or compute_dtype(ds) != torch.float32:
         ds.step()
+        if max_loss_scale is not None:
+            set_loss_scale(ds, min(loss_scale(ds), max_loss_scale))
         return ds.get_global_grad_norm()
     norm = _plain_grad_norm(ds.module)
     if _is_finite_everywhere(norm, ds.module):
