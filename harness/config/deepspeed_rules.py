@@ -161,6 +161,16 @@ def check_no_nvme(ds: Mapping[str, Any], reason: str) -> None:
             raise UnsupportedSetting(f"zero_optimization.{key}.device", "nvme", "'cpu'", reason)
 
 
+def check_dynamic_loss_scale(ds: Mapping[str, Any]) -> None:
+    """Only fp16 has a loss scale, and only a dynamic one grows."""
+    if not (found := value_at(ds, "fp16.enabled")):
+        reason = "max_loss_scale: only fp16 has a loss scale"
+        raise UnsupportedSetting("fp16.enabled", found, "true", reason)
+    if scale := value_at(ds, "fp16.loss_scale"):
+        reason = "max_loss_scale: one that is set does not grow"
+        raise UnsupportedSetting("fp16.loss_scale", scale, "0", reason)
+
+
 def check_ema_precision(ds: Mapping[str, Any]) -> None:
     """EMA weights have the precision of the master weights."""
     for table in ("bf16", "bfloat16", "fp16"):

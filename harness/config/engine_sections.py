@@ -31,6 +31,9 @@ class NamedConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+DEFAULT_SCALE_POWER = 16
+"""DeepSpeed's `fp16.initial_scale_power`: a dynamic loss scale begins at 2 to this power."""
+
 DEFAULT_GROUP = "default"
 """Name of the group of all parameters that no other group matches."""
 
@@ -203,6 +206,10 @@ class EngineConfig(Section):
     DeepSpeed does (tables of rotary angles must stay in float32); "model" casts floating ones to
     the dtype of the weights, as `model.bfloat16()` does, except those that DeepSpeed's
     `data_types.keep_in_fp32_modules` names."""
+    max_loss_scale: float | None = Field(default=None, ge=1, allow_inf_nan=False)
+    """In fp16: the largest loss scale. DeepSpeed doubles a dynamic one after `loss_scale_window`
+    steps without an overflow, so that near the limit of fp16 one step in so many is skipped.
+    Default: no limit."""
     _file: tuple[Path, dict[str, Any]] | None = PrivateAttr(default=None)
     """Path and content of `ds_config`."""
 
@@ -251,6 +258,8 @@ class EngineConfig(Section):
             rules.check_no_nvme(ds, "checkpoints would lack the state on NVMe")
         else:
             rules.check_teacher_stage(ds)
+        if self.max_loss_scale:
+            rules.check_dynamic_loss_scale(ds)
         if self.init_from is not None:
             rules.check_no_nvme(ds, "init_from cannot initialize state on NVMe")
         if self.ema_decay:
@@ -278,6 +287,11 @@ class EngineConfig(Section):
         ds = deepcopy(merge(table, self.ds_overrides))
         if self.buffer_dtype == "model" and (dtype := rules.half_precision(ds)):
             ds = merge(ds, {"data_types": {"buffer_dtype": dtype}})
+        if self.max_loss_scale:
+            power = rules.value_at(ds, "fp16.initial_scale_power")
+            power = DEFAULT_SCALE_POWER if power is None else power
+            power = min(power, int(math.log2(self.max_loss_scale)))
+            ds = merge(ds, {"fp16": {"initial_scale_power": power}})
         return ds
 
 

@@ -254,7 +254,9 @@ class Engine:
         self._trained.check()
         self.last_lrs = self.overrides.rates()
         is_finding_scale = engine_state.finds_loss_scale(self.ds)
-        self.last_grad_norm = engine_state.take_step(self.ds, self.largest_norm)
+        self.last_grad_norm = engine_state.take_step(
+            self.ds, self.largest_norm, self._config.max_loss_scale
+        )
         self._was_step_applied = self.ds.was_step_applied()
         self.last_skip = None
         if not self._was_step_applied:

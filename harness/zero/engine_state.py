@@ -320,11 +320,14 @@ def zero_stage(ds: Any) -> int:
     return ds.zero_optimization_stage()
 
 
-def take_step(ds: Any, largest: float = math.inf) -> Tensor | float:
+def take_step(
+    ds: Any, largest: float = math.inf, max_loss_scale: float | None = None
+) -> Tensor | float:
     """DeepSpeed's optimizer step: skipped, at every stage, if a gradient is not finite, or if their
     norm is above `largest`.
 
-    Returns the gradients' L2 norm before clipping; inf if one is not finite. Collective.
+    `max_loss_scale`: the largest fp16 loss scale of the next step; DeepSpeed has no limit. Returns
+    the gradients' L2 norm before clipping; inf if one is not finite. Collective.
     """
     scale = loss_scale(ds)
     StepNorm.largest, StepNorm.found = largest * scale, None
@@ -334,6 +337,8 @@ def take_step(ds: Any, largest: float = math.inf) -> Tensor | float:
     else:
         with _overflowing(ds.optimizer):
             ds.step()
+    if max_loss_scale is not None:
+        set_loss_scale(ds, min(loss_scale(ds), max_loss_scale))
     norm = StepNorm.found
     if norm is None or not (ds.was_step_applied() or 0 <= float(norm) < math.inf):
         return math.inf

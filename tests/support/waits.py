@@ -1,0 +1,71 @@
+"""Where a program makes the host wait for a device: on a GPU as torch warns of it, on a CPU by the
+operations that would."""
+
+import importlib.util
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support.fake_cuda import READS
+
+PACKAGES = [
+    Path(spec.origin).parent
+    for name in ("harness", "deepspeed")
+    if (spec := importlib.util.find_spec(name)) is not None and spec.origin
+]
+
+
+@contextmanager
+def counted_waits() -> Iterator[Counter[str]]:
+    """How often each function in harness or DeepSpeed waits inside the context: "harness/a.py:f" or
+    "deepspeed/a.py:f", whichever is the innermost."""
+    found: Counter[str] = Counter()
+    if not torch.cuda.is_available():
+        with _Reads(found):
+            yield found
+        return
+    show = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+
+        def note(message: Any, *args: Any, **kwargs: Any) -> None:
+            if "synchroniz" in str(message):
+                found[_caller(sys._getframe(1))] += 1
+            else:
+                show(message, *args, **kwargs)
+
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+class _Reads(TorchDispatchMode):
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.partition(".")[0] in READS:
+            self._found[_caller(sys._getframe(1))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _caller(frame: FrameType | None) -> str:
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        for package in PACKAGES:
+            if path.is_relative_to(package):
+                return f"{path.relative_to(package.parent)}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "elsewhere"

@@ -1,0 +1,112 @@
+"""A whole step (Engine, APOLLO, EMA, LoRA, offload, meter, bus) makes the host wait for the device
+only where it must know whether the gradients are finite: in harness in fp32 at stage 0, else in
+DeepSpeed."""
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import devices
+from harness.config import Config
+from harness.optim import Apollo
+from harness.run import run, run_in_world
+from harness.testing.pool import RankPool
+from harness.trainer import Trainer
+from tests.support.helpers import ROOT, tiny_config
+from tests.support.waits import counted_waits
+
+COUNTED = range(5, 7)
+"""Steps after the first ones, and none of those in which changed buffers are searched for."""
+PARAMETERS = 6 * 2 + 1
+"""With gradients: LoRA's."""
+OVERFLOW = {
+    "deepspeed/runtime/utils.py:is_invalid_grad_norm": 2,
+    "deepspeed/runtime/zero/stage_1_and_2.py:has_overflow": 1,
+    "deepspeed/runtime/utils.py:has_overflow": 1,
+    "deepspeed/runtime/utils.py:has_overflow_serial": PARAMETERS,
+    "deepspeed/runtime/utils.py:get_weight_norm": 2,
+}
+"""DeepSpeed's waits: functions, and at most how often in a step."""
+
+
+def config_of(directory: Path, stage: int, dtype: str) -> Config:
+    texts = directory / "texts"
+    for name in "ab":
+        (texts / f"{name}.txt").parent.mkdir(parents=True, exist_ok=True)
+        (texts / f"{name}.txt").write_text("A step waits for nothing. " * 40)
+    args = {"path": str(texts), "seq_len": 16, "dim": 16, "layers": 3, "heads": 2}
+    engine = {
+        "ds_config": ROOT / f"ds_configs/zero{stage}.json",
+        "ds_overrides": {"bf16": {"enabled": dtype == "bf16"}},
+        "optimizer": {"name": "apollo", "rank": 2},
+        "ema_decay": 0.9,
+        "lora": {"targets": ".*qkv", "rank": 4},
+    }
+    return Config.model_validate(
+        tiny_config(directory).model_dump()
+        | {
+            "run": {"name": "waits", "dir": directory, "steps": COUNTED.stop + 1},
+            "task": {"path": str(ROOT / "launch/tasks/byte_lm.py"), "args": args},
+            "engines": {"lm": engine},
+            "optimizations": {"unsloth": True, "offload": {"budget": "all", "min_bytes": 0}},
+        }
+    )
+
+
+def waits_of(config: Config, train: Callable[[Config], object] = run_in_world) -> Counter[str]:
+    """Those of the steps COUNTED."""
+    found: Counter[str] = Counter()
+    step = Trainer.step
+
+    def counted(trainer: Trainer) -> None:
+        is_counted = trainer.engines.global_step in COUNTED
+        with counted_waits() if is_counted else nullcontext(Counter[str]()) as waits:
+            step(trainer)
+        found.update(waits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(devices.LIMITS, "cpu", devices.LIMITS["cuda"])
+        patch.setattr(Trainer, "step", counted)
+        train(config)
+    return found
+
+
+def check(found: Counter[str], stage: int, dtype: str) -> None:
+    ours = {place: count for place, count in found.items() if place.startswith("harness/")}
+    is_plain = stage == 0 and dtype == "fp32"
+    asked = {"harness/zero/engine_state.py:_is_finite_everywhere": len(COUNTED)}
+    assert ours == (asked if is_plain else {})
+    for place, count in (found - Counter(ours)).items():
+        assert count <= OVERFLOW.get(place, 0) * len(COUNTED), (place, count)
+
+
+def test_a_wait_in_harness_is_found() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(3, 2))]
+    parameters[0].grad = torch.ones(3, 2)
+    optimizer = Apollo(parameters, rank=1)
+    optimizer.step()
+    with counted_waits() as waits:
+        optimizer.step()
+    assert waits == {"harness/optim/apollo/lowrank.py:_mask": 1}  # on a CPU, where it is free
+
+
+CASES = [(0, "fp32"), (1, "bf16"), (3, "bf16")]
+SLOW = [(0, "bf16"), (1, "fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_waits_of_a_step(two_ranks: RankPool, tmp_path: Path, stage: int, dtype: str) -> None:
+    for found in two_ranks.run(waits_of, config_of(tmp_path, stage, dtype)):
+        check(found, stage, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("stage", "dtype"), [*CASES, *SLOW])
+def test_waits_of_a_step_on_a_gpu(tmp_path: Path, stage: int, dtype: str) -> None:
+    check(waits_of(config_of(tmp_path, stage, dtype), run), stage, dtype)
