@@ -100,6 +100,13 @@ class OutOfMemory(HarnessError):
     kind = "oom"
 
 
+class RunDirectoryGone(HarnessError):
+    """The run's directory was deleted or moved while the run used it; on rank 0."""
+
+    code = 2
+    kind = "config"
+
+
 class NonFiniteError(HarnessError):
     """Training has failed: too many steps were skipped, or the policy is to end at the first. A
     restart would meet the same; what was saved is good."""

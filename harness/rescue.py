@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from harness import distributed
 from harness.checkpoint.save import Saver, SaveResult
 from harness.data.step_batches import StepBatches
+from harness.data.workers import note_remedy
 from harness.distributed.failures import Failures
 from harness.distributed.network import is_lost_rank
 from harness.distributed.rng import rng_state, set_rng_state
@@ -101,6 +102,7 @@ def rescue(run: FailingRun, error: Exception) -> None:
     if not is_on_all_ranks(error) and _fails_together(run, error):
         mark_on_all_ranks(error)
     place.note(error)
+    note_remedy(error)
     if not is_on_all_ranks(error):
         run.failures.tell("" if is_lost_rank(error) else summary(error), place.step, place.phase)
         for numbers in run.meter.take_own():

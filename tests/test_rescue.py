@@ -2,6 +2,7 @@
 
 import os
 import pkgutil
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,8 +48,10 @@ class Unwell(Exception):
 
 
 @contextmanager
-def failing(place: str, at: int, how: Callable[[], object] | None = None) -> Iterator[None]:
-    """The `at`-th call of one of the `PLACES` fails, after all that it does."""
+def failing(
+    place: str, at: int, how: Callable[[], object] | None = None, raises: bool = True
+) -> Iterator[None]:
+    """The `at`-th call of one of the `PLACES` does `how` and fails, after all that it does."""
     path, calls = PLACES[place], 0
     with pytest.MonkeyPatch.context() as patch:
         original = pkgutil.resolve_name(path)
@@ -57,20 +60,21 @@ def failing(place: str, at: int, how: Callable[[], object] | None = None) -> Ite
             nonlocal calls
             calls += 1
             if place == "data" and calls == at:
-                fail(how)
+                fail(how, raises)
             result = original(*args)
             if calls == at:
-                fail(how)
+                fail(how, raises)
             return result
 
         patch.setattr(path, faulty)
         yield
 
 
-def fail(how: Callable[[], object] | None) -> None:
+def fail(how: Callable[[], object] | None, raises: bool) -> None:
     if how is not None:
         how()
-    raise Unwell("it is unwell")
+    if raises:
+        raise Unwell("it is unwell")
 
 
 def die() -> None:
@@ -205,6 +209,18 @@ def run_failing_with_slow_files(config: Config, place: str, at: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save, "write_files", slow)
         run_failing(config, place, at, (0, 1))
+
+
+def run_deleting(config: Config) -> str:
+    with failing("feed", 5, partial(shutil.rmtree, config.run_dir), raises=False):
+        return error_of(config)
+
+
+def test_a_run_whose_directory_is_deleted_ends(pools: Pools, tmp_path: Path) -> None:
+    config = accumulated(tmp_path)
+    [error] = pools(1).run(run_deleting, config)
+    assert f"{config.run_dir}: this run's directory was deleted" in error
+    assert not config.run_dir.exists()
 
 
 @pytest.mark.parametrize(("place", "at"), [("step", 3), ("feed", 5)])

@@ -116,6 +116,9 @@ class DataConfig(Section):
     workers: int = Field(default=0, ge=0)
     """Data-loading processes per rank, in training and in evaluations; 0: samples are loaded in the
     rank's own process."""
+    start_method: Literal["fork", "spawn", "forkserver"] = "fork"
+    """How these processes start. With "spawn" and "forkserver" they inherit nothing of the rank,
+    for libraries that a fork breaks; dataset and `collate` are pickled, so neither can be local."""
 
     mix: dict[str, MixConfig] = {}
     """Sources of a mixture, if `train_data` is a dict of datasets; default: samples of all sources

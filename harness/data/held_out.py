@@ -8,10 +8,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from harness.config.sections import DataConfig
-from harness.control.signals import leave_signals_to_parent
 from harness.data.loader import Collate, Counted, CountingCollate, Fetch, unchanged
-from harness.data.workers import iterated
-from harness.devices import is_gpu_used
+from harness.data.workers import iterated, loader_options
 from harness.errors import TaskError
 
 
@@ -80,13 +78,8 @@ def read_once(
     A map-style dataset is split over the ranks, each sample once. An IterableDataset has the
     samples of this rank, and any other iterable its batches, of which `count` counts the samples.
     """
-    size, workers = config.micro_batch_size, config.workers
-    options: dict[str, Any] = {
-        "num_workers": workers,
-        "pin_memory": is_gpu_used(),
-        "generator": torch.Generator().manual_seed(seed),
-        "worker_init_fn": leave_signals_to_parent,
-    }
+    size, generator = config.micro_batch_size, torch.Generator().manual_seed(seed)
+    options = loader_options(config.workers, config.start_method, generator)
     if _is_map_style(data):
         starts = range(rank * size, len(data), size * world_size)
         shares = [range(start, min(start + size, len(data))) for start in starts]

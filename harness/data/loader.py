@@ -14,7 +14,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from harness.config.sections import DataConfig
-from harness.control.signals import leave_signals_to_parent
 from harness.data.mixture import Mixture, MixtureSampler
 from harness.data.sampler import (
     BatchedOrderedSampler,
@@ -23,8 +22,7 @@ from harness.data.sampler import (
     RandomSampler,
     Sampler,
 )
-from harness.data.workers import end_workers
-from harness.devices import is_gpu_used
+from harness.data.workers import end_workers, loader_options
 from harness.errors import CheckpointError, ConfigError, TaskError, first_few
 
 log = logging.getLogger(__name__)
@@ -92,12 +90,13 @@ class Loader:
         collate: Collate,
         workers: int = 0,
         seed: int = 0,
+        start_method: str = "fork",
     ):
         self.sampler = sampler
         # Each draw of a batched sampler is a complete micro-batch.
         self._rounds = 1 if isinstance(sampler, BatchedOrderedSampler) else micro_batch_size
         self._fetch = Fetch(dataset, collate, seed)
-        self._workers = workers
+        self._workers, self._start_method = workers, start_method
         self._returned = 0
         self._iterator: Iterator[Any] | None = None
         self._drawn: deque[list[int]] = deque()  # of the micro-batches that are being fetched
@@ -155,10 +154,7 @@ class Loader:
             sampler=self._indices(),
             batch_size=None,
             collate_fn=unchanged,
-            num_workers=self._workers,
-            pin_memory=is_gpu_used(),
-            generator=torch.Generator(),  # keeps the global generator untouched
-            worker_init_fn=leave_signals_to_parent,
+            **loader_options(self._workers, self._start_method),
         )
         return iter(loader)
 
@@ -354,7 +350,8 @@ def train_batches(
         return TaskLoader(data, world_size)
     sampler = _sampler(data, config, seed, rank, world_size)
     loader_seed = seed * world_size + rank
-    return Loader(data, sampler, config.micro_batch_size, collate, config.workers, loader_seed)
+    size, workers = config.micro_batch_size, config.workers
+    return Loader(data, sampler, size, collate, workers, loader_seed, config.start_method)
 
 
 def _batched(
@@ -364,10 +361,7 @@ def _batched(
         samples,
         batch_size=config.micro_batch_size,
         collate_fn=CountingCollate(collate),
-        num_workers=config.workers,
-        pin_memory=is_gpu_used(),
-        generator=torch.Generator().manual_seed(seed),  # keeps the global generator untouched
-        worker_init_fn=leave_signals_to_parent,
+        **loader_options(config.workers, config.start_method, torch.Generator().manual_seed(seed)),
     )
 
 

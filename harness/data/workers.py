@@ -1,12 +1,65 @@
-"""The end of a DataLoader's worker processes."""
+"""A DataLoader's worker processes: how they start and end, and what helps if they fail."""
 
+import resource
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
+from harness.control.signals import leave_signals_to_parent
+from harness.devices import is_gpu_used
+
+SHARED_MEMORY = "/dev/shm"
+
 SECONDS_TO_END = 5.0
 """What workers have to finish what they are reading."""
+
+
+def loader_options(
+    workers: int, start_method: str, generator: torch.Generator | None = None
+) -> dict[str, Any]:
+    """Arguments of a DataLoader, but for its data. `generator`: keeps the global one untouched."""
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": start_method if workers else None,
+        "pin_memory": is_gpu_used(),
+        "generator": generator or torch.Generator(),
+        "worker_init_fn": leave_signals_to_parent,
+    }
+
+
+def note_remedy(error: Exception) -> None:
+    """Notes below the traceback of an error what helps, if workers are known to fail like that."""
+    if remedy := _remedy(str(error)):
+        error.add_note(remedy)
+
+
+def _remedy(text: str) -> str:
+    """What helps against an error of a DataLoader with this message; empty if that is unknown."""
+    if "Bus error" in text or ("No space left on device" in text and "/torch_" in text):
+        disk = shutil.disk_usage(SHARED_MEMORY)
+        return (
+            f"workers hand batches over in {SHARED_MEMORY}, of which {disk.free >> 20} of "
+            f"{disk.total >> 20} MiB are free: enlarge it (docker run --shm-size=8g, or mount -o "
+            f"remount,size=8g {SHARED_MEMORY}), or set a smaller data.workers"
+        )
+    if "received 0 items of ancdata" in text or "Too many open files" in text:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return (
+            f"each tensor that a worker hands over is an open file, of which the limit is {limit}: "
+            "raise it before the start, with `ulimit -n 65536` for instance"
+        )
+    if "killed by signal: Killed" in text or "exited unexpectedly" in text:
+        return (
+            "if nobody has killed the worker, the system has, for lack of memory (see dmesg): set "
+            "a smaller data.workers, or let the dataset keep less in memory"
+        )
+    if "pickle" in text:
+        return 'data.start_method = "fork", the default, starts workers without pickling anything'
+    return ""
 
 
 @contextmanager

@@ -48,7 +48,9 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         parent = multiprocessing.parent_process()
-        if parent is not None and parent.pid != os.getppid():  # it ended before the call
+        # Under a fork server that is the parent, which ends with the rank.
+        is_own = parent is None or parent.pid == os.getppid()
+        if parent is not None and not is_own and not parent.is_alive():  # it ended before the call
             os._exit(1)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from harness.errors import RunDirectoryGone
 from harness.files import JsonLines, write_atomically
 
 
@@ -29,6 +30,8 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path, step: int):
+        self._directory = path.parent
+        self._identity = _identity(path.parent)
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
             remaining = b"".join(line for line in lines if _step_of(line) <= step)
@@ -36,10 +39,26 @@ class JsonlSink:
         self._lines = JsonLines(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
+        """Raises RunDirectoryGone if the run's directory was deleted or moved meanwhile."""
         self._lines.write(record)
+        if _identity(self._directory) != self._identity:
+            raise RunDirectoryGone(
+                f"{self._directory}: this run's directory was deleted, moved or replaced while the "
+                "run used it: what the run writes is lost, so it ends. Start it again; put the "
+                "directory back first if it was moved"
+            )
 
     def close(self) -> None:
         self._lines.close()
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    """Device and inode; zeros if there is no such directory."""
+    try:
+        status = directory.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return status.st_dev, status.st_ino
 
 
 def _step_of(line: bytes) -> float:

@@ -1,25 +1,55 @@
-"""Faults on demand: a rank that dies, or an operation that fails, in a named phase of a save.
+"""Faults on demand: one rank fails in a named way, in a phase of a step. So the end of a run, and
+its restart, can be rehearsed.
 
-    with fail_at("rename", step=100, rank=1):
+    with fail_at("forward", step=100, rank=1, kind="kill"):
         train(config)
 
-The phases are functions of the product; a fault is injected just before one of them runs.
+In a job of a launcher the task's own code injects it, for as long as the process lives:
+
+    def build(config):
+        if fault := config.task.args.get("fault"):  # {phase = "forward", step = 100, rank = 1, ...}
+            inject(**fault)
+
+docs/reliability.md: what follows each fault. The phases are functions of harness; a fault is
+injected just before one of them runs, and logged.
 """
 
+import errno
+import functools
+import logging
 import os
 import re
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from harness import distributed
-from harness.checkpoint import manifest, retention, save
+import torch
+
+from harness import distributed, trainer
+from harness.checkpoint import export, manifest, retention, save
+from harness.data.loader import Fetch
+from harness.engine import engine, engines
+from harness.health import phases
+from harness.zero import engine_state
+
+log = logging.getLogger("harness.testing")
 
 PHASES: dict[str, tuple[Any, str]] = {
+    "data": (Fetch, "__getitem__"),  # in a worker, if there are any; counted in micro-batches
+    "forward": (engines, "feed"),
+    "backward": (engine.Engine, "backward"),
+    "step": (engine_state, "take_step"),
+    "evaluation": (engines.Engines, "evaluate"),
+    "command": (trainer, "execute"),
+    "export": (export, "_export_weights"),
+    "save": (save, "write_files"),
+    # of a save:
     "room": (save, "create_staging"),
     "stage": (save, "write_files"),
     "file": (save, "write_file"),
@@ -29,16 +59,66 @@ PHASES: dict[str, tuple[Any, str]] = {
     "prune": (retention, "remove"),
     "pruning": (retention.shutil, "rmtree"),
 }
+IN_STEPS = ("forward", "backward", "step")
+SECONDS_OF_SLOW = 3.0
 
 
 def die() -> None:
-    """Kills this rank with SIGKILL."""
+    """Kills this process with SIGKILL."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    """Stops this process with SIGSTOP."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hang() -> None:
+    """Never returns."""
+    while True:
+        time.sleep(3600)
+
+
+def fail() -> None:
+    """Raises an exception that is not harness's."""
+    raise ValueError("injected")
 
 
 def io_error() -> None:
     """Raises an I/O error, like a broken disk."""
-    raise OSError(5, "Input/output error (injected)")
+    raise OSError(errno.EIO, "Input/output error (injected)")
+
+
+def full_disk() -> None:
+    """Raises the error of a full disk."""
+    raise OSError(errno.ENOSPC, "No space left on device (injected)")
+
+
+def out_of_memory() -> None:
+    """Raises the error of a device without free memory."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB (injected)")
+
+
+def additional_collective() -> None:
+    """Calls a collective that the other ranks do not call."""
+    torch.distributed.all_reduce(torch.ones(3, device=distributed.device()))
+
+
+KINDS: dict[str, Callable[[], None]] = {
+    "raise": fail,
+    "exit": functools.partial(sys.exit, 7),
+    "os._exit": functools.partial(os._exit, 7),
+    "kill": die,
+    "stop": stop,
+    "hang": hang,
+    "slow": functools.partial(time.sleep, SECONDS_OF_SLOW),
+    "oom": out_of_memory,
+    "io error": io_error,
+    "full disk": full_disk,
+    "collective": additional_collective,
+}
+NUMBERS = {"nan": float("nan"), "inf": float("inf"), "spike": 1000.0}
+"""Kinds that change the loss, in "forward": it is multiplied."""
 
 
 @contextmanager
@@ -48,25 +128,64 @@ def fail_at(
     step: int | None = None,
     rank: int | None = None,
     path: str = "",
-    how: Callable[[], None] = die,
+    kind: str | Callable[[], None] = "kill",
 ) -> Iterator[None]:
-    """Calls `how` in a phase of this rank's saves.
+    """Lets a fault happen in a phase, one of `PHASES`, within the context.
 
-    `step`, `path` (a part of the file's path) and `rank` restrict it; by default it applies to any.
+    `kind`: one of `KINDS` or `NUMBERS`, or a function. `step`, `rank`, and `path` (a part of a
+    file's path, for phases of a save) restrict it; by default it happens in each. Data is read
+    ahead: there `step` is the number of a micro-batch of this rank, from 1 on. Raises ValueError
+    for an unknown phase or kind.
     """
+    if phase not in PHASES:
+        raise ValueError(f"unknown phase {phase!r}: expected one of {', '.join(PHASES)}")
+    if not callable(kind) and kind not in KINDS and (kind not in NUMBERS or phase != "forward"):
+        known = [*KINDS, *(f"{name} (forward only)" for name in NUMBERS)]
+        raise ValueError(f"unknown kind {kind!r} in {phase!r}: expected one of {', '.join(known)}")
     owner, name = PHASES[phase]
     function = getattr(owner, name)
 
+    @functools.wraps(function)
     def faulty(*args: Any, **kwargs: Any) -> Any:
         paths = " ".join(str(arg) for arg in args if isinstance(arg, Path))
-        match = re.search(r"step-0*(\d+)", paths)
-        at_step = step is None or (match is not None and int(match[1]) == step)
-        if at_step and path in paths and rank in (None, distributed.global_rank()):
-            how()
+        is_here = rank in (None, distributed.global_rank()) and path in paths
+        at = _step_of(phase, args, paths)
+        if not (is_here and step in (None, at)) or (phase in IN_STEPS and not _is_training()):
+            return function(*args, **kwargs)
+        log.warning("fault injected: %s in %s of step %s", kind, phase, at)
+        if isinstance(kind, str) and kind in NUMBERS:
+            loss, stats = function(*args, **kwargs)
+            return loss * NUMBERS[kind], stats
+        act = KINDS[kind] if isinstance(kind, str) else kind
+        if phase == "backward":
+            args[1].register_hook(lambda _: act())  # within autograd
+        else:
+            act()
         return function(*args, **kwargs)
 
     with patch.object(owner, name, faulty):
         yield
+
+
+def inject(phase: str, **details: Any) -> None:
+    """`fail_at` for as long as this process lives."""
+    _injected.enter_context(fail_at(phase, **details))
+
+
+_injected = ExitStack()
+
+
+def _step_of(phase: str, args: tuple[Any, ...], paths: str) -> int | None:
+    if phase == "data":
+        _, (number, _) = args
+        return number + 1
+    if match := re.search(r"step-0*(\d+)", paths):
+        return int(match[1])
+    return phases.now().step
+
+
+def _is_training() -> bool:
+    return phases.now().phase in IN_STEPS
 
 
 @contextmanager

@@ -234,7 +234,7 @@ def test_what_a_half_finished_commit_has_replaced_is_restored(
             two_ranks.run(on, "ab", root, save_again, again, {"rank": 1})
         assert "step-00000006.replaced.tmp" in names(root, "a")
     else:
-        details = {"rank": 1, "how": io_error}
+        details = {"rank": 1, "kind": io_error}
         errors = two_ranks.run(on, "ab", root, save_again, again, details)
         assert all("cannot save" in text and "(injected)" in text for text in errors), errors
     assert errors_on(two_ranks, "ab", root, config_of()) == ["", ""]

@@ -147,7 +147,7 @@ def test_an_io_error_fails_one_save_on_all_ranks_and_the_run_continues(
     background: bool,
 ) -> None:
     config = two_engines(tmp_path, checkpoint={"background": background})
-    fault = {"step": 4, "rank": rank, "how": io_error}
+    fault = {"step": 4, "rank": rank, "kind": io_error}
     two_ranks.run(train_with, config, [(phase, fault)])
     text = log_text(config)
     assert text.count("Input/output error (injected)") >= 1
@@ -167,7 +167,7 @@ def slow_io_error() -> None:
 def test_a_late_failure_does_not_fail_the_next_save(two_ranks: RankPool, tmp_path: Path) -> None:
     trainer = {"save_every": 2, "export_at_end": False}
     config = tiny_config(tmp_path, 1, trainer=trainer, checkpoint={"background": True})
-    fault = {"step": 2, "rank": 1, "how": slow_io_error}
+    fault = {"step": 2, "rank": 1, "kind": slow_io_error}
     two_ranks.run(train_with, config, [("file", fault)])
     found = checkpoints_in(config.run_dir / "checkpoints")
     assert [read_manifest(path).step for path in found] == [6, 4]
@@ -176,14 +176,14 @@ def test_a_late_failure_does_not_fail_the_next_save(two_ranks: RankPool, tmp_pat
 def test_an_io_error_ends_the_run_if_so_configured(two_ranks: RankPool, tmp_path: Path) -> None:
     config = two_engines(tmp_path, checkpoint={"on_error": "stop"})
     with pytest.raises(RankError, match="CheckpointError") as caught:
-        two_ranks.run(train_with, config, [("file", {"rank": 1, "how": io_error})])
+        two_ranks.run(train_with, config, [("file", {"rank": 1, "kind": io_error})])
     assert str(caught.value).count("rank 1: OSError: [Errno 5]") >= 2
 
 
 def test_the_last_save_must_not_fail(two_ranks: RankPool, tmp_path: Path) -> None:
     config = two_engines(tmp_path)
     with pytest.raises(RankError, match="CheckpointError"):
-        two_ranks.run(train_with, config, [("file", {"rank": 1, "step": 6, "how": io_error})])
+        two_ranks.run(train_with, config, [("file", {"rank": 1, "step": 6, "kind": io_error})])
 
 
 @pytest.mark.parametrize("foreseen", [True, False])
@@ -236,8 +236,8 @@ def test_a_disk_that_becomes_read_only(
     """In the save of step 4; it is writable again when the one of step 6 begins."""
     config = two_engines(tmp_path, checkpoint={"background": background})
     disk = config.run_dir / "checkpoints"
-    locks = {"step": 4, "rank": 0, "how": partial(remount, disk, "ro")}
-    unlocks = {"step": 6, "rank": 0, "how": partial(remount, disk, "rw")}
+    locks = {"step": 4, "rank": 0, "kind": partial(remount, disk, "ro")}
+    unlocks = {"step": 6, "rank": 0, "kind": partial(remount, disk, "rw")}
     with small_disk(disk, "60m"):
         two_ranks.run(train_with, config, [(phase, locks), ("room", unlocks)])
         text = log_text(config)
@@ -256,7 +256,7 @@ def remount(disk: Path, access: str) -> None:
 
 def test_a_failed_commit_leaves_nothing(two_ranks: RankPool, tmp_path: Path) -> None:
     config = two_engines(tmp_path)
-    two_ranks.run(train_with, config, [("manifest", {"step": 4, "rank": 0, "how": io_error})])
+    two_ranks.run(train_with, config, [("manifest", {"step": 4, "rank": 0, "kind": io_error})])
     names = sorted(path.name for path in (config.run_dir / "checkpoints").iterdir())
     assert names == ["latest", "step-00000002", "step-00000006"]
 

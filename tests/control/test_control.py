@@ -310,7 +310,7 @@ def test_what_fails_on_one_rank_has_failed_and_the_run_continues(
 def failing(config: Config, text: str) -> History:
     with (
         recorded() as history,
-        fail_at("file", step=3, rank=1, how=io_error),
+        fail_at("file", step=3, rank=1, kind=io_error),
         pytest.raises(HarnessError, match="it cannot be read"),
     ):
         commanded(config, text)

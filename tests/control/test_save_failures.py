@@ -54,7 +54,7 @@ def test_any_error_of_a_save_command_is_its_answer(two_ranks: RankPool, tmp_path
 def write_fails(config: Config, text: str, step: int) -> tuple[str, bool]:
     """The error that ends a run whose files of a step cannot be written on rank 1."""
     with (
-        fail_at("file", step=step, rank=1, how=io_error),
+        fail_at("file", step=step, rank=1, kind=io_error),
         pytest.raises(HarnessError) as caught,
     ):
         commanded(config, text)
@@ -87,7 +87,7 @@ def evaluation_and_rescue_fail(config: Config) -> None:
     count = Engines.count
     with (
         pytest.MonkeyPatch.context() as patch,
-        fail_at("file", rank=1, how=io_error),
+        fail_at("file", rank=1, kind=io_error),
         pytest.raises(HarnessError, match="no more steps"),
     ):
         patch.setattr(Engines, "count", fail)
