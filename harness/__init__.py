@@ -8,7 +8,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     run_directory.py   runs/NAME/: its lock, its log, its resolved config
     trainer.py         Trainer: the loop; steps, and what happens between them
     rescue.py          what is still reported and saved before an error ends the run
-    recovery.py        what follows a step that was skipped
+    recovery.py        what follows a step that was skipped, or a spike
     execute.py         what each live command does, and what is answered
     evaluate.py        held-out evaluation, every rank its share
     checkpoint/        a run's own commits: save, resume, reshard, retention, export, inspect

@@ -152,7 +152,7 @@ class Task:
 
 
 RESERVED = {
-    *("step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "skipped"),
+    *("step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "skipped", "spikes"),
     *("samples", "tokens", "step_time_s", "tokens_per_s"),
 }
 """Names of harness's own metrics."""

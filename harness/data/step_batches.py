@@ -9,8 +9,12 @@ from typing import Any
 
 from harness import distributed
 from harness.data.loader import Batches
+from harness.data.sampler import Place, Span
 from harness.distributed.rng import seeded
 from harness.errors import TaskError
+
+STEPS_REMEMBERED = 8
+"""How many of the last steps are known where their data is."""
 
 
 @dataclass
@@ -43,6 +47,8 @@ class _Fetched:
     """Of the loader, before them."""
     epoch: int
     """After them."""
+    spans: list[Span]
+    """Where they are in the data."""
 
 
 class StepBatches:
@@ -66,6 +72,9 @@ class StepBatches:
         self._epoch: int | None = None
         self._taken = 0  # micro-batches of the step in progress
         self._before: dict[str, Any] | None = None  # position before the step in progress
+        self._start: Place = 0, 0  # of the step in progress
+        self._fetched_spans: list[Span] = []  # of the step in progress, with `weigh`
+        self._spans: deque[list[Span]] = deque(maxlen=STEPS_REMEMBERED)  # of the last steps
 
     @property
     def epoch(self) -> int:
@@ -79,11 +88,12 @@ class StepBatches:
         """
         if self._weigh is None:
             return
-        position = deepcopy(self._batches.state_dict())
+        position, start = deepcopy(self._batches.state_dict()), self._batches.place
         with seeded(self._seed, step):
             micro_batches = [next(self._batches) for _ in range(size)]
         terms = Terms([checked_weight(self._weigh(batch)) for batch in micro_batches])
-        self._fetched.append(_Fetched(micro_batches, terms, position, self._batches.epoch))
+        spans = self._batches.spans(start, self._batches.place)
+        self._fetched.append(_Fetched(micro_batches, terms, position, self._batches.epoch, spans))
 
     def next_step(self, size: int) -> tuple[Iterator[Any], Terms | None]:
         """The micro-batches of the next step, and their weights if there is a `weigh`.
@@ -91,9 +101,10 @@ class StepBatches:
         With it, they must have been prefetched, and the vector exchanged since.
         """
         if self._weigh is None:
-            self._before = self._batches.quick_state_dict()
+            self._before, self._start = self._batches.quick_state_dict(), self._batches.place
             return self._read(size), None
         fetched = self._fetched.popleft()
+        self._fetched_spans = fetched.spans
         self._before = fetched.position
         assert fetched.terms.totals, "the weights of this step have not been summed"
         self._epoch = fetched.epoch
@@ -108,6 +119,28 @@ class StepBatches:
     def end_step(self) -> None:
         """Ends the step in progress: the position is that of the next one."""
         self._taken, self._before = 0, None
+        if self._weigh is None:
+            self._spans.append(self._batches.spans(self._start, self._batches.place))
+        else:
+            self._spans.append(self._fetched_spans)
+
+    def spans(self, ago: int) -> list[Span]:
+        """Where the data of a recent step is; `ago`: 0 for the last one."""
+        return self._spans[-1 - ago]
+
+    def samples(self, spans: Sequence[Span]) -> list[Any]:
+        """The indices of the samples of all ranks in some spans, in order; empty if unknown."""
+        return self._batches.samples(spans)
+
+    @property
+    def dropped(self) -> list[Span]:
+        """What `drop` has dropped."""
+        return self._batches.dropped
+
+    def drop(self, spans: Sequence[Span]) -> None:
+        """Never returns what is in these spans, each in what the ones before have left. Called
+        right after `load_state_dict` of a place before them."""
+        self._batches.drop(spans)
 
     @property
     def can_rewind(self) -> bool:
@@ -143,7 +176,8 @@ class StepBatches:
         self._fetched.clear()
         self._contributed = []
         self._epoch = None
-        self.end_step()
+        self._taken, self._before = 0, None
+        self._spans.clear()
 
 
 def checked_weight(weight: Any) -> float:

@@ -410,6 +410,7 @@ class Engine:
         checkpoint.
         """
         self.counters = Counters(**state["counters"])
+        self.edits.forget()
         if self.role == "teacher":
             return
         saved_alpha = state.get("lora_alpha", self._lora_alpha)
