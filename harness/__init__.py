@@ -9,7 +9,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     trainer.py         Trainer: the loop; steps, and what happens between them
     rescue.py          what is still reported and saved before an error ends the run
     place.py           in which step and phase an error has reached a rank
-    recovery.py        what follows a step that was skipped
+    recovery.py        what follows a step that was skipped, or a spike
     execute.py         what each live command does, and what is answered
     evaluate.py        held-out evaluation, every rank its share
     checkpoint/        a run's own commits: save, resume, reshard, retention, export, inspect

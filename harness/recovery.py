@@ -1,18 +1,31 @@
-"""What follows a step that was skipped: nothing, or the end of the run.
+"""What follows a step that was skipped, or is a spike: nothing, a rollback, or the end of the run.
 
 Every rank decides the same by itself: that a step is skipped follows from the reduced gradient's
-norm. Each engine skips for itself, since the others' steps do not depend on its own; whether the
-run ends is decided for all of them together, by the first whose policy says so.
+norm, and what is a spike from numbers that are summed over the ranks. Each engine skips for itself,
+since the others' steps do not depend on its own; a rollback, or the end, is of all together.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
-from harness.checkpoint.save import Saver
+from harness import distributed
+from harness.checkpoint.resume import last_good, restore
+from harness.checkpoint.save import Saver, SaveResult
+from harness.control.bus import Bus
 from harness.control.live import LiveConfig
+from harness.data.sampler import Span
+from harness.data.step_batches import StepBatches
 from harness.engine.engines import Engines
 from harness.errors import NonFiniteError
 from harness.health.skips import WHAT, Skip
+from harness.health.spikes import Spike
+from harness.metrics.progress import Progress
+from harness.metrics.sinks import Sink
+from harness.metrics.status import Status
+
+log = logging.getLogger(__name__)
+log_warning = distributed.global_leader_only(log.warning)
 
 
 class RecoveringRun(Protocol):
@@ -20,39 +33,133 @@ class RecoveringRun(Protocol):
 
     live: LiveConfig
     engines: Engines
+    batches: StepBatches
     saver: Saver
+    bus: Bus
+    sinks: Sequence[Sink]
+    status: Status
+    progress: Progress
+
+    def drain(self) -> None: ...
+
+    def save(self) -> str | None: ...
+
+    def finish_save(self, result: SaveResult | None) -> None: ...
+
+    def returned(self) -> None: ...
 
 
-def recover(run: RecoveringRun) -> None:
-    """What `[health]` says to the step that was just taken.
+def prepare(run: RecoveringRun) -> None:
+    """Saves the starting point, if a rollback would have nothing to return to. Collective."""
+    settings = run.live.config.health
+    if "rollback" in (settings.nonfinite, settings.spike):
+        step = run.engines.global_step
+        if last_good(run.saver.directory, run.saver.disks, step + 1) is None:
+            run.save()
+
+
+def recover(run: RecoveringRun) -> bool:
+    """Does what `[health]` says to the step that was just taken. True if the run has returned to an
+    earlier one.
 
     Raises NonFiniteError, on all ranks, if the run ends: `rescue` then saves what it has, which the
     skipped steps have not changed.
     """
-    settings = run.live.config.health
-    skips = [s for s in run.engines.skips.of(run.engines.global_step) if s.reason != "overflow"]
+    settings, step = run.live.config.health, run.engines.global_step
+    for spike in run.engines.spikes.take():
+        if settings.spike == "rollback":
+            _roll_back(run, spike.step, _described_spike(spike), spike.spans)
+            return True
+        log_warning("%s", _described_spike(spike))
+    skips = [skip for skip in run.engines.skips.of(step) if skip.reason != "overflow"]
     nonfinite = [skip for skip in skips if skip.reason == "nonfinite"]
     if nonfinite and settings.nonfinite == "stop":
-        _stop(run, nonfinite, "health.nonfinite = 'stop'")
+        _stop(run, _described(nonfinite[0]), "health.nonfinite = 'stop'")
+    if nonfinite and settings.nonfinite == "rollback":
+        _roll_back(run, step, _described(nonfinite[0]), run.batches.spans(0))
+        return True
     if too_many := [skip for skip in skips if skip.in_a_row >= settings.most_skipped]:
-        _stop(run, too_many, f"health.most_skipped = {settings.most_skipped}")
+        _stop(run, _described(too_many[0]), f"health.most_skipped = {settings.most_skipped}")
+    return False
 
 
 def check_end(run: RecoveringRun) -> None:
     """Raises NonFiniteError, on all ranks, if an engine's last steps were skipped: the launcher
     must not take such a run for a complete one."""
+    for spike in run.engines.spikes.take():
+        log_warning("%s", _described_spike(spike))
     for engine in run.engines.trained:
         if count := engine.counters.skipped_in_a_row:
             steps = f"its last {count} steps were" if count > 1 else "its last step was"
             _raise(f"the run has ended, but engine {engine.name!r} does not train: {steps} skipped")
 
 
-def _stop(run: RecoveringRun, skips: Sequence[Skip], key: str) -> NoReturn:
-    skip = skips[0]
+def _described(skip: Skip) -> str:
     count = f", the last {skip.in_a_row} steps in a row" if skip.in_a_row > 1 else ""
-    text = f"step {skip.step}: engine {skip.engine!r}: skipped, as {WHAT[skip.reason]}{count}"
-    run.saver.note = f"saved as the run ended: {text}"
-    _raise(f"{text} ({key})")
+    return f"step {skip.step}: engine {skip.engine!r}: skipped, as {WHAT[skip.reason]}{count}"
+
+
+def _described_spike(spike: Spike) -> str:
+    return f"step {spike.step}: engine {spike.engine!r}: a spike: {spike.text}"
+
+
+def _roll_back(run: RecoveringRun, step: int, reason: str, spans: Sequence[Span]) -> None:
+    """Returns to the last good checkpoint before `step`, and drops its samples, those in `spans`.
+    Collective.
+
+    As a resume from there, also of live changes and events. Later checkpoints are removed, unless
+    they are pinned: a resume must not continue from them.
+    """
+    most = run.live.config.health.max_rollbacks
+    if run.engines.rollbacks >= most:
+        _stop(run, reason, f"health.max_rollbacks = {most}")
+    run.finish_save(run.saver.wait())
+    run.drain()
+    directory = last_good(run.saver.directory, run.saver.disks, step)
+    if directory is None:
+        _stop(run, reason, "there is no good checkpoint before it to return to")
+    samples = run.batches.samples_in(spans)
+    dropped, rollbacks = [*run.batches.dropped, *spans], run.engines.rollbacks + 1
+    changes = _changes(run)
+    log_warning("%s: returning to %s", reason, directory)
+    restore(directory, run.engines, run.batches, run.live)
+    run.batches.drop(dropped)
+    run.engines.rollbacks = rollbacks
+    run.saver.forget_after(directory)
+    _show_earlier_step(run)
+    run.returned()
+    for text in changes:
+        if text not in _changes(run):
+            log_warning("dropping the live change %s: it was made after that checkpoint", text)
+    what = _listed(samples) if samples else f"of each rank, (epoch, from, to): {_listed(spans)}"
+    run.bus.record(
+        *("health", "rollback", step),
+        f"returned to step {run.engines.global_step} ({rollbacks} of {most} rollbacks); step "
+        f"{step}'s samples are dropped: {what}",
+    )
+
+
+def _show_earlier_step(run: RecoveringRun) -> None:
+    """Drops the metrics of the steps that are taken again."""
+    step, config = run.engines.global_step, run.live.config
+    with distributed.raise_on_all_ranks(f"run directory {config.run_dir}"):
+        for sink in run.sinks:
+            sink.truncate(step)
+    run.status.restart(step, config.run.steps)
+    run.progress.set_steps(config.run.steps)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _changes(run: RecoveringRun) -> list[str]:
+    return [*run.engines.describe_overrides(), *run.live.changes()]
+
+
+def _stop(run: RecoveringRun, reason: str, key: str) -> NoReturn:
+    run.saver.note = f"saved as the run ended: {reason}"
+    _raise(f"{reason} ({key})")
 
 
 def _raise(text: str) -> NoReturn:

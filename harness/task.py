@@ -153,7 +153,7 @@ class Task:
 
 
 RESERVED = {
-    *("step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "skipped"),
+    *("step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "skipped", "spikes"),
     *("samples", "tokens", "step_time_s", "tokens_per_s", "slowest_rank"),
     *("step_time_min_s", "step_time_mean_s", "step_time_max_s"),
 }

@@ -26,7 +26,7 @@ from harness.metrics.progress import Progress
 from harness.metrics.sinks import Sink
 from harness.metrics.status import Status
 from harness.metrics.trace import Traces
-from harness.recovery import check_end, recover
+from harness.recovery import check_end, prepare, recover
 from harness.rescue import BegunStep, rescue
 from harness.task import Task
 from harness.utils import to_device
@@ -111,10 +111,12 @@ class Trainer:
         every = self.live.config.trainer.eval_every
         if (every and self.engines.global_step == 0) or self.engines.await_evaluation(every):
             self.evaluate()  # the starting point; and a broken evaluation fails now
+        prepare(self)
         self.handle_commands()
         while not self.is_over():
             self.step()
-            recover(self)
+            if recover(self):
+                continue
             self.finish_save(self.saver.poll())
             if self.is_due(self.live.config.trainer.eval_every):
                 self.evaluate()
@@ -140,6 +142,7 @@ class Trainer:
         samples, tokens, size = 0, 0, self.engines.gradient_accumulation
         batches, terms = self.batches.next_step(size)
         self.engines.sync_buffers()
+        self.engines.limit_norms(self.live.config.health.spike == "skip")
         for number, batch in enumerate(batches):
             counted = self.task.count(batch)
             samples, tokens = samples + counted[0], tokens + counted[1]
@@ -175,6 +178,11 @@ class Trainer:
     def is_due(self, every: int) -> bool:
         """Whether this step is a multiple of `every`; at the run's end `finish` takes over."""
         return bool(every) and self.engines.global_step % every == 0 and not self.is_over()
+
+    def returned(self) -> None:
+        """Continues after an earlier step, which has been restored from its checkpoint."""
+        self._saved_step, self._evaluation = self.engines.global_step, {}
+        self.begin()
 
     # Commands
 
@@ -385,7 +393,10 @@ class Trainer:
         for numbers in done:
             self.engines.count(numbers.local["step"], numbers.samples, numbers.tokens)
             counters = max((e.counters for e in self.engines.trained), key=lambda c: c.samples)
-            record = numbers.local | numbers.means | self.pace.of_step(numbers.local["step"])
+            step = numbers.local["step"]
+            record = numbers.local | numbers.means | self.pace.of_step(step)
+            spans = self.batches.spans(self.engines.global_step - step)
+            record |= self.engines.find_spikes(step, numbers.means, spans)
             record |= {"samples": counters.samples, "tokens": counters.tokens}
             record["tokens_per_s"] = numbers.tokens / record["step_time_s"]
             self.record(record)

@@ -1,6 +1,10 @@
 """Steps that are not finite, or spikes: skipped, the end of the run, or a rollback."""
 
 import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,11 @@ from tests.support.helpers import (
     checkpoint,
     exported,
     log_text,
+    losses,
     records,
     tensor_crcs,
     tiny_config,
+    without_times,
 )
 
 TASK = str(ROOT / "tests/tasks/unstable_task.py")
@@ -92,17 +98,28 @@ def skip_in_checkpoint(config: Config, before: int, after: int) -> None:
     """Makes the checkpoint of step `after` what it is if the steps since `before` were not taken:
     all of `before`, but the random generators, the data position and the counters."""
     old, new = checkpoint(config, before), checkpoint(config, after)
-    files = dict(read_manifest(old).files)
+    files = read_manifest(old).files
+
+    def skip(rank: int, state: Any) -> None:
+        earlier = torch.load(old / rank_file(rank), weights_only=True)["engines"]["engines"]["net"]
+        later = state["engines"]["engines"]
+        later["net"] = earlier | {"counters": later["net"]["counters"]}
+
     for path in old.glob("net/*"):
         (new / "net" / path.name).write_bytes(path.read_bytes())
+    edit_checkpoint(new, skip, files)
+
+
+def edit_checkpoint(directory: Path, edit: Callable[[int, Any], None], files: Any = None) -> None:
+    """Changes the ranks' own files in a checkpoint; `files`: of the others, if these were."""
+    manifest = read_manifest(directory)
+    files = dict(files or manifest.files)
     for rank in range(2):
         name = rank_file(rank)
-        states = [torch.load(each / name, weights_only=True) for each in (old, new)]
-        engine, later = (state["engines"]["engines"]["net"] for state in states)
-        states[1]["engines"]["engines"]["net"] = engine | {"counters": later["counters"]}
-        entry = write_file(states[1], new / name)
-        files[name] = entry.model_copy(update={"rank": rank})
-    read_manifest(new).model_copy(update={"files": files}).write(new)
+        state = torch.load(directory / name, weights_only=True)
+        edit(rank, state)
+        files[name] = write_file(state, directory / name).model_copy(update={"rank": rank})
+    manifest.model_copy(update={"files": files}).write(directory)
 
 
 @pytest.mark.parametrize(("stage", "dtype", "optimizer"), LAYOUTS)
@@ -210,3 +227,149 @@ def test_each_engine_skips_for_itself(two_ranks: RankPool, tmp_path: Path) -> No
     assert "step 4: engine b: skipped" in log_text(config)
     assert [r["b/loss"] == "nan" for r in found] == [step in (3, 4) for step in range(1, 11)]
     assert all(isinstance(r["a/loss"], float) for r in found)
+
+
+def audited(config: Config) -> list[str]:
+    """What the run has done by itself."""
+    lines = (config.run_dir / "commands.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [record["result"] for record in found if record["front"] == "health"]
+
+
+ROLLBACK: dict[str, Any] = {"nonfinite": "rollback"}
+BAD = [33, 42]
+"""Samples of steps 5 and 6, of rank 1 and of rank 0."""
+
+
+@pytest.mark.parametrize(("stage", "dtype", "optimizer"), LAYOUTS)
+def test_a_rollback_drops_the_samples_of_the_step_alone(
+    two_ranks: RankPool, tmp_path: Path, stage: int, dtype: str, optimizer: str
+) -> None:
+    """To the bit as if they had not been in the data."""
+    layout = stage, dtype, optimizer
+    config = config_of(tmp_path / "back", *layout, args={"bad": BAD}, health=ROLLBACK)
+    without = {"without": list(range(32, 48))}
+    reference = config_of(tmp_path / "reference", *layout, args=without)
+    two_ranks.run(run_in_world, config)
+    two_ranks.run(run_in_world, reference)
+    assert_same_end(config, reference)
+    names = ("step", "loss", "lr", "grad_norm", "skipped", "samples")
+    assert [[r[n] for n in names] for r in records(config)] == [
+        [r[n] for n in names] for r in records(reference)
+    ]
+    back = "returned to step 4 ({} of 3 rollbacks); step 5's samples are dropped: "
+    assert audited(config) == [
+        back.format(1) + ", ".join(map(str, range(32, 40))),
+        back.format(2) + ", ".join(map(str, range(40, 48))),
+    ]
+    saved = torch.load(checkpoint(config, 6) / rank_file(1), weights_only=True)
+    assert saved["batches"]["sampler"]["dropped"] == [(0, 32, 40), (0, 32, 40)]
+    assert saved["engines"]["rollbacks"] == 2
+
+
+@pytest.mark.parametrize("kind", [pytest.param("weigh", marks=pytest.mark.slow), "loader"])
+def test_a_resume_after_a_rollback_drops_the_same_samples(
+    two_ranks: RankPool, tmp_path: Path, kind: str
+) -> None:
+    """In workers, fetched ahead; or with a loader of the task."""
+    args = {"bad": [21, 33], "kind": kind}
+    table: dict[str, Any] = {"data": {"sampler": "random", "workers": kind == "weigh"}}
+    health = ROLLBACK | {"max_rollbacks": 9}
+    config = config_of(tmp_path, args=args, run={"steps": 15}, health=health, **table)
+    two_ranks.run(run_in_world, config)
+    assert len(audited(config)) >= 2
+    expected = losses(config)
+    assert not any(isinstance(loss, str) for loss in expected)
+    first = int(re.findall(r"returned to step (\d+)", audited(config)[0])[0])
+    for path in checkpoints_in(config.run_dir / "checkpoints"):
+        if int(path.name[-8:]) > first + 2:
+            shutil.rmtree(path)
+    two_ranks.run(run_in_world, config)
+    resumed = f"resumed from {checkpoint(config, first + 2)}\n"
+    assert log_text(config).count(resumed) == 1
+    assert losses(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "health", "error", "saved"),
+    [
+        (
+            {"steps": [3], "rank": None},
+            {"max_rollbacks": 2},
+            f"step 3: {SKIPPED} (health.max_rollbacks = 2)",
+            [3, 2, 0],
+        ),
+        ({"bad": [1]}, {}, "", [10, 8, 6, 4, 2, 0]),  # the first step of all
+    ],
+)
+def test_rollbacks_end(
+    two_ranks: RankPool, tmp_path: Path, args: Any, health: Any, error: str, saved: list[int]
+) -> None:
+    """A run that has no checkpoint yet saves one before its first step."""
+    config = config_of(tmp_path, args=args, health=ROLLBACK | health)
+    assert two_ranks.run(ending, config)[1] == (error, 2 if error else 0, bool(error))
+    found = checkpoints_in(config.run_dir / "checkpoints")
+    assert [int(path.name[-8:]) for path in found] == saved
+    assert len(audited(config)) == (2 if error else 1)
+    if not error:
+        without = {"without": list(range(8))}
+        reference = config_of(tmp_path / "reference", args=without)
+        two_ranks.run(run_in_world, reference)
+        assert_same_end(config, reference)
+
+
+SPIKE: dict[str, Any] = {"steps": [75], "rank": None, "factor": "1000", "once": True}
+
+
+def spiking(directory: Path, policy: str, stage: int, **overrides: Any) -> Config:
+    """A run of 80 steps, saved every tenth, in which one step is 1000 times as steep."""
+    table: dict[str, Any] = {"run": {"steps": 80}, "trainer": {"save_every": 10}}
+    health = {"spike": policy}
+    return config_of(directory, stage, args=SPIKE, health=health, **merge(table, overrides))
+
+
+@pytest.mark.parametrize("policy", ["report", pytest.param("skip", marks=pytest.mark.slow)])
+def test_a_spike_is_reported_or_skipped(two_ranks: RankPool, tmp_path: Path, policy: str) -> None:
+    """And found at the same step, whether the run was resumed or not."""
+    config = spiking(tmp_path, policy, 3)
+    two_ranks.run(run_in_world, config)
+    found = records(config)
+    assert [r["spikes"] for r in found] == [0] * 74 + [1] * 6
+    assert [r["skipped"] for r in found] == [0] * 74 + [int(policy == "skip")] * 6
+    assert found[74]["grad_norm"] > 100 * found[73]["grad_norm"]
+    text = log_text(config)
+    assert text.count("step 75: engine 'net': a spike: loss ") == 1
+    skipped = "step 75: engine net: skipped, as the norm of its gradients is a spike (1 so far): "
+    assert text.count(skipped) == (policy == "skip")
+    shutil.rmtree(checkpoint(config, 80))
+    two_ranks.run(run_in_world, config)
+    assert without_times(records(config)) == without_times(found)
+
+
+def test_a_rollback_before_a_spike(two_ranks: RankPool, tmp_path: Path) -> None:
+    """It is known two steps later, when there is a checkpoint with it, which is removed."""
+    config = spiking(tmp_path / "back", "rollback", 1, trainer={"save_every": 25})
+    two_ranks.run(run_in_world, config)
+    dropped = list(range(16, 24))  # of the seventh epoch: 8 samples a step, 12 steps an epoch
+    assert audited(config) == [
+        "returned to step 50 (1 of 3 rollbacks); step 75's samples are dropped: "
+        + ", ".join(map(str, dropped))
+    ]
+    reference = spiking(
+        tmp_path / "reference",
+        "report",
+        1,
+        task={"args": {"steps": []}},
+        trainer={"save_every": 25},
+    )
+    two_ranks.run(run_in_world, reference)
+    for path in checkpoints_in(reference.run_dir / "checkpoints")[:2]:
+        shutil.rmtree(path)
+
+    def drop(rank: int, state: Any) -> None:
+        state["batches"]["sampler"]["dropped"] = [(6, 16, 24)]
+
+    edit_checkpoint(checkpoint(reference, 50), drop)
+    two_ranks.run(run_in_world, reference)
+    assert_same_end(config, reference)
+    assert losses(config) == losses(reference)

@@ -151,10 +151,10 @@ def write_resharded(directory: Path, engine: Engine, staged: Path) -> dict[str, 
         kind = engine.sharded_optimizer
         if kind is None or kind.IS_ELEMENTWISE:
             saved.check_moments()
-        check_parameters(saved, engine, shapes)
             states = partial(_states, saved, engine)
         else:
             states = partial(_matrix_states, kind, saved, engine)
+        check_parameters(saved, engine, shapes)
         rank, world = distributed.global_rank(), distributed.world_size()
         filler = TreeFiller(saved, shapes, engine.zero_stage, rank, world, states)
         for path, tree in trees.items():

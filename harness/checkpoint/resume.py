@@ -29,10 +29,10 @@ def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks)
     """The checkpoint to resume from, verified; None to start from step 0. Collective.
 
     `wanted`: `run.resume` (`resume_source`). "latest" is the newest one in `parent` that is
-    complete over all `disks` together; incomplete ones are logged and skipped. Raises, on all
-    ranks, CheckpointError if there are checkpoints and none is complete, or the requested one is
-    not; UnreadableCheckpoint if a newer one than those cannot be judged; ConfigError if it does not
-    match this run, or if "none" is requested and an earlier run has left checkpoints.
+    complete over all `disks` together, with finite weights; others are logged and skipped.
+    Raises, on all ranks, CheckpointError if there are checkpoints and none is, or the requested one
+    is not complete; UnreadableCheckpoint if a newer one than those cannot be judged; ConfigError if
+    it does not match this run, or if "none" is requested and an earlier run has left checkpoints.
     """
     names, everywhere = list_checkpoints(parent, disks)
     unreadable = {name for name in names if disks.is_leader and is_unreadable(parent / name)}
@@ -67,11 +67,31 @@ def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks)
             failures.append(str(error))
             log_warning("skipped: %s", error)
         else:
-            check_compatible(directory, manifest, engines)
-            return directory
+            if manifest.finite is not False:
+                check_compatible(directory, manifest, engines)
+                return directory
+            text = f"{directory}: {manifest.fault}: to resume from it, set run.resume to its path"
+            failures.append(text)
+            log_warning("skipped: %s", text)
     with distributed.raise_on_all_ranks(f"cannot resume from {parent}"):
         if failures:
-            raise CheckpointError("no checkpoint is complete:\n  " + "\n  ".join(failures))
+            text = "\n  ".join(failures)
+            raise CheckpointError(f"no checkpoint is complete, with finite weights:\n  {text}")
+    return None
+
+
+def last_good(parent: Path, disks: Disks, before: int) -> Path | None:
+    """The newest checkpoint in `parent` of a step before `before` that is complete, and whose
+    weights are finite, verified. None if there is none. Collective."""
+    names, everywhere = list_checkpoints(parent, disks)
+    for directory in [parent / name for name in names if name in everywhere]:
+        try:
+            manifest = common_manifest(directory)
+            if manifest.step < before and manifest.finite is not False:
+                verify_checkpoint(directory)
+                return directory
+        except CheckpointError as error:
+            log_warning("skipped: %s", error)
     return None
 
 

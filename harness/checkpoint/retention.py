@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
 
@@ -57,9 +58,11 @@ def prune(
 def to_keep(manifests: dict[Path, Manifest], settings: CheckpointConfig) -> set[Path]:
     """The checkpoints to keep. `manifests`: by path, the newest first.
 
-    The newest one without a `fault` is always kept: however many follow, they must not replace it.
+    The newest one, and the newest without a `fault`, are always kept. Those whose weights are not
+    finite are neither among the last nor the best: however many follow, they replace none.
     """
-    keep = set(list(manifests)[: max(1, settings.keep_last)])
+    finite = [path for path, manifest in manifests.items() if manifest.finite is not False]
+    keep = {*list(manifests)[:1], *finite[: max(1, settings.keep_last)]}
     keep |= set(islice((path for path, manifest in manifests.items() if not manifest.fault), 1))
     keep |= {path for path, manifest in manifests.items() if manifest.pinned}
     if settings.keep_every:
@@ -68,7 +71,7 @@ def to_keep(manifests: dict[Path, Manifest], settings: CheckpointConfig) -> set[
     scores = {
         path: sign * manifest.metrics.get(settings.best_metric, math.nan)
         for path, manifest in manifests.items()
-        if manifest.finite is not False
+        if path in finite
     }
     scores = {path: score for path, score in scores.items() if math.isfinite(score)}
     ranked = sorted(scores, key=scores.__getitem__)
@@ -80,6 +83,16 @@ def remove(path: Path) -> None:
     renamed = path.with_name(f"{path.name}{PRUNED}")
     path.rename(renamed)
     shutil.rmtree(renamed)
+
+
+def remove_after(directory: Path) -> None:
+    """Removes the checkpoints next to `directory` that are newer and not pinned. Raises OSError."""
+    for path in checkpoints_in(directory.parent):
+        if path == directory:
+            return
+        with suppress(CheckpointError):  # one that cannot be judged stays
+            if not read_manifest(path).pinned:
+                remove(path)
 
 
 def move_into_place(staged: Path, target: Path) -> None:

@@ -19,7 +19,13 @@ from harness import distributed
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.files import FileEntry, checkpoint_error_on_all_ranks, write_file
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest, step_directory
-from harness.checkpoint.retention import delete_replaced, move_into_place, prune, undo_move
+from harness.checkpoint.retention import (
+    delete_replaced,
+    move_into_place,
+    prune,
+    remove_after,
+    undo_move,
+)
 from harness.checkpoint.snapshot import Snapshots, bytes_of
 from harness.control.live import LiveConfig
 from harness.convert.resolve_source import LATEST
@@ -76,7 +82,8 @@ class Saver:
         self.directory = live.config.run_dir / "checkpoints"
         self.note = ""
         """Of the checkpoints from now on: `Manifest.note`."""
-        self._disks = disks
+        self.disks = disks
+        """Of the run directory."""
         self._hosts = distributed.all_gather(socket.gethostname())
         self._engines = engines
         self._batches = batches
@@ -109,13 +116,13 @@ class Saver:
         trees = self._collect()
         target = step_directory(self.directory, self._engines.global_step, pinned)
         staged = target.with_name(f"{target.name}.tmp")
-        needed = self._disks.sum(sum(map(bytes_of, trees.values())))
+        needed = self.disks.sum(sum(map(bytes_of, trees.values())))
         manifest = distributed.broadcast(self._manifest(metrics, pinned))
         self._saved_at = manifest.saved_at
         background = self._live.config.checkpoint.background
         try:
             with checkpoint_error_on_all_ranks(f"cannot save {target}"):
-                if self._disks.is_leader:
+                if self.disks.is_leader:
                     create_staging(staged, needed)
                 finite = all(engine.weights_are_finite() for engine in self._engines.trained)
             if background:
@@ -170,16 +177,24 @@ class Saver:
         files = {path: entry for entries, *_ in per_rank for path, entry in entries.items()}
         finite = all(finite for *_, finite in per_rank)
         manifest = pending.manifest.model_copy(update={"files": files, "finite": finite})
-        commit(manifest, pending.staged, pending.target, self._disks.is_leader)
+        commit(manifest, pending.staged, pending.target, self.disks.is_leader)
         log.info("saved %s", pending.target)
         if reason := manifest.fault:
             log_warning("%s: %s: it does not count as a good one", pending.target, reason)
         if self._live.config.checkpoint.keep_last:
             everywhere = None
-            if self._disks.count > 1:
-                _, everywhere = list_checkpoints(self.directory, self._disks)
-            if self._disks.is_leader:
+            if self.disks.count > 1:
+                _, everywhere = list_checkpoints(self.directory, self.disks)
+            if self.disks.is_leader:
                 prune(self.directory, self._live.config.checkpoint, everywhere)
+
+    def forget_after(self, directory: Path) -> None:
+        """Removes the checkpoints that were saved after one of them, unless they are pinned, since
+        the run has returned to it. Collective. Raises CheckpointError on all ranks."""
+        with checkpoint_error_on_all_ranks(f"cannot remove the checkpoints after {directory}"):
+            if self.disks.is_leader:
+                remove_after(directory)
+                write_latest(directory)
 
     def close(self) -> None:
         """Ends the thread; a save in flight is abandoned."""
@@ -187,7 +202,7 @@ class Saver:
 
     def _discard(self, staged: Path) -> None:
         """Removes a staging directory, if it still exists."""
-        if self._disks.is_leader:
+        if self.disks.is_leader:
             shutil.rmtree(staged, ignore_errors=True)
 
     def _copied(self, trees: FileTrees, target: Path) -> FileTrees:
@@ -254,7 +269,8 @@ def write_files(staged: Path, trees: FileTrees) -> Entries:
 
 
 def commit(manifest: Manifest, staged: Path, target: Path, is_leader: bool) -> None:
-    """Turns the staging directory into a checkpoint, on all disks or on none. Collective.
+    """Turns the staging directory into a checkpoint, on all disks or on none; one whose weights
+    are finite becomes the latest. Collective.
 
     `is_leader`: whether this rank does it for its disk. After a kill between two disks
     `retention.clean` restores what the incomplete checkpoint has replaced. Raises
@@ -277,7 +293,8 @@ def commit(manifest: Manifest, staged: Path, target: Path, is_leader: bool) -> N
         raise
     with checkpoint_error_on_all_ranks(doing):
         if is_leader:
-            write_latest(target)
+            if manifest.finite is not False:
+                write_latest(target)
             delete_replaced(target)
 
 

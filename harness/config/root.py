@@ -95,6 +95,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _keeps_what_to_return_to(self) -> "Config":
+        if self.health.spike == "rollback" and self.checkpoint.keep_last == 1:
+            raise ValueError(
+                "health.spike = 'rollback' needs checkpoint.keep_last = 0, or at least 2: a spike "
+                "is known some steps later, and the newest checkpoint may be of a step after it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_compile(self) -> "Config":
         for name, engine in self.engines.items():
             if self.optimizations.compile and engine.zero_stage == 3:

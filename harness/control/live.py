@@ -66,6 +66,7 @@ class LiveConfig:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Applies the changes again, except (and logs) those whose value the config has changed."""
         self.events.load_state_dict(state["events"])
+        self.config, self._changes = self._initial, {}
         sections: dict[str, dict[str, str]] = {}
         for name, (new, old) in state["changes"].items():
             key, text = current_setting(name, new)

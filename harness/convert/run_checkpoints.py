@@ -39,7 +39,7 @@ class RunCheckpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        self.engines, self._files, self._writers = _read_manifest(path)
+        self.engines, self._files, self._writers, self.is_finite = _read_manifest(path)
 
     def choose(self, engine: str | None, default_engine: str | None) -> str:
         """The engine named `engine`, or else `default_engine`, or else the only one."""
@@ -88,7 +88,7 @@ def open_checkpoint(path: Path, engine: str | None, default_engine: str | None) 
 def open_newest(
     parent: Path, engine: str | None, default_engine: str | None, on_passed_over: OnText
 ) -> SavedEngine:
-    """An engine of the newest complete checkpoint of a run, as a resume chooses.
+    """An engine of the newest complete checkpoint with finite weights, as a resume chooses.
 
     `on_passed_over` is called with the reason for each newer one. What the files hold is not read.
     Raises CheckpointError if none is complete, UnreadableCheckpoint if one that would be chosen
@@ -100,6 +100,8 @@ def open_newest(
             checkpoint = RunCheckpoint(directory)
             for name in checkpoint.engines:
                 checkpoint.check(name)
+            if not checkpoint.is_finite:
+                raise CheckpointError(f"{directory}: its weights are not finite")
         except UnreadableCheckpoint as error:
             raise UnreadableCheckpoint(
                 f"{error}; it may be complete, so it is not passed over: give the path of another "
@@ -174,10 +176,12 @@ def check_format(manifest: Any, path: Path) -> None:
         )
 
 
-def _read_manifest(path: Path) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, str]]:
-    """Reads a manifest without pydantic: the engines that have files, the entry of each file, and
-    who wrote it. Raises CheckpointError if it is damaged, UnreadableCheckpoint if that cannot be
-    found out."""
+def _read_manifest(
+    path: Path,
+) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, str], bool]:
+    """Reads a manifest without pydantic: the engines that have files, the entry of each file, who
+    wrote it, and whether the weights are finite, as far as is known. Raises CheckpointError if it
+    is damaged, UnreadableCheckpoint if that cannot be found out."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         check_format(manifest, path)
@@ -198,7 +202,7 @@ def _read_manifest(path: Path) -> tuple[list[str], dict[str, dict[str, Any]], di
         raise UnreadableCheckpoint(f"cannot read {path / MANIFEST}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}") from None
-    return engines, files, writers
+    return engines, files, writers, manifest.get("finite") is not False
 
 
 def is_plain(name: str) -> bool:

@@ -18,9 +18,11 @@ from harness.data.mixture import Mixture, MixtureSampler
 from harness.data.sampler import (
     BatchedOrderedSampler,
     OrderedSampler,
+    Place,
     PoolSampler,
     RandomSampler,
     Sampler,
+    Span,
 )
 from harness.data.workers import end_workers, loader_options
 from harness.errors import CheckpointError, ConfigError, TaskError, first_few
@@ -66,6 +68,28 @@ class Batches(Protocol):
 
     def quick_state_dict(self) -> dict[str, Any] | None:
         """`state_dict`, if that is quick enough for every step; else None."""
+        ...
+
+    @property
+    def place(self) -> Place:
+        """Where the next micro-batches begin; the same on all ranks."""
+        ...
+
+    @property
+    def dropped(self) -> list[Span]:
+        """What is never returned, as `drop` was called."""
+        ...
+
+    def spans(self, start: Place, stop: Place) -> list[Span]:
+        """What lies between two places."""
+        ...
+
+    def samples_in(self, spans: Sequence[Span]) -> list[Any]:
+        """The indices of the samples of all ranks in some spans, in order; empty if unknown."""
+        ...
+
+    def drop(self, spans: Sequence[Span]) -> None:
+        """Never returns what is in these spans. Called at a place before them."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -131,6 +155,31 @@ class Loader:
     def quick_state_dict(self) -> dict[str, Any] | None:
         """`state_dict`."""
         return self.state_dict()
+
+    @property
+    def place(self) -> Place:
+        """Epoch, and draws of it that all ranks together have consumed."""
+        return self.sampler.place
+
+    @property
+    def dropped(self) -> list[Span]:
+        """In draws of all ranks."""
+        return self.sampler.dropped
+
+    def spans(self, start: Place, stop: Place) -> list[Span]:
+        """`Sampler.spans`."""
+        return self.sampler.spans(start, stop)
+
+    def samples_in(self, spans: Sequence[Span]) -> list[Any]:
+        """The indices of the samples of all ranks."""
+        draws = self.sampler.drawn_in(spans)
+        is_batched = isinstance(self.sampler, BatchedOrderedSampler)
+        return list(itertools.chain.from_iterable(draws)) if is_batched else draws
+
+    def drop(self, spans: Sequence[Span]) -> None:
+        """`Sampler.drop`: every rank takes its share of the draws that are left."""
+        self.sampler.drop(spans)
+        self.close()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues at a saved position. Raises ValueError if it belongs to another dataset."""
@@ -229,11 +278,20 @@ class TaskLoader:
         self.epoch = 0
         self._samples = samples
         self.samples = None  # known to the loader only
+        self.dropped: list[Span] = []
+        """In batches of each rank; positions are those without any dropped."""
         self._returned = 0
         self._read = 0  # of the epoch's batches, or samples
         self._iterator: Iterator[Any] | None = None
 
     def __next__(self) -> Any:
+        while True:
+            epoch, number = self.place
+            batch = self._next()
+            if not any(e == epoch and start <= number < stop for e, start, stop in self.dropped):
+                return batch
+
+    def _next(self) -> Any:
         if self._iterator is None:
             sampler = getattr(self.loader, "sampler", None)
             if sampler is not None and hasattr(sampler, "set_epoch"):
@@ -284,11 +342,37 @@ class TaskLoader:
     def state_dict(self) -> dict[str, Any]:
         """Epoch, batches returned in it, and the loader's own state, if any."""
         own = self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
-        return {"epoch": self.epoch, "given": self._returned, "loader": own}
+        dropped = {"dropped": self.dropped} if self.dropped else {}
+        return {"epoch": self.epoch, "given": self._returned, "loader": own} | dropped
 
     def quick_state_dict(self) -> dict[str, Any] | None:
         """`state_dict`, unless the loader has its own, which may take long."""
         return None if hasattr(self.loader, "state_dict") else self.state_dict()
+
+    @property
+    def place(self) -> Place:
+        """Epoch, and batches of it that each rank has consumed."""
+        return self.epoch, self._returned
+
+    def spans(self, start: Place, stop: Place) -> list[Span]:
+        """The batches of each rank, by epoch."""
+        spans = [
+            (
+                epoch,
+                start[1] if epoch == start[0] else 0,
+                stop[1] if epoch == stop[0] else len(self.loader),
+            )
+            for epoch in range(start[0], stop[0] + 1)
+        ]
+        return [span for span in spans if span[1] < span[2]]
+
+    def samples_in(self, spans: Sequence[Span]) -> list[Any]:
+        """Unknown."""
+        return []
+
+    def drop(self, spans: Sequence[Span]) -> None:
+        """They are read, and not returned."""
+        self.dropped = list(spans)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues at a saved position.
@@ -296,15 +380,16 @@ class TaskLoader:
         Raises CheckpointError if it is of another number of ranks, and not known on this one.
         """
         state = self._on_this_world_size(state)
+        self.close()
         self.epoch, self._returned, self._read = state["epoch"], 0, 0
-        self._iterator = None
+        self.dropped = [tuple(span) for span in state.get("dropped", ())]
         if state["loader"] is not None:
             self.loader.load_state_dict(state["loader"])
             self._returned = self._read = state["given"]
         elif state["given"]:
             log.warning("train_data has no state_dict: skipping %d batches", state["given"])
             for _ in range(state["given"]):
-                next(self)
+                self._next()
 
     def _on_this_world_size(self, state: dict[str, Any]) -> dict[str, Any]:
         """The position on this number of ranks."""

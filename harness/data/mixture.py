@@ -6,7 +6,7 @@ another, and a `MixtureSampler` draws its indices.
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from harness.data.permutation import Permutation, mixed
-from harness.data.sampler import RandomSampler, Sampler
+from harness.data.sampler import Place, RandomSampler, Sampler, Span
 
 BLOCK = 8192
 """Most draws, of all ranks, whose sources are chosen at once."""
@@ -69,8 +69,10 @@ class MixtureSampler(Sampler[int]):
         super().__init__(total, seed=seed, rank=rank, world_size=world_size)
         self.lengths = dict(lengths)
         self._starts = dict(zip(lengths, accumulate(lengths.values(), initial=0), strict=False))
-        self._taken = dict.fromkeys(lengths, 0)
-        self._draws = 0
+        self._taken = dict.fromkeys(lengths, 0)  # of draws below `_raw`
+        self._draws = 0  # without those that are dropped
+        self._raw = 0  # with them
+        self._dropped_raw = np.empty(0, np.int64)
         self.set_weights(weights)
         self._order_sources()
 
@@ -93,6 +95,10 @@ class MixtureSampler(Sampler[int]):
         """Draws since then, by all ranks together."""
         return self._draws % self.length
 
+    @property
+    def place(self) -> Place:
+        return 0, self._draws
+
     def passes(self) -> dict[str, float]:
         """How often each source has been gone through, by name."""
         return {name: taken / self.lengths[name] for name, taken in self._taken.items()}
@@ -101,32 +107,81 @@ class MixtureSampler(Sampler[int]):
         return -(-(self.length - self.position) // self.world_size)
 
     def stream(self) -> Iterator[int]:
-        first, taken = self._draws, dict(self._taken)
+        first, raw, taken = self._draws, self._raw, dict(self._taken)
         rounds = 16
         while True:
             count = rounds * self.world_size
-            sources = self._sources_of(first, count)
-            indices = np.empty(count, np.int64)  # of which those of other ranks stay empty
-            for number, name in enumerate(self.lengths):
-                (drawn,) = np.nonzero(sources == number)
-                is_own = drawn % self.world_size == self.rank
-                places = taken[name] + np.flatnonzero(is_own)
-                indices[drawn[is_own]] = self._starts[name] + self._orders_by_source[name][places]
-                taken[name] += len(drawn)
-            yield from indices[self.rank :: self.world_size].tolist()
-            first += count
+            numbers = self._raws(np.arange(first, first + count))
+            own = numbers[self.rank :: self.world_size] - raw
+            yield from self._indices(raw, int(numbers[-1]) + 1 - raw, own, taken).tolist()
+            first, raw = first + count, int(numbers[-1]) + 1
             rounds = max(1, min(2 * rounds, BLOCK // self.world_size))
+
+    def _indices(
+        self, first: int, count: int, wanted: np.ndarray, taken: dict[str, int]
+    ) -> np.ndarray:
+        """The indices of the wanted ones of `count` draws from draw `first` on, which are counted
+        in `taken`."""
+        sources = self._sources_of(first, count)
+        is_wanted = np.zeros(count, bool)
+        is_wanted[wanted] = True
+        indices = np.empty(count, np.int64)  # of which those of others stay empty
+        for number, name in enumerate(self.lengths):
+            (drawn,) = np.nonzero(sources == number)
+            places = taken[name] + np.flatnonzero(is_wanted[drawn])
+            items = self._orders_by_source[name][places]
+            indices[drawn[is_wanted[drawn]]] = self._starts[name] + items
+            taken[name] += len(drawn)
+        return indices[wanted]
 
     def advance(self, rounds: int = 1) -> None:
         if rounds < 0:
             raise ValueError(f"rounds = {rounds}: expected an integer >= 0")
-        end = self._draws + rounds * self.world_size
-        while self._draws < end:
-            count = min(end - self._draws, 1 << 20)
-            drawn = np.bincount(self._sources_of(self._draws, count), minlength=len(self.lengths))
-            for name, more in zip(self.lengths, drawn, strict=True):
-                self._taken[name] += int(more)
-            self._draws += count
+        if not rounds:
+            return
+        self._draws += rounds * self.world_size
+        end = self._raw_end()
+        for name, more in self._counts(self._raw, end).items():
+            self._taken[name] += more
+        self._raw = end
+
+    def spans(self, start: Place, stop: Place) -> list[Span]:
+        return [(0, start[1], stop[1])] if start[1] < stop[1] else []
+
+    def drawn_in(self, spans: Iterable[Span]) -> list[int]:
+        found: list[int] = []
+        for _, start, stop in spans:
+            numbers = self._raws(np.arange(start, stop))
+            first, end = int(numbers[0]), int(numbers[-1]) + 1
+            counts = self._counts(min(first, self._raw), max(first, self._raw))
+            sign = -1 if first < self._raw else 1
+            taken = {name: self._taken[name] + sign * count for name, count in counts.items()}
+            found += self._indices(first, end - first, numbers - first, taken).tolist()
+        return found
+
+    def drop(self, spans: Sequence[Span]) -> None:
+        self.dropped = list(spans)
+        self._dropped_raw = np.empty(0, np.int64)
+        for _, start, stop in spans:
+            numbers = self._raws(np.arange(start, stop))
+            self._dropped_raw = np.sort(np.concatenate([self._dropped_raw, numbers]))
+
+    def _raws(self, numbers: np.ndarray) -> np.ndarray:
+        """The numbers of draws (int64) if dropped ones count, too."""
+        dropped = self._dropped_raw
+        return numbers + np.searchsorted(dropped - np.arange(len(dropped)), numbers, side="right")
+
+    def _raw_end(self) -> int:
+        """How far the draws so far reach, if dropped ones count."""
+        return int(self._raws(np.array([self._draws - 1]))[0]) + 1 if self._draws else 0
+
+    def _counts(self, start: int, end: int) -> dict[str, int]:
+        """The draws of each source among some."""
+        counts = np.zeros(len(self.lengths), np.int64)
+        for first in range(start, end, 1 << 20):
+            sources = self._sources_of(first, min(end - first, 1 << 20))
+            counts += np.bincount(sources, minlength=len(self.lengths))
+        return dict(zip(self.lengths, counts.tolist(), strict=True))
 
     def _sources_of(self, first: int, count: int) -> np.ndarray:
         """The numbers of the sources of some draws."""
@@ -144,12 +199,16 @@ class MixtureSampler(Sampler[int]):
     def state_dict(self) -> dict[str, Any]:
         """The position, as plain values: the same on every rank and for any world size. Without the
         weights, which are settings."""
-        return self._identity() | {"seed": self.seed, "draws": self._draws, "taken": self._taken}
+        dropped = {"dropped": self.dropped} if self.dropped else {}
+        position = {"seed": self.seed, "draws": self._draws, "taken": self._taken}
+        return self._identity() | position | dropped
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._check_identity(state)
         self.seed, self._draws = state["seed"], state["draws"]
         self._taken = dict(state["taken"])
+        self.drop([tuple(span) for span in state.get("dropped", ())])
+        self._raw = self._raw_end()
         self._order_sources()
 
     def _identity(self) -> dict[str, Any]:

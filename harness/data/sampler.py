@@ -17,7 +17,7 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -31,6 +31,11 @@ STORED = 65_536
 """The longest order that is stored; of a longer one, any place is computed when it is drawn."""
 SLICE = 1024
 """Draws that a stream takes from an order at once."""
+Place = tuple[int, int]
+"""An epoch, and how much of it has been consumed by all ranks together."""
+
+Span = tuple[int, int, int]
+"""An epoch, and from where to where in it."""
 
 
 class Sampler(ABC, Generic[Draw]):
@@ -52,6 +57,8 @@ class Sampler(ABC, Generic[Draw]):
         self.world_size = world_size
         self._epoch = 0
         self._position = 0
+        self.dropped: list[Span] = []
+        """Taken out of the stream, one after the other: each in what the ones before have left."""
         self._orders: dict[int, Sequence[Draw]] = {}
 
     @abstractmethod
@@ -71,6 +78,11 @@ class Sampler(ABC, Generic[Draw]):
     def position(self) -> int:
         """Draws of this epoch consumed by all ranks together."""
         return self._position
+
+    @property
+    def place(self) -> Place:
+        """The position in the stream."""
+        return self._epoch, self._position
 
     def stream(self) -> Iterator[Draw]:
         """This rank's draws from the current position on, endless; does not advance."""
@@ -94,14 +106,14 @@ class Sampler(ABC, Generic[Draw]):
 
     def __len__(self) -> int:
         """Rounds that remain in this epoch: the length of `iter`, the same on every rank."""
-        return math.ceil((self.draws(self._epoch) - self._position) / self.world_size)
+        return math.ceil((self._draws_left(self._epoch) - self._position) / self.world_size)
 
     def advance(self, rounds: int = 1) -> None:
         """Counts the next rounds as consumed; all ranks must make the same call."""
         if rounds < 0:
             raise ValueError(f"rounds = {rounds}: expected an integer >= 0")
         self._position += rounds * self.world_size
-        while self._position >= (draws := self.draws(self._epoch)):
+        while self._position >= (draws := self._draws_left(self._epoch)):
             self._position -= draws
             self._orders.pop(self._epoch, None)
             self._epoch += 1
@@ -109,7 +121,8 @@ class Sampler(ABC, Generic[Draw]):
     def state_dict(self) -> dict[str, Any]:
         """The position, as plain values: the same on every rank and for any world size."""
         position = {"seed": self.seed, "epoch": self._epoch, "position": self._position}
-        return self._identity() | position
+        dropped = {"dropped": self.dropped} if self.dropped else {}
+        return self._identity() | position | dropped
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Moves to the saved position and seed; call `stream` again afterwards.
@@ -121,7 +134,7 @@ class Sampler(ABC, Generic[Draw]):
         self.seed = state["seed"]
         self._epoch = state["epoch"]
         self._position = state["position"]
-        self._orders.clear()
+        self.drop([tuple(span) for span in state.get("dropped", ())])
 
     def _check_identity(self, state: Mapping[str, Any]) -> None:
         for key, expected in self._identity().items():
@@ -131,6 +144,30 @@ class Sampler(ABC, Generic[Draw]):
                     f"{key} is {saved!r} in the state, but {expected!r} in the sampler"
                 )
 
+    def spans(self, start: Place, stop: Place) -> list[Span]:
+        """The draws from one place of the stream to another, by epoch."""
+        epochs = range(start[0], stop[0] + 1)
+        found = [
+            (
+                epoch,
+                start[1] if epoch == start[0] else 0,
+                stop[1] if epoch == stop[0] else self._draws_left(epoch),
+            )
+            for epoch in epochs
+        ]
+        return [span for span in found if span[1] < span[2]]
+
+    def drawn_in(self, spans: Iterable[Span]) -> list[Draw]:
+        """The draws of all ranks in some spans."""
+        return [draw for e, start, stop in spans for draw in self._cached_order(e)[start:stop]]
+
+    def drop(self, spans: Sequence[Span]) -> None:
+        """Takes these spans, and no others, out of the stream, one after the other: each is a part
+        of what the ones before have left. Call `stream` again afterwards.
+        """
+        self.dropped = list(spans)
+        self._orders.clear()
+
     def _identity(self) -> dict[str, Any]:
         """What two samplers must have in common, besides the seed, to have the same order."""
         return {"sampler": type(self).__name__, "length": self.length}
@@ -139,8 +176,40 @@ class Sampler(ABC, Generic[Draw]):
         """`order(epoch)`, cached, along with that of the current epoch, which `advance` needs."""
         if epoch not in self._orders:
             self._orders = {e: order for e, order in self._orders.items() if e == self._epoch}
-            self._orders[epoch] = self.order(epoch)
+            order = self.order(epoch)
+            for _, start, stop in self._dropped_in(epoch):
+                order = _Without(order, start, stop)
+            self._orders[epoch] = order
         return self._orders[epoch]
+
+    def _dropped_in(self, epoch: int) -> list[Span]:
+        return [span for span in self.dropped if span[0] == epoch]
+
+    def _draws_left(self, epoch: int) -> int:
+        """`draws`, without those that are dropped."""
+        return len(self._cached_order(epoch)) if self._dropped_in(epoch) else self.draws(epoch)
+
+
+class _Without(Sequence[Draw]):
+    """An order without a part of it."""
+
+    def __init__(self, order: Sequence[Draw], start: int, stop: int) -> None:
+        self._order, self._start, self._gap = order, start, stop - start
+
+    def __len__(self) -> int:
+        return len(self._order) - self._gap
+
+    def __getitem__(self, place: Any) -> Any:
+        if not isinstance(place, slice):
+            place = range(len(self))[place]
+            return self._order[place if place < self._start else place + self._gap]
+        first, last, step = place.indices(len(self))  # ascending
+        before = range(first, min(last, self._start), step)
+        after = first + len(before) * step + self._gap
+        return [
+            *self._order[before.start : before.stop : step],
+            *self._order[after : last + self._gap : step],
+        ]
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:

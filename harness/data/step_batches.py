@@ -9,9 +9,13 @@ from typing import Any
 
 from harness import distributed
 from harness.data.loader import Batches
+from harness.data.sampler import Place, Span
 from harness.distributed.rng import seeded
 from harness.errors import TaskError
 from harness.health import phases
+
+STEPS_REMEMBERED = 8
+"""How many of the last steps are known where their data is."""
 
 
 @dataclass
@@ -47,6 +51,8 @@ class _Fetched:
     passes: dict[str, float]
     samples: list[Any]
     """Of each of them."""
+    spans: list[Span]
+    """Where they are in the data."""
 
 
 class StepBatches:
@@ -73,6 +79,9 @@ class StepBatches:
         self._before: dict[str, Any] | None = None  # position before the step in progress
         self.samples: list[int] | None = None
         """The indices of the samples in the current micro-batch, if they are known."""
+        self._start: Place = 0, 0  # of the step in progress
+        self._fetched_spans: list[Span] = []  # of the step in progress, with `weigh`
+        self._spans: deque[list[Span]] = deque(maxlen=STEPS_REMEMBERED)  # of the last steps
 
     @property
     def epoch(self) -> int:
@@ -86,14 +95,16 @@ class StepBatches:
         """
         if self._weigh is None:
             return
-        position = deepcopy(self._batches.state_dict())
+        position, start = deepcopy(self._batches.state_dict()), self._batches.place
         with seeded(self._seed, step), phases.during("data"):
             pairs = [(next(self._batches), self._batches.samples) for _ in range(size)]
         micro_batches = [batch for batch, _ in pairs]
         terms = Terms([checked_weight(self._weigh(batch)) for batch in micro_batches])
         epoch, passes = self._batches.epoch, self._batches.passes()
         samples = [samples for _, samples in pairs]
-        self._fetched.append(_Fetched(micro_batches, terms, position, epoch, passes, samples))
+        spans = self._batches.spans(start, self._batches.place)
+        fetched = _Fetched(micro_batches, terms, position, epoch, passes, samples, spans)
+        self._fetched.append(fetched)
 
     def next_step(self, size: int) -> tuple[Iterator[Any], Terms | None]:
         """The micro-batches of the next step, and their weights if there is a `weigh`.
@@ -101,9 +112,10 @@ class StepBatches:
         With it, they must have been prefetched, and the vector exchanged since.
         """
         if self._weigh is None:
-            self._before = self._batches.quick_state_dict()
+            self._before, self._start = self._batches.quick_state_dict(), self._batches.place
             return self._read(size), None
         fetched = self._fetched.popleft()
+        self._fetched_spans = fetched.spans
         self._before = fetched.position
         assert fetched.terms.totals, "the weights of this step have not been summed"
         self._epoch, self._passes = fetched.epoch, fetched.passes
@@ -124,6 +136,28 @@ class StepBatches:
     def end_step(self) -> None:
         """Ends the step in progress: the position is that of the next one."""
         self._taken, self._before = 0, None
+        if self._weigh is None:
+            self._spans.append(self._batches.spans(self._start, self._batches.place))
+        else:
+            self._spans.append(self._fetched_spans)
+
+    def spans(self, ago: int) -> list[Span]:
+        """Where the data of a recent step is; `ago`: 0 for the last one."""
+        return self._spans[-1 - ago]
+
+    def samples_in(self, spans: Sequence[Span]) -> list[Any]:
+        """The indices of the samples of all ranks in some spans, in order; empty if unknown."""
+        return self._batches.samples_in(spans)
+
+    @property
+    def dropped(self) -> list[Span]:
+        """What `drop` has dropped."""
+        return self._batches.dropped
+
+    def drop(self, spans: Sequence[Span]) -> None:
+        """Never returns what is in these spans, each in what the ones before have left. Called
+        right after `load_state_dict` of a place before them."""
+        self._batches.drop(spans)
 
     @property
     def can_rewind(self) -> bool:
@@ -151,8 +185,9 @@ class StepBatches:
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Other weights of a mixture's sources, from the next step on: what was fetched ahead is
         dropped, and must be fetched again."""
-        state = self.state_dict()
-        self.load_state_dict(state)
+        spans = list(self._spans)
+        self.load_state_dict(self.state_dict())
+        self._spans.extend(spans)
         self._batches.set_weights(weights)
 
     def close(self) -> None:
@@ -171,7 +206,8 @@ class StepBatches:
         self._fetched.clear()
         self._contributed = []
         self._epoch = self._passes = None
-        self.end_step()
+        self._taken, self._before = 0, None
+        self._spans.clear()
 
 
 def checked_weight(weight: Any) -> float:

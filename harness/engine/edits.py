@@ -80,5 +80,9 @@ class Edits:
             )
         self._versions = versions
 
+    def forget(self) -> None:
+        """The weights have been loaded."""
+        self._versions = []
+
     def _current(self) -> list[int]:
         return [parameter._version for parameter in self._watched.values()]

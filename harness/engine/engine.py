@@ -377,6 +377,7 @@ class Engine:
         adapters' alpha, differs from the checkpoint.
         """
         self.counters = Counters(**state["counters"])
+        self.edits.forget()
         if self.role == "teacher":
             return
         saved_alpha = state.get("lora_alpha", self._lora_alpha)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from harness.engine.turns import Turn
 from harness.errors import ConfigError, TaskError, did_you_mean
 from harness.health import phases
 from harness.health.skips import Reason, Skip, Skips
+from harness.health.spikes import Spikes
 from harness.optim.param_groups import with_groups
 from harness.task import Stats, Task, checked_stats, feed
 
@@ -52,7 +53,10 @@ class Engines(Mapping[str, Engine]):
         for engine in self.trained if len(self.trained) > 1 else ():
             self._turn.guard(engine.name, engine.module)
         self.gradient_accumulation = math.lcm(*(e.gradient_accumulation for e in self.trained))
+        self.spikes = Spikes()
         self.global_step = 0
+        self.rollbacks = 0
+        """How often the run has returned to an earlier step."""
 
     def __getitem__(self, name: str) -> Engine:
         return self._engines[name]
@@ -270,6 +274,28 @@ class Engines(Mapping[str, Engine]):
             engine.counters.samples += samples
             engine.counters.tokens += tokens
 
+    def limit_norms(self, is_limited: bool) -> None:
+        """Before a step: makes every engine skip it if its gradient norm is a spike, or not."""
+        step = self.global_step + 1
+        for engine in self.due(step):
+            largest = self.spikes.largest_norm(step, engine.name) if is_limited else math.inf
+            engine.largest_norm = largest
+
+    def find_spikes(
+        self, step: int, means: Mapping[str, float], spans: Sequence[Any]
+    ) -> dict[str, torch.Tensor | float]:
+        """Looks for spikes in a step's metrics, over all ranks. `spans`: where its data is.
+
+        Returns each engine's spikes so far, under their log names.
+        """
+        counts: dict[str, torch.Tensor | float] = {}
+        for engine in self.due(step):
+            names = self.label(engine, {"loss": 0.0, "grad_norm": 0.0})
+            loss, norm = (means.get(name, math.nan) for name in names)
+            count = self.spikes.add(step, engine.name, loss, norm, spans)
+            counts |= self.label(engine, {"spikes": count})
+        return counts
+
     def label(self, engine: Engine, stats: Stats) -> dict[str, torch.Tensor | float]:
         """The stats under their log names: with the prefix `NAME/` if there are several engines."""
         prefix = f"{engine.name}/" if len(self) > 1 else ""
@@ -283,12 +309,20 @@ class Engines(Mapping[str, Engine]):
     def state_dict(self) -> dict[str, Any]:
         """The run's step, and each engine's state besides DeepSpeed's."""
         engines = {engine.name: engine.state_dict() for engine in self.values()}
-        return {"global_step": self.global_step, "engines": engines}
+        return {
+            "global_step": self.global_step,
+            "engines": engines,
+            "rollbacks": self.rollbacks,
+            "spikes": self.spikes.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.global_step = state["global_step"]
         phases.at_step(self.global_step)
+        self.rollbacks = state.get("rollbacks", 0)
+        self.skips.clear()
+        self.spikes.load_state_dict(state.get("spikes", {}))
         for name, engine in self.items():
             engine.load_state_dict(state["engines"][name])
 

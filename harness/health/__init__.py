@@ -16,5 +16,6 @@ A decision that one rank took alone would be a hang of the others, so every deci
     stragglers.py  which rank the others wait for, step by step
     outcome.py     how a run has ended: kind, exit code, rank, step, phase and reason, in ended.json
     phases.py      what this rank is doing, and since when, readable for its watchdog
+    spikes.py      steps whose loss or gradient norm is far above those before
     skips.py       steps that changed nothing: why, and on which rank it began
 """

@@ -78,6 +78,10 @@ class Skips:
         """Those in a step of the run, which is the last."""
         return [skip for skip in self._last if skip.step == step]
 
+    def clear(self) -> None:
+        """Forgets the last step: the run returns to an earlier one."""
+        self._last = []
+
     def contribute(self) -> Sequence[float]:
         """For each skip a number by rank: 1 from a rank whose own loss was not finite."""
         self._summing, self._recorded = self._recorded, []

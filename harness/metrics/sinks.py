@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,10 @@ class Sink(Protocol):
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record, with its `step`."""
+        ...
+
+    def truncate(self, step: int) -> None:
+        """Drops the records of steps after `step`, which are taken again. Raises OSError."""
         ...
 
     def close(self) -> None:
@@ -32,14 +37,21 @@ class JsonlSink:
     def __init__(self, path: Path, step: int):
         self._directory = path.parent
         self._identity = _identity(path.parent)
-        if path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
+        self._path = path
+        self._lines: JsonLines | None = None
+        self.truncate(step)
+
+    def truncate(self, step: int) -> None:
+        self.close()
+        if self._path.exists():
+            lines = self._path.read_bytes().splitlines(keepends=True)
             remaining = b"".join(line for line in lines if _step_of(line) <= step)
-            write_atomically(path, lambda staged: staged.write_bytes(remaining))
-        self._lines = JsonLines(path)
+            write_atomically(self._path, lambda staged: staged.write_bytes(remaining))
+        self._lines = JsonLines(self._path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Raises RunDirectoryGone if the run's directory was deleted or moved meanwhile."""
+        assert self._lines is not None
         self._lines.write(record)
         if _identity(self._directory) != self._identity:
             raise RunDirectoryGone(
@@ -49,7 +61,8 @@ class JsonlSink:
             )
 
     def close(self) -> None:
-        self._lines.close()
+        if self._lines is not None:
+            self._lines.close()
 
 
 def _identity(directory: Path) -> tuple[int, int]:
@@ -74,7 +87,12 @@ class TensorBoardSink:
     def __init__(self, directory: Path, step: int):
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=step + 1)
+        self._open = partial(SummaryWriter, str(directory))
+        self._writer = self._open(purge_step=step + 1)
+
+    def truncate(self, step: int) -> None:
+        self.close()
+        self._writer = self._open(purge_step=step + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         for name, value in record.items():

@@ -38,6 +38,11 @@ class Status:
         self._record: Mapping[str, Any] = {}
         self._ends: deque[tuple[int, float]] = deque([(step, time.monotonic())])
 
+    def restart(self, step: int, steps: int) -> None:
+        """Continues after `step`, an earlier one."""
+        self.step, self.steps = step, steps
+        self._ends = deque([(step, time.monotonic())])
+
     def stepped(self, step: int) -> None:
         """Records the end of a step."""
         self.step = step

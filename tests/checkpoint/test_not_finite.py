@@ -1,5 +1,6 @@
 """Weights that are not finite: known in the manifest, and never in place of a good checkpoint."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from harness import distributed
 from harness.checkpoint.inspect import describe_path
 from harness.checkpoint.manifest import read_manifest
 from harness.config import Config
+from harness.convert.convert import Options, convert
 from harness.convert.run_checkpoints import checkpoints_in
+from harness.errors import HarnessError, NonFiniteError
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.trainer import Trainer
 from harness.zero.engine_state import base_optimizer
-from tests.support.helpers import checkpoint, log_text, tiny_config
+from tests.support.helpers import checkpoint, error_of, log_text, tiny_config
 
 
 def poison(ds: Any) -> None:
@@ -35,7 +38,7 @@ def poisoned_at(config: Config, step: int, rank: int) -> None:
         if self.engines.global_step == step and distributed.global_rank() == rank:
             poison(self.engines["net"].ds)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, suppress(NonFiniteError):
         patch.setattr(Trainer, "step", and_poison)
         run_in_world(config)
 
@@ -68,19 +71,35 @@ def test_the_last_finite_checkpoint_stays(
     left = [read_manifest(path) for path in checkpoints_in(config.run_dir / "checkpoints")]
     assert [(manifest.step, manifest.finite) for manifest in left] == [
         (6, False),
-        (5, False),
         (2, True),
+        (1, True),
     ]
+    assert (config.run_dir / "checkpoints/latest").read_text() == "step-00000002\n"
     text = log_text(config)
     assert text.count("its weights are not finite: it does not count as a good one") == 4
 
 
-def test_a_resume_from_weights_that_are_not_finite_is_logged(
+def test_only_who_asks_resumes_from_weights_that_are_not_finite(
     two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    config = tiny_config(tmp_path, run={"steps": 1})
-    two_ranks.run(poisoned_at, config, 1, 0)
-    two_ranks.run(run_in_world, config)
-    directory = checkpoint(config, 1)
-    assert f"{directory}: its weights are not finite: to resume from" in log_text(config)
-    assert "  its weights are not finite" in describe_path(directory)
+    def run(**table: Any) -> Config:
+        return tiny_config(tmp_path, run={"steps": 2} | table, trainer={"save_every": 1})
+
+    two_ranks.run(poisoned_at, run(), 2, 0)
+    first, second = (checkpoint(run(), step) for step in (1, 2))
+    assert "  its weights are not finite" in describe_path(second)
+    two_ranks.run(error_of, run(resume=str(second)))
+    asked = log_text(run())
+    assert f"resumed from {second}\n" in asked
+    assert f"{second}: its weights are not finite: to resume from an earlier" in asked
+    two_ranks.run(run_in_world, run())
+    text = log_text(run()).removeprefix(asked)
+    assert f"skipped: {second}: its weights are not finite: to resume from it, set run" in text
+    assert f"resumed from {first}\n" in text
+    assert read_manifest(second).finite  # trained again
+    lines: list[str] = []
+    two_ranks.run(poisoned_at, run(name="only", steps=1), 1, 0)
+    only = run(name="only")
+    assert "its weights are not finite" in two_ranks.run(error_of, only)[0]
+    with pytest.raises(HarnessError, match="its weights are not finite"):
+        convert(only.run_dir, tmp_path / "x.sft", Options(), lines.append)

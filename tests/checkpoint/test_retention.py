@@ -74,9 +74,9 @@ NAN = math.nan
         ([NAN, 2.0, NAN, NAN], (), {"keep_last": 1, "keep_best": 9}, [4, 2]),
         ([2.0, math.inf, 1.0], (), {"keep_last": 1, "keep_best": 1, "best_mode": "max"}, [3, 1]),
         ([1.0, 0.1, 2.0], (2,), {"keep_last": 1, "keep_best": 1}, [3, 1]),
-        ([None] * 5, (3, 4, 5), {"keep_last": 2}, [5, 4, 2]),
-        ([None, 1.0, NAN, NAN, None], (5,), {"keep_last": 1}, [5, 2]),
-        ([None] * 3, (1, 2, 3), {"keep_last": 2}, [3, 2]),
+        ([None] * 5, (3, 4, 5), {"keep_last": 2}, [5, 2, 1]),
+        ([None, 1.0, NAN, NAN, None], (5,), {"keep_last": 1}, [5, 4, 2]),
+        ([None] * 3, (1, 2, 3), {"keep_last": 2}, [3]),
     ],
 )
 def test_what_is_not_finite_is_neither_the_best_nor_the_last_good_one(

@@ -196,7 +196,7 @@ def test_every_live_key_can_be_set(tmp_path: Path) -> None:
     assert {"run.steps", "trainer.save_every", "checkpoint.background"} <= set(live_keys())
     for key in live_keys():
         value: Any = {"best_metric": "eval/x", "best_mode": "max", "on_error": "stop"}
-        value["nonfinite"] = "stop"
+        value |= {"nonfinite": "stop", "spike": "skip", "blame": "true"}
         name = key.partition(".")[2]
         live.set(key, value.get(name, {"at_end": "false", "ground": "true"}.get(name[-6:], "7")))
     assert live.config.trainer.save_every == 7 and live.config.checkpoint.best_metric == "eval/x"

@@ -206,3 +206,33 @@ def test_a_wrong_mixture_is_known_before_step_1(
     else:
         found = pools(1).run(error_of, config)[0]
     assert re.search(message, found)
+
+
+@laws
+@given(st.integers(1, 4), st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=3))
+def test_dropped_draws_are_left_out_and_all_others_stay(
+    world_size: int, parts: list[tuple[int, int]]
+) -> None:
+    """Each part is of what the ones before have left; a state remembers them."""
+    expected = drawn(200, 1)
+    spans = [(0, start, start + count) for start, count in parts]
+    one = sampler()
+    for number, (_, start, stop) in enumerate(spans):
+        one.drop(spans[:number])
+        assert one.drawn_in([spans[number]]) == expected[start:stop]
+        del expected[start:stop]
+    ranks = [sampler(rank=rank, world_size=world_size) for rank in range(world_size)]
+    found: list[int] = []
+    for rank in ranks:
+        rank.drop(spans)
+    for _ in range(3):
+        streams = [rank.stream() for rank in ranks]
+        found += [next(stream) for _ in range(12) for stream in streams]
+        for rank in ranks:
+            rank.advance(12)
+        states = [rank.state_dict() for rank in ranks]
+        assert states == states[:1] * world_size
+        ranks = [sampler(rank=rank, world_size=world_size) for rank in range(world_size)]
+        for rank in ranks:
+            rank.load_state_dict(states[0])
+    assert found == expected[: len(found)]

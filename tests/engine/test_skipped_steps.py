@@ -1,5 +1,6 @@
 """A step whose gradients are not finite changes nothing, at every stage, and is counted."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ def skipping(stage: int, dtype: str) -> dict[str, Any]:
         rates.append(engine.last_lrs["lr"])
         applied.append(engine.was_step_applied())
         norms.append(float(engine.last_grad_norm))
+    engine.largest_norm = norms[-1] / 1e3
+    before = weights_of(engines)
+    train(engines, [batches()[0]])
+    assert (engine.last_skip, engine.was_step_applied()) == ("spike", False)
+    assert 0 < float(engine.last_grad_norm) < math.inf
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(engines).items())
     found = {"rates": rates, "applied": applied, "norms": norms, "weights": weights_of(engines)}
     found |= {"skipped": (engine.counters.skipped, engine.ds.skipped_steps)}
     found |= {"steps": (engine.counters.global_step, engine.ds.global_steps)}
@@ -80,8 +87,8 @@ def test_all_layouts_skip_the_same_steps(two_ranks: RankPool, stage: int, dtype:
     for found in two_ranks.run(skipping, stage, dtype):
         assert found["applied"] == expected["applied"]
         assert found["rates"] == pytest.approx(expected["rates"])
-        assert found["skipped"] == (2, 2)
-        assert found["steps"] == (5, 5)
+        assert found["skipped"] == (3, 3)
+        assert found["steps"] == (6, 6)
         assert [norm == float("inf") for norm in found["norms"]] == [
             step in BAD for step in range(5)
         ]

@@ -63,9 +63,11 @@ class Broken(torch.autograd.Function):
 def build(config: Config) -> Task:
     """Args: `steps` of the run, in which on rank `rank` (None: all) and in engine `engine` the loss
     is multiplied by `factor`, or with "gradient" its gradient is NaN; `bad` and `without`: see
-    Points."""
+    Points; `kind`: "weigh", with weights of the micro-batches, or "loader", its own;
+    `once`: not again after a rollback."""
     args: dict[str, Any] = {"steps": [], "rank": 1, "factor": "nan", "engine": "net"}
-    args |= {"bad": [], "without": []} | config.task.args
+    args |= {"bad": [], "without": [], "kind": "", "once": False} | config.task.args
+    fired: set[int] = set()
 
     def feed(engine: Any, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Stats]:
         points, classes, _ = batch
@@ -73,6 +75,9 @@ def build(config: Config) -> Task:
         step = engine.counters.global_step + 1
         is_due = step in args["steps"] and torch.is_grad_enabled() and engine.name == args["engine"]
         is_broken = is_due and args["rank"] in (None, distributed.global_rank())
+        is_broken = is_broken and not (args["once"] and step in fired)
+        if is_due:
+            fired.add(step)
         if is_broken and args["factor"] == "gradient":
             logits = Broken.apply(logits)
         loss = F.cross_entropy(logits.float(), classes)
@@ -80,9 +85,15 @@ def build(config: Config) -> Task:
             loss = loss * float(args["factor"])
         return loss, {}
 
+    data: Any = Points(args["bad"], args["without"])
+    if args["kind"] == "loader":
+        ranks, rank = distributed.world_size(), distributed.global_rank()
+        shares = torch.utils.data.DistributedSampler(data, ranks, rank)
+        data = torch.utils.data.DataLoader(data, batch_size=4, sampler=shares)
     return Task(
         models={name: Net() for name in config.engines},
-        train_data=Points(args["bad"], args["without"]),
+        train_data=data,
+        weigh=(lambda batch: float(len(batch[0]))) if args["kind"] == "weigh" else None,
         eval_data=Points([], list(range(80))),
         feeder=feed,
     )
