@@ -98,7 +98,7 @@ def with_frozen(dtype: torch.dtype, stage: int, ds: dict[str, Any]) -> dict[str,
     engines = engines_of(Permuted(dtype), feed, stage, ds)
     train(engines, [torch.ones(4, 6)])
     with engines["net"].edit_weights() as complete:
-        complete.order.data[0] = 1
+        complete.get_parameter("order").data[0] = 1
     train(engines, [torch.ones(4, 6)])
     found = weights_of(engines)
     engines.close()
