@@ -126,6 +126,8 @@ def _check_destination(dst: Path, options: Options) -> None:
         raise HarnessError(
             f"{dst}: expected one of {suffixes.listed()}, or a directory with --shard-size"
         )
+    elif dst.is_dir():
+        raise HarnessError(f"{dst}: a directory, expected the path of a file to write")
     if not dst.absolute().parent.is_dir():
         raise HarnessError(f"{dst.parent}: no such directory")
 

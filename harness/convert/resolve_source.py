@@ -93,7 +93,7 @@ class _Resolver:
         if path.is_file():
             return self.resolve(_tag(path.parent)) if path.name == LATEST else _file(path)
         if not path.is_dir():
-            raise CheckpointError(f"{path}: no such file or directory")
+            raise CheckpointError(f"{path}: {_why_not(path)}")
         if (path / MANIFEST).is_file():
             return open_checkpoint(path, self.engine, self.default_engine)
         if is_engine(path):
@@ -168,6 +168,14 @@ def _tag(directory: Path) -> Path:
     if not (directory / tag).is_dir():
         raise CheckpointError(f"{directory / LATEST} names {tag!r:.80}, which does not exist")
     return directory / tag
+
+
+def _why_not(path: Path) -> str:
+    """Why a path is neither a file nor a directory."""
+    if path.exists():
+        return "not a regular file"
+    is_link = path.is_symlink()
+    return "a link to a path that does not exist" if is_link else "no such file or directory"
 
 
 def _file(path: Path) -> Path:

@@ -52,7 +52,10 @@ def format_of(path: Path) -> str:
     if path.exists() and not path.is_file():  # opening a pipe would block forever
         raise FormatError(f"{path}: not a regular file")
     with path.open("rb") as file:
-        head = file.read(_HEAD)
+        try:
+            head = file.read(_HEAD)
+        except OSError as error:  # which names no file
+            raise FormatError(f"{path}: {error.strerror}") from None
     if head.startswith(_ZIP) or _LEGACY.match(head):
         return PT
     if _begins_as_safetensors(head):

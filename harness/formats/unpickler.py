@@ -59,6 +59,8 @@ def unpickle_first(
     except PickleError:
         raise
     except _DAMAGE as error:
+        if unpickler.position >= len(data):
+            raise PickleError("truncated") from None
         raise PickleError(f"malformed at byte {unpickler.position}: {error!r}"[:200]) from None
     check_size(tree, max(MAX_NODES, len(data)))
     return tree, unpickler.position

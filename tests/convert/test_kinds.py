@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -115,6 +116,50 @@ def test_a_kind_without_a_mark_is_known_by_its_suffix(tmp_path: Path, name: str,
     for act in (taken, load, lambda path: list(describe_path(path))):
         with pytest.raises(HarnessError, match=f"{path}: not a file of weights, but {what}"):
             act(path)
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")  # reading it would block for ever
+    (tmp_path / "link.pt").symlink_to("nowhere")
+    (tmp_path / "loop.pt").symlink_to("loop.pt")
+    (tmp_path / "directory.pt").mkdir()
+    (tmp_path / "unreadable.pt").symlink_to("/proc/self/mem")
+    torch.save(WEIGHTS, tmp_path / "x.pt")
+    for name, message in {
+        "pipe.pt": "not a regular file",
+        "link.pt": "a link to a path that does not exist",
+        "loop.pt": "a link to a path that does not exist",
+        "unreadable.pt": "Input/output error",
+        "directory.pt": "not a checkpoint or weights",
+        "x.pt/y": "no such file or directory",
+    }.items():
+        with pytest.raises(HarnessError, match=f"{name}: {message}"):
+            convert(tmp_path / name, tmp_path / "o.sft", Options(), print)
+    with pytest.raises(HarnessError, match=r"directory\.pt: a directory, expected the path of a f"):
+        convert(tmp_path / "x.pt", tmp_path / "directory.pt", Options(), print)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_truncated_file_says_so(tmp_path: Path, legacy: bool) -> None:
+    path = tmp_path / "x.pt"
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=not legacy)
+    content = path.read_bytes()
+    for eighth in range(1, 8):
+        path.write_bytes(content[: len(content) * eighth // 8])
+        with pytest.raises(HarnessError, match=r"x\.pt: .*truncated"):
+            taken(path)
+    assert [found.name for found in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_the_source_may_be_replaced(tmp_path: Path) -> None:
+    for name in ("x.pt", "x.sft"):
+        save(WEIGHTS, tmp_path / name)
+        convert(tmp_path / name, tmp_path / name, Options(dtype="bf16"), print)
+        assert load(tmp_path / name)["a.bias"].dtype == torch.bfloat16
+    with_weights("model.safetensors")(tmp_path / "hub")
+    convert(tmp_path / "hub", tmp_path / "hub/shards", Options(shard_size=20), print)
+    convert(tmp_path / "hub", tmp_path / "hub/model.safetensors", Options(dtype="fp16"), print)
+    assert load(tmp_path / "hub/model.safetensors")["a.weight"].dtype == torch.float16
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x.bin", "x.ckpt", "x"])

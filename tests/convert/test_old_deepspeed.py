@@ -1,5 +1,7 @@
 """Checkpoints that every version of DeepSpeed since 0.8 wrote; tests/support/old_deepspeed.py."""
 
+import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from harness.convert.convert import Options, convert
 from harness.errors import HarnessError
 from harness.zero.reader import SavedEngine
 from tests.support.helpers import assert_equal
-from tests.support.old_deepspeed import FIXTURES, VERSIONS
+from tests.support.old_deepspeed import FIXTURES, VERSIONS, run
 
 NAMES = [f"zero{stage}_{dtype}" for stage in (1, 2, 3) for dtype in ("fp32", "bf16")]
 CASES = [(version, name) for version in VERSIONS for name in NAMES] + [
@@ -80,6 +82,27 @@ def test_a_checkpoint_written_for_other_ranks_has_the_same_weights_and_moments(
     for path, directory in (("old.sft", source), ("new.sft", tmp_path / "zero")):
         convert(directory, tmp_path / path, Options(what="all"), lines.append)
     assert_equal(io.load(tmp_path / "new.sft"), io.load(tmp_path / "old.sft"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_that_versions_engine_loads_what_is_written_for_it(
+    corpus: Corpus, tmp_path: Path, version: str
+) -> None:
+    """Installs it, unless it is in the directory that $OLD_DEEPSPEED names."""
+    jobs = []
+    for name in NAMES:
+        stage, dtype = int(name[4]), name.partition("_")[2]
+        target = stage % 3 + 1
+        if has_frozen(version, name):
+            options = Options(to_zero=target, ranks=2)
+            convert(corpus(version) / name, tmp_path / name, options, lambda _: None)
+            live = corpus(version) / f"{name}.live.pt"
+            jobs.append([str(tmp_path / name), str(live), target, dtype])
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    parent = Path(os.environ.get("OLD_DEEPSPEED", tmp_path / "installed"))
+    run(version, parent, "old_load.py", tmp_path / "jobs.json")
 
 
 def test_the_corpus_has_padding_ties_and_frozen_parameters(corpus: Corpus) -> None:

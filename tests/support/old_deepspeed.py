@@ -45,13 +45,18 @@ def install(version: str, parent: Path) -> dict[str, str]:
     return env
 
 
+def run(version: str, parent: Path, script: str, argument: Path) -> None:
+    """Runs a script of this directory on two ranks, under that version."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(Path(__file__).with_name(script)), str(argument)]
+    subprocess.run(command, env=install(version, parent), check=True)
+
+
 def write(version: str, parent: Path) -> Path:
     """The archive of what the version wrote on two ranks."""
-    env, out = install(version, parent), parent / "written" / version
+    out = parent / "written" / version
     out.mkdir(parents=True)
-    script = Path(__file__).with_name("old_checkpoints.py")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*run, str(script), str(out)], env=env, check=True)
+    run(version, parent, "old_checkpoints.py", out)
     archive = FIXTURES / f"{version}.tar.xz"
     archive.parent.mkdir(exist_ok=True)
     with tarfile.open(archive, "w:xz") as tar:
