@@ -38,6 +38,8 @@ class HarnessError(Exception):
     kind: Kind = "error"
     on_all_ranks = False
     """Whether every rank raises the same error."""
+    rank: int | None = None
+    """The one rank that has failed, if others raise the error as well, or that is lost."""
 
 
 class ConfigError(HarnessError):
@@ -119,9 +121,8 @@ class LostRank(HarnessError):
 
     code = RESTART_CODE
     kind = "lost_rank"
-    rank: int | None = None
-    """The lost rank, where it ran, and where it failed; as far as they are known."""
     host: str | None = None
+    """Where the lost rank ran, and where it failed; as far as they are known."""
     step: int | None = None
     phase: str | None = None
 

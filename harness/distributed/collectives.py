@@ -92,5 +92,6 @@ def raise_on_all_ranks(doing: str) -> Iterator[None]:
     for rank, failed in enumerate(failures):
         if failed is not None:
             error = failed if all(failures) else type(failed)(f"rank {rank}: {failed}")
+            error.rank = None if all(failures) else rank
             error.on_all_ranks = True
             raise error

@@ -106,7 +106,10 @@ class Outcome:
             place = (error.rank, error.host, error.step or doing.step, error.phase or doing.phase)
             return Outcome(kind, code, reason, *place)
         is_own = kind != "config" and not is_on_all_ranks(error)
-        rank, host = (_own_rank(), socket.gethostname()) if is_own else (None, None)
+        if is_own:
+            rank, host = _own_rank(), socket.gethostname()
+        else:
+            rank, host = error.rank if is_ours else None, None
         return Outcome(kind, code, reason, rank, host, doing.step, doing.phase)
 
 

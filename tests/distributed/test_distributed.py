@@ -20,14 +20,14 @@ def leader() -> str | None:
     return distributed.global_leader_only(lambda: "leader")()
 
 
-def fail_on(rank: int, kind: type[Exception]) -> tuple[str, str]:
+def fail_on(rank: int, kind: type[Exception]) -> tuple[str, str, int | None]:
     try:
         with distributed.raise_on_all_ranks("testing"):
             if rank in (distributed.global_rank(), -1):
                 raise kind("broken shard")
     except HarnessError as error:
-        return type(error).__name__, str(error)
-    return "none", ""
+        return type(error).__name__, str(error), error.rank
+    return "none", "", None
 
 
 def exchange() -> tuple[str, list[int]]:
@@ -85,20 +85,20 @@ def test_ranks_are_seeded_apart_and_repeatably(two_ranks: RankPool) -> None:
 
 
 def test_a_failure_on_one_rank_is_raised_on_all(two_ranks: RankPool) -> None:
-    expected = ("CheckpointError", "rank 1: broken shard")
+    expected = ("CheckpointError", "rank 1: broken shard", 1)
     assert two_ranks.run(fail_on, 1, CheckpointError) == [expected] * 2
 
 
 def test_a_failure_on_all_ranks_names_none(two_ranks: RankPool) -> None:
-    expected = ("CheckpointError", "broken shard")
+    expected = ("CheckpointError", "broken shard", None)
     assert two_ranks.run(fail_on, -1, CheckpointError) == [expected] * 2
 
 
 def test_an_unexpected_failure_keeps_its_traceback(two_ranks: RankPool) -> None:
-    for kind, message in two_ranks.run(fail_on, 0, KeyError):
+    for kind, message, _ in two_ranks.run(fail_on, 0, KeyError):
         assert kind == "HarnessError"
         assert "rank 0: testing" in message and "KeyError: 'broken shard'" in message
-    assert two_ranks.run(fail_on, 9, KeyError) == [("none", "")] * 2
+    assert two_ranks.run(fail_on, 9, KeyError) == [("none", "", None)] * 2
 
 
 def test_the_pool_reports_what_a_rank_raised_and_recovers() -> None:
