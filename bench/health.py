@@ -4,14 +4,15 @@
 
 Two ranks take steps of `--step-ms` (asleep, as while a GPU works) of 8 micro-batches, with the
 step's vector, in alternating blocks: with what harness does for its health in a step, and without.
-Prints the time that a step takes besides the sleep, on the slower rank (median over the blocks),
-their difference relative to the step, and the CPU time of the watchdogs' processes.
+Prints the time that a step takes besides the sleep, on the slower rank (median over the steps and
+the blocks), their difference relative to the step, and the CPU time of the watchdogs' processes.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -44,8 +45,20 @@ def measure(steps: int, step_s: float, rounds: int, directory: Path) -> dict[str
             },
         }
     )
-    bare, full = StepVector(), StepVector()
-    full.add(Pace(lambda text: None))
+
+    class Others:
+        """What the vector has anyway."""
+
+        def contribute(self) -> list[float]:
+            return [1.0] * 20
+
+        def receive(self, sums: Sequence[float]) -> None:
+            pass
+
+    bare, full, pace = StepVector(), StepVector(), Pace(lambda text: None)
+    for vector in (bare, full):
+        vector.add(Others())
+    full.add(pace)
     step = 0
 
     def with_health() -> None:
@@ -53,12 +66,13 @@ def measure(steps: int, step_s: float, rounds: int, directory: Path) -> dict[str
         step += 1
         phases.at_step(step)
         for _ in range(MICRO_BATCHES):
-            with phases.during("data"):
-                pass
+            phases.enter("data")
+            phases.enter("step")
             phases.enter("forward")
             phases.enter("backward")
             phases.enter("step")
         full.exchange()
+        pace.of_step(step - 1)
 
     seconds: dict[str, list[float]] = {"with": [], "without": []}
     with watchdog.watched(config, may_end=False):
@@ -68,13 +82,13 @@ def measure(steps: int, step_s: float, rounds: int, directory: Path) -> dict[str
         for _ in range(rounds):
             for name, way in (("with", with_health), ("without", bare.exchange)):
                 distributed.barrier()
-                elapsed = 0.0
+                times = []
                 for _ in range(steps):
                     time.sleep(step_s)
                     started = time.perf_counter()
                     way()
-                    elapsed += time.perf_counter() - started
-                seconds[name].append(elapsed / steps)
+                    times.append(time.perf_counter() - started)
+                seconds[name].append(statistics.median(times))
                 bare.wait()
                 full.wait()
         used = sum(process.cpu_times()[:2]) - used

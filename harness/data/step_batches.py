@@ -127,8 +127,9 @@ class StepBatches:
 
     def _read(self, size: int) -> Iterator[Any]:
         for _ in range(size):
-            with phases.during("data"):
-                batch = next(self._batches)
+            phases.enter("data")
+            batch = next(self._batches)
+            phases.enter("step")
             self._taken += 1
             self.samples = self._batches.samples
             yield batch

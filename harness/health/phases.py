@@ -98,7 +98,7 @@ def enter(phase: Phase) -> None:
 def during(phase: Phase) -> Iterator[None]:
     """The phase within the context, and then the one before, unless there is an error: what reports
     the error tells the phase."""
-    before = now().phase
+    before = PHASES[int(_cells[PHASE])]
     enter(phase)
     yield
     enter(before)
@@ -137,11 +137,16 @@ def read(descriptor: int) -> tuple[int, str]:
     return found.step, found.phase
 
 
-def spent() -> dict[Phase, float]:
-    """Seconds in each phase so far, without the present one."""
-    return {phase: _cells[SPENT + number] for phase, number in _NUMBERS.items()}
+def step() -> int:
+    """The step in progress, or between steps the last one."""
+    return int(_cells[STEP])
 
 
-def longest() -> dict[Phase, float]:
-    """The longest time in each phase, except for the first ones."""
-    return {phase: _cells[LONGEST + number] for phase, number in _NUMBERS.items()}
+def spent(phase: Phase) -> float:
+    """Seconds in a phase so far, without the present ones."""
+    return _cells[SPENT + _NUMBERS[phase]]
+
+
+def longest(phase: Phase) -> float:
+    """The longest time in a phase, except for the first ones."""
+    return _cells[LONGEST + _NUMBERS[phase]]

@@ -66,7 +66,7 @@ class Pace:
         self._rank, self._world = distributed.global_rank(), distributed.world_size()
         self._hosts = distributed.all_gather(socket.gethostname()) if self._world > 1 else []
         self._turns = -(-self._world // SLOTS)
-        self._step = phases.now().step  # the last one that was told
+        self._step = phases.step()  # the last one that was told
         self._told: int | None = None  # the step in flight
         self._steps = 0  # since this rank told its times
         self._totals = _totals()
@@ -80,7 +80,7 @@ class Pace:
         if self._world == 1:
             return ()
         numbers = [0.0] * (3 * min(self._world, SLOTS))
-        step = phases.now().step
+        step = phases.step()
         self._told = step if step != self._step else None  # not another one, as in an evaluation
         if self._told is None:
             return numbers
@@ -108,9 +108,9 @@ class Pace:
 
     def of_step(self, step: int) -> dict[str, float]:
         """The metrics of a step, once; none if it has ended no round."""
-        found = self._metrics.pop(step, {})
-        self._metrics = {later: m for later, m in self._metrics.items() if later > step}
-        return found
+        for earlier in [known for known in self._metrics if known < step]:
+            del self._metrics[earlier]
+        return self._metrics.pop(step, {})
 
     def _end_round(self, step: int) -> None:
         times, self._round = self._round, {}
@@ -122,7 +122,8 @@ class Pace:
             "step_time_max_s": max(steps),
         }
         self._late.append(late_rank(times))
-        self._judge(step)
+        if self._late[-1] is not None or self._slow is not None:
+            self._judge(step)
 
     def _judge(self, step: int) -> None:
         counts = Counter(late.rank for late in self._late if late is not None)
@@ -154,7 +155,7 @@ def late_rank(times: dict[int, Times]) -> Late | None:
     rank = max(times, key=lambda rank: times[rank].own)
     slowest, others = times[rank], [t for other, t in times.items() if other != rank]
     seconds = slowest.own - statistics.median(other.own for other in others)
-    if seconds < SHARE * statistics.fmean(of_rank.step for of_rank in times.values()):
+    if seconds <= SHARE * statistics.fmean(of_rank.step for of_rank in times.values()):
         return None
     by_data = slowest.data - statistics.median(other.data for other in others)
     return Late(rank, seconds, by_data > seconds / 2)
@@ -162,6 +163,6 @@ def late_rank(times: dict[int, Times]) -> Late | None:
 
 def _totals() -> tuple[float, float, float]:
     """As in `Times`, over all steps so far."""
-    spent = phases.spent()
-    step = spent["data"] + spent["forward"] + spent["backward"] + spent["step"]
-    return spent["data"], spent["forward"] - Fetching.seconds, step
+    data, forward = phases.spent("data"), phases.spent("forward")
+    step = data + forward + phases.spent("backward") + phases.spent("step")
+    return data, forward - Fetching.seconds, step
