@@ -119,11 +119,15 @@ def job(
             process.kill()
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[Any] | None = None) -> None:
+def until(
+    condition: Callable[[], bool],
+    process: subprocess.Popen[Any] | None = None,
+    seconds: float = 90,
+) -> None:
     """Waits for a condition, as long as the process lives."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "not within 90 s"
+        assert time.monotonic() < deadline, f"not within {seconds} s"
         assert process is None or process.poll() is None, "the process has ended"
         time.sleep(0.1)
 
