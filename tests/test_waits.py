@@ -3,19 +3,20 @@ only where it must know whether the gradients are finite: in harness in fp32 at 
 DeepSpeed."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from harness import devices
+from harness import devices, distributed
 from harness.config import Config
 from harness.optim import Apollo
-from harness.run import run, run_in_world
+from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.trainer import Trainer
+from harness.zero.startup import join
 from tests.support.helpers import ROOT, tiny_config
 from tests.support.waits import counted_waits
 
@@ -57,7 +58,7 @@ def config_of(directory: Path, stage: int, dtype: str) -> Config:
     )
 
 
-def waits_of(config: Config, train: Callable[[Config], object] = run_in_world) -> Counter[str]:
+def waits_of(config: Config) -> Counter[str]:
     """Those of the steps COUNTED."""
     found: Counter[str] = Counter()
     step = Trainer.step
@@ -71,7 +72,7 @@ def waits_of(config: Config, train: Callable[[Config], object] = run_in_world) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(devices.LIMITS, "cpu", devices.LIMITS["cuda"])
         patch.setattr(Trainer, "step", counted)
-        train(config)
+        run_in_world(config)
     return found
 
 
@@ -106,7 +107,15 @@ def test_waits_of_a_step(two_ranks: RankPool, tmp_path: Path, stage: int, dtype:
         check(found, stage, dtype)
 
 
+@pytest.fixture(scope="module")
+def gpu_world() -> Iterator[None]:
+    distributed.init(60, join)
+    yield
+    distributed.shutdown()
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("gpu_world")
 @pytest.mark.parametrize(("stage", "dtype"), [*CASES, *SLOW])
 def test_waits_of_a_step_on_a_gpu(tmp_path: Path, stage: int, dtype: str) -> None:
-    check(waits_of(config_of(tmp_path, stage, dtype), run), stage, dtype)
+    check(waits_of(config_of(tmp_path, stage, dtype)), stage, dtype)

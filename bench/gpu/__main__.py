@@ -1,0 +1,93 @@
+"""What harness does on this machine's card, in sections, each in a process with a limit.
+
+    python -m bench.gpu [SECTION ...] [--quick] [--out gpu-report.json]
+
+Prints a Markdown table, and writes a JSON file that can be sent: it contains the card, versions,
+results and errors, and no paths, host or user names. `--quick` takes at most 9 minutes on an H100.
+Without a card, `--small` imitates it on a CPU, where the figures say nothing.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu.report import machine, table, write
+from bench.gpu.section import ROOT
+
+LIMITS = {
+    "smoke": 170,
+    "tests": 120,
+    "waits": 60,
+    "apollo": 60,
+    "loop": 60,
+    "save": 40,
+    "offload": 30,
+}
+"""Seconds of each section with --quick; else four times as many."""
+
+
+def main() -> None:
+    """Runs the sections, and reports after each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(LIMITS)}")
+    parser.add_argument("--quick", action="store_true", help="at most 9 minutes")
+    parser.add_argument("--small", action="store_true", help="imitate it on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("gpu-report.json"))
+    args = parser.parse_args()
+    if unknown := set(args.sections) - LIMITS.keys():
+        parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
+    if not (torch.cuda.is_available() or args.small):
+        parser.error("there is no GPU: --small imitates it on a CPU")
+    report: dict[str, Any] = {"machine": machine(), "sections": {}}
+    for name, limit in LIMITS.items():
+        if name in (args.sections or LIMITS):
+            flags = ["--quick"] * args.quick + ["--small"] * args.small
+            report["sections"][name] = run(name, flags, limit if args.quick else 4 * limit)
+            write(report, args.out)
+    sys.stdout.write(f"{table(report)}\n\nwritten: {args.out}\n")
+    sys.exit(any(found["ended"] != "ok" for found in report["sections"].values()))
+
+
+def run(name: str, flags: list[str], limit: float) -> dict[str, Any]:
+    """A section's results, and how it ended."""
+    sys.stderr.write(f"{name}: at most {limit:.0f} s\n")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as directory:
+        file = Path(directory) / "results.json"
+        command = [sys.executable, "-m", f"bench.gpu.{name}", str(file), *flags]
+        environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        with (Path(directory) / "output").open("w+") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(limit)
+                ended = "ok" if code == 0 else f"exit code {code}"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.wait()
+                ended = f"ended at its limit of {limit:.0f} s"
+            output.seek(0)
+            last = output.read()[-1000:]
+        results = json.loads(file.read_text()) if file.exists() else {}
+    found = {"ended": ended, "seconds": round(time.monotonic() - started, 1), "results": results}
+    return found if ended == "ok" else found | {"output": last}
+
+
+if __name__ == "__main__":
+    main()
