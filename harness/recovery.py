@@ -16,6 +16,7 @@ from harness.control.bus import Bus
 from harness.control.live import LiveConfig
 from harness.data.sampler import Span
 from harness.data.step_batches import StepBatches
+from harness.engine.blame import KeptStep
 from harness.engine.engines import Engines
 from harness.errors import NonFiniteError
 from harness.health.skips import WHAT, Skip
@@ -36,6 +37,7 @@ class RecoveringRun(Protocol):
     batches: StepBatches
     saver: Saver
     bus: Bus
+    kept_step: KeptStep | None
     sinks: Sequence[Sink]
     status: Status
     progress: Progress
@@ -73,6 +75,8 @@ def recover(run: RecoveringRun) -> bool:
         log_warning("%s", _described_spike(spike))
     skips = [skip for skip in run.engines.skips.of(step) if skip.reason != "overflow"]
     nonfinite = [skip for skip in skips if skip.reason == "nonfinite"]
+    for skip in nonfinite:
+        _blame(run, skip)
     if nonfinite and settings.nonfinite == "stop":
         _stop(run, _described(nonfinite[0]), "health.nonfinite = 'stop'")
     if nonfinite and settings.nonfinite == "rollback":
@@ -97,6 +101,22 @@ def check_end(run: RecoveringRun) -> None:
 def _described(skip: Skip) -> str:
     count = f", the last {skip.in_a_row} steps in a row" if skip.in_a_row > 1 else ""
     return f"step {skip.step}: engine {skip.engine!r}: skipped, as {WHAT[skip.reason]}{count}"
+
+
+def _blame(run: RecoveringRun, skip: Skip) -> None:
+    """Logs and records where a step that was just skipped began, if it was kept. Collective."""
+    if run.kept_step is None:
+        return
+    found = run.kept_step.blame(skip.engine)
+    spans = run.batches.spans(0)
+    for rank, number, text in found:
+        samples = run.batches.samples(spans, rank, number)
+        whose = f" (samples {_listed(samples)})" if samples else ""
+        what = f"rank {rank}, micro-batch {number}{whose}: the first not to be finite is {text}"
+        run.bus.record("health", f"blame {skip.engine}", skip.step, what)
+    if not found:
+        what = "run again, all its outputs and gradients are finite"
+        run.bus.record("health", f"blame {skip.engine}", skip.step, what)
 
 
 def _described_spike(spike: Spike) -> str:

@@ -16,6 +16,7 @@ from harness.control.live import LiveConfig
 from harness.data.step_batches import StepBatches
 from harness.distributed import StepVector
 from harness.distributed.joint_failure import JointFailure
+from harness.engine.blame import KeptStep
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, CommandError, GradientError, HarnessError, no_exit
 from harness.evaluate import check_best_metric, evaluate
@@ -76,6 +77,7 @@ class Trainer:
         """Commands that wait for the save in flight."""
         self.joint_failure = JointFailure()
         self.begun: BegunStep | None = None  # the step in progress
+        self.kept_step: KeptStep | None = None  # the last one, with `health.blame`
         self._started_at = engines.global_step
         self._saved_step: int | None = None
         self._evaluation: dict[str, float] = {}  # at this step, if there was one
@@ -139,6 +141,9 @@ class Trainer:
         self.begun = BegunStep(self.engines)
         samples, tokens, size = 0, 0, self.engines.gradient_accumulation
         batches, terms = self.batches.next_step(size)
+        self.kept_step = KeptStep(self.engines, terms) if self.live.config.health.blame else None
+        if self.kept_step is not None:
+            batches = self.kept_step.keep(batches)
         self.engines.sync_buffers()
         self.engines.limit_norms(self.live.config.health.spike == "skip")
         for number, batch in enumerate(batches):

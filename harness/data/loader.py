@@ -65,8 +65,11 @@ class Batches(Protocol):
         """What lies between two places."""
         ...
 
-    def samples(self, spans: Sequence[Span]) -> list[Any]:
-        """The indices of the samples of all ranks in some spans, in order; empty if unknown."""
+    def samples(
+        self, spans: Sequence[Span], rank: int | None = None, number: int | None = None
+    ) -> list[Any]:
+        """The indices of the samples of all ranks in some spans, in order, or those of one rank's
+        micro-batch `number`; empty if unknown."""
         ...
 
     def drop(self, spans: Sequence[Span]) -> None:
@@ -147,9 +150,13 @@ class Loader:
         """`Sampler.spans`."""
         return self.sampler.spans(start, stop)
 
-    def samples(self, spans: Sequence[Span]) -> list[Any]:
-        """The indices of the samples of all ranks."""
+    def samples(
+        self, spans: Sequence[Span], rank: int | None = None, number: int | None = None
+    ) -> list[Any]:
+        """The indices of the samples."""
         draws = self.sampler.drawn_in(spans)
+        if rank is not None and number is not None:
+            draws = draws[rank :: self.sampler.world_size][number * self._rounds :][: self._rounds]
         is_batched = isinstance(self.sampler, BatchedOrderedSampler)
         return list(itertools.chain.from_iterable(draws)) if is_batched else draws
 
@@ -282,7 +289,9 @@ class TaskLoader:
         ]
         return [span for span in spans if span[1] < span[2]]
 
-    def samples(self, spans: Sequence[Span]) -> list[Any]:
+    def samples(
+        self, spans: Sequence[Span], rank: int | None = None, number: int | None = None
+    ) -> list[Any]:
         """Unknown."""
         return []
 

@@ -128,9 +128,12 @@ class StepBatches:
         """Where the data of a recent step is; `ago`: 0 for the last one."""
         return self._spans[-1 - ago]
 
-    def samples(self, spans: Sequence[Span]) -> list[Any]:
-        """The indices of the samples of all ranks in some spans, in order; empty if unknown."""
-        return self._batches.samples(spans)
+    def samples(
+        self, spans: Sequence[Span], rank: int | None = None, number: int | None = None
+    ) -> list[Any]:
+        """The indices of the samples of all ranks in some spans, in order, or those of one rank's
+        micro-batch `number`; empty if unknown."""
+        return self._batches.samples(spans, rank, number)
 
     @property
     def dropped(self) -> list[Span]:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -28,6 +28,9 @@ from harness.task import Stats, Task, checked_stats, feed
 
 log = logging.getLogger(__name__)
 log_on_leader = distributed.global_leader_only(log.info)
+
+
+SeeLoss = Callable[[torch.Tensor], None]
 
 
 class Engines(Mapping[str, Engine]):
@@ -86,16 +89,35 @@ class Engines(Mapping[str, Engine]):
                         *(self.global_step + 1, engine.name, engine.counters.skipped),
                     )
                 continue
-            begins_step = engine.counters.micro_step % engine.gradient_accumulation == 0
-            if begins_step:
-                engine.kept_buffers.begin_step(engine.buffers)
-            with self._gathered(), self._turn.of(engine.name, begins_step):
-                loss, stats = feed(self._task, engine, batch)
-                engine.backward(loss, share)
+            loss, stats = self._feed(engine, batch, share)
             if engine.step() and engine.last_skip is not None:
                 self._record_skip(engine, engine.last_skip)
             report |= self.label(engine, {"loss": loss.detach(), **stats})
         return report
+
+    def _feed(
+        self, engine: Engine, batch: Any, share: float, see: SeeLoss | None = None
+    ) -> tuple[torch.Tensor, Stats]:
+        """An engine's turn: forward and backward of a micro-batch. Its loss and stats."""
+        begins_step = engine.counters.micro_step % engine.gradient_accumulation == 0
+        if begins_step:
+            engine.kept_buffers.begin_step(engine.buffers)
+        with self._gathered(), self._turn.of(engine.name, begins_step):
+            loss, stats = feed(self._task, engine, batch)
+            if see is not None:
+                see(loss)
+            engine.backward(loss, share)
+        return loss, stats
+
+    def feed_again(
+        self, engine: Engine, batch: Any, terms: Terms | None, number: int, see: SeeLoss
+    ) -> None:
+        """A micro-batch of one engine that `step` has had. Nothing is recorded; `see` is called
+        with the loss before its backward."""
+        share = 1.0 if terms is None else terms.share(number, engine.gradient_accumulation)
+        if share is not None:
+            self._feed(engine, batch, share, see)
+            engine.step()
 
     def _record_skip(self, engine: Engine, reason: Reason) -> None:
         skip = Skip(
