@@ -6,7 +6,7 @@ import logging
 import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from harness.config.sections import DataConfig
 from harness.control.signals import leave_signals_to_parent
+from harness.data.batches import Batches
 from harness.data.sampler import (
     BatchedOrderedSampler,
     OrderedSampler,
@@ -29,57 +30,6 @@ from harness.errors import CheckpointError, ConfigError, TaskError
 log = logging.getLogger(__name__)
 
 Collate = Callable[[list[Any]], Any]
-
-
-class Batches(Protocol):
-    """An endless iterator of micro-batches whose position can be saved."""
-
-    @property
-    def epoch(self) -> int:
-        """Completed passes over the data."""
-        ...
-
-    def __next__(self) -> Any: ...
-
-    def close(self) -> None:
-        """Ends the worker processes."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def quick_state_dict(self) -> dict[str, Any] | None:
-        """`state_dict`, if that is quick enough for every step; else None."""
-        ...
-
-    @property
-    def place(self) -> Place:
-        """Where the next micro-batches begin; the same on all ranks."""
-        ...
-
-    @property
-    def dropped(self) -> list[Span]:
-        """What is never returned, as `drop` was called."""
-        ...
-
-    def spans(self, start: Place, stop: Place) -> list[Span]:
-        """What lies between two places."""
-        ...
-
-    def samples(
-        self, spans: Sequence[Span], rank: int | None = None, number: int | None = None
-    ) -> list[Any]:
-        """The indices of the samples of all ranks in some spans, in order, or those of one rank's
-        micro-batch `number`; empty if unknown."""
-        ...
-
-    def drop(self, spans: Sequence[Span]) -> None:
-        """Never returns what is in these spans. Called at a place before them."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at a saved position, to which the number of ranks that saved it is added as
-        `world_size`. Raises ValueError or CheckpointError if it does not fit."""
-        ...
 
 
 class Loader:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness import distributed
-from harness.data.loader import Batches
+from harness.data.batches import Batches
 from harness.data.sampler import Place, Span
 from harness.distributed.rng import seeded
 from harness.errors import TaskError

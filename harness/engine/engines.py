@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -56,6 +56,7 @@ class Engines(Mapping[str, Engine]):
             self._turn.guard(engine.name, engine.module)
         self.gradient_accumulation = math.lcm(*(e.gradient_accumulation for e in self.trained))
         self.spikes = Spikes()
+        """The losses and norms of the last steps, and what was far above them."""
         self.global_step = 0
         self.rollbacks = 0
         """How often the run has returned to an earlier step."""
@@ -290,28 +291,6 @@ class Engines(Mapping[str, Engine]):
         for engine in self.due(step):
             engine.counters.samples += samples
             engine.counters.tokens += tokens
-
-    def limit_norms(self, is_limited: bool) -> None:
-        """Before a step: makes every engine skip it if its gradient norm is a spike, or not."""
-        step = self.global_step + 1
-        for engine in self.due(step):
-            largest = self.spikes.largest_norm(step, engine.name) if is_limited else math.inf
-            engine.largest_norm = largest
-
-    def find_spikes(
-        self, step: int, means: Mapping[str, float], spans: Sequence[Any]
-    ) -> dict[str, torch.Tensor | float]:
-        """Looks for spikes in a step's metrics, over all ranks. `spans`: where its data is.
-
-        Returns each engine's spikes so far, under their log names.
-        """
-        counts: dict[str, torch.Tensor | float] = {}
-        for engine in self.due(step):
-            names = self.label(engine, {"loss": 0.0, "grad_norm": 0.0})
-            loss, norm = (means.get(name, math.nan) for name in names)
-            count = self.spikes.add(step, engine.name, loss, norm, spans)
-            counts |= self.label(engine, {"spikes": count})
-        return counts
 
     def label(self, engine: Engine, stats: Stats) -> dict[str, torch.Tensor | float]:
         """The stats under their log names: with the prefix `NAME/` if there are several engines."""
