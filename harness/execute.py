@@ -78,6 +78,8 @@ def _execute(run: CommandTarget, ticket: Ticket) -> str | None:
             return _set(run, "run.steps", str(n))
         case c.Set(key, value):
             return _set(run, key, value)
+        case c.Blame():
+            return _set(run, "health.blame", "true")
         case c.Profile(n):
             return run.traces.start(run.engines.global_step, n, ticket)
         case c.SetLog(level):

@@ -6,20 +6,24 @@ since the others' steps do not depend on its own; a rollback, or the end, is of 
 """
 
 import logging
-from collections.abc import Sequence
-from typing import NoReturn, Protocol
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, Protocol
 
 from harness import distributed
 from harness.checkpoint.resume import last_good, restore
 from harness.checkpoint.save import Saver, SaveResult
 from harness.control.bus import Bus
+from harness.control.commands import Interrupt, Quit
 from harness.control.live import LiveConfig
 from harness.data.sampler import Span
-from harness.data.step_batches import StepBatches
+from harness.data.step_batches import StepBatches, Terms
+from harness.engine.blame import KeptStep
 from harness.engine.engines import Engines
 from harness.errors import NonFiniteError
 from harness.health.skips import WHAT, Skip
 from harness.health.spikes import Spike
+from harness.metrics.meters import StepNumbers
 from harness.metrics.progress import Progress
 from harness.metrics.sinks import Sink
 from harness.metrics.status import Status
@@ -36,6 +40,8 @@ class RecoveringRun(Protocol):
     batches: StepBatches
     saver: Saver
     bus: Bus
+    kept_step: KeptStep | None
+    ending: Quit | None
     sinks: Sequence[Sink]
     status: Status
     progress: Progress
@@ -58,6 +64,30 @@ def prepare(run: RecoveringRun) -> None:
             run.save()
 
 
+def begin_step(run: RecoveringRun, batches: Iterator[Any], terms: Terms | None) -> Iterator[Any]:
+    """Before a step: sets the largest norms that are taken; keeps the micro-batches, which it
+    returns, if the step may have to be run again."""
+    settings, engines = run.live.config.health, run.engines
+    step = engines.global_step + 1
+    for engine in engines.due(step):
+        largest = engines.spikes.largest_norm(step, engine.name)
+        engine.largest_norm = largest if settings.spike == "skip" else math.inf
+    run.kept_step = KeptStep(engines, terms) if settings.blame else None
+    return batches if run.kept_step is None else run.kept_step.keep(batches)
+
+
+def find_spikes(run: RecoveringRun, numbers: StepNumbers) -> dict[str, Any]:
+    """Looks for spikes in a step's metrics. Each engine's spikes so far, under their log names."""
+    step, engines, counts = numbers.local["step"], run.engines, {}
+    for engine in engines.due(step):
+        names = engines.label(engine, {"loss": 0.0, "grad_norm": 0.0})
+        loss, norm = (numbers.means.get(name, math.nan) for name in names)
+        spans = run.batches.spans(engines.global_step - step)
+        count = engines.spikes.add(step, engine.name, loss, norm, spans)
+        counts |= engines.label(engine, {"spikes": count})
+    return counts
+
+
 def recover(run: RecoveringRun) -> bool:
     """Does what `[health]` says to the step that was just taken. True if the run has returned to an
     earlier one.
@@ -73,6 +103,8 @@ def recover(run: RecoveringRun) -> bool:
         log_warning("%s", _described_spike(spike))
     skips = [skip for skip in run.engines.skips.of(step) if skip.reason != "overflow"]
     nonfinite = [skip for skip in skips if skip.reason == "nonfinite"]
+    for skip in nonfinite:
+        _blame(run, skip)
     if nonfinite and settings.nonfinite == "stop":
         _stop(run, _described(nonfinite[0]), "health.nonfinite = 'stop'")
     if nonfinite and settings.nonfinite == "rollback":
@@ -83,20 +115,42 @@ def recover(run: RecoveringRun) -> bool:
     return False
 
 
-def check_end(run: RecoveringRun) -> None:
-    """Raises NonFiniteError, on all ranks, if an engine's last steps were skipped: the launcher
-    must not take such a run for a complete one."""
+def exit_code(run: RecoveringRun) -> int:
+    """Of a run that has ended: 0, or 128 + the number of the signal that ended it.
+
+    Raises NonFiniteError, on all ranks, if an engine's last steps were skipped: the launcher must
+    not take such a run for a complete one.
+    """
+    if isinstance(run.ending, Interrupt):
+        return 128 + run.ending.signal
     for spike in run.engines.spikes.take():
         log_warning("%s", _described_spike(spike))
     for engine in run.engines.trained:
         if count := engine.counters.skipped_in_a_row:
             steps = f"its last {count} steps were" if count > 1 else "its last step was"
             _raise(f"the run has ended, but engine {engine.name!r} does not train: {steps} skipped")
+    return 0
 
 
 def _described(skip: Skip) -> str:
     count = f", the last {skip.in_a_row} steps in a row" if skip.in_a_row > 1 else ""
     return f"step {skip.step}: engine {skip.engine!r}: skipped, as {WHAT[skip.reason]}{count}"
+
+
+def _blame(run: RecoveringRun, skip: Skip) -> None:
+    """Logs and records where a step that was just skipped began, if it was kept. Collective."""
+    if run.kept_step is None:
+        return
+    found = run.kept_step.blame(skip.engine)
+    spans = run.batches.spans(0)
+    for rank, number, text in found:
+        samples = run.batches.samples_in(spans, rank, number)
+        whose = f" (samples {_listed(samples)})" if samples else ""
+        what = f"rank {rank}, micro-batch {number}{whose}: the first not to be finite is {text}"
+        run.bus.record("health", f"blame {skip.engine}", skip.step, what)
+    if not found:
+        what = "run again, all its outputs and gradients are finite"
+        run.bus.record("health", f"blame {skip.engine}", skip.step, what)
 
 
 def _described_spike(spike: Spike) -> str:

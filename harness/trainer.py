@@ -16,6 +16,7 @@ from harness.control.live import LiveConfig
 from harness.data.step_batches import StepBatches
 from harness.distributed import StepVector
 from harness.distributed.failures import current, raise_lost_rank
+from harness.engine.blame import KeptStep
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, CommandError, GradientError, HarnessError, no_exit
 from harness.evaluate import check_best_metric, evaluate
@@ -26,7 +27,7 @@ from harness.metrics.progress import Progress
 from harness.metrics.sinks import Sink
 from harness.metrics.status import Status
 from harness.metrics.trace import Traces
-from harness.recovery import check_end, prepare, recover
+from harness.recovery import begin_step, exit_code, find_spikes, prepare, recover
 from harness.rescue import BegunStep, rescue
 from harness.task import Task
 from harness.utils import to_device
@@ -78,20 +79,17 @@ class Trainer:
         """Commands that wait for the save in flight."""
         self.failures = current()
         self.begun: BegunStep | None = None  # the step in progress
+        self.kept_step: KeptStep | None = None  # the last one, with `health.blame`
         self._started_at = engines.global_step
         self._saved_step: int | None = None
         self._evaluation: dict[str, float] = {}  # at this step, if there was one
 
     def train(self) -> int:
-        """Trains up to `run.steps`, or to a `quit`; then evaluates, exports and saves.
-
-        Returns the exit code: 0, or 128 + the number of the signal that ended the run. Raises
-        NonFiniteError if its last steps were skipped.
-        """
+        """Trains up to `run.steps`, or to a `quit`; then evaluates, exports and saves. Returns the
+        `exit_code`."""
         if self.is_over():
             log.info("the run is complete; a larger run.steps in the config continues it")
-            check_end(self)
-            return 0
+            return exit_code(self)
         try:
             with raise_lost_rank(self.failures.timeout_s), no_exit(), self.engines.explained():
                 self.loop()
@@ -99,10 +97,7 @@ class Trainer:
         except Exception as error:
             rescue(self, error)
             raise
-        if isinstance(self.ending, Interrupt):
-            return 128 + self.ending.signal
-        check_end(self)
-        return 0
+        return exit_code(self)
 
     def loop(self) -> None:
         """Steps, and what is due between them, until the run is over."""
@@ -141,8 +136,8 @@ class Trainer:
         self.begun = BegunStep(self.engines)
         samples, tokens, size = 0, 0, self.engines.gradient_accumulation
         batches, terms = self.batches.next_step(size)
+        batches = begin_step(self, batches, terms)
         self.engines.sync_buffers()
-        self.engines.limit_norms(self.live.config.health.spike == "skip")
         for number, batch in enumerate(batches):
             counted = self.task.count(batch)
             samples, tokens = samples + counted[0], tokens + counted[1]
@@ -393,10 +388,8 @@ class Trainer:
         for numbers in done:
             self.engines.count(numbers.local["step"], numbers.samples, numbers.tokens)
             counters = max((e.counters for e in self.engines.trained), key=lambda c: c.samples)
-            step = numbers.local["step"]
-            record = numbers.local | numbers.means | self.pace.of_step(step)
-            spans = self.batches.spans(self.engines.global_step - step)
-            record |= self.engines.find_spikes(step, numbers.means, spans)
+            record = numbers.local | numbers.means | self.pace.of_step(numbers.local["step"])
+            record |= find_spikes(self, numbers)
             record |= {"samples": counters.samples, "tokens": counters.tokens}
             record["tokens_per_s"] = numbers.tokens / record["step_time_s"]
             self.record(record)

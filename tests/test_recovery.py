@@ -373,3 +373,47 @@ def test_a_rollback_before_a_spike(two_ranks: RankPool, tmp_path: Path) -> None:
     two_ranks.run(run_in_world, reference)
     assert_same_end(config, reference)
     assert losses(config) == losses(reference)
+
+
+@pytest.mark.parametrize(
+    ("stage", "args", "rank", "text"),
+    [
+        (
+            3,
+            {"bad": [33]},
+            1,
+            "micro-batch 0 (samples 33, 35, 37, 39): the first not to be finite is the batch",
+        ),
+        (
+            0,
+            {"steps": [5], "factor": "inf"},
+            1,
+            "the loss, although the outputs of all modules are",
+        ),
+        (
+            2,
+            {"steps": [5], "factor": "gradient", "rank": 0},
+            0,
+            "the gradient of the output of last",
+        ),
+        (
+            1,
+            {"steps": [5], "factor": "layer"},
+            1,
+            "the output of norm (BatchNorm1d), its inputs are finite",
+        ),
+    ],
+)
+def test_blame(
+    two_ranks: RankPool, tmp_path: Path, stage: int, args: Any, rank: int, text: str
+) -> None:
+    """And the run is the same as without."""
+    config = config_of(tmp_path / "blaming", stage, args=args, health={"blame": True})
+    without = config_of(tmp_path / "not", stage, args=args)
+    for run in (config, without):
+        two_ranks.run(run_in_world, run)
+    (found,) = audited(config)
+    assert found.startswith(f"rank {rank}, micro-batch 0 (samples 3") and text in found
+    assert f"step 5: blame net: done: {found}" in log_text(config)
+    assert_same_end(config, without)
+    assert without_times(records(config)) == without_times(records(without))

@@ -169,6 +169,13 @@ class Set(StateChange):
 
 
 @dataclass(frozen=True)
+class Blame(StateChange):
+    """Finds the first module whose output or gradient is not finite, in steps that are skipped."""
+
+    forms = ("blame",)
+
+
+@dataclass(frozen=True)
 class At(StateChange):
     """Schedules COMMAND for the end of step STEP; short form: COMMAND@STEP."""
 
@@ -240,6 +247,6 @@ class TaskCommand(StateChange):
 
 COMMANDS: tuple[type[Command], ...] = (
     *(Save, Export, Eval, Quit, EvalQuit, QuitUnsaved, Pause, Resume),
-    *(SetLr, ScaleLr, FollowSchedule, SetLossScale, SetClip, SetSteps, Profile, SetLog),
+    *(SetLr, ScaleLr, FollowSchedule, SetLossScale, SetClip, SetSteps, Profile, Blame, SetLog),
     *(Set, ShowSettings, At, Every, ShowEvents, ClearEvents, ShowStatus, TimeLeft, Help),
 )

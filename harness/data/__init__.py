@@ -5,6 +5,7 @@ This package exports the samplers.
     step_batches.py   the micro-batches of each step, and how much each weighs in it
     held_out.py       the sets of held-out data, each read once by all ranks together
     loader.py         endless micro-batches of a dataset, or of the task's own loader; resumable
+    batches.py        Batches: an endless iterator of micro-batches whose position can be saved
     workers.py        how worker processes start and end, and what helps if they fail
     prepare.py        texts into a corpus of tokens
     packing.py        documents in windows of one length, each as if it were alone

@@ -7,13 +7,14 @@ import pickle
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from harness.config.sections import DataConfig
+from harness.data.batches import Batches
 from harness.data.mixture import Mixture, MixtureSampler
 from harness.data.sampler import (
     BatchedOrderedSampler,
@@ -35,67 +36,6 @@ Counted = tuple[int, Any]
 
 MOST_SAMPLES = 64
 """How many indices of samples an error's note contains."""
-
-
-class Batches(Protocol):
-    """An endless iterator of micro-batches whose position can be saved."""
-
-    @property
-    def epoch(self) -> int:
-        """Completed passes over the data."""
-        ...
-
-    @property
-    def samples(self) -> list[int] | None:
-        """The indices of the samples in the last micro-batch, if they are known."""
-        ...
-
-    def __next__(self) -> Any: ...
-
-    def close(self) -> None:
-        """Ends the worker processes."""
-        ...
-
-    def passes(self) -> dict[str, float]:
-        """How often each source of a mixture has been gone through; else nothing."""
-        ...
-
-    def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Other weights of a mixture's sources, from the current position on."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def quick_state_dict(self) -> dict[str, Any] | None:
-        """`state_dict`, if that is quick enough for every step; else None."""
-        ...
-
-    @property
-    def place(self) -> Place:
-        """Where the next micro-batches begin; the same on all ranks."""
-        ...
-
-    @property
-    def dropped(self) -> list[Span]:
-        """What is never returned, as `drop` was called."""
-        ...
-
-    def spans(self, start: Place, stop: Place) -> list[Span]:
-        """What lies between two places."""
-        ...
-
-    def samples_in(self, spans: Sequence[Span]) -> list[Any]:
-        """The indices of the samples of all ranks in some spans, in order; empty if unknown."""
-        ...
-
-    def drop(self, spans: Sequence[Span]) -> None:
-        """Never returns what is in these spans. Called at a place before them."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues at a saved position, to which the number of ranks that saved it is added as
-        `world_size`. Raises ValueError or CheckpointError if it does not fit."""
-        ...
 
 
 class Loader:
@@ -170,9 +110,13 @@ class Loader:
         """`Sampler.spans`."""
         return self.sampler.spans(start, stop)
 
-    def samples_in(self, spans: Sequence[Span]) -> list[Any]:
-        """The indices of the samples of all ranks."""
+    def samples_in(
+        self, spans: Sequence[Span], rank: int | None = None, number: int | None = None
+    ) -> list[Any]:
+        """The indices of the samples of all ranks, or of one rank's micro-batch."""
         draws = self.sampler.drawn_in(spans)
+        if rank is not None and number is not None:
+            draws = draws[rank :: self.sampler.world_size][number * self._rounds :][: self._rounds]
         is_batched = isinstance(self.sampler, BatchedOrderedSampler)
         return list(itertools.chain.from_iterable(draws)) if is_batched else draws
 
@@ -366,7 +310,9 @@ class TaskLoader:
         ]
         return [span for span in spans if span[1] < span[2]]
 
-    def samples_in(self, spans: Sequence[Span]) -> list[Any]:
+    def samples_in(
+        self, spans: Sequence[Span], rank: int | None = None, number: int | None = None
+    ) -> list[Any]:
         """Unknown."""
         return []
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness import distributed
-from harness.data.loader import Batches
+from harness.data.batches import Batches
 from harness.data.sampler import Place, Span
 from harness.distributed.rng import seeded
 from harness.errors import TaskError
@@ -146,9 +146,12 @@ class StepBatches:
         """Where the data of a recent step is; `ago`: 0 for the last one."""
         return self._spans[-1 - ago]
 
-    def samples_in(self, spans: Sequence[Span]) -> list[Any]:
-        """The indices of the samples of all ranks in some spans, in order; empty if unknown."""
-        return self._batches.samples_in(spans)
+    def samples_in(
+        self, spans: Sequence[Span], rank: int | None = None, number: int | None = None
+    ) -> list[Any]:
+        """The indices of the samples of all ranks in some spans, in order, or those of one rank's
+        micro-batch `number`; empty if unknown."""
+        return self._batches.samples_in(spans, rank, number)
 
     @property
     def dropped(self) -> list[Span]:

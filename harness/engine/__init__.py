@@ -2,6 +2,7 @@
 
 Its files, from the top down:
 
+    blame.py           the first module whose output or gradient was not finite
     engines.py         Engines: the named set, stepped together; built from task and config
     optimizations.py   applies [optimizations]: replacing, compiling, offloading
     gradient_check.py  whether all ranks gave gradients to the same parameters

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 log_on_leader = distributed.global_leader_only(log.info)
 
 
+SeeLoss = Callable[[torch.Tensor], None]
+
+
 class Engines(Mapping[str, Engine]):
     """Engines by name, in the config's order.
 
@@ -54,6 +57,7 @@ class Engines(Mapping[str, Engine]):
             self._turn.guard(engine.name, engine.module)
         self.gradient_accumulation = math.lcm(*(e.gradient_accumulation for e in self.trained))
         self.spikes = Spikes()
+        """The losses and norms of the last steps, and what was far above them."""
         self.global_step = 0
         self.rollbacks = 0
         """How often the run has returned to an earlier step."""
@@ -87,19 +91,38 @@ class Engines(Mapping[str, Engine]):
                         *(self.global_step + 1, engine.name, engine.counters.skipped),
                     )
                 continue
-            begins_step = engine.counters.micro_step % engine.gradient_accumulation == 0
-            if begins_step:
-                engine.kept_buffers.begin_step(engine.buffers)
-            with self._gathered(), self._turn.of(engine.name, begins_step):
-                phases.enter("forward")
-                loss, stats = feed(self._task, engine, batch)
-                phases.enter("backward")
-                engine.backward(loss, share)
+            loss, stats = self._feed(engine, batch, share)
             phases.enter("step")
             if engine.step() and engine.last_skip is not None:
                 self._record_skip(engine, engine.last_skip)
             report |= self.label(engine, {"loss": loss.detach(), **stats})
         return report
+
+    def _feed(
+        self, engine: Engine, batch: Any, share: float, see: SeeLoss | None = None
+    ) -> tuple[torch.Tensor, Stats]:
+        """An engine's turn: forward and backward of a micro-batch. Its loss and stats."""
+        begins_step = engine.counters.micro_step % engine.gradient_accumulation == 0
+        if begins_step:
+            engine.kept_buffers.begin_step(engine.buffers)
+        with self._gathered(), self._turn.of(engine.name, begins_step):
+            phases.enter("forward")
+            loss, stats = feed(self._task, engine, batch)
+            if see is not None:
+                see(loss)
+            phases.enter("backward")
+            engine.backward(loss, share)
+        return loss, stats
+
+    def feed_again(
+        self, engine: Engine, batch: Any, terms: Terms | None, number: int, see: SeeLoss
+    ) -> None:
+        """A micro-batch of one engine that `step` has had. Nothing is recorded; `see` is called
+        with the loss before its backward."""
+        share = 1.0 if terms is None else terms.share(number, engine.gradient_accumulation)
+        if share is not None:
+            self._feed(engine, batch, share, see)
+            engine.step()
 
     def _record_skip(self, engine: Engine, reason: Reason) -> None:
         skip = Skip(
@@ -273,28 +296,6 @@ class Engines(Mapping[str, Engine]):
         for engine in self.due(step):
             engine.counters.samples += samples
             engine.counters.tokens += tokens
-
-    def limit_norms(self, is_limited: bool) -> None:
-        """Before a step: makes every engine skip it if its gradient norm is a spike, or not."""
-        step = self.global_step + 1
-        for engine in self.due(step):
-            largest = self.spikes.largest_norm(step, engine.name) if is_limited else math.inf
-            engine.largest_norm = largest
-
-    def find_spikes(
-        self, step: int, means: Mapping[str, float], spans: Sequence[Any]
-    ) -> dict[str, torch.Tensor | float]:
-        """Looks for spikes in a step's metrics, over all ranks. `spans`: where its data is.
-
-        Returns each engine's spikes so far, under their log names.
-        """
-        counts: dict[str, torch.Tensor | float] = {}
-        for engine in self.due(step):
-            names = self.label(engine, {"loss": 0.0, "grad_norm": 0.0})
-            loss, norm = (means.get(name, math.nan) for name in names)
-            count = self.spikes.add(step, engine.name, loss, norm, spans)
-            counts |= self.label(engine, {"spikes": count})
-        return counts
 
     def label(self, engine: Engine, stats: Stats) -> dict[str, torch.Tensor | float]:
         """The stats under their log names: with the prefix `NAME/` if there are several engines."""

@@ -345,6 +345,18 @@ def take_step(
     return norm if scale == 1 else norm / scale
 
 
+@contextmanager
+def uncounted(ds: Any) -> Iterator[None]:
+    """In the block DeepSpeed's steps, which are all skipped, do not count."""
+    names = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+    kept = {name: getattr(ds, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, count in kept.items():
+            setattr(ds, name, count)
+
+
 def _is_taken_everywhere(norm: Tensor, module: nn.Module) -> bool:
     """Whether all ranks may step. Waits for the device. Ranks reduce to the same gradients, and so
     to the same answer, except those of experts."""

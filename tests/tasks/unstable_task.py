@@ -62,7 +62,8 @@ class Broken(torch.autograd.Function):
 
 def build(config: Config) -> Task:
     """Args: `steps` of the run, in which on rank `rank` (None: all) and in engine `engine` the loss
-    is multiplied by `factor`, or with "gradient" its gradient is NaN; `bad` and `without`: see
+    is multiplied by `factor`, or with "gradient" its gradient is NaN, or with
+    "layer" the output of a layer; `bad` and `without`: see
     Points; `kind`: "weigh", with weights of the micro-batches, or "loader", its own;
     `once`: not again after a rollback."""
     args: dict[str, Any] = {"steps": [], "rank": 1, "factor": "nan", "engine": "net"}
@@ -71,17 +72,18 @@ def build(config: Config) -> Task:
 
     def feed(engine: Any, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Stats]:
         points, classes, _ = batch
-        logits = engine(points.to(engine.dtype))
         step = engine.counters.global_step + 1
         is_due = step in args["steps"] and torch.is_grad_enabled() and engine.name == args["engine"]
         is_broken = is_due and args["rank"] in (None, distributed.global_rank())
         is_broken = is_broken and not (args["once"] and step in fired)
         if is_due:
             fired.add(step)
+        engine.module.norm.eps = torch.nan if is_broken and args["factor"] == "layer" else 1e-5
+        logits = engine(points.to(engine.dtype))
         if is_broken and args["factor"] == "gradient":
             logits = Broken.apply(logits)
         loss = F.cross_entropy(logits.float(), classes)
-        if is_broken and args["factor"] != "gradient":
+        if is_broken and args["factor"] not in ("gradient", "layer"):
             loss = loss * float(args["factor"])
         return loss, {}
 

@@ -1,0 +1,70 @@
+"""What a step's micro-batches are taken from: a loader of harness, or of the task."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from harness.data.sampler import Place, Span
+
+
+class Batches(Protocol):
+    """An endless iterator of micro-batches whose position can be saved."""
+
+    @property
+    def epoch(self) -> int:
+        """Completed passes over the data."""
+        ...
+
+    @property
+    def samples(self) -> list[int] | None:
+        """The indices of the samples in the last micro-batch, if they are known."""
+        ...
+
+    def __next__(self) -> Any: ...
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        ...
+
+    def passes(self) -> dict[str, float]:
+        """How often each source of a mixture has been gone through; else nothing."""
+        ...
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Other weights of a mixture's sources, from the current position on."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def quick_state_dict(self) -> dict[str, Any] | None:
+        """`state_dict`, if that is quick enough for every step; else None."""
+        ...
+
+    @property
+    def place(self) -> Place:
+        """Where the next micro-batches begin; the same on all ranks."""
+        ...
+
+    @property
+    def dropped(self) -> list[Span]:
+        """What is never returned, as `drop` was called."""
+        ...
+
+    def spans(self, start: Place, stop: Place) -> list[Span]:
+        """What lies between two places."""
+        ...
+
+    def samples_in(
+        self, spans: Sequence[Span], rank: int | None = None, number: int | None = None
+    ) -> list[Any]:
+        """The indices of the samples of all ranks in some spans, in order, or those of one rank's
+        micro-batch `number`; empty if unknown."""
+        ...
+
+    def drop(self, spans: Sequence[Span]) -> None:
+        """Never returns what is in these spans. Called at a place before them."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues at a saved position, to which the number of ranks that saved it is added as
+        `world_size`. Raises ValueError or CheckpointError if it does not fit."""
+        ...
