@@ -13,8 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from harness import distributed
 from harness.checkpoint.compatible import check_parameters
@@ -31,8 +30,7 @@ from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, missing_files
 from harness.io.stored import materialize
-from harness.optim.apollo import named_state
-from harness.optim.apollo.channels import ChannelPlan, matrices_of
+from harness.optim.sharded.optimizer import ShardedOptimizer
 from harness.zero.engine_state import shapes_of
 from harness.zero.layout import EMA, Flat, Tree
 from harness.zero.reader import SavedEngine
@@ -134,7 +132,7 @@ def _check_files(directory: Path, manifest: Manifest, engines: Collection[str]) 
 
 def _check_optimizer(engine: Engine, saved_layout: str) -> None:
     """Raises CheckpointError if the optimizer's state cannot be resharded."""
-    if not engine.is_low_rank and not engine.is_elementwise:
+    if engine.sharded_optimizer is None and not engine.is_elementwise:
         raise CheckpointError(
             f"engine {engine.name!r}: the state of {engine.optimizer_path} depends on the "
             f"parameters' shapes, and cannot be resharded: resume with {saved_layout}"
@@ -150,14 +148,15 @@ def write_resharded(directory: Path, engine: Engine, staged: Path) -> dict[str, 
     shapes = shapes_of(trees)
     with checkpoint_error_on_all_ranks(f"cannot reshard checkpoint {directory}"):
         saved = SavedEngine(directory / engine.name)
-        if not engine.is_low_rank:
+        kind = engine.sharded_optimizer
+        if kind is None or kind.IS_ELEMENTWISE:
             saved.check_moments()
+            states = partial(_states, saved, engine)
+        else:
+            states = partial(_matrix_states, kind, saved, engine)
         check_parameters(saved, engine, shapes)
         rank, world = distributed.global_rank(), distributed.world_size()
-        states = _low_rank_states if engine.is_low_rank else _states
-        filler = TreeFiller(
-            saved, shapes, engine.zero_stage, rank, world, partial(states, saved, engine)
-        )
+        filler = TreeFiller(saved, shapes, engine.zero_stage, rank, world, states)
         for path, tree in trees.items():
             written[path] = write_file(filler.fill(tree), staged / path)
     per_rank = distributed.all_gather(written)
@@ -170,46 +169,60 @@ def _states(saved: SavedEngine, engine: Engine, flats_of: FlatsOf) -> dict[int, 
     return {number: filled_state(flat, saved) for number, flat in enumerate(own)}
 
 
-def _low_rank_states(saved: SavedEngine, engine: Engine, flats_of: FlatsOf) -> dict[int, Tree]:
-    """The same for APOLLO, whose state of matrices is split by their channels."""
+def _matrix_states(
+    kind: type[ShardedOptimizer], saved: SavedEngine, engine: Engine, flats_of: FlatsOf
+) -> dict[int, Tree]:
+    """The same for an optimizer that keeps its state of matrices on ranks of its choice."""
     own, rank = flats_of(distributed.global_rank()), 0
     per_rank = [own]  # at stage 0 every rank has everything
     if engine.zero_stage:
         per_rank = [flats_of(rank) for rank in range(distributed.world_size())]
         rank = distributed.global_rank()
+    load = [0.0] * len(per_rank)
     return {
-        number: _low_rank_state([flats[number] for flats in per_rank], rank, saved)
-        if saved.groups[flat.group]["rank"]
-        else filled_state(flat, saved)
-        for number, flat in enumerate(own)
+        number: _matrix_state(kind, [flats[number] for flats in per_rank], rank, saved, load)
+        for number in range(len(own))
     }
 
 
-def _low_rank_state(per_rank: Sequence[Flat], rank: int, saved: SavedEngine) -> Tree:
-    """APOLLO's state of one flat of low-rank matrices, from the flats of the old layout that hold
-    some of them. `per_rank`: the flat on each rank."""
-    new = _plan(per_rank, rank, saved)
-    names = {segment.name for segment in per_rank[0].segments}
+def _matrix_state(
+    kind: type[ShardedOptimizer],
+    per_rank: Sequence[Flat],
+    rank: int,
+    saved: SavedEngine,
+    load: list[float],
+) -> Tree:
+    """The state of one flat, if of matrices from the flats of the old layout that hold some of
+    them. `per_rank`: the flat on each rank."""
+    matrices = _matrices(kind, per_rank[0], saved)
+    if not any(matrices.values()):
+        return filled_state(per_rank[rank], saved)
+    old = [
+        flats
+        for flats in zip(*saved.flats, strict=True)
+        if flats[0].state and not matrices.keys().isdisjoint(s.name for s in flats[0].segments)
+    ]
     state: Tree = {}
-    for old in zip(*saved.flats, strict=True):
-        if names.isdisjoint(segment.name for segment in old[0].segments) or not old[0].state:
-            continue
-        if not state:
-            group = saved.groups[old[0].group]
-            state = named_state.initial_state(new, 0, group) | {"step": torch.zeros(())}
-        plans = [_plan(old, number, saved) for number in range(len(old))]
-        named_state.reshard(plans, [materialize(flat.state) for flat in old], new, state)
-    if any(EMA in saved.state_keys(name) for name in names):
+    if old:
+        for flats in old:
+            matrices |= _matrices(kind, flats[0], saved)
+        shards_and_states = [(_shards(flats), [flat.state for flat in flats]) for flats in old]
+        settings = saved.groups[old[0][0].group]
+        new = _shards(per_rank)[rank]
+        state = kind.resharded(shards_and_states, materialize, new, matrices, settings, load)
+    if any(EMA in saved.state_keys(segment.name) for segment in per_rank[0].segments):
         state[EMA] = filled_flat(per_rank[rank], saved, EMA)
     return state
 
 
-def _plan(per_rank: Sequence[Flat], rank: int, saved: SavedEngine) -> ChannelPlan:
-    """The channels whose APOLLO state a rank has. `per_rank`: a flat by rank."""
+def _matrices(kind: type[ShardedOptimizer], flat: Flat, saved: SavedEngine) -> dict[str, list[Any]]:
+    """The matrices of each parameter of a flat."""
+    group = saved.groups[flat.group]
+    names = [segment.name for segment in flat.segments]
+    return {name: kind.matrices_in(name, saved.shapes[name], group) for name in names}
+
+
+def _shards(per_rank: Sequence[Flat]) -> list[Shard]:
+    """A flat on each rank, as its optimizer sees it."""
     segments = tuple(tuple(flat.segments) for flat in per_rank)
-    is_stacked = saved.groups[per_rank[0].group]["stacked"]
-    matrices = {
-        segment.name: matrices_of(segment.name, saved.shapes[segment.name], is_stacked)
-        for segment in segments[0]
-    }
-    return ChannelPlan([Shard(segments, rank)], matrices)
+    return [Shard(segments, rank) for rank in range(len(per_rank))]

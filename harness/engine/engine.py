@@ -26,9 +26,9 @@ from harness.engine.turns import Peers, Turn, zero_gradients
 from harness.errors import CheckpointError, ConfigError, TaskError, config_errors_of
 from harness.health.skips import Reason, reason_of
 from harness.offload import OffloadPlan
-from harness.optim.apollo import Apollo
 from harness.optim.build import build_optimizer, configured_keys
 from harness.optim.scheduler import Schedule, build_scheduler
+from harness.optim.sharded.optimizer import ShardedOptimizer
 from harness.optim.zero_compatibility import can_regroup, check_zero, is_elementwise
 from harness.wrapper import freeze
 from harness.zero import engine_state
@@ -193,9 +193,10 @@ class Engine:
         return can_regroup(type(engine_state.base_optimizer(self.ds)))
 
     @property
-    def is_low_rank(self) -> bool:
-        """Whether the optimizer is APOLLO, whose state is per channel of a matrix."""
-        return isinstance(engine_state.base_optimizer(self.ds), Apollo)
+    def sharded_optimizer(self) -> type[ShardedOptimizer] | None:
+        """The optimizer's class, if it is one of ours that knows of matrices."""
+        kind = type(engine_state.base_optimizer(self.ds))
+        return kind if issubclass(kind, ShardedOptimizer) else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, through DeepSpeed. Raises TaskError in another engine's turn."""
@@ -370,8 +371,8 @@ class Engine:
 
         The optimizer's settings in the config take precedence, and the schedule continues at its
         step with the config's learning rate. For live changes see `Overrides.load_state_dict`.
-        Raises CheckpointError if APOLLO's rank, or the adapters' alpha, differs from the
-        checkpoint.
+        Raises CheckpointError if a setting that the state depends on, like APOLLO's rank or the
+        adapters' alpha, differs from the checkpoint.
         """
         self.counters = Counters(**state["counters"])
         if self.role == "teacher":
@@ -381,9 +382,9 @@ class Engine:
         if self._ema is None:
             remove_average(self.ds)
         for group, chosen in zip(self.ds.optimizer.param_groups, self._chosen, strict=True):
-            if self.is_low_rank:
-                rank = (group | chosen).get("rank")
-                self._check_unchanged("optimizer.rank", rank, group.get("rank"))
+            for key in getattr(self.sharded_optimizer, "STATE_SETTINGS", ()):
+                setting = (group | chosen).get(key)
+                self._check_unchanged(f"optimizer.{key}", setting, group.get(key))
             group |= chosen
         self.overrides.load_state_dict(state)
         self.buffers.load_state_dict(state.get("buffers"))

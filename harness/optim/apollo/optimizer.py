@@ -24,13 +24,14 @@ nor state change, except for `calls`, which decides when P is refreshed.
 """
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from harness.optim.apollo.channels import matrices_of
+from harness.optim.apollo import named_state
+from harness.optim.apollo.channels import ChannelPlan, Matrix, matrices_of
 from harness.optim.apollo.exchange import Exchange
 from harness.optim.apollo.lowrank import LowRank
 from harness.optim.apollo.param_groups import apollo_param_groups
@@ -38,7 +39,7 @@ from harness.optim.apollo.projections import PROJECTIONS, Projections
 from harness.optim.sharded.elementwise import Dense
 from harness.optim.sharded.optimizer import ShardedOptimizer
 from harness.optim.sharded.param_groups import split_by_kind
-from harness.optim.sharded.tensor_groups import ParamGroup, TensorGroup, all_finite
+from harness.optim.sharded.tensor_groups import ParamGroup, State, TensorGroup, all_finite
 from harness.zero.shards import Shard
 
 
@@ -53,6 +54,7 @@ class Apollo(ShardedOptimizer):
 
     TITLE = "an APOLLO optimizer"
     MARK = "rank"
+    STATE_SETTINGS = ("rank",)
     SELECTION = ("low_rank", "dense", "stacked")
     RANK: ClassVar = 256
     """The default rank."""
@@ -112,6 +114,29 @@ class Apollo(ShardedOptimizer):
         by_rank = {rank: apollo_param_groups(model, rank=rank, **selection) for rank in ranks}
         return split_by_kind(groups, lambda group: by_rank[group.get("rank", default)])
 
+    @classmethod
+    def matrices_in(cls, name: str, shape: Sequence[int], group: Mapping[str, Any]) -> list[Matrix]:
+        """As the base class."""
+        return matrices_of(name, shape, group["stacked"]) if group["rank"] else []
+
+    @classmethod
+    def resharded(
+        cls,
+        old: Iterable[tuple[Sequence[Shard], Sequence[State]]],
+        read: Callable[[State], State],
+        new: Shard,
+        matrices: Mapping[str, Sequence[Matrix]],
+        settings: ParamGroup,
+        load: list[float],
+    ) -> State:
+        """As the base class."""
+        plan = ChannelPlan([new], matrices)
+        state = named_state.initial_state(plan, 0, settings) | {"step": torch.zeros(())}
+        for shards, states in old:
+            plans = [ChannelPlan([shard], matrices) for shard in shards]
+            named_state.reshard(plans, [read(own) for own in states], plan, state)
+        return state
+
     def _allowed(self, group: ParamGroup) -> dict[str, bool]:
         beta1, beta2 = group["betas"]
         return {
@@ -127,10 +152,6 @@ class Apollo(ShardedOptimizer):
             "eps": group["eps"] > 0 or (group["eps"] == 0 and not group["rank"]),  # or N is 0 / 0
             "weight_decay": group["weight_decay"] >= 0,
         }
-
-    def _check_parameter(self, name: str, group: ParamGroup) -> None:
-        if group["rank"]:
-            matrices_of(name, self._shapes[name], group["stacked"])
 
     def _step(self, groups: Sequence[TensorGroup]) -> None:
         low_rank = [group for group in groups if isinstance(group, LowRank)]
@@ -176,7 +197,7 @@ class Apollo(ShardedOptimizer):
         if not param_group["rank"]:
             return Dense(flats, shards)
         matrices = {
-            name: matrices_of(name, self._shapes[name], param_group["stacked"])
+            name: self.matrices_in(name, self._shapes[name], param_group)
             for name in param_group["param_names"]
         }
         return LowRank(flats, shards, matrices, self._projections)

@@ -90,13 +90,10 @@ class MatrixOptimizer(ShardedOptimizer):
             "heads": type(group["heads"]) is int and group["heads"] >= 1,
         }
 
-    def _check_parameter(self, name: str, group: ParamGroup) -> None:
-        if not group["dense"]:
-            self.matrices_of(name, group)
-
-    def matrices_of(self, name: str, group: ParamGroup) -> list[Matrix]:
-        """The matrices of a parameter. Raises ValueError if its group says what it cannot be."""
-        return group_matrices(name, self._shapes[name], group)
+    @classmethod
+    def matrices_in(cls, name: str, shape: Sequence[int], group: Mapping[str, Any]) -> list[Matrix]:
+        """As the base class."""
+        return [] if group["dense"] else group_matrices(name, shape, group)
 
     def _new_tensor_group(
         self, param_group: ParamGroup, stepped: list[tuple[Tensor, Shard]]
@@ -107,7 +104,8 @@ class MatrixOptimizer(ShardedOptimizer):
         shard = shards[0]
         load = self._loads.setdefault(id(shard.group), [0.0] * len(shard.segments))
         matrices = {
-            name: self.matrices_of(name, param_group) for name in param_group["param_names"]
+            name: self.matrices_in(name, self._shapes[name], param_group)
+            for name in param_group["param_names"]
         }
         group = self.GROUP(flats, shards, matrices, load, torch.float32)
         group.dtype = self._dtype_on(group.compute_device)

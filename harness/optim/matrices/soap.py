@@ -20,7 +20,8 @@ depend on the layout, not even where L has fewer than all ranks, and rounding ch
 Nothing waits for the device but the first step.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,13 +60,7 @@ class SoapGroup(MatrixGroup):
                     yield f"{matrix.name}/{key}", self._summed(value) if is_partial else value
 
     def cost(self, matrix: Matrix) -> float:
-        """Of a matrix's products: two with each basis, one for each preconditioner, and at every
-        refresh four more and a QR decomposition."""
-        sides = [side for side in (matrix.rows, matrix.columns) if side <= self._longest]
-        refresh = 6 / self.settings["precondition_frequency"]
-        return sum(
-            side**2 * (3 * matrix.rows * matrix.columns / side + refresh * side) for side in sides
-        )
+        return cost_of(matrix, self.settings)
 
     def outgoing(self) -> list[Tensor]:
         return self.split(self.gradients)
@@ -207,24 +202,19 @@ class Soap(MatrixOptimizer):
     def resharded(
         cls,
         old: Iterable[tuple[Sequence[Shard], Sequence[State]]],
+        read: Callable[[State], State],
         new: Shard,
         matrices: Mapping[str, Sequence[Matrix]],
         settings: ParamGroup,
+        load: list[float],
     ) -> State:
         """As the base class."""
-        probe = SoapGroup(
-            [torch.empty(0)], [new], matrices, [0.0] * len(new.segments), torch.float32
-        )
-        probe.settings = settings
-        probe.make_plans([{}])
-        (plan,), longest = probe.plans, settings["max_precond_dim"]
+        plan = OwnerPlan(new, matrices, partial(cost_of, settings=settings), load)
         state = soap_state.initial_state(plan, settings) | {"step": torch.zeros(())}
         for shards, states in old:
-            plans = [
-                OwnerPlan(shard, matrices, probe.cost, [], own["owners"])
-                for shard, own in zip(shards, states, strict=True)
-            ]
-            soap_state.reshard(plans, states, plan, state, longest)
+            for shard, own in zip(shards, states, strict=True):
+                before = OwnerPlan(shard, matrices, lambda _: 0, [], own["owners"])
+                soap_state.reshard(before, own, read, plan, state, settings["max_precond_dim"])
         return state
 
     def _allowed(self, group: ParamGroup) -> dict[str, bool]:
@@ -237,6 +227,15 @@ class Soap(MatrixOptimizer):
 
     def _dtype_on(self, device: torch.device) -> torch.dtype:
         return torch.float32
+
+
+def cost_of(matrix: Matrix, settings: ParamGroup) -> float:
+    """The work that a matrix is in a step: two products with each basis, one for each
+    preconditioner, and at every refresh four more and a QR decomposition."""
+    longest, refresh = settings["max_precond_dim"], 6 / settings["precondition_frequency"]
+    sides = [side for side in (matrix.rows, matrix.columns) if side <= longest]
+    size = matrix.rows * matrix.columns
+    return size + sum(3 * size * side + refresh * side**3 for side in sides)
 
 
 def eigenvectors(symmetric: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ shape are one batch.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,6 +107,11 @@ def fill_matrix(
         return
     for key, tensor in views(plan, state, longest).get(number, {}).items():
         tensor.copy_(entries[key])
+    fill_counters(state, entries)
+
+
+def fill_counters(state: State, entries: Mapping[str, Any]) -> None:
+    """Writes the counters of a matrix into the state of its flat."""
     step = entries["step"].to(state["step"].device)
     state["step"].copy_(torch.maximum(state["step"], step))
     for key in ("calls", "started"):
@@ -113,13 +119,25 @@ def fill_matrix(
 
 
 def reshard(
-    old: Sequence[OwnerPlan], states: Sequence[State], new: OwnerPlan, state: State, longest: int
+    old: OwnerPlan,
+    saved: State,
+    read: Callable[[State], State],
+    new: OwnerPlan,
+    state: State,
+    longest: int,
 ) -> None:
-    """Writes `states`, one flat's state on each rank of an old layout, into `state`, a flat's state
-    in a new layout, for the matrices that are in both."""
-    numbers = {matrix.name: number for number, matrix in enumerate(old[0].matrices)}
-    for number, matrix in enumerate(new.matrices):
-        if matrix.name in numbers:
-            owner = old[0].owners[numbers[matrix.name]]
-            entries = of_matrix(old[owner], numbers[matrix.name], states[owner], longest)
-            fill_matrix(new, number, state, entries, longest)
+    """Writes a flat's state on one rank of an old layout into `state`, a flat's state in a new
+    layout, for the matrices that are in both. `read` brings `saved` into memory, if it is needed.
+    """
+    numbers = {matrix.name: number for number, matrix in enumerate(new.matrices)}
+    moved = {n: numbers.get(old.matrices[n].name) for n in owned_matrices(old)}
+    if any(to is not None and new.owners[to] == new.rank for to in moved.values()):
+        saved = read(saved)
+    elif old.rank == 0:  # what all ranks count
+        fill_counters(state, read({key: saved[key] for key in COUNTERS}))
+        return
+    else:
+        return
+    for number, to in moved.items():
+        if to is not None:
+            fill_matrix(new, to, state, of_matrix(old, number, saved, longest), longest)

@@ -52,32 +52,32 @@ class ShardedOptimizer(torch.optim.Optimizer):
         matrices, and the rest. `args`: the constructor's."""
 
     @classmethod
+    @abstractmethod
+    def matrices_in(cls, name: str, shape: Sequence[int], group: Mapping[str, Any]) -> list[Any]:
+        """The matrices of a parameter in a group; none if it is dense. Raises ValueError for a
+        parameter that does not fit its group."""
+
+    @classmethod
     def resharded(
         cls,
         old: Iterable[tuple[Sequence[Shard], Sequence[State]]],
+        read: Callable[[State], State],
         new: Shard,
         matrices: Mapping[str, Sequence[Any]],
         settings: ParamGroup,
+        load: list[float],
     ) -> State:
         """The state of a flat of matrices in a new layout, for optimizers that are not elementwise.
 
-        `old`: for each flat of the old layout that has some of them, its shards, and its states on
-        the CPU, by rank. `matrices`: of each parameter of these flats, by parameter name.
+        `old`: for each flat of the old layout that has some of them, its shards, and its states by
+        rank; `read` brings such a state into memory. `matrices`: of each parameter of these flats,
+        by parameter name. `load`: the work of each rank, to which this flat's is added.
         """
         raise NotImplementedError
-
-    @classmethod
-    def matrices_in(cls, name: str, shape: Sequence[int], group: Mapping[str, Any]) -> list[Any]:
-        """The matrices of a parameter in a group; none if it is dense."""
-        return []
 
     @abstractmethod
     def _allowed(self, group: ParamGroup) -> dict[str, bool]:
         """Whether each setting of a parameter group is valid."""
-
-    @abstractmethod
-    def _check_parameter(self, name: str, group: ParamGroup) -> None:
-        """Raises ValueError for a parameter that does not fit its group."""
 
     @abstractmethod
     def _new_tensor_group(
@@ -107,7 +107,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if name in self._parameters:
                 raise ValueError(f"two parameters are named {name!r}")
             self._parameters[name], self._shapes[name] = parameter, full_shape(parameter)
-            self._check_parameter(name, group)
+            self.matrices_in(name, self._shapes[name], group)
             self._group_of[name] = len(self.param_groups) - 1
 
     @torch.no_grad()
