@@ -3,6 +3,7 @@
 Usable alone: imports torch and, from harness, only `harness.optim` and `harness.zero`'s partition,
 shards and parameters.
 
+    memory.py          bytes of state, and bytes sent, computed from shapes
     muon.py            Muon: the equations, and Newton-Schulz
     soap.py            SOAP: the equations
     soap_state.py      SOAP's state, by flat and by matrix name

@@ -53,8 +53,7 @@ class MuonGroup(MatrixGroup, Elementwise):
         return sent
 
     def cost(self, matrix: Matrix) -> float:
-        short, long = sorted((matrix.rows, matrix.columns))
-        return float(short) ** 2 * (2 * long + short)
+        return cost_of(matrix)
 
     def solve_batch(self, batch: Batch, complete: Tensor, all_finite: Tensor) -> Tensor:
         return newton_schulz(complete, self.settings["ns_steps"])
@@ -171,6 +170,12 @@ def _iterated(x: Tensor, steps: int, add_product: Callable[..., Tensor]) -> Tens
         polynomial = add_product(gram, gram, gram, beta=b, alpha=c)
         x = add_product(x, polynomial, x, beta=a)
     return x
+
+
+def cost_of(matrix: Matrix) -> float:
+    """The work of an iteration for a matrix: multiplications."""
+    short, long = sorted((matrix.rows, matrix.columns))
+    return float(short) ** 2 * (2 * long + short)
 
 
 def scale_of(matrix: Matrix, rule: str) -> float:

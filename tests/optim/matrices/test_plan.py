@@ -6,18 +6,13 @@ from pathlib import Path
 import pytest
 
 from harness.optim import matrix_param_groups
-from harness.optim.apollo.channels import Matrix
-from harness.optim.matrices.muon import MuonGroup
+from harness.optim.matrices.muon import cost_of
 from harness.optim.matrices.optimizer import group_matrices
 from harness.optim.matrices.plan import OwnerPlan, balanced_owners
 from harness.optim.sharded.layouts import expected_shards
 from harness.zero.parameters import full_shape
 
 BENCH = Path(__file__).parents[3] / "bench/apollo_memory.py"
-
-
-def muon_cost(matrix: Matrix) -> float:
-    return MuonGroup.cost(None, matrix)  # type: ignore[arg-type]
 
 
 def plans_of(size: tuple[int, int, int], stage: int, world: int) -> list[OwnerPlan]:
@@ -31,7 +26,7 @@ def plans_of(size: tuple[int, int, int], stage: int, world: int) -> list[OwnerPl
     shapes = {n: full_shape(p) for n, p in zip(names, group["params"], strict=True)}
     matrices = {name: group_matrices(name, shape, group) for name, shape in shapes.items()}
     return [
-        OwnerPlan(shard, matrices, muon_cost, [0.0] * world)
+        OwnerPlan(shard, matrices, cost_of, [0.0] * world)
         for rank in range(world)
         for shard, _ in expected_shards(shapes, stage, world, rank)
     ]
@@ -44,7 +39,7 @@ def test_owners_of_a_llama_have_equal_work(stage: int, world: int) -> None:
     plans = plans_of((2048, 5461, 24), stage, world)
     work = [0.0] * world
     for matrix, owner in zip(plans[0].matrices, plans[0].owners, strict=True):
-        work[owner] += muon_cost(matrix)
+        work[owner] += cost_of(matrix)
     assert max(work) <= 1.15 * sum(work) / world
     assert all(plan.owners == plans[0].owners for plan in plans)
     assert all(plan.pieces == plans[0].pieces for plan in plans)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import distributed
 from harness.optim.matrices import exchange
+from harness.optim.matrices.memory import state_bytes
 from harness.testing.pool import RankPool
 from tests.support.given_gradients import (
     Given,
@@ -95,6 +96,28 @@ def test_two_collectives_few_bytes_and_no_wait(
         assert sum(map(sum, seen)) == least + 4 * calls
         assert 4 * calls <= 0.05 * least
         assert waits == []
+
+
+def measured_and_computed(make: Callable[..., Any], stage: int) -> tuple[int, int]:
+    """This rank's bytes of state after a step, and what `state_bytes` says of it before."""
+    model = Given()
+    optimizer = make(model)
+    computed = state_bytes(optimizer.param_groups, stage, distributed.world_size())
+    engine = engine_of(model, optimizer, stage, "fp32", {})
+    take_steps(engine, range(1))
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    engine.destroy()
+    measured = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+    return measured, computed[distributed.global_rank()]
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_state_takes_as_many_bytes_as_is_computed(
+    two_ranks: RankPool, stage: int, make: Callable[..., Any]
+) -> None:
+    for measured, computed in two_ranks.run(measured_and_computed, make, stage):
+        assert measured == computed
 
 
 def poisoned_on_one_rank(make: Callable[..., Any]) -> tuple[float, float]:
