@@ -25,7 +25,7 @@ from harness.optim.apollo.channels import Matrix
 from harness.optim.matrices.groups import Batch, MatrixGroup, may_branch
 from harness.optim.matrices.optimizer import MatrixOptimizer
 from harness.optim.sharded.elementwise import Elementwise
-from harness.optim.sharded.tensor_groups import ParamGroup, foreach
+from harness.optim.sharded.tensor_groups import ParamGroup, State, foreach
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """Of Newton-Schulz: Jordan et al.'s, which keep singular values between about 0.7 and 1.2."""
@@ -41,6 +41,11 @@ class MuonGroup(MatrixGroup, Elementwise):
 
     KEYS = ("momentum_buffer",)
     METHOD = "Muon"
+
+    def make_plans(self, states: Sequence[State]) -> None:
+        super().make_plans(states)
+        rule = self.settings["adjust_lr"]
+        self._scales = [scale_of(matrix, rule) for matrix in self.held_matrices()]
 
     def outgoing(self) -> list[Tensor]:
         gradients = self.split(self.gradients)
@@ -67,10 +72,12 @@ class MuonGroup(MatrixGroup, Elementwise):
             weights = self.split(self.weights)
             if weight_decay:
                 foreach._foreach_mul_(weights, torch.where(all_finite, 1 - lr * weight_decay, 1.0))
-            rule = self.settings["adjust_lr"]
-            rates = [-lr * scale_of(matrix, rule) for matrix in self.held_matrices()]
-            updates = [update.to(self.device, torch.float32) for update in updates]
-            foreach._foreach_add_(weights, foreach._foreach_mul(updates, rates))
+            by_scale: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+            for scale, *pair in zip(self._scales, weights, updates, strict=True):
+                for found, tensor in zip(by_scale.setdefault(scale, ([], [])), pair, strict=True):
+                    found.append(tensor.to(self.device))
+            for scale, (own, steps) in by_scale.items():
+                foreach._foreach_add_(own, steps, alpha=-lr * scale)
         self.end()
 
     def _momenta(self) -> list[Tensor]:
@@ -152,23 +159,27 @@ class Muon(MatrixOptimizer):
 def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     """Matrices with the same singular vectors and singular values near 1: (n, rows, columns).
     Overwrites the matrices."""
-    is_tall = matrices.shape[1] > matrices.shape[2]
-    wide = matrices.mT if is_tall else matrices
-    wide = wide.div_(torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True).clamp(min=EPS))
-    if wide.device.type == "cpu":  # one matrix keeps all cores busy, and its products are faster
-        for matrix in wide:
-            matrix.copy_(_iterated(matrix, steps, torch.addmm))
-    else:
-        wide = _iterated(wide, steps, torch.baddbmm)
-    return wide.mT if is_tall else wide
+    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
+    matrices.div_(norms.clamp(min=EPS))
+    if matrices.device.type != "cpu":
+        return _iterated(matrices, steps, torch.baddbmm)
+    for matrix in matrices:  # one keeps all cores busy, and its products are faster
+        start = matrix if steps > 1 else matrix.clone()  # no product overwrites its factors
+        _iterated(start, steps, torch.addmm, out=matrix)
+    return matrices
 
 
-def _iterated(x: Tensor, steps: int, add_product: Callable[..., Tensor]) -> Tensor:
+def _iterated(
+    x: Tensor, steps: int, add_product: Callable[..., Tensor], out: Tensor | None = None
+) -> Tensor:
+    """Newton-Schulz from the shorter side; the last product is written to `out`."""
     a, b, c = COEFFICIENTS
-    for _ in range(steps):
-        gram = x @ x.mT
+    is_tall = x.shape[-2] > x.shape[-1]
+    for step in range(steps):
+        gram = x.mT @ x if is_tall else x @ x.mT
         polynomial = add_product(gram, gram, gram, beta=b, alpha=c)
-        x = add_product(x, polynomial, x, beta=a)
+        factors = (x, polynomial) if is_tall else (polynomial, x)
+        x = add_product(x, *factors, beta=a, out=out if step == steps - 1 else None)
     return x
 
 

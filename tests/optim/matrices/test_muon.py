@@ -44,7 +44,12 @@ def test_it_is_torchs(
     if dtype == "fp32":
         monkeypatch.setattr(Tensor, "bfloat16", lambda tensor: tensor.clone())
     ours, theirs = parameters(), parameters()
-    same: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "nesterov": nesterov, "ns_steps": 4}
+    same: dict[str, Any] = {
+        "lr": 1e-2,
+        "weight_decay": 0.1,
+        "nesterov": nesterov,
+        "ns_steps": 5 if nesterov else 1,
+    }
     optimizer = Muon(ours, adjust_lr=rule, ns_dtype=dtype, **same)  # type: ignore[arg-type]
     torchs = torch.optim.Muon(theirs, adjust_lr_fn=rule, **same)
     step([optimizer, torchs], [ours, theirs], 40)
