@@ -29,8 +29,8 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     from harness.checkpoint.disks import find_disks
     from harness.checkpoint.save import Saver
     from harness.control.live import LiveConfig
-    from harness.data.loader import train_batches
     from harness.data.step_batches import StepBatches
+    from harness.data.train_batches import train_batches
     from harness.engine.engines import build_engines
     from harness.task import load_task
     from harness.utils import to_device

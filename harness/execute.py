@@ -12,8 +12,8 @@ from harness.control.bus import Ticket
 from harness.control.events import Event
 from harness.control.grammar import Grammar
 from harness.control.live import LiveConfig, live_keys, value_of
-from harness.data.loader import mixture_weights
 from harness.data.step_batches import StepBatches
+from harness.data.train_batches import mixture_weights
 from harness.engine.engines import Engines
 from harness.errors import CommandError
 from harness.evaluate import check_best_metric

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from harness import distributed
-from harness.data.loader import MOST_SAMPLES
+from harness.data.fetch import MOST_SAMPLES
 from harness.data.step_batches import StepBatches
 from harness.distributed.network import is_lost_rank
 from harness.errors import HarnessError, TaskError, first_few, is_on_all_ranks

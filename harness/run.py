@@ -21,8 +21,9 @@ from harness.control.live import LiveConfig, live_keys
 from harness.control.signals import Signals
 from harness.control.socket import SocketFront
 from harness.control.stdin import StdinFront
-from harness.data.loader import TaskLoader, mixture_weights, train_batches, train_lengths
 from harness.data.step_batches import StepBatches
+from harness.data.task_loader import TaskLoader
+from harness.data.train_batches import mixture_weights, train_batches, train_lengths
 from harness.distributed.failures import Failures, raise_lost_rank
 from harness.engine.engines import Engines, build_engines
 from harness.errors import ConfigError, TaskError

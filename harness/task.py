@@ -114,7 +114,8 @@ class Task:
     IterableDataset (`__len__`, `__iter__`) of this rank's samples, of which each of several
     `data.workers` yields a part (torch.utils.data.get_worker_info); or a loader (`__len__`,
     `__iter__`) of this rank's batches. Within an epoch the last two resume only on the same number
-    of ranks, except for a loader whose `has_global_state` is true: see `data.loader.TaskLoader`."""
+    of ranks, except for a loader whose `has_global_state` is true:
+    see `data.task_loader.TaskLoader`."""
 
     eval_data: Any | None = None
     """Held-out data: a map-style dataset, which is split over the ranks; an IterableDataset of this

@@ -180,7 +180,7 @@ def run_failing_after_an_edit(config: Config) -> None:
             with engine.edit_weights() as model, torch.no_grad():
                 next(model.parameters()).mul_(0.9)
         if (step, number) == (3, 1):
-            fail(None)
+            fail(None, raises=True)
         return original(task, engine, batch)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Unwell):

@@ -2,21 +2,25 @@
 
 This package exports the samplers.
 
-    step_batches.py   the micro-batches of each step, and how much each weighs in it
-    held_out.py       the sets of held-out data, each read once by all ranks together
-    loader.py         endless micro-batches of a dataset, or of the task's own loader; resumable
-    batches.py        Batches: an endless iterator of micro-batches whose position can be saved
-    workers.py        how worker processes start and end, and what helps if they fail
-    prepare.py        texts into a corpus of tokens
-    packing.py        documents in windows of one length, each as if it were alone
-    token_files.py    corpora of tokens, mapped into memory, as datasets
-    mixture.py        several datasets drawn from by weight
-    sampler.py        the order of the samples on every rank; usable without harness
-    permutation.py    a random order of any number of items, computed where it is asked for
+    step_batches.py     the micro-batches of each step, and how much each weighs in it
+    held_out.py         the sets of held-out data, each read once by all ranks together
+    train_batches.py    what a task's training data is, and a rank's micro-batches of it
+    loader.py           endless micro-batches of a map-style dataset, resumable
+    task_loader.py      the same of the task's own loader, or of a stream of samples
+    fetch.py            from indices or samples to a batch, in the rank's process or a worker's
+    batches.py          Batches: an endless iterator of micro-batches whose position can be saved
+    workers.py          how worker processes start and end, and what helps if they fail
+    prepare.py          texts into a corpus of tokens
+    packing.py          documents in windows of one length, each as if it were alone
+    token_files.py      corpora of tokens, mapped into memory, as datasets
+    mixture.py          several datasets drawn from by weight
+    batched_sampler.py  batches of items of similar length
+    sampler.py          the order of the samples on every rank; usable without harness
+    permutation.py      a random order of any number of items, computed where it is asked for
 """
 
+from harness.data.batched_sampler import BatchedOrderedSampler
 from harness.data.sampler import (
-    BatchedOrderedSampler,
     OrderedSampler,
     PoolSampler,
     RandomSampler,

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from harness.config.sections import DataConfig
-from harness.data.loader import Collate, Counted, CountingCollate, Fetch, unchanged
+from harness.data.fetch import Collate, Counted, CountingCollate, Fetch, unchanged
 from harness.data.workers import iterated, loader_options
 from harness.errors import TaskError
 

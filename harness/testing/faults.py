@@ -33,7 +33,7 @@ import torch
 
 from harness import distributed, trainer
 from harness.checkpoint import export, manifest, retention, save
-from harness.data.loader import Fetch
+from harness.data.fetch import Fetch
 from harness.engine import engine, engines
 from harness.health import phases
 from harness.zero import engine_state

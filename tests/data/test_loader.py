@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from harness.config.sections import DataConfig
-from harness.data.loader import TaskLoader, train_batches
+from harness.data.task_loader import TaskLoader
+from harness.data.train_batches import train_batches
 from harness.errors import CheckpointError, TaskError
 from harness.run import run_in_world
 from tests.support.helpers import ROOT, Pools, error_of, losses, tiny_config

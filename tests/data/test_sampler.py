@@ -569,5 +569,5 @@ def test_the_samplers_import_nothing_else_of_harness(monkeypatch: pytest.MonkeyP
         monkeypatch.delitem(sys.modules, name)
     importlib.import_module("harness.data.sampler")
     imported = {name for name in sys.modules if name.partition(".")[0] == "harness"}
-    modules = ("harness.data.sampler", "harness.data.permutation")
+    modules = [f"harness.data.{name}" for name in ("sampler", "batched_sampler", "permutation")]
     assert imported == {"harness", "harness.data", *modules}

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import default_collate
 
 from harness.config.sections import DataConfig
-from harness.data.loader import Batches, train_batches
+from harness.data.batches import Batches
+from harness.data.train_batches import train_batches
 from harness.data.workers import note_remedy
 
 

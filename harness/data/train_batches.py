@@ -1,0 +1,143 @@
+"""What a task's `train_data` is, and the micro-batches that a rank gets of it."""
+
+import io
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from harness.config.sections import DataConfig
+from harness.data.batched_sampler import BatchedOrderedSampler
+from harness.data.batches import Batches
+from harness.data.fetch import Collate, CountingCollate
+from harness.data.loader import Loader
+from harness.data.mixture import Mixture, MixtureSampler
+from harness.data.sampler import (
+    OrderedSampler,
+    PoolSampler,
+    RandomSampler,
+    Sampler,
+)
+from harness.data.task_loader import TaskLoader
+from harness.data.workers import loader_options
+from harness.errors import ConfigError, TaskError
+
+
+def train_batches(
+    data: Any, config: DataConfig, collate: Collate, seed: int, rank: int, world_size: int
+) -> Batches:
+    """The training micro-batches of one rank. Raises TaskError if `data` is not usable.
+
+    A torch IterableDataset, also one with `__getitem__`, yields the samples of this rank.
+    """
+    if isinstance(data, Mapping):
+        data = _mixture(data)
+    if config.mix and not isinstance(data, Mixture):
+        raise ConfigError(
+            f"data.mix: train_data is a {type(data).__name__}, expected a dict of datasets"
+        )
+    if not hasattr(data, "__len__"):
+        raise TaskError(f"train_data: {type(data).__name__} has no length (`__len__`)")
+    if len(data) == 0:
+        raise TaskError(f"train_data: {type(data).__name__} has no items")
+    if isinstance(data, IterableDataset):
+        loader = _batched(data, config, collate, seed * world_size + rank)
+        return TaskLoader(loader, world_size, data)
+    if not hasattr(data, "__getitem__"):
+        _check_state(data)
+        return TaskLoader(data, world_size)
+    sampler = _sampler(data, config, seed, rank, world_size)
+    loader_seed = seed * world_size + rank
+    size, workers = config.micro_batch_size, config.workers
+    return Loader(data, sampler, size, collate, workers, loader_seed, config.start_method)
+
+
+def _batched(
+    samples: "IterableDataset[Any]", config: DataConfig, collate: Collate, seed: int
+) -> "DataLoader[Any]":
+    return DataLoader(
+        samples,
+        batch_size=config.micro_batch_size,
+        collate_fn=CountingCollate(collate),
+        **loader_options(config.workers, config.start_method, torch.Generator().manual_seed(seed)),
+    )
+
+
+def mixture_weights(config: DataConfig) -> dict[str, float]:
+    """The configured weights of a mixture's sources, by name."""
+    return {name: source.weight for name, source in config.mix.items()}
+
+
+def _mixture(sources: Mapping[str, Any]) -> Mixture:
+    """Raises TaskError if a source is not a map-style dataset with items."""
+    for name, source in sources.items():
+        if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+            raise TaskError(
+                f"train_data[{name!r}]: {type(source).__name__}, expected a map-style dataset"
+            )
+    try:
+        return Mixture(sources)
+    except ValueError as error:
+        raise TaskError(f"train_data: {error}") from None
+
+
+def train_lengths(data: Any) -> dict[str, int]:
+    """The lengths of the training data, by what they are called in messages."""
+    if isinstance(data, Mapping):
+        return {f"train_data[{name!r}]": len(source) for name, source in data.items()}
+    return {"train_data": len(data)}
+
+
+def _check_state(loader: Any) -> None:
+    """Raises TaskError if a loader's state could be saved, but not loaded with weights_only."""
+    if not hasattr(loader, "state_dict"):
+        return
+    file = io.BytesIO()
+    torch.save(loader.state_dict(), file)
+    file.seek(0)
+    try:
+        torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        raise TaskError(
+            f"train_data: the state_dict of {type(loader).__name__} must contain only tensors and "
+            "plain values (no numpy values, for instance): otherwise a run could not resume"
+        ) from None
+
+
+def _sampler(data: Any, config: DataConfig, seed: int, rank: int, world_size: int) -> Sampler:
+    ranks: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size}
+    if isinstance(data, Mixture):
+        if config.sampler != "random":
+            raise ConfigError(f"data.sampler = {config.sampler!r}: a mixture needs 'random'")
+        weights = mixture_weights(config) or data.lengths
+        try:
+            return MixtureSampler(data.lengths, weights, **ranks)
+        except ValueError as error:
+            raise ConfigError(f"data.mix: {error}") from None
+    match config.sampler:
+        case "random":
+            return RandomSampler(len(data), **ranks)
+        case "ordered":
+            return OrderedSampler(len(data), **ranks)
+        case "pool":
+            return PoolSampler(len(data), **ranks)
+        case "batched":
+            lengths: Sequence[int] | None = getattr(data, "lengths", None)
+            if lengths is None:
+                raise ConfigError(
+                    f"data.sampler = 'batched' needs train_data.lengths (the length of every "
+                    f"sample), which {type(data).__name__} does not have"
+                )
+            try:
+                return BatchedOrderedSampler(
+                    lengths,
+                    max_tokens=config.max_tokens or None,
+                    max_batch_size=config.micro_batch_size,
+                    buckets=config.buckets,
+                    shuffle=True,
+                    **ranks,
+                )
+            except ValueError as error:
+                raise ConfigError(f"data.sampler = 'batched': {error}") from None
