@@ -223,13 +223,7 @@ class Engine:
         Raises TaskError for a second one in a micro-batch.
         """
         self.turn.check(self.name, "back-propagated")
-        if self._is_back_propagated:
-            raise TaskError(
-                f"engine {self.name!r}: a second backward in one micro-batch, which ZeRO does not "
-                "add to the first: return the sum of the losses from the feeder, without calling "
-                "engine.backward"
-            )
-        trainable.check_loss(self.name, loss)
+        trainable.check_loss(self.name, loss, is_second=self._is_back_propagated)
         self._is_back_propagated = True
         if self.counters.micro_step % self.gradient_accumulation == 0:
             self._losses.clear()

@@ -73,8 +73,14 @@ def check_storable(engine: str, model: nn.Module) -> None:
             )
 
 
-def check_loss(engine: str, loss: Tensor) -> None:
-    """Raises TaskError for a loss without a graph."""
+def check_loss(engine: str, loss: Tensor, is_second: bool) -> None:
+    """Raises TaskError for a loss without a graph, and for the second one of a micro-batch."""
+    if is_second:
+        raise TaskError(
+            f"engine {engine!r}: a second backward in one micro-batch, which ZeRO does not add to "
+            "the first: return the sum of the losses from the feeder, without calling "
+            "engine.backward"
+        )
     if not loss.requires_grad:
         raise TaskError(
             f"engine {engine!r}: the loss does not depend on any trained parameter, or was "
