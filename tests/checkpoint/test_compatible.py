@@ -45,7 +45,14 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "ranks", "changes"), [(0, 1, CHANGES[:6:3]), (3, 2, CHANGES)])
+@pytest.mark.parametrize(
+    ("stage", "ranks", "changes"),
+    [
+        (0, 1, CHANGES[:4]),
+        (3, 2, CHANGES[4:]),
+        pytest.param(3, 2, CHANGES[:4], marks=pytest.mark.slow),
+    ],
+)
 def test_a_changed_model_is_refused(
     pools: Pools, tmp_path: Path, stage: int, ranks: int, changes: Any
 ) -> None:

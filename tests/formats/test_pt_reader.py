@@ -229,9 +229,9 @@ def test_nothing_that_a_pickle_names_is_run(
 
 def test_many_placeholders_are_hashed_quickly(tmp_path: Path) -> None:
     made = b"cx\ny\n)R"
-    pickled = b"\x80\x04\x8f(" + made * 50_000 + b"\x90}" + (made + b"Ns") * 50_000 + b"\x86."
+    pickled = b"\x80\x04\x8f(" + made * 20_000 + b"\x90}" + (made + b"Ns") * 20_000 + b"\x86."
     keys, values = pt_reader.read(archive(tmp_path / "x.pt", pickled))
-    assert len(keys) == len(values) == 50_000
+    assert len(keys) == len(values) == 20_000
 
 
 def test_containers_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +309,7 @@ def seeds(**options: Any) -> list[bytes]:
     return files
 
 
-@pytest.mark.parametrize("count", [1500, pytest.param(120_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [500, pytest.param(120_000, marks=pytest.mark.slow)])
 @pytest.mark.timeout(600)
 def test_a_damaged_file_loads_or_is_refused(tmp_path: Path, count: int) -> None:
     path, files = tmp_path / "x.pt", seeds()
@@ -329,7 +329,7 @@ def test_a_damaged_file_loads_or_is_refused(tmp_path: Path, count: int) -> None:
     assert count / 10 < fuzz(path, make, read, count) < count / 2
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(40_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [250, pytest.param(40_000, marks=pytest.mark.slow)])
 def test_a_damaged_file_of_old_torch_loads_or_is_refused(tmp_path: Path, count: int) -> None:
     path, files = tmp_path / "x.pt", seeds(_use_new_zipfile_serialization=False)
 
