@@ -5,6 +5,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
 
     cli.py             the command `harness`: run, ctl, inspect, convert
     run.py             a run from its config to its end, as named steps
+    startup.py         what is checked before a run starts: the machine, the ranks' software
     run_directory.py   runs/NAME/: its lock, its log, its resolved config
     trainer.py         Trainer: the loop; steps, and what happens between them
     rescue.py          what is still reported and saved before an error ends the run

@@ -9,7 +9,7 @@ from functools import partial
 from inspect import getdoc
 from pathlib import Path
 
-from harness import distributed
+from harness import distributed, startup
 from harness.checkpoint import init_weights, resume
 from harness.checkpoint.save import Saver
 from harness.config import Config
@@ -26,7 +26,7 @@ from harness.data.task_loader import TaskLoader
 from harness.data.train_batches import mixture_weights, train_batches, train_lengths
 from harness.distributed.failures import Failures, raise_lost_rank
 from harness.engine.engines import Engines, build_engines
-from harness.errors import ConfigError, TaskError
+from harness.errors import TaskError
 from harness.evaluate import check_best_metric
 from harness.execute import answer
 from harness.health import oom, phases, watchdog
@@ -39,7 +39,6 @@ from harness.metrics.status import Status
 from harness.run_directory import RunDirectory
 from harness.task import Task, check_eval_data, load_task
 from harness.trainer import Trainer
-from harness.utils import flattened
 from harness.wrapper import attention_backend
 from harness.zero.parameters import full_numel
 from harness.zero.startup import join
@@ -60,6 +59,7 @@ def run(config: Config, began: float | None = None, owns_process: bool = False) 
     began = began or time.time()
     phases.begin()
     try:
+        startup.check_open_files(config.data.workers)
         with raise_lost_rank(config.run.timeout_s), watchdog.watched(config, owns_process):
             distributed.init(config.run.timeout_s, join)
             try:
@@ -77,7 +77,8 @@ def run_in_world(config: Config, began: float | None = None) -> int:
     began = began or time.time()
     configure_logging()
     phases.begin()
-    _check_same_config(config)
+    startup.check_machine(config.data.workers)
+    startup.check_ranks_alike(config)
     signals = Signals()
     failures = Failures(config.run.timeout_s, phases.file, phases.read)
     with signals.installed(), failures, ExitStack() as stack:
@@ -143,27 +144,6 @@ def _restore(
         if mixture := mixture_weights(live.config.data):
             batches.set_weights(mixture)
     return checkpoint
-
-
-def _check_same_config(config: Config) -> None:
-    """Raises ConfigError if the configs of the ranks differ, except for paths. Collective.
-
-    Each node may have read its own files, the config as well as DeepSpeed's JSON.
-    """
-    settings = dict(flattened(config.model_dump()))
-    for name, engine in config.engines.items():
-        settings |= flattened(engine.deepspeed(), f"engines.{name}.ds_config ")
-    per_rank = distributed.all_gather(settings)
-    with distributed.raise_on_all_ranks("config"):
-        for key in sorted(set().union(*per_rank)):
-            values = [settings.get(key) for settings in per_rank]
-            for rank, value in enumerate(values):
-                is_same = repr(value) == repr(values[0])  # NaN is equal to itself
-                if not is_same and not isinstance(value, Path):
-                    raise ConfigError(
-                        f"the configs of the ranks differ: {key} is {value!r} on rank {rank}, and "
-                        f"{values[0]!r} on rank 0"
-                    )
 
 
 def _build_task(config: Config) -> tuple[Task, StepBatches]:

@@ -273,7 +273,7 @@ def error_with_another_set(config: Config) -> str:
     args = {"samples": 5 if distributed.global_rank() else 22}
     task = config.task.model_copy(update={"args": config.task.args | args})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.run._check_same_config", lambda config: None)
+        patch.setattr("harness.startup.check_ranks_alike", lambda config: None)
         return error_of(config.model_copy(update={"task": task}))
 
 
