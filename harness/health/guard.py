@@ -36,7 +36,9 @@ SECONDS_TO_TELL = 1.0
 class Guard:
     """Watches the parent process."""
 
-    def __init__(self, rank: Lines, cells: memoryview, stacks_file: int, settings: Message):
+    def __init__(
+        self, rank: Lines, cells: "memoryview[float]", stacks_file: int, settings: Message
+    ):
         """`settings`: what `Watchdog` passes."""
         self._rank = rank
         self._cells = cells
@@ -82,10 +84,10 @@ class Guard:
         if source is self._rank:
             for message in self._rank.read():
                 self._hear(message)
-        elif source is self._link:
+        elif self._link is not None and source is self._link:
             for message in self._link.read():
                 self._obey(message)
-            if self._link is not None and not self._link.is_open:
+            if not self._link.is_open:
                 self._link = None
         elif self._hub is not None and source is self._hub.listener:
             self._hub.accept()
@@ -107,7 +109,7 @@ class Guard:
 
     def _connect(self, hub: tuple[str, int], token: str) -> None:
         try:
-            connection = socket.create_connection(tuple(hub), SECONDS_TO_TELL)
+            connection = socket.create_connection((hub[0], hub[1]), SECONDS_TO_TELL)
         except OSError as error:
             if monotonic() > self._give_up:
                 self._say(f"this watchdog cannot reach that of rank 0 at {hub}: {error}")

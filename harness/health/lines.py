@@ -8,6 +8,8 @@ from time import monotonic
 from typing import Any
 
 Message = dict[str, Any]
+LONGEST = 2**20
+"""Bytes of a message."""
 
 
 class Lines:
@@ -38,10 +40,13 @@ class Lines:
             self.is_open = False
         *lines, self._buffer = (self._buffer + received).split(b"\n")
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError:  # not one of ours
-            self.is_open = False
+            messages = [json.loads(line) for line in lines]
+        except ValueError:
+            messages = [None]
+        if len(self._buffer) > LONGEST or not all(isinstance(one, dict) for one in messages):
+            self.is_open = False  # not one of ours
             return []
+        return messages
 
     def wait(self, seconds: float) -> list[Message]:
         """As `read`, but waits for so long for something to arrive."""

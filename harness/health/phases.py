@@ -58,7 +58,7 @@ class Doing:
         return f"step {self.step}, phase {self.phase}"
 
 
-def view_of(descriptor: int) -> memoryview:
+def view_of(descriptor: int) -> "memoryview[float]":
     """The cells, as float64, in a file of that many."""
     return memoryview(mmap.mmap(descriptor, 8 * CELLS)).cast("d")
 
@@ -76,7 +76,7 @@ def _new_memory() -> None:
 
 file: int | None = None
 """The memory's descriptor, for the watchdog."""
-_cells: memoryview
+_cells: "memoryview[float]"
 _new_memory()
 os.register_at_fork(after_in_child=_new_memory)
 
@@ -125,7 +125,7 @@ def now() -> Doing:
     return doing(_cells)
 
 
-def doing(cells: memoryview) -> Doing:
+def doing(cells: "memoryview[float]") -> Doing:
     """What the rank with these cells is doing."""
     seconds = monotonic() - cells[SINCE]
     return Doing(PHASES[int(cells[PHASE])], int(cells[STEP]), seconds, int(cells[COUNT]))
