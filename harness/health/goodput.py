@@ -50,7 +50,7 @@ class Ledger:
         self._lines = JsonLines(path)
         self._clock = time.monotonic()
         self._began, self._now = last, now
-        self._from = self._step = self._reported = step
+        self._from = self._step = step
         self._activity = "training"
         self._skipped = 0.0
         self._write()
@@ -64,20 +64,21 @@ class Ledger:
             self._write()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Takes note of a step that was skipped, or is taken again."""
+        """Takes note of a step that was skipped."""
         if "step_time_s" not in record:  # an evaluation's
             return
-        if record["step"] <= self._reported:
-            self._pass(self._activity)
-            self._step = self._reported
-            self._write()
-            self._from = record["step"] - 1
-        self._step = self._reported = record["step"]
+        self._step = max(self._step, record["step"])
         skipped = sum(value for name, value in record.items() if _counts_skips(name))
         if skipped > self._skipped:
             self._add("skipped", record["step_time_s"])
             self._add("steps", -record["step_time_s"])
         self._skipped = skipped
+
+    def truncate(self, step: int) -> None:
+        """The run goes back to this step. Nothing is dropped: the time has passed."""
+        self._pass(self._activity)
+        self._write()
+        self._from = self._step = step
 
     def close(self) -> None:
         """Writes the last line."""
@@ -97,7 +98,7 @@ class Ledger:
 
     def _write(self) -> None:
         where = {"began": self._began, "time": self._now, "from": self._from, "step": self._step}
-        self._lines.write({**where, **self._seconds}, digits=13)
+        self._lines.write({**where, **self._seconds}, digits=16)
         self._began, self._from, self._seconds = self._now, self._step, {}
 
 
@@ -109,10 +110,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
-            float(record["time"]), int(record["from"]), int(record["step"])
-        except (ValueError, KeyError, TypeError):
+            is_complete = record.keys() >= {"began", "time", "from", "step"}
+        except (ValueError, AttributeError):
             continue
-        records.append(record)
+        if is_complete:
+            records.append(record)
     return records
 
 

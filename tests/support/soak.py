@@ -175,11 +175,9 @@ def launch(
     if fault is not None and fault.kind in IN_THE_TASK:
         rank = -1 if fault.kind == "raise all" else fault.rank
         os.environ["HARNESS_FAULT"] = f"{fault.kind.split()[0]} {rank} {fault.step}"
-    alive = {
-        fork(lambda rank=rank: train(command, rank), "soak-rank"): rank for rank in range(RANKS)
-    }
+    pids = {r: fork(lambda rank=r: train(command, rank), "soak-rank") for r in range(RANKS)}
+    alive = set(pids.values())
     if fault is not None and fault.kind in FROM_OUTSIDE:
-        pids = {rank: pid for pid, rank in alive.items()}
         directory = Path(command[-1]).parent
         threading.Thread(target=strike, args=(fault, pids, directory), daemon=True).start()
     while alive:
@@ -330,7 +328,7 @@ def soak(
             plain = write_config(directory / f"plain-{stage}", stage, False, 0)
             expected[stage] = run(plain, [])
         config = write_config(directory / f"run-{number}", stage, background, workers)
-        chosen = [draw(rng, n, kinds and kinds[n]) for n in range(FAULTS_A_RUN)]
+        chosen = [draw(rng, n, kinds[n] if kinds else None) for n in range(FAULTS_A_RUN)]
         sys.stderr.write(f"run {number}: stage {stage}, {background=}, {workers=}: {chosen}\n")
         found = run(config, chosen)
         check(found, expected[stage])
