@@ -5,7 +5,7 @@
 Time: all step the same matrices with the same gradients, interleaved in one process; medians.
 Bytes: the optimizer state of one process; and under ZeRO on 2 gloo ranks the state of a rank and
 what it passes to collectives in a step. DIRECTORY contains `apollo_torch`, if it is not installed:
-`pip install --no-deps --target DIRECTORY apollo-torch`.
+`pip install --no-deps --target DIRECTORY apollo-torch`. On a GPU: `python -m bench.gpu apollo`.
 """
 
 import argparse
