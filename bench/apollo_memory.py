@@ -1,4 +1,5 @@
-"""The state of APOLLO and AdamW for LLaMA-shaped models: the table of docs/apollo.md.
+"""The state of APOLLO, Muon, SOAP and AdamW for LLaMA-shaped models, and what Muon and SOAP send:
+the tables of docs/apollo.md and docs/optimizers.md.
 
     python bench/apollo_memory.py
 
@@ -10,8 +11,9 @@ import sys
 import torch
 from torch import nn
 
-from harness.optim.apollo import apollo_param_groups
+from harness.optim import Muon, Soap, apollo_param_groups, matrix_param_groups
 from harness.optim.apollo.memory import state_bytes
+from harness.optim.matrices import memory
 
 SIZES = {"130M": (768, 2048, 12), "1B": (2048, 5461, 24), "7B": (4096, 11008, 32)}
 """Width, hidden width, layers."""
@@ -52,6 +54,32 @@ def main() -> None:
         for layout, (stage, world) in LAYOUTS.items():
             mib = [max(state_bytes(groups, stage, world)) / 2**20 for groups in optimizers]
             rows.append(f"| {name} | {layout} | " + " | ".join(f"{x:,.0f}" for x in mib) + " |")
+    rows += [
+        "",
+        "| model | layout | AdamW | Muon | SOAP | Muon sends | SOAP sends | gradients |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, size in SIZES.items():
+        model = llama(*size)
+        dense = [group | {"rank": 0} for group in apollo_param_groups(model, rank=1)]
+        muon, soap = (kind(matrix_param_groups(model)).param_groups for kind in (Muon, Soap))
+        gradients = 2 * sum(parameter.numel() for parameter in model.parameters()) / 2**20
+        for layout, (stage, world) in LAYOUTS.items():
+            mib = [
+                max(found) / 2**20
+                for found in (
+                    state_bytes(dense, stage, world),
+                    memory.state_bytes(muon, stage, world),
+                    memory.state_bytes(soap, stage, world),
+                    memory.sent_bytes(muon, stage, world, 2),
+                    memory.sent_bytes(soap, stage, world, 4),
+                )
+            ]
+            rows.append(
+                f"| {name} | {layout} | "
+                + " | ".join(f"{x:,.0f}" for x in [*mib, gradients * (world - 1) / world])
+                + " |"
+            )
     sys.stdout.write("\n".join(rows) + "\n")
 
 

@@ -1,6 +1,7 @@
-"""Held-out loss of the default task after the same tokens: AdamW, APOLLO and APOLLO-Mini.
+"""Held-out loss of the default task after the same tokens: AdamW, APOLLO, APOLLO-Mini, Muon, SOAP.
 
     python bench/optimizers.py [--steps 400] [--ranks 2] [--rank 32] [--lrs 1e-3 2e-3 5e-3 1e-2]
+                               [--only muon soap]
 
 Every optimizer gets the same grid of learning rates, the same data, and no weight decay. Prints
 each run as it ends, then the best of each optimizer and its state on the rank with the most.
@@ -13,10 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from harness.config import Config
 from harness.config.load import load
+from harness.optim import Muon, Soap, apollo_param_groups, matrix_param_groups
 from harness.optim.apollo.memory import state_bytes
-from harness.optim.apollo.param_groups import apollo_param_groups
+from harness.optim.matrices import memory
 from harness.run import run_in_world
 from harness.task import load_task
 from harness.testing.pool import RankPool
@@ -30,12 +34,17 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 2e-3, 5e-3, 1e-2])
+    parser.add_argument("--only", nargs="+", default=[])
     options = parser.parse_args()
     optimizers: dict[str, dict[str, Any]] = {
         "adamw": {"name": "adamw", "weight_decay": 0.0},
         "apollo": {"name": "apollo", "rank": options.rank},
         "apollo-mini": {"name": "apollo-mini"},
+        "muon": {"name": "muon", "adjust_lr": "match_rms_adamw"},
+        "soap": {"name": "soap", "weight_decay": 0.0},
     }
+    if options.only:
+        optimizers = {name: optimizers[name] for name in options.only}
     best: dict[str, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as directory, RankPool(options.ranks, 1e5) as pool:
         for name, settings in optimizers.items():
@@ -47,15 +56,22 @@ def main() -> None:
                 say(f"{name:>12} {lr:8g} {loss:8.4f}")
                 best[name] = min(best.get(name, (float("inf"), lr)), (loss, lr))
     model = load_task(load(TASK)).models["lm"]
-    ranks = {"adamw": 0, "apollo": options.rank, "apollo-mini": 1}
-    say("\n| optimizer | best lr | held-out loss | / AdamW | state, MiB |\n|---|--:|--:|--:|--:|")
+    first = next(iter(best.values()))[0]
+    say("\n| optimizer | best lr | held-out loss | / first | state, MiB |\n|---|--:|--:|--:|--:|")
     for name, (loss, lr) in best.items():
-        groups = apollo_param_groups(model, rank=ranks[name] or options.rank)
-        if not ranks[name]:
-            groups = [group | {"rank": 0} for group in groups]
-        state = max(state_bytes(groups, 2, options.ranks)) / 2**20
-        ratio = loss / best["adamw"][0]
-        say(f"| {name} | {lr:g} | {loss:.4f} | {ratio:.4f} | {state:.2f} |")
+        state = max(bytes_of(model, name, options.rank, options.ranks)) / 2**20
+        say(f"| {name} | {lr:g} | {loss:.4f} | {loss / first:.4f} | {state:.2f} |")
+
+
+def bytes_of(model: nn.Module, name: str, rank: int, ranks: int) -> list[int]:
+    """Bytes of an optimizer's state at ZeRO 2, by rank."""
+    if name in ("muon", "soap"):
+        kind = Muon if name == "muon" else Soap
+        return memory.state_bytes(kind(matrix_param_groups(model)).param_groups, 2, ranks)
+    groups = apollo_param_groups(model, rank=1 if name == "apollo-mini" else rank)
+    if name == "adamw":
+        groups = [group | {"rank": 0} for group in groups]
+    return state_bytes(groups, 2, ranks)
 
 
 def config_of(directory: Path, optimizer: dict[str, Any], steps: int) -> Config:

@@ -21,7 +21,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     metrics/           each step's numbers: averaged, recorded, shown
     control/           live commands, from where they are typed to all ranks at one step
     health/            non-finite numbers, hangs, restarts: what one rank meets, all decide
-    optim/             optimizers, learning-rate schedules, APOLLO, Muon
+    optim/             optimizers, learning-rate schedules, APOLLO, Muon, SOAP
     offload/           activations in host memory until backward
     wrapper/           other modules in a model's place; freezing, growing, compiling, placing
     zero/              what we know of DeepSpeed's insides: layouts, files, live engines

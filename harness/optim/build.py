@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """
     kind: Any = optimizer_class(config.name)
     args: dict[str, Any] = dict(config.args)
-    is_sharded = issubclass(kind, ShardedOptimizer)
+    is_sharded: bool = issubclass(kind, ShardedOptimizer)
     spec = OPTIMIZERS.get(config.name)
     constructor: Any = (spec and spec.make) or kind
     extra = kind.SELECTION if is_sharded else ()

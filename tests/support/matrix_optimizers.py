@@ -25,10 +25,12 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def muon(model: nn.Module, _: bool = False, **settings: Any) -> MatrixOptimizer:
-    return Muon(groups_of(model), **({"lr": 1e-2, "weight_decay": 0.1} | settings))
+    settings = {"lr": 1e-2, "weight_decay": 0.1} | settings
+    return Muon(groups_of(model), **settings)
 
 
 def soap(model: nn.Module, _: bool = False, **settings: Any) -> MatrixOptimizer:
     """Two refreshes of the bases in 40 steps, and a side without one."""
-    settings = {"lr": 1e-2, "weight_decay": 0.1, "max_precond_dim": 40} | settings
-    return Soap(groups_of(model), **({"precondition_frequency": 15} | settings))
+    defaults = {"lr": 1e-2, "weight_decay": 0.1, "max_precond_dim": 40}
+    settings = defaults | {"precondition_frequency": 15} | settings
+    return Soap(groups_of(model), **settings)

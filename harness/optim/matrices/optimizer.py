@@ -46,7 +46,7 @@ class MatrixOptimizer(ShardedOptimizer):
         self._dtype, self._adam_lr = dtype, adam_lr
         self._loads: dict[int, list[float]] = {}
         """By process group: the work of each rank."""
-        self._exchanges: dict[tuple[int, ...], tuple[list[MatrixGroup], Exchange]] = {}
+        self._exchanges: dict[tuple[int, ...], tuple[list[TensorGroup], Exchange]] = {}
         super().__init__(params, defaults | GROUP_DEFAULTS)
 
     @classmethod

@@ -93,7 +93,7 @@ def test_it_is_the_plain_one(longest: int) -> None:
     gradients of sides without full rank leave a basis to rounding: not in this comparison."""
     shapes = SHAPES if longest < 15 else [(12, 12), (9, 9)]
     ours, theirs = parameters(shapes), parameters(shapes)
-    settings = SETTINGS | {"max_precond_dim": longest}
+    settings: dict[str, Any] = SETTINGS | {"max_precond_dim": longest}
     step([Soap(ours, **settings), Plain(theirs, **settings)], [ours, theirs], 40)
     assert worst(ours, theirs) <= 2e-6
 
@@ -108,6 +108,7 @@ def test_it_learns_what_needs_a_rotation() -> None:
         x = nn.Parameter(torch.randn(20, 20, generator=torch.Generator().manual_seed(1)))
         kind: Any = Soap if name == "soap" else torch.optim.AdamW
         optimizer = kind([x], lr=3e-2, weight_decay=0.0)
+        loss = torch.empty(())
         for _ in range(300):
             loss = ((left @ x @ right) * scales[:, None] * scales).square().sum()
             optimizer.zero_grad()
