@@ -35,16 +35,18 @@ from tests.support.helpers import (
     without_times,
 )
 
+SLOW = pytest.mark.slow
 TASK = str(ROOT / "tests/tasks/unstable_task.py")
 OPTIMIZERS: dict[str, Any] = {
     "adamw": {"name": "adamw", "lr": 1e-2, "weight_decay": 0.1},
     "apollo": {"name": "apollo", "lr": 1e-2, "rank": 4},
 }
-LAYOUTS = [
-    pytest.param(stage, dtype, optimizer, marks=[] if quick else [pytest.mark.slow])
-    for stage, dtype, optimizer in itertools.product(range(4), ("fp32", "bf16"), OPTIMIZERS)
-    for quick in [(stage, dtype, optimizer) in ((0, "fp32", "apollo"), (3, "bf16", "adamw"))]
-]
+
+
+def layouts(*quick: Any) -> list[Any]:
+    """All of stage, dtype and optimizer; all but `quick` slow."""
+    every = itertools.product(range(4), ("fp32", "bf16"), OPTIMIZERS)
+    return [pytest.param(*each, marks=[] if each in quick else SLOW) for each in every]
 
 
 def config_of(
@@ -122,7 +124,7 @@ def edit_checkpoint(directory: Path, edit: Callable[[int, Any], None], files: An
     manifest.model_copy(update={"files": files}).write(directory)
 
 
-@pytest.mark.parametrize(("stage", "dtype", "optimizer"), LAYOUTS)
+@pytest.mark.parametrize(("stage", "dtype", "optimizer"), layouts((0, "fp32", "apollo")))
 def test_a_skipped_step_changes_nothing(
     two_ranks: RankPool, tmp_path: Path, stage: int, dtype: str, optimizer: str
 ) -> None:
@@ -158,7 +160,11 @@ NOT_TRAINING = "the run has ended, but engine 'net' does not train: its last"
 @pytest.mark.parametrize(
     ("stage", "steps", "health", "error", "ends_at"),
     [
-        (0, [3, 5], {"nonfinite": "stop"}, f"step 3: {SKIPPED} (health.nonfinite = 'stop')", 3),
+        pytest.param(
+            *(0, [3, 5], {"nonfinite": "stop"}),
+            *(f"step 3: {SKIPPED} (health.nonfinite = 'stop')", 3),
+            marks=SLOW,
+        ),
         (
             2,
             [2, 4, 5, 6, 7],
@@ -167,7 +173,7 @@ NOT_TRAINING = "the run has ended, but engine 'net' does not train: its last"
             6,
         ),
         (3, [4, 9, 10], {}, f"{NOT_TRAINING} 2 steps were skipped", 10),
-        (1, [9], {}, "", 10),
+        pytest.param(1, [9], {}, "", 10, marks=SLOW),
     ],
 )
 def test_a_run_that_does_not_train_ends(
@@ -241,7 +247,7 @@ BAD = [33, 42]
 """Samples of steps 5 and 6, of rank 1 and of rank 0."""
 
 
-@pytest.mark.parametrize(("stage", "dtype", "optimizer"), LAYOUTS)
+@pytest.mark.parametrize(("stage", "dtype", "optimizer"), layouts((3, "bf16", "adamw")))
 def test_a_rollback_drops_the_samples_of_the_step_alone(
     two_ranks: RankPool, tmp_path: Path, stage: int, dtype: str, optimizer: str
 ) -> None:
@@ -267,7 +273,7 @@ def test_a_rollback_drops_the_samples_of_the_step_alone(
     assert saved["engines"]["rollbacks"] == 2
 
 
-@pytest.mark.parametrize("kind", [pytest.param("weigh", marks=pytest.mark.slow), "loader"])
+@pytest.mark.parametrize("kind", [pytest.param("weigh", marks=SLOW), "loader"])
 def test_a_resume_after_a_rollback_drops_the_same_samples(
     two_ranks: RankPool, tmp_path: Path, kind: str
 ) -> None:
@@ -328,7 +334,7 @@ def spiking(directory: Path, policy: str, stage: int, **overrides: Any) -> Confi
     return config_of(directory, stage, args=SPIKE, health=health, **merge(table, overrides))
 
 
-@pytest.mark.parametrize("policy", ["report", pytest.param("skip", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("policy", ["report", pytest.param("skip", marks=SLOW)])
 def test_a_spike_is_reported_or_skipped(two_ranks: RankPool, tmp_path: Path, policy: str) -> None:
     """And found at the same step, whether the run was resumed or not."""
     config = spiking(tmp_path, policy, 3)
@@ -346,6 +352,7 @@ def test_a_spike_is_reported_or_skipped(two_ranks: RankPool, tmp_path: Path, pol
     assert without_times(records(config)) == without_times(found)
 
 
+@SLOW
 def test_a_rollback_before_a_spike(two_ranks: RankPool, tmp_path: Path) -> None:
     """It is known two steps later, when there is a checkpoint with it, which is removed."""
     config = spiking(tmp_path / "back", "rollback", 1, trainer={"save_every": 25})
@@ -378,28 +385,23 @@ def test_a_rollback_before_a_spike(two_ranks: RankPool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "args", "rank", "text"),
     [
-        (
-            3,
-            {"bad": [33]},
-            1,
+        pytest.param(
+            *(3, {"bad": [33]}, 1),
             "micro-batch 0 (samples 33, 35, 37, 39): the first not to be finite is the batch",
+            marks=SLOW,
         ),
-        (
-            0,
-            {"steps": [5], "factor": "inf"},
-            1,
+        pytest.param(
+            *(0, {"steps": [5], "factor": "inf"}, 1),
             "the loss, although the outputs of all modules are",
+            marks=SLOW,
         ),
-        (
-            2,
-            {"steps": [5], "factor": "gradient", "rank": 0},
-            0,
+        pytest.param(
+            *(2, {"steps": [5], "factor": "gradient", "rank": 0}, 0),
             "the gradient of the output of last",
+            marks=SLOW,
         ),
         (
-            1,
-            {"steps": [5], "factor": "layer"},
-            1,
+            *(1, {"steps": [5], "factor": "layer"}, 1),
             "the output of norm (BatchNorm1d), its inputs are finite",
         ),
     ],
