@@ -50,7 +50,7 @@ class TaskLoader:
                 sampler.set_epoch(self.epoch)  # torch's DistributedSampler
             self._iterator = iter(self.loader)
         length = len(self.loader if self._samples is None else self._samples)
-        item = next(self._iterator, _END)
+        item: Any = next(self._iterator, _END)
         if item is _END:
             unit = "batches" if self._samples is None else "samples"
             raise TaskError(  # on this rank only

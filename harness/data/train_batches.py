@@ -2,8 +2,8 @@
 
 import io
 import pickle
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -44,7 +44,7 @@ def train_batches(
         raise TaskError(f"train_data: {type(data).__name__} has no items")
     if isinstance(data, IterableDataset):
         loader = _batched(data, config, collate, seed * world_size + rank)
-        return TaskLoader(loader, world_size, data)
+        return TaskLoader(loader, world_size, cast(Sized, data))
     if not hasattr(data, "__getitem__"):
         _check_state(data)
         return TaskLoader(data, world_size)
