@@ -120,7 +120,7 @@ def check(path: Path, size: int, expected_digest: str) -> None:
         reason = str(error).removeprefix(f"{path}: ").removeprefix("damaged: ")
         raise FormatError(f"{path}: damaged: {reason}") from None
     if found != expected_digest:
-        raise FormatError(f"{path}: damaged, or not the file that was saved: another digest")
+        raise FormatError(f"{path} is not the file that was saved: another digest")
 
 
 def data_start(header: int, name: str) -> int:
