@@ -114,6 +114,7 @@ class NonFiniteError(HarnessError):
     restart would meet the same; what was saved is good."""
 
     code = 2
+    kind = "nonfinite"
 
 
 class LostRank(HarnessError):

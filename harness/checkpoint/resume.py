@@ -76,7 +76,7 @@ def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks)
     with distributed.raise_on_all_ranks(f"cannot resume from {parent}"):
         if failures:
             text = "\n  ".join(failures)
-            raise CheckpointError(f"no checkpoint is complete, with finite weights:\n  {text}")
+            raise CheckpointError(f"no checkpoint is complete:\n  {text}")
     return None
 
 
