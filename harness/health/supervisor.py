@@ -5,6 +5,7 @@ It goes by what the run itself has reported (`outcome.py`), as launchers lose ex
 """
 
 import contextlib
+import re
 import signal
 import socket
 import sys
@@ -25,6 +26,8 @@ from harness.health.outcome import Outcome
 MOST_SECONDS_OF_BACKOFF = 300.0
 MOST_WITHOUT_GAIN = 2
 """Attempts in a row that may end without a new checkpoint."""
+_COMMITTED = re.compile(r"step-(\d+)(-.*)?(?<!\.tmp)")
+"""The name of a checkpoint, not of one that is being written or removed."""
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PASSED_ON = (*STOPPING, signal.SIGUSR1)
 
@@ -151,7 +154,8 @@ class Supervisor:
     def _saved_step(self) -> int:
         """The step of the newest checkpoint on this machine; -1 if there is none."""
         found = self.run_dir.glob("checkpoints/step-*/manifest.json") if self.run_dir else ()
-        return max((int(path.parent.name.split("-")[1]) for path in found), default=-1)
+        names = [_COMMITTED.fullmatch(path.parent.name) for path in found]
+        return max((int(name[1]) for name in names if name), default=-1)
 
     @contextlib.contextmanager
     def _signals_passed_on(self) -> Iterator[None]:

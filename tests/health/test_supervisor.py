@@ -137,6 +137,20 @@ def test_an_end_without_a_report_becomes_one(supervised: Supervised, tmp_path: P
     assert len(FakeAttempt.commands) == 4
 
 
+def test_what_is_being_written_or_removed_is_no_gain(
+    supervised: Supervised, tmp_path: Path
+) -> None:
+    for name in ("step-00000007.pruned.tmp", "step-00000008.tmp", "step-00000009-best.tmp"):
+        path = tmp_path / "runs/tiny/checkpoints" / name
+        path.mkdir(parents=True)
+        (path / "manifest.json").touch()
+    (tmp_path / "runs/tiny/checkpoints/step-00000005-best").mkdir()
+    (tmp_path / "runs/tiny/checkpoints/step-00000005-best/manifest.json").touch()
+    code, err = supervised(end("lost_rank", 75, 5, saved=3))
+    assert code == 75 and len(FakeAttempt.commands) == 2
+    assert "; from step 5, in 0 s\n" in err and NO_GAIN in err
+
+
 def test_another_program_names_its_run_directory_itself(
     supervised: Supervised, tmp_path: Path
 ) -> None:

@@ -46,6 +46,8 @@ SAMPLES = STEPS * RANKS * MICRO_BATCH
 IN_THE_TASK = ("raise", "raise all", "exit", "_exit")
 FROM_OUTSIDE = ("kill", "term", "stop", "launcher", "save", "both")
 KINDS = (*FROM_OUTSIDE, *IN_THE_TASK)
+SECONDS_OUTSIDE = 10.0
+"""Before rank 0's first line, and after its last, on a busy machine."""
 RARE = {"stop": 0.3, "raise": 0.3, "exit": 0.3}
 """Those that take seconds until the other rank gives up."""
 
@@ -267,7 +269,7 @@ def run(config: Path, faults: Sequence[Fault]) -> dict[str, Any]:
     records, spent = read(directory / FILE), seconds_by_kind(directory / FILE)
     total = records[-1]["time"] - records[0]["began"]
     assert abs(sum(spent.values()) - total) <= 1e-2 * total, (spent, total)
-    assert abs(took - total) <= 0.01 * took + 1.0, (took, total)
+    assert abs(took - total) <= 0.01 * took + SECONDS_OUTSIDE, (took, total)
     return {
         "weights": weights_of(directory),
         "history": history(config.parent / "notes"),
