@@ -78,9 +78,8 @@ def waits_of(config: Config) -> Counter[str]:
 
 def check(found: Counter[str], stage: int, dtype: str) -> None:
     ours = {place: count for place, count in found.items() if place.startswith("harness/")}
-    is_plain = stage == 0 and dtype == "fp32"
-    asked = {"harness/zero/engine_state.py:_is_finite_everywhere": len(COUNTED)}
-    assert ours == (asked if is_plain else {})
+    assert all(place.startswith("harness/zero/norms.py:") for place in ours), ours
+    assert sum(ours.values()) <= 2 * len(COUNTED), ours  # in place of DeepSpeed's own
     for place, count in (found - Counter(ours)).items():
         assert count <= OVERFLOW.get(place, 0) * len(COUNTED), (place, count)
 

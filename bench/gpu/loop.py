@@ -55,11 +55,11 @@ def ours(section: Section, config: Config) -> float:
     marks: list[float] = []
     plain = Trainer.step
 
-    def step(trainer: Trainer) -> None:
-        if trainer.engines.global_step in (WARM_UP, config.run.steps - 1):
+    def step(self: Trainer) -> None:
+        if self.engines.global_step in (WARM_UP, config.run.steps - 1):
             section.settle()
             marks.append(time.perf_counter())
-        plain(trainer)
+        plain(self)
 
     Trainer.step = step
     try:

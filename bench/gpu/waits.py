@@ -39,13 +39,13 @@ def waits_of(section: Section, stage: int, dtype: str, tables: dict[str, object]
     found: Counter[str] = Counter()
     plain = Trainer.step
 
-    def step(trainer: Trainer) -> None:
-        if trainer.engines.global_step in COUNTED:
+    def step(self: Trainer) -> None:
+        if self.engines.global_step in COUNTED:
             with counted_waits() as waits:
-                plain(trainer)
+                plain(self)
             found.update(waits)
         else:
-            plain(trainer)
+            plain(self)
 
     Trainer.step = step
     try:

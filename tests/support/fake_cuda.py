@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
@@ -59,7 +60,7 @@ class Launches(TorchDispatchMode):
 
 
 def _on_gpu(args: Any, result: Any) -> bool:
-    leaves = torch.utils._pytree.tree_leaves((args, result))
+    leaves = tree_leaves((args, result))
     return any(isinstance(leaf, Tensor) and leaf.device.type == "cuda" for leaf in leaves)
 
 
