@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import distributed
 from harness.optim.matrices import exchange
-from harness.optim.matrices.memory import state_bytes
+from harness.optim.matrices.memory import sent_bytes, state_bytes
 from harness.testing.pool import RankPool
 from tests.support.given_gradients import (
     Given,
@@ -42,11 +42,14 @@ class Waits(TorchDispatchMode):
 
 def what_a_step_does(
     make: Callable[..., Any], stage: int, overrides: dict[str, Any]
-) -> tuple[list[list[int]], list[str], int]:
+) -> tuple[list[list[int]], list[str], int, int]:
     """The bytes that each collective of each step() sends to other ranks, the waits once the layout
-    is known, and the fewest bytes possible for these owners: on the way that devices go."""
+    is known, the fewest bytes possible for these owners, and those that `sent_bytes` says: on the
+    way that devices go."""
     model = Given()
     optimizer = make(model)
+    world = distributed.world_size()
+    computed = sent_bytes(optimizer.param_groups, stage, world, 4)[distributed.global_rank()]
     engine = engine_of(model, optimizer, stage, "bf16" if overrides else "fp32", overrides)
     take_steps(engine, range(2))
     calls: list[list[int]] = []
@@ -78,7 +81,7 @@ def what_a_step_does(
     there = sum(p.length for plan in plans for p in plan.held if p.owner != rank)
     back = sum(p.length for plan in plans for p in plan.owned if p.holder != rank)
     engine.destroy()
-    return calls, waits.found, 4 * (there + back)
+    return calls, waits.found, 4 * (there + back), computed
 
 
 @OPTIMIZERS
@@ -90,12 +93,14 @@ def test_two_collectives_few_bytes_and_no_wait(
     two_ranks: RankPool, stage: int, overrides: dict[str, Any], calls: int, make: Callable[..., Any]
 ) -> None:
     """Beyond the pieces of matrices, a step() sends one number to each other rank."""
-    for seen, waits, least in two_ranks.run(what_a_step_does, make, stage, overrides):
+    for seen, waits, least, computed in two_ranks.run(what_a_step_does, make, stage, overrides):
         assert len(seen) == calls
         assert all(1 <= len(step) <= 2 for step in seen)
         assert sum(map(sum, seen)) == least + 4 * calls
         assert 4 * calls <= 0.05 * least
         assert waits == []
+        if not overrides:  # DeepSpeed's default layout
+            assert computed == least
 
 
 def measured_and_computed(make: Callable[..., Any], stage: int) -> tuple[int, int]:

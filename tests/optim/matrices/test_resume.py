@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from harness.config import Config
+from harness.convert.plan import plan_optimizer
+from harness.errors import CheckpointError
 from harness.io.stored import materialize
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
@@ -87,6 +89,9 @@ def test_a_run_resumes_in_another_layout(
     ]
     assert sums[0] == pytest.approx(sums[1], rel=1e-9)
     assert all(sums[0].values())
+    if name == "muon":
+        planned = plan_optimizer(SavedEngine(checkpoint(full, 4) / "net")).tensors
+        assert any("momentum_buffer" in key for key in planned)
 
 
 def state_sums(directory: Path) -> dict[str, float]:
@@ -99,9 +104,13 @@ def state_sums(directory: Path) -> dict[str, float]:
     return sums
 
 
-def test_another_max_precond_dim_is_refused(two_ranks: RankPool, tmp_path: Path) -> None:
+def test_what_depends_on_shapes_is_not_converted_and_must_not_change(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
     full = run_of(tmp_path / "full", (2, 1), "soap", 4)
     two_ranks.run(run_in_world, full)
+    with pytest.raises(CheckpointError, match="cannot be resharded or converted"):
+        plan_optimizer(SavedEngine(checkpoint(full, 4) / "net"))
     changed = run_of(tmp_path / "changed", (2, 1), "soap", 8, max_precond_dim=5)
     copy_checkpoint(full, changed)
     for error in two_ranks.run(error_of, changed):
