@@ -52,11 +52,16 @@ def measure(layers: int, steps: int, rounds: int, width: int) -> Figures:
     for number in (0, 1):
         sync([buffers], number, search=True)
         step()
+
+    def sync_and_step() -> None:
+        sync([buffers], 3, search=False)
+        step()
+
     ways: dict[str, Callable[[], object]] = {
         "without": step,
-        "sync": lambda: (sync([buffers], 3, search=False), step()),
+        "sync": sync_and_step,
         "broadcast alone": lambda: sync([buffers], 3, search=False),
-        "search alone": buffers.search,
+        "search alone": lambda: buffers.search(3),
     }
     assert len(buffers.changed) == 3 * layers
     seconds: Figures = {name: [] for name in ways}

@@ -16,7 +16,9 @@ class Loop(Protocol):
     """The part of a `trainer.Trainer` that is used here."""
 
     batches: StepBatches
-    begun: object
+
+    @property
+    def begun(self) -> object: ...
 
 
 @dataclass(frozen=True)

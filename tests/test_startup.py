@@ -46,7 +46,8 @@ def test_a_stale_lock_of_a_compilation_is_told(
         lock = tmp_path / name / "lock"
         lock.parent.mkdir()
         lock.touch()
-        os.utime(lock, (time.time() - age,) * 2)
+        at = time.time() - age
+        os.utime(lock, (at, at))
     startup.check_machine(0)
     assert f"{tmp_path}/cpu_adam/lock is 20 minutes old" in caplog.text
     assert "fused_adam" not in caplog.text

@@ -92,7 +92,8 @@ def live_keys(config: Config | None = None) -> list[str]:
 
 def _live_keys(section: type[BaseModel], values: Any, prefix: str) -> Iterator[str]:
     for name, info in section.model_fields.items():
-        key, value = f"{prefix}{name}", getattr(values, name, None)
+        key = f"{prefix}{name}"
+        value: Any = getattr(values, name, None)
         if info.json_schema_extra == LIVE:
             yield key
         inner = section_of(info.annotation)

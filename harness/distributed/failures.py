@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import (
@@ -106,7 +106,8 @@ class Failures:
         _current = self
         if world_size() > 1:
             # A connection of its own: a call that waits would block others of the same connection.
-            store = dist.distributed_c10d._get_default_store().clone()
+            default: Any = dist.distributed_c10d._get_default_store()
+            store = default.clone()
             self._store = PrefixStore(self._prefix, store)
             self._thread.start()
         return self

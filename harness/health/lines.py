@@ -40,7 +40,7 @@ class Lines:
             self.is_open = False
         *lines, self._buffer = (self._buffer + received).split(b"\n")
         try:
-            messages = [json.loads(line) for line in lines]
+            messages: list[Any] = [json.loads(line) for line in lines]
         except ValueError:
             messages = [None]
         if len(self._buffer) > LONGEST or not all(isinstance(one, dict) for one in messages):

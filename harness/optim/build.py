@@ -25,12 +25,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """
     kind: Any = optimizer_class(config.name)
     args: dict[str, Any] = dict(config.args)
-    is_sharded: bool = issubclass(kind, ShardedOptimizer)
+    is_sharded = bool(issubclass(kind, ShardedOptimizer))
     spec = OPTIMIZERS.get(config.name)
     constructor: Any = (spec and spec.make) or kind
     extra = kind.SELECTION if is_sharded else ()
     check_arguments(f"optimizer {config.name!r}", constructor, args, extra)
-    selection = {key: args.pop(key) for key in extra if key in args}
+    selection: dict[str, Any] = {key: args.pop(key) for key in extra if key in args}
     has_groups = bool(config.groups) or config.no_decay
     try:
         if spec is not None and spec.make is not None:

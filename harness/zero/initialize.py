@@ -45,8 +45,9 @@ def initialize(
         engine = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings
         )[0]
-    if hasattr(engine.optimizer, "check_grad_overflow"):  # false in bf16: NaN would be applied
-        engine.optimizer.check_grad_overflow |= engine.bfloat16_enabled()
+    optimizer_of_engine: Any = engine.optimizer
+    if hasattr(optimizer_of_engine, "check_grad_overflow"):  # false in bf16 would apply NaN
+        optimizer_of_engine.check_grad_overflow |= engine.bfloat16_enabled()
     return engine
 
 

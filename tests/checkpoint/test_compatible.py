@@ -99,7 +99,7 @@ def test_parameters_of_a_rewrite_are_those_of_the_checkpoint(shapes: Any, reason
         can_regroup=False,
         parameter_names=[list(group) for group in shapes],
     )
-    groups = [{name: Shape(size) for name, size in group.items()} for group in shapes]
+    groups: list[Any] = [{name: Shape(size) for name, size in group.items()} for group in shapes]
     with pytest.raises(CheckpointError, match=reason) if reason else nullcontext():
         check_parameters(saved, engine, groups)
 

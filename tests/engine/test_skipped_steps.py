@@ -116,7 +116,8 @@ def statistics_of(names: str, stage: int) -> list[Tensor]:
     found = []
     for batch in batches()[1:4]:  # the first and the last with NaN
         train(engines, [batch])
-        found.append(engines["D"].module[1].running_mean.clone())
+        module: Any = engines["D"].module
+        found.append(module[1].running_mean.clone())
     assert engines["D"].counters.skipped == 0
     engines.close()
     return found

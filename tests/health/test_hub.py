@@ -33,7 +33,10 @@ def serve(hub: Hub) -> None:
     """All that has arrived."""
     while ready := select([hub.listener, *hub.members], [], [], 0.1)[0]:
         for source in ready:
-            hub.accept() if source is hub.listener else hub.read(source)
+            if isinstance(source, Lines):
+                hub.read(source)
+            else:
+                hub.accept()
     hub.tick()
 
 
