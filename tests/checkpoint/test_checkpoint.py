@@ -120,7 +120,7 @@ def damage_missing(directory: Path) -> str:
 def damage_truncated(directory: Path) -> str:
     path = directory / "net/mp_rank_00_model_states.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    return "net/mp_rank_00_model_states.pt has"
+    return "net/mp_rank_00_model_states.pt: damaged: "
 
 
 def damage_one_bit(directory: Path) -> str:

@@ -17,7 +17,7 @@ from torch.distributed.run import get_args_parser
 
 from harness.cli import add_run_arguments
 from harness.config.command_line import parse_args
-from harness.errors import ConfigError, HarnessError
+from harness.errors import ConfigError, HarnessError, NonFiniteError, RunDirectoryGone
 from tests.support.helpers import ROOT
 
 MANIFESTS = sorted((ROOT / "launch/k8s").glob("*.yaml"))
@@ -135,10 +135,11 @@ def check(document: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("job", ALL_JOBS, ids=lambda job: job["metadata"]["name"])
-def test_only_a_config_error_fails_a_job_permanently(job: dict[str, Any]) -> None:
+def test_only_what_a_restart_cannot_mend_fails_a_job_permanently(job: dict[str, Any]) -> None:
     (rule,) = [r for r in job["spec"]["podFailurePolicy"]["rules"] if r["action"] == "FailJob"]
     errors = [HarnessError, *HarnessError.__subclasses__()]
-    assert [e for e in errors if e.code in rule["onExitCodes"]["values"]] == [ConfigError]
+    permanent = {e for e in errors if e.code in rule["onExitCodes"]["values"]}
+    assert permanent == {ConfigError, NonFiniteError, RunDirectoryGone}
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)

@@ -554,7 +554,9 @@ def test_usable_alone() -> None:
     )
     rooms = ("harness.offload", "harness.wrapper")
     own = {name for name in loaded if name.startswith(rooms)}
-    helpers = {"harness.errors", "harness.utils", "harness.zero", "harness.zero.parameters"}
+    helpers = {
+        f"harness.{name}" for name in ("devices", "errors", "utils", "zero", "zero.parameters")
+    }
     assert loaded - own == {"harness"} | helpers
 
 
