@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import stat
 import time
 from pathlib import Path
 
@@ -59,11 +60,11 @@ def test_sockets_opened_in_the_context_are_closed_and_no_later_file_of_that_numb
 
 
 def _open(descriptor: socket.socket) -> bool:
+    """Whether it is still a socket: the number may be another file's in a forked process."""
     try:
-        os.fstat(descriptor.fileno())
+        return stat.S_ISSOCK(os.fstat(descriptor.fileno()).st_mode)
     except OSError:
         return False
-    return True
 
 
 def _worker(path: str) -> None:
