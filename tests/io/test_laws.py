@@ -24,7 +24,7 @@ def check(data: Any, suffix: str, lazy: bool) -> None:
 
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("suffix", [".sft", ".pt"])
-@settings(LAWS, max_examples=100)
+@settings(LAWS, max_examples=40)
 @given(structures())
 def test_what_was_saved_is_loaded(suffix: str, lazy: bool, data: Any) -> None:
     check(data, suffix, lazy)
@@ -32,7 +32,7 @@ def test_what_was_saved_is_loaded(suffix: str, lazy: bool, data: Any) -> None:
 
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("suffix", [".sft", ".pt"])
-@settings(LAWS, max_examples=100)
+@settings(LAWS, max_examples=40)
 @given(families())
 def test_what_shared_memory_shares_it_again(suffix: str, lazy: bool, data: Any) -> None:
     check(data, suffix, lazy)

@@ -68,10 +68,10 @@ def left_of(directory: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("launcher", "how", "rank", "stage"),
     [
-        ("python", "sleep", 0, 2),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
+                ("python", "sleep", 0, 2),
                 ("torchrun", "sleep", 1, 0),
                 ("torchrun", "sleep", 0, 3),
                 ("torchrun", "gil", 1, 2),

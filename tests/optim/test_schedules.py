@@ -196,7 +196,11 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    "name",
+    ["restarts", "plateau"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("inverse-sqrt", "import path")],
+)
 def test_a_resumed_run_is_the_same_and_set_steps_spans(
     two_ranks: RankPool, tmp_path: Path, name: str
 ) -> None:
