@@ -96,7 +96,10 @@ def byte_lm_config(directory: Path, stage: int) -> Config:
     return parse_args(["--config", "launch/tasks/byte_lm.toml", *words])
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(stage, marks=pytest.mark.slow if stage in (0, 2) else ()) for stage in STAGES],
+)
 def test_the_default_task_equals_a_plain_loop(
     two_ranks: RankPool, tmp_path: Path, stage: int, byte_lm_losses: list[float]
 ) -> None:

@@ -67,7 +67,10 @@ def compare(config: Config, expected: list[dict[str, float]], models: dict[str, 
 # ------------------------------------------------------------------------------ a loss through both
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(stage, marks=pytest.mark.slow if stage in (1, 2) else ()) for stage in STAGES],
+)
 def test_a_gan_and_its_average_equal_plain_torch(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:

@@ -246,7 +246,7 @@ def test_wrong_arguments_are_reported(args: dict[str, Any], told: str) -> None:
 # ---------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("name", ["delay", "coarse_first"])
+@pytest.mark.parametrize("name", ["delay", pytest.param("coarse_first", marks=pytest.mark.slow)])
 def test_it_learns(two_ranks: RankPool, tmp_path: Path, sounds: Path, name: str) -> None:
     """From the shipped config, on pygame's sounds where they are installed."""
     words = ["--config", "launch/tasks/codec_lm.toml", f"--run.dir={tmp_path}", "--run.steps=30"]

@@ -300,7 +300,9 @@ def closed_loop(stage: int) -> tuple[float, float]:
     return worst(found, reference), losses[0] - losses[-1]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))]
+)
 def test_a_transformer_learns_the_same(
     two_ranks: RankPool, four_ranks: RankPool, stage: int
 ) -> None:
