@@ -9,7 +9,7 @@ and parameters.
     projections.py     random P, regenerated when needed
     spectral.py        P from the gradient's singular vectors
     named_state.py     state by matrix name: moves it between layouts
-    tensor_groups.py   tensors that are stepped together; dense ones, with AdamW
+    tensor_groups.py   tensors that are stepped together
     memory.py          bytes of state per rank, computed from shapes
     channels.py        which rank keeps the state of which rows and columns
     philox.py          counter-based random numbers
