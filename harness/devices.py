@@ -47,6 +47,24 @@ def limits(device: torch.device) -> Limits:
     return LIMITS["cpu" if device.type == "cpu" else "cuda"]
 
 
+def memory_in_use() -> dict[str, int]:
+    """What uses the memory of this process's device, in bytes by what it is; empty without a GPU
+    that has been used."""
+    if not (is_gpu_used() and torch.cuda.is_initialized()):
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    stats = torch.cuda.memory_stats()
+    tensors, reserved = stats["allocated_bytes.all.current"], stats["reserved_bytes.all.current"]
+    return {
+        "tensors": tensors,
+        "tensors, most": stats["allocated_bytes.all.peak"],
+        "torch's cache": reserved - tensors,
+        "others": total - free - reserved,
+        "free": free,
+        "all": total,
+    }
+
+
 def separate_pages(size: int) -> torch.Tensor:
     """`size` bytes of host memory (uint8, 1-D) in pages that forked processes do not inherit."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

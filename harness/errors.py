@@ -4,6 +4,8 @@ An error that is raised on all ranks (`distributed.raise_on_all_ranks`) is print
 """
 
 import re
+import sys
+import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -99,6 +101,7 @@ class GradientError(HarnessError):
 class OutOfMemory(HarnessError):
     """Memory of the device, or of the host, has run out; smaller micro-batches may fit."""
 
+    code = RESTART_CODE
     kind = "oom"
 
 
@@ -126,6 +129,42 @@ class LostRank(HarnessError):
     """Where the lost rank ran, and where it failed; as far as they are known."""
     step: int | None = None
     phase: str | None = None
+
+
+def kind_of(error: BaseException) -> Kind:
+    """Of the end that an error leads to."""
+    if isinstance(error, HarnessError):
+        return error.kind
+    if isinstance(error, KeyboardInterrupt):
+        return "signal"
+    if is_out_of_memory(error):
+        return "oom"
+    return "task" if not isinstance(error, OSError) and _is_of_task(error) else "error"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the device, or of the host, has run out."""
+    if {"OutOfMemoryError", "MemoryError"} & {kind.__name__ for kind in type(error).__mro__}:
+        return True
+    # torch raises its own class for its allocator of the device alone.
+    texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+_OF_WORKER = re.compile(r'^ *File "(.+?)", line \d+', re.MULTILINE)
+"""A frame in the message of an error that a DataLoader's worker has raised."""
+
+
+def _is_of_task(error: BaseException) -> bool:
+    """Whether it came, here or in a worker, through a file that is not of harness, the libraries,
+    or the entry point. An injected fault is the task's."""
+    package = Path(__file__).parent
+    known = [str(package), *map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))]
+    known += [sys.argv[0], "<"]
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    files += _OF_WORKER.findall(str(error))
+    injected = str(package / "testing/faults.py")
+    return any(f == injected or not f.startswith(tuple(filter(None, known))) for f in files)
 
 
 def mark_on_all_ranks(error: Exception) -> None:

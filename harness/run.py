@@ -82,9 +82,10 @@ def run_in_world(config: Config, began: float | None = None) -> int:
     signals = Signals()
     failures = Failures(config.run.timeout_s, phases.file, phases.read)
     with signals.installed(), failures, ExitStack() as stack:
-        task, batches = _build_task(config)
-        stack.callback(batches.close)
-        engines = build_engines(task, config)
+        with oom.explained(config, is_building=True):
+            task, batches = _build_task(config)
+            stack.callback(batches.close)
+            engines = build_engines(task, config)
         stack.callback(engines.close)
         _use_attention_backend(config, engines, stack)
         directory = stack.enter_context(RunDirectory(config))

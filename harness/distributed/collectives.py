@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from harness.distributed.world import control_group, world_size
-from harness.errors import HarnessError, no_exit
+from harness.errors import HarnessError, OutOfMemory, TaskError, kind_of, no_exit
 
 T = TypeVar("T")
 
@@ -74,7 +74,8 @@ def raise_on_all_ranks(doing: str) -> Iterator[None]:
 
     The body must contain no collective, except ones that fail on all ranks. If it raised anywhere,
     every rank raises the error of the first rank that failed: a HarnessError unchanged, any other
-    error with that rank's traceback. `doing`: what was being done, for the message.
+    error as one of its kind, with that rank's traceback. `doing`: what was being done, for the
+    message.
     """
     failure: HarnessError | None = None
     try:
@@ -84,8 +85,9 @@ def raise_on_all_ranks(doing: str) -> Iterator[None]:
         failure = error
     except OSError as error:
         failure = HarnessError(f"{doing}: {error}")
-    except Exception:
-        failure = HarnessError(f"{doing}:\n{traceback.format_exc()}")
+    except Exception as error:
+        kind = {"task": TaskError, "oom": OutOfMemory}.get(kind_of(error), HarnessError)
+        failure = kind(f"{doing}:\n{traceback.format_exc()}")
     if all_reduce_max([failure is not None]) == [0]:  # far cheaper than to gather
         return
     failures = all_gather(failure)

@@ -11,26 +11,20 @@ from contextlib import contextmanager
 import psutil
 
 from harness.config import Config
-from harness.errors import ConfigError, OutOfMemory
+from harness.errors import ConfigError, OutOfMemory, is_out_of_memory
 
 GIB = 2**30
-_CLASSES = {"OutOfMemoryError", "MemoryError"}
-_TEXTS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""In a RuntimeError: torch raises its own class for its allocator of the device alone."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of the device, or of the host, has run out."""
-    if _CLASSES & {kind.__name__ for kind in type(error).__mro__}:
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
 
 
 @contextmanager
-def explained(config: Config) -> Iterator[None]:
-    """Raises OutOfMemory, with what uses memory and what would need less of it."""
+def explained(config: Config, is_building: bool = False) -> Iterator[None]:
+    """Raises OutOfMemory, with what uses memory and what would need less of it. `is_building`: in
+    the context there is no micro-batch yet."""
     try:
         yield
+    except OutOfMemory as error:  # on all ranks, with the traceback of the one that met it
+        error.add_note("\n  ".join(["what would need less:", *_advice(config, is_building)]))
+        raise
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -38,7 +32,8 @@ def explained(config: Config) -> Iterator[None]:
         lines = [
             f"out of memory on rank {os.environ.get('RANK', '0')}, in {_place(error)}: {reason}"
         ]
-        lines += ["memory in GiB:", *_table(), "what would need less:", *_advice(config)]
+        lines += ["memory in GiB:", *_table()]
+        lines += ["what would need less:", *_advice(config, is_building)]
         text = "\n  ".join(lines)
         raise OutOfMemory(text).with_traceback(error.__traceback__) from error
 
@@ -51,37 +46,33 @@ def _place(error: BaseException) -> str:
 
 
 def _table() -> list[str]:
-    """What uses the memory of the device and of the host."""
-    import torch
+    """What uses the memory of the host and of the device."""
+    from harness import devices
 
     own, host = psutil.Process().memory_info().rss, psutil.virtual_memory()
     rows = {"host: this rank": own, "host: free": host.available, "host: all": host.total}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        free, total = torch.cuda.mem_get_info()
-        stats = torch.cuda.memory_stats()
-        reserved = stats["reserved_bytes.all.current"]
-        rows |= {
-            "device: tensors": stats["allocated_bytes.all.current"],
-            "device: tensors, most": stats["allocated_bytes.all.peak"],
-            "device: torch's cache": reserved - stats["allocated_bytes.all.current"],
-            "device: others": total - free - reserved,
-            "device: free": free,
-            "device: all": total,
-        }
+    rows |= {f"device: {what}": size for what, size in devices.memory_in_use().items()}
     return [f"  {name:<24}{size / GIB:8.2f}" for name, size in rows.items()]
 
 
-def _advice(config: Config) -> list[str]:
+def _advice(config: Config, is_building: bool) -> list[str]:
     """Settings that this run does not use yet, the cheapest first."""
+    from harness import devices
+
     found = []
-    if (size := config.data.micro_batch_size) > 1:
+    if (size := config.data.micro_batch_size) > 1 and not is_building:
         found.append(
             f"  data.micro_batch_size below {size}, with more gradient_accumulation_steps; "
             'health.oom = "shrink" does both, under `harness run`'
         )
-    stages = {engine.zero_stage for engine in config.engines.values() if engine.role == "train"}
-    if min(stages) < 3:
-        found.append(f"  a ZeRO stage above {min(stages)}, if there are several ranks")
+    trained = [engine for engine in config.engines.values() if engine.role == "train"]
+    if (stage := min(engine.zero_stage for engine in trained)) < 3:
+        found.append(f"  a ZeRO stage above {stage}, if there are several ranks")
+    zero = [engine.deepspeed().get("zero_optimization", {}) for engine in trained]
+    if devices.is_gpu_used() and not any("offload_optimizer" in table for table in zero):
+        found.append("  zero_optimization.offload_optimizer: the optimizer's state in host memory")
+    if is_building:
+        return [*found, "  a smaller model"]
     if not config.optimizations.unsloth:
         found.append("  optimizations.unsloth = true: activations in host memory")
     return [*found, "  data.max_tokens, shorter samples, or a smaller model"]

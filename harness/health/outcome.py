@@ -10,15 +10,19 @@ import logging
 import os
 import signal
 import socket
-import sys
-import sysconfig
 import time
-import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from harness.errors import RESTART_CODE, HarnessError, Kind, LostRank, is_on_all_ranks
+from harness.errors import (
+    RESTART_CODE,
+    HarnessError,
+    Kind,
+    LostRank,
+    is_on_all_ranks,
+    kind_of,
+)
 from harness.files import json_write
 from harness.health import phases
 
@@ -98,7 +102,8 @@ class Outcome:
     @staticmethod
     def of(error: BaseException) -> "Outcome":
         """The outcome of a run that this error ends, in the step and phase of this rank."""
-        kind, code = _kind_of(error)
+        kind = kind_of(error)
+        code = _code_of(error, kind)
         is_ours = isinstance(error, HarnessError)
         reason = str(error) if is_ours else f"{type(error).__name__}: {error}"
         doing = phases.now()
@@ -147,21 +152,7 @@ def _own_rank() -> int | None:
     return int(rank) if rank.isdecimal() else None
 
 
-def _kind_of(error: BaseException) -> tuple[Kind, int]:
-    """With the exit code."""
+def _code_of(error: BaseException, kind: Kind) -> int:
     if isinstance(error, HarnessError):
-        return error.kind, error.code
-    if isinstance(error, KeyboardInterrupt):
-        return "signal", 128 + signal.SIGINT
-    if {"OutOfMemoryError", "MemoryError"} & {kind.__name__ for kind in type(error).__mro__}:
-        return "oom", RESTART_CODE
-    is_of_task = not isinstance(error, OSError) and _is_of_task(error)
-    return ("task" if is_of_task else "error"), 1
-
-
-def _is_of_task(error: BaseException) -> bool:
-    """Whether it came through a file that is not of harness, the libraries, or the entry point."""
-    known = [str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("stdlib", "purelib"))]
-    known += [sysconfig.get_path("platlib"), sys.argv[0], "<"]
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    return any(not file.startswith(tuple(filter(None, known))) for file in files)
+        return error.code
+    return {"signal": 128 + signal.SIGINT, "oom": RESTART_CODE}.get(kind, 1)

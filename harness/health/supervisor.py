@@ -103,6 +103,8 @@ class Supervisor:
         """Makes the micro-batches of the next attempt smaller; why not, if they cannot be."""
         if self.config is None or self.config.health.oom == "stop":
             return 'a restart would run out of memory again, unless health.oom = "shrink"'
+        if outcome.phase == "start":
+            return "a restart would run out of memory again: the models alone need too much"
         try:
             words, what = shrunk(self.config)
         except ConfigError as error:

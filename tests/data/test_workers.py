@@ -13,6 +13,7 @@ from harness.config.sections import DataConfig
 from harness.data.batches import Batches
 from harness.data.train_batches import train_batches
 from harness.data.workers import note_remedy
+from harness.errors import Kind, kind_of
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -41,12 +42,15 @@ def batches_of(data: Any, collate: Any = default_collate, **settings: Any) -> Ba
     return train_batches(data, config, collate, seed=0, rank=0, world_size=1)
 
 
-def failure_of(batches: Batches, reads: int = 3) -> str:
-    """Message and notes of the error of reading."""
+def failure_of(batches: Batches, kind: Kind = "task", reads: int = 3) -> str:
+    """Message and notes of the error of reading, which is of that kind."""
     try:
         for _ in range(reads):
             next(batches)
     except Exception as error:
+        assert error.__traceback__ is not None
+        error.__traceback__ = error.__traceback__.tb_next  # without this file
+        assert kind_of(error) == kind
         note_remedy(error)
         return "\n".join([str(error), *getattr(error, "__notes__", ())])
     finally:
@@ -64,7 +68,7 @@ def test_an_error_names_the_sample_and_its_micro_batch(workers: int) -> None:
 
 
 def test_a_killed_worker_is_told_with_a_remedy() -> None:
-    text = failure_of(batches_of(Numbers(death=6), workers=1))
+    text = failure_of(batches_of(Numbers(death=6), workers=1), kind="error")
     assert "killed by signal: Killed" in text or "exited unexpectedly" in text
     assert "smaller data.workers" in text
 

@@ -96,7 +96,7 @@ def test_a_failure_on_all_ranks_names_none(two_ranks: RankPool) -> None:
 
 def test_an_unexpected_failure_keeps_its_traceback(two_ranks: RankPool) -> None:
     for kind, message, _ in two_ranks.run(fail_on, 0, KeyError):
-        assert kind == "HarnessError"
+        assert kind == "TaskError"
         assert "rank 0: testing" in message and "KeyError: 'broken shard'" in message
     assert two_ranks.run(fail_on, 9, KeyError) == [("none", "", None)] * 2
 

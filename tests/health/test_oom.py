@@ -1,18 +1,22 @@
 """Out of memory: what is reported; and smaller micro-batches train in the same way."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from harness import distributed
 from harness.config import Config
 from harness.config.command_line import parse_overrides
 from harness.config.sections import merge
 from harness.engine.engines import Engines
-from harness.errors import ConfigError, OutOfMemory
-from harness.health.oom import check_can_shrink, explained, is_out_of_memory, shrunk
+from harness.errors import ConfigError, OutOfMemory, is_out_of_memory, with_notes
+from harness.health.oom import check_can_shrink, explained, shrunk
+from harness.health.outcome import Outcome
 from harness.run import run_in_world
+from harness.testing.pool import RankPool
 from tests.support.helpers import Pools, error_of, exported, log_text, losses, tiny_config
 from tests.test_weigh import config_of, plain
 
@@ -109,6 +113,37 @@ def out_of_memory_at(config: Config, step: int) -> str:
         patch.setattr(Engines, "step", limited)
         run_in_world(config)
     return str(caught.value)
+
+
+def out_of_memory_while_building(config: Config, place: str, ranks: Sequence[int]) -> str:
+    """The error, and the outcome that it leads to."""
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OutOfMemory) as caught:
+        if distributed.global_rank() in ranks:
+            patch.setattr(place, fail)
+        run_in_world(config)
+    ended = Outcome.of(caught.value)
+    return f"{ended.kind} {ended.code} of rank {ended.rank}: {with_notes(caught.value)}"
+
+
+def test_models_that_do_not_fit_are_explained(two_ranks: RankPool, tmp_path: Path) -> None:
+    """Where the ranks agree on errors, and in DeepSpeed. Smaller micro-batches would not help."""
+    config = tiny_config(tmp_path, 2)
+    args = (out_of_memory_while_building, config)
+    agreed = two_ranks.run(*args, "harness.run.load_task", [1])
+    for text in agreed:
+        assert text.startswith("oom 75 of rank 1: rank 1: task ")
+    alone = two_ranks.run(*args, "harness.engine.engines.Engine", [0, 1])
+    for rank, text in enumerate(alone):
+        assert text.startswith(f"oom 75 of rank {rank}: out of memory on rank {rank}, in "), text
+        assert "host: this rank" in text
+    for text in (*agreed, *alone):
+        assert "Tried to allocate 2.00 GiB" in text
+        advice = text.partition("what would need less:")[2]
+        assert "a ZeRO stage above 2" in advice and "micro_batch" not in advice, advice
 
 
 @pytest.mark.parametrize(

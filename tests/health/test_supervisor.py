@@ -163,6 +163,9 @@ def test_another_program_names_its_run_directory_itself(
 def test_micro_batches_shrink(supervised: Supervised, tmp_path: Path) -> None:
     """Each time by the smallest factor, with as much more accumulation, until nothing is left."""
     settings = ["--data.micro_batch_size=6", "--health.oom=shrink"]
+    code, err = supervised(end("oom", 75, 0, phase="start"), words=settings)
+    assert code == 75 and "the models alone need too much" in err
+    FakeAttempt.commands = []
     code, err = supervised(end("oom", 1, 5), words=settings)
     key = "--engines.net.ds_overrides.gradient_accumulation_steps"
     once = ["--data.micro_batch_size=3", f"{key}=2"]
