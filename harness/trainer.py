@@ -87,7 +87,7 @@ class Trainer:
     def train(self) -> int:
         """Trains up to `run.steps`, or to a `quit`; then evaluates, exports and saves. Returns the
         `exit_code`."""
-        if self.is_over():
+        if self.is_over() and self.engines.finished_at == self.engines.global_step:
             log.info("the run is complete; a larger run.steps in the config continues it")
             return exit_code(self)
         try:
@@ -269,7 +269,8 @@ class Trainer:
     def finish(self) -> None:
         """Evaluates, exports and saves at the end of the run or after `quit`.
 
-        The checkpoint comes last: a run that resumes from it has nothing left to do.
+        The checkpoint comes last: a run that resumes from it has nothing left to do, unless a
+        command or an error has ended this one at its last step.
         """
         self.traces.end(self.engines.global_step, immediately=True)
         self.finish_save(self.saver.wait())
@@ -280,6 +281,9 @@ class Trainer:
         settings = self.live.config.trainer
         if settings.export_at_end and not isinstance(self.ending, QuitUnsaved | Interrupt):
             self.export()
+        if self.ending is None:
+            self.engines.finished_at = self.engines.global_step
+            self._saved_step = None  # a checkpoint of this step would not contain it
         if isinstance(self.ending, Interrupt) or (
             settings.save_at_end and not isinstance(self.ending, QuitUnsaved)
         ):

@@ -3,6 +3,7 @@
 import os
 import pkgutil
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from tests.support.helpers import (
     ROOT,
     Pools,
     error_of,
+    exports,
     log_text,
     losses,
     records,
@@ -232,6 +234,33 @@ def test_a_save_in_the_background_is_completed(
     config = accumulated(tmp_path, **settings)
     two_ranks.run(run_failing_with_slow_files, config, place, at)
     assert steps_saved(config) == [2]
+
+
+def ended_at_the_last_step(config: Config, by: str) -> str:
+    """A signal, which is obeyed at the last step, or an error of the evaluation that follows it."""
+    if by == "signal":
+        with failing("feed", 10, partial(os.kill, os.getpid(), signal.SIGTERM), raises=False):
+            return str(run_in_world(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines.Engines, "evaluate", lambda *_: fail(None, raises=True))
+        return error_of(config)
+
+
+@pytest.mark.parametrize("by", ["signal", "error"])
+def test_what_follows_the_last_step_is_left_to_the_next_start(
+    two_ranks: RankPool, tmp_path: Path, by: str
+) -> None:
+    """The evaluation and the export, once."""
+    config = accumulated(tmp_path, 2)
+    ended = two_ranks.run(ended_at_the_last_step, config, by)
+    assert all({"signal": "143", "error": "Unwell: it is unwell"}[by] in text for text in ended)
+    assert steps_saved(config) == [6] and records(config, "eval/loss") == []
+    assert not exports(config).exists()
+    for _ in range(2):
+        two_ranks.run(run_in_world, config)
+        assert [record["step"] for record in records(config, "eval/loss")] == [6]
+        assert exports(config).exists() and steps_saved(config) == [6]
+    assert log_text(config).count("the run is complete") == 1
 
 
 def alone(config: Config, place: str, at: int, rank: int, how: Any) -> None:

@@ -61,6 +61,8 @@ class Engines(Mapping[str, Engine]):
         self.global_step = 0
         self.rollbacks = 0
         """How often the run has returned to an earlier step."""
+        self.finished_at = -1
+        """The step at which the run has been complete, with all that follows its last step."""
 
     def __getitem__(self, name: str) -> Engine:
         return self._engines[name]
@@ -314,6 +316,7 @@ class Engines(Mapping[str, Engine]):
             "global_step": self.global_step,
             "engines": engines,
             "rollbacks": self.rollbacks,
+            "finished_at": self.finished_at,
             "spikes": self.spikes.state_dict(),
         }
 
@@ -322,6 +325,7 @@ class Engines(Mapping[str, Engine]):
         self.global_step = state["global_step"]
         phases.at_step(self.global_step)
         self.rollbacks = state.get("rollbacks", 0)
+        self.finished_at = state.get("finished_at", self.global_step)  # not in older checkpoints
         self.skips.clear()
         self.spikes.load_state_dict(state.get("spikes", {}))
         for name, engine in self.items():
