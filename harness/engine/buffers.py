@@ -15,6 +15,7 @@ shape, as a cache does, or is sparse, stays each rank's own.
 """
 
 import logging
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -34,6 +35,9 @@ log_warning = distributed.global_leader_only(log.warning)
 Mode = Literal["sync", "own"]
 
 SEARCH_EVERY = 256  # steps
+MOST_COPIED = 64 << 20
+"""Bytes of an engine's buffers that training has not changed yet, and that are copied before a step
+none the less: it may be the first to change them, and be skipped."""
 
 
 class Layout(NamedTuple):
@@ -71,6 +75,7 @@ class Buffers:
         self._changed: dict[str, Slot] = {}  # alike on every rank
         self._restored: Sequence[str] = ()  # that the checkpoint names as changed
         self._others: dict[str, Content] | None = None  # at the last search
+        self._small: dict[str, Slot] = {}  # others that take `MOST_COPIED` together
         self._is_stepped = False  # since the first search
         self._is_compared = False  # whether it is known which ones training changes
         self._searched_at = 0  # step of the last search
@@ -99,10 +104,9 @@ class Buffers:
         contents = [content for content, _ in per_rank]
         alike = {name: c.layout for name, c in found.items() if _has_one_layout(name, contents)}
         new = sorted(alike.keys() & set().union(*(changed for _, changed in per_rank)))
-        for name in new:
-            path, _, key = name.rpartition(".")
-            self._changed[name] = Slot(self._module.get_submodule(path), key, alike[name])
+        self._changed |= {name: self._slot(name, alike[name]) for name in new}
         self._others = {name: content for name, content in found.items() if name not in new}
+        self._small = {n: self._slot(n, self._others[n].layout) for n in self._smallest()}
         if new:
             whose = "rank 0's before every step" if self.mode == "sync" else "each rank's own"
             log.info("engine %s: training changes %s: %s", self._engine, summary(new), whose)
@@ -117,6 +121,20 @@ class Buffers:
         if is_first and self.mode == "sync":
             others = sorted(alike.keys() - set(new))
             self._make_alike([n for n in others if len({c[n].crc for c in contents}) > 1])
+
+    def _slot(self, name: str, layout: Layout) -> Slot:
+        path, _, key = name.rpartition(".")
+        return Slot(self._module.get_submodule(path), key, layout)
+
+    def _smallest(self) -> Iterator[str]:
+        """Names of the buffers that are not known to change, up to `MOST_COPIED`."""
+        others = {name: c.layout for name, c in (self._others or {}).items()}
+        sizes = {n: math.prod(shape) * dtype.itemsize for n, (shape, dtype) in others.items()}
+        total = 0
+        for name in sorted(sizes, key=sizes.__getitem__):
+            if (total := total + sizes[name]) > MOST_COPIED:
+                return
+            yield name
 
     def _changed_since(self, found: dict[str, Content]) -> set[str]:
         """Names of the buffers whose content, but not their layout, is another than before."""
@@ -165,16 +183,13 @@ class Buffers:
 
     def changeable(self) -> dict[str, tuple[nn.Module, str, Tensor]]:
         """The buffers that a step may change, with the modules that have them: those that training
-        changes, and all until that is known. Called before a step."""
+        changes, and the smallest others; all until they are known. Called before a step."""
         self._is_stepped = True
         if self._is_compared:
-            slots = {name: (owner, key) for name, (owner, key, _) in self._changed.items()}
+            slots = self._changed | self._small
         else:
-            slots = {}
-            for name, _ in self._tensors():
-                path, _, key = name.rpartition(".")
-                slots[name] = self._module.get_submodule(path), key
-        found = ((n, owner, key, owner._buffers.get(key)) for n, (owner, key) in slots.items())
+            slots = {name: self._slot(name, layout_of(tensor)) for name, tensor in self._tensors()}
+        found = ((n, owner, key, owner._buffers.get(key)) for n, (owner, key, _) in slots.items())
         return {n: (owner, key, tensor) for n, owner, key, tensor in found if tensor is not None}
 
     def restored(self) -> None:

@@ -1,8 +1,9 @@
 """Buffers as they were before an engine's step, restored if the step is skipped.
 
 A forward changes running statistics and codebooks before anything is known about its gradients, and
-a NaN in them stays. Copied are the buffers that training changes, in one operation on the device
-for each dtype; and all of them in the first step, when it is not known yet which these are.
+a NaN in them stays. Copied are the buffers that training changes, and small ones that it may yet
+change, in one operation on the device for each dtype; and all of them in the first step, when it is
+not known yet which these are.
 """
 
 from collections import defaultdict
@@ -48,10 +49,10 @@ class KeptBuffers:
         pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for name, (owner, key, tensor) in found.items():
             old = earlier.get(name)
-            is_same = old is not None and layout_of(old.copy) == layout_of(tensor)
-            copy = old.copy if old is not None and is_same else torch.empty_like(tensor)
-            kept[name] = _Kept(owner, key, copy)
-            pairs[tensor.dtype][0].append(copy)
+            if old is None or old.copy.shape != tensor.shape or old.copy.dtype != tensor.dtype:
+                old = _Kept(owner, key, torch.empty_like(tensor))
+            kept[name] = old
+            pairs[tensor.dtype][0].append(old.copy)
             pairs[tensor.dtype][1].append(tensor)
         for copies, tensors in pairs.values():
             torch._foreach_copy_(copies, tensors)  # pyright: ignore[reportPrivateImportUsage]

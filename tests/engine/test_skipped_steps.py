@@ -138,6 +138,39 @@ def test_a_skipped_step_restores_what_it_has_changed_in_a_lent_model(
         assert not torch.equal(alone[1], both[1])
 
 
+class LateMean(nn.Linear):
+    """A layer whose running mean begins with the fourth step."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 3)
+        self.calls = 0
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls >= 4:
+            self.mean += input.detach().mean(0)
+        return super().forward(input)
+
+
+def late_means() -> list[Tensor]:
+    """After each of five steps."""
+    engines = engines_of(LateMean(), feed, 0)
+    found = []
+    for batch in batches():
+        engines.sync_buffers()
+        train(engines, [batch])
+        found.append(engines["net"].module.mean.clone())
+    engines.close()
+    return found
+
+
+def test_a_skipped_step_restores_what_is_first_changed_in_it(two_ranks: RankPool) -> None:
+    for means in two_ranks.run(late_means):
+        assert all(torch.equal(mean, torch.zeros(6)) for mean in means[:4])
+        assert means[4].isfinite().all() and means[4].any()
+
+
 def nan_config(directory: Path, steps: int) -> Config:
     task = {"path": str(ROOT / "tests/tasks/nan_task.py"), "args": {"steps": [2, 5]}}
     return tiny_config(directory, 0, task=task, run={"steps": steps})
