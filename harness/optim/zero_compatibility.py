@@ -42,6 +42,12 @@ def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"optimizer {config.name!r} is not supported: {reason}; use another optimizer"
             )
+    if not stage and deepspeed.get("fp16", {}).get("enabled"):
+        raise ConfigError(
+            "fp16 at ZeRO stage 0: DeepSpeed divides the gradients by a loss scale that it never "
+            "applied (DeepSpeed #8393), so that small ones count for nothing, and none is clipped: "
+            "use stage 1, which needs no second rank, or bf16"
+        )
     if config.name == MUON_OF_DEEPSPEED and stage == 3 and zero.get("reduce_scatter", True):
         raise ConfigError(
             f"optimizer {config.name!r} needs complete gradients at ZeRO stage 3: set "
@@ -49,7 +55,7 @@ def check_zero(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> None:
         )
     check_clipping(config, stage, deepspeed.get("gradient_clipping", DEFAULT_CLIPPING))
     if issubclass(kind, ShardedOptimizer):
-        _check_sharded(config.name, stage, deepspeed)
+        _check_sharded(config.name, deepspeed)
     spec = OPTIMIZERS.get(config.name)
     if stage and spec is not None and spec.wrong_when_sharded:
         raise ConfigError(
@@ -82,16 +88,11 @@ def check_clipping(config: OptimizerConfig, stage: int, norm: float) -> None:
         )
 
 
-def _check_sharded(name: str, stage: int, deepspeed: Mapping[str, Any]) -> None:
+def _check_sharded(name: str, deepspeed: Mapping[str, Any]) -> None:
     try:
         check_optimizer_covers_all(deepspeed)
     except UnsupportedSetting as error:
         raise ConfigError(f"optimizer {name!r}: {error}") from None
-    if not stage and deepspeed.get("fp16", {}).get("enabled"):
-        raise ConfigError(
-            f"optimizer {name!r}: fp16 at ZeRO stage 0 divides the gradients by a loss scale that "
-            "was never applied (DeepSpeed #8393): use stage 1, or bf16"
-        )
 
 
 def _is_elementwise_torch(kind: type[Optimizer]) -> bool:

@@ -18,7 +18,7 @@ from harness.errors import ConfigError
 from harness.optim import Apollo, apollo_param_groups
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
-from tests.support.helpers import assert_equal, checkpoint, exported, records, tiny_config
+from tests.support.helpers import Pools, assert_equal, checkpoint, exported, records, tiny_config
 from tests.support.small_loop import engines_of, train, weights_of
 
 R = TypeVar("R")
@@ -118,6 +118,37 @@ def test_it_trains_as_in_fp32(
         moved = norm_of({name: expected[name] - start[name] for name in start})
         differs = norm_of({name: expected[name] - found[name] for name in start})
         assert differs < 0.2 * moved, (differs, moved)
+
+
+def step_of_deepspeed(stage: int) -> dict[str, Tensor]:
+    """The weights after a step of DeepSpeed alone."""
+    import deepspeed
+
+    net = model()
+    engine: Any = deepspeed.initialize(
+        model=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=1.0),
+        config=fp16(10)
+        | {"train_batch_size": 4, "zero_optimization": {"stage": stage}}
+        | {"zero_allow_untested_optimizer": True},
+    )[0]
+    engine.backward(engine(batches()[0].half()).float().square().mean())
+    engine.step()
+    weights = {name: p.detach().float().clone() for name, p in net.named_parameters()}
+    engine.destroy()
+    return weights
+
+
+def test_deepspeed_does_not_apply_the_scale_at_stage_0(pools: Pools) -> None:
+    """But divides by it: a step of SGD hardly moves the weights. If this fails, DeepSpeed is fixed,
+    and `check_zero` need not refuse it."""
+    net, start = model(), model().state_dict()
+    expected = plain(torch.optim.SGD(net.parameters(), lr=1.0), net, batches()[:1])
+    for stage, share in ((0, 0.0), (1, 1.0)):
+        (found,) = pools(1).run(with_fp16, step_of_deepspeed, stage)
+        moved = norm_of({name: found[name] - start[name] for name in start})
+        whole = norm_of({name: expected[name] - start[name] for name in start})
+        assert moved / whole == pytest.approx(share, abs=0.02), stage
 
 
 def config_of(directory: Path, steps: int, **engine: Any) -> Config:

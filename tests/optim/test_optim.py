@@ -99,7 +99,7 @@ ADAFACTOR = "keeps row and column means of each matrix"
             {"zero_optimization": {"stage": 2}},
             r"\(to 1\): set gradient_clipping = 0",
         ),
-        ("apollo", {"fp16": {"enabled": True}}, "use stage 1, or bf16"),
+        ("adamw", {"fp16": {"enabled": True}}, "fp16 at ZeRO stage 0: .* use stage 1"),
         (
             "apollo",
             {

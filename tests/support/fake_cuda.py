@@ -7,7 +7,7 @@ one that copies between host and device is counted.
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -32,6 +32,7 @@ CHUNK, BLOCKS = 65536, 320
 """Elements of a block, and blocks of a launch, in torch's kernels for lists of tensors."""
 LISTS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 """Tensors of a launch in these kernels, by the number of lists."""
+TENSOR = torch.tensor
 CONCATENATED = 128
 """Tensors of a launch of `cat` and `stack`."""
 
@@ -104,10 +105,16 @@ def fake_cuda() -> Iterator[None]:
         patch.setattr(Tensor, "zero_", lambda self: aten.zero_(self))
         patch.setattr(Tensor, "__invert__", lambda self: aten.bitwise_not(self))
         patch.setattr(torch, "bincount", _counted)
+        patch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+        patch.setattr(torch, "tensor", _made)
         for kind in (nn.Linear, nn.Embedding, nn.RMSNorm):
             patch.setattr(kind, "reset_parameters", lambda self: None)
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
+
+
+def _made(data: Any, *args: Any, pin_memory: bool = False, **settings: Any) -> Tensor:
+    return TENSOR(data, *args, **settings)  # which fails to pin
 
 
 def _copied(self: Tensor, other: Tensor, non_blocking: bool = False) -> Tensor:

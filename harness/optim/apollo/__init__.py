@@ -6,6 +6,7 @@ and parameters.
     optimizer.py       Apollo, ApolloMini: the equations, and a step
     exchange.py        the collectives of a step
     lowrank.py         the step of low-rank matrices
+    kernels.py         Triton kernels, of `fused = true`
     projections.py     random P, regenerated when needed
     spectral.py        P from the gradient's singular vectors
     named_state.py     state by matrix name: moves it between layouts

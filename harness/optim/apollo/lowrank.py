@@ -33,11 +33,17 @@ class LowRank(TensorGroup):
         shards: Sequence[Shard],
         matrices: Mapping[str, Sequence[Matrix]],
         projections: Projections,
+        kernels: Any = None,
     ):
-        """`matrices`: the matrices of each parameter, by parameter name."""
+        """`matrices`: the matrices of each parameter, by parameter name. `kernels`: the module, if
+        the update is to be fused."""
         super().__init__(flats, shards)
         self._projections = projections
         self.plan = ChannelPlan(shards, matrices, limits(self.device).tile_elements)
+        self._fused_update: Any = None
+        if kernels:
+            by_rows = [self.plan.matrices[tile.matrix].by_rows for tile in self.plan.tiles]
+            self._fused_update = kernels.Update(self.plan.tiles, by_rows, self.device)
         self.is_cut = self.plan.is_cut
         self._matrix_of_slot = self.plan.matrix_of_slot.to(self.device)
         self._flat_of_matrix = torch.tensor(self.plan.flat_of_matrix, device=self.device)
@@ -229,13 +235,20 @@ class LowRank(TensorGroup):
         rate = settings["lr"] * alpha * self._corrections() * scale / limit * (1 - decay)
         rate = torch.cat([rate, rate.new_zeros(1)])[self._matrix_of_slot]
         step = torch.where(all_finite, ratios * rate, 0.0).float()[:, None]
+        decays = decay if settings["weight_decay"] else None
+        if self._fused_update:
+            self._fused_update(self.weights, self.gradients, step.flatten(), decays, all_finite)
+        else:
+            self._update(step, decays, all_finite)
+        self.end()
+
+    def _update(self, step: Tensor, decay: Tensor | None, all_finite: Tensor) -> None:
         masked = _mask(all_finite)
-        for tile in plan.tiles:
+        for tile in self.plan.tiles:
             weight, gradient = tile.of(self.weights), masked(tile.of(self.gradients))
-            if settings["weight_decay"]:  # not w *= 1 - decay, which always rounds one way
+            if decay is not None:  # not w *= 1 - decay, which always rounds one way
                 weight.addcmul_(weight, decay, value=-1)
             weight.addcmul_(gradient, step[tile.slots], value=-1)
-        self.end()
 
     def end(self) -> None:
         super().end()

@@ -30,11 +30,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from harness.devices import is_gpu_used
 from harness.optim.apollo import named_state
 from harness.optim.apollo.channels import ChannelPlan, Matrix, matrices_of
 from harness.optim.apollo.exchange import Exchange
 from harness.optim.apollo.lowrank import LowRank
 from harness.optim.apollo.param_groups import apollo_param_groups
+from harness.optim.apollo.philox import gaussian
 from harness.optim.apollo.projections import PROJECTIONS, Projections
 from harness.optim.sharded.elementwise import Dense
 from harness.optim.sharded.optimizer import ShardedOptimizer
@@ -75,6 +77,7 @@ class Apollo(ShardedOptimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         seed: int = 0,
+        fused: bool = False,
     ):
         """`scale`: alpha; its square root multiplies the update (with `scale_front`, before the
         limiter).
@@ -82,11 +85,12 @@ class Apollo(ShardedOptimizer):
         `gamma`: the largest factor by which the update's norm may grow per step; None or inf: no
         limiter. `eps` is added before the bias correction for matrices, after it for dense AdamW.
         `projection`: "svd" computes P from the gradient at each refresh (spectral.py), and each
-        rank stores it for the matrices that it has elements of, as `projection` (any, rank). Raises
-        ValueError for invalid settings, and for a group of rank > 0 with a parameter that is not a
-        matrix.
+        rank stores it for the matrices that it has elements of, as `projection` (any, rank).
+        `fused`: Triton kernels (kernels.py), on a GPU. Raises ValueError for invalid settings, and
+        for a group of rank > 0 with a parameter that is not a matrix.
         """
-        self._projections = Projections()
+        self._kernels = _load_kernels() if fused else None
+        self._projections = Projections(self._kernels.gaussian if self._kernels else gaussian)
         settings = {
             "lr": lr,
             "rank": rank,
@@ -200,7 +204,7 @@ class Apollo(ShardedOptimizer):
             name: self.matrices_in(name, self._shapes[name], param_group)
             for name in param_group["param_names"]
         }
-        return LowRank(flats, shards, matrices, self._projections)
+        return LowRank(flats, shards, matrices, self._projections, self._kernels)
 
 
 class ApolloMini(Apollo):
@@ -213,6 +217,17 @@ class ApolloMini(Apollo):
         """As Apollo, with other defaults: rank 1, scale 128, scale_type "tensor"."""
         defaults = {"rank": self.RANK, "scale": 128.0, "scale_type": "tensor"}
         super().__init__(params, lr, **(defaults | settings))
+
+
+def _load_kernels() -> Any:
+    """The module of Triton's kernels. Raises ValueError where they cannot run."""
+    try:
+        from harness.optim.apollo import kernels
+    except ModuleNotFoundError:
+        raise ValueError("fused = true needs triton, which comes with torch for CUDA") from None
+    if not (is_gpu_used() or kernels.IS_INTERPRETED):
+        raise ValueError("fused = true needs a GPU")
+    return kernels
 
 
 def _means(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -18,7 +18,9 @@ PROJECTIONS = {"gaussian": gaussian, "rademacher": rademacher}
 class Projections:
     """The matrices P of an optimizer."""
 
-    def __init__(self) -> None:
+    def __init__(self, gaussian: Any) -> None:
+        """`gaussian`: as philox's."""
+        self._generators = PROJECTIONS | {"gaussian": gaussian}
         self._cache: dict[Any, tuple[Any, Tensor]] = {}
         self._bytes = 0
 
@@ -45,7 +47,7 @@ class Projections:
             for old in (self._cache.pop(addresses[number], None) for number in due):
                 self._bytes -= old[1].nbytes if old else 0
             keys = [key_of(settings["seed"], matrices[number].name) for number in due]
-            generate, rank = PROJECTIONS[settings["projection"]], settings["rank"]
+            generate, rank = self._generators[settings["projection"]], settings["rank"]
             due_refreshes = [refreshes[number] for number in due]
             batch = generate(inner, range(rank), due_refreshes, keys, device).div_(math.sqrt(rank))
             made = dict(zip(due, batch, strict=True))
