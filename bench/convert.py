@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,17 @@ def shapes_of(parameters: float) -> dict[str, tuple[int, ...]]:
 
 def write_checkpoint(directory: Path, stage: int, world: int, parameters: float) -> int:
     """A bf16 checkpoint of masters without moments. Returns the bytes of the masters."""
+    return write_checkpoint_of(shapes_of(parameters), directory, stage, world)
+
+
+def write_checkpoint_of(
+    sizes: Mapping[str, tuple[int, ...]], directory: Path, stage: int, world: int
+) -> int:
+    """`write_checkpoint` of parameters of these shapes."""
     import torch
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
-    shapes = OrderedDict((n, torch.Size(s)) for n, s in shapes_of(parameters).items())
+    shapes = OrderedDict((name, torch.Size(size)) for name, size in sizes.items())
     count = sum(shape.numel() for shape in shapes.values())
     tag = directory / "tag"
     tag.mkdir(parents=True)

@@ -64,8 +64,10 @@ def run_inspect(args: argparse.Namespace) -> int:
     """Prints what a path contains."""
     from harness.checkpoint.inspect import describe_path
 
-    for line in describe_path(args.path, args.verify):
-        print_line(line)
+    try:
+        sys.stdout.writelines(f"{line}\n" for line in describe_path(args.path, args.verify))
+    finally:
+        sys.stdout.flush()  # before the error, if there is one
     return 0
 
 

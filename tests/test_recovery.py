@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness.checkpoint.files import write_file
 from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.save import rank_file
+from harness.checkpoint.written import write_file
 from harness.config import Config
 from harness.config.sections import merge
 from harness.convert.run_checkpoints import checkpoints_in

@@ -13,8 +13,9 @@ Its files, from the top down:
     compatible.py     whether one fits the run: engines, optimizers, models
     completeness.py   whether one is complete over all disks, or cannot be judged
     disks.py          which ranks share a disk
+    written.py        writes its files durably
     retention.py      which checkpoints are kept; cleaning up after a kill
     manifest.py       what makes a directory a checkpoint
-    files.py          durable files and their digests
+    files.py          its files' digests, verified without torch
     snapshot.py       copies of live tensors for a save in the background
 """

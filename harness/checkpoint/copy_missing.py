@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from harness import distributed
 from harness.checkpoint.disks import find_disks
-from harness.checkpoint.files import FileEntry, checkpoint_error_on_all_ranks, verify_file
+from harness.checkpoint.files import FileEntry, verify_file
 from harness.checkpoint.manifest import Manifest
+from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import MANIFEST
 from harness.files import sync_directory
 from harness.zero.rank_files import rank_of_file

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import distributed
-from harness.checkpoint.files import checkpoint_error_on_all_ranks
+from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import may_hold_manifest, saved_at, steps_in
 
 

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: written durably, identified by a digest, verified without loading.
+"""The files of a checkpoint: identified by a digest, verified without torch.
 
 torch's files are zip archives with a CRC-32 of every tensor. The digest of a file is the SHA-256 of
 its table of contents, CRCs included: it is computed without reading the tensors back, and still
@@ -8,25 +8,11 @@ detects any changed bit.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from harness import distributed
 from harness.errors import CheckpointError, FormatError, UnreadableCheckpoint
 from harness.formats import zips
-from harness.utils import write_durably
-
-
-@contextmanager
-def checkpoint_error_on_all_ranks(failure: str) -> Iterator[None]:
-    """Turns an OSError or CheckpointError on any rank into a CheckpointError on all ranks:
-    "failure: ..."."""
-    with distributed.raise_on_all_ranks(failure):
-        try:
-            yield
-        except (OSError, CheckpointError) as error:
-            raise CheckpointError(f"{failure}: {error}") from None
 
 
 @contextmanager
@@ -52,16 +38,6 @@ class FileEntry(BaseModel):
     """The rank that wrote it."""
 
 
-def write_file(state: Any, path: Path) -> FileEntry:
-    """Writes a tree of tensors and plain values with torch.save, and syncs it to the disk.
-
-    Raises OSError, which names `path`.
-    """
-    write_durably(state, path)
-    size, digest = path.stat().st_size, zips.digest(path)
-    return FileEntry(size=size, digest=digest, rank=distributed.global_rank())
-
-
 def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:
     """Checks size and table of contents, and with `read` the CRC of every tensor.
 
@@ -70,8 +46,8 @@ def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:
     """
     try:
         with reading(path):
-            zips.check(path, entry.size, entry.digest)
-            for record in zips.records(path).values() if read else ():
+            records = zips.check(path, entry.size, entry.digest)
+            for record in records.values() if read else ():
                 record.verify()
     except FormatError as error:
         raise CheckpointError(str(error)) from None

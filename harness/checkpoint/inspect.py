@@ -9,7 +9,7 @@ from typing import Any
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
 from harness.convert.resolve_source import resolve_source
-from harness.convert.run_checkpoints import MANIFEST, checkpoints_in, steps_in
+from harness.convert.run_checkpoints import MANIFEST, may_hold_manifest, steps_in
 from harness.errors import (
     CheckpointError,
     FormatError,
@@ -34,12 +34,13 @@ def describe_path(path: Path, verify: bool = False) -> Iterator[str]:
     are checked. Raises CheckpointError or FormatError for any other path, and for what is damaged
     or incomplete; for a run directory, after all its checkpoints have been described.
     """
-    parents = [parent for parent in (path, path / "checkpoints") if checkpoints_in(parent)]
+    found = (steps_in(parent) for parent in (path, path / "checkpoints"))
+    steps = next((paths for paths in found if any(map(may_hold_manifest, paths))), None)
     if (path / MANIFEST).is_file():
         yield from _describe_checkpoint(path, read_manifest(path), verify)
-    elif parents:
+    elif steps:
         yield from goodput.table(path / goodput.FILE)
-        yield from _describe_run(path, steps_in(parents[0]), verify)
+        yield from _describe_run(path, steps, verify)
     else:
         notes: list[str] = []
         source = resolve_source(path, on_note=notes.append)

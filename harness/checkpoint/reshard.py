@@ -23,9 +23,10 @@ from harness.checkpoint.copy_missing import (
     files_read_by,
 )
 from harness.checkpoint.disks import find_disks
-from harness.checkpoint.files import FileEntry, checkpoint_error_on_all_ranks, write_file
+from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import EngineManifest, Manifest, step_directory
 from harness.checkpoint.save import create_staging, engine_manifest
+from harness.checkpoint.written import checkpoint_error_on_all_ranks, write_file
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, missing_files

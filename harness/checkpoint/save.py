@@ -17,7 +17,7 @@ from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.disks import Disks, list_checkpoints
-from harness.checkpoint.files import FileEntry, checkpoint_error_on_all_ranks, write_file
+from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest, step_directory
 from harness.checkpoint.retention import (
     delete_replaced,
@@ -27,6 +27,7 @@ from harness.checkpoint.retention import (
     undo_move,
 )
 from harness.checkpoint.snapshot import Snapshots, bytes_of
+from harness.checkpoint.written import checkpoint_error_on_all_ranks, write_file
 from harness.control.live import LiveConfig
 from harness.convert.resolve_source import LATEST
 from harness.convert.run_checkpoints import checkpoints_in, saved_at

@@ -13,7 +13,24 @@ Nothing here imports torch, so that a mistake in the config is reported within a
     old_names.py        renamed keys and moved modules
 """
 
-from harness.config.root import Config
-from harness.config.sections import Section
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.config.root import Config
+    from harness.config.sections import Section
 
 __all__ = ["Config", "Section"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the tables when they are first asked for: to build them takes a third of a second,
+    which `harness inspect` does not need."""
+    if name == "Config":
+        from harness.config.root import Config
+
+        return Config
+    if name == "Section":
+        from harness.config.sections import Section
+
+        return Section
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

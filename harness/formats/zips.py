@@ -9,7 +9,7 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def records(path: Path) -> dict[str, Record]:
     Raises FormatError unless all are uncompressed and within the file, without overlap, under
     different names. Raises OSError if the file cannot be read.
     """
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         start, length, count = _directory(path, file.fileno(), size)
         data = os.pread(file.fileno(), length, start)
@@ -104,23 +104,29 @@ def digest(path: Path) -> str:
 
     Raises as `records` does.
     """
-    table = [(record.name, record.size, record.crc) for record in records(path).values()]
+    return _digest(records(path))
+
+
+def _digest(records: Mapping[str, Record]) -> str:
+    table = [(record.name, record.size, record.crc) for record in records.values()]
     return hashlib.sha256(repr(table).encode()).hexdigest()
 
 
-def check(path: Path, size: int, expected_digest: str) -> None:
-    """Raises FormatError unless the file has this size and this digest of its directory."""
+def check(path: Path, size: int, expected_digest: str) -> dict[str, Record]:
+    """The records of a file. Raises FormatError unless it has this size and this digest of its
+    directory."""
     if not path.is_file():
         raise FormatError(f"{path} is missing")
     if (actual_size := path.stat().st_size) != size:
         raise FormatError(f"{path}: damaged: {actual_size} bytes, expected {size}")
     try:
-        found = digest(path)
+        found = records(path)
     except FormatError as error:
         reason = str(error).removeprefix(f"{path}: ").removeprefix("damaged: ")
         raise FormatError(f"{path}: damaged: {reason}") from None
-    if found != expected_digest:
+    if _digest(found) != expected_digest:
         raise FormatError(f"{path} is not the file that was saved: another digest")
+    return found
 
 
 def data_start(header: int, name: str) -> int:
@@ -207,7 +213,8 @@ def _entry(path: Path, file: int, data: bytes, position: int, limit: int) -> tup
     except UnicodeDecodeError:
         raise FormatError(f"{path}: the name of a record is not UTF-8") from None
     extra = data[extra_start : extra_start + extra_length]
-    size, packed, header = _wide_sizes(path, extra, size, packed, header)
+    if _WIDE in (size, packed, header):
+        size, packed, header = _wide_sizes(path, extra, size, packed, header)
     if method or packed != size:
         raise FormatError(f"{path}: record {name!r} is compressed, which torch does not do")
     if flags & ~(_STREAMED | _UTF8):

@@ -16,9 +16,9 @@ import torch
 
 from harness.checkpoint.copy_missing import copy_missing_files
 from harness.checkpoint.disks import Disks, find_disks
-from harness.checkpoint.files import write_file
 from harness.checkpoint.inspect import describe_path
 from harness.checkpoint.manifest import read_manifest
+from harness.checkpoint.written import write_file
 from harness.config import Config
 from harness.convert.convert import Options, convert
 from harness.distributed import broadcast, global_rank

@@ -1,5 +1,7 @@
 """`harness inspect` describes files, and runs no code that is in them."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ def test_a_run_and_its_checkpoints(run: Config, verify: bool) -> None:
     assert text.count("every CRC checked: complete" if verify else "sizes checked: complete") == 2
     alone = "\n".join(describe_path(checkpoint(run, 3)))
     assert alone in text or verify
+
+
+def test_a_run_is_described_without_torch(run: Config) -> None:
+    code = (
+        "import sys; from harness.cli import main; sys.argv = ['harness', 'inspect', sys.argv[1]]; "
+        "main(); print(sorted({'torch', 'deepspeed', 'harness.config.root'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", code, str(run.run_dir)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert lines[:-1] == list(describe_path(run.run_dir)) and lines[-1] == "[]"
 
 
 def test_deepspeeds_own_files(run: Config) -> None:

@@ -1,0 +1,127 @@
+"""What a user waits for at a prompt: `harness inspect`, and `harness convert` of small tensors.
+
+    python -m bench.waits [--rounds 5] [--before TREE] [--directory DIR] [--only TEXT]
+
+`--before`: another checkout of harness, whose times are measured in the same rounds. Prints, for
+each command, the median CPU seconds (of all threads) of interleaved rounds, the range, and the
+median seconds on the clock, which other work on the machine makes longer.
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench import convert
+
+ROOT = Path(__file__).parent.parent
+HARNESS = [sys.executable, "-c", "from harness.cli import main; main()"]
+
+
+def write_run(directory: Path, checkpoints: int, tensors: int = 8, ranks: int = 2) -> None:
+    """A run with small checkpoints of an engine at ZeRO 2."""
+    import torch
+
+    from harness.checkpoint.manifest import EngineManifest, Manifest, step_directory
+    from harness.checkpoint.written import write_file
+
+    parent = directory / "checkpoints"
+    first = step_directory(parent, 1)
+    (first / "net").mkdir(parents=True)
+    tree = {f"layers.{number}.weight": torch.zeros(4) for number in range(tensors)}
+    names = [f"net/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(ranks)]
+    names += ["net/mp_rank_00_model_states.pt", *(f"rank-{rank:05d}.pt" for rank in range(ranks))]
+    manifest = Manifest(
+        step=1,
+        world_size=ranks,
+        engines={
+            "net": EngineManifest(
+                zero_stage=2, dtype="torch.float32", optimizer="torch.optim:AdamW", layout=""
+            )
+        },
+        files={name: write_file(tree, first / name) for name in names},
+        hosts=["host"] * ranks,
+        config_digest="",
+    )
+    for step in range(1, checkpoints + 1):
+        copy = step_directory(parent, step)
+        if step > 1:
+            shutil.copytree(first, copy)
+        manifest.model_copy(update={"step": step, "saved_at": float(step)}).write(copy)
+
+
+def write_small_tensors(directory: Path, stage: int, tensors: int) -> None:
+    """A checkpoint of 2 ranks with many small tensors."""
+    shapes = {f"layers.{number}.weight": (32,) for number in range(tensors)}
+    convert.write_checkpoint_of(shapes, directory, stage, 2)
+
+
+def commands(directory: Path) -> dict[str, list[str]]:
+    """Writes the inputs; the commands by name."""
+    found: dict[str, list[str]] = {"python": [sys.executable, "-c", "pass"]}
+    for count in (1, 100, 1000):
+        write_run(directory / f"run-{count}", count)
+        text = f"inspect, {count} checkpoint{'s' * (count > 1)}"
+        found[text] = [*HARNESS, "inspect", str(directory / f"run-{count}")]
+    for stage in (2, 3):
+        for count in (2000, 20000):
+            source = directory / f"small-{stage}-{count}"
+            write_small_tensors(source, stage, count)
+            target = str(directory / "x.sft")
+            found[f"convert, ZeRO {stage}, {count} tensors"] = [
+                *HARNESS, "convert", str(source), target,
+            ]  # fmt: skip
+    return found
+
+
+def measure(command: list[str], tree: Path) -> tuple[float, float]:
+    """The seconds of CPU time and on the clock that a command takes."""
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=environment)
+    after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - started
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return used, seconds
+
+
+def main() -> None:
+    """Runs the rounds and prints a line for each command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--before", type=Path, help="another checkout of harness")
+    parser.add_argument("--directory", type=Path)
+    parser.add_argument("--only", default="", help="commands whose name contains this")
+    args = parser.parse_args()
+    trees = {"": ROOT} | ({"before": args.before.absolute()} if args.before else {})
+    with tempfile.TemporaryDirectory(prefix="bench-waits-", dir=args.directory) as directory:
+        found = {n: c for n, c in commands(Path(directory)).items() if args.only in n}
+        results: dict[str, dict[str, list[tuple[float, float]]]] = {
+            name: {tree: [] for tree in trees} for name in found
+        }
+        for number in range(args.rounds + 1):
+            for name, command in found.items():
+                for tree, path in trees.items():
+                    measured = measure(command, path)
+                    if number:  # the first round warms the cache
+                        results[name][tree].append(measured)
+    for name, by_tree in results.items():
+        medians = {tree: statistics.median(u for u, _ in runs) for tree, runs in by_tree.items()}
+        for tree, runs in by_tree.items():
+            used = [used for used, _ in runs]
+            clock = statistics.median(seconds for _, seconds in runs)
+            ratio = f" {medians['before'] / medians['']:5.2f} x" if tree else ""
+            sys.stdout.write(
+                f"{name:<32} {tree:<7} {medians[tree]:6.3f} s of CPU "
+                f"({min(used):.3f} .. {max(used):.3f}), {clock:6.3f} s{ratio}\n"
+            )
+
+
+if __name__ == "__main__":
+    main()
