@@ -98,11 +98,15 @@ def json_write(value: Any, path: Path) -> None:
 
 
 def json_line(record: Mapping[str, Any], digits: int = 9) -> str:
-    """A JSON object on one line, floats rounded to `digits` significant digits.
+    """A JSON object on one line, floats rounded to `digits` significant digits (a `time`, in
+    seconds since the epoch, to milliseconds).
 
     JSON has no NaN or infinity: they become the strings "nan", "inf" and "-inf".
     """
-    return json.dumps({key: truncate(value, digits) for key, value in record.items()})
+    rounded = {key: truncate(value, digits) for key, value in record.items()}
+    if isinstance(time := record.get("time"), float):
+        rounded["time"] = truncate(time, max(digits, 13))
+    return json.dumps(rounded)
 
 
 class JsonLines:

@@ -374,7 +374,7 @@ class Trainer:
         text = " ".join(f"{name} {value:.4f}" for name, value in found.items())
         log.info("step %d: %s", step, text)
         self._evaluation = found
-        self.record({"step": step, "epoch": self.batches.epoch} | found)
+        self.record({"step": step, "time": time.time(), "epoch": self.batches.epoch} | found)
         self.evaluated.update(found)
         with distributed.raise_on_all_ranks("evaluation"):
             check_best_metric(self.live.config, self.task, self.evaluated)
@@ -395,7 +395,7 @@ class Trainer:
             record = numbers.local | numbers.means | self.pace.of_step(numbers.local["step"])
             record |= find_spikes(self, numbers)
             record |= {"samples": counters.samples, "tokens": counters.tokens}
-            record["tokens_per_s"] = numbers.tokens / record["step_time_s"]
+            record |= numbers.speed(record["step_time_s"])
             self.record(record)
             self.progress.show(record)
             self.status.show(record)

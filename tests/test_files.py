@@ -29,6 +29,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
 def test_a_json_line_cuts_floats_and_stays_json() -> None:
     line = json_line({"step": 3, "loss": 1 / 3, "bad": math.nan, "far": -math.inf}, digits=4)
     assert json.loads(line) == {"step": 3, "loss": 0.3333, "bad": "nan", "far": "-inf"}
+    assert json_line({"time": 1795904684.1234}) == '{"time": 1795904684.123}'
     assert truncate(123456.789, 3) == 123000.0
     assert truncate(True) is True and truncate(10**20) == 10**20
 

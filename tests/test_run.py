@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,6 +155,12 @@ def test_a_record_has_every_number(two_ranks: RankPool, tmp_path: Path) -> None:
         assert record["lr"] == 1e-2 and record["loss_scale"] == 1
         assert record["grad_norm"] > 0 and 0 <= record["accuracy"] <= 1
         assert record["tokens_per_s"] == pytest.approx(48 / record["step_time_s"])
+        assert record["samples_per_s"] == pytest.approx(8 / record["step_time_s"])
+        phases = [record[f"{of}_time_s"] for of in ("data", "forward", "backward", "optimizer")]
+        assert min(phases) > 0 and sum(phases) == pytest.approx(record["step_time_s"])
+        assert record["own_time_max_s"] <= record["step_time_max_s"]
+        assert abs(record["time"] - time.time()) < 600
+        assert ("host_memory_bytes" in record) or step > 1
 
 
 @pytest.mark.parametrize("stage", STAGES)

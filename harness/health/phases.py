@@ -8,7 +8,7 @@ numbers of this process are module state, as a process is one rank.
 import mmap
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -74,6 +74,9 @@ def _new_memory() -> None:
     _cells[SINCE] = monotonic()
 
 
+listener: Callable[[Phase], None] | None = None
+"""Called with every phase that this rank enters: the clock of the step in progress."""
+
 file: int | None = None
 """The memory's descriptor, for the watchdog."""
 _cells: "memoryview[float]"
@@ -92,6 +95,8 @@ def enter(phase: Phase) -> None:
     cells[SINCE] = now  # first: who reads in between sees the old phase, just begun
     cells[PHASE] = _NUMBERS[phase]
     cells[COUNT] += 1
+    if listener is not None:
+        listener(phase)
 
 
 @contextmanager
@@ -116,6 +121,8 @@ def at_step(step: int) -> None:
 
 def begin() -> None:
     """A run begins: forgets an earlier one in this process."""
+    global listener
+    listener = None
     _cells[:] = memoryview(array("d", bytes(8 * CELLS)))
     _cells[SINCE] = monotonic()
 

@@ -57,8 +57,9 @@ class Late:
 
 
 class Pace:
-    """The times of all ranks. On rank 0 the metrics `slowest_rank` and `step_time_..._s`, a line in
-    the log when a rank begins and ceases to be slow, and a note for the status."""
+    """The times of all ranks. On rank 0 the metrics `slowest_rank`, `step_time_..._s` and
+    `own_time_..._s` (data and forward), a line in the log when a rank begins and ceases to be slow,
+    and a note for the status."""
 
     def __init__(self, note: Callable[[str], None]):
         """`note`: sets what the status says of it, empty if there is nothing. Collective."""
@@ -115,11 +116,15 @@ class Pace:
     def _end_round(self, step: int) -> None:
         times, self._round = self._round, {}
         steps = [of_rank.step for of_rank in times.values()]
+        own = [of_rank.own for of_rank in times.values()]
         self._metrics[step] = {
             "slowest_rank": max(times, key=lambda rank: times[rank].own),
             "step_time_min_s": min(steps),
             "step_time_mean_s": statistics.fmean(steps),
             "step_time_max_s": max(steps),
+            "own_time_min_s": min(own),
+            "own_time_mean_s": statistics.fmean(own),
+            "own_time_max_s": max(own),
         }
         self._late.append(late_rank(times))
         if self._late[-1] is not None or self._slow is not None:

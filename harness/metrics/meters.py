@@ -1,5 +1,6 @@
 """Metrics of each step, averaged over the ranks while the next steps run."""
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from harness import distributed
+from harness.metrics.memory import MemoryMeter
 from harness.metrics.step_clock import StepClock
 
 Stats = Mapping[str, torch.Tensor | float]
@@ -27,6 +29,10 @@ class StepNumbers:
     """Samples of the step, over all ranks."""
     tokens: int
     """Tokens of the step, over all ranks."""
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """Samples and tokens per second, of a step of so many seconds."""
+        return {"samples_per_s": self.samples / seconds, "tokens_per_s": self.tokens / seconds}
 
 
 _kind = attrgetter("dtype", "device", "ndim")
@@ -107,8 +113,8 @@ class _Pending:
         return self.sums.by_name()
 
     def own(self) -> dict[str, Any]:
-        """`local`, and the step's duration. Call `totals` first."""
-        return self.local | {"step_time_s": self.clock.seconds()}
+        """`local`, and how long the step and its phases took. Call `totals` first."""
+        return self.local | {"step_time_s": self.clock.seconds()} | self.clock.by_phase()
 
 
 class StepMeter:
@@ -125,6 +131,7 @@ class StepMeter:
         self._new_names: dict[str, None] = {}  # unknown to other ranks, perhaps
         self._sums = _Sums()
         self._clock = StepClock()
+        self._memory = MemoryMeter()
         self._pushed: _Pending | None = None
         self._copying: _Pending | None = None
         self._summing: _Pending | None = None
@@ -144,7 +151,7 @@ class StepMeter:
     def push(
         self, local: dict[str, Any], reported_by: Sequence[str], samples: int, tokens: int
     ) -> None:
-        """Ends a step.
+        """Ends a step. To `local` it adds the time, and what `MemoryMeter` samples.
 
         `reported_by`: the engines that have reported, the same on every rank. When one reports for
         the first time, the ranks exchange the names of its metrics. Other metrics that first appear
@@ -154,6 +161,7 @@ class StepMeter:
             self._exchanged.update(reported_by)
             self._exchange_names()
         self._clock.stop()
+        local = local | {"time": time.time()} | self._memory.sample()
         sums, self._sums = self._sums, _Sums()
         sums.copy_to_host()
         copied = None

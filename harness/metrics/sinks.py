@@ -96,8 +96,8 @@ class TensorBoardSink:
 
     def write(self, record: Mapping[str, Any]) -> None:
         for name, value in record.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, record["step"])
+            if name not in ("step", "time"):
+                self._writer.add_scalar(name, value, record["step"], record.get("time"))
 
     def close(self) -> None:
         self._writer.close()

@@ -101,6 +101,9 @@ def test_a_slow_rank_is_told_of_when_it_begins_and_ends(
         "step_time_min_s": pytest.approx(5),
         "step_time_mean_s": pytest.approx(5),
         "step_time_max_s": pytest.approx(5),
+        "own_time_min_s": pytest.approx(1.1),
+        "own_time_mean_s": pytest.approx(2.1),
+        "own_time_max_s": pytest.approx(4.1),
     }
     world.take_step(slow, 30)
     assert len(world.notes) == 1

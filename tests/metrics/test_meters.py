@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from harness import distributed
+from harness.health import phases
 from harness.metrics.meters import StepMeter
 from harness.metrics.step_clock import StepClock
 from tests.support.fake_cuda import Launches, fake_cuda
@@ -57,9 +58,19 @@ def test_a_step_lasts_as_long_as_the_device_takes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
     clock = StepClock()
-    device_ms[0] += 250
+    for phase in ("data", "forward", "backward", "step", "data", "forward", "backward", "step"):
+        phases.enter(phase)
+        device_ms[0] += 10 * len(phase)
     clock.stop()
-    assert clock.seconds() == 0.25
+    phases.enter("save")  # after the step
+    device_ms[0] += 1000
+    assert clock.seconds() == 0.46
+    assert clock.by_phase() == {
+        "data_time_s": 0.08,
+        "forward_time_s": 0.14,
+        "backward_time_s": 0.16,
+        "optimizer_time_s": 0.08,
+    }
 
 
 def test_on_a_cpu_a_step_lasts_as_long_as_its_calls() -> None:
