@@ -65,8 +65,8 @@ def _download_newest(store: Store, parent: Path, disks: Disks) -> None:
             known = store.checkpoints()
         except CheckpointError as error:
             failure = str(error)
-    good = ((name, manifest) for name, manifest in known.items() if not manifest.fault)
-    name, manifest, failure = distributed.broadcast((*next(good, ("", None)), failure))
+    name = next((name for name, manifest in known.items() if not manifest.fault), "")
+    name, manifest, failure = distributed.broadcast((name, known.get(name), failure))
     on_disk = _newest_complete(parent, disks)
     with distributed.raise_on_all_ranks("checkpoint.remote"):
         if failure and on_disk is None:

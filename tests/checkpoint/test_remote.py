@@ -16,9 +16,9 @@ from harness.errors import CheckpointError
 from harness.run import run_in_world
 from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool
-from tests.checkpoint.test_disks import config_of, files, log_of, on, place, tensors
+from tests.checkpoint.test_disks import config_of, files, log_of, on, place, run_on, tensors
 from tests.checkpoint.test_remote_store import manifest_of
-from tests.support.helpers import Pools, error_of, log_text, tiny_config
+from tests.support.helpers import Pools, assert_equal, error_of, exported, log_text, tiny_config
 
 FILES = {"rank-00000.pt", "rank-00001.pt"}
 
@@ -58,7 +58,9 @@ def test_a_lost_node_comes_back_from_the_store(
     two_ranks.run(on, "ab", tmp_path, run_in_world, whole)
     assert "downloading" in log_of(tmp_path)
     assert "resumed from runs/tiny/checkpoints/step-00000004" in log_of(tmp_path)
-    assert tensors(tmp_path) == tensors(tmp_path / "reference")
+    assert_equal(exported(run_on(tmp_path)), exported(run_on(tmp_path / "reference")))
+    if stage < 3:  # there DeepSpeed's padding is whatever was in memory
+        assert tensors(tmp_path) == tensors(tmp_path / "reference")
     assert files(tmp_path, "a", 4) == own
     assert files(tmp_path, "b", 4) & own <= {"net/mp_rank_00_model_states.pt"}
     assert 6 in stored(tmp_path)
@@ -88,8 +90,7 @@ def test_all_disks_are_lost(pools: Pools, tmp_path: Path) -> None:
 
 
 def test_retention_is_the_same_there(two_ranks: RankPool, tmp_path: Path) -> None:
-    table = {"trainer": {"save_every": 1}}
-    config = remote_config(tmp_path, checkpoint={"keep_last": 1}, **table)
+    config = remote_config(tmp_path, checkpoint={"keep_last": 1}, trainer={"save_every": 1})
     two_ranks.run(on, "aa", tmp_path, run_in_world, config)
     assert sorted(stored(tmp_path)) == [6]
     assert len(list((tmp_path / "store/tiny").iterdir())) == 1
