@@ -11,6 +11,8 @@ from pathlib import Path
 
 from harness import distributed, startup
 from harness.checkpoint import init_weights, resume
+from harness.checkpoint.downloads import download
+from harness.checkpoint.remote_store import Store, open_store
 from harness.checkpoint.save import Saver
 from harness.config import Config
 from harness.control.audit import Audit
@@ -79,6 +81,7 @@ def run_in_world(config: Config, began: float | None = None) -> int:
     phases.begin()
     startup.check_machine(config.data.workers)
     startup.check_ranks_alike(config)
+    store = open_store(config)
     signals = Signals()
     failures = Failures(config.run.timeout_s, phases.file, phases.read)
     with signals.installed(), failures, ExitStack() as stack:
@@ -91,11 +94,13 @@ def run_in_world(config: Config, began: float | None = None) -> int:
         directory = stack.enter_context(RunDirectory(config))
         stack.enter_context(oom.explained(config))
         live = LiveConfig(config)
-        checkpoint = _restore(config, directory, engines, batches, live)
+        checkpoint = _restore(config, directory, engines, batches, live, store)
         directory.write_config()
         _log_start(live, engines)
-        saver = Saver(engines, batches, live, directory.disks)
+        saver = Saver(engines, batches, live, directory.disks, store)
         stack.callback(saver.close)
+        if checkpoint is not None and checkpoint.parent == directory.checkpoints:
+            saver.uploads.add_existing(checkpoint)
         step, steps = engines.global_step, live.config.run.steps
         status = Status(step, steps)
         sinks = _open_sinks(config, step if checkpoint else -1, status, began, stack)
@@ -126,14 +131,14 @@ def _restore(
     engines: Engines,
     batches: StepBatches,
     live: LiveConfig,
+    store: Store | None,
 ) -> Path | None:
     """Loads the run's starting point: a checkpoint, `init_from`, or the task's weights. Collective.
 
     Returns the checkpoint, if any. It is validated before the directory is created.
     """
-    checkpoint = resume.choose_checkpoint(
-        config.run.resume, directory.checkpoints, engines, directory.disks
-    )
+    wanted = download(config.run.resume, store, directory.checkpoints, directory.disks)
+    checkpoint = resume.choose_checkpoint(wanted, directory.checkpoints, engines, directory.disks)
     weights = init_weights.find_weights(engines, config.engines, resumes=checkpoint is not None)
     directory.create()
     # Different dropout on every rank.

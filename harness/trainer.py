@@ -290,6 +290,8 @@ class Trainer:
             self.save()
         self.finish_save(self.saver.wait())
         self.drain()
+        with self.status.doing("upload"):
+            self.saver.uploads.finish(self.poll_commands)
         for engine in self.engines.trained:
             engine.log_offload_stats()
 

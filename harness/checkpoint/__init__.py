@@ -4,9 +4,12 @@ Its files, from the top down:
 
     resume.py         chooses, verifies and loads one
     resume_source.py  which directory run.resume means
+    downloads.py      from a store onto the disks that a run resumes from
     init_weights.py   weights from files as an engine's starting point
     reshard.py        rewrites one for another number of ranks, ZeRO stage or other layout
     save.py           Saver: one atomic commit of all engines and ranks, also in the background
+    uploads.py        committed checkpoints into a store, behind the training
+    remote_store.py   a run's checkpoints in an object store, by fsspec
     export.py         plain weights
     inspect.py        what a checkpoint, an .sft or a .pt holds
     copy_missing.py   copies files to the nodes that read them

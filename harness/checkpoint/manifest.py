@@ -106,6 +106,12 @@ def read_manifest(directory: Path) -> Manifest:
         if not is_present(directory / MANIFEST):
             raise CheckpointError(no_manifest(directory))
         text = (directory / MANIFEST).read_bytes()
+    return parse_manifest(text, directory)
+
+
+def parse_manifest(text: bytes, directory: Path | str) -> Manifest:
+    """A manifest from its text. `directory`: of the checkpoint, for the errors, as of
+    `read_manifest`."""
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:

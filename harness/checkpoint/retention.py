@@ -21,12 +21,16 @@ PRUNED = ".pruned.tmp"
 
 
 def prune(
-    directory: Path, settings: CheckpointConfig, everywhere: Collection[str] | None = None
+    directory: Path,
+    settings: CheckpointConfig,
+    everywhere: Collection[str] | None = None,
+    needed: Collection[Path] = (),
 ) -> None:
     """Removes the checkpoints that no rule keeps; with `keep_last = 0` none.
 
     `everywhere`: with several disks, the names with the same save on all. The rules choose among
     them, so that all disks keep the same ones; others on this disk are removed at the same age.
+    `needed`: also kept.
     Called only after a commit, so the newest checkpoint is valid. The one that `latest` names is
     always kept. A failure to remove one is logged.
     """
@@ -45,10 +49,9 @@ def prune(
     common = manifests
     if everywhere is not None:
         common = {path: m for path, m in manifests.items() if path.name in everywhere}
-    latest = {directory / path.read_text().strip() for path in directory.glob(LATEST)}
-    for path in (
-        manifests.keys() - to_keep(common, settings) - to_keep(manifests, settings) - latest
-    ):
+    keep = {directory / path.read_text().strip() for path in directory.glob(LATEST)}
+    keep |= to_keep(common, settings) | to_keep(manifests, settings) | set(needed)
+    for path in manifests.keys() - keep:
         try:
             remove(path)
         except OSError as error:

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import distributed
+from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest, step_directory
+from harness.checkpoint.remote_store import Store
 from harness.checkpoint.retention import (
     delete_replaced,
     move_into_place,
@@ -27,6 +29,7 @@ from harness.checkpoint.retention import (
     undo_move,
 )
 from harness.checkpoint.snapshot import Snapshots, bytes_of
+from harness.checkpoint.uploads import Uploads
 from harness.checkpoint.written import checkpoint_error_on_all_ranks, write_file
 from harness.control.live import LiveConfig
 from harness.convert.resolve_source import LATEST
@@ -75,8 +78,15 @@ class Saver:
     a later step. At most one save is in flight. A save that fails has failed on all ranks.
     """
 
-    def __init__(self, engines: Engines, batches: StepBatches, live: LiveConfig, disks: Disks):
-        """`disks`: of the run directory.
+    def __init__(
+        self,
+        engines: Engines,
+        batches: StepBatches,
+        live: LiveConfig,
+        disks: Disks,
+        store: Store | None = None,
+    ):
+        """`disks`: of the run directory. `store`: where checkpoints are uploaded to.
 
         Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved.
         """
@@ -100,6 +110,7 @@ class Saver:
         self._all_written = distributed.AsyncAllReduceMax()
         self._snapshots = Snapshots()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self.uploads = Uploads(store, lambda: live.config.checkpoint)
 
     @property
     def is_writing(self) -> bool:
@@ -140,6 +151,7 @@ class Saver:
 
         None if there is none, or it is not written yet. Every rank calls this once per step.
         """
+        self.uploads.poll()
         if self._pending is None:
             return None
         still_writing = self._all_written.wait()
@@ -182,12 +194,14 @@ class Saver:
         log.info("saved %s", pending.target)
         if reason := manifest.fault:
             log_warning("%s: %s: it does not count as a good one", pending.target, reason)
+        self.uploads.add(pending.target, manifest)
         if self._live.config.checkpoint.keep_last:
             everywhere = None
             if self.disks.count > 1:
                 _, everywhere = list_checkpoints(self.directory, self.disks)
             if self.disks.is_leader:
-                prune(self.directory, self._live.config.checkpoint, everywhere)
+                settings = self._live.config.checkpoint
+                prune(self.directory, settings, everywhere, self.uploads.needs)
 
     def forget_after(self, directory: Path) -> None:
         """Removes the checkpoints that were saved after one of them, unless they are pinned, since
@@ -196,9 +210,11 @@ class Saver:
             if self.disks.is_leader:
                 remove_after(directory)
                 write_latest(directory)
+        self.uploads.forget_after(common_manifest(directory).saved_at)
 
     def close(self) -> None:
-        """Ends the thread; a save in flight is abandoned."""
+        """Ends the threads; a save or an upload in flight is abandoned."""
+        self.uploads.close()
         self._thread.shutdown(cancel_futures=True)
 
     def _discard(self, staged: Path) -> None:

@@ -168,6 +168,11 @@ class CheckpointConfig(Section):
     """Write in the background: training waits only while the tensors are copied."""
     on_error: Literal["continue", "stop"] = Field(default="continue", json_schema_extra=LIVE)
     """What the run does after a failed save; if it continues, the next save retries."""
+    remote: str = Field(default="", pattern=r"^([\w+.-]+://.+)?$")
+    """URL of a store of objects, or of what else fsspec reaches, like "s3://bucket/runs": every
+    checkpoint is uploaded below it, to NAME of the run, while training goes on."""
+    remote_mb_per_s: float = Field(default=0, ge=0)
+    """Limit of what each rank uploads, in MB per second; 0: none."""
 
     @model_validator(mode="after")
     def _fits_keep_last(self) -> "CheckpointConfig":

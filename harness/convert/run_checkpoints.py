@@ -163,7 +163,7 @@ def no_manifest(directory: Path) -> str:
     return f"{directory} is not a checkpoint: it has no {MANIFEST}, which is written last"
 
 
-def check_format(manifest: Any, path: Path) -> None:
+def check_format(manifest: Any, path: Path | str) -> None:
     """Raises UnreadableCheckpoint if a manifest is of a newer format. `path`: of the checkpoint."""
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if type(found) is int and found > FORMAT:

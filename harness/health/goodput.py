@@ -24,6 +24,7 @@ KINDS = {
     "saving": "while training waits",
     "evaluating": "",
     "exporting": "",
+    "uploading": "at the end of the run, to checkpoint.remote",
     "starting": "from the start of the process to the first step",
     "waiting": "paused, hanging, and from one start to the next",
 }

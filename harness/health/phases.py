@@ -24,6 +24,7 @@ Phase = Literal[
     "evaluation",
     "export",
     "commands",
+    "upload",  # waiting for the store at the end
     "paused",
     "end",  # after the last step, or an error
 ]

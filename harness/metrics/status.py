@@ -14,6 +14,7 @@ ACTIVITIES: dict[Phase, str] = {
     "save": "saving",
     "evaluation": "evaluating",
     "export": "exporting",
+    "upload": "uploading",
     "paused": "paused",
 }
 """What the status calls the phases between steps."""

@@ -33,6 +33,7 @@ import torch
 
 from harness import distributed, trainer
 from harness.checkpoint import export, manifest, retention, save
+from harness.checkpoint.remote_store import Store
 from harness.data.fetch import Fetch
 from harness.engine import engine, engines
 from harness.health import phases
@@ -58,6 +59,9 @@ PHASES: dict[str, tuple[Any, str]] = {
     "latest": (save, "write_latest"),
     "prune": (retention, "remove"),
     "pruning": (retention.shutil, "rmtree"),
+    # of an upload:
+    "upload": (Store, "upload"),
+    "uploaded": (Store, "write_manifest"),
 }
 IN_STEPS = ("forward", "backward", "step")
 SECONDS_OF_SLOW = 3.0

@@ -1,0 +1,151 @@
+"""Downloads: a checkpoint of a store onto the disks that a run resumes from (`checkpoint.remote`).
+
+A node that is lost takes its disk along: what is missing on the remaining disks comes from the
+store. Each rank downloads its share: the files that it wrote itself, if the number of ranks is the
+same. What several ranks read is then sent between them, as in any resume.
+"""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from harness import distributed
+from harness.checkpoint.completeness import common_manifest
+from harness.checkpoint.disks import Disks, list_checkpoints
+from harness.checkpoint.files import verify_file
+from harness.checkpoint.manifest import Manifest, read_manifest
+from harness.checkpoint.remote_store import PARALLEL_FILES, Store, local_name
+from harness.checkpoint.save import commit, create_staging
+from harness.checkpoint.written import checkpoint_error_on_all_ranks
+from harness.convert.run_checkpoints import MANIFEST
+from harness.errors import CheckpointError
+from harness.files import is_present, sync_directory
+
+log = logging.getLogger(__name__)
+log_info = distributed.global_leader_only(log.info)
+log_warning = distributed.global_leader_only(log.warning)
+
+
+def download(wanted: str, store: Store | None, parent: Path, disks: Disks) -> str:
+    """Downloads what `run.resume` names, if it is in a store. Returns what to resume from then.
+
+    `store`: of this run, if it has one: with "latest", its newest good checkpoint is downloaded,
+    unless the disks together hold it or a newer one. `parent`: where the run's checkpoints are.
+    Collective. Raises CheckpointError on all ranks.
+    """
+    if "://" in wanted:
+        return str(_download_requested(wanted, parent, disks))
+    if wanted == "latest" and store is not None:
+        _download_newest(store, parent, disks)
+    return wanted
+
+
+def _download_requested(url: str, parent: Path, disks: Disks) -> Path:
+    """The checkpoint at a URL, or the newest good one below it."""
+    base, _, last = url.rstrip("/").rpartition("/")
+    if not last.startswith("step-"):
+        base, last = url, ""
+    with distributed.raise_on_all_ranks(f"run.resume = {url!r}"):
+        store = Store(base)
+        known = store.checkpoints() if distributed.is_global_leader() else {}
+        good = [name for name, manifest in known.items() if not manifest.fault]
+        name = (last or next(iter(good), "")) if distributed.is_global_leader() else ""
+        if distributed.is_global_leader() and name not in known:
+            there = ", ".join(known) or "none"
+            raise CheckpointError(f"{url}: expected a checkpoint, or a run's; found there: {there}")
+    name, manifest = distributed.broadcast((name, known.get(name)))
+    assert manifest is not None
+    return _download(store, name, manifest, parent, disks)
+
+
+def _download_newest(store: Store, parent: Path, disks: Disks) -> None:
+    known: dict[str, Manifest] = {}
+    failure = ""
+    if distributed.is_global_leader():
+        try:
+            known = store.checkpoints()
+        except CheckpointError as error:
+            failure = str(error)
+    name = next((name for name, manifest in known.items() if not manifest.fault), "")
+    name, manifest, failure = distributed.broadcast((name, known.get(name), failure))
+    on_disk = _newest_complete(parent, disks)
+    with distributed.raise_on_all_ranks("checkpoint.remote"):
+        if failure and on_disk is None:
+            raise CheckpointError(
+                f"{failure}: whether this run has checkpoints there is not known: set "
+                "run.resume = 'none' to start it anew"
+            )
+    if failure:
+        log_warning("%s: resuming from the disk", failure)
+    elif manifest is not None and (on_disk is None or on_disk.saved_at < manifest.saved_at):
+        _download(store, name, manifest, parent, disks)
+
+
+def _newest_complete(parent: Path, disks: Disks) -> Manifest | None:
+    """The manifest of the newest checkpoint all of whose files are on some disk, with finite
+    weights; what they hold is not read. Collective."""
+    names, _ = list_checkpoints(parent, disks)
+    for directory in [parent / name for name in names]:
+        try:
+            manifest = common_manifest(directory)
+        except CheckpointError:  # told by `choose_checkpoint`
+            continue
+        present = {
+            name for name in manifest.files if disks.is_leader and _is_there(directory, name)
+        }
+        if manifest.finite is not False and manifest.files.keys() == set().union(
+            *distributed.all_gather(present)
+        ):
+            return manifest
+    return None
+
+
+def _download(store: Store, name: str, manifest: Manifest, parent: Path, disks: Disks) -> Path:
+    """Downloads what is missing of a checkpoint, and commits it on all disks."""
+    target = parent / local_name(name)
+    doing = f"cannot download {store.url}/{name}"
+    with checkpoint_error_on_all_ranks(doing):
+        has_parts = _is_of_save(target, manifest)
+    directory = target if has_parts else target.with_name(f"{target.name}.tmp")
+    missing = [file for file in _share(manifest) if not (has_parts and _is_there(target, file))]
+    needed = disks.sum(sum(manifest.files[file].size for file in missing))
+    log_info("downloading %s/%s", store.url, name)
+    with checkpoint_error_on_all_ranks(doing):
+        if disks.is_leader and not has_parts:
+            create_staging(directory, needed)
+
+    def fetch(file: str) -> None:
+        path = directory / file
+        path.parent.mkdir(exist_ok=True)
+        store.download(name, file, path)
+        verify_file(path, manifest.files[file], read=False)  # the rest when it is resumed from
+        sync_directory(path.parent)
+
+    with (
+        checkpoint_error_on_all_ranks(doing),
+        ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="download") as pool,
+    ):
+        list(pool.map(fetch, missing))
+    commit(manifest, directory, target, disks.is_leader and not has_parts)
+    return target
+
+
+def _share(manifest: Manifest) -> list[str]:
+    rank, world_size = distributed.global_rank(), distributed.world_size()
+    if manifest.world_size != world_size:
+        return list(manifest.files)[rank::world_size]
+    return [name for name, entry in manifest.files.items() if entry.rank == rank]
+
+
+def _is_of_save(directory: Path, manifest: Manifest) -> bool:
+    """Whether this disk has a part of the same save."""
+    try:
+        return is_present(directory / MANIFEST) and (
+            read_manifest(directory).saved_at == manifest.saved_at
+        )
+    except CheckpointError:
+        return False
+
+
+def _is_there(directory: Path, file: str) -> bool:
+    return (directory / file).is_file()

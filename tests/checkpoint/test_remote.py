@@ -1,0 +1,199 @@
+"""Checkpoints in a store: a run goes on from there where its disks are lost, and a store that fails
+delays nothing. A node is a rank with its own disk, as in test_disks."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.checkpoint import uploads
+from harness.checkpoint.files import verify_file
+from harness.checkpoint.remote_store import Store
+from harness.checkpoint.written import write_file
+from harness.config import Config
+from harness.config.sections import CheckpointConfig
+from harness.errors import CheckpointError
+from harness.run import run_in_world
+from harness.testing.faults import fail_at
+from harness.testing.pool import RankError, RankPool
+from tests.checkpoint.test_disks import config_of, files, log_of, on, place, run_on, tensors
+from tests.checkpoint.test_remote_store import manifest_of
+from tests.support.helpers import Pools, assert_equal, error_of, exported, log_text, tiny_config
+
+FILES = {"rank-00000.pt", "rank-00001.pt"}
+
+
+def remote_config(root: Path, stage: int = 2, **overrides: Any) -> Config:
+    settings = {"remote": f"file://{root}/store"} | overrides.pop("checkpoint", {})
+    return config_of(stage, checkpoint=settings, **overrides)
+
+
+def stored(root: Path) -> dict[int, Path]:
+    """The complete checkpoints in the store by step, all of their files verified."""
+    found = {}
+    for name, manifest in Store(f"file://{root}/store/tiny").checkpoints().items():
+        directory = root / "store/tiny" / name
+        for file, entry in manifest.files.items():
+            verify_file(directory / file, entry)
+        assert manifest.files.keys() >= FILES
+        found[manifest.step] = directory
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stage", "background"),
+    [(2, True), *(pytest.param(n, n == 1, marks=pytest.mark.slow) for n in (0, 1, 3))],
+)
+def test_a_lost_node_comes_back_from_the_store(
+    two_ranks: RankPool, tmp_path: Path, stage: int, background: bool
+) -> None:
+    """The run on both goes on to the bit as one that was not interrupted."""
+    two_ranks.run(on, "ab", tmp_path / "reference", run_in_world, config_of(stage))
+    table = {"checkpoint": {"background": background}}
+    half, whole = (remote_config(tmp_path, stage, run={"steps": n}, **table) for n in (4, 6))
+    two_ranks.run(on, "ab", tmp_path, run_in_world, half)
+    assert 4 in stored(tmp_path)
+    own = files(tmp_path, "a", 4)
+    (tmp_path / "b").rename(tmp_path / "lost")
+    two_ranks.run(on, "ab", tmp_path, run_in_world, whole)
+    assert "downloading" in log_of(tmp_path)
+    assert "resumed from runs/tiny/checkpoints/step-00000004" in log_of(tmp_path)
+    assert_equal(exported(run_on(tmp_path)), exported(run_on(tmp_path / "reference")))
+    if stage < 3:  # there DeepSpeed's padding is whatever was in memory
+        assert tensors(tmp_path) == tensors(tmp_path / "reference")
+    assert files(tmp_path, "a", 4) == own
+    assert files(tmp_path, "b", 4) & own <= {"net/mp_rank_00_model_states.pt"}
+    assert 6 in stored(tmp_path)
+    assert not list((tmp_path / "b").rglob("*.tmp"))
+
+
+def test_all_disks_are_lost(pools: Pools, tmp_path: Path) -> None:
+    """On as many ranks to the bit, and on one rank; and another run starts from there."""
+    pools(2).run(on, "ab", tmp_path / "reference", run_in_world, config_of())
+    for steps in (4, 6):
+        config = remote_config(tmp_path, run={"steps": steps})
+        pools(2).run(on, "ab", tmp_path, run_in_world, config)
+        if steps == 6:
+            assert tensors(tmp_path) == tensors(tmp_path / "reference")
+        for host in "ab":
+            shutil.rmtree(tmp_path / host)
+    url, other = f"file://{tmp_path}/store/tiny", {"name": "other", "steps": 7}
+    for step, wanted in {6: url, 4: f"{url}/{stored(tmp_path)[4].name}"}.items():
+        task = {"args": {"dropout": 0.2}}
+        config = tiny_config(tmp_path, 2, run=other | {"resume": wanted}, task=task)
+        pools(1).run(run_in_world, config)
+        assert f"resumed from {config.run_dir}/checkpoints/step-{step:08d}" in log_text(config)
+        shutil.rmtree(config.run_dir)
+    config = tiny_config(tmp_path, 2, run=other | {"resume": f"{url}/step-00000001.1"})
+    message = pools(1).run(error_of, config)[0]
+    assert "expected a checkpoint, or a run's; found there: step-00000006" in message
+
+
+def test_retention_is_the_same_there(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = remote_config(tmp_path, checkpoint={"keep_last": 1}, trainer={"save_every": 1})
+    two_ranks.run(on, "aa", tmp_path, run_in_world, config)
+    assert sorted(stored(tmp_path)) == [6]
+    assert len(list((tmp_path / "store/tiny").iterdir())) == 1
+
+
+class Broken:
+    """A store that fails a number of times, and counts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int):
+        self.left, upload = times, Store.upload
+
+        def fail(store: Store, *args: Any) -> None:
+            if self.left > 0:
+                self.left -= 1
+                raise CheckpointError("the store is down")
+            upload(store, *args)
+
+        monkeypatch.setattr(Store, "upload", fail)
+        monkeypatch.setattr(uploads, "FIRST_PAUSE_S", 0.01)
+
+
+def train_on_a_broken_store(config: Config, times: int, give_up_after_s: float) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        Broken(patch, times)
+        patch.setattr(uploads, "GIVE_UP_AFTER_S", give_up_after_s)
+        run_in_world(config)
+
+
+def test_a_store_that_fails_is_tried_again(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = remote_config(tmp_path)
+    two_ranks.run(on, "aa", tmp_path, train_on_a_broken_store, config, 7, 60.0)
+    assert 6 in stored(tmp_path)
+    assert log_of(tmp_path).count("the store is down; trying again; training goes on") <= 2
+    for step in (2, 4):  # passed over, or uploaded: but on the disk
+        assert place(tmp_path, "a", step).exists()
+
+
+def test_a_store_that_is_down_delays_only_the_end(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = remote_config(tmp_path, checkpoint={"keep_last": 1})
+    two_ranks.run(on, "aa", tmp_path, train_on_a_broken_store, config, 10**9, 0.2)
+    assert stored(tmp_path) == {}
+    assert "step-00000006: the next start uploads the newest" in log_of(tmp_path)
+    longer = remote_config(tmp_path, run={"steps": 7}, checkpoint={"keep_last": 1})
+    two_ranks.run(on, "aa", tmp_path, run_in_world, longer)
+    assert 7 in stored(tmp_path)
+
+
+def list_fails(config: Config) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fail(store: Store) -> None:
+            raise CheckpointError("the store is down")
+
+        patch.setattr(Store, "checkpoints", fail)
+        patch.setattr(uploads, "GIVE_UP_AFTER_S", 0.0)
+        return error_of(config)
+
+
+def test_a_run_does_not_start_over_without_knowing(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = remote_config(tmp_path)
+    errors = two_ranks.run(on, "aa", tmp_path, list_fails, config)
+    assert "the store is down: whether this run has checkpoints there is not known" in errors[1]
+    anew = remote_config(tmp_path, run={"resume": "none", "steps": 2})
+    assert two_ranks.run(on, "aa", tmp_path, list_fails, anew) == ["", ""]
+    assert two_ranks.run(on, "aa", tmp_path, list_fails, config) == ["", ""]
+    assert "the store is down: resuming from the disk" in log_of(tmp_path)
+
+
+def killed_while(phase: str, config: Config) -> None:
+    with fail_at(phase, rank=1 if phase == "upload" else 0, kind="kill"):
+        run_in_world(config)
+
+
+@pytest.mark.parametrize("phase", ["upload", "uploaded"])
+def test_a_kill_while_uploading(pools: Pools, tmp_path: Path, phase: str) -> None:
+    config = remote_config(tmp_path)
+    with pytest.raises(RankError):
+        pools(2).run(on, "ab", tmp_path, killed_while, phase, config)
+    assert stored(tmp_path) == {}
+    pools(2).run(on, "ab", tmp_path, run_in_world, config)
+    assert 6 in stored(tmp_path)
+
+
+def return_to_the_first(root: Path) -> list[str]:
+    store = Store(f"file://{root}/store")
+    ours = uploads.Uploads(store, CheckpointConfig)
+    for step in range(1, 4):
+        directory = root / f"step-{step:08d}"
+        directory.mkdir()
+        entry = write_file({"step": step}, directory / "rank-00000.pt")
+        manifest = manifest_of(step, {"rank-00000.pt": entry}, pinned="a" if step == 3 else None)
+        ours.add(directory, manifest)
+        ours.finish(lambda: False)
+    assert [manifest.step for manifest in store.checkpoints().values()] == [3, 2, 1]
+    ours.add(root / "step-00000004", manifest_of(4, {}))
+    ours.forget_after(1.0)
+    ours.finish(lambda: False)
+    ours.close()
+    return list(store.checkpoints())
+
+
+def test_a_rollback_removes_what_was_after_it(pools: Pools, tmp_path: Path) -> None:
+    assert pools(1).run(return_to_the_first, tmp_path) == [
+        ["step-00000003.3000", "step-00000001.1000"]
+    ]

@@ -1,0 +1,132 @@
+"""A store of checkpoints, by itself: what appears, when, and what is told when it fails."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.checkpoint.files import FileEntry
+from harness.checkpoint.manifest import Manifest
+from harness.checkpoint.remote_store import CHUNK, Stopped, Store, local_name, remote_name
+from harness.errors import CheckpointError
+
+SIZE = 2 * CHUNK + 5
+
+
+def never() -> bool:
+    return False
+
+
+FILES = {"net/x.pt": FileEntry(size=SIZE, digest="", rank=0)}
+
+
+def manifest_of(step: int, files: dict[str, FileEntry], pinned: str | None = None) -> Manifest:
+    """Saved `step` seconds after 1970 began."""
+    fields: dict[str, Any] = {"hosts": ["a"], "config_digest": "", "engines": {}, "world_size": 1}
+    return Manifest(step=step, files=files, saved_at=float(step), pinned=pinned, **fields)
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    """The URL of a real S3 server on this machine, with a bucket."""
+    pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    command = [sys.executable, "-m", "moto.server", "--port", "0"]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server,
+    ):
+        assert server.stderr is not None
+        url = next(line.split()[-1] for line in server.stderr if "Running on http://" in line)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "none")
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield url
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.kill()
+
+
+@pytest.fixture
+def s3(s3_server: str, tmp_path: Path) -> str:
+    return f"s3://bucket{tmp_path}"
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        return request.getfixturevalue("s3")
+    return f"{request.param}://{tmp_path}/runs"
+
+
+def test_only_a_manifest_makes_a_checkpoint(url: str, tmp_path: Path) -> None:
+    source = tmp_path / "x.pt"
+    source.write_bytes(bytes(range(256)) * (SIZE // 256) + b"12345")
+    store = Store(f"{url}/run")
+    assert store.checkpoints() == {}
+    names = []
+    for step in (2, 3):
+        manifest = manifest_of(step, FILES)
+        name = remote_name(Path(f"step-{step:08d}-a.b"), manifest)
+        assert local_name(name) == f"step-{step:08d}-a.b"
+        assert not store.has(name, "net/x.pt", SIZE)
+        store.upload(source, name, "net/x.pt", never)
+        assert store.has(name, "net/x.pt", SIZE)
+        assert not store.has(name, "net/x.pt", SIZE + 1)
+        assert store.unfinished() == [name]
+        assert list(store.checkpoints()) == names[::-1]
+        store.write_manifest(name, manifest)
+        names.append(name)
+        assert store.unfinished() == []
+    found = store.checkpoints()
+    assert list(found) == names[::-1]
+    assert found[names[0]].model_dump() == manifest_of(2, FILES).model_dump()
+    store.download(names[0], "net/x.pt", tmp_path / "back.pt")
+    assert (tmp_path / "back.pt").read_bytes() == source.read_bytes()
+    store.remove(names[1])
+    assert list(store.checkpoints()) == [names[0]]
+    assert not store.has(names[1], "net/x.pt", SIZE)
+
+
+@pytest.mark.parametrize("url", ["file", "s3"], indirect=True)  # memory: objects grow in place
+def test_a_transfer_that_ends_early_leaves_nothing(url: str, tmp_path: Path) -> None:
+    source = tmp_path / "x.pt"
+    source.write_bytes(bytes(SIZE))
+    store, stop = Store(url), threading.Event()
+    with pytest.raises(Stopped):
+        store.upload(source, "step-1.1", "x.pt", lambda: stop.is_set() or stop.set() or False)
+    assert not store.has("step-1.1", "x.pt", SIZE)
+    with pytest.raises(FileNotFoundError):
+        store.upload(tmp_path / "gone.pt", "step-1.1", "x.pt", never)
+    with pytest.raises(CheckpointError, match=r"step-1\.1/x\.pt: FileNotFoundError"):
+        store.download("step-1.1", "x.pt", tmp_path / "back.pt")
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["x.pt"]
+    assert not list(tmp_path.glob("**/.*.tmp"))
+
+
+def test_a_missing_bucket_is_not_made(s3: str, tmp_path: Path) -> None:
+    store = Store("s3://other/runs")
+    (tmp_path / "x.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"s3://other/runs/step-1.1/x.pt: "):
+        store.upload(tmp_path / "x.pt", "step-1.1", "x.pt", never)
+
+
+def test_an_unknown_store_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="nope://a: Protocol not known: nope"):
+        Store("nope://a")
+
+
+def test_a_store_that_does_not_answer_is_named(
+    s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import s3fs
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(CheckpointError, match=r"s3://bucket/.*127.0.0.1:9"):
+        Store(s3).checkpoints()
