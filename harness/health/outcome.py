@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from harness.errors import RESTART_CODE, HarnessError, Kind, LostRank, is_on_all_ranks
-from harness.files import json_write
+from harness.files import json_write, staging_path
 from harness.health import phases
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def forget_of_environment() -> None:
 
 def _create(text: str, path: Path) -> None:
     """A new file, complete at once. Raises FileExistsError if another rank was faster."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staged = staging_path(path)
     try:
         staged.write_text(text)
         os.link(staged, path)
