@@ -22,7 +22,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
     A reader sees all of the old file or all of the new one. On an error the old file stays.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staged = staging_path(path)
     try:
         write(staged)
         with staged.open("rb") as file:
@@ -34,6 +34,12 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         raise
     finally:
         staged.unlink(missing_ok=True)
+
+
+def staging_path(path: Path) -> Path:
+    """A temporary name next to `path`, of its own for every call: threads, and processes on other
+    hosts with the same process id, may write the same `path` at once."""
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
 
 
 def is_present(path: Path) -> bool:

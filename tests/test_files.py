@@ -26,6 +26,20 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_a_file_may_be_written_by_several_at_once(tmp_path: Path) -> None:
+    """Threads of one process; and processes of several hosts, which may have the same number."""
+    path = tmp_path / "x.txt"
+
+    def overtaken(staged: Path) -> None:
+        staged.write_text("first")
+        write_atomically(path, lambda other: other.write_text("second"))
+        assert path.read_text() == "second"
+
+    write_atomically(path, overtaken)
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_json_line_cuts_floats_and_stays_json() -> None:
     line = json_line({"step": 3, "loss": 1 / 3, "bad": math.nan, "far": -math.inf}, digits=4)
     assert json.loads(line) == {"step": 3, "loss": 0.3333, "bad": "nan", "far": "-inf"}

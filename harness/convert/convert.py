@@ -4,6 +4,7 @@ Without torch: a plan lists which bytes go where (`plan`), and threads copy them
 files of other structures than flat tensors are loaded and saved, by `harness.io`.
 """
 
+import errno
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ from harness.convert.plan import ConversionPlan, PlannedTensor
 from harness.convert.resolve_source import LATEST, read_file, resolve_source
 from harness.convert.verify import check_masters, check_output, check_sources
 from harness.errors import FormatError, HarnessError, first_few
-from harness.files import sync_directory, write_atomically
+from harness.files import staging_path, sync_directory, write_atomically
 from harness.formats import (
     dtypes,
     pt_writer,
@@ -283,12 +284,18 @@ def _staged_directory(dst: Path, needed: int) -> Iterator[Path]:
         raise HarnessError(
             f"{dst}: needs {needed / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free"
         )
-    staged = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
+    staged = staging_path(dst)
     staged.mkdir()
     try:
         yield staged
         staged.replace(dst)  # also if it is an empty directory
         sync_directory(dst.absolute().parent)
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise HarnessError(f"{dst}: another process has written it meanwhile") from None
+        if error.filename is not None:  # a path that the user does not know
+            error.filename = str(error.filename).replace(str(staged), str(dst), 1)
+        raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

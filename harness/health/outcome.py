@@ -23,7 +23,7 @@ from harness.errors import (
     is_on_all_ranks,
     kind_of,
 )
-from harness.files import json_write
+from harness.files import json_write, staging_path
 from harness.health import phases
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def forget_of_environment() -> None:
 
 def _create(text: str, path: Path) -> None:
     """A new file, complete at once. Raises FileExistsError if another rank was faster."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staged = staging_path(path)
     try:
         staged.write_text(text)
         os.link(staged, path)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -447,6 +448,36 @@ def test_a_disk_without_room_is_one_message(tmp_path: Path, name: str) -> None:
         assert str(tmp_path / "disk" / name) in done.stderr
         assert re.search("No space left on device: 12583|0.008 GB are free", done.stderr)
         assert not list((tmp_path / "disk").iterdir())
+
+
+@pytest.mark.parametrize("option", [{"shard_size": 60_000}, {"to_zero": 3}])
+def test_a_failed_write_into_a_new_directory_names_it(
+    checkpoints: Checkpoints, tmp_path: Path, option: dict[str, int]
+) -> None:
+    src = checkpoints(2) / "zero1 bf16"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            convert(src, tmp_path / "x", Options(**option), lambda _: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename.startswith(f"{tmp_path / 'x'}/")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_another_process_writes_meanwhile_is_kept(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    other = tmp_path / "shards/model-00001-of-00001.safetensors"
+
+    def write_other(_: str) -> None:
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("theirs")
+
+    with pytest.raises(HarnessError, match="shards: another process has written it meanwhile"):
+        convert(tmp_path, tmp_path / "shards", Options(shard_size=100), write_other)
+    assert other.read_text() == "theirs"
+    assert {path.name for path in tmp_path.iterdir()} == {"shards", "model.safetensors"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
