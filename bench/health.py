@@ -5,7 +5,8 @@
 Two ranks take steps of `--step-ms` (asleep, as while a GPU works) of 8 micro-batches, with the
 step's vector, in alternating blocks: with what harness does for its health in a step, and without.
 Prints the time that a step takes besides the sleep, on the slower rank (median over the steps and
-the blocks), their difference relative to the step, and the CPU time of the watchdogs' processes.
+the blocks), the CPU time of its thread, which a busy machine changes less, their differences
+relative to the step, and the CPU time of the watchdogs' processes.
 """
 
 import argparse
@@ -24,8 +25,8 @@ MICRO_BATCHES = 8
 
 
 def measure(steps: int, step_s: float, rounds: int, directory: Path) -> dict[str, list[float]]:
-    """Seconds a step of each way besides the sleep, by block, on this rank; and the share of a core
-    that the watchdog takes."""
+    """Seconds a step of each way besides the sleep, and of CPU time, by block, on this rank; and the
+    share of a core that the watchdog takes."""
     from harness import distributed
     from harness.config import Config
     from harness.distributed import StepVector
@@ -74,21 +75,24 @@ def measure(steps: int, step_s: float, rounds: int, directory: Path) -> dict[str
         full.exchange()
         pace.of_step(step - 1)
 
-    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    ways = {"with": with_health, "without": bare.exchange}
+    seconds: dict[str, list[float]] = {f"{name}{cpu}": [] for name in ways for cpu in ("", " CPU")}
     with watchdog.watched(config, may_end=False):
         watchdog.join()
         (process,) = psutil.Process().children()
         began, used = time.monotonic(), sum(process.cpu_times()[:2])
         for _ in range(rounds):
-            for name, way in (("with", with_health), ("without", bare.exchange)):
+            for name, way in ways.items():
                 distributed.barrier()
-                times = []
+                times, used_times = [], []
                 for _ in range(steps):
                     time.sleep(step_s)
-                    started = time.perf_counter()
+                    started, used_before = time.perf_counter(), time.thread_time()
                     way()
+                    used_times.append(time.thread_time() - used_before)
                     times.append(time.perf_counter() - started)
                 seconds[name].append(statistics.median(times))
+                seconds[f"{name} CPU"].append(statistics.median(used_times))
                 bare.wait()
                 full.wait()
         used = sum(process.cpu_times()[:2]) - used
@@ -109,12 +113,14 @@ def main() -> None:
     medians = {
         name: max(statistics.median(rank[name]) for rank in per_rank) for name in per_rank[0]
     }
-    cost = medians["with"] - medians["without"]
-    sys.stdout.write(
-        f"with {medians['with'] * 1e6:.0f} us, without {medians['without'] * 1e6:.0f} us a step: "
-        f"{cost * 1e6:.0f} us, {cost / step_s:.3%} of {args.step_ms:g} ms; the watchdog's process "
-        f"takes {medians['share']:.2%} of a core\n"
-    )
+    for kind in ("", " CPU"):
+        full, bare = medians[f"with{kind}"], medians[f"without{kind}"]
+        sys.stdout.write(
+            f"{kind.strip() or 'elapsed'}: with {full * 1e6:.0f} us, without {bare * 1e6:.0f} us a "
+            f"step: {(full - bare) * 1e6:.0f} us, {(full - bare) / step_s:.3%} of "
+            f"{args.step_ms:g} ms\n"
+        )
+    sys.stdout.write(f"the watchdog's process takes {medians['share']:.2%} of a core\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from harness.control.commands import EvalQuit, Interrupt, Quit, QuitUnsaved, Sav
 from harness.control.live import LiveConfig
 from harness.data.step_batches import StepBatches
 from harness.distributed import StepVector
-from harness.distributed.failures import current, raise_lost_rank
+from harness.distributed.failures import current, raise_lost_rank, raise_together
 from harness.engine.blame import KeptStep
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, CommandError, GradientError, HarnessError, no_exit
@@ -244,11 +244,11 @@ class Trainer:
 
     def execute(self, ticket: Ticket) -> None:
         """Executes a command on all ranks; one that fails on any of them has failed on all, and the
-        run continues, unless it is a save whose failure ends the run."""
+        run continues, unless it is a save whose failure ends the run, or others wait in it."""
         step = self.engines.global_step
         log.info("step %d: %s: %s", step, ticket.front, ticket.text)
         try:
-            with distributed.raise_on_all_ranks(f"{ticket.text!r}"):
+            with raise_together(f"{ticket.text!r}"):
                 if isinstance(ticket.command, Save):
                     result = self.save(ticket.command.name, ticket)
                 else:

@@ -5,6 +5,7 @@ python -m tests.test_fault_table     prints the table of docs/reliability.md
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,14 +38,28 @@ class Row:
     """"forked": ranks that nobody ends (tests/support/forked.py)."""
     on_all: bool = False
     workers: int = 0
-    ends_as: tuple[str, ...] = ("task", "error")
+    ends_as: tuple[str, ...] = ("task",)
     """Kinds of the outcome."""
     saved: int | None = None
     """The step that is saved before the end."""
+    ranks: int = 2
+    dtype: str = "fp32"
+    steps: int = 4
+    step: int | None = 3
+    """When it happens; None: in every step."""
+    command: str = ""
+    """What is typed at the start."""
+    says: str = ""
+    """What the log says of it, if the run goes on."""
+
+    @property
+    def ends_well(self) -> bool:
+        return self.ends_as == ("complete",)
 
     def __str__(self) -> str:
         where = "all" if self.on_all else "one"
-        return f"{self.kind}-{self.phase}-{where}-zero{self.zero}-{self.launcher}-{self.workers}"
+        layout = f"zero{self.zero}-{self.dtype}-{self.ranks}-{self.launcher}-{self.workers}"
+        return f"{self.kind}-{self.phase}-{where}-{layout}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,9 @@ class Result:
     saved: list[int]
 
 
+COMPLETE: dict[str, Any] = {"ends_as": ("complete",)}
+LONG: dict[str, Any] = COMPLETE | {"steps": 100, "step": None}
+SKIPPED = "skipped, as its gradients are not finite (1 so far): the loss of rank 1"
 QUICK = [
     Row("raise", "forward", 3),
     Row("kill", "backward", 2, ends_as=("lost_rank",)),
@@ -73,13 +92,19 @@ SLOW = [
         if (phase, zero) != ("forward", 3)
     ),
     *(Row("raise", "forward", zero, on_all=True, saved=2) for zero in (0, 2, 3)),
+    *(Row("raise", "forward", zero, ranks=3) for zero in (0, 2, 3)),
+    *(Row("raise", "forward", zero, dtype="bf16") for zero in (0, 2, 3)),
+    Row("raise", "collate", 2),
+    Row("raise", "collate", 2, on_all=True, saved=2),
+    Row("raise", "command", 2, command="eval", steps=100, step=None),
+    Row("raise", "command", 3, command="lr 0.005", says="rank 1: 'lr 0.005':", **LONG),
     Row("raise", "data", 0, workers=2),
     Row("raise", "data", 3, workers=2),
     Row("raise", "evaluation", 0, saved=4),
     Row("raise", "evaluation", 2, saved=4),
     Row("raise", "evaluation", 3),
     Row("raise", "evaluation", 2, on_all=True, saved=4),
-    Row("raise", "export", 2, ends_as=("task", "error")),
+    Row("raise", "export", 2),
     Row("raise", "save", 2, ends_as=("checkpoint",)),
     Row("full disk", "save", 2, ends_as=("checkpoint",)),
     Row("exit", "forward", 2),
@@ -87,29 +112,38 @@ SLOW = [
     Row("os._exit", "forward", 2, ends_as=("lost_rank",)),
     Row("kill", "forward", 0, ends_as=("lost_rank",)),
     Row("kill", "forward", 3, ends_as=("lost_rank",)),
-    Row("kill", "data", 2, workers=2, ends_as=("error", "task")),
+    Row("kill", "data", 2, workers=2, ends_as=("error",)),
     Row("collective", "forward", 0, ends_as=("lost_rank", "hang", "error")),
     Row("hang", "forward", 2, ends_as=("hang", "lost_rank")),
     Row("hang", "data", 2, workers=2, ends_as=("hang", "lost_rank")),
     Row("stop", "forward", 3, ends_as=("hang", "lost_rank")),
+    Row("io error", "data", 2, workers=2, ends_as=("error",)),
+    Row("io error", "save", 2, ends_as=("checkpoint",)),
+    Row("kill", "forward", 3, ranks=3, ends_as=("lost_rank",)),
+    Row("kill", "forward", 2, dtype="bf16", ends_as=("lost_rank",)),
+    *(Row("nan", "forward", zero, says=SKIPPED, **COMPLETE) for zero in (0, 2, 3)),
+    Row("nan", "forward", 2, dtype="bf16", says=SKIPPED, **COMPLETE),
+    Row("nan", "forward", 3, ranks=3, says=SKIPPED, **COMPLETE),
+    Row("inf", "forward", 2, says=SKIPPED, **COMPLETE),
+    Row("spike", "forward", 2, **COMPLETE, steps=80, step=70, says="a spike: "),
+    Row("slow", "forward", 2, **COMPLETE, steps=13, step=None, says="rank 1 on {host} is slow"),
     Row("raise", "forward", 2, "deepspeed"),
     Row("raise", "forward", 3, "torchrun"),
     Row("kill", "forward", 3, "torchrun", ends_as=("lost_rank",)),
     Row("raise", "data", 2, "python", on_all=True, workers=2, saved=2),
 ]
-STEP = 3
 KEYS = ("forward", "backward", "step", "data", "evaluation")
 
 
-def _launch(launcher: str, directory: Path, words: list[str], output: Path) -> str:
+def _launch(row: Row, directory: Path, words: list[str], output: Path) -> str:
     """Runs a job to its end, its launcher's and that of all ranks; the exit code."""
-    if launcher == "forked":
+    if row.launcher == "forked":
         words = ["--config", str(written_config(directory)), *words]
-        return ", ".join(map(str, run_forked(2, words, output, LIMIT_S)))
+        return ", ".join(map(str, run_forked(row.ranks, words, output, LIMIT_S)))
     with (
         output.open("w") as file,
         popen(
-            launcher,
+            row.launcher,
             directory,
             *words,
             stdin=subprocess.DEVNULL,
@@ -130,24 +164,29 @@ def _launch(launcher: str, directory: Path, words: list[str], output: Path) -> s
 
 def result_of(row: Row, directory: Path) -> Result:
     """Runs the job in an empty directory, until nothing of it is left."""
-    rank = "" if row.on_all else f", rank={0 if row.launcher == 'python' else 1}"
     # Of data, the step is a micro-batch; evaluations, saves and exports come at the end.
-    step = {"evaluation": 4, "save": 4, "export": 4}.get(row.phase, STEP)
+    fault = {"phase": row.phase, "kind": row.kind}
+    at = 4 if row.phase in ("evaluation", "save", "export") else row.step
+    fault |= {} if at is None else {"step": at}
+    fault |= {} if row.on_all else {"rank": 0 if row.launcher == "python" else row.ranks - 1}
     words = [
         f"--task.path={ROOT}/tests/tasks/faulty_task.py",
-        f"--task.args.fault={{phase='{row.phase}', kind='{row.kind}', step={step}{rank}}}",
+        f"--task.args.fault={{{', '.join(f'{k}={v!r}' for k, v in fault.items())}}}",
+        f"--task.args.command={row.command}",
         f"--engines.net.ds_config={ROOT}/ds_configs/zero{row.zero}.json",
+        f"--engines.net.ds_overrides.bf16={{enabled={str(row.dtype == 'bf16').lower()}}}",
         f"--data.workers={row.workers}",
         "--data.micro_batch_size=4",
         f"--health.timeouts={{{', '.join(f'{key}={BOUND_S}' for key in KEYS)}}}",
         "--checkpoint.on_error=stop",
-        "--run.steps=4",
+        f"--run.steps={row.steps}",
     ]
     if row.zero == 3:
-        persisted = "zero_optimization={stage3_param_persistence_threshold=0}"
-        words.append(f"--engines.net.ds_overrides={{{persisted}}}")
+        words.append(
+            "--engines.net.ds_overrides.zero_optimization={stage3_param_persistence_threshold=0}"
+        )
     output = directory / "output"
-    code = _launch(row.launcher, directory, words, output)
+    code = _launch(row, directory, words, output)
     ended = time.time()
     run = directory / "runs/tiny"
     log = log_of(directory)
@@ -161,18 +200,23 @@ def result_of(row: Row, directory: Path) -> Result:
 
 def check(row: Row, result: Result) -> None:
     """What is promised of every row."""
-    assert "0" not in result.code.split(", ")
     assert result.outcome["kind"] in row.ends_as, result.outcome
+    if row.ends_well:
+        assert set(result.code.split(", ")) == {"0"} and result.saved == [row.steps]
+        assert row.says.format(host=socket.gethostname()) in result.log, result.log
+        return
+    assert "0" not in result.code.split(", ")
     assert result.saved == ([row.saved] if row.saved else []), result.saved
     if row.kind == "raise" and row.phase != "save":  # whose errors are one line
         for text in (result.log, result.terminal):
             found = re.findall(r"^(?:\[rank\d\]: )?ValueError: injected$", text, re.MULTILINE)
             assert len(found) == 1, text
-        assert f"phase {row.phase}" in result.log
+        phase = {"collate": "data", "command": "commands"}.get(row.phase, row.phase)
+        assert f"phase {phase}" in result.log
     if not row.on_all and row.phase != "save":
-        assert result.outcome["rank"] == 1, result.outcome
+        assert result.outcome["rank"] == row.ranks - 1, result.outcome
     if row.ends_as == ("lost_rank",):
-        assert "has lost rank 1 on " in result.log
+        assert f"has lost rank {row.ranks - 1} on " in result.log
 
 
 @pytest.mark.parametrize("row", QUICK, ids=str)
@@ -186,7 +230,7 @@ def test_every_fault(row: Row, tmp_path: Path) -> None:
     check(row, result_of(row, tmp_path))
 
 
-HEADER = "fault|in phase|of|ZeRO|launcher|outcome|code|seconds|saved"
+HEADER = "fault|in phase|of|ZeRO|dtype|ranks|launcher|outcome|code|seconds|saved"
 
 
 def lines(chosen: str) -> Iterator[str]:
@@ -205,9 +249,13 @@ def lines(chosen: str) -> Iterator[str]:
         where = "all ranks" if row.on_all else "one rank"
         where += "' worker" if row.workers and row.on_all else "'s worker" if row.workers else ""
         phase, kind = row.phase, row.kind
-        place = result.outcome["kind"], result.code, f"{result.seconds:.0f}"
+        outcome = result.outcome["kind"]
+        if row.ends_well:
+            outcome += f': "{row.says.partition(",")[0].strip(" :").format(host="node")}"'
+        place = outcome, result.code, "-" if row.ends_well else f"{result.seconds:.0f}"
         saved = ", ".join(f"step {step}" for step in result.saved) or "-"
-        cells = [kind, phase, where, row.zero, row.launcher, *place, saved]
+        launcher = "none" if row.launcher == "forked" else row.launcher
+        cells = [kind, phase, where, row.zero, row.dtype, row.ranks, launcher, *place, saved]
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 

@@ -37,11 +37,15 @@ class Fetch(Dataset):
             for index in indices:
                 samples.append(self.dataset[index])
             index = None
-            return self.collate(samples)
+            return self.collated(samples)
         except Exception as error:
             what = "collating" if index is None else f"reading sample {index} of"
             error.add_note(f"while {what} the samples {first_few(indices, MOST_SAMPLES)}")
             raise
+
+    def collated(self, samples: list[Any]) -> Any:
+        """What the task's `collate` makes of them."""
+        return self.collate(samples)
 
 
 def unchanged(batch: Any) -> Any:

@@ -28,11 +28,11 @@ from torch.distributed import (
 )
 
 from harness.distributed.abort import abort_collectives
-from harness.distributed.collectives import all_gather
+from harness.distributed.collectives import all_gather, raise_on_all_ranks
 from harness.distributed.network import is_lost_rank, local_cause
 from harness.distributed.peers import Place
 from harness.distributed.world import global_rank, world_size
-from harness.errors import LostRank, first_few, is_on_all_ranks, summary
+from harness.errors import LostRank, first_few, is_on_all_ranks, no_exit, summary
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ T = TypeVar("T")
 
 SECONDS_TO_ANSWER = 3.0
 """How long a rank that has lost another one waits for the others to tell why."""
+SECONDS_TO_ARRIVE = 5.0
+"""How long a rank that fails in a command waits for the others to come to its end."""
 FAILED = "failed"
 """The key that is set once a rank has failed alone."""
 
@@ -95,6 +97,9 @@ class Failures:
         self._prefix = f"harness/failures/{all_gather(uuid.uuid4().hex)[0]}"
         self._store: PrefixStore | None = None
         self._told = False
+        self._places_met = 0
+        self._is_alone = False
+        """Whether others have not come to a place where this rank has failed."""
         self._ended: set[int] = set()
         """The ranks of this node whose processes have ended without a word."""
         self._left = threading.Event()
@@ -130,11 +135,33 @@ class Failures:
             for descriptor in (self._wake, *self._processes, *filter(None, self._files.values())):
                 os.close(descriptor)
 
+    def next_place(self) -> str:
+        """The name of a place in the program that all ranks come to, in the same order."""
+        self._places_met += 1
+        return f"place {self._places_met}"
+
+    def arrive(self, place: str) -> None:
+        """Tells the others that this rank has come to a place. Does not wait for them."""
+        if (store := self._store) is not None:
+            _answer(lambda: store.set(f"{place}/{global_rank()}", "1"), SECONDS_TO_ANSWER)
+
+    def all_arrive(self, place: str) -> bool:
+        """Tells that, and waits some seconds for the others. False if some do not come: they may
+        wait for this rank in a collective."""
+        if (store := self._store) is None:
+            return True
+        self.arrive(place)
+        keys = [f"{place}/{rank}" for rank in range(world_size())]
+        limit = timedelta(seconds=SECONDS_TO_ARRIVE)
+        arrived = _answer(lambda: store.wait(keys, limit) or True, SECONDS_TO_ARRIVE + 1)
+        self._is_alone = not arrived
+        return not self._is_alone
+
     def is_joint(self, how: str, timeout_s: float) -> bool:
         """Whether every rank calls this, with the same text and within `timeout_s`. Blocks."""
         store = self._store
-        if store is None:
-            return True
+        if store is None or self._is_alone:
+            return store is None
         ranks = [f"joint/{rank}" for rank in range(world_size())]
 
         def ask() -> bool:
@@ -250,6 +277,28 @@ def current() -> Failures:
     """Those of the run in progress."""
     assert _current is not None, "no run is in progress"
     return _current
+
+
+@contextmanager
+def raise_together(doing: str) -> Iterator[None]:
+    """`raise_on_all_ranks` around a body that may contain collectives, within a run.
+
+    The other ranks may wait in one for a rank that fails. If they do not come to the end of the
+    body within seconds, that rank raises its error alone.
+    """
+    failures, failure = current(), None
+    place = failures.next_place()
+    try:
+        with no_exit():
+            yield
+        failures.arrive(place)
+    except Exception as error:
+        failure = error
+        if is_lost_rank(error) or not (is_on_all_ranks(error) or failures.all_arrive(place)):
+            raise
+    with raise_on_all_ranks(doing):
+        if failure is not None:
+            raise failure
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from harness import distributed
 from harness.health import phases
@@ -29,8 +30,7 @@ SHARE = 0.1
 """Of the time of a step, by which a late rank keeps the others waiting."""
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(NamedTuple):
     """Seconds of one rank in a step."""
 
     data: float
@@ -120,7 +120,7 @@ class Pace:
         self._metrics[step] = {
             "slowest_rank": max(times, key=lambda rank: times[rank].own),
             "step_time_min_s": min(steps),
-            "step_time_mean_s": statistics.fmean(steps),
+            "step_time_mean_s": sum(steps) / len(steps),
             "step_time_max_s": max(steps),
             "own_time_min_s": min(own),
             "own_time_mean_s": statistics.fmean(own),
@@ -159,10 +159,10 @@ def late_rank(times: dict[int, Times]) -> Late | None:
     """The slowest of two or more ranks, if it has kept the others waiting."""
     rank = max(times, key=lambda rank: times[rank].own)
     slowest, others = times[rank], [t for other, t in times.items() if other != rank]
-    seconds = slowest.own - statistics.median(other.own for other in others)
-    if seconds <= SHARE * statistics.fmean(of_rank.step for of_rank in times.values()):
+    seconds = slowest.own - statistics.median([other.own for other in others])
+    if seconds <= SHARE * sum([of_rank.step for of_rank in times.values()]) / len(times):
         return None
-    by_data = slowest.data - statistics.median(other.data for other in others)
+    by_data = slowest.data - statistics.median([other.data for other in others])
     return Late(rank, seconds, by_data > seconds / 2)
 
 

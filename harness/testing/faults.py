@@ -31,7 +31,7 @@ from unittest.mock import patch
 
 import torch
 
-from harness import distributed, trainer
+from harness import distributed, execute
 from harness.checkpoint import export, manifest, retention, save
 from harness.checkpoint.remote_store import Store
 from harness.data.fetch import Fetch
@@ -43,11 +43,12 @@ log = logging.getLogger("harness.testing")
 
 PHASES: dict[str, tuple[Any, str]] = {
     "data": (Fetch, "__getitem__"),  # in a worker, if there are any; counted in micro-batches
+    "collate": (Fetch, "collated"),  # of the data
     "forward": (engines, "feed"),
     "backward": (engine.Engine, "backward"),
     "step": (engine_state, "take_step"),
     "evaluation": (engines.Engines, "evaluate"),
-    "command": (trainer, "execute"),
+    "command": (execute, "_execute"),
     "export": (export, "_export_weights"),
     "save": (save, "write_files"),
     # of a save:

@@ -75,9 +75,12 @@ def test_times_by_phase(clock: Clock) -> None:
         spend(clock, ("data", 1.0), ("forward", seconds))
     phases.enter("backward")
     assert (phases.spent("forward"), phases.spent("data")) == (347.5, 5.0)
+    cells, forward = phases.view_of(phases.file or 0), PHASES.index("forward")
+    assert (cells[phases.LONGEST + forward], cells[phases.TIMES + forward]) == (3.0, 2)
     assert {phase: phases.longest(phase) for phase in PHASES if phases.longest(phase)} == {
         "data": 1.0,
         "forward": 3.0,
     }
     phases.begin()
-    assert list(phases.view_of(phases.file or 0))[:3] == [0.0] * 3 and CELLS == 37
+    assert list(phases.view_of(phases.file or 0)) == [clock.now, *[0.0] * (CELLS - 1)]
+    assert phases.longest("forward") == phases.spent("forward") == 0.0

@@ -1,7 +1,9 @@
 """Random faults under `harness run`: ranks forked from one process, so that a start takes a second.
 
 Whatever happens, the final weights are those of a run without faults, to the bit; every sample is
-trained on once; nothing is left behind; and the ledger adds up.
+trained on once; nothing is left behind; and the ledger adds up. In two of three runs a loss is NaN
+as well, wherever the other faults fall: by the step, which is skipped, or by a sample, whose step
+is rolled back; so it is in the run that they are compared with.
 
     python -m tests.support.soak DIR FAULTS [SEED]
 """
@@ -28,7 +30,6 @@ from unittest.mock import patch
 import psutil
 import torch
 
-from harness.convert.convert import Options, convert
 from harness.distributed import free_port
 from harness.files import locked
 from harness.health import attempt
@@ -42,12 +43,16 @@ RANKS, STEPS, SAVE_EVERY, MICRO_BATCH = 2, 30, 3, 4
 FAULTS_A_RUN = 5
 STEPS_A_FAULT = STEPS // FAULTS_A_RUN
 SAMPLES = STEPS * RANKS * MICRO_BATCH
+NAN = {
+    "": f"samples = {SAMPLES}",
+    "skip": f"samples = {SAMPLES}\nnan_steps = [8, 17]",
+    "rollback": f"samples = {SAMPLES + RANKS * MICRO_BATCH}\nnan_samples = [100]",
+}
+"""What the task has of it, by `health.nonfinite`. A rollback drops a step's samples."""
 
 IN_THE_TASK = ("raise", "raise all", "exit", "_exit")
 FROM_OUTSIDE = ("kill", "term", "stop", "launcher", "save", "both")
 KINDS = (*FROM_OUTSIDE, *IN_THE_TASK)
-SECONDS_OUTSIDE = 10.0
-"""Before rank 0's first line, and after its last, on a busy machine."""
 RARE = {"stop": 0.3, "raise": 0.3, "exit": 0.3}
 """Those that take seconds until the other rank gives up."""
 
@@ -71,7 +76,9 @@ def draw(rng: random.Random, number: int, kind: str | None = None) -> Fault:
     return Fault(chosen, rng.randrange(RANKS), step, rng.random() * 0.02)
 
 
-def write_config(directory: Path, stage: int, background: bool, workers: int) -> Path:
+def write_config(
+    directory: Path, stage: int, nonfinite: str, background: bool = False, workers: int = 0
+) -> Path:
     directory.mkdir(parents=True)
     (directory / "notes").mkdir()
     path = directory / "soak.toml"
@@ -83,7 +90,11 @@ def write_config(directory: Path, stage: int, background: bool, workers: int) ->
         timeout_s = 10
         [task]
         path = "{ROOT}/tests/tasks/soak_task.py"
-        args = {{ notes = "{directory}/notes", samples = {SAMPLES} }}
+        [task.args]
+        notes = "{directory}/notes"
+        {NAN[nonfinite]}
+        [health]
+        nonfinite = "{nonfinite or "stop"}"
         [engines.net]
         ds_config = "{ROOT}/ds_configs/zero{stage}.json"
         ds_overrides = {{ zero_optimization = {{ stage3_param_persistence_threshold = 0 }} }}
@@ -204,6 +215,9 @@ def end(pids: Sequence[int]) -> None:
 def train(command: Sequence[str], rank: int) -> int:
     """A rank: what `python launch/train.py ...` does."""
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    if rank == 0:
+        with (Path(command[-1]).parent / "notes/starts").open("a") as file:
+            file.write(f"{time.time()}\n")
     sys.argv = list(command)
     try:
         runpy.run_path(command[0], run_name="__main__")
@@ -267,23 +281,24 @@ def run(config: Path, faults: Sequence[Fault]) -> dict[str, Any]:
     assert not left, left
     assert not shared_memory() - shared, shared_memory() - shared
     records, spent = read(directory / FILE), seconds_by_kind(directory / FILE)
-    total = records[-1]["time"] - records[0]["began"]
-    assert abs(sum(spent.values()) - total) <= 1e-2 * total, (spent, total)
-    assert abs(took - total) <= 0.01 * took + SECONDS_OUTSIDE, (took, total)
+    ledger = records[-1]["time"] - records[0]["began"]
+    assert abs(sum(spent.values()) - ledger) <= 1e-3 * ledger, (spent, ledger)
+    began = float((config.parent / "notes/starts").read_text().split()[0])
+    ended = json.loads((directory / "ended.json").read_text())["time"]
     return {
         "weights": weights_of(directory),
         "history": history(config.parent / "notes"),
         "starts": Forked.started,
         "seconds": took,
+        "wall": ended - began,
+        "ledger": ledger,
         "spent": spent,
     }
 
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
-    """The master weights of the last step. (A signal in it ends the run without an export.)"""
-    last, file = directory / f"checkpoints/step-{STEPS:08d}", directory / "weights.sft"
-    convert(last, file, Options(), lambda line: None)
-    return load(file)
+    """The exported weights of the last step."""
+    return load(directory / f"exports/step-{STEPS:08d}/net.sft")
 
 
 def shared_memory() -> set[str]:
@@ -308,7 +323,7 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Fails unless it is the run without faults."""
     assert found["history"] == expected["history"]
     counts = Counter(number for numbers in found["history"].values() for number in numbers)
-    assert counts == dict.fromkeys(range(SAMPLES), 1)
+    assert len(counts) == counts.total() == SAMPLES
     assert found["weights"].keys() == expected["weights"].keys()
     for name, tensor in expected["weights"].items():
         assert torch.equal(found["weights"][name], tensor), name
@@ -325,21 +340,27 @@ def soak(
     rng, expected, totals = random.Random(seed), {}, Counter[str]()
     while totals["faults"] < faults:
         number = totals["runs"]
-        stage, background, workers = (2 + number) % 4, number % 3 == 1, int(number % 5 == 2)
-        if stage not in expected:
-            plain = write_config(directory / f"plain-{stage}", stage, False, 0)
-            expected[stage] = run(plain, [])
-        config = write_config(directory / f"run-{number}", stage, background, workers)
+        stage, nonfinite = (2 + number) % 4, ("rollback", "", "skip")[number % 3]
+        background, workers = number % 5 in (1, 3), int(number % 7 == 2)
+        if (stage, nonfinite) not in expected:
+            plain = write_config(directory / f"plain-{stage}-{nonfinite}", stage, nonfinite)
+            expected[stage, nonfinite] = run(plain, [])
+        config = write_config(directory / f"run-{number}", stage, nonfinite, background, workers)
         chosen = [draw(rng, n, kinds[n] if kinds else None) for n in range(FAULTS_A_RUN)]
-        sys.stderr.write(f"run {number}: stage {stage}, {background=}, {workers=}: {chosen}\n")
+        sys.stderr.write(
+            f"run {number}: stage {stage}, {nonfinite=}, {background=}, {workers=}: {chosen}\n"
+        )
         found = run(config, chosen)
-        check(found, expected[stage])
+        check(found, expected[stage, nonfinite])
         struck = found["starts"] - 1  # a fault in a save may come too late for one
-        totals.update({"runs": 1, "faults": struck, "seconds": found["seconds"]})
+        totals.update({"runs": 1, "faults": struck})
+        totals.update({key: found[key] for key in ("seconds", "wall", "ledger")})
         totals.update(fault.kind for fault in chosen[:struck])
         totals.update(found["spent"])
         sys.stderr.write(f"after {number + 1} runs: {dict(totals)}\n")
         shutil.rmtree(config.parent)
+    # From the start of the first rank 0's process to the outcome of the last.
+    assert abs(totals["ledger"] - totals["wall"]) <= 0.01 * totals["wall"], totals
     return dict(totals)
 
 

@@ -1,6 +1,7 @@
 """The tiny task with dropout, which notes the samples of every step, and fails on command.
 
-`HARNESS_FAULT`, "KIND RANK STEP" (rank -1: all), is what the forward of that step does."""
+`HARNESS_FAULT`, "KIND RANK STEP" (rank -1: all), is what the forward of that step does. The loss of
+rank 1 is NaN in the steps `nan_steps`, and that of any rank with a sample of `nan_samples`."""
 
 import json
 import os
@@ -37,7 +38,10 @@ def misbehave(kind: str) -> None:
 
 def build(config: Config) -> Task:
     fault, rank, step = (os.environ.get("HARNESS_FAULT") or "none 0 0").split()
-    notes = Path(config.task.args["notes"])
+    args = {"nan_steps": [], "nan_samples": []} | config.task.args
+    notes = Path(args["notes"])
+
+    nan_samples = set(args["nan_samples"])
 
     def feed(engine: Any, batch: Any) -> tuple[Tensor, Any]:
         points, classes, numbers = batch
@@ -46,8 +50,10 @@ def build(config: Config) -> Task:
             file.write(json.dumps([now, numbers.tolist()]) + "\n")
         if now == int(step) and int(rank) in (-1, own):
             misbehave(fault)
-        return default_feeder(engine, [points, classes])
+        loss, stats = default_feeder(engine, [points, classes])
+        is_bad = (own == 1 and now in args["nan_steps"]) or set(numbers.tolist()) & nan_samples
+        return (loss * torch.nan if is_bad else loss), stats
 
     models = {name: Classifier(dropout=0.2) for name in config.engines}
-    data = Numbered(config.task.args["samples"])
+    data = Numbered(args["samples"])
     return Task(models=models, train_data=data, feeder=feed)
