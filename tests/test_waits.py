@@ -1,10 +1,9 @@
 """A whole step (Engine, APOLLO, EMA, LoRA, offload, meter, bus) makes the host wait for the device
 only where it must know whether the gradients are finite: in harness in fp32 at stage 0, else in
-DeepSpeed."""
+DeepSpeed. And it launches few kernels besides those of the model's forward and backward."""
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from harness.testing.pool import RankPool
 from harness.trainer import Trainer
 from harness.zero.startup import join
 from tests.support.helpers import ROOT, tiny_config
-from tests.support.waits import counted_waits
+from tests.support.waits import counted_launches, counted_waits
 
 COUNTED = range(5, 7)
 """Steps after the first ones, and none of those in which changed buffers are searched for."""
@@ -32,6 +31,13 @@ OVERFLOW = {
     "deepspeed/runtime/utils.py:get_weight_norm": 2,
 }
 """DeepSpeed's waits: functions, and at most how often in a step."""
+
+LAUNCHES = {"optim": 150, "metrics": 5, "offload": 4, "engine": 1, "zero": 3}
+"""Kernels of a step, at most, by room of harness: for 6 matrices, 3 blocks and 2 metrics."""
+OF_THE_HOST = {"data", "distributed"}
+"""Rooms whose tensors are not on a device."""
+OF_THE_USER = {"harness/task.py:feed", "harness/offload/checkpointing.py:repeat"}
+"""Functions that run the model's own code."""
 
 
 def config_of(directory: Path, stage: int, dtype: str) -> Config:
@@ -58,22 +64,25 @@ def config_of(directory: Path, stage: int, dtype: str) -> Config:
     )
 
 
-def waits_of(config: Config) -> Counter[str]:
-    """Those of the steps COUNTED."""
-    found: Counter[str] = Counter()
+def counts_of(config: Config) -> tuple[Counter[str], Counter[str]]:
+    """The waits and the launches of the steps COUNTED."""
+    waits, launches = Counter[str](), Counter[str]()
     step = Trainer.step
 
     def counted(trainer: Trainer) -> None:
-        is_counted = trainer.engines.global_step in COUNTED
-        with counted_waits() if is_counted else nullcontext(Counter[str]()) as waits:
+        if trainer.engines.global_step not in COUNTED:
+            return step(trainer)
+        with counted_launches() as launched, counted_waits() as waited:
             step(trainer)
-        found.update(waits)
+        waits.update(waited)
+        launches.update(launched)
+        return None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(devices.LIMITS, "cpu", devices.LIMITS["cuda"])
         patch.setattr(Trainer, "step", counted)
         run_in_world(config)
-    return found
+    return waits, launches
 
 
 def check(found: Counter[str], stage: int, dtype: str) -> None:
@@ -82,6 +91,15 @@ def check(found: Counter[str], stage: int, dtype: str) -> None:
     assert sum(ours.values()) <= 2 * len(COUNTED), ours  # in place of DeepSpeed's own
     for place, count in (found - Counter(ours)).items():
         assert count <= OVERFLOW.get(place, 0) * len(COUNTED), (place, count)
+
+
+def check_launches(found: Counter[str]) -> None:
+    by_room: Counter[str] = Counter()
+    for place, count in found.items():
+        if place.startswith("harness/") and place not in OF_THE_USER:
+            by_room[place.split("/")[1]] += count
+    for room in by_room.keys() - OF_THE_HOST:
+        assert by_room[room] <= LAUNCHES.get(room, 0) * len(COUNTED), (room, found)
 
 
 def test_a_wait_in_harness_is_found() -> None:
@@ -102,8 +120,9 @@ SLOW = [(0, "bf16"), (1, "fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32")]
     ("stage", "dtype"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
 def test_waits_of_a_step(two_ranks: RankPool, tmp_path: Path, stage: int, dtype: str) -> None:
-    for found in two_ranks.run(waits_of, config_of(tmp_path, stage, dtype)):
-        check(found, stage, dtype)
+    for waits, launches in two_ranks.run(counts_of, config_of(tmp_path, stage, dtype)):
+        check(waits, stage, dtype)
+        check_launches(launches)
 
 
 @pytest.fixture(scope="module")
@@ -117,4 +136,6 @@ def gpu_world() -> Iterator[None]:
 @pytest.mark.usefixtures("gpu_world")
 @pytest.mark.parametrize(("stage", "dtype"), [*CASES, *SLOW])
 def test_waits_of_a_step_on_a_gpu(tmp_path: Path, stage: int, dtype: str) -> None:
-    check(waits_of(config_of(tmp_path, stage, dtype)), stage, dtype)
+    waits, launches = counts_of(config_of(tmp_path, stage, dtype))
+    check(waits, stage, dtype)
+    check_launches(launches)

@@ -1,6 +1,6 @@
 """What harness does on this machine's card, in sections, each in a process with a limit.
 
-    python -m bench.gpu [SECTION ...] [--quick] [--out gpu-report.json]
+    python -m bench.gpu [SECTION ...] [--skip SECTION ...] [--quick] [--out gpu-report.json]
 
 Prints a Markdown table, and writes a JSON file that can be sent: it contains the card, versions,
 results and errors, and no paths, host or user names. `--quick` takes at most 9 minutes on an H100.
@@ -40,17 +40,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(LIMITS)}")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="SECTION")
     parser.add_argument("--quick", action="store_true", help="at most 9 minutes")
     parser.add_argument("--small", action="store_true", help="imitate it on a CPU")
     parser.add_argument("--out", type=Path, default=Path("gpu-report.json"))
     args = parser.parse_args()
-    if unknown := set(args.sections) - LIMITS.keys():
+    if unknown := {*args.sections, *args.skip} - LIMITS.keys():
         parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
     if not (torch.cuda.is_available() or args.small):
         parser.error("there is no GPU: --small imitates it on a CPU")
     report: dict[str, Any] = {"machine": machine(), "sections": {}}
     for name, limit in LIMITS.items():
-        if name in (args.sections or LIMITS):
+        if name in (args.sections or LIMITS) and name not in args.skip:
             flags = ["--quick"] * args.quick + ["--small"] * args.small
             report["sections"][name] = run(name, flags, limit if args.quick else 4 * limit)
             write(report, args.out)

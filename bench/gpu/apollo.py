@@ -6,6 +6,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from bench.apollo import optimizers, the_authors_own
 from bench.gpu.section import Section, run_section
-from harness.optim import Apollo, ApolloMini
+from harness.optim import Apollo, ApolloMini, Muon
 from harness.optim.apollo.philox import gaussian, key_of, rademacher
 
 Shapes = list[tuple[int, int]]
@@ -40,13 +41,21 @@ def measure(section: Section) -> None:
         )
     section.try_to("weights differ by (relative)", lambda: weights_differ(section))
     official = the_authors_own() if importlib.util.find_spec("apollo_torch") else None
+    has_kernels = section.is_on_gpu and importlib.util.find_spec("triton") is not None
     for name, (shapes, rank) in (SMALL if section.small else SIZES).items():
         times: dict[str, Any] = {}
-        for way, make in optimizers(rank, official).items():
-            times[way] = step_of(section, shapes, make)
-            fused = times.get("adamw fused")
-            if fused:
-                times[way]["x adamw fused"] = round(times[way]["ms"] / fused["ms"], 3)
+        makers = optimizers(rank, official)
+        makers |= {"muon": Muon, "torch's muon": torch.optim.Muon}
+        if has_kernels:
+            makers["apollo fused"] = partial(Apollo, rank=rank, fused=True)
+        for way, make in makers.items():
+            try:
+                times[way] = step_of(section, shapes, make)
+            except Exception as error:  # a compiler, memory: the others still follow
+                times[way] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            if "ms" in times[way] and "ms" in times.get("adamw fused", {}):
+                ratio = times[way]["ms"] / times["adamw fused"]["ms"]
+                times[way]["x adamw fused"] = round(ratio, 3)
             section.add(name, times)
 
 
@@ -93,6 +102,7 @@ def step_of(
         weight.grad = torch.randn_like(weight)
     optimizer = make(weights)
     first = section.clock(optimizer.step)
+    launched = section.launches(optimizer.step)
     whole, host = [], []
     for _ in range(5 if section.quick else 20):
         section.settle()
@@ -107,6 +117,7 @@ def step_of(
         "host ms": round(1e3 * statistics.median(host), 3),
         "first ms": round(1e3 * first, 1),
         "peak GB": round(peak / 1e9, 2),
+        **launched,
     }
 
 

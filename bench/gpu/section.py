@@ -47,6 +47,21 @@ class Section:
         if self.is_on_gpu:
             torch.cuda.synchronize()
 
+    def launches(self, function: Callable[[], object]) -> dict[str, Any]:
+        """Kernels and copies that a call launches, and the milliseconds that they run; on a CPU
+        torch's operations."""
+        from torch.profiler import ProfilerActivity, profile
+
+        kind = ProfilerActivity.CUDA if self.is_on_gpu else ProfilerActivity.CPU
+        self.settle()
+        with profile(activities=[kind]) as found:
+            function()
+            self.settle()
+        device = torch.autograd.DeviceType.CUDA if self.is_on_gpu else torch.autograd.DeviceType.CPU
+        events = [event for event in found.events() or [] if event.device_type == device]
+        busy = sum(event.device_time for event in events) / 1e3
+        return {"launches": len(events), "busy ms": round(busy, 3)}
+
     def clock(self, function: Callable[[], object]) -> float:
         """Seconds that a call takes, until the device has done it."""
         self.settle()

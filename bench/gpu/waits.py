@@ -1,7 +1,9 @@
-"""Who makes the host wait for the device in a step, by function. `harness/...` should be rare."""
+"""Who makes the host wait for the device in a step, by function: `harness/...` should be rare. And
+the kernels of a step, by torch's profiler."""
 
 from collections import Counter
 from functools import partial
+from typing import Any
 
 from bench.gpu.section import Section, config_of, run_section
 from harness import distributed
@@ -12,6 +14,8 @@ from tests.support.waits import counted_waits
 
 COUNTED = range(9, 12)
 """Steps, none of them one that searches for changed buffers."""
+PROFILED = COUNTED.stop
+"""The step after them."""
 APOLLO = {"engines": {"lm": {"optimizer": {"name": "apollo", "rank": 16}}}}
 OFFLOAD = {"optimizations": {"unsloth": True, "offload": {"budget": "all", "min_bytes": 0}}}
 RUNS = [
@@ -34,9 +38,10 @@ def measure(section: Section) -> None:
 
 
 def waits_of(section: Section, stage: int, dtype: str, tables: dict[str, object]) -> object:
-    """Waits per step, by function."""
-    config = config_of(section, stage, dtype, COUNTED.stop + 1, **tables)
+    """Waits per step, by function; and the launches of one."""
+    config = config_of(section, stage, dtype, PROFILED + 2, **tables)
     found: Counter[str] = Counter()
+    launches: dict[str, Any] = {}
     plain = Trainer.step
 
     def step(self: Trainer) -> None:
@@ -44,6 +49,8 @@ def waits_of(section: Section, stage: int, dtype: str, tables: dict[str, object]
             with counted_waits() as waits:
                 plain(self)
             found.update(waits)
+        elif self.engines.global_step == PROFILED:
+            launches.update(section.launches(lambda: plain(self)))
         else:
             plain(self)
 
@@ -52,7 +59,7 @@ def waits_of(section: Section, stage: int, dtype: str, tables: dict[str, object]
         run_in_world(config)
     finally:
         Trainer.step = plain
-    return {place: count / len(COUNTED) for place, count in found.most_common(20)}
+    return launches | {place: count / len(COUNTED) for place, count in found.most_common(20)}
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Launches(TorchDispatchMode):
         if name in READS or _is_blocking_copy(name, args, kwargs, result):
             self.waits.append(name)
         if name not in NO_KERNELS and not name.startswith("sym_") and _on_gpu(args, result):
-            self.kernels[name] += _launches(name, args)
+            self.kernels[name] += launches_of(name, args)
         return result
 
 
@@ -76,7 +76,8 @@ def _is_blocking_copy(name: str, args: Any, kwargs: Any, result: Any) -> bool:
     return source.device.type != target.device.type and not is_asynchronous
 
 
-def _launches(name: str, args: Any) -> int:
+def launches_of(name: str, args: Any) -> int:
+    """The kernels of an operation."""
     lists = [a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor)]
     if not lists or name == "index":
         return 1

@@ -1,5 +1,5 @@
 """Where a program makes the host wait for a device: on a GPU as torch warns of it, on a CPU by the
-operations that would."""
+operations that would. And where it launches kernels."""
 
 import importlib.util
 import sys
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.fake_cuda import READS
+from tests.support.fake_cuda import NO_KERNELS, READS, launches_of
 
 PACKAGES = [
     Path(spec.origin).parent
@@ -50,15 +50,38 @@ def counted_waits() -> Iterator[Counter[str]]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-class _Reads(TorchDispatchMode):
+@contextmanager
+def counted_launches() -> Iterator[Counter[str]]:
+    """How many kernels each function launches, named as by `counted_waits`. By torch's operations,
+    so that those on tensors of the host count too."""
+    found: Counter[str] = Counter()
+    with _Launches(found):
+        yield found
+
+
+class _Counted(TorchDispatchMode):
     def __init__(self, found: Counter[str]) -> None:
         super().__init__()
         self._found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__.partition(".")[0] in READS:
-            self._found[_caller(sys._getframe(1))] += 1
+        if count := self.count(func.__name__.partition(".")[0], args):
+            self._found[_caller(sys._getframe(1))] += count
         return func(*args, **(kwargs or {}))
+
+    def count(self, name: str, args: Any) -> int:
+        """Of an operation."""
+        raise NotImplementedError
+
+
+class _Reads(_Counted):
+    def count(self, name: str, args: Any) -> int:
+        return name in READS
+
+
+class _Launches(_Counted):
+    def count(self, name: str, args: Any) -> int:
+        return 0 if name in NO_KERNELS or name in READS else launches_of(name, args)
 
 
 def _caller(frame: FrameType | None) -> str:
