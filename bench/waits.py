@@ -1,4 +1,5 @@
-"""What a user waits for at a prompt: `harness inspect`, and `harness convert` of small tensors.
+"""What a user waits for at a prompt: `harness inspect`, `harness convert` of small tensors, and the
+end of a process that has trained.
 
     python -m bench.waits [--rounds 5] [--before TREE] [--directory DIR] [--only TEXT]
 
@@ -85,10 +86,37 @@ def measure(command: list[str], tree: Path) -> tuple[float, float]:
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=environment)
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=environment, cwd=tree)
     after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - started
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return used, seconds
+
+
+def seconds_to_end(end: str) -> float:
+    """From the last statement of a process that has imported DeepSpeed until it has ended."""
+    code = f"""
+import time, deepspeed
+from harness.launcher.leave import leave_after
+def main():
+    print(time.monotonic())
+{end}
+"""
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return time.monotonic() - float(ended.stdout.splitlines()[-1])
+
+
+def compare_ends(rounds: int) -> None:
+    """Prints how long a process takes to end in order, and as `launch/train.py` does."""
+    seconds: dict[str, list[float]] = {"main()": [], "leave_after(main)": []}
+    for _ in range(rounds):
+        for end, found in seconds.items():
+            found.append(seconds_to_end(end))
+    for end, found in seconds.items():
+        text = f"end after {end}"
+        sys.stdout.write(
+            f"{text:<32} {statistics.median(found):.3f} s ({min(found):.3f} .. {max(found):.3f})\n"
+        )
 
 
 def main() -> None:
@@ -99,6 +127,8 @@ def main() -> None:
     parser.add_argument("--directory", type=Path)
     parser.add_argument("--only", default="", help="commands whose name contains this")
     args = parser.parse_args()
+    if args.only in "end":
+        compare_ends(args.rounds)
     trees = {"": ROOT} | ({"before": args.before.absolute()} if args.before else {})
     with tempfile.TemporaryDirectory(prefix="bench-waits-", dir=args.directory) as directory:
         found = {n: c for n, c in commands(Path(directory)).items() if args.only in n}

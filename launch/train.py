@@ -13,6 +13,7 @@ from harness.config.command_line import parse_args
 from harness.errors import ConfigError, HarnessError, is_on_all_ranks, with_notes
 from harness.health.outcome import Outcome, forget_of_environment
 from harness.launcher import environment, parent
+from harness.launcher.leave import leave_after
 
 LEADER_TIME_S = 5.0
 """Seconds that other ranks wait, so that rank 0 reports an error before the launcher kills it."""
@@ -68,4 +69,4 @@ def is_leader() -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

@@ -2,6 +2,7 @@
 
 Does not import torch.
 
+    leave.py         ends the process at once when a run has ended
     environment.py   RANK and so on, translated from the variables of srun and mpirun
     parent.py        the launchers above this rank, and whether one of them has died
 """
