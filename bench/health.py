@@ -25,8 +25,8 @@ MICRO_BATCHES = 8
 
 
 def measure(steps: int, step_s: float, rounds: int, directory: Path) -> dict[str, list[float]]:
-    """Seconds a step of each way besides the sleep, and of CPU time, by block, on this rank; and the
-    share of a core that the watchdog takes."""
+    """Seconds a step of each way besides the sleep, and of CPU time, by block, on this rank; and
+    the share of a core that the watchdog takes."""
     from harness import distributed
     from harness.config import Config
     from harness.distributed import StepVector
