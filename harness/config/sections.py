@@ -101,7 +101,8 @@ class MixConfig(Section):
 
 
 class DataConfig(Section):
-    """[data] how a dataset becomes micro-batches. Ignored if the task returns a loader."""
+    """[data] how a dataset, or a stream of samples, becomes micro-batches. Ignored if the task
+    returns a loader of batches."""
 
     micro_batch_size: int = Field(default=8, ge=1)
     """Samples per micro-batch and rank (with the "batched" sampler: at most)."""
@@ -113,6 +114,10 @@ class DataConfig(Section):
     limit."""
     buckets: int = Field(default=8, ge=1)
     """"batched" only: number of length buckets, within which samples are shuffled."""
+    split: Literal["self", "stride"] = "self"
+    """How a stream of samples is divided. "self": it yields other samples on each rank and in each
+    worker. "stride": each of them reads it completely and takes its share, so that it resumes on
+    any number of ranks and workers."""
     workers: int = Field(default=0, ge=0)
     """Data-loading processes per rank, in training and in evaluations; 0: samples are loaded in the
     rank's own process."""

@@ -19,7 +19,18 @@ class Batches(Protocol):
         """The indices of the samples in the last micro-batch, if they are known."""
         ...
 
+    @property
+    def is_padding(self) -> bool:
+        """Whether the last micro-batch only keeps this rank in step with others, and counts for
+        nothing."""
+        ...
+
     def __next__(self) -> Any: ...
+
+    def check_ranks(self) -> None:
+        """Before the first step: raises TaskError, on all ranks, if the ranks do not divide the
+        data among themselves. Collective."""
+        ...
 
     def close(self) -> None:
         """Ends the worker processes."""

@@ -1,13 +1,11 @@
 """From indices or samples to a batch, in the rank's process or in a worker's."""
 
-import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from harness.distributed.rng import seed_host
 from harness.errors import first_few
 
 Collate = Callable[[list[Any]], Any]
@@ -27,10 +25,7 @@ class Fetch(Dataset):
     def __getitem__(self, batch: tuple[int, list[int]]) -> Any:
         number, indices = batch
         if get_worker_info() is not None:
-            words = np.random.SeedSequence([self.seed, number]).generate_state(3)
-            random.seed(int(words[0]))
-            np.random.seed(int(words[1]))
-            torch.manual_seed(int(words[2]))
+            seed_host(self.seed, number)
         index: int | None = None
         try:
             samples = []

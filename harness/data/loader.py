@@ -41,6 +41,7 @@ class Loader:
         self._iterator: Iterator[Any] | None = None
         self._drawn: deque[list[int]] = deque()  # of the micro-batches that are being fetched
         self.samples: list[int] | None = None
+        self.is_padding = False
 
     @property
     def epoch(self) -> int:
@@ -58,6 +59,9 @@ class Loader:
         self.sampler.advance(self._rounds)
         self._returned += 1
         return batch
+
+    def check_ranks(self) -> None:
+        """Nothing: the sampler divides the data."""
 
     def close(self) -> None:
         """Ends the workers."""

@@ -10,6 +10,7 @@ from typing import Any
 from harness import distributed
 from harness.data.batches import Batches
 from harness.data.sampler import Place, Span
+from harness.data.task_loader import TaskLoader
 from harness.distributed.rng import seeded
 from harness.errors import TaskError
 from harness.health import phases
@@ -24,8 +25,12 @@ class Terms:
 
     own: list[float]
     """Of this rank's micro-batches."""
+    count: int = 0
+    """How many of them are no padding: the first ones."""
     totals: list[float] = field(default_factory=list)
     """Sums over all ranks; empty until they are known."""
+    total_count: int = 0
+    """As `totals`."""
 
     def share(self, number: int, accumulation: int) -> float | None:
         """The factor of micro-batch `number`'s loss, so that the mean gradient over ranks and
@@ -56,12 +61,12 @@ class _Fetched:
 
 
 class StepBatches:
-    """This rank's micro-batches, step by step; with `weigh`, a part of the step's vector.
+    """This rank's micro-batches, step by step; if weighed, a part of the step's vector.
 
-    With `weigh`, a step's micro-batches are fetched one step ahead, and their weights are summed
-    while the step before runs, so that the sums are there when the step begins. The random
-    generators are seeded for every step that is fetched ahead, and restored: what is drawn while
-    fetching depends on the step alone, and the saved position is that of the next step.
+    Weighed micro-batches are fetched one step ahead, and their weights are summed while the step
+    before runs, so that the sums are there when the step begins. The random generators are seeded
+    for every step that is fetched ahead, and restored: what is drawn while fetching depends on the
+    step alone, and the saved position is that of the next step.
     """
 
     def __init__(
@@ -70,6 +75,8 @@ class StepBatches:
         """`seed`: of this rank's fetching ahead."""
         self._batches = batches
         self._weigh = weigh
+        self.is_weighed = weigh is not None
+        """Whether micro-batches count differently."""
         self._seed = seed
         self._fetched: deque[_Fetched] = deque()
         self._contributed: list[Terms] = []
@@ -80,7 +87,7 @@ class StepBatches:
         self.samples: list[int] | None = None
         """The indices of the samples in the current micro-batch, if they are known."""
         self._start: Place = 0, 0  # of the step in progress
-        self._fetched_spans: list[Span] = []  # of the step in progress, with `weigh`
+        self._fetched_spans: list[Span] = []  # of the step in progress, if weighed
         self._spans: deque[list[Span]] = deque(maxlen=STEPS_REMEMBERED)  # of the last steps
 
     @property
@@ -88,30 +95,59 @@ class StepBatches:
         """Completed passes over the data."""
         return self._batches.epoch if self._epoch is None else self._epoch
 
+    def end_epochs_together(self) -> None:
+        """Ranks may have more or fewer micro-batches in an epoch: one that has no more pads its
+        steps with micro-batches that count for nothing, until all have ended the epoch."""
+        assert isinstance(self._batches, TaskLoader)
+        self._batches.ends_together = self.is_weighed = True
+
+    def check_ranks(self) -> None:
+        """Before the first step: `Batches.check_ranks`. Collective."""
+        self._batches.check_ranks()
+
+    def begin_epoch(self) -> bool:
+        """Before a step: whether no rank has anything left of its epoch. The next one then begins,
+        and its steps must be fetched and exchanged."""
+        if not (isinstance(self._batches, TaskLoader) and self._batches.ends_together):
+            return False
+        if self._fetched[0].terms.total_count:
+            return False
+        self._fetched.clear()
+        self._batches.begin_epoch()
+        return True
+
     def prefetch(self, step: int, size: int) -> None:
-        """With `weigh`, fetches the next `size` micro-batches, those of step `step`.
+        """If weighed, fetches the next `size` micro-batches, those of step `step`.
 
         Raises TaskError if a weight is not a finite number >= 0.
         """
-        if self._weigh is None:
+        if not self.is_weighed:
             return
         position, start = deepcopy(self._batches.state_dict()), self._batches.place
+        terms, pairs = Terms([]), []
         with seeded(self._seed, step), phases.during("data"):
-            pairs = [(next(self._batches), self._batches.samples) for _ in range(size)]
+            for _ in range(size):
+                pairs.append((next(self._batches), self._batches.samples))
+                terms.own.append(self._weight(pairs[-1][0]))
+                terms.count += not self._batches.is_padding
         micro_batches = [batch for batch, _ in pairs]
-        terms = Terms([checked_weight(self._weigh(batch)) for batch in micro_batches])
         epoch, passes = self._batches.epoch, self._batches.passes()
         samples = [samples for _, samples in pairs]
         spans = self._batches.spans(start, self._batches.place)
         fetched = _Fetched(micro_batches, terms, position, epoch, passes, samples, spans)
         self._fetched.append(fetched)
 
-    def next_step(self, size: int) -> tuple[Iterator[Any], Terms | None]:
-        """The micro-batches of the next step, and their weights if there is a `weigh`.
+    def _weight(self, batch: Any) -> float:
+        if self._batches.is_padding:
+            return 0.0
+        return 1.0 if self._weigh is None else checked_weight(self._weigh(batch))
 
-        With it, they must have been prefetched, and the vector exchanged since.
+    def next_step(self, size: int) -> tuple[Iterator[Any], Terms | None]:
+        """The micro-batches of the next step, and their weights if they are weighed.
+
+        They must then have been prefetched, and the vector exchanged since.
         """
-        if self._weigh is None:
+        if not self.is_weighed:
             self._before, self._start = self._batches.quick_state_dict(), self._batches.place
             return self._read(size), None
         fetched = self._fetched.popleft()
@@ -137,7 +173,7 @@ class StepBatches:
     def end_step(self) -> None:
         """Ends the step in progress: the position is that of the next one."""
         self._taken, self._before = 0, None
-        if self._weigh is None:
+        if not self.is_weighed:
             self._spans.append(self._batches.spans(self._start, self._batches.place))
         else:
             self._spans.append(self._fetched_spans)
@@ -169,16 +205,18 @@ class StepBatches:
         return self._before is not None or not self._taken
 
     def contribute(self) -> Sequence[float]:
-        """This rank's weights of the steps fetched since the last exchange."""
+        """This rank's weights of the steps fetched since the last exchange, and how many
+        micro-batches of each are no padding."""
         self._contributed = [f.terms for f in self._fetched if not f.terms.totals]
-        return [weight for terms in self._contributed for weight in terms.own]
+        return [number for terms in self._contributed for number in (*terms.own, terms.count)]
 
     def receive(self, sums: Sequence[float]) -> None:
         """Takes the weights summed over all ranks."""
         start = 0
         for terms in self._contributed:
-            terms.totals = list(sums[start : start + len(terms.own)])
-            start += len(terms.own)
+            *terms.totals, count = sums[start : start + len(terms.own) + 1]
+            terms.total_count = int(count)
+            start += len(terms.own) + 1
         self._contributed = []
 
     def passes(self) -> dict[str, float]:
