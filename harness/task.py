@@ -154,7 +154,7 @@ class Task:
 
 RESERVED = {
     *("step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "skipped", "spikes"),
-    *("samples", "tokens", "step_time_s", "tokens_per_s", "slowest_rank"),
+    *("samples", "skipped_samples", "tokens", "step_time_s", "tokens_per_s", "slowest_rank"),
     *("step_time_min_s", "step_time_mean_s", "step_time_max_s"),
 }
 """Names of harness's own metrics."""

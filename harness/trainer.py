@@ -143,7 +143,7 @@ class Trainer:
         batches = begin_step(self, batches, terms)
         self.engines.sync_buffers()
         for number, batch in enumerate(batches):
-            if terms is None or number < terms.count:
+            if terms is None or not terms.is_padding[number]:
                 counted = self.task.count(batch)
                 samples, tokens = samples + counted[0], tokens + counted[1]
             report = self.engines.step(to_device(batch, distributed.device()), terms, number)
@@ -155,7 +155,7 @@ class Trainer:
         local = {
             "step": self.engines.global_step,
             "epoch": self.batches.epoch,
-            **self.batches.passes(),
+            **self.batches.metrics(),
             **self.engines.rates(),
         }
         reported_by = [engine.name for engine in self.engines.due(self.engines.global_step)]

@@ -125,6 +125,12 @@ class DataConfig(Section):
     """How these processes start. With "spawn" and "forkserver" they inherit nothing of the rank,
     for libraries that a fork breaks; dataset and `collate` are pickled, so neither can be local."""
 
+    on_error: Literal["stop", "skip"] = "stop"
+    """What becomes of a sample whose `__getitem__` raises: the run stops, or its micro-batch is a
+    sample smaller, and counts for so much less."""
+    most_skipped: int = Field(default=16, ge=1)
+    """With on_error = "skip": most samples in a row that a rank may skip; then the run stops."""
+
     mix: dict[str, MixConfig] = {}
     """Sources of a mixture, if `train_data` is a dict of datasets; default: samples of all sources
     equally often."""

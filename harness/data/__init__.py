@@ -11,6 +11,7 @@ This package exports the samplers.
     strided_stream.py   micro-batches of a stream of which each rank takes its share
     stream.py           a stream of samples, read from any position on
     digest.py           whether two samples or batches are the same
+    skipping.py         samples that cannot be read: left out, counted
     fetch.py            from indices or samples to a batch, in the rank's process or a worker's
     batches.py          Batches: an endless iterator of micro-batches whose position can be saved
     workers.py          how worker processes start and end, and what helps if they fail

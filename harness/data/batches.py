@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from harness.data.sampler import Place, Span
+from harness.data.skipping import Skips
 
 
 class Batches(Protocol):
@@ -20,9 +21,14 @@ class Batches(Protocol):
         ...
 
     @property
-    def is_padding(self) -> bool:
-        """Whether the last micro-batch only keeps this rank in step with others, and counts for
-        nothing."""
+    def share(self) -> float:
+        """How much the last micro-batch counts: 1; less, if samples of it could not be read; 0, if
+        it only keeps this rank in step with the others."""
+        ...
+
+    @property
+    def skips(self) -> Skips | None:
+        """The samples that were left out, as they could not be read. None: that is an error."""
         ...
 
     def __next__(self) -> Any: ...

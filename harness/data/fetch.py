@@ -1,6 +1,7 @@
 """From indices or samples to a batch, in the rank's process or in a worker's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import Dataset, get_worker_info
@@ -24,19 +25,32 @@ class Fetch(Dataset):
 
     def __getitem__(self, batch: tuple[int, list[int]]) -> Any:
         number, indices = batch
+        self.seed_worker(number)
+        samples = []
+        for index in indices:
+            with _noted(f"reading sample {index} of", indices):
+                samples.append(self.dataset[index])
+        return self.collated(samples, indices)
+
+    def seed_worker(self, number: int) -> None:
+        """Seeds the random generators for a micro-batch, if this is a worker."""
         if get_worker_info() is not None:
             seed_host(self.seed, number)
-        index: int | None = None
-        try:
-            samples = []
-            for index in indices:
-                samples.append(self.dataset[index])
-            index = None
+
+    def collated(self, samples: list[Any], indices: list[int]) -> Any:
+        """The batch of some samples, of all that have these indices."""
+        with _noted("collating", indices):
             return self.collate(samples)
-        except Exception as error:
-            what = "collating" if index is None else f"reading sample {index} of"
-            error.add_note(f"while {what} the samples {first_few(indices, MOST_SAMPLES)}")
-            raise
+
+
+@contextmanager
+def _noted(what: str, indices: list[int]) -> Iterator[None]:
+    """Adds to an error what was being done."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while {what} the samples {first_few(indices, MOST_SAMPLES)}")
+        raise
 
 
 def unchanged(batch: Any) -> Any:

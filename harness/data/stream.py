@@ -134,8 +134,8 @@ def check_resumed(stream: Any, start: Position, found: str | None) -> None:
     raise CheckpointError(
         f"cannot resume train_data within epoch {start.epoch}: {name_of(stream)} has no "
         "state_dict, and the epoch now begins with another sample than before: make its order "
-        "depend on the epoch alone (`set_epoch(epoch)`, a generator of its own), or give it state_dict and "
-        "load_state_dict"
+        "depend on the epoch alone (`set_epoch(epoch)`, a generator of its own), or give it "
+        "state_dict and load_state_dict"
     )
 
 

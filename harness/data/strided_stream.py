@@ -50,7 +50,7 @@ class StridedStream:
         self._parts: Iterator[Part] | None = None
         self._held: tuple[Part, dict[str, Any]] | None = None  # with the state before it
         self.samples = None  # known to the stream only
-        self.is_padding = False
+        self.share, self.skips = 1.0, None
 
     def __next__(self) -> Any:
         part = self._read() if self._held is None else self._held[0]

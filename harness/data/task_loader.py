@@ -38,8 +38,7 @@ class TaskLoader:
         self.ends_together = False
         """Whether the ranks end an epoch together: one that has run out of batches repeats one, as
         padding, until `begin_epoch` is called."""
-        self.is_padding = False
-        """Whether the last micro-batch was padding."""
+        self.share, self.skips = 1.0, None
         self.samples = None  # known to the loader only
         self.dropped: list[Span] = []
         """In batches of each rank; positions are those without any dropped."""
@@ -56,11 +55,11 @@ class TaskLoader:
         if self._held is None and not self._waits:
             batch = self._read()
             if batch is not _END:
-                self.is_padding = False
+                self.share = 1.0
                 return batch
             self._waits = True
         held = self._hold()
-        self.is_padding = self._waits
+        self.share = 0.0 if self._waits else 1.0
         if not self._waits:
             self._held = None
         return held.batch

@@ -19,6 +19,7 @@ from harness.data.sampler import (
     RandomSampler,
     Sampler,
 )
+from harness.data.skipping import Skips
 from harness.data.stream import has_state, is_stream, length_of
 from harness.data.stream_loader import StreamLoader
 from harness.data.strided_stream import StridedStream
@@ -43,6 +44,13 @@ def train_batches(
         raise TaskError(f"train_data: {type(data).__name__} has no items")
     size, workers, start_method = config.micro_batch_size, config.workers, config.start_method
     own_seed = seed * world_size + rank
+    is_map_style = hasattr(data, "__getitem__") and not is_stream(data)
+    if config.on_error == "skip" and not is_map_style:
+        raise ConfigError(
+            f"data.on_error = 'skip': train_data is a {type(data).__name__}, expected a map-style "
+            "dataset or a dict of them: a stream ends at its first error, and must skip by itself "
+            "what it cannot read"
+        )
     if is_stream(data):
         _check_state(data)
         if config.split == "stride":
@@ -55,13 +63,14 @@ def train_batches(
             f"data.split = 'stride': train_data is a {type(data).__name__}, expected a stream: an "
             "IterableDataset, or a function that returns an iterator of samples"
         )
-    if not hasattr(data, "__getitem__"):
+    if not is_map_style:
         _check_loader(data)
         return TaskLoader(data, world_size, own_seed)
     if length_of(data) is None:
         raise TaskError(f"train_data: {type(data).__name__} has no length (`__len__`)")
     sampler = _sampler(data, config, seed, rank, world_size)
-    return Loader(data, sampler, size, collate, workers, own_seed, start_method)
+    skips = Skips(config.most_skipped) if config.on_error == "skip" else None
+    return Loader(data, sampler, size, collate, workers, own_seed, start_method, skips)
 
 
 def _check_loader(data: Any) -> None:

@@ -1,6 +1,7 @@
 """A model that counts how often each sample was trained on: SGD with rate 1 takes a sample's share
 of the loss off its number."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,17 @@ class Counter(nn.Module):
 
 
 class Numbers(Dataset[int]):
-    """The numbers from `first` on."""
+    """The numbers from `first` on, of which some cannot be read."""
 
-    def __init__(self, length: int = LENGTH, first: int = 0):
-        self.length, self.first = length, first
+    def __init__(self, length: int = LENGTH, first: int = 0, bad: Sequence[int] = ()):
+        self.length, self.first, self.bad = length, first, bad
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> int:
+        if index in self.bad:
+            raise OSError(f"{index}.txt is damaged")
         return self.first + index
 
 
@@ -65,9 +68,10 @@ def build(config: Config) -> Task:
 
     ranks = global_rank(), world_size()
     args: dict[str, Any] = config.task.args
+    bad = args.get("bad", ())
     data: Any = {
-        "map": Numbers,
-        "mixture": lambda: {"a": Numbers(20), "b": Numbers(40, first=20)},
+        "map": lambda: Numbers(bad=bad),
+        "mixture": lambda: {"a": Numbers(20), "b": Numbers(40, first=20, bad=bad)},
         "tokens": lambda: windows(args["directory"]),
         "stateful": lambda: Stateful(LENGTH),
         "stateless": lambda: Shuffled(LENGTH),
