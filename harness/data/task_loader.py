@@ -46,6 +46,7 @@ class TaskLoader:
         self._epoch = 0
         self._returned = 0  # of the epoch's batches
         self._waits = False  # for the other ranks to end the epoch before this one
+        self._was_loaded = False  # the loader's state, and nothing was read since
         self._held: _Held | None = None
         self._iterator: Iterator[Any] | None = None
         self._first_batch: str | None = None  # digest of the first one returned or held
@@ -97,6 +98,11 @@ class TaskLoader:
         else:
             with seeded(self._seed, self._epoch):
                 batch = next(self._iterator, _END)
+        if batch is _END and self._was_loaded and not self._returned:
+            # It was the state of the end of the epoch before: torchdata's loader ends there again.
+            self._iterator, self._was_loaded = None, False
+            return self._next()
+        self._was_loaded = False
         if batch is _END:
             self._end_epoch()
             return _END
@@ -246,7 +252,7 @@ class TaskLoader:
         self.dropped = [tuple(span) for span in state.get("dropped", ())]
         if state["loader"] is not None:
             self.loader.load_state_dict(state["loader"])
-            self._returned = state["given"]
+            self._returned, self._was_loaded = state["given"], True
         elif state["given"]:
             log.warning("train_data has no state_dict: skipping %d batches", state["given"])
             self._skip(state["given"], self._begins_with)
