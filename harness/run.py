@@ -25,7 +25,12 @@ from harness.control.socket import SocketFront
 from harness.control.stdin import StdinFront
 from harness.data.step_batches import StepBatches
 from harness.data.task_loader import TaskLoader
-from harness.data.train_batches import mixture_weights, train_batches, train_lengths
+from harness.data.train_batches import (
+    may_be_uneven,
+    mixture_weights,
+    train_batches,
+    train_lengths,
+)
 from harness.distributed.failures import Failures, raise_lost_rank
 from harness.engine.engines import Engines, build_engines
 from harness.errors import TaskError
@@ -166,10 +171,13 @@ def _build_task(config: Config) -> tuple[Task, StepBatches]:
         lengths = {**train_lengths(task.train_data), **check_eval_data(task, config)}
         check_best_metric(config, task)
     per_rank = distributed.all_gather(lengths)
+    if may_be_uneven(loader, [lengths.get("train_data") for lengths in per_rank]):
+        batches.end_epochs_together()
     with distributed.raise_on_all_ranks(f"task {config.task.path}"):
         for what in dict.fromkeys(name for lengths in per_rank for name in lengths):
             by_rank = [lengths.get(what, "none") for lengths in per_rank]
-            if len(set(by_rank)) > 1:
+            is_divided = what == "train_data" and isinstance(loader, TaskLoader)
+            if len(set(by_rank)) > 1 and not is_divided:
                 raise TaskError(f"{what} differs in length between the ranks: {by_rank}")
     return task, batches
 

@@ -110,12 +110,11 @@ class Task:
     rank holds all of its weights. Functions are called in this order, from the run's seed on."""
 
     train_data: Any
-    """A map-style dataset (`__len__`, `__getitem__`), which is split over the ranks; an
-    IterableDataset (`__len__`, `__iter__`) of this rank's samples, of which each of several
-    `data.workers` yields a part (torch.utils.data.get_worker_info); or a loader (`__len__`,
-    `__iter__`) of this rank's batches. Within an epoch the last two resume only on the same number
-    of ranks, except for a loader whose `has_global_state` is true:
-    see `data.task_loader.TaskLoader`."""
+    """A map-style dataset (`__len__`, `__getitem__`), or a dict of them, a mixture: split over the
+    ranks. A stream of samples, with a length or without: an IterableDataset, or a function that
+    returns an iterator; it yields this rank's samples, of which each of several `data.workers`
+    yields a part (torch.utils.data.get_worker_info), or with `data.split = "stride"` all samples.
+    Or a loader (`__iter__`) of this rank's batches. See docs/data.md: how each of them resumes."""
 
     eval_data: Any | None = None
     """Held-out data: a map-style dataset, which is split over the ranks; an IterableDataset of this
@@ -155,7 +154,7 @@ class Task:
 
 RESERVED = {
     *("step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "skipped", "spikes"),
-    *("samples", "tokens", "step_time_s", "tokens_per_s", "slowest_rank"),
+    *("samples", "skipped_samples", "tokens", "step_time_s", "tokens_per_s", "slowest_rank"),
     *("step_time_min_s", "step_time_mean_s", "step_time_max_s"),
 }
 """Names of harness's own metrics."""

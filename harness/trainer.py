@@ -103,6 +103,7 @@ class Trainer:
         """Steps, and what is due between them, until the run is over."""
         self.engines.train()
         self.begin()
+        self.batches.check_ranks()
         every = self.live.config.trainer.eval_every
         if (every and self.engines.global_step == 0) or self.engines.await_evaluation(every):
             self.evaluate()  # the starting point; and a broken evaluation fails now
@@ -122,16 +123,19 @@ class Trainer:
                 self.try_to_export()
 
     def begin(self) -> None:
-        """The first exchange. Blocks for the weights of the first step, if there are weights."""
+        """The first exchange, of an epoch that all ranks begin together, too. Blocks for the
+        weights of the first step, if micro-batches are weighed."""
         step, size = self.engines.global_step, self.engines.gradient_accumulation
         self.batches.prefetch(step + 1, size)
         self.batches.prefetch(step + 2, size)
         self.vector.exchange()
-        if self.task.weigh is not None:
+        if self.batches.is_weighed:
             self.vector.wait()
 
     def step(self) -> None:
         """One step: all its micro-batches, through every engine."""
+        if self.batches.begin_epoch():
+            self.begin()
         self.meter.begin()
         self.begun = BegunStep(self.engines)
         samples, tokens, size = 0, 0, self.engines.gradient_accumulation
@@ -139,8 +143,9 @@ class Trainer:
         batches = begin_step(self, batches, terms)
         self.engines.sync_buffers()
         for number, batch in enumerate(batches):
-            counted = self.task.count(batch)
-            samples, tokens = samples + counted[0], tokens + counted[1]
+            if terms is None or not terms.is_padding[number]:
+                counted = self.task.count(batch)
+                samples, tokens = samples + counted[0], tokens + counted[1]
             report = self.engines.step(to_device(batch, distributed.device()), terms, number)
             self.meter.add(report, terms.own[number] if terms else 1.0)
         self.engines.end_step()
@@ -150,7 +155,7 @@ class Trainer:
         local = {
             "step": self.engines.global_step,
             "epoch": self.batches.epoch,
-            **self.batches.passes(),
+            **self.batches.metrics(),
             **self.engines.rates(),
         }
         reported_by = [engine.name for engine in self.engines.due(self.engines.global_step)]

@@ -101,7 +101,8 @@ class MixConfig(Section):
 
 
 class DataConfig(Section):
-    """[data] how a dataset becomes micro-batches. Ignored if the task returns a loader."""
+    """[data] how a dataset, or a stream of samples, becomes micro-batches. Ignored if the task
+    returns a loader of batches."""
 
     micro_batch_size: int = Field(default=8, ge=1)
     """Samples per micro-batch and rank (with the "batched" sampler: at most)."""
@@ -113,12 +114,22 @@ class DataConfig(Section):
     limit."""
     buckets: int = Field(default=8, ge=1)
     """"batched" only: number of length buckets, within which samples are shuffled."""
+    split: Literal["self", "stride"] = "self"
+    """How a stream of samples is divided. "self": it yields other samples on each rank and in each
+    worker. "stride": each of them reads it completely and takes its share, so that it resumes on
+    any number of ranks and workers."""
     workers: int = Field(default=0, ge=0)
     """Data-loading processes per rank, in training and in evaluations; 0: samples are loaded in the
     rank's own process."""
     start_method: Literal["fork", "spawn", "forkserver"] = "fork"
     """How these processes start. With "spawn" and "forkserver" they inherit nothing of the rank,
     for libraries that a fork breaks; dataset and `collate` are pickled, so neither can be local."""
+
+    on_error: Literal["stop", "skip"] = "stop"
+    """What becomes of a sample whose `__getitem__` raises: the run stops, or its micro-batch is a
+    sample smaller, and counts for so much less."""
+    most_skipped: int = Field(default=16, ge=1)
+    """With on_error = "skip": most samples in a row that a rank may skip; then the run stops."""
 
     mix: dict[str, MixConfig] = {}
     """Sources of a mixture, if `train_data` is a dict of datasets; default: samples of all sources

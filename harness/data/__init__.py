@@ -6,7 +6,12 @@ This package exports the samplers.
     held_out.py         the sets of held-out data, each read once by all ranks together
     train_batches.py    what a task's training data is, and a rank's micro-batches of it
     loader.py           endless micro-batches of a map-style dataset, resumable
-    task_loader.py      the same of the task's own loader, or of a stream of samples
+    task_loader.py      the same of the task's own loader, or of a stream that divides itself
+    stream_loader.py    micro-batches of a stream of samples that divides itself
+    strided_stream.py   micro-batches of a stream of which each rank takes its share
+    stream.py           a stream of samples, read from any position on
+    digest.py           whether two samples or batches are the same
+    skipping.py         samples that cannot be read: left out, counted
     fetch.py            from indices or samples to a batch, in the rank's process or a worker's
     batches.py          Batches: an endless iterator of micro-batches whose position can be saved
     workers.py          how worker processes start and end, and what helps if they fail

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from harness.data.sampler import Place, Span
+from harness.data.skipping import Skips
 
 
 class Batches(Protocol):
@@ -19,7 +20,23 @@ class Batches(Protocol):
         """The indices of the samples in the last micro-batch, if they are known."""
         ...
 
+    @property
+    def share(self) -> float:
+        """How much the last micro-batch counts: 1; less, if samples of it could not be read; 0, if
+        it only keeps this rank in step with the others."""
+        ...
+
+    @property
+    def skips(self) -> Skips | None:
+        """The samples that were left out, as they could not be read. None: that is an error."""
+        ...
+
     def __next__(self) -> Any: ...
+
+    def check_ranks(self) -> None:
+        """Before the first step: raises TaskError, on all ranks, if the ranks do not divide the
+        data among themselves. Collective."""
+        ...
 
     def close(self) -> None:
         """Ends the worker processes."""

@@ -1,13 +1,12 @@
 """From indices or samples to a batch, in the rank's process or in a worker's."""
 
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from harness.distributed.rng import seed_host
 from harness.errors import first_few
 
 Collate = Callable[[list[Any]], Any]
@@ -26,26 +25,32 @@ class Fetch(Dataset):
 
     def __getitem__(self, batch: tuple[int, list[int]]) -> Any:
         number, indices = batch
-        if get_worker_info() is not None:
-            words = np.random.SeedSequence([self.seed, number]).generate_state(3)
-            random.seed(int(words[0]))
-            np.random.seed(int(words[1]))
-            torch.manual_seed(int(words[2]))
-        index: int | None = None
-        try:
-            samples = []
-            for index in indices:
+        self.seed_worker(number)
+        samples = []
+        for index in indices:
+            with _noted(f"reading sample {index} of", indices):
                 samples.append(self.dataset[index])
-            index = None
-            return self.collated(samples)
-        except Exception as error:
-            what = "collating" if index is None else f"reading sample {index} of"
-            error.add_note(f"while {what} the samples {first_few(indices, MOST_SAMPLES)}")
-            raise
+        return self.collated(samples, indices)
 
-    def collated(self, samples: list[Any]) -> Any:
-        """What the task's `collate` makes of them."""
-        return self.collate(samples)
+    def seed_worker(self, number: int) -> None:
+        """Seeds the random generators for a micro-batch, if this is a worker."""
+        if get_worker_info() is not None:
+            seed_host(self.seed, number)
+
+    def collated(self, samples: list[Any], indices: list[int]) -> Any:
+        """The batch of some samples, of all that have these indices."""
+        with _noted("collating", indices):
+            return self.collate(samples)
+
+
+@contextmanager
+def _noted(what: str, indices: list[int]) -> Iterator[None]:
+    """Adds to an error what was being done."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while {what} the samples {first_few(indices, MOST_SAMPLES)}")
+        raise
 
 
 def unchanged(batch: Any) -> Any:

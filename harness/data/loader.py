@@ -11,6 +11,7 @@ from harness.data.batched_sampler import BatchedOrderedSampler
 from harness.data.fetch import Collate, Fetch, unchanged
 from harness.data.mixture import MixtureSampler
 from harness.data.sampler import Place, Sampler, Span
+from harness.data.skipping import SkippingFetch, Skips
 from harness.data.workers import end_workers, loader_options
 
 
@@ -31,16 +32,24 @@ class Loader:
         workers: int = 0,
         seed: int = 0,
         start_method: str = "fork",
+        skips: Skips | None = None,
     ):
+        """`skips`: counts samples that cannot be read, and are left out. None: it is an error."""
         self.sampler = sampler
         # Each draw of a batched sampler is a complete micro-batch.
         self._rounds = 1 if isinstance(sampler, BatchedOrderedSampler) else micro_batch_size
-        self._fetch = Fetch(dataset, collate, seed)
+        self.skips = skips
+        self._fetch = (
+            Fetch(dataset, collate, seed)
+            if skips is None
+            else SkippingFetch(dataset, collate, seed, skips.most_in_a_row)
+        )
         self._workers, self._start_method = workers, start_method
         self._returned = 0
         self._iterator: Iterator[Any] | None = None
         self._drawn: deque[list[int]] = deque()  # of the micro-batches that are being fetched
         self.samples: list[int] | None = None
+        self.share = 1.0
 
     @property
     def epoch(self) -> int:
@@ -57,7 +66,13 @@ class Loader:
         self.samples = self._drawn.popleft()
         self.sampler.advance(self._rounds)
         self._returned += 1
+        if self.skips is not None:
+            batch, self.share, skipped = batch
+            self.skips.add(self.samples, skipped)
         return batch
+
+    def check_ranks(self) -> None:
+        """Nothing: the sampler divides the data."""
 
     def close(self) -> None:
         """Ends the workers."""

@@ -35,12 +35,16 @@ class Mixture(Dataset[Any]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Any:
+    def locate(self, index: int) -> tuple[str, int]:
+        """The source that an item is of, and its index in that."""
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
         number = bisect_right(self._ends, index)
-        start = self._ends[number - 1] if number else 0
-        return self.sources[self._names[number]][index - start]
+        return self._names[number], index - (self._ends[number - 1] if number else 0)
+
+    def __getitem__(self, index: int) -> Any:
+        name, item = self.locate(index)
+        return self.sources[name][item]
 
 
 class MixtureSampler(Sampler[int]):

@@ -4,12 +4,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
 from harness import distributed
 from harness.data.batches import Batches
 from harness.data.sampler import Place, Span
+from harness.data.task_loader import TaskLoader
 from harness.distributed.rng import seeded
 from harness.errors import TaskError
 from harness.health import phases
@@ -26,6 +27,10 @@ class Terms:
     """Of this rank's micro-batches."""
     totals: list[float] = field(default_factory=list)
     """Sums over all ranks; empty until they are known."""
+    is_padding: list[bool] = field(default_factory=list)
+    """Whether a micro-batch of this rank is there only to keep it in step with the others."""
+    counts: "_Counts" = field(default_factory=lambda: _Counts())
+    """Of this rank; once they are known, of all."""
 
     def share(self, number: int, accumulation: int) -> float | None:
         """The factor of micro-batch `number`'s loss, so that the mean gradient over ranks and
@@ -36,6 +41,18 @@ class Terms:
         if not total:
             return None
         return self.own[number] * distributed.world_size() * accumulation / total
+
+
+@dataclass
+class _Counts:
+    """What was fetched for a step."""
+
+    read: int = 0
+    """Micro-batches that are no padding."""
+    skipped: int = 0
+    """Samples that could not be read."""
+    too_many: int = 0
+    """Micro-batches with one too many of them in a row."""
 
 
 @dataclass
@@ -56,12 +73,12 @@ class _Fetched:
 
 
 class StepBatches:
-    """This rank's micro-batches, step by step; with `weigh`, a part of the step's vector.
+    """This rank's micro-batches, step by step; if weighed, a part of the step's vector.
 
-    With `weigh`, a step's micro-batches are fetched one step ahead, and their weights are summed
-    while the step before runs, so that the sums are there when the step begins. The random
-    generators are seeded for every step that is fetched ahead, and restored: what is drawn while
-    fetching depends on the step alone, and the saved position is that of the next step.
+    Weighed micro-batches are fetched one step ahead, and their weights are summed while the step
+    before runs, so that the sums are there when the step begins. The random generators are seeded
+    for every step that is fetched ahead, and restored: what is drawn while fetching depends on the
+    step alone, and the saved position is that of the next step.
     """
 
     def __init__(
@@ -70,17 +87,21 @@ class StepBatches:
         """`seed`: of this rank's fetching ahead."""
         self._batches = batches
         self._weigh = weigh
+        self.is_weighed = weigh is not None or batches.skips is not None
+        """Whether micro-batches count differently."""
         self._seed = seed
         self._fetched: deque[_Fetched] = deque()
         self._contributed: list[Terms] = []
         self._epoch: int | None = None
         self._passes: dict[str, float] | None = None
+        self.skipped = 0
+        """Samples of all ranks that could not be read, up to the step in progress."""
         self._taken = 0  # micro-batches of the step in progress
         self._before: dict[str, Any] | None = None  # position before the step in progress
         self.samples: list[int] | None = None
         """The indices of the samples in the current micro-batch, if they are known."""
         self._start: Place = 0, 0  # of the step in progress
-        self._fetched_spans: list[Span] = []  # of the step in progress, with `weigh`
+        self._fetched_spans: list[Span] = []  # of the step in progress, if weighed
         self._spans: deque[list[Span]] = deque(maxlen=STEPS_REMEMBERED)  # of the last steps
 
     @property
@@ -88,38 +109,86 @@ class StepBatches:
         """Completed passes over the data."""
         return self._batches.epoch if self._epoch is None else self._epoch
 
+    def end_epochs_together(self) -> None:
+        """Ranks may have more or fewer micro-batches in an epoch: one that has no more pads its
+        steps with micro-batches that count for nothing, until all have ended the epoch."""
+        assert isinstance(self._batches, TaskLoader)
+        self._batches.ends_together = self.is_weighed = True
+
+    def check_ranks(self) -> None:
+        """Before the first step: `Batches.check_ranks`. Collective."""
+        self._batches.check_ranks()
+
+    def begin_epoch(self) -> bool:
+        """Before a step: whether no rank has anything left of its epoch. The next one then begins,
+        and its steps must be fetched and exchanged."""
+        if not (isinstance(self._batches, TaskLoader) and self._batches.ends_together):
+            return False
+        if self._fetched[0].terms.counts.read:
+            return False
+        self._fetched.clear()
+        self._batches.begin_epoch()
+        return True
+
     def prefetch(self, step: int, size: int) -> None:
-        """With `weigh`, fetches the next `size` micro-batches, those of step `step`.
+        """If weighed, fetches the next `size` micro-batches, those of step `step`.
 
         Raises TaskError if a weight is not a finite number >= 0.
         """
-        if self._weigh is None:
+        if not self.is_weighed:
             return
         position, start = deepcopy(self._batches.state_dict()), self._batches.place
+        terms, pairs = Terms([]), []
         with seeded(self._seed, step), phases.during("data"):
-            pairs = [(next(self._batches), self._batches.samples) for _ in range(size)]
+            for _ in range(size):
+                pairs.append((next(self._batches), self._batches.samples))
+                self._add_terms(terms, pairs[-1][0])
         micro_batches = [batch for batch, _ in pairs]
-        terms = Terms([checked_weight(self._weigh(batch)) for batch in micro_batches])
         epoch, passes = self._batches.epoch, self._batches.passes()
         samples = [samples for _, samples in pairs]
         spans = self._batches.spans(start, self._batches.place)
         fetched = _Fetched(micro_batches, terms, position, epoch, passes, samples, spans)
         self._fetched.append(fetched)
 
-    def next_step(self, size: int) -> tuple[Iterator[Any], Terms | None]:
-        """The micro-batches of the next step, and their weights if there is a `weigh`.
+    def _add_terms(self, terms: Terms, batch: Any) -> None:
+        """Those of the last micro-batch."""
+        share, skips = self._batches.share, self._batches.skips
+        is_read = share > 0 and self._weigh is not None
+        terms.own.append(checked_weight(self._weigh(batch)) if is_read else share)
+        terms.is_padding.append(share == 0)
+        terms.counts.read += share > 0
+        if skips is not None:
+            terms.counts.skipped += skips.count
+            terms.counts.too_many += skips.too_many
 
-        With it, they must have been prefetched, and the vector exchanged since.
+    def next_step(self, size: int) -> tuple[Iterator[Any], Terms | None]:
+        """The micro-batches of the next step, and their weights if they are weighed.
+
+        They must then have been prefetched, and the vector exchanged since.
         """
-        if self._weigh is None:
+        if not self.is_weighed:
             self._before, self._start = self._batches.quick_state_dict(), self._batches.place
             return self._read(size), None
+        self._check_skipped(self._fetched[0].terms.counts)
+        self._before = self.state_dict()
         fetched = self._fetched.popleft()
         self._fetched_spans = fetched.spans
-        self._before = fetched.position
+        self.skipped += fetched.terms.counts.skipped
         assert fetched.terms.totals, "the weights of this step have not been summed"
         self._epoch, self._passes = fetched.epoch, fetched.passes
         return self._give(fetched), fetched.terms
+
+    def _check_skipped(self, counts: _Counts) -> None:
+        """Raises TaskError, on all ranks, if one has skipped too many samples in a row."""
+        if not counts.too_many:
+            return
+        assert self._batches.skips is not None
+        error = TaskError(
+            f"data.most_skipped = {self._batches.skips.most_in_a_row}: more samples in a row could "
+            "not be read on one rank; the warnings before this name them"
+        )
+        error.on_all_ranks = True
+        raise error
 
     def _give(self, fetched: _Fetched) -> Iterator[Any]:
         for batch, self.samples in zip(fetched.micro_batches, fetched.samples, strict=True):
@@ -137,7 +206,7 @@ class StepBatches:
     def end_step(self) -> None:
         """Ends the step in progress: the position is that of the next one."""
         self._taken, self._before = 0, None
-        if self._weigh is None:
+        if not self.is_weighed:
             self._spans.append(self._batches.spans(self._start, self._batches.place))
         else:
             self._spans.append(self._fetched_spans)
@@ -169,22 +238,28 @@ class StepBatches:
         return self._before is not None or not self._taken
 
     def contribute(self) -> Sequence[float]:
-        """This rank's weights of the steps fetched since the last exchange."""
+        """This rank's weights and counts of the steps fetched since the last exchange."""
         self._contributed = [f.terms for f in self._fetched if not f.terms.totals]
-        return [weight for terms in self._contributed for weight in terms.own]
+        return [
+            number for terms in self._contributed for number in (*terms.own, *astuple(terms.counts))
+        ]
 
     def receive(self, sums: Sequence[float]) -> None:
         """Takes the weights summed over all ranks."""
         start = 0
         for terms in self._contributed:
-            terms.totals = list(sums[start : start + len(terms.own)])
-            start += len(terms.own)
+            end = start + len(terms.own)
+            terms.totals = list(sums[start:end])
+            start = end + len(fields(_Counts))
+            terms.counts = _Counts(*map(int, sums[end:start]))
         self._contributed = []
 
-    def passes(self) -> dict[str, float]:
-        """How often each source of a mixture has been gone through; else nothing."""
+    def metrics(self) -> dict[str, float]:
+        """How often each source of a mixture has been gone through, and how many samples could not
+        be read, if that is no error."""
         passes = self._batches.passes() if self._passes is None else self._passes
-        return {f"epoch/{name}": times for name, times in passes.items()}
+        found = {f"epoch/{name}": times for name, times in passes.items()}
+        return found if self._batches.skips is None else found | {"skipped_samples": self.skipped}
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Other weights of a mixture's sources, from the next step on: what was fetched ahead is
@@ -202,11 +277,13 @@ class StepBatches:
         """The position of the next step, or of the one in progress."""
         if self._before is not None:
             return self._before
-        return self._fetched[0].position if self._fetched else self._batches.state_dict()
+        position = self._fetched[0].position if self._fetched else self._batches.state_dict()
+        return position if self._batches.skips is None else position | {"skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues at a saved position; what was fetched ahead is dropped."""
         self._batches.load_state_dict(state)
+        self.skipped = state.get("skipped", 0)
         self._fetched.clear()
         self._contributed = []
         self._epoch = self._passes = None

@@ -1,87 +1,190 @@
 """This rank's micro-batches of a loader that the task has returned, or of a stream of samples."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from typing import Any
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from torch.utils.data import DataLoader, RandomSampler
+
+from harness import distributed
+from harness.data.digest import digest
 from harness.data.sampler import Place, Span
+from harness.data.stream import has_state, length_of
+from harness.data.stream_loader import StreamLoader
 from harness.data.workers import end_workers
+from harness.distributed.rng import seeded
 from harness.errors import CheckpointError, TaskError
 
 log = logging.getLogger(__name__)
+log_warning = distributed.global_leader_only(log.warning)
 
 
 class TaskLoader:
-    """A loader from the task, iterated epoch after epoch.
+    """A loader from the task, iterated epoch after epoch, with a length or without.
 
     Its position is restored through its `state_dict`, if it has one, or else by skipping batches,
-    which is exact only if its order does not depend on the global random generators. Within an
+    which must then come in the same order again: the random generators are seeded where an epoch
+    begins, and an epoch that begins with another batch than before is refused. Within an
     epoch both are the position of one rank among so many. Only a loader that has an attribute
     `has_global_state`, which is true, continues on another number of ranks: its `state_dict` is the
     same on every rank, and can be loaded on any number of them.
     """
 
-    def __init__(self, loader: Any, world_size: int = 1, samples: Sized | None = None):
-        """`samples`: those of an epoch on this rank, if the loader is a DataLoader of `Counted`
-        batches. Each of its workers makes batches of its own samples, so there may be more of them
-        than the DataLoader's length."""
+    def __init__(self, loader: Any, world_size: int = 1, seed: int = 0):
+        """`seed`: of this rank."""
         self.loader = loader
         self.world_size = world_size
-        self.epoch = 0
-        self._samples = samples
+        self.ends_together = False
+        """Whether the ranks end an epoch together: one that has run out of batches repeats one, as
+        padding, until `begin_epoch` is called."""
+        self.share, self.skips = 1.0, None
         self.samples = None  # known to the loader only
         self.dropped: list[Span] = []
         """In batches of each rank; positions are those without any dropped."""
-        self._returned = 0
-        self._read = 0  # of the epoch's batches, or samples
+        self._seed = seed
+        self._epoch = 0
+        self._returned = 0  # of the epoch's batches
+        self._waits = False  # for the other ranks to end the epoch before this one
+        self._was_loaded = False  # the loader's state, and nothing was read since
+        self._held: _Held | None = None
         self._iterator: Iterator[Any] | None = None
+        self._first_batch: str | None = None  # digest of the first one returned or held
+        self._begins_with: str | None = None  # digest of the epoch's first batch
 
     def __next__(self) -> Any:
+        if self._held is None and not self._waits:
+            batch = self._read()
+            if batch is not _END:
+                self.share = 1.0
+                return batch
+            self._waits = True
+        held = self._hold()
+        self.share = 0.0 if self._waits else 1.0
+        if not self._waits:
+            self._held = None
+        return held.batch
+
+    def begin_epoch(self) -> None:
+        """All ranks have ended the epoch."""
+        self._waits = False
+
+    def _hold(self) -> "_Held":
+        """The next batch, which is read, and not yet returned."""
+        if self._held is None:
+            state, place = self.state_dict(), self.place
+            self._held = _Held(self._read(), state, place)
+        return self._held
+
+    def _read(self) -> Any:
+        """The next batch that is not dropped; _END if the ranks have to end the epoch first."""
         while True:
-            epoch, number = self.place
+            epoch, number = self._epoch, self._returned
             batch = self._next()
-            if not any(e == epoch and start <= number < stop for e, start, stop in self.dropped):
+            if batch is _END:
+                if self.ends_together and not self._waits:
+                    return _END
+            elif not any(e == epoch and a <= number < b for e, a, b in self.dropped):
+                self._first_batch = self._first_batch or digest(batch)
                 return batch
 
     def _next(self) -> Any:
+        """The next batch; _END at the end of an epoch, which is then begun."""
         if self._iterator is None:
-            sampler = getattr(self.loader, "sampler", None)
-            if sampler is not None and hasattr(sampler, "set_epoch"):
-                sampler.set_epoch(self.epoch)  # torch's DistributedSampler
-            self._iterator = iter(self.loader)
-        length = len(self.loader if self._samples is None else self._samples)
-        item: Any = next(self._iterator, _END)
-        if item is _END:
-            unit = "batches" if self._samples is None else "samples"
-            raise TaskError(  # on this rank only
-                f"train_data: its length is {length} {unit}, but epoch {self.epoch} ended after "
-                f"{self._read}"
-            )
-        size, batch = (1, item) if self._samples is None else item
+            self._open()
+        assert self._iterator is not None
+        if self._returned:
+            batch = next(self._iterator, _END)
+        else:
+            with seeded(self._seed, self._epoch):
+                batch = next(self._iterator, _END)
+        if batch is _END and self._was_loaded and not self._returned:
+            # It was the state of the end of the epoch before: torchdata's loader ends there again.
+            self._iterator, self._was_loaded = None, False
+            return self._next()
+        self._was_loaded = False
+        if batch is _END:
+            self._end_epoch()
+            return _END
+        if not self._returned:
+            self._begins_with = digest(batch)
         self._returned += 1
-        self._read += size
-        if self._read >= length:
-            self._check_end(self._iterator)
-            self.epoch, self._returned, self._read = self.epoch + 1, 0, 0
-            self._iterator = None
+        if not self.ends_together and self._is_over():
+            self._end_epoch()
         return batch
 
-    def _check_end(self, iterator: Iterator[Any]) -> None:
-        """Raises TaskError if several workers yield more samples than there are."""
-        if self._samples is None or self.loader.num_workers < 2 or next(iterator, _END) is _END:
+    def _open(self) -> None:
+        for sampler in ("sampler", "batch_sampler"):
+            _set_epoch(getattr(self.loader, sampler, None), self._epoch)
+        _set_epoch(self.loader, self._epoch)
+        with seeded(self._seed, self._epoch):
+            self._iterator = iter(self.loader)
+
+    def _is_over(self) -> bool:
+        """Whether the epoch is known to end here."""
+        if isinstance(self.loader, StreamLoader):
+            return self.loader.is_over
+        length = length_of(self.loader)
+        return length is not None and self._returned >= length
+
+    def _end_epoch(self) -> None:
+        """Raises TaskError, on this rank only, if the epoch should not have ended."""
+        if not isinstance(self.loader, StreamLoader):
+            length = length_of(self.loader)
+            if length is not None and self._returned != length:
+                raise TaskError(
+                    f"train_data: its length is {length} batches, but epoch {self._epoch} ended "
+                    f"after {self._returned}"
+                )
+        if not self._returned:
+            raise TaskError(
+                f"train_data: epoch {self._epoch} has no batch on rank {distributed.global_rank()} "
+                f"of {self.world_size}: a stream needs at least as many shards as there are ranks"
+            )
+        self._epoch, self._returned, self._iterator = self._epoch + 1, 0, None
+
+    def check_ranks(self) -> None:
+        """Raises TaskError, on all ranks, if two of them have the same batches. Collective."""
+        if self.world_size == 1:
             return
-        raise TaskError(
-            f"train_data: its length is {len(self._samples)} samples, but "
-            f"{type(self._samples).__name__} yields more with data.workers = "
-            f"{self.loader.num_workers}: its `__iter__` must yield other samples in each worker, "
-            "and all of them once, by torch.utils.data.get_worker_info(); or set data.workers = 1, "
-            "also for samples without an end"
-        )
+        with distributed.raise_on_all_ranks("train_data"):
+            if self._first_batch is None:
+                self._hold()
+            shuffled = _first_item(self.loader)
+        per_rank = distributed.all_gather((self._first_batch, shuffled))
+        with distributed.raise_on_all_ranks("train_data"):
+            if twins := _equal_ranks([batch for batch, _ in per_rank]):
+                raise TaskError(
+                    f"train_data: ranks {twins} have the same first micro-batch: the "
+                    f"{self._name()} must give each rank its own part, by rank and "
+                    "number of ranks (torch's DistributedSampler, for a DataLoader); or return "
+                    "the dataset, which harness divides, instead of a loader; a stream of samples "
+                    "is divided with data.split = 'stride'"
+                )
+        if twins := _equal_ranks([item for _, item in per_rank]):
+            log_warning(
+                "train_data: ranks %s shuffle the same dataset, so that its samples come once on "
+                "each of them in an epoch: return the dataset, which harness divides, instead of "
+                "the DataLoader, or give that a DistributedSampler",
+                twins,
+            )
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that all ranks have completed."""
+        return self.place[0] - self._waits
+
+    @property
+    def place(self) -> Place:
+        """Epoch, and batches of it that this rank has consumed."""
+        return (self._epoch, self._returned) if self._held is None else self._held.place
 
     def close(self) -> None:
         """Ends the workers of the loader's iterator."""
         end_workers(self._iterator)
-        self._iterator = None
+        if hasattr(self._iterator, "close"):
+            self._iterator.close()  # type: ignore[union-attr]
+        self._iterator = self._held = None
 
     def passes(self) -> dict[str, float]:
         """Nothing: what the task's loader reads is not known."""
@@ -93,26 +196,29 @@ class TaskLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, batches returned in it, and the loader's own state, if any."""
-        own = self.loader.state_dict() if hasattr(self.loader, "state_dict") else None
-        dropped = {"dropped": self.dropped} if self.dropped else {}
-        return {"epoch": self.epoch, "given": self._returned, "loader": own} | dropped
+        if self._held is not None:
+            return self._held.state | {"waits": self._waits}
+        return {
+            "epoch": self._epoch,
+            "given": self._returned,
+            "loader": self.loader.state_dict() if has_state(self.loader) else None,
+            "waits": self._waits,
+            "begins_with": self._begins_with if self._returned else None,
+        } | ({"dropped": self.dropped} if self.dropped else {})
 
     def quick_state_dict(self) -> dict[str, Any] | None:
         """`state_dict`, unless the loader has its own, which may take long."""
-        return None if hasattr(self.loader, "state_dict") else self.state_dict()
-
-    @property
-    def place(self) -> Place:
-        """Epoch, and batches of it that each rank has consumed."""
-        return self.epoch, self._returned
+        is_quick = getattr(self.loader, "is_quick", not has_state(self.loader))
+        return self.state_dict() if is_quick else None
 
     def spans(self, start: Place, stop: Place) -> list[Span]:
-        """The batches of each rank, by epoch."""
+        """The batches of this rank, by epoch."""
+        length = length_of(self.loader) or sys.maxsize
         spans = [
             (
                 epoch,
                 start[1] if epoch == start[0] else 0,
-                stop[1] if epoch == stop[0] else len(self.loader),
+                stop[1] if epoch == stop[0] else length,
             )
             for epoch in range(start[0], stop[0] + 1)
         ]
@@ -131,34 +237,94 @@ class TaskLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues at a saved position.
 
-        Raises CheckpointError if it is of another number of ranks, and not known on this one.
+        Raises CheckpointError if it is of another number of ranks, and not known on this one, or
+        if the loader does not return the same batches again.
         """
+        if "epoch" not in state:
+            raise CheckpointError(
+                "cannot resume train_data with data.split = 'self': the checkpoint is of a run "
+                "with data.split = 'stride'"
+            )
         state = self._on_this_world_size(state)
         self.close()
-        self.epoch, self._returned, self._read = state["epoch"], 0, 0
+        self._epoch, self._returned = state["epoch"], 0
+        self._waits, self._begins_with = state.get("waits", False), state.get("begins_with")
         self.dropped = [tuple(span) for span in state.get("dropped", ())]
         if state["loader"] is not None:
             self.loader.load_state_dict(state["loader"])
-            self._returned = self._read = state["given"]
+            self._returned, self._was_loaded = state["given"], True
         elif state["given"]:
             log.warning("train_data has no state_dict: skipping %d batches", state["given"])
-            for _ in range(state["given"]):
-                self._next()
+            self._skip(state["given"], self._begins_with)
+
+    def _skip(self, batches: int, begins_with: str | None) -> None:
+        for _ in range(batches):
+            self._next()
+        if begins_with is not None and begins_with != self._begins_with:
+            raise CheckpointError(
+                f"cannot resume train_data within epoch {self._epoch}: "
+                f"{type(self.loader).__name__} has no state_dict, and the epoch now begins with "
+                "another batch than before: make its order depend on the epoch alone "
+                "(`set_epoch(epoch)`, a generator of its own), or give it state_dict and "
+                "load_state_dict, as torchdata's StatefulDataLoader has"
+            )
 
     def _on_this_world_size(self, state: dict[str, Any]) -> dict[str, Any]:
         """The position on this number of ranks."""
         saved, current = state.get("world_size", self.world_size), self.world_size
-        if saved == current or (state["loader"] is None and not state["given"]):
+        is_between = not state["given"] and not state.get("waits")
+        if saved == current or (state["loader"] is None and is_between):
             return state
         batches = state["given"] * saved
         if getattr(self.loader, "has_global_state", False) and batches % current == 0:
             return state | {"given": batches // current}
-        raise CheckpointError(
-            f"cannot resume train_data on {current} ranks: {type(self.loader).__name__} is "
-            f"{state['given']} batches into epoch {state['epoch']} on each of {saved} ranks, which "
-            f"is no position on {current}: resume on {saved} ranks, or return a dataset, which "
-            "harness distributes, instead of a loader"
+        remedy = (
+            "with data.split = 'stride' from the start, a stream resumes on any number"
+            if isinstance(self.loader, StreamLoader)
+            else "or return a dataset, which harness distributes, instead of a loader"
         )
+        raise CheckpointError(
+            f"cannot resume train_data on {current} ranks: {self._name()} is "
+            f"{state['given']} batches into epoch {state['epoch']} on each of {saved} ranks, which "
+            f"is no position on {current}: resume on {saved} ranks; {remedy}"
+        )
+
+    def _name(self) -> str:
+        loader = self.loader
+        return loader.name if isinstance(loader, StreamLoader) else type(loader).__name__
+
+
+class _Held(NamedTuple):
+    """A batch that was read and is not yet returned."""
+
+    batch: Any
+    state: dict[str, Any]
+    """Before it, as is `place`."""
+    place: Place
+
+
+def _set_epoch(part: Any, epoch: int) -> None:
+    if hasattr(part, "set_epoch"):
+        part.set_epoch(epoch)
+
+
+def _equal_ranks(digests: Sequence[str | None]) -> list[int]:
+    """Ranks with the same digest, if there are any."""
+    for found in digests:
+        if found is not None and digests.count(found) > 1:
+            return [rank for rank, other in enumerate(digests) if other == found]
+    return []
+
+
+def _first_item(loader: Any) -> str | None:
+    """A digest of the first item of the dataset that a DataLoader shuffles, if it does so without
+    regard to the ranks."""
+    if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler):
+        return None
+    if loader.sampler.replacement:
+        return None
+    with seeded(0):  # the same augmentation on every rank
+        return digest(loader.dataset[0])
 
 
 _END = object()

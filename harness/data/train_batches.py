@@ -2,16 +2,15 @@
 
 import io
 import pickle
-from collections.abc import Mapping, Sequence, Sized
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 
 from harness.config.sections import DataConfig
 from harness.data.batched_sampler import BatchedOrderedSampler
 from harness.data.batches import Batches
-from harness.data.fetch import Collate, CountingCollate
+from harness.data.fetch import Collate
 from harness.data.loader import Loader
 from harness.data.mixture import Mixture, MixtureSampler
 from harness.data.sampler import (
@@ -20,8 +19,11 @@ from harness.data.sampler import (
     RandomSampler,
     Sampler,
 )
+from harness.data.skipping import Skips
+from harness.data.stream import has_state, is_stream, length_of
+from harness.data.stream_loader import StreamLoader
+from harness.data.strided_stream import StridedStream
 from harness.data.task_loader import TaskLoader
-from harness.data.workers import loader_options
 from harness.errors import ConfigError, TaskError
 
 
@@ -30,7 +32,7 @@ def train_batches(
 ) -> Batches:
     """The training micro-batches of one rank. Raises TaskError if `data` is not usable.
 
-    A torch IterableDataset, also one with `__getitem__`, yields the samples of this rank.
+    A torch IterableDataset, also one with `__getitem__`, is a stream of samples.
     """
     if isinstance(data, Mapping):
         data = _mixture(data)
@@ -38,31 +40,54 @@ def train_batches(
         raise ConfigError(
             f"data.mix: train_data is a {type(data).__name__}, expected a dict of datasets"
         )
-    if not hasattr(data, "__len__"):
-        raise TaskError(f"train_data: {type(data).__name__} has no length (`__len__`)")
-    if len(data) == 0:
+    if length_of(data) == 0:
         raise TaskError(f"train_data: {type(data).__name__} has no items")
-    if isinstance(data, IterableDataset):
-        loader = _batched(data, config, collate, seed * world_size + rank)
-        return TaskLoader(loader, world_size, cast(Sized, data))
-    if not hasattr(data, "__getitem__"):
+    size, workers, start_method = config.micro_batch_size, config.workers, config.start_method
+    own_seed = seed * world_size + rank
+    is_map_style = hasattr(data, "__getitem__") and not is_stream(data)
+    if config.on_error == "skip" and not is_map_style:
+        raise ConfigError(
+            f"data.on_error = 'skip': train_data is a {type(data).__name__}, expected a map-style "
+            "dataset or a dict of them: a stream ends at its first error, and must skip by itself "
+            "what it cannot read"
+        )
+    if is_stream(data):
         _check_state(data)
-        return TaskLoader(data, world_size)
+        if config.split == "stride":
+            ranks = seed, rank, world_size
+            return StridedStream(data, size, collate, workers, start_method, *ranks)
+        loader = StreamLoader(data, size, collate, workers, start_method, own_seed)
+        return TaskLoader(loader, world_size, own_seed)
+    if config.split == "stride":
+        raise ConfigError(
+            f"data.split = 'stride': train_data is a {type(data).__name__}, expected a stream: an "
+            "IterableDataset, or a function that returns an iterator of samples"
+        )
+    if not is_map_style:
+        _check_loader(data)
+        return TaskLoader(data, world_size, own_seed)
+    if length_of(data) is None:
+        raise TaskError(f"train_data: {type(data).__name__} has no length (`__len__`)")
     sampler = _sampler(data, config, seed, rank, world_size)
-    loader_seed = seed * world_size + rank
-    size, workers = config.micro_batch_size, config.workers
-    return Loader(data, sampler, size, collate, workers, loader_seed, config.start_method)
+    skips = Skips(config.most_skipped) if config.on_error == "skip" else None
+    return Loader(data, sampler, size, collate, workers, own_seed, start_method, skips)
 
 
-def _batched(
-    samples: "IterableDataset[Any]", config: DataConfig, collate: Collate, seed: int
-) -> "DataLoader[Any]":
-    return DataLoader(
-        samples,
-        batch_size=config.micro_batch_size,
-        collate_fn=CountingCollate(collate),
-        **loader_options(config.workers, config.start_method, torch.Generator().manual_seed(seed)),
-    )
+def _check_loader(data: Any) -> None:
+    """Raises TaskError if `data` is not a loader that can be iterated again and again."""
+    kind = type(data).__name__
+    if isinstance(data, Iterator):
+        raise TaskError(
+            f"train_data is a {kind}, which can be read only once: use the function that returns "
+            "it, or an object whose `__iter__` begins again"
+        )
+    if not hasattr(data, "__iter__"):
+        raise TaskError(
+            f"train_data is a {kind}, expected a map-style dataset (`__len__` and `__getitem__`), "
+            "a dict of them, an IterableDataset, a function that returns an iterator of samples, "
+            "or a loader of batches (`__iter__`)"
+        )
+    _check_state(data)
 
 
 def mixture_weights(config: DataConfig) -> dict[str, float]:
@@ -83,16 +108,23 @@ def _mixture(sources: Mapping[str, Any]) -> Mixture:
         raise TaskError(f"train_data: {error}") from None
 
 
-def train_lengths(data: Any) -> dict[str, int]:
-    """The lengths of the training data, by what they are called in messages."""
+def train_lengths(data: Any) -> dict[str, int | None]:
+    """The lengths of the training data, by what they are called in messages; None: unknown."""
     if isinstance(data, Mapping):
         return {f"train_data[{name!r}]": len(source) for name, source in data.items()}
-    return {"train_data": len(data)}
+    return {"train_data": length_of(data)}
+
+
+def may_be_uneven(batches: Batches, lengths: Sequence[int | None]) -> bool:
+    """Whether some ranks may have more batches in an epoch than others; `lengths`: of each."""
+    if not isinstance(batches, TaskLoader) or len(lengths) == 1:
+        return False
+    return None in lengths or len(set(lengths)) > 1
 
 
 def _check_state(loader: Any) -> None:
-    """Raises TaskError if a loader's state could be saved, but not loaded with weights_only."""
-    if not hasattr(loader, "state_dict"):
+    """Raises TaskError if a state could be saved, but not loaded with weights_only."""
+    if not has_state(loader):
         return
     file = io.BytesIO()
     torch.save(loader.state_dict(), file)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.data._utils import worker as torch_worker
 
 from harness.control.signals import leave_signals_to_parent
 from harness.devices import is_gpu_used
@@ -29,6 +30,20 @@ def loader_options(
         "generator": generator or torch.Generator(),
         "worker_init_fn": leave_signals_to_parent,
     }
+
+
+def act_as_worker(number: int | None) -> None:
+    """Makes `torch.utils.data.get_worker_info()`, in this worker process, that of another worker;
+    None: as if there were no workers."""
+    info = torch_worker.get_worker_info()
+    assert info is not None
+    torch_worker._worker_info = (
+        None
+        if number is None
+        else torch_worker.WorkerInfo(
+            id=number, num_workers=info.num_workers, seed=info.seed, dataset=info.dataset
+        )
+    )
 
 
 def note_remedy(error: Exception) -> None:

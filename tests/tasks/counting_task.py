@@ -1,0 +1,84 @@
+"""A model that counts how often each sample was trained on: SGD with rate 1 takes a sample's share
+of the loss off its number."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from harness.config import Config
+from harness.data.token_files import TokenFile, TokenWindows
+from harness.task import Task
+from tests.support.streams import Shuffled, Stateful
+
+LENGTH = 60
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = nn.Parameter(torch.zeros(LENGTH))
+
+    def forward(self, samples: Tensor) -> None:
+        self.loss = self.counts[samples].mean()
+
+
+class Numbers(Dataset[int]):
+    """The numbers from `first` on, of which some cannot be read."""
+
+    def __init__(self, length: int = LENGTH, first: int = 0, bad: Sequence[int] = ()):
+        self.length, self.first, self.bad = length, first, bad
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> int:
+        if index in self.bad:
+            raise OSError(f"{index}.txt is damaged")
+        return self.first + index
+
+
+class Unequal(Shuffled):
+    """Two ranks have 17 and 6 of 23 numbers."""
+
+    def share(self) -> list[int]:
+        rank, _ = self.ranks or (0, 0)
+        order = super().share()
+        return order[:17] if rank == 0 else order[17:]
+
+
+def windows(directory: str) -> TokenWindows:
+    """A corpus of windows of 4 tokens, the first of which is the number of the window."""
+    path = Path(directory) / "corpus.npy"
+    if not path.exists():
+        np.save(path, np.arange(LENGTH * 4 + 1, dtype=np.uint16) // 4)
+    return TokenWindows(TokenFile(path), 4)
+
+
+def first_tokens(samples: list[Tensor]) -> Tensor:
+    return torch.stack([sample[0] for sample in samples])
+
+
+def build(config: Config) -> Task:
+    from harness.distributed import global_rank, world_size
+
+    ranks = global_rank(), world_size()
+    args: dict[str, Any] = config.task.args
+    bad = args.get("bad", ())
+    data: Any = {
+        "map": lambda: Numbers(bad=bad),
+        "mixture": lambda: {"a": Numbers(20), "b": Numbers(40, first=20, bad=bad)},
+        "tokens": lambda: windows(args["directory"]),
+        "stateful": lambda: Stateful(LENGTH),
+        "stateless": lambda: Shuffled(LENGTH),
+        "divided": lambda: Stateful(LENGTH, divided=True, ranks=ranks),
+        "unequal": lambda: Unequal(23, ranks=ranks),
+        "loader": lambda: DataLoader(Numbers(), 6),  # type: ignore[arg-type]
+        "shuffling": lambda: DataLoader(Numbers(), 6, shuffle=True),  # type: ignore[arg-type]
+    }[args["kind"]]()
+    collate = first_tokens if args["kind"] == "tokens" else torch.tensor
+    return Task(models={"net": Counter()}, train_data=data, collate=collate)
