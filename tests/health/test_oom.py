@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness.config import Config
-from harness.config.command_line import parse_overrides
+from harness.config.overrides import parse_overrides
 from harness.config.sections import merge
 from harness.engine.engines import Engines
 from harness.errors import ConfigError, OutOfMemory
