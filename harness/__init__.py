@@ -1,10 +1,19 @@
 """harness: the training harness around your own PyTorch models on DeepSpeed.
 
+    from harness import Config, Task, train
+    result = train({"run": {"steps": 500}, "engines": {...}}, Task(...))
+
+`import harness` is light: each name is imported when it is first asked for.
+
 The rooms, from the top floor down: imports point down this list, and down the list of each room
 (tests/test_architecture.py).
 
     cli.py             the command `harness`: run, ctl, report, inspect, convert, data
     report/            what runs have done, as a page to look at
+    local_ranks.py     `harness.launch`: ranks on this machine, from a script or a notebook
+    api.py             `harness.train`: a run in somebody else's program
+    process_state.py   what a run changes in its process, and how it was before
+    result.py          what a run has left behind
     run.py             a run from its config to its end, as named steps
     startup.py         what is checked before a run starts: the machine, the ranks' software
     run_directory.py   runs/NAME/: its lock, its log, its resolved config
@@ -40,4 +49,29 @@ The rooms, from the top floor down: imports point down this list, and down the l
     testing/           rank pools, a simulated device, faults on demand; nothing imports it
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.api import train
+    from harness.config import Config
+    from harness.local_ranks import launch
+    from harness.result import Result
+    from harness.task import Task
+
 __version__ = "0.1.0"
+__all__ = ["Config", "Result", "Task", "launch", "train"]
+
+_MODULES = {
+    "Config": "config",
+    "Result": "result",
+    "Task": "task",
+    "launch": "local_ranks",
+    "train": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -4,7 +4,8 @@ import logging
 import signal
 import socket
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import getdoc
 from pathlib import Path
@@ -64,6 +65,13 @@ def run(config: Config, began: float | None = None, owns_process: bool = False) 
     been validated, nothing is written except to an earlier run's log and outcome.
     """
     began = began or time.time()
+    with joined_world(config, owns_process):
+        return run_in_world(config, began)
+
+
+@contextmanager
+def joined_world(config: Config, owns_process: bool) -> Iterator[None]:
+    """Within the context this rank is in the world, and watched; as in `run`. Collective."""
     phases.begin()
     try:
         startup.check_open_files(config.data.workers)
@@ -71,7 +79,7 @@ def run(config: Config, began: float | None = None, owns_process: bool = False) 
             distributed.init(config.run.timeout_s, join)
             try:
                 watchdog.join()
-                return run_in_world(config, began)
+                yield
             finally:
                 distributed.shutdown()
     except Exception as error:
@@ -79,8 +87,10 @@ def run(config: Config, began: float | None = None, owns_process: bool = False) 
         raise
 
 
-def run_in_world(config: Config, began: float | None = None) -> int:
-    """`run`, once all ranks have joined the world."""
+def run_in_world(
+    config: Config, began: float | None = None, build: Callable[[Config], Task] | None = None
+) -> int:
+    """`run`, once all ranks have joined the world. `build`: the task's, instead of its path's."""
     began = began or time.time()
     configure_logging()
     phases.begin()
@@ -91,7 +101,7 @@ def run_in_world(config: Config, began: float | None = None) -> int:
     failures = Failures(config.run.timeout_s, phases.file, phases.read)
     with signals.installed(), failures, ExitStack() as stack:
         with oom.explained(config, is_building=True):
-            task, batches = _build_task(config)
+            task, batches = _build_task(config, build)
             stack.callback(batches.close)
             engines = build_engines(task, config)
         stack.callback(engines.close)
@@ -157,12 +167,12 @@ def _restore(
     return checkpoint
 
 
-def _build_task(config: Config) -> tuple[Task, StepBatches]:
+def _build_task(config: Config, build: Callable[[Config], Task] | None) -> tuple[Task, StepBatches]:
     """The task, and this rank's training data. Collective."""
     rank, world_size = distributed.global_rank(), distributed.world_size()
     with distributed.raise_on_all_ranks(f"task {config.task.path}"):
         distributed.seed_everything(config.run.seed)  # the same initial weights on every rank
-        task = load_task(config)
+        task = load_task(config, build)
         loader = train_batches(
             task.train_data, config.data, task.collate, config.run.seed, rank, world_size
         )
@@ -268,7 +278,7 @@ def _log_start(live: LiveConfig, engines: Engines) -> None:
                 "gradient_clipping in %s sets another norm, or 0 for no clipping",
                 name,
                 engine.overrides.configured_clip,
-                settings.ds_config,
+                settings.ds_config or "ds_overrides",
             )
     log.info(
         "%s: step %d of %d on %d ranks (%s), rank 0 on %s",

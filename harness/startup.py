@@ -106,7 +106,8 @@ def check_ranks_alike(config: Config) -> None:
 def software(config: Config) -> dict[str, str]:
     """What this rank runs: versions, and digests of harness's code and the task's file."""
     path = config.task.path
-    spec = None if path.endswith(".py") else importlib.util.find_spec(path)
+    is_module = not path.endswith(".py") and ":" not in path  # MODULE:NAME was given as an object
+    spec = importlib.util.find_spec(path) if is_module else None
     file = Path(path) if spec is None else Path(spec.origin or "")
     of_task = _digest(file.read_bytes()) if file.is_file() else "no file"
     return _versions() | {f"the task {path}": of_task}

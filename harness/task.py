@@ -229,15 +229,15 @@ def check_eval_data(task: Task, config: Config) -> dict[str, int | None]:
     return check_held_out(task.eval_data)
 
 
-def load_task(config: Config) -> Task:
-    """Imports the task's code and builds the Task.
+def load_task(config: Config, build: Callable[[Config], Task] | None = None) -> Task:
+    """Imports the task's code, unless its function `build` is given, and builds the Task.
 
     Raises TaskError, with the task's traceback, if that fails or the Task is invalid.
     """
     path = config.task.path
     try:
-        module = _import_task(path)
-        build = getattr(module, "build", None)
+        if build is None:
+            build = getattr(_import_task(path), "build", None)
         if not callable(build):
             raise TaskError(f"task {path} has no function `build(config) -> Task`")
         return validate(build(config), path)

@@ -3,7 +3,8 @@
 Nothing here imports torch, so that a mistake in the config is reported within a second.
 
     command_line.py     --config FILE.toml --section.key=value ..., and --help
-    load.py             a TOML file and overrides into a Config; one line per mistake
+    load.py             TOML files and overrides into a Config; one line per mistake
+    overrides.py        settings of the command line and of the environment
     root.py             Config: all tables, and the rules between them
     health_section.py   [health]: what follows trouble of a rank
     engine_sections.py  [engines.NAME]: DeepSpeed's JSON, optimizer, schedule, adapters

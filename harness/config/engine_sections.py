@@ -169,8 +169,9 @@ class LoraConfig(Section):
 class EngineConfig(Section):
     """[engines.NAME] one model under DeepSpeed."""
 
-    ds_config: UserPath
-    """DeepSpeed's own JSON: ZeRO, precision, gradient accumulation, gradient clipping."""
+    ds_config: UserPath | None = None
+    """DeepSpeed's own JSON: ZeRO, precision, gradient accumulation, gradient clipping. Required,
+    unless all of it is in `ds_overrides`."""
     ds_overrides: dict[str, Any] = Field(default={})
     """DeepSpeed keys that replace those of `ds_config`, table by table."""
     role: Literal["train", "teacher"] = "train"
@@ -210,7 +211,7 @@ class EngineConfig(Section):
     """In fp16: the largest loss scale. DeepSpeed doubles a dynamic one after `loss_scale_window`
     steps without an overflow, so that near the limit of fp16 one step in so many is skipped.
     Default: no limit."""
-    _file: tuple[Path, dict[str, Any]] | None = PrivateAttr(default=None)
+    _file: tuple[Path | None, dict[str, Any]] | None = PrivateAttr(default=None)
     """Path and content of `ds_config`."""
 
     @field_validator("frozen")
@@ -234,11 +235,14 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _read_deepspeed(self) -> "EngineConfig":
+        if self.ds_config is None and not self.ds_overrides:
+            raise ValueError("ds_config is missing: the path of DeepSpeed's JSON, or ds_overrides")
         self._file = self.ds_config, _json_object(self.ds_config)
         try:
             self._check_deepspeed(self.deepspeed())
         except rules.UnsupportedSetting as error:
             is_override = rules.value_at(self.ds_overrides, error.key) is not None
+            is_override |= self.ds_config is None
             origin = "ds_overrides" if is_override else f"ds_config {self.ds_config}"
             raise ValueError(f"{origin}: {error}") from None
         return self
@@ -302,7 +306,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def _json_object(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
     try:
         text = path.read_text(encoding="utf-8-sig")
         table = json.loads(text, object_pairs_hook=_without_duplicates)

@@ -30,7 +30,7 @@ class Config(Section):
 
     run: RunConfig = RunConfig()
     """Run settings."""
-    task: TaskConfig
+    task: TaskConfig = TaskConfig()
     """Task settings."""
     engines: dict[str, EngineConfig] = Field(min_length=1)
     """Engine settings, by name."""

@@ -73,8 +73,9 @@ class RunConfig(Section):
 class TaskConfig(Section):
     """[task] the user's code."""
 
-    path: Annotated[str, BeforeValidator(expand_path)]
-    """A Python file, or an importable module, with one function `build(config) -> Task`."""
+    path: Annotated[str, BeforeValidator(expand_path)] = ""
+    """A Python file, or an importable module, with one function `build(config) -> Task`. Required,
+    unless `harness.train` is given the task."""
     args: dict[str, Any] = {}
     """Arguments for the task: `config.task.args` in `build`."""
 
@@ -86,7 +87,7 @@ class TaskConfig(Section):
                 raise ValueError(f"no such file: {Path(path).absolute()}")
             if "." in Path(path).stem:
                 raise ValueError(f"{path}: Python cannot import a file with a dot in its name")
-        elif "/" in path or not importable(path):
+        elif path and ("/" in path or not importable(path)):
             raise ValueError(f"{path!r} is neither a .py file nor an importable module")
         return path
 

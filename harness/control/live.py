@@ -1,14 +1,14 @@
 """The config with the changes of live commands, and the pending events."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError, create_model
 
 from harness.config import Config
-from harness.config.command_line import parse_overrides
 from harness.config.old_names import current_setting
+from harness.config.overrides import nested, parse_overrides
 from harness.config.sections import LIVE, merge, section_of
 from harness.control.events import Events
 from harness.errors import ConfigError
@@ -34,7 +34,7 @@ class LiveConfig:
         section = next(iter(changes)).partition(".")[0]
         values: dict[str, Any] = {}
         for key, text in changes.items():
-            values = merge(values, _nested(key.split(".")[1:], parse_value(key, text)))
+            values = merge(values, nested(key.split(".")[1:], parse_value(key, text)))
         old = getattr(self.config, section)
         try:
             new = type(old).model_validate(merge(old.model_dump(), values))
@@ -104,13 +104,6 @@ def _live_keys(section: type[BaseModel], values: Any, prefix: str) -> Iterator[s
                 yield from _live_keys(inner, value[item], f"{key}.{item}.")
         else:
             yield from _live_keys(inner, value, f"{key}.")
-
-
-def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
-    """A value in tables: `{"mix": {"code": {"weight": 2.0}}}`."""
-    for name in reversed(path):
-        value = {name: value}
-    return value
 
 
 def value_of(config: Config, key: str) -> Any:

@@ -38,11 +38,12 @@ class SocketFront:
         self._bus = bus
         self._path = run_dir / SOCKET
         self._clients: set[asyncio.StreamWriter] = set()
-        self._loop = asyncio.new_event_loop()
         listening = _listen(self._path)
-        serving = asyncio.start_unix_server(self._serve, sock=listening, limit=MAX_LINE)
-        self._server = self._loop.run_until_complete(serving)
-        self._thread = threading.Thread(target=self._run, name="socket", daemon=True)
+        self._loop = asyncio.new_event_loop()
+        # All of it in the thread: the caller's may be in an event loop, as in a notebook.
+        self._thread = threading.Thread(
+            target=self._run, args=(listening,), name="socket", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -51,9 +52,11 @@ class SocketFront:
         self._thread.join()
         self._path.unlink(missing_ok=True)
 
-    def _run(self) -> None:
+    def _run(self, listening: socket.socket) -> None:
+        serving = asyncio.start_unix_server(self._serve, sock=listening, limit=MAX_LINE)
+        server = self._loop.run_until_complete(serving)
         self._loop.run_forever()
-        self._server.close()
+        server.close()
         self._loop.run_until_complete(self._disconnect_all())
         self._loop.close()
 

@@ -23,7 +23,10 @@ from harness.errors import ConfigError
 P = ParamSpec("P")
 T = TypeVar("T")
 
+Leave = Callable[[], None]
+
 _control: dist.ProcessGroup | None = None
+_leave: Leave | None = None
 
 
 def global_rank() -> int:
@@ -68,15 +71,15 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init(timeout_s: float, join: Callable[[timedelta], object]) -> None:
+def init(timeout_s: float, join: Callable[[timedelta], Leave | None]) -> None:
     """Joins the world: creates the process group for tensors, and the control group.
 
     `timeout_s` bounds every collective. `join` creates torch's default process group with that
-    timeout; `zero.startup.join` does so through DeepSpeed. Without a launcher this is a world of
-    one process. Blocks until all ranks have joined; if they have not a minute after `timeout_s`,
-    ends the process.
+    timeout, and returns what `shutdown` calls to leave it; `zero.startup.join` does so through
+    DeepSpeed. Without a launcher this is a world of one process. Blocks until all ranks have
+    joined; if they have not a minute after `timeout_s`, ends the process.
     """
-    global _control
+    global _control, _leave
     timeout = timedelta(seconds=timeout_s)
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
@@ -90,7 +93,7 @@ def init(timeout_s: float, join: Callable[[timedelta], object]) -> None:
     master = f"rank 0 at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     doing = f"rank {global_rank()} on {socket.gethostname()} joins {master}"
     with network.bounded(timeout_s + 60, doing), sockets_close_in_forks():
-        join(timeout)
+        _leave = join(timeout)
         group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     _control = group
@@ -119,10 +122,11 @@ def _threads_of_this_rank() -> int:
 
 def shutdown() -> None:
     """Leaves the world."""
-    global _control
+    global _control, _leave
     _control = None
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave, _leave = _leave, None
+    if leave is not None:
+        leave()
 
 
 def free_port() -> int:

@@ -12,6 +12,7 @@ from harness.config import Config
 from harness.config.engine_sections import EngineConfig
 from harness.errors import ConfigError, HarnessError, TaskError
 from harness.zero.initialize import check_settings
+from harness.zero.parameters import is_of_earlier_run
 from harness.zero.sharded_init import build_in_shards
 
 
@@ -41,7 +42,8 @@ def settings_named(name: str, config: EngineConfig) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        where = f"ds_config {config.ds_config}{' with ds_overrides' * bool(config.ds_overrides)}"
+        file = f"ds_config {config.ds_config}" if config.ds_config else ""
+        where = " with ".join(filter(None, [file, "ds_overrides" * bool(config.ds_overrides)]))
         raise ConfigError(f"engines.{name}: {where}: {error}") from error
 
 
@@ -60,6 +62,11 @@ def build_models(
 
 def _built(name: str, model: Any, config: Config) -> nn.Module:
     if isinstance(model, nn.Module):
+        if any(map(is_of_earlier_run, model.parameters())):
+            raise TaskError(
+                f"model {name!r}: an earlier run at ZeRO stage 3 has left it in shards: build it "
+                "again, or give the Task a function that builds it"
+            )
         return model
     settings = engine_settings(config.engines[name], config.data.micro_batch_size)
     is_sharded = config.engines[name].zero_stage == 3

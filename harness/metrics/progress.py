@@ -1,4 +1,4 @@
-"""The progress bar of rank 0, or log lines without a terminal."""
+"""The progress bar of rank 0, or log lines without a terminal or notebook."""
 
 import contextlib
 import logging
@@ -16,16 +16,36 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
 
 
+def is_notebook() -> bool:
+    """Whether this process is the kernel of a Jupyter notebook."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+class _Bar(tqdm):
+    """Without tqdm's thread, which would outlive the run: it redraws bars that are updated rarely,
+    and this one looks at the clock at every update."""
+
+    monitor_interval = 0
+
+
 class Progress:
-    """A tqdm bar over the steps of the run; without a terminal, a log line every ten seconds."""
+    """A tqdm bar over the steps of the run; where there is neither a terminal nor a notebook, a log
+    line every ten seconds."""
 
     def __init__(self, step: int, steps: int, shown: bool):
         self._steps = steps
         self._next_line = time.monotonic()
-        on_terminal = shown and sys.stderr.isatty()
+        on_terminal = shown and (sys.stderr.isatty() or is_notebook())
         self._lines = shown and not on_terminal
-        self._bar = tqdm(
-            total=steps, initial=step, disable=not on_terminal, unit="step", dynamic_ncols=True
+        self._bar = _Bar(
+            total=steps,
+            initial=step,
+            disable=not on_terminal,
+            unit="step",
+            dynamic_ncols=True,
+            miniters=1,
+            mininterval=1.0 if is_notebook() else 0.1,  # each drawing is kept in the notebook
         )
 
     def show(self, record: Mapping[str, Any]) -> None:

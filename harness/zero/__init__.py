@@ -4,6 +4,7 @@ Its files, from the top down:
 
     startup.py        imports and patches DeepSpeed; joins the world
     initialize.py     builds DeepSpeed engines; what DeepSpeed refuses is a ConfigError
+    leftovers.py      what DeepSpeed keeps in its modules of a run that has ended
     sharded_init.py   builds models in shards, at stage 3
     patches.py        patches of DeepSpeed's classes, so that all stages train alike
     engine_state.py   what a running engine holds, and what can be set on it

@@ -14,6 +14,9 @@ from harness.errors import ConfigError
 from harness.zero.parameters import is_sharded, make_contiguous
 from harness.zero.sharded_init import cast_parameters
 
+SLOW_IMPORTS = ["deepspeed.runtime.zero.muon.muon_optimizer"]
+"""What the first engine of a process imports, and with it torch's compiler: seconds."""
+
 TABLES = {
     "DeepSpeedZeroConfig": "zero_optimization",
     "DeepSpeedBF16Config": "bf16",

@@ -16,6 +16,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_id")
 
 
+def is_of_earlier_run(tensor: Tensor) -> bool:
+    """Whether it was sharded by a run in this process that has ended: its ranks' group is gone."""
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    return is_sharded(tensor) and getattr(tensor, "ds_process_group", None) not in groups
+
+
 def full_shape(tensor: Tensor) -> torch.Size:
     """The full shape, also of a sharded parameter."""
     return getattr(tensor, "ds_shape", tensor.shape)

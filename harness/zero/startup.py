@@ -1,9 +1,10 @@
-"""Imports DeepSpeed, and patches it; here where its defaults would hang a run."""
+"""Imports DeepSpeed, and patches it; here where its defaults would hang a run, or fail a second."""
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -11,16 +12,38 @@ import torch.distributed as dist
 
 from harness import distributed
 from harness.distributed.forks import sockets_close_in_forks
+from harness.zero import leftovers
 from harness.zero.patches import apply_patches
 
 
-def join(timeout: timedelta) -> None:
-    """Makes torch's default process group through DeepSpeed, each collective bounded by `timeout`.
+def join(timeout: timedelta) -> Callable[[], None]:
+    """Makes torch's default process group through DeepSpeed, each collective bounded by `timeout`,
+    unless there is one. Returns what leaves it again.
 
     For `distributed.init`. Blocks until all ranks have joined.
     """
     deepspeed = _patched(timeout)
+    leave = partial(_leave, _groups(), deepspeed.comm.comm.cdb)
     deepspeed.init_distributed(timeout=timeout, verbose=False)
+    return leave
+
+
+def _leave(groups: set[Any], backend: Any) -> None:
+    """Destroys the process groups other than `groups`, and makes DeepSpeed forget them: what it
+    keeps in its modules would otherwise be used by the next run in this process. `backend`: its
+    own from before."""
+    comm = importlib.import_module("deepspeed.comm.comm")
+    if not groups:
+        comm.destroy_process_group()
+    for group in _groups() - groups:
+        comm.destroy_process_group(group)
+    comm.cdb = backend
+    leftovers.forget()
+
+
+def _groups() -> set[Any]:
+    """torch's process groups of this process."""
+    return set(dist.distributed_c10d._world.pg_map)
 
 
 def _patched(timeout: timedelta) -> ModuleType:

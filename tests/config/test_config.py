@@ -11,9 +11,10 @@ import pytest
 from pydantic import BaseModel
 
 from harness.config import Config
-from harness.config.command_line import parse_args, parse_overrides
+from harness.config.command_line import parse_args
 from harness.config.engine_sections import EngineConfig
 from harness.config.load import load
+from harness.config.overrides import parse_overrides
 from harness.config.sections import merge, section_of
 from harness.errors import ConfigError
 from harness.run_directory import write_config
@@ -253,7 +254,7 @@ def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str
     for key in leaves(Config):
         assert f"  --{key}  <" in text
     assert "--run.steps  <int>  default 1000" in text
-    assert "--task.path  <str>  required" in text
+    assert "--engines.NAME.ds_config  <path>  required" in text
 
 
 def test_deepspeeds_json_is_read_once(toml: Path, tmp_path: Path) -> None:

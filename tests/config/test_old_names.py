@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from harness.checkpoint.manifest import EngineManifest
 from harness.config import Config
-from harness.config.command_line import parse_args, parse_overrides
+from harness.config.command_line import parse_args
 from harness.config.load import load
 from harness.config.old_names import (
     MOVED_MODULES,
@@ -21,6 +21,7 @@ from harness.config.old_names import (
     current_keys,
     current_setting,
 )
+from harness.config.overrides import parse_overrides
 from harness.config.sections import section_of
 from harness.control.commands import Set
 from harness.control.grammar import Grammar

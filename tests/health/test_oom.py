@@ -9,7 +9,7 @@ import torch
 
 from harness import distributed
 from harness.config import Config
-from harness.config.command_line import parse_overrides
+from harness.config.overrides import parse_overrides
 from harness.config.sections import merge
 from harness.engine.engines import Engines
 from harness.errors import ConfigError, OutOfMemory, is_out_of_memory, with_notes

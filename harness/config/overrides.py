@@ -1,0 +1,93 @@
+"""Settings from outside of a file: words of the command line, variables of the environment."""
+
+import contextlib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from harness.config.root import Config
+from harness.config.sections import merge, section_of
+from harness.errors import ConfigError
+
+VARIABLE = "HARNESS__"
+"""How the names of variables begin that set a key: `HARNESS__RUN__STEPS=5` is `run.steps`."""
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """`["--run.steps=5", "--run.name", "x"]` as nested tables.
+
+    Values are parsed as TOML (numbers, true, lists, inline tables), and kept as strings if they are
+    not valid TOML. Raises ConfigError.
+    """
+    overrides: dict[str, Any] = {}
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        key, has_value, text = word.partition("=")
+        if not key.startswith("--") or "." not in key:
+            raise ConfigError(f"command line: {word!r}: expected --section.key=value")
+        if not has_value:
+            if not queue:
+                raise ConfigError(f"command line: {word}: missing value")
+            text = queue.pop(0)
+        path = key.removeprefix("--").split(".")
+        overrides = merge(overrides, nested(path, _parse_value(path, text)))
+    return overrides
+
+
+def environment_overrides(environ: Mapping[str, str], tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in variables like `HARNESS__RUN__STEPS`, as nested tables.
+
+    Names are in lower case, except for those that `tables`, read from files, has in another one.
+    """
+    overrides: dict[str, Any] = {}
+    for name in sorted(environ):
+        if not name.startswith(VARIABLE):
+            continue
+        path, table = [], tables
+        for part in name.removeprefix(VARIABLE).split("__"):
+            known = (key for key in table if key.lower() == part.lower())
+            path.append(next(known, part.lower()))
+            inner = table.get(path[-1])
+            table = inner if isinstance(inner, Mapping) else {}
+        overrides = merge(overrides, nested(path, _parse_value(path, environ[name])))
+    return overrides
+
+
+def dotted_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables of a mapping whose keys may be dotted: `{"run.steps": 5}`."""
+    overrides: dict[str, Any] = {}
+    for key, value in given.items():
+        overrides = merge(overrides, nested(key.split("."), value))
+    return overrides
+
+
+def nested(path: Sequence[str], value: Any) -> Any:
+    """A value in tables: `{"mix": {"code": {"weight": 2.0}}}`."""
+    for part in reversed(path):
+        value = {part: value}
+    return value
+
+
+def _parse_value(path: Sequence[str], text: str) -> Any:
+    if not _is_text(path):
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return tomllib.loads(f"value = {text}")["value"]
+    return text
+
+
+def _is_text(path: Sequence[str]) -> bool:
+    """Whether a key is a string or a path: its value is not parsed as TOML."""
+    section: type[BaseModel] | None = Config
+    for position, part in enumerate(path):
+        if section is None:
+            return False
+        if part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            if annotation in (str, Path):
+                return position == len(path) - 1
+            section = section_of(annotation)
+    return False

@@ -1,0 +1,51 @@
+"""What a run changes in its process, and how it was before: for runs in somebody else's program."""
+
+import gc
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from harness.distributed.rng import rng_state, set_rng_state
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """After the context, as before it: environment variables, random generators, the log's
+    handlers, warnings' filters, torch's threads, and where modules are imported from.
+
+    A task's modules are imported again by the next run. Memory of the run is freed.
+    """
+    environment, generators = dict(os.environ), rng_state()
+    threads, path, modules = torch.get_num_threads(), list(sys.path), set(sys.modules)
+    logger = logging.getLogger("harness")
+    log = logger.level, logger.propagate, list(logger.handlers)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        _forget_modules(set(sys.modules) - modules, set(sys.path) - set(path))
+        sys.path[:] = path
+        logger.setLevel(log[0])
+        logger.propagate, logger.handlers = log[1:]
+        torch.set_num_threads(threads)
+        set_rng_state(generators)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        gc.collect()  # models and engines refer to themselves, and to sockets and threads
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def _forget_modules(names: set[str], folders: set[str]) -> None:
+    """Forgets the modules that were imported from folders of tasks."""
+    for name in names:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file is not None and str(Path(file).parent) in folders:
+            del sys.modules[name]
