@@ -135,7 +135,7 @@ def test_errors_have_the_text_of_the_command_line(tmp_path: Path) -> None:
     assert mistake in str(expected.value) and mistake.replace(":", f" ({toml}):") in str(
         found.value
     )
-    with pytest.raises(ConfigError, match="task.path: missing, and no task is given"):
+    with pytest.raises(ConfigError, match=r"task.path: missing, and no task is given"):
         train(tables(tmp_path))
     with pytest.raises(ConfigError, match=r"run.steps \(overrides\): found 0"):
         train(tables(tmp_path), build, {"run.steps": 0})
