@@ -3,7 +3,8 @@
 The rooms, from the top floor down: imports point down this list, and down the list of each room
 (tests/test_architecture.py).
 
-    cli.py             the command `harness`: run, ctl, inspect, convert, data
+    cli.py             the command `harness`: run, ctl, report, inspect, convert, data
+    report/            what runs have done, as a page to look at
     run.py             a run from its config to its end, as named steps
     startup.py         what is checked before a run starts: the machine, the ranks' software
     run_directory.py   runs/NAME/: its lock, its log, its resolved config

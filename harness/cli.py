@@ -71,6 +71,34 @@ def run_inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `harness report`."""
+    add: Any = parser.add_argument
+    add("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="runs/NAME; several are compared")
+    add("-o", "--output", metavar="FILE", type=Path, help="default: report.html in the first one")
+    add("--png", metavar="DIR", type=Path, help="also write each chart into this folder")
+    add(
+        "--live",
+        metavar="PORT",
+        type=int,
+        nargs="?",
+        const=6007,
+        help="instead of a file, serve the report on this machine (port 6007 by default), and "
+        "refresh it while the runs continue",
+    )
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Writes a report, or serves it until Ctrl-C."""
+    from harness.report.build import serve_report, write_report
+
+    if args.live is not None:
+        serve_report(args.run_dirs, args.live, print_line)
+    else:
+        write_report(args.run_dirs, args.output, args.png, print_line)
+    return 0
+
+
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `harness run`."""
     add: Any = parser.add_argument
@@ -279,6 +307,14 @@ def print_line(line: str) -> None:
 COMMANDS = {
     "inspect": Subcommand(
         "show what a checkpoint, .sft or .pt contains", add_inspect_arguments, run_inspect
+    ),
+    "report": Subcommand(
+        "show what runs have done, as a page to look at",
+        add_report_arguments,
+        run_report,
+        description="Writes one HTML file that opens offline: losses, evaluations, rates, speed, "
+        "memory, slow ranks, where the time has gone, and what happened when; of several runs, "
+        "also what differs in their configs.",
     ),
     "run": Subcommand(
         "start a run, and start it again after faults",
