@@ -154,7 +154,7 @@ def _smoothed(
     chart = Chart(name, title, section, curves, unit, log, wide)
     if windows:
         steps = " and ".join(f"{window:,}" for window in sorted(windows))
-        chart.note = f"bold: mean of the last {steps} steps"
+        chart.note = f"bold: mean of {steps} steps around"
     return chart
 
 
@@ -189,7 +189,8 @@ def _ranks(runs: Sequence[RunFiles]) -> list[Curve]:
     curves = []
     for number, run in enumerate(runs):
         steps = run.metrics.steps
-        for kind, label in (("max", "slowest rank"), ("mean", "mean"), ("min", "fastest rank")):
+        kinds = (("max", "slowest rank"), ("mean", "mean"), ("min", "fastest rank"))
+        for kind, label in kinds if len(runs) == 1 else kinds[:1]:
             y = steps[f"own_time_{kind}_s"]
             if np.isfinite(y).any():
                 y = smooth(y, window_of(len(y)))

@@ -26,12 +26,13 @@ def decimate(x: Floats, y: Floats, intervals: int) -> tuple[Floats, Floats]:
 
 
 def smooth(y: Floats, window: int) -> Floats:
-    """The mean of the last `window` values, of those that are finite; NaN where there are none."""
+    """The mean of the `window` values around each, of those that are finite; NaN where there are
+    none. At its ends, of those that are there."""
     finite = np.isfinite(y)
     totals = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    ends = np.arange(1, len(y) + 1)
-    begins = np.maximum(ends - window, 0)
+    ends = np.minimum(np.arange(1, len(y) + 1) + window // 2, len(y))
+    begins = np.maximum(np.arange(len(y)) - (window - 1) // 2, 0)
     found = counts[ends] - counts[begins]
     return np.where(found > 0, totals[ends] - totals[begins], np.nan) / np.maximum(found, 1)
 

@@ -102,7 +102,7 @@ function seriesOf(curve, style, log) {
   const series = { spanGaps: true, dash: style.dash, stroke: color, width: 1.5, points: { show: false } };
   if (curve.role === "raw") Object.assign(series, { stroke: () => color() + "59", width: 1 });
   if (curve.role === "mean") series.width = 2;
-  if (curve.role === "points") Object.assign(series, { width: 2, points: { show: true, size: 6, fill: color, stroke: color } });
+  if (curve.role === "points") Object.assign(series, { width: 2, points: { show: curve.x.length < 60, size: 6, fill: color, stroke: color } });
   if (curve.role === "area") Object.assign(series, { fill: () => color() + "b0", width: 1 });
   if (curve.role === "bars")
     Object.assign(series, { fill: () => color() + "90", width: 1, paths: uPlot.paths.bars({ size: [0.9, 40], align: 1, gap: 1 }) });
@@ -152,7 +152,7 @@ function marksOf(chart) {
 
 function drawMarks(plot) {
   const { ctx, bbox, chart, marks } = plot, ratio = uPlot.pxRatio, right = bbox.left + bbox.width;
-  const ends = []; // of the labels in each row
+  const ends = [], ticks = {}; // of the labels in each row; the last one of each kind
   ctx.save();
   ctx.lineWidth = ratio;
   ctx.font = `${11 * ratio}px system-ui, "DejaVu Sans", sans-serif`;
@@ -160,6 +160,8 @@ function drawMarks(plot) {
   for (const mark of marks) {
     const x = Math.round(plot.valToPos(mark.x, "x", true)) + 0.5, isLine = WITH_LINES.has(mark.kind);
     if (x < bbox.left || x > right) continue;
+    if (!isLine && x - ticks[mark.kind] < 5 * ratio) continue;
+    ticks[mark.kind] = x;
     ctx.strokeStyle = palette[mark.kind] + (isLine ? "b0" : "ff");
     ctx.setLineDash(mark.kind === "resume" ? [3 * ratio, 3 * ratio] : []);
     ctx.beginPath();
@@ -186,7 +188,8 @@ function showTip(plot) {
     plot.marks.filter((mark) => Math.abs(plot.valToPos(mark.x, "x") - left) <= 5).slice(0, 5);
   plot.tip?.remove();
   if (!near.length) return;
-  const lines = near.map((mark) => node("p", {}, dot(mark.kind), node("b", {}, `step ${mark.step} `), mark.text));
+  const lines = near.map((mark) => node("p", {}, dot(mark.kind), node("b", {}, `step ${mark.step} `),
+    mark.text.length > 130 ? `${mark.text.slice(0, 130)} …` : mark.text));
   plot.tip = node("div", { class: "tip" }, ...lines);
   plot.over.append(plot.tip);
   const room = plot.over.clientWidth - plot.tip.offsetWidth;

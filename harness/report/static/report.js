@@ -105,7 +105,7 @@ function events() {
   if (!marks.length) return [];
   const rows = marks.sort((a, b) => (a[2] ?? 0) - (b[2] ?? 0)).map(([run, i, time, step, kind, text]) => node("tr", {},
     node("td", { class: "fit time" }, time ? new Date(time * 1000).toLocaleString() : ""), node("td", { class: "fit number" }, step ?? ""),
-    node("td", { class: "fit" }, dot(kind), kind), ...(many ? [node("td", {}, dot(`c${i % 8}`), run.name)] : []), node("td", {}, text)));
+    node("td", { class: "fit" }, dot(kind), kind), ...(many ? [node("td", { class: "fit" }, dot(`c${i % 8}`), run.name)] : []), node("td", {}, text)));
   const left = content.runs.reduce((sum, run) => sum + run.marks_left_out, 0);
   const all = table(["time", "step", "what", ...(many ? ["run"] : []), ""], rows, "events");
   all.querySelector("th").className = "time";
