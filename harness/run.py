@@ -41,6 +41,7 @@ from harness.health import oom, phases, watchdog
 from harness.health.goodput import Ledger
 from harness.health.outcome import Outcome
 from harness.logs import configure_logging
+from harness.metrics.closing import Closing
 from harness.metrics.progress import Progress
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
 from harness.metrics.status import Status
@@ -119,13 +120,19 @@ def run_in_world(
         step, steps = engines.global_step, live.config.run.steps
         status = Status(step, steps)
         sinks = _open_sinks(config, step if checkpoint else -1, status, began, stack)
+        closing = Closing(config, step)
+        if distributed.is_global_leader():
+            sinks.append(closing)
         is_shown = config.metrics.progress and distributed.is_global_leader()
         progress = Progress(step, steps, is_shown)
         stack.callback(progress.close)
         bus = _build_control(task, engines, live, signals, status, stack)
         trainer = Trainer(live, task, engines, batches, saver, bus, sinks, progress, status)
         code = trainer.train()
-        _outcome(trainer, code).write()
+        outcome = _outcome(trainer, code)
+        outcome.write()
+        if distributed.is_global_leader():
+            closing.log(outcome)
         phases.enter("end")
         return code
 

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -52,8 +54,20 @@ def _help(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _help(inner, key + between)
             continue
         default = "required" if field.is_required() else f"default {_as_json(field.default)}"
-        yield f"  --{key}  <{_type_name(field.annotation)}>  {default}"
-        yield f"      {' '.join((field.description or '').split())}"
+        yield from _wrapped(f"--{key}  <{_type_name(field.annotation)}>  {default}", indent=2)
+        yield from _wrapped(" ".join((field.description or "").split()), indent=6)
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    """Lines that fit the terminal; the second and later ones are indented by 6."""
+    return textwrap.wrap(
+        text,
+        width=max(40, shutil.get_terminal_size().columns - 2),
+        initial_indent=" " * indent,
+        subsequent_indent=" " * 6,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _as_json(value: Any) -> str:

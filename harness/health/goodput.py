@@ -69,7 +69,7 @@ class Ledger:
         if "step_time_s" not in record:  # an evaluation's
             return
         self._step = max(self._step, record["step"])
-        skipped = sum(value for name, value in record.items() if _counts_skips(name))
+        skipped = sum(value for name, value in record.items() if counts_skips(name))
         if skipped > self._skipped:
             self._add("skipped", record["step_time_s"])
             self._add("steps", -record["step_time_s"])
@@ -164,7 +164,7 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-def _counts_skips(name: str) -> bool:
+def counts_skips(name: str) -> bool:
     """Whether a metric counts the skipped steps of an engine (not those of APOLLO's projection)."""
     *path, last = name.split("/")
     return last == "skipped" and "apollo" not in path

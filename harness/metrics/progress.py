@@ -14,6 +14,9 @@ from harness.metrics.status import headline
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+BESIDE_NUMBERS = 32
+"""Columns of the bar without the numbers of the steps and the metrics."""
 
 
 def is_notebook() -> bool:
@@ -42,7 +45,7 @@ class Progress:
             total=steps,
             initial=step,
             disable=not on_terminal,
-            unit="step",
+            bar_format=FORMAT,
             dynamic_ncols=True,
             miniters=1,
             mininterval=1.0 if is_notebook() else 0.1,  # each drawing is kept in the notebook
@@ -52,7 +55,7 @@ class Progress:
         """Shows a step's record."""
         numbers = headline(record)
         try:
-            self._bar.set_postfix(numbers, refresh=False)
+            self._bar.set_postfix_str(self._that_fit(numbers), refresh=False)
             self._bar.update(record["step"] - self._bar.n)
         except OSError:  # the terminal is gone
             self._bar.disable = True
@@ -60,6 +63,20 @@ class Progress:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
             shown = "  ".join(f"{name} {number}" for name, number in numbers.items())
             log.info("step %d/%d  %s", record["step"], self._steps, shown)
+
+    def _that_fit(self, numbers: Mapping[str, str]) -> str:
+        """The first numbers, as many as the terminal has room for."""
+        if self._bar.disable:
+            return ""
+        columns = self._bar.format_dict["ncols"] or 80
+        room = columns - BESIDE_NUMBERS - 2 * len(str(self._steps))
+        text = ""
+        for name, number in numbers.items():
+            longer = f"{text}{', ' if text else ''}{name.replace('_per_s', '/s')} {number}"
+            if text and len(longer) > room:
+                break
+            text = longer
+        return text
 
     def set_steps(self, steps: int) -> None:
         """Changes the run's last step."""

@@ -18,8 +18,9 @@ ACTIVITIES: dict[Phase, str] = {
     "paused": "paused",
 }
 """What the status calls the phases between steps."""
-HEADLINE = ("loss", "lr", "tokens_per_s")
-"""Metrics that the status and the progress bar show, for every engine."""
+HEADLINE = ("loss", "lr", "tokens_per_s", "samples_per_s")
+"""Metrics that the status and the progress bar show, for every engine, in this order; samples only
+where there are no tokens."""
 
 
 class Status:
@@ -104,10 +105,12 @@ class Status:
 
 def headline(record: Mapping[str, Any]) -> dict[str, str]:
     """The most important metrics of a record, formatted."""
+    wanted = HEADLINE[:-1] if record.get("tokens_per_s") else (*HEADLINE[:2], HEADLINE[-1])
     return {
-        name: f"{value:.4g}"
+        name: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+        for last in wanted
         for name, value in record.items()
-        if name.rpartition("/")[2] in HEADLINE
+        if name.rpartition("/")[2] == last
     }
 
 

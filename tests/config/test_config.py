@@ -246,7 +246,10 @@ def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield from leaves(inner, f"{prefix}{name}{within}") if inner else [f"{prefix}{name}"]
 
 
-def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_key_with_its_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as left:
         parse_args(["--help"])
     assert left.value.code == 0
@@ -255,6 +258,7 @@ def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str
         assert f"  --{key}  <" in text
     assert "--run.steps  <int>  default 1000" in text
     assert "--engines.NAME.ds_config  <path>  required" in text
+    assert max(len(line) for line in text.splitlines() if " " in line.strip()) <= 80
 
 
 def test_deepspeeds_json_is_read_once(toml: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 /* The page around the charts: figures, bars, events, configs; and its refreshing. */
 
 const AXES = { step: "Steps", time: "Time", tokens: "Tokens" };
-const GOODPUT = { steps: "c2", skipped: "c4", repeated: "c1", saving: "c0", evaluating: "c3", exporting: "c6", starting: "c5", waiting: "c7" };
+const GOODPUT = { steps: "c2", skipped: "c4", repeated: "c1", saving: "c0", evaluating: "c3", exporting: "c6", uploading: "c4", starting: "c5", waiting: "c7" };
 const BAD = /hang|lost|oom|error|signal|config|nonfinite|task|checkpoint/;
 
 function pill(run) {
@@ -41,8 +41,8 @@ function bar(shares, colors, format) {
   const shown = shares.filter((share) => share.seconds / total > 0.0005);
   const percent = (share) => `${(100 * share.seconds / total).toFixed(1)}%`;
   return [node("div", { class: "share" }, ...shown.map((s) => node("i", { title: `${s.label} ${percent(s)}`,
-    style: `width:${percent(s)};background:var(--${colors[s.label]})` }))),
-    node("div", { class: "keys" }, ...shown.map((s) => node("span", { title: s.text ?? "" }, dot(colors[s.label]),
+    style: `width:${percent(s)};background:var(--${colors[s.label] ?? "c7"})` }))),
+    node("div", { class: "keys" }, ...shown.map((s) => node("span", { title: s.text ?? "" }, dot(colors[s.label] ?? "c7"),
       s.label, node("b", {}, percent(s)), node("span", { class: "quiet" }, format(s.seconds)))))];
 }
 

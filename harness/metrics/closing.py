@@ -1,0 +1,117 @@
+"""The closing summary of a run: what it has reached, where that lies, and what to type next."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.config import Config
+from harness.health import goodput
+from harness.health.goodput import counts_skips
+from harness.health.outcome import Outcome
+from harness.metrics.status import format_duration
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Series:
+    """The values of a metric at the steps of this run."""
+
+    is_max: bool
+    values: list[tuple[int, float]] = field(default_factory=list)
+    """The last one, and those before it that were the best so far."""
+
+    def add(self, step: int, value: float) -> None:
+        if len(self.values) > 1 and not self._is_better(self.values[-1][1], self.values[-2][1]):
+            self.values.pop()
+        self.values.append((step, value))
+
+    def _is_better(self, value: float, other: float) -> bool:
+        return value > other if self.is_max else value < other
+
+    def truncate(self, step: int) -> None:
+        self.values = [entry for entry in self.values if entry[0] <= step]
+
+    def __str__(self) -> str:
+        last, best = self.values[-1], self.values[-1]
+        if len(self.values) > 1 and not self._is_better(last[1], self.values[-2][1]):
+            best = self.values[-2]
+        if best == last:
+            return f"{last[1]:.4g}, the best"
+        return f"{last[1]:.4g}, best {best[1]:.4g} at step {best[0]}"
+
+
+class Closing:
+    """A sink of the records (`metrics/sinks.py`), which remembers the last and the best ones."""
+
+    def __init__(self, config: Config, step: int):
+        """`step`: where the run begins. Evaluations of earlier starts are read from
+        metrics.jsonl, and losses count from here."""
+        self._config = config
+        self._from = step
+        self._series: dict[str, _Series] = {}
+        self._skipped: dict[str, int] = {}
+        path = config.run_dir / "metrics.jsonl"
+        for line in path.open("rb") if step and path.is_file() else ():
+            if b'"eval/' in line:
+                self.write(json.loads(line))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Takes note of losses, evaluations and skipped steps."""
+        for name, value in record.items():
+            if counts_skips(name):
+                self._skipped[name] = value
+            elif name.startswith("eval/") or name.rpartition("/")[2] == "loss":
+                number = float(value)
+                if number == number:
+                    self._of(name).add(record["step"], number)
+
+    def _of(self, name: str) -> _Series:
+        settings = self._config.checkpoint
+        is_best = name == settings.best_metric
+        is_max = settings.best_mode == "max" if is_best else name.endswith("accuracy")
+        return self._series.setdefault(name, _Series(is_max))
+
+    def truncate(self, step: int) -> None:
+        """The run goes back to this step."""
+        for series in self._series.values():
+            series.truncate(step)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def log(self, outcome: Outcome) -> None:
+        """Logs the summary, once the run has ended without an error."""
+        for line in self.lines(outcome):
+            log.info("%s", line)
+
+    def lines(self, outcome: Outcome) -> Iterator[str]:
+        """The lines of the summary."""
+        run_dir, steps = self._config.run_dir, self._config.run.steps
+        ledger = goodput.read(run_dir / goodput.FILE)
+        seconds = time.time() - ledger[0]["began"] if ledger else 0.0
+        starts = sum("starting" in record for record in ledger)
+        again = f" and {starts} starts" if starts > 1 else ""
+        yield f"{outcome.kind}: step {outcome.step} after {format_duration(seconds)}{again}"
+        since = f" (since step {self._from})" if self._from else ""
+        for name, series in self._series.items():
+            if series.values:
+                yield f"{name} {series}{'' if name.startswith('eval/') else since}"
+        if skipped := sum(self._skipped.values()):
+            yield f"{skipped} steps were skipped"
+        for what in ("checkpoints", "exports"):
+            if found := sorted((run_dir / what).glob("step-*")):
+                yield f"{what}: {len(found)}, the newest is {found[-1]}"
+        goes_on = outcome.kind != "complete" and (outcome.step or 0) < steps
+        resume = "the same command resumes the run; " if goes_on else ""
+        yield f"next: {resume}harness report {_shown(run_dir)}"
+
+
+def _shown(path: Path) -> Path:
+    """As short as it can be typed here."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

@@ -1,0 +1,42 @@
+"""What a run says when it ends."""
+
+import json
+import time
+from pathlib import Path
+
+from harness.health.outcome import Outcome
+from harness.metrics.closing import Closing
+from tests.support.helpers import tiny_config
+
+
+def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, run={"steps": 9}, checkpoint={"best_metric": "eval/loss"})
+    run_dir = config.run_dir
+    (run_dir / "checkpoints/step-00000004").mkdir(parents=True)
+    (run_dir / "checkpoints/step-00000008").mkdir()
+    start = {"began": time.time() - 61, "time": time.time(), "from": 0, "step": 0, "starting": 1.0}
+    (run_dir / "goodput.jsonl").write_text(2 * (json.dumps(start) + "\n"))
+    earlier = [{"step": 1, "loss": 0.1}, {"step": 2, "eval/loss": 0.5, "eval/accuracy": 0.1}]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in earlier))
+    closing = Closing(config, 2)
+    for step, loss in enumerate((3.0, 1.5, 0.9, 2.5, float("nan")), start=3):
+        closing.write({"step": step, "loss": loss, "skipped": int(step > 5), "apollo/skipped": 7})
+    closing.write({"step": 7, "eval/loss": 0.7, "eval/accuracy": 0.3})
+    lines = list(closing.lines(Outcome("quit", 0, step=7)))
+    assert lines == [
+        "quit: step 7 after 1 min 1 s and 2 starts",
+        "eval/loss 0.7, best 0.5 at step 2",
+        "eval/accuracy 0.3, the best",
+        "loss 2.5, best 0.9 at step 5 (since step 2)",
+        "1 steps were skipped",
+        f"checkpoints: 2, the newest is {run_dir}/checkpoints/step-00000008",
+        f"next: the same command resumes the run; harness report {run_dir}",
+    ]
+    closing.truncate(4)
+    lines = list(closing.lines(Outcome("complete", 0, step=9)))
+    assert lines[1:4] == [
+        "eval/loss 0.5, the best",
+        "eval/accuracy 0.1, the best",
+        "loss 1.5, the best (since step 2)",
+    ]
+    assert lines[-1] == f"next: harness report {run_dir}"
