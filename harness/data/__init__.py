@@ -11,9 +11,9 @@ This package exports the samplers.
     strided_stream.py   micro-batches of a stream of which each rank takes its share
     stream.py           a stream of samples, read from any position on
     digest.py           whether two samples or batches are the same
+    batches.py          Batches: an endless iterator of micro-batches whose position can be saved
     skipping.py         samples that cannot be read: left out, counted
     fetch.py            from indices or samples to a batch, in the rank's process or a worker's
-    batches.py          Batches: an endless iterator of micro-batches whose position can be saved
     workers.py          how worker processes start and end, and what helps if they fail
     prepare.py          texts into a corpus of tokens
     packing.py          documents in windows of one length, each as if it were alone

@@ -1,6 +1,7 @@
 """A model that counts how often each sample was trained on: SGD with rate 1 takes a sample's share
 of the loss off its number."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ LENGTH = 60
 
 
 class Counter(nn.Module):
-    def __init__(self) -> None:
+    """`pause`: seconds that a forward takes at least."""
+
+    def __init__(self, pause: float) -> None:
         super().__init__()
+        self.pause = pause
         self.counts = nn.Parameter(torch.zeros(LENGTH))
 
     def forward(self, samples: Tensor) -> None:
+        time.sleep(self.pause)
         self.loss = self.counts[samples].mean()
 
 
@@ -81,4 +86,4 @@ def build(config: Config) -> Task:
         "shuffling": lambda: DataLoader(Numbers(), 6, shuffle=True),  # type: ignore[arg-type]
     }[args["kind"]]()
     collate = first_tokens if args["kind"] == "tokens" else torch.tensor
-    return Task(models={"net": Counter()}, train_data=data, collate=collate)
+    return Task(models={"net": Counter(args.get("pause", 0.0))}, train_data=data, collate=collate)
