@@ -29,6 +29,7 @@ from tests.support.helpers import (
     small_disk,
     tiny_config,
 )
+from tests.support.quick import quick
 
 WIDE = {"args": {"width": 2100}}
 """17.7 MB of weights: with AdamW's moments a checkpoint of about 71 MB."""
@@ -76,7 +77,18 @@ PHASES = [
     ("prune", {}),
     ("pruning", {"path": ".pruned"}),
 ]
-# All ranks in every phase; one rank where both write, and in one phase of rank 0 alone.
+QUICK = {
+    ("room", None, None),
+    ("file", "rank-", 1),
+    ("file", "net/", None),
+    ("file", "other/", 0),
+    ("manifest", None, None),
+    ("rename", None, 0),
+    ("latest", None, None),
+    ("prune", None, None),
+    ("pruning", ".pruned", None),
+}
+"""Every phase once; one rank in some where both write, and in one phase of rank 0 alone."""
 KILLED = [
     pytest.param(
         phase,
@@ -84,7 +96,7 @@ KILLED = [
         rank,
         id=f"{phase} {details.get('path', '')}".strip()
         + ("-all" if rank is None else f"-rank{rank}"),
-        marks=[pytest.mark.slow] if rank == 0 and phase not in ("file", "rename") else [],
+        marks=[] if (phase, details.get("path"), rank) in QUICK else [pytest.mark.slow],
     )
     for phase, details in PHASES
     for rank in (0, 1, None)
@@ -136,8 +148,20 @@ def test_killed_at_random_moments(
         assert_equal(final_weights(config), final_weights(uninterrupted))
 
 
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize(("phase", "rank"), [("file", 0), ("file", 1), ("rename", 0), ("room", 0)])
+@pytest.mark.parametrize(
+    ("phase", "rank", "background"),
+    quick(
+        [
+            (*where, background)
+            for where in (("file", 0), ("file", 1), ("rename", 0), ("room", 0))
+            for background in (False, True)
+        ],
+        ("file", 0, True),
+        ("file", 1, False),
+        ("rename", 0, False),
+        ("room", 0, True),
+    ),
+)
 def test_an_io_error_fails_one_save_on_all_ranks_and_the_run_continues(
     two_ranks: RankPool,
     tmp_path: Path,
@@ -228,8 +252,14 @@ def error_without_a_size(config: Config) -> str:
         return error_of(config)
 
 
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("phase", ["room", "manifest"])
+@pytest.mark.parametrize(
+    ("phase", "background"),
+    quick(
+        [(phase, background) for phase in ("room", "manifest") for background in (False, True)],
+        ("room", True),
+        ("manifest", False),
+    ),
+)
 def test_a_disk_that_becomes_read_only(
     two_ranks: RankPool, tmp_path: Path, uninterrupted: Config, phase: str, background: bool
 ) -> None:

@@ -30,6 +30,7 @@ from tests.support.helpers import (
     tiny_config,
     without_times,
 )
+from tests.support.quick import quick
 
 TASK = str(ROOT / "tests/tasks/buffers_task.py")
 STAGES = [0, 1, 2, 3]
@@ -76,7 +77,12 @@ def saved_buffers(config: Config, rank: int, step: int = 12) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("kind", "stage", "accumulation"),
-    [("norm", 0, 1), ("norm", 3, 2), ("codes", 0, 2), ("codes", 1, 1), ("codes", 2, 2)],
+    quick(
+        [("norm", 0, 1), ("norm", 3, 2), ("codes", 0, 2), ("codes", 1, 1), ("codes", 2, 2)],
+        ("norm", 0, 1),
+        ("norm", 3, 2),
+        ("codes", 2, 2),
+    ),
 )
 def test_synced_buffers_equal_those_under_ddp(
     two_ranks: RankPool, tmp_path: Path, kind: str, stage: int, accumulation: int
@@ -90,17 +96,28 @@ def test_synced_buffers_equal_those_under_ddp(
     torch.testing.assert_close(exported(config), state, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("mode", ["sync", "own"])
 @pytest.mark.parametrize(
-    ("kind", "stage", "dtype"),
-    [
-        ("norm", 2, {}),
-        ("codes", 0, {}),
-        ("codes", 1, {}),
-        ("codes", 2, BF16),
-        ("codes", 3, {}),
-        ("mixed", 3, {}),
-    ],
+    ("kind", "stage", "dtype", "mode"),
+    quick(
+        [
+            (*case, mode)
+            for case in (
+                ("norm", 2, {}),
+                ("codes", 0, {}),
+                ("codes", 1, {}),
+                ("codes", 2, BF16),
+                ("codes", 3, {}),
+                ("mixed", 3, {}),
+            )
+            for mode in ("sync", "own")
+        ],
+        ("norm", 2, {}, "own"),
+        ("codes", 0, {}, "sync"),
+        ("codes", 1, {}, "own"),
+        ("codes", 2, BF16, "sync"),
+        ("codes", 3, {}, "own"),
+        ("mixed", 3, {}, "sync"),
+    ),
     ids=str,
 )
 def test_a_resumed_run_is_bit_identical(

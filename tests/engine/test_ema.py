@@ -30,6 +30,7 @@ from tests.support.helpers import (
     records,
     tiny_config,
 )
+from tests.support.quick import quick
 
 STAGES = [0, 1, 2, 3]
 DECAY = 0.8
@@ -53,7 +54,7 @@ def saved(config: Config, step: int) -> SavedEngine:
     return SavedEngine(checkpoint(config, step) / "net")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", quick(STAGES, 0, 3))
 def test_it_averages_the_master_weights_and_changes_nothing_else(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
@@ -120,13 +121,18 @@ def test_it_resumes_to_the_bit_and_can_be_switched_off_and_on(
 
 @pytest.mark.parametrize(
     ("before", "after", "optimizer"),
-    [
-        ((2, 2), (2, 3), TWO_GROUPS),
-        ((2, 3), (2, 0), TWO_GROUPS),
+    quick(
+        [
+            ((2, 2), (2, 3), TWO_GROUPS),
+            ((2, 3), (2, 0), TWO_GROUPS),
+            ((2, 0), (2, 1), TWO_GROUPS),
+            ((2, 3), (4, 2), TWO_GROUPS),
+            ((2, 1), (2, 3), APOLLO),
+        ],
         ((2, 0), (2, 1), TWO_GROUPS),
         ((2, 3), (4, 2), TWO_GROUPS),
         ((2, 1), (2, 3), APOLLO),
-    ],
+    ),
     ids=str,
 )
 def test_it_is_resharded(
@@ -172,7 +178,7 @@ def test_an_optimizer_with_an_average_of_its_own_is_refused(
     assert not config.run_dir.exists()
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", quick([1, 3], 3))
 def test_apollo_can_be_averaged(two_ranks: RankPool, tmp_path: Path, stage: int) -> None:
     config = config_of(tmp_path / "with", stage, optimizer=APOLLO)
     two_ranks.run(run_in_world, config)

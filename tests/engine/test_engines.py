@@ -36,6 +36,7 @@ from tests.support.helpers import (
     without_times,
 )
 from tests.support.plain_engines import plain_loop
+from tests.support.quick import quick
 from tests.support.small_loop import engines_of, train
 
 STAGES = [0, 1, 2, 3]
@@ -67,10 +68,7 @@ def compare(config: Config, expected: list[dict[str, float]], models: dict[str, 
 # ------------------------------------------------------------------------------ a loss through both
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [pytest.param(stage, marks=pytest.mark.slow if stage in (1, 2) else ()) for stage in STAGES],
-)
+@pytest.mark.parametrize("stage", quick(STAGES, 3))
 def test_a_gan_and_its_average_equal_plain_torch(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
@@ -91,7 +89,9 @@ def test_a_gan_and_its_average_equal_plain_torch(
     assert recorded == pytest.approx(float(found), abs=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "accumulation"), [(0, 2), (1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("stage", "accumulation"), quick([(0, 2), (1, 1), (2, 2), (3, 2)], (1, 1), (3, 2))
+)
 def test_a_gradient_penalty_equals_plain_torch(
     two_ranks: RankPool, tmp_path: Path, stage: int, accumulation: int
 ) -> None:
@@ -211,7 +211,7 @@ def test_engines_with_their_own_stage_accumulation_and_frequency(
     compare(config, expected, {name: engine.module for name, engine in plain.items()})
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", quick(STAGES, 0, 3))
 def test_what_is_lent_stays_frozen_while_the_backward_recomputes_it(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:

@@ -28,6 +28,7 @@ from tests.support.helpers import (
     losses,
     tiny_config,
 )
+from tests.support.quick import quick
 from tests.tasks.tiny_task import Classifier, Points
 
 STAGES = [0, 1, 2, 3]
@@ -62,7 +63,7 @@ def with_weights(path: Path) -> Classifier:
     return model
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", quick(STAGES, 2, 3))
 def test_adapters_learn_beside_weights_that_stay_and_are_exported_alone_and_merged(
     peft: Any, two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
@@ -84,7 +85,7 @@ def test_adapters_learn_beside_weights_that_stay_and_are_exported_alone_and_merg
     assert (logits(with_weights(tmp_path / "base.sft")) - expected).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", quick(STAGES, 0, 3))
 def test_a_run_with_adapters_resumes_to_the_bit(
     peft: Any, two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:

@@ -21,6 +21,7 @@ from tests.support.helpers import (
     losses,
     tiny_config,
 )
+from tests.support.quick import quick
 from tests.support.small_loop import engines_of, weights_of
 
 BF16 = {"bf16": {"enabled": True}}
@@ -56,7 +57,7 @@ def function_config(directory: Path, case: str, **args: Any) -> Config:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, marks=[pytest.mark.slow] if c.endswith("Muon") else []) for c in CASES],
+    quick(CASES, "stage 2, bf16", "stage 3", "stage 3, bf16, LoRA", "stage 3, replaced"),
 )
 def test_a_function_builds_the_same_model(two_ranks: RankPool, tmp_path: Path, case: str) -> None:
     plain = function_config(tmp_path / "plain", case, function=False)

@@ -31,6 +31,7 @@ from tests.support.helpers import (
     records,
     tiny_config,
 )
+from tests.support.quick import quick
 
 STAGES = [0, 1, 2, 3]
 HEAD = {"name": "head", "match": "last", "lr": "x0.1", "weight_decay": 0.4}
@@ -117,10 +118,15 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("kind", "stage"),
-    [
-        *(("all", stage) for stage in STAGES),
-        *(("frozen", 2), ("frozen", 3), ("offload", 1), ("offload", 3), ("lora", 0), ("lora", 3)),
-    ],
+    quick(
+        [
+            *(("all", stage) for stage in STAGES),
+            *(("frozen", 2), ("frozen", 3)),
+            *(("offload", 1), ("offload", 3)),
+            *(("lora", 0), ("lora", 3)),
+        ],
+        *(("all", 1), ("all", 3), ("frozen", 2), ("offload", 3), ("lora", 0)),
+    ),
 )
 def test_groups_of_a_run_are_torchs(
     two_ranks: RankPool, tmp_path: Path, kind: str, stage: int
@@ -227,7 +233,12 @@ def move_checkpoint(full: Config, resumed: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((2, 1), (1, 3)), ((2, 3), (4, 2)), ((1, 0), (2, 3)), ((4, 2), (2, 0))]
+    ("before", "after"),
+    quick(
+        [((2, 1), (1, 3)), ((2, 3), (4, 2)), ((1, 0), (2, 3)), ((4, 2), (2, 0))],
+        ((2, 3), (4, 2)),
+        ((1, 0), (2, 3)),
+    ),
 )
 def test_groups_are_resharded(
     pools: Pools, tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
@@ -249,7 +260,7 @@ ALIKE: list[dict[str, Any]] = [
 """Without weight decay the same training, in other groups."""
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", quick(STAGES, 1, 3))
 def test_parameters_change_groups_with_their_state(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:

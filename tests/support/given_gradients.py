@@ -1,6 +1,7 @@
 """A model whose gradients are given, under DeepSpeed, against the same optimizer unsharded."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import deepspeed
@@ -134,6 +135,18 @@ def worst(found: dict[str, Tensor], model: nn.Module) -> float:
     )
 
 
+@cache
+def plain(
+    make: Callable[..., Any], mini: bool, steps: int, settings: tuple[tuple[str, Any], ...] = ()
+) -> tuple[Given, Any]:
+    """The model after these unsharded steps, and its optimizer; made once per process, so neither
+    may be changed."""
+    model = Given()
+    optimizer = make(model, mini, **dict(settings))
+    take_plain_steps(model, optimizer, range(steps))
+    return model, optimizer
+
+
 def difference(
     stage: int,
     dtype: str,
@@ -153,11 +166,9 @@ def difference(
         config_dict_or_path=config_of(stage, dtype, overrides), enabled=born_sharded
     ):
         model = Given()
-    reference = Given()
     optimizer = make(model, mini, **settings)
     engine = engine_of(model, optimizer, stage, dtype, overrides)
     take_steps(engine, range(steps))
-    take_plain_steps(reference, make(reference, mini, **settings), range(steps))
     found = masters(optimizer)
     engine.destroy()
-    return worst(found, reference)
+    return worst(found, plain(make, mini, steps, tuple(settings.items()))[0])

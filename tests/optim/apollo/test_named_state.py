@@ -19,11 +19,13 @@ from tests.support.given_gradients import (
     engine_of,
     gradients_of,
     masters,
+    plain,
     take_plain_steps,
     take_steps,
     worst,
 )
 from tests.support.helpers import Pools
+from tests.support.quick import quick
 
 LEFT, STEPS = 16, 40  # P is refreshed every 15 steps: once before, once after
 Layout = tuple[int, int]
@@ -46,7 +48,7 @@ def save_part_way(directory: Path, stage: int, mini: bool, projection: str) -> N
 def resume(directory: Path, stage: int, mini: bool, projection: str) -> tuple[float, float]:
     """Steps from there to STEPS; the difference to an unsharded run of all steps, and how far the
     resumed state is from the saved one."""
-    model, reference = Given(), Given()
+    model = Given()
     weights, state = load(directory / "weights.sft"), load(directory / "moments.sft")
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name].view(parameter.shape))
@@ -63,15 +65,13 @@ def resume(directory: Path, stage: int, mini: bool, projection: str) -> tuple[fl
             assert torch.equal(taken[key], value + key.endswith("/calls")), key
         optimizer.load_named_state(state)
     take_steps(engine, range(LEFT, STEPS))
-    take_plain_steps(
-        reference, plain := apollo(reference, mini, projection=projection), range(STEPS)
-    )
     found = masters(optimizer)
     ends = optimizer.named_state()
     engine.destroy()
+    reference, unsharded = plain(apollo, mini, STEPS, (("projection", projection),))
     apart = [
         float((ends[key] - value).abs().max() / value.abs().max().clamp(min=1e-30))
-        for key, value in plain.named_state().items()
+        for key, value in unsharded.named_state().items()
     ]
     return worst(found, reference), max(apart)
 
@@ -81,15 +81,17 @@ LAYOUTS = [((2, 1), (1, 0)), ((2, 2), (4, 2)), ((2, 1), (2, 3)), ((4, 3), (2, 1)
 
 @pytest.mark.parametrize(
     ("before", "after", "mini", "projection"),
-    [
-        *((*layouts, bool(n % 2), "gaussian") for n, layouts in enumerate(LAYOUTS)),
+    quick(
+        [
+            *((*layouts, mini, "gaussian") for layouts in LAYOUTS for mini in (False, True)),
+            ((2, 1), (4, 3), False, "svd"),
+            ((4, 3), (1, 0), False, "svd"),
+        ],
+        ((2, 1), (1, 0), False, "gaussian"),
+        ((2, 2), (4, 2), True, "gaussian"),
+        ((4, 3), (2, 1), True, "gaussian"),
         ((2, 1), (4, 3), False, "svd"),
-        *(
-            pytest.param(*layouts, not n % 2, "gaussian", marks=pytest.mark.slow)
-            for n, layouts in enumerate(LAYOUTS)
-        ),
-        pytest.param((4, 3), (1, 0), False, "svd", marks=pytest.mark.slow),
-    ],
+    ),
 )
 def test_state_moves_to_another_layout(
     pools: Pools, tmp_path: Path, before: Layout, after: Layout, mini: bool, projection: str

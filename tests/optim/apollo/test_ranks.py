@@ -24,6 +24,8 @@ from tests.support.given_gradients import (
     take_steps,
     worst,
 )
+from tests.support.helpers import Pools
+from tests.support.quick import quick
 
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
 
@@ -301,12 +303,9 @@ def closed_loop(stage: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    "stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))]
+    ("world", "stage"), quick([(world, stage) for world in (2, 4) for stage in (1, 2, 3)], (2, 3))
 )
-def test_a_transformer_learns_the_same(
-    two_ranks: RankPool, four_ranks: RankPool, stage: int
-) -> None:
-    for pool in (two_ranks, four_ranks):
-        for difference, fall in pool.run(closed_loop, stage):
-            assert difference <= 5e-6
-            assert fall > 0.5
+def test_a_transformer_learns_the_same(pools: Pools, world: int, stage: int) -> None:
+    for difference, fall in pools(world).run(closed_loop, stage):
+        assert difference <= 5e-6
+        assert fall > 0.5

@@ -22,6 +22,7 @@ from tests.support.given_gradients import (
     take_steps,
     worst,
 )
+from tests.support.quick import quick
 
 BOUND = 5e-7
 
@@ -56,21 +57,33 @@ def within_bound(pool: RankPool, *what: Any) -> None:
         assert found <= BOUND, found
 
 
-@pytest.mark.parametrize("mini", [False, True], ids=["apollo", "mini"])
-@pytest.mark.parametrize(("stage", "dtype"), STAGES)
+@pytest.mark.parametrize(
+    ("stage", "dtype", "mini"),
+    quick(
+        [(*case, mini) for case in STAGES for mini in (False, True)],
+        (0, "bf16", False),
+        (2, "bf16", False),
+        (3, "fp32", False),
+        (0, "fp32", True),
+        (1, "bf16", True),
+        (2, "fp32", True),
+    ),
+)
 def test_two_ranks(two_ranks: RankPool, stage: int, dtype: str, mini: bool) -> None:
     within_bound(two_ranks, stage, dtype, mini, {})
 
 
-@pytest.mark.parametrize("mini", [False, True], ids=["apollo", "mini"])
 @pytest.mark.parametrize(
-    ("stage", "dtype"),
-    [
-        (1, "fp32"),
-        (3, "bf16"),
-        pytest.param(2, "bf16", marks=SLOW),
-        pytest.param(3, "fp32", marks=SLOW),
-    ],
+    ("stage", "dtype", "mini"),
+    quick(
+        [
+            (*case, mini)
+            for case in ((1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
+            for mini in (False, True)
+        ],
+        (1, "fp32", False),
+        (3, "bf16", True),
+    ),
 )
 def test_three_ranks(three_ranks: RankPool, stage: int, dtype: str, mini: bool) -> None:
     within_bound(three_ranks, stage, dtype, mini, {})
@@ -127,7 +140,7 @@ def test_settings(three_ranks: RankPool, stage: int, settings: dict[str, Any]) -
     within_bound(three_ranks, stage, "fp32", False, {}, 20, settings)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", quick(["fp32", "bf16"], "bf16"))
 def test_a_model_built_sharded(two_ranks: RankPool, dtype: str) -> None:
     within_bound(two_ranks, 3, dtype, False, {}, 40, {}, apollo, True)
 
@@ -152,8 +165,10 @@ def cut_between_rows(stage: int, mini: bool) -> float:
     return worst(found, reference)
 
 
-@pytest.mark.parametrize("mini", [False, True], ids=["apollo", "mini"])
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(
+    ("stage", "mini"),
+    quick([(1, False), (1, True), (3, False), (3, True)], (1, True), (3, False)),
+)
 def test_boundaries_between_rows(two_ranks: RankPool, stage: int, mini: bool) -> None:
     for found in two_ranks.run(cut_between_rows, stage, mini):
         assert found <= BOUND, found

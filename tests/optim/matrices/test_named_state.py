@@ -17,7 +17,7 @@ from tests.support.given_gradients import (
     Given,
     engine_of,
     masters,
-    take_plain_steps,
+    plain,
     take_steps,
     worst,
 )
@@ -46,7 +46,7 @@ def save_part_way(directory: Path, stage: int, make: Make) -> None:
 def resume(directory: Path, stage: int, make: Make) -> tuple[float, float]:
     """Steps from there to STEPS; the difference to an unsharded run of all steps, of the weights
     and of the state."""
-    model, reference = Given(), Given()
+    model = Given()
     weights, state = load(directory / "weights.sft"), load(directory / "moments.sft")
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name].view(parameter.shape))
@@ -55,10 +55,10 @@ def resume(directory: Path, stage: int, make: Make) -> tuple[float, float]:
     optimizer.load_named_state(state)
     assert optimizer.named_state().keys() == state.keys()
     take_steps(engine, range(LEFT, STEPS))
-    take_plain_steps(reference, plain := make(reference), range(STEPS))
     found, ends = masters(optimizer), optimizer.named_state()
     engine.destroy()
-    expected = plain.named_state()
+    reference, unsharded = plain(make, False, STEPS)
+    expected = unsharded.named_state()
     assert ends.keys() == expected.keys()
     apart = [
         float((ends[key] - value).abs().max() / value.abs().max().clamp(min=1e-30))

@@ -4,6 +4,7 @@ Gradients are injected, so that nothing amplifies rounding; the bound is on |dif
 every parameter after 40 steps.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,9 @@ from harness.testing.pool import RankPool
 from tests.support.given_gradients import difference
 from tests.support.helpers import Pools
 from tests.support.matrix_optimizers import muon, soap
+from tests.support.quick import quick
 
 BOUNDS: dict[Callable[..., Any], float] = {muon: 5e-7, soap: 2e-6}
-OPTIMIZERS = pytest.mark.parametrize("make", BOUNDS, ids=lambda make: make.__name__)
-SLOW = pytest.mark.slow
 
 FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}  # DeepSpeed's BF16_Optimizer
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
@@ -40,27 +40,34 @@ def within_bound(pool: RankPool, make: Callable[..., Any], *what: Any, steps: in
         assert found <= BOUNDS[make], found
 
 
-GRID = [
-    (world, stage, t) for world in (2, 3, 4) for stage in (0, 1, 2, 3) for t in ("fp32", "bf16")
-]
-QUICK = {(2, 0, "bf16"), (2, 1, "fp32"), (3, 3, "bf16")}
+DTYPES = ("fp32", "bf16")
+GRID = itertools.product(BOUNDS, (2, 3, 4), (0, 1, 2, 3), DTYPES)
 
 
-@OPTIMIZERS
 @pytest.mark.parametrize(
-    ("world", "stage", "dtype"),
-    [pytest.param(*case, marks=() if case in QUICK else SLOW) for case in GRID],
+    ("make", "world", "stage", "dtype"),
+    quick(
+        GRID, (muon, 2, 0, "bf16"), (muon, 3, 3, "fp32"), (soap, 2, 1, "fp32"), (soap, 3, 3, "bf16")
+    ),
 )
-def test_stages(pools: Pools, world: int, stage: int, dtype: str, make: Callable[..., Any]) -> None:
+def test_stages(pools: Pools, make: Callable[..., Any], world: int, stage: int, dtype: str) -> None:
     within_bound(pools(world), make, stage, dtype, {})
 
 
-@OPTIMIZERS
 @pytest.mark.parametrize(
-    "layout",
-    [pytest.param(n, marks=() if n == "sub-groups" else SLOW) for n in ODD],
+    ("make", "layout", "dtype"),
+    quick(
+        [
+            case
+            for case in itertools.product(BOUNDS, ODD, DTYPES)
+            if case[1:] != ("all groups in one step", "fp32")
+        ],
+        (muon, "sub-groups", "fp32"),
+        (soap, "sub-groups", "bf16"),
+    ),
 )
-def test_odd_layouts(two_ranks: RankPool, layout: str, make: Callable[..., Any]) -> None:
+def test_odd_layouts(
+    two_ranks: RankPool, make: Callable[..., Any], layout: str, dtype: str
+) -> None:
     stage, overrides = ODD[layout]
-    for dtype in ("bf16",) if "one step" in layout else ("fp32", "bf16"):
-        within_bound(two_ranks, make, stage, dtype, overrides)
+    within_bound(two_ranks, make, stage, dtype, overrides)
