@@ -5,6 +5,6 @@ verify.py               checks CRCs, and that weights are the rounded masters
 copy.py                 copies and casts the planned bytes, with several threads
 plan.py                 the tensors of the output: names, dtypes, and byte ranges of their sources
 resolve_source.py       from a user's path to an engine's files, or to a file of weights
-foreign_directories.py  directories that are not converted: what they are, what to do
+foreign_directories.py  what is not converted, or only a part: what it is, what to do
 run_checkpoints.py      which checkpoint of a run is the newest complete one
 """

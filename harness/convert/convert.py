@@ -82,6 +82,8 @@ def convert(src: Path, dst: Path, options: Options, print_line: PrintLine) -> No
         assert isinstance(source, Path)
         _convert_structure(source, dst, options, print_line)
         return
+    if not plan.tensors:
+        raise HarnessError(f"{src} has no tensors")
     planning.select(plan, options.include, options.exclude)
     planning.rename(plan, options.rename)
     metadata = planning.output_metadata(plan)

@@ -1,15 +1,21 @@
-"""Directories of checkpoints that are not converted: what each is, and what to do."""
+"""Directories of checkpoints that are not converted, and files that are only a part of a model:
+what each is, and what to do."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from harness.errors import CheckpointError, first_few
-from harness.formats import suffixes
+from harness.formats import shard_index, suffixes
 from harness.zero.reader import is_engine
 
 ADAPTER = "adapter_model.safetensors"
 
 _PIPELINE = re.compile(r"layer_\d+-(.*-)?model_states\.pt")
+_SHARD = re.compile(r"(shard-)?.*-\d{5}-of-(\d{5})\.\w+")
+"""Of Hugging Face shards; "shard-": of torch's, which have pieces of tensors."""
+_SHARDING = "DCP_SHARDING_INFO"
+"""Metadata of torch's files: where its pieces of tensors begin."""
 
 
 def refuse_tag(path: Path) -> None:
@@ -18,6 +24,18 @@ def refuse_tag(path: Path) -> None:
         raise CheckpointError(f"{path}: {_UNIVERSAL}")
     if any(_PIPELINE.fullmatch(found.name) for found in path.glob("layer_*")):
         raise CheckpointError(f"{path}: {_PIPELINED}")
+
+
+def notes_of_file(path: Path, metadata: Collection[str]) -> list[str]:
+    """What the weights of a file are a part of. Raises CheckpointError for pieces of tensors."""
+    if _SHARDING in metadata:
+        raise CheckpointError(f"{path}: {_PIECES}")
+    if path.name == ADAPTER:
+        return ["the tensors of an adapter, without its base model"]
+    match = _SHARD.fullmatch(path.name)
+    if match and int(match[2]) > 1:
+        return [f"one shard of {int(match[2])}: for all tensors give their index or directory"]
+    return []
 
 
 def explain(path: Path) -> str:
@@ -37,6 +55,14 @@ def explain(path: Path) -> str:
             f"its tags: {first_few(tags)}"
         )
     names = sorted(found.name for found in path.iterdir() if found.suffix in suffixes.KNOWN)
+    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
+    if any(match[1] for match in shards):
+        return _PIECES
+    if shards:
+        return (
+            f"shards without the index of their tensors, {shard_index.INDEX}: get it from where "
+            f"they are from, or give the path of one of {first_few([m[0] for m in shards])}"
+        )
     if files := [name for name in names if not name.endswith("_states.pt")]:
         return f"has no file of a known name: give the path of one of {first_few(files)}"
     return (
@@ -48,6 +74,11 @@ def explain(path: Path) -> str:
 _UNIVERSAL = (
     "a universal checkpoint of DeepSpeed (zero/), in pieces by parameter: convert the checkpoint "
     "that it was made from"
+)
+_PIECES = (
+    "a sharded checkpoint of torch (DCP) in safetensors files, with each rank's pieces of the "
+    "tensors: save it with HuggingFaceStorageWriter(..., enable_consolidation=True), or join the "
+    "files with torch.distributed.checkpoint's consolidate_safetensors_files"
 )
 _PIPELINED = (
     "a checkpoint of DeepSpeed's pipeline parallelism (layer_*-model_states.pt), which is not "

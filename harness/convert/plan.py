@@ -189,6 +189,9 @@ def plan_file(content: TensorFile, dtype: str) -> ConversionPlan:
     for name, stored in content.tensors.items():
         target = stored.dtype if dtype == "keep" else dtype
         plan.tensors[name] = PlannedTensor(stored, _target_dtype(stored.dtype, target))
+    left = {stored.dtype for stored in content.tensors.values()} - {*FLOATS}
+    if dtype != "keep" and (left := sorted(name for name in left if name.startswith("float"))):
+        plan.notes.append(f"not cast: tensors of {', '.join(left)}")
     return plan
 
 
@@ -204,7 +207,8 @@ def select(plan: ConversionPlan, include: Sequence[str], exclude: Sequence[str])
         [_compiled(text) for text in include],
         [_compiled(text) for text in exclude],
     )
-    for pattern in included + excluded:
+    patterns = included + excluded
+    for pattern in patterns:
         if not any(pattern.search(name) for name in plan.tensors):
             hint = did_you_mean(pattern.pattern, plan.tensors)
             raise HarnessError(f"no tensor name matches {pattern.pattern!r}{hint}")
@@ -214,7 +218,7 @@ def select(plan: ConversionPlan, include: Sequence[str], exclude: Sequence[str])
         if (not included or any(p.search(name) for p in included))
         and not any(p.search(name) for p in excluded)
     }
-    if not plan.tensors:
+    if not plan.tensors and patterns:
         raise HarnessError("--include and --exclude leave no tensor to write")
 
 

@@ -63,13 +63,13 @@ def resolve_source(
 
 
 def read_file(path: Path, key: str | None = None) -> TensorFile | None:
-    """`tensor_file.read`. Raises CheckpointError for a file of a ZeRO 3 checkpoint, which holds
-    only placeholders of its weights."""
+    """`tensor_file.read`. Raises CheckpointError for one rank's file of a sharded checkpoint, which
+    holds placeholders or pieces of its weights."""
     content = tensor_file.read(path, key)
     if content is None or content.key is not None:
         check_is_complete(path)
-    if content is not None and path.name == foreign_directories.ADAPTER:
-        content.notes.append("the tensors of an adapter, without its base model")
+    if content is not None:
+        content.notes.extend(foreign_directories.notes_of_file(path, content.metadata))
     return content
 
 

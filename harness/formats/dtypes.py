@@ -97,7 +97,7 @@ def to_safetensors(dtype: str, shape: Sequence[int]) -> tuple[str, tuple[int, ..
 def from_safetensors(dtype: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
     """The dtype and shape that a tensor of safetensors has in torch. Raises FormatError if none."""
     if dtype not in _TORCH:
-        raise FormatError(f"unsupported dtype {dtype}")
+        raise FormatError(f"its dtype {dtype} is one that torch does not have")
     if _TORCH[dtype] != PAIRS:
         return _TORCH[dtype], tuple(shape)
     if not shape or shape[-1] % 2:

@@ -282,6 +282,20 @@ def _rebuilder(name: str, make: Callable[..., Any] | str) -> Global:
     return known
 
 
+_WHOLE = {
+    "DTensor": ": save it after full_tensor()",
+    "ShardedTensor": ": gather it before it is saved",
+}
+
+
+def _wrapper(kind: Any, *_: Any) -> Any:
+    """A tensor that other tensors stand for: of one rank of a sharded model, or quantized."""
+    if not isinstance(kind, Global):
+        raise PickleError("malformed: a tensor")
+    remedy = _WHOLE.get(kind.qualname, ", which wraps others")
+    raise _Unread(f"tensor of the class {kind.qualname:.40}{remedy}")
+
+
 _OF_TYPE = Global("torch._tensor", "_rebuild_from_type_v2", _of_type)
 _TENSORS = (
     _OF_TYPE,
@@ -294,7 +308,7 @@ _TENSORS = (
     _rebuilder("_rebuild_nested_tensor", "nested tensor: save the tensors in it after unbind()"),
     _rebuilder("_rebuild_qtensor", "quantized tensor: save it after dequantize()"),
     _rebuilder("_rebuild_meta_tensor_no_storage", "meta tensor, which has no data"),
-    _rebuilder("_rebuild_wrapper_subclass", "tensor of a class that wraps others"),
+    _rebuilder("_rebuild_wrapper_subclass", _wrapper),
     _rebuilder("_rebuild_device_tensor_from_numpy", "tensor saved through numpy"),
     _rebuilder("_rebuild_device_tensor_from_cpu_tensor", "tensor saved through a CPU tensor"),
 )

@@ -110,6 +110,6 @@ def _value(value: str | int | tuple[int, ...]) -> bytes:
     if isinstance(value, tuple):
         return b"(" + b"".join(map(_value, value)) + b"t"
     if isinstance(value, str):
-        encoded = value.encode()
+        encoded = value.encode("utf-8", "surrogatepass")  # as pickle does
         return pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded
     return pickle.dumps(value, 2)[2:-1]

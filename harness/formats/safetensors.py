@@ -24,10 +24,11 @@ from harness.formats.tensor_writer import TensorEntry, TensorWriter
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F4": 4, "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
-"""Bits per element of the dtypes that torch supports too."""
+"""Bits per element. torch has the same dtypes, but for those of 6 bits (`dtypes`)."""
 
 MAX_HEADER = 100_000_000
 """Bytes; the same limit as in the safetensors library."""

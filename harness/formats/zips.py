@@ -38,6 +38,11 @@ _WIDE = 0xFFFFFFFF
 _VERSION = 45
 """The format version with 64-bit sizes."""
 
+_SEVERAL = (
+    "damaged, or several archives of torch.save, one after the other, as in the .distcp files of a "
+    "sharded checkpoint of torch (DCP): give the directory that holds them"
+)
+
 
 @dataclass(frozen=True)
 class Record:
@@ -179,8 +184,10 @@ def _directory(path: Path, file: int, size: int) -> tuple[int, int, int]:
     is_wide = count == 0xFFFF or _WIDE in (length, start)
     if is_wide or tail.startswith(_LOCATOR_MAGIC):
         magic, disk, where, disks = _LOCATOR.unpack(tail[: _LOCATOR.size].rjust(_LOCATOR.size))
-        if magic != _LOCATOR_MAGIC or disks != 1 or where + _END64.size > stop:
+        if magic != _LOCATOR_MAGIC or disks != 1:
             raise FormatError(f"{path}: damaged: the end of the zip archive")
+        if where + _END64.size + _LOCATOR.size != stop:
+            raise FormatError(f"{path}: {_SEVERAL}")
         end64 = os.pread(file, _END64.size, where)
         magic, _, _, _, disk, first_disk, on_disk, count, length, start = _END64.unpack(end64)
         stop = where

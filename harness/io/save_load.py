@@ -209,5 +209,5 @@ def _assemble(
                 f"the structure does not name {min(unused)!r}: it belongs to another file"
             )
     except FormatError as error:
-        raise FormatError(f"{path}: {error}") from None
+        raise FormatError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     return data

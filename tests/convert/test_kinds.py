@@ -409,6 +409,14 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
         "pipeline parallelism",
     ),
     "pipeline alone": (files("layer_01-model_states.pt"), "pipeline parallelism"),
+    "DCP in safetensors": (
+        files("shard-00002-model-00001-of-00001.safetensors"),
+        "each rank's pieces of the tensors",
+    ),
+    "no index": (
+        files("model-00002-of-00002.safetensors"),
+        "without the index of their tensors, model.safetensors.index.json: .* of model-00002-of",
+    ),
     "no latest": (
         both(lambda d: tag(d / "global_step2", 2), lambda d: tag(d / "global_step4", 4)),
         "no `latest`.*: global_step2, global_step4",
@@ -434,6 +442,53 @@ def test_an_adapter_is_named_and_converted(tmp_path: Path) -> None:
         found, lines = taken(src)
         assert found.keys() == WEIGHTS.keys()
         assert "note: the tensors of an adapter, without its base model" in lines
+
+
+def test_a_part_of_a_model_is_named(tmp_path: Path) -> None:
+    with_weights("model-00001-of-00002.safetensors", "model-00001-of-00001.safetensors")(tmp_path)
+    note = "note: one shard of 2: for all tensors give their index or directory"
+    assert taken(tmp_path / "model-00001-of-00002.safetensors")[1][0] == note
+    assert len(taken(tmp_path / "model-00001-of-00001.safetensors")[1]) == 1
+    save_file(WEIGHTS, tmp_path / "x.safetensors", {"DCP_SHARDING_INFO": "{}", "DCP_VERSION": "1"})
+    with pytest.raises(
+        HarnessError, match=r"x\.safetensors: a sharded checkpoint of torch \(DCP\)"
+    ):
+        taken(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("second", [WEIGHTS, {"longer": torch.ones(999)}], ids=["same", "other"])
+def test_one_of_several_archives_in_a_file_is_not_taken_for_all(
+    tmp_path: Path, second: dict[str, torch.Tensor]
+) -> None:
+    """Of archives of the same size, the last one's directory seems to be the first one's."""
+    with (tmp_path / "__0_0.distcp").open("wb") as file:
+        torch.save(WEIGHTS, file)
+        torch.save(second, file)
+    with pytest.raises(HarnessError, match=r"several archives .* \.distcp .* give the directory"):
+        taken(tmp_path / "__0_0.distcp")
+
+
+def test_floats_that_are_not_cast_are_named(tmp_path: Path) -> None:
+    weights = {"a": torch.ones(4).to(torch.float8_e4m3fn), "b": torch.ones(2)}
+    save(weights, tmp_path / "x.sft")
+    found, lines = taken(tmp_path / "x.sft", dtype="bf16")
+    assert lines[0] == "note: not cast: tensors of float8_e4m3fn"
+    assert found["a"].dtype == torch.float8_e4m3fn and found["b"].dtype == torch.bfloat16
+    assert len(taken(tmp_path / "x.sft")[1]) == 1
+
+
+def test_a_file_without_tensors_is_named(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "x.pt")
+    with pytest.raises(HarnessError, match=r"x\.pt has no tensors"):
+        taken(tmp_path / "x.pt")
+
+
+def test_a_name_that_is_not_unicode_stays_in_a_pt(tmp_path: Path) -> None:
+    torch.save({"\ud800": torch.ones(2)}, tmp_path / "x.pt")
+    convert(tmp_path / "x.pt", tmp_path / "y.pt", Options(), lambda _: None)
+    assert list(torch.load(tmp_path / "y.pt")) == ["\ud800"]
+    with pytest.raises(HarnessError, match="surrogates not allowed"):
+        taken(tmp_path / "x.pt")
 
 
 def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from harness.errors import FormatError
 from harness.formats import pt_reader
-from harness.formats.pickled import Global, Placeholder
+from harness.formats.pickled import Global, Placeholder, UnsupportedTensor
 from harness.formats.pt_reader import Device, DType, Shape, TensorRef
 from tests.support.fuzz import fuzz, mutated
 
@@ -225,6 +225,20 @@ def test_nothing_that_a_pickle_names_is_run(
     assert isinstance(found, Placeholder | Global)
     assert (found.name if isinstance(found, Global) else found.class_name) == name
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "called"),
+    [
+        ("DTensor", "the class DTensor: save it after full_tensor()"),
+        ("Float8Tensor", "the class Float8Tensor, which wraps others"),
+    ],
+)
+def test_a_tensor_that_wraps_others_is_named(tmp_path: Path, kind: str, called: str) -> None:
+    """As FSDP2's shards and quantized weights."""
+    pickled = f"ctorch._utils\n_rebuild_wrapper_subclass\nca.module\n{kind}\nN\x86R."
+    found = pt_reader.read(archive(tmp_path / "x.pt", b"\x80\x02" + pickled.encode("latin1")))
+    assert isinstance(found, UnsupportedTensor) and found.class_name == f"tensor of {called}"
 
 
 def test_many_placeholders_are_hashed_quickly(tmp_path: Path) -> None:

@@ -286,6 +286,13 @@ def test_a_damaged_file_loads_or_is_refused(tmp_path: Path, count: int) -> None:
     assert count / 100 < loaded < count / 2
 
 
+def test_a_dtype_that_torch_lacks_is_listed_and_named(tmp_path: Path) -> None:
+    (tmp_path / "x.sft").write_bytes(file_of({"a": entry(0, 3, "F6_E2M3", [4])}, b"xxx"))
+    assert safetensors.read_header(tmp_path / "x.sft").tensors["a"].shape == (4,)
+    with pytest.raises(FormatError, match=r"^[^:]+: 'a': its dtype F6_E2M3 .* torch does not have"):
+        load(tmp_path / "x.sft")
+
+
 def test_metadata_may_be_null(tmp_path: Path) -> None:
     """As the safetensors library reads it: no metadata."""
     header = b'{"__metadata__": null, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}'
