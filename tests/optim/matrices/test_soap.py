@@ -98,6 +98,23 @@ def test_it_is_the_plain_one(longest: int) -> None:
     assert worst(ours, theirs) <= 2e-6
 
 
+AUTHORS = {
+    100: [[0.0492317, 0.2743683, -0.7834077], [-0.7159457, 1.0715942, 1.2406112]],
+    12: [[0.0492317, 0.2743683, -0.7834077], [-0.7290558, 1.082727, 1.2739663]],
+    3: [[0.053167, 0.2682309, -0.7782571], [-0.7290121, 1.080972, 1.2585214]],
+}
+"""After 40 steps, by the longest side: the first weights of the first two matrices, by soap.py of
+github.com/nikhilvyas/SOAP at a1e5535."""
+
+
+@pytest.mark.parametrize("longest", AUTHORS)
+def test_it_is_the_authors(longest: int) -> None:
+    found = parameters(SHAPES if longest < 15 else [(12, 12), (9, 9)])
+    step([Soap(found, **SETTINGS | {"max_precond_dim": longest})], [found], 40)
+    for weights, expected in zip(found, AUTHORS[longest], strict=False):
+        assert weights.flatten()[:3].tolist() == pytest.approx(expected, abs=4e-6)
+
+
 def test_it_learns_what_needs_a_rotation() -> None:
     """A quadratic whose curvature is far from any axis: nearer to its minimum than AdamW."""
     torch.manual_seed(0)
