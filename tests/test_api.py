@@ -161,7 +161,7 @@ def test_a_run_in_a_thread_takes_commands(tmp_path: Path) -> None:
     thread.start()
     while not (tmp_path / "live" / SOCKET).exists():
         thread.join(0.05)
-    with pytest.raises(CommandError, match="'lr fast': rejected: .* a learning rate is a finite"):
+    with pytest.raises(CommandError, match=r"'lr fast': rejected: .* a learning rate is"):
         command(tmp_path / "live", "lr fast")
     answers = [command(tmp_path / "live", line) for line in ("lr 0.5", "quit")]
     thread.join()

@@ -1,5 +1,4 @@
-"""`harness ctl` and `harness.command`: send commands to a running job, through the socket in its run
-directory."""
+"""`harness ctl` and `harness.command`: send commands to a running job, through its socket."""
 
 import contextlib
 import json
