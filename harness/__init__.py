@@ -55,17 +55,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from harness.api import train
     from harness.config import Config
+    from harness.control.client import command
     from harness.local_ranks import launch
     from harness.result import Result
     from harness.task import Task
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Result", "Task", "launch", "train"]
+__all__ = ["Config", "Result", "Task", "command", "launch", "train"]
 
 _MODULES = {
     "Config": "config",
     "Result": "result",
     "Task": "task",
+    "command": "control.client",
     "launch": "local_ranks",
     "train": "api",
 }

@@ -65,7 +65,7 @@ def train(
 
 def _config(config: AnyConfig, overrides: Mapping[str, Any]) -> tuple[Config, str]:
     """The config, and what a run without a name is called after. Raises ConfigError."""
-    name = "run"
+    name, title = "run", "config"
     if isinstance(config, Config):
         layers = [Layer(config.model_dump(exclude_unset=True), "config")]
     elif isinstance(config, Mapping):
@@ -73,8 +73,8 @@ def _config(config: AnyConfig, overrides: Mapping[str, Any]) -> tuple[Config, st
     else:
         paths = [config] if isinstance(config, str | Path) else config
         layers = [layer for path in paths for layer in read(Path(path).expanduser())]
-        name = name_of(Path(paths[-1]))
-    found = resolve(layers, "config", Layer(overrides, "overrides"))
+        name, title = name_of(Path(paths[-1])), f"config {paths[-1]}"
+    found = resolve(layers, title, Layer(overrides, "overrides"))
     if "stdin" not in found.control.model_fields_set:
         control = found.control.model_copy(update={"stdin": False})
         found = found.model_copy(update={"control": control})

@@ -86,7 +86,7 @@ def read(path: Path, within: Sequence[Path] = ()) -> Iterator[Layer]:
         chain = " -> ".join(map(str, [*within, path]))
         raise ConfigError(f"config {path}: extends itself: {chain}")
     extends = table.pop(EXTENDS, [])
-    for name in [extends] if isinstance(extends, str) else extends:
+    for name in extends if isinstance(extends, list) else [extends]:
         if not isinstance(name, str):
             raise ConfigError(
                 f"config {path}: extends: found {name!r}, expected the path of a file"

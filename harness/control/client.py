@@ -1,4 +1,4 @@
-"""`harness ctl`: sends commands to a running job, through the socket in its run directory."""
+"""`harness ctl` and `harness.command`: send commands to a running job, through its socket."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.control.wire import FINAL_STATES, SOCKET, Answer, short_path
-from harness.errors import HarnessError
+from harness.errors import CommandError, HarnessError
 
 EXIT_CODES = {"done": 0, "failed": 1, "rejected": 2}
 NO_ANSWER = 3
@@ -71,6 +71,19 @@ class Client:
         """Disconnects."""
         self._lines.close()
         self._socket.close()
+
+
+def command(run_dir: str | Path, text: str) -> str:
+    """Sends a command to a running job, of this process or another one, and returns its result,
+    like "net: lr 0.0005". Blocks until it is executed.
+
+    Raises CommandError if it is rejected or fails, NoAnswer if no job is running.
+    """
+    with contextlib.closing(Client(Path(run_dir))) as client:
+        *_, answer = client.send(text)
+    if answer.state != "done":
+        raise CommandError(f"{text!r}: {answer.state}: {answer.result}")
+    return answer.result
 
 
 def send_command(run_dir: Path, command: str, as_json: bool) -> int:

@@ -53,10 +53,10 @@ class SocketFront:
         self._path.unlink(missing_ok=True)
 
     def _run(self, listening: socket.socket) -> None:
-        serving = asyncio.start_unix_server(self._serve, sock=listening, limit=MAX_LINE)
-        server = self._loop.run_until_complete(serving)
+        server = asyncio.start_unix_server(self._serve, sock=listening, limit=MAX_LINE)
+        starting = self._loop.create_task(server)  # `close` may come before it is done
         self._loop.run_forever()
-        server.close()
+        self._loop.run_until_complete(starting).close()
         self._loop.run_until_complete(self._disconnect_all())
         self._loop.close()
 

@@ -1,0 +1,113 @@
+"""Settings in layers: several files, what a file extends, the environment, the command line."""
+
+from pathlib import Path
+
+import pytest
+
+from harness.config import Config
+from harness.config.command_line import parse_args
+from harness.errors import ConfigError
+from tests.support.helpers import ROOT
+
+BASE = f"""
+[run]
+steps = 7
+seed = 1
+[task]
+path = "{ROOT}/tests/tasks/tiny_task.py"
+[engines.Net]
+ds_config = "{ROOT}/ds_configs/zero1.json"
+optimizer = {{ name = "adamw", lr = 1e-3, betas = [0.9, 0.95] }}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "base.toml").write_text(BASE)
+    return tmp_path
+
+
+def parsed(*paths: Path, words: tuple[str, ...] = ()) -> Config:
+    return parse_args([*(word for path in paths for word in ("--config", str(path))), *words])
+
+
+def written(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_later_files_count_and_tables_are_merged(folder: Path) -> None:
+    mine = written(folder / "mine.toml", "[run]\nsteps = 9\n[engines.Net.optimizer]\nlr = 2.0\n")
+    config = parsed(folder / "base.toml", mine, words=("--run.seed=3",))
+    assert (config.run.steps, config.run.seed, config.run.name) == (9, 3, "mine")
+    optimizer = config.engines["Net"].optimizer
+    assert optimizer is not None and optimizer.lr == 2.0
+    assert optimizer.args == {"betas": [0.9, 0.95]}
+    assert parsed(mine, folder / "base.toml").run.steps == 7
+
+
+def test_a_file_extends_others_relative_to_itself(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLACE", str(folder))
+    middle = written(folder / "sub/middle.toml", 'extends = "../base.toml"\n[run]\nseed = 5\n')
+    top = written(
+        folder / "top.toml", 'extends = ["$PLACE/base.toml", "sub/middle.toml"]\n[run]\nsteps = 8'
+    )
+    config = parsed(top)
+    assert (config.run.steps, config.run.seed, config.run.name) == (8, 5, "top")
+    assert parsed(middle).run.steps == 7
+
+
+def test_the_environment_is_above_files_and_below_the_command_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS__RUN__STEPS", "11")
+    monkeypatch.setenv("HARNESS__RUN__SEED", "12")
+    monkeypatch.setenv("HARNESS__RUN__NAME", "2024")  # a string, as on the command line
+    monkeypatch.setenv("HARNESS__ENGINES__NET__OPTIMIZER__LR", "0.5")  # the file has Net
+    monkeypatch.setenv("HARNESS_OUTCOME", "no setting")
+    config = parsed(folder / "base.toml", words=("--run.seed=13",))
+    assert (config.run.steps, config.run.seed, config.run.name) == (11, 13, "2024")
+    optimizer = config.engines["Net"].optimizer
+    assert optimizer is not None and optimizer.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "variables", "message"),
+    [
+        ("[run]\nstepz = 1", {}, "run.stepz: unknown key (did you mean 'steps'?)"),
+        ("", {"HARNESS__RUN__STEPZ": "1"}, "run.stepz (HARNESS__RUN__STEPZ): unknown key"),
+        ("", {"HARNESS__RUN__STEPS": "x"}, "run.steps (HARNESS__RUN__STEPS): found 'x' (str)"),
+        ('extends = "none.toml"', {}, "none.toml, which {mine} extends: No such file"),
+        ('extends = "mine.toml"', {}, "extends itself: {mine} -> {mine}"),
+        ("extends = 3", {}, "extends: found 3, expected the path of a file"),
+        ('extends = "$NO_SUCH"', {}, "extends: found '$NO_SUCH': the environment variable NO_SUCH"),
+    ],
+)
+def test_a_mistake_names_where_it_is(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    variables: dict[str, str],
+    message: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    mine = written(folder / "mine.toml", text)
+    with pytest.raises(ConfigError) as caught:
+        parsed(folder / "base.toml", mine)
+    assert message.format(mine=mine) in str(caught.value)
+
+
+def test_a_mistake_in_an_earlier_file_names_that_file(folder: Path) -> None:
+    wrong = written(folder / "wrong.toml", "[run]\nsteps = 0")
+    with pytest.raises(ConfigError) as caught:
+        parsed(wrong, folder / "base.toml", written(folder / "mine.toml", "[run]\nsteps = -1"))
+    assert f"config {folder}/mine.toml:\n  run.steps: found -1" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        parsed(folder / "base.toml", wrong, written(folder / "mine.toml", ""))
+    assert f"run.steps ({wrong}): found 0" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"task.path: missing \(required\)"):
+        parsed(written(folder / "mine.toml", BASE.replace("[task]", "[data]").replace("path", "#")))
