@@ -33,6 +33,7 @@ from tests.support.helpers import (
     records,
     tiny_config,
 )
+from tests.support.quick import quick
 
 STAGES = [0, 1, 2, 3]
 
@@ -84,11 +85,11 @@ def byte_lm_losses() -> list[float]:
     return plain_loop(byte_lm_config(Path(), 0), world_size=2)[0]
 
 
-def byte_lm_config(directory: Path, stage: int) -> Config:
+def byte_lm_config(directory: Path, stage: int, steps: int = 20) -> Config:
     words = [
         f"--engines.lm.ds_config=ds_configs/zero{stage}.json",
         f"--run.dir={directory}",
-        "--run.steps=20",
+        f"--run.steps={steps}",
         "--trainer.eval_every=0",
         "--task.args.eval_windows=2",
         "--data.micro_batch_size=2",
@@ -97,10 +98,7 @@ def byte_lm_config(directory: Path, stage: int) -> Config:
     return parse_args(["--config", "launch/tasks/byte_lm.toml", *words])
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [pytest.param(stage, marks=pytest.mark.slow if stage in (0, 2) else ()) for stage in STAGES],
-)
+@pytest.mark.parametrize("stage", quick(STAGES, 3))
 def test_the_default_task_equals_a_plain_loop(
     two_ranks: RankPool, tmp_path: Path, stage: int, byte_lm_losses: list[float]
 ) -> None:

@@ -35,6 +35,7 @@ from harness.testing.pool import RankError, RankPool
 from harness.trainer import Trainer
 from tests.support.commanded import History, commanded, recorded
 from tests.support.helpers import ROOT, records, tiny_config
+from tests.support.quick import quick
 
 STAGES = [0, 1, 2, 3]
 
@@ -134,7 +135,7 @@ def cosine(step: int, steps: int, warmup: int = 3) -> float:
     return 1e-2 * (warm * ((1 + math.cos(math.pi * done)) / 2))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", quick(STAGES, 0, 3))
 def test_a_halved_rate_outlives_kill_9_and_auto_returns_to_the_schedule(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:
@@ -205,7 +206,7 @@ def test_a_held_rate_is_scaled_and_steps_move_the_schedules_end(
     assert len(records(config)) == 14
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", quick(STAGES, 1, 3))
 def test_clipping_can_be_changed_and_outlives_a_resume(
     two_ranks: RankPool, tmp_path: Path, stage: int
 ) -> None:

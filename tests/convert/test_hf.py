@@ -1,8 +1,6 @@
 """transformers reads what is exported; what Accelerate and the HF Trainer save is converted."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from harness.convert.convert import Options, convert
 from harness.io import load, save
+from harness.testing.pool import RankPool
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: hf")
 
@@ -64,15 +63,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that the job has written."""
     pytest.importorskip("accelerate", reason="needs accelerate")
     directory = tmp_path_factory.mktemp("saved")
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "tests.support.hf_job", str(directory)],
-        env=os.environ | {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"},
-        cwd=Path(__file__).parents[2],
-        check=True,
-        timeout=100,
-    )
+    with RankPool(2, timeout_s=100) as pool:  # of its own, since Accelerate changes its ranks
+        pool.run(save_with_both, directory)
     return directory
+
+
+def save_with_both(directory: Path) -> None:
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    from tests.support import hf_job
+
+    hf_job.main(directory)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -29,12 +29,10 @@ from tests.support.jobs import (
     until,
     written_config,
 )
+from tests.support.quick import quick
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [pytest.param(x, marks=[pytest.mark.slow] if x == "torchrun" else []) for x in LAUNCHERS],
-)
+@pytest.mark.parametrize("launcher", quick(LAUNCHERS, "deepspeed"))
 def test_every_front_under_every_launcher(tmp_path: Path, launcher: str) -> None:
     """A pipe, `harness ctl`, a signal to the last rank, and finally a `quit`."""
     with job(launcher, tmp_path, stdin=subprocess.PIPE) as process:

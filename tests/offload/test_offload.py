@@ -17,6 +17,7 @@ from harness.errors import ConfigError
 from harness.offload.backends import CpuBackend
 from tests.support.imports import loaded_by
 from tests.support.offload_models import WIDTH, Block, Model, gradients, one_thread, same, step
+from tests.support.quick import quick
 
 MODES: list[offload.Mode] = ["inputs", "saved"]
 ALL: dict[str, Any] = {"fraction": "all", "keep_last": 0, "min_bytes": 0, "host_bytes": 1 << 22}
@@ -28,7 +29,7 @@ def but(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
+def seeded() -> Iterator[None]:
     torch.manual_seed(0)
     with one_thread():
         yield
@@ -376,8 +377,14 @@ def test_exceptions_and_dropped_graphs_leave_nothing(mode: offload.Mode) -> None
     plan.detach()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("min_bytes", [0, 1 << 20])
+@pytest.mark.parametrize(
+    ("mode", "min_bytes"),
+    quick(
+        [(mode, min_bytes) for mode in MODES for min_bytes in (0, 1 << 20)],
+        ("inputs", 0),
+        ("saved", 1 << 20),
+    ),
+)
 def test_nothing_grows_in_500_steps(mode: offload.Mode, min_bytes: int) -> None:
     model = Model(2)
     plan = offload.attach(model, mode=mode, **but(min_bytes=min_bytes))

@@ -1,11 +1,9 @@
-"""A job of several ranks that saves as users of Accelerate and of the HF Trainer do.
+"""What several ranks save as users of Accelerate and of the HF Trainer do.
 
-`torchrun ... -m tests.support.hf_job DIRECTORY` writes for ZeRO 2 and 3 the checkpoints
-`accelerate-STAGE/` and `trainer-STAGE/`, and beside them the weights, gathered from the running
-engines: `accelerate-STAGE.pt` and `trainer-STAGE.pt`.
+`main` writes for ZeRO 2 and 3 the checkpoints `accelerate-STAGE/` and `trainer-STAGE/`, and beside
+them the weights, gathered from the running engines: `accelerate-STAGE.pt` and `trainer-STAGE.pt`.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,13 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import nn
 
 from harness import distributed
-from harness.zero.startup import join
 
 
 def main(directory: Path) -> None:
-    """Trains two steps with each, and saves."""
-    distributed.init(1800.0, join)
+    """Trains two steps with each, and saves. Collective."""
     for stage in (2, 3):
         with_accelerate(directory / f"accelerate-{stage}", stage)
         with_trainer(directory / f"trainer-{stage}", stage)
-    distributed.shutdown()
 
 
 def settings(stage: int) -> dict[str, Any]:
@@ -110,7 +105,3 @@ def write_weights(engine: Any, directory: Path) -> None:
             found[name] = parameter.detach().clone()
     if distributed.is_global_leader():
         torch.save(found, directory.with_suffix(".pt"))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

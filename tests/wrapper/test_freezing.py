@@ -15,12 +15,13 @@ from harness.wrapper import (
 )
 from tests.support.helpers import exported, losses, tiny_config
 from tests.support.offload_models import same
+from tests.support.quick import quick
 from tests.tasks.tiny_task import Classifier
 
 STAGES = [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", quick(STAGES, 1, 3))
 def test_frozen_parameters_do_not_change_and_the_rest_resumes_exactly(
     two_ranks: RankPool, tmp_path: Path, stage: int, plain_runs: Callable[[int], Config]
 ) -> None:
