@@ -78,7 +78,7 @@ class Result:
 
 COMPLETE: dict[str, Any] = {"ends_as": ("complete",)}
 LONG: dict[str, Any] = COMPLETE | {"steps": 100, "step": None}
-SKIPPED = "skipped, as its gradients are not finite (1 so far): the loss of rank 1"
+SKIPPED = "skipped, as its gradients are not finite (1 so far): the loss of rank {rank}"
 QUICK = [
     Row("raise", "forward", 3),
     Row("kill", "backward", 2, ends_as=("lost_rank",)),
@@ -126,7 +126,9 @@ SLOW = [
     Row("nan", "forward", 3, ranks=3, says=SKIPPED, **COMPLETE),
     Row("inf", "forward", 2, says=SKIPPED, **COMPLETE),
     Row("spike", "forward", 2, **COMPLETE, steps=80, step=70, says="a spike: "),
-    Row("slow", "forward", 2, **COMPLETE, steps=13, step=None, says="rank 1 on {host} is slow"),
+    Row(
+        "slow", "forward", 2, **COMPLETE, steps=13, step=None, says="rank {rank} on {host} is slow"
+    ),
     Row("raise", "forward", 2, "deepspeed"),
     Row("raise", "forward", 3, "torchrun"),
     Row("kill", "forward", 3, "torchrun", ends_as=("lost_rank",)),
@@ -203,7 +205,7 @@ def check(row: Row, result: Result) -> None:
     assert result.outcome["kind"] in row.ends_as, result.outcome
     if row.ends_well:
         assert set(result.code.split(", ")) == {"0"} and result.saved == [row.steps]
-        assert row.says.format(host=socket.gethostname()) in result.log, result.log
+        assert row.says.format(host=socket.gethostname(), rank=row.ranks - 1) in result.log
         return
     assert "0" not in result.code.split(", ")
     assert result.saved == ([row.saved] if row.saved else []), result.saved
@@ -251,7 +253,8 @@ def lines(chosen: str) -> Iterator[str]:
         phase, kind = row.phase, row.kind
         outcome = result.outcome["kind"]
         if row.ends_well:
-            outcome += f': "{row.says.partition(",")[0].strip(" :").format(host="node")}"'
+            said = row.says.partition(",")[0].strip(" :")
+            outcome += f': "{said.format(host="node", rank=row.ranks - 1)}"'
         place = outcome, result.code, "-" if row.ends_well else f"{result.seconds:.0f}"
         saved = ", ".join(f"step {step}" for step in result.saved) or "-"
         launcher = "none" if row.launcher == "forked" else row.launcher
