@@ -1,0 +1,195 @@
+"""What a corpus of tokens costs, as ratios to what a user would write instead.
+
+    python bench/tokens.py [--mb 64] [--length 2048] [--rounds 7]
+
+- reading: tokens/s of a rank's loader over `TokenWindows`, of a plain loop over numpy's memmap (as
+  in nanoGPT), and of `datasets` with the same windows as rows, if that is installed;
+- preparing: MB/s of `harness data prepare`, and of the package `tokenizers` alone, which encodes
+  the same texts and keeps nothing;
+- packing: the share of the windows that is not padding.
+
+The texts are Python's own sources, again and again; the tokenizer is a BPE trained on them. Runs
+alternate, and each ratio is the median over pairs of them. Seconds are those of all cores that
+this process has used, so that other processes matter little.
+"""
+
+import argparse
+import statistics
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.config.sections import DataConfig
+from harness.data.packing import Packed
+from harness.data.prepare import Options, batches_of, files_of, prepare, texts_of
+from harness.data.token_files import TokenFile, TokenWindows
+from harness.data.train_batches import train_batches
+
+SIZE = 8
+"""Windows in a batch."""
+BATCHES = 200
+"""In a run."""
+
+
+def harness_batches(corpus: TokenFile, length: int) -> Iterator[torch.Tensor]:
+    config = DataConfig(micro_batch_size=SIZE)
+    batches = train_batches(TokenWindows(corpus, length), config, torch.stack, 1, 0, 1)
+    while True:
+        yield next(batches)
+
+
+def numpy_batches(corpus: TokenFile, length: int) -> Iterator[torch.Tensor]:
+    tokens = corpus.tokens
+    while True:
+        starts = torch.randint(len(tokens) - length - 1, (SIZE,))
+        windows = [tokens[start : start + length + 1].astype(np.int64) for start in starts]
+        yield torch.stack([torch.from_numpy(window) for window in windows])
+
+
+def datasets_batches(corpus: TokenFile, length: int) -> Iterator[torch.Tensor]:
+    """Rows of Arrow, formatted as torch's, in a DataLoader."""
+    import datasets
+
+    count = (len(corpus) - 1) // length
+    rows = [corpus.tokens[k * length : (k + 1) * length + 1].astype(np.int64) for k in range(count)]
+    data: Any = datasets.Dataset.from_dict({"tokens": rows}).with_format("torch")
+    while True:
+        loader = torch.utils.data.DataLoader(data, SIZE, shuffle=True, drop_last=True)
+        for batch in loader:
+            yield batch["tokens"]
+
+
+def seconds(batches: Iterator[torch.Tensor]) -> float:
+    began = time.process_time()
+    for _ in islice(batches, BATCHES):
+        pass
+    return time.process_time() - began
+
+
+def compare(what: str, ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> None:
+    """Prints by how much faster we are; both return their rate."""
+    pairs = [(ours(), theirs()) for _ in range(rounds)]
+    ratios = [mine / other for mine, other in pairs]
+    mine, other = (statistics.median(rates) for rates in zip(*pairs, strict=True))
+    sys.stdout.write(
+        f"{what}: {mine:,.2f} against {other:,.2f}, ratio {statistics.median(ratios):.3f} "
+        f"({min(ratios):.3f} .. {max(ratios):.3f})\n"
+    )
+
+
+def trained_tokenizer(path: Path, files: list[Path]) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(vocab_size=16_000, special_tokens=["<|endoftext|>"])
+    tokenizer.train([str(file) for file in files[:200]], trainer)
+    tokenizer.save(str(path))
+
+
+def sources(directory: Path, megabytes: int) -> Path:
+    """A folder of that many MB of Python's sources."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts = []
+    for file in sorted(library.rglob("*.py")):
+        try:
+            texts.append(file.read_text("utf-8"))
+        except UnicodeDecodeError:
+            continue
+    folder, size, number = directory / "texts", 0, 0
+    folder.mkdir()
+    while size < megabytes * 10**6:
+        path = folder / f"{number:07}.txt"
+        path.write_text(texts[number % len(texts)], "utf-8")
+        size, number = size + path.stat().st_size, number + 1
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--mb", type=int, default=64)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        folder = sources(directory, options.mb)
+        tokenizer = directory / "tokenizer.json"
+        trained_tokenizer(tokenizer, files_of(folder))
+        compare_preparing(folder, tokenizer, directory / "corpus", min(options.rounds, 3))
+        corpus = TokenFile(directory / "corpus")
+        compare_reading(corpus, options.length, options.rounds)
+    lengths = np.random.default_rng(0).lognormal(5.0, 1.0, 3000).clip(1, 1024).astype(int)
+    documents = [torch.zeros(length, dtype=torch.int64) for length in lengths]
+    for method in ("first_fit", "greedy", "concatenate"):
+        packed = Packed(Lengths(documents), 1024, method=method)
+        sys.stdout.write(f"packing, {method}: {packed.efficiency:.2%} are tokens\n")
+
+
+class Lengths(list[torch.Tensor]):
+    """Documents in memory."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(document) for document in self]
+
+
+def compare_preparing(folder: Path, tokenizer: Path, corpus: Path, rounds: int) -> None:
+    from tokenizers import Tokenizer
+
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    settings = Options(str(tokenizer))
+
+    def ours() -> float:
+        began = time.process_time()
+        prepare([folder], corpus, settings, sys.stderr.write)
+        return size / (time.process_time() - began)
+
+    def theirs() -> float:
+        encoder = Tokenizer.from_file(str(tokenizer))
+        texts = (text for file in files_of(folder) for text in texts_of(file, settings))
+        batches = list(batches_of(texts, int))
+        began = time.process_time()
+        for batch in batches:
+            encoder.encode_batch_fast(batch, add_special_tokens=False)
+        return size / (time.process_time() - began)
+
+    compare("preparing, MB/s: harness against tokenizers alone", ours, theirs, rounds)
+
+
+def compare_reading(corpus: TokenFile, length: int, rounds: int) -> None:
+    ours = harness_batches(corpus, length)
+    others: dict[str, Callable[[], Iterator[torch.Tensor]]] = {
+        "a numpy memmap": lambda: numpy_batches(corpus, length)
+    }
+    try:
+        import datasets
+    except ImportError:
+        sys.stdout.write("datasets is not installed: not compared\n")
+    else:
+        others[f"datasets {datasets.__version__}"] = lambda: datasets_batches(corpus, length)
+    tokens = BATCHES * SIZE * length / 1e6
+    for name, make in others.items():
+        theirs = make()
+        next(ours), next(theirs)
+        compare(
+            f"reading, million tokens/s: harness against {name}",
+            lambda: tokens / seconds(ours),
+            lambda theirs=theirs: tokens / seconds(theirs),
+            rounds,
+        )
+
+
+if __name__ == "__main__":
+    main()
