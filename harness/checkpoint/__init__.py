@@ -5,7 +5,7 @@ Its files, from the top down:
     resume.py         chooses, verifies and loads one
     resume_source.py  which directory run.resume means
     init_weights.py   weights from files as an engine's starting point
-    reshard.py        rewrites one for another number of ranks, ZeRO stage or other layout
+    reshard.py        loads one on another number of ranks, ZeRO stage or other layout
     save.py           Saver: one atomic commit of all engines and ranks, also in the background
     export.py         plain weights
     inspect.py        what a checkpoint, an .sft or a .pt holds

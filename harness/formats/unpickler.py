@@ -5,7 +5,7 @@ or more, so that the size of the pickle limits their number; limited are also th
 the tree (`pickled`). The opcodes: Python's pickletools.py; those of protocols 0 and 1, and of
 buffers outside the pickle, are not supported.
 
-Python's own unpickler in C would be faster, and with its `find_class` closed it runs no code either.
+Python's own unpickler in C would be faster; with a closed `find_class` it runs no code either.
 But it hashes any key (nested tuples take exponential time), allocates what an index of the memo
 asks for, and does not count containers; no hook comes before that.
 """
