@@ -1,6 +1,7 @@
 """Command-line tools for runs, checkpoints and weight files."""
 
 import argparse
+import gc
 import re
 import signal
 import sys
@@ -227,6 +228,7 @@ def run_convert(args: argparse.Namespace) -> int:
     """Converts, and prints the result. SIGTERM cleans up like SIGINT."""
     from harness.convert.convert import Options, convert
 
+    gc.set_threshold(200_000)  # what it makes for each tensor stays until the end
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = Options(
         what=args.what,

@@ -1,38 +1,32 @@
 """The same checkpoint for another number of ranks, another ZeRO stage, or any other layout.
 
 A newly built engine provides the trees that DeepSpeed would write for it: they say where everything
-belongs in the new layout. Filled from the old files (`zero.refill`), they are written as files of
-DeepSpeed, which it then loads like any others. A rank reads and writes only the segments of its own
-shards; complete weights are written by the same ranks as in DeepSpeed (rank 0 below stage 3).
+belongs in the new layout. Filled from the old files (`zero.refill`), they are handed to DeepSpeed
+in memory, as if it had read them. Of masters and moments a rank reads only the segments of its own
+shards, and of the model what DeepSpeed loads on it (below stage 3 all weights).
 """
 
 import logging
-import shutil
 import socket
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from harness import distributed
 from harness.checkpoint.compatible import check_parameters
-from harness.checkpoint.copy_missing import (
-    copy_missing_checkpoint,
-    copy_missing_files,
-    files_read_by,
-)
-from harness.checkpoint.disks import find_disks
-from harness.checkpoint.files import FileEntry
-from harness.checkpoint.manifest import EngineManifest, Manifest, step_directory
-from harness.checkpoint.save import create_staging, engine_manifest
-from harness.checkpoint.written import checkpoint_error_on_all_ranks, write_file
+from harness.checkpoint.copy_missing import copy_missing_checkpoint, files_read_by
+from harness.checkpoint.manifest import EngineManifest, Manifest
+from harness.checkpoint.save import engine_manifest
+from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, missing_files
 from harness.io.stored import materialize
 from harness.optim.sharded.optimizer import ShardedOptimizer
+from harness.zero import file_trees
 from harness.zero.engine_state import shapes_of
+from harness.zero.file_trees import FileTrees
 from harness.zero.layout import EMA, Flat, Tree
 from harness.zero.reader import SavedEngine
 from harness.zero.refill import FlatsOf, TreeFiller, filled_flat, filled_state
@@ -41,72 +35,35 @@ from harness.zero.shards import Shard
 log = logging.getLogger(__name__)
 
 
-@contextmanager
-def in_current_layout(
-    engines: Engines, directory: Path, manifest: Manifest, parent: Path
-) -> Iterator[dict[str, Path]]:
-    """The directory to load each engine from: `directory`, or a copy in its own layout.
+def load_engines(engines: Engines, directory: Path, manifest: Manifest) -> None:
+    """Loads all trained engines from a verified checkpoint, resharded if their layout has changed.
 
-    Collective. The copy is in `parent/step-N.reshard.tmp` while the context lasts, among the run's
-    own checkpoints: other runs may read the same checkpoint. Raises CheckpointError, on all ranks,
-    if an engine's optimizer cannot be resharded, its parameters are different, or the copy cannot
-    be written.
+    Collective. Raises CheckpointError, on all ranks, if an engine's optimizer cannot be resharded,
+    or its parameters are different.
     """
     layouts = {engine.name: engine_manifest(engine) for engine in engines.trained}
     changed = [engines[name] for name in layouts if manifest.engines[name] != layouts[name]]
     if changed:
         _check_files(directory, manifest, [engine.name for engine in changed])
+        with distributed.raise_on_all_ranks(f"cannot reshard checkpoint {directory}"):
+            for engine in changed:
+                saved = manifest.engines[engine.name]
+                _check_optimizer(engine, _layout_text(manifest.world_size, saved))
     same_world = manifest.world_size == distributed.world_size()
     saved_rank = distributed.global_rank() if same_world else 0
     copy_missing_checkpoint(directory, manifest, files_read_by(saved_rank, manifest.files))
-    sources = dict.fromkeys(engines, directory)
-    if not changed:
-        yield sources
-        return
-    with _staging(changed, directory, manifest, parent) as staged:
-        for engine in changed:
-            old, new = manifest.engines[engine.name], layouts[engine.name]
-            _reshard(directory, engine, staged)
-            log.info(
-                "resharded %s/%s from %s to %s",
-                directory.name,
-                engine.name,
-                _layout_text(manifest.world_size, old),
-                _layout_text(distributed.world_size(), new),
-            )
-            sources[engine.name] = staged
-        yield sources
-        distributed.barrier()
-
-
-@contextmanager
-def _staging(
-    changed: Collection[Engine], directory: Path, manifest: Manifest, parent: Path
-) -> Iterator[Path]:
-    """An empty directory for the files of the `changed` engines, once on each disk. Collective."""
-    staged = step_directory(parent, manifest.step).with_suffix(".reshard.tmp")
-    needed = sum(entry.size for entry in manifest.files.values())
-    is_leader = find_disks(parent).is_leader
-    with checkpoint_error_on_all_ranks(f"cannot reshard checkpoint {directory}"):
-        for engine in changed:
-            _check_optimizer(
-                engine, _layout_text(manifest.world_size, manifest.engines[engine.name])
-            )
-        if is_leader:
-            create_staging(staged, needed)
-            for engine in changed:
-                (staged / engine.name).mkdir()
-    try:
-        yield staged
-    finally:
-        if is_leader:
-            shutil.rmtree(staged, ignore_errors=True)
-
-
-def _reshard(directory: Path, engine: Engine, staged: Path) -> None:
-    """Writes an engine's files in its own layout below `staged`, on every disk. Collective."""
-    files = write_resharded(directory, engine, staged)
-    copy_missing_files(staged, files, files_read_by(distributed.global_rank(), files))
+    for engine in engines.trained:
+        if engine not in changed:
+            file_trees.load(engine.ds, directory, engine.name)
+            continue
+        file_trees.load_trees(engine.ds, resharded(directory, engine), engine.name)
+        log.info(
+            "resharded %s/%s from %s to %s",
+            directory.name,
+            engine.name,
+            _layout_text(manifest.world_size, manifest.engines[engine.name]),
+            _layout_text(distributed.world_size(), layouts[engine.name]),
+        )
 
 
 def _layout_text(world_size: int, engine: EngineManifest) -> str:
@@ -140,12 +97,12 @@ def _check_optimizer(engine: Engine, saved_layout: str) -> None:
         )
 
 
-def write_resharded(directory: Path, engine: Engine, staged: Path) -> dict[str, FileEntry]:
-    """Writes this rank's files of an engine in its new layout below `staged`. Collective.
+def resharded(directory: Path, engine: Engine) -> FileTrees:
+    """This rank's trees of an engine in its new layout, filled with what was saved. Collective.
 
-    Returns the entries of all ranks' files, by path below `staged`.
+    Raises CheckpointError, on all ranks.
     """
-    trees, written = engine.collect(), {}
+    trees = engine.collect(for_loading=True)
     shapes = shapes_of(trees)
     with checkpoint_error_on_all_ranks(f"cannot reshard checkpoint {directory}"):
         saved = SavedEngine(directory / engine.name)
@@ -158,10 +115,7 @@ def write_resharded(directory: Path, engine: Engine, staged: Path) -> dict[str, 
         check_parameters(saved, engine, shapes)
         rank, world = distributed.global_rank(), distributed.world_size()
         filler = TreeFiller(saved, shapes, engine.zero_stage, rank, world, states)
-        for path, tree in trees.items():
-            written[path] = write_file(filler.fill(tree), staged / path)
-    per_rank = distributed.all_gather(written)
-    return {path: entry for files in per_rank for path, entry in files.items()}
+        return {path: filler.fill(tree) for path, tree in trees.items()}
 
 
 def _states(saved: SavedEngine, engine: Engine, flats_of: FlatsOf) -> dict[int, Tree]:

@@ -10,7 +10,7 @@ from harness.checkpoint.compatible import check_compatible
 from harness.checkpoint.completeness import common_manifest, verify_checkpoint
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.manifest import digest, is_unreadable
-from harness.checkpoint.reshard import in_current_layout
+from harness.checkpoint.reshard import load_engines
 from harness.checkpoint.resume_source import find_source
 from harness.checkpoint.retention import clean
 from harness.checkpoint.save import rank_file
@@ -19,7 +19,6 @@ from harness.data.step_batches import StepBatches
 from harness.distributed.rng import set_rng_state
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, ConfigError, UnreadableCheckpoint
-from harness.zero import engine_state
 
 log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)
@@ -106,10 +105,7 @@ def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveC
     manifest = common_manifest(directory)
     same_world = manifest.world_size == distributed.world_size()
     rank = distributed.global_rank()
-    parent = live.config.run_dir / "checkpoints"
-    with in_current_layout(engines, directory, manifest, parent) as sources:
-        for engine in engines.trained:
-            engine_state.load(engine.ds, sources[engine.name], engine.name)
+    load_engines(engines, directory, manifest)
     with distributed.raise_on_all_ranks(f"cannot resume from {directory}"):
         # The states of engines and data are the same on every rank.
         file = directory / rank_file(rank if same_world else 0)

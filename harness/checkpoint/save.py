@@ -40,7 +40,7 @@ from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError
 from harness.files import sync_directory, write_atomically
-from harness.zero.engine_state import FileTrees
+from harness.zero.file_trees import FileTrees
 from harness.zero.layout import layout_digest
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from torch import nn
 from harness import distributed
 from harness.errors import first_few
 from harness.zero import engine_state, fetches
+from harness.zero.file_trees import FileTrees
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 class Edits:
     """Changes the weights of one engine, and notices when they are changed in another way."""
 
-    def __init__(self, name: str, ds: Any, collect: Callable[[], engine_state.FileTrees]):
+    def __init__(self, name: str, ds: Any, collect: Callable[[], FileTrees]):
         """`ds`: the DeepSpeed engine. `collect`: its trees, as `Engine.collect`."""
         self.count = 0
         """Of the edits so far."""

@@ -31,7 +31,7 @@ from harness.optim.scheduler import Schedule, build_scheduler
 from harness.optim.sharded.optimizer import ShardedOptimizer
 from harness.optim.zero_compatibility import can_regroup, check_zero, is_elementwise
 from harness.wrapper import freeze
-from harness.zero import engine_state
+from harness.zero import engine_state, file_trees
 from harness.zero.arrivals import Arrivals
 from harness.zero.initialize import initialize
 
@@ -347,9 +347,9 @@ class Engine:
         """`attributes.dispatch` to its model."""
         return attributes.dispatch(self.module, name, value, where)
 
-    def collect(self) -> engine_state.FileTrees:
-        """The trees that DeepSpeed would write into a checkpoint for this rank. Collective."""
-        return engine_state.collect(self.ds, self.name, self.parameter_names)
+    def collect(self, for_loading: bool = False) -> file_trees.FileTrees:
+        """`file_trees.collect` of this engine. Collective."""
+        return file_trees.collect(self.ds, self.name, self.parameter_names, for_loading)
 
     def weights_are_finite(self) -> bool:
         """Whether all trained weights that this rank keeps are finite. Waits for the device."""

@@ -215,17 +215,17 @@ def _tensor(
             )
     if dtype not in SIZES:
         raise _Unread(f"tensor of a {dtype:.80}")
-    sizes = [offset, *size, *stride]
     if len(size) != len(stride) or len(size) > 64:
         raise PickleError("malformed: a tensor")
-    if not all(map(_is_count, sizes)):
+    if not all(map(_is_count, (offset, *size, *stride))):
         raise PickleError("malformed: the shape of a tensor")
     ref = TensorRef(memory, dtype, Shape(size), tuple(stride), offset, bool(requires_grad))
-    if ref.numel() >= 2**62:
+    numel = ref.numel()
+    if numel >= 2**62:
         raise PickleError("malformed: the shape of a tensor")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     record = memory.record
-    if ref.numel() and (last + 1) * ref.itemsize > record.size:
+    if numel and (last + 1) * ref.itemsize > record.size:
         raise PickleError(
             f"a tensor extends past the end of its data {record.name} of {record.size} bytes"
         )

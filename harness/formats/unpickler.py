@@ -4,6 +4,10 @@ Any other global is a `Global`, and what it would make is a `Placeholder`. An op
 or more, so that the size of the pickle limits their number; limited are also the containers, and
 the tree (`pickled`). The opcodes: Python's pickletools.py; those of protocols 0 and 1, and of
 buffers outside the pickle, are not supported.
+
+Python's own unpickler in C would be faster; with a closed `find_class` it runs no code either.
+But it hashes any key (nested tuples take exponential time), allocates what an index of the memo
+asks for, and does not count containers; no hook comes before that.
 """
 
 import pickle
@@ -12,7 +16,6 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from argparse import Namespace
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,21 +92,57 @@ class _Unpickler:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        data, opcodes = self.data, _OPCODES
-        while True:
-            code = data[self.position]
-            self.position += 1
-            if code == _STOP:
-                (tree,) = self.stack
-                if tree is _MARK:
-                    raise PickleError("malformed: a mark instead of a value")
-                return tree
-            execute = opcodes.get(code)
-            if execute is None:
-                raise PickleError(
-                    f"unsupported opcode {bytes([code])!r} at byte {self.position - 1}"
-                )
-            execute(self)
+        """Executes the pickle. The opcodes of which a file of tensors consists are executed here:
+        for them a call of a function would take most of the time."""
+        data, memo, opcodes, position = self.data, self.memo, _OPCODES, self.position
+        push, natural = self.stack.append, _NATURAL.unpack_from
+        try:
+            while True:
+                code = data[position]
+                position += 1
+                if code == _LONG_BINPUT:
+                    self.remember(natural(data, position)[0])
+                    position += 4
+                elif code == _BINPUT:
+                    self.remember(data[position])
+                    position += 1
+                elif code == _LONG_BINGET:
+                    push(memo[natural(data, position)[0]])
+                    position += 4
+                elif code == _BINGET:
+                    push(memo[data[position]])
+                    position += 1
+                elif code == _BININT1:
+                    push(data[position])
+                    position += 1
+                elif code == _TUPLE1:
+                    self.push_object((self.pop(),))
+                elif code == _REDUCE:
+                    self.call()
+                elif code == _MARK_OPCODE:
+                    push(_MARK)
+                elif code == _TUPLE:
+                    self.push_object(tuple(self.pop_mark()))
+                elif code == _BINUNICODE:
+                    start = position + 4
+                    position = start + natural(data, position)[0]
+                    if position > len(data):
+                        raise PickleError("truncated")
+                    push(data[start:position].decode("utf-8", "surrogatepass"))
+                elif code == _STOP:
+                    (tree,) = self.stack
+                    if tree is _MARK:
+                        raise PickleError("malformed: a mark instead of a value")
+                    return tree
+                elif execute := opcodes.get(code):
+                    self.position = position
+                    execute(self)
+                    position = self.position
+                else:
+                    text = f"unsupported opcode {bytes([code])!r} at byte {position - 1}"
+                    raise PickleError(text)
+        finally:
+            self.position = max(self.position, position)
 
     def take(self, length: int) -> bytes:
         start, self.position = self.position, self.position + length
@@ -193,8 +232,10 @@ class _Unpickler:
             raise PickleError(f"malformed: a call of a {type(target).__name__}")
         value = None
         if isinstance(target, Global) and target.make is not None and not options:
-            with suppress(Unusual):
+            try:
                 value = target.make(*args)
+            except Unusual:
+                value = None
         self.push_object(Placeholder(target, args, options, is_new) if value is None else value)
 
     def set_state(self) -> None:
@@ -267,11 +308,6 @@ def _int_4(unpickler: _Unpickler) -> None:
     unpickler.position += 4
 
 
-def _int_1(unpickler: _Unpickler) -> None:
-    unpickler.stack.append(unpickler.data[unpickler.position])
-    unpickler.position += 1
-
-
 def _float(unpickler: _Unpickler) -> None:
     unpickler.stack.append(_FLOAT.unpack_from(unpickler.data, unpickler.position)[0])
     unpickler.position += 8
@@ -285,26 +321,27 @@ def _memo_next(unpickler: _Unpickler) -> None:
     unpickler.remember(len(unpickler.memo))
 
 
-_STOP = pickle.STOP[0]
-_INT4, _FLOAT = struct.Struct("<i"), struct.Struct(">d")
+_STOP, _MARK_OPCODE, _REDUCE = pickle.STOP[0], pickle.MARK[0], pickle.REDUCE[0]
+_BINPUT, _LONG_BINPUT = pickle.BINPUT[0], pickle.LONG_BINPUT[0]
+_BINGET, _LONG_BINGET = pickle.BINGET[0], pickle.LONG_BINGET[0]
+_BININT1, _BINUNICODE = pickle.BININT1[0], pickle.BINUNICODE[0]
+_TUPLE, _TUPLE1 = pickle.TUPLE[0], pickle.TUPLE1[0]
+_INT4, _NATURAL, _FLOAT = struct.Struct("<i"), struct.Struct("<I"), struct.Struct(">d")
 _OPCODES: dict[int, Callable[[_Unpickler], None]] = {
     opcode[0]: execute
     for opcode, execute in {
         pickle.PROTO: _protocol,
         pickle.FRAME: lambda u: u.take(8),
-        pickle.MARK: lambda u: u.push(_MARK),
         pickle.POP: lambda u: u.pop_unused(),
         pickle.POP_MARK: lambda u: u.pop_mark(),
         pickle.NONE: lambda u: u.push(None),
         pickle.NEWTRUE: lambda u: u.push(True),
         pickle.NEWFALSE: lambda u: u.push(False),
         pickle.BININT: _int_4,
-        pickle.BININT1: _int_1,
         pickle.BININT2: lambda u: u.push(u.number(2)),
         pickle.LONG1: lambda u: _signed(u, u.number(1)),
         pickle.LONG4: lambda u: _signed(u, u.number(4)),
         pickle.BINFLOAT: _float,
-        pickle.BINUNICODE: lambda u: _text(u, 4),
         pickle.SHORT_BINUNICODE: lambda u: _text(u, 1),
         pickle.BINUNICODE8: lambda u: _text(u, 8),
         pickle.SHORT_BINSTRING: lambda u: u.push(u.take(u.number(1)).decode("latin1")),
@@ -317,8 +354,6 @@ _OPCODES: dict[int, Callable[[_Unpickler], None]] = {
         pickle.EMPTY_DICT: lambda u: u.push_object({}),
         pickle.EMPTY_SET: lambda u: u.push_object(set()),
         pickle.EMPTY_TUPLE: lambda u: u.push(()),
-        pickle.TUPLE: lambda u: u.push_object(tuple(u.pop_mark())),
-        pickle.TUPLE1: _tuple_of(1),
         pickle.TUPLE2: _tuple_of(2),
         pickle.TUPLE3: _tuple_of(3),
         pickle.APPEND: lambda u: u.append([u.pop()]),
@@ -327,14 +362,9 @@ _OPCODES: dict[int, Callable[[_Unpickler], None]] = {
         pickle.SETITEMS: lambda u: u.set_items(u.pop_mark()),
         pickle.ADDITEMS: _add_items,
         pickle.FROZENSET: _frozen_set,
-        pickle.BINGET: lambda u: u.push(u.memo[u.number(1)]),
-        pickle.LONG_BINGET: lambda u: u.push(u.memo[u.number(4)]),
-        pickle.BINPUT: lambda u: u.remember(u.number(1)),
-        pickle.LONG_BINPUT: lambda u: u.remember(u.number(4)),
         pickle.MEMOIZE: _memo_next,
         pickle.GLOBAL: _global,
         pickle.STACK_GLOBAL: _stack_global,
-        pickle.REDUCE: lambda u: u.call(),
         pickle.NEWOBJ: lambda u: u.call(is_new=True),
         pickle.NEWOBJ_EX: _new_with_options,
         pickle.BUILD: lambda u: u.set_state(),

@@ -4,11 +4,9 @@ The functions take the DeepSpeed engine (`Engine.ds`), and use attributes that D
 document; the comments name the files below its `runtime/` that define them.
 """
 
-import glob
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from harness import distributed
-from harness.zero.layout import PARAMETER_NAMES, Shapes, Tree, flats, group_shapes
+from harness.zero.file_trees import FileTrees
+from harness.zero.layout import Shapes, flats, group_shapes
 from harness.zero.norms import StepNorm, is_rejected, plain_norm
 from harness.zero.parameters import full_shape, is_expert, is_sharded, shard
 from harness.zero.partition import Segment, shard_range
-
-FileTrees = dict[str, Tree]
-"""The files of a rank: trees of tensors and plain values, by path relative to the checkpoint."""
 
 DEFAULT_CLIPPING = 1.0
 """DeepSpeed's `gradient_clipping` where the key is absent (constants.py)."""
@@ -149,66 +145,6 @@ def weights_are_finite(ds: Any) -> bool:
 def _unflattened(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     parts = flat.split([tensor.numel() for tensor in like])
     return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
-
-
-def collect(ds: Any, name: str, parameter_names: list[list[str]]) -> FileTrees:
-    """The trees that DeepSpeed would write for this rank, under `name/`, without writing them.
-
-    The trees refer to the live tensors. `parameter_names`, by parameter group, are added: DeepSpeed
-    records none at ZeRO 0. Collective.
-    """
-    collector = _Collector()
-    own_engine = ds.checkpoint_engine
-    ds.checkpoint_engine = collector
-    ds._copy_recovery_script = lambda directory: None  # `zero_to_fp32.py` and the like
-    names = {PARAMETER_NAMES: parameter_names}
-    try:
-        ds.save_checkpoint(".", tag=name, client_state=names, save_latest=False)
-    finally:
-        ds.checkpoint_engine = own_engine
-    return collector.trees
-
-
-class _Collector:
-    """In place of DeepSpeed's checkpoint engine: keeps the trees, and touches no disk."""
-
-    def __init__(self) -> None:
-        self.trees: FileTrees = {}
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self.trees[str(Path(path))] = state_dict
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        pass
-
-    def create(self, info: Any) -> None:
-        pass
-
-    def commit(self, info: Any) -> bool:
-        return True
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def is_data_parallel_writer(self, dp_rank: int) -> bool:
-        return dp_rank == 0
-
-    def preserves_storage_sharing(self) -> bool:
-        return True
-
-
-def load(ds: Any, directory: Path, name: str) -> None:
-    """Loads what `collect` returned, from its files below `directory`. Collective.
-
-    DeepSpeed looks for the model's file with glob (engine.py, `_get_all_ckpt_names`): it is given a
-    path in which `*`, `?` and `[` stand for themselves.
-    """
-    names = ds._get_all_ckpt_names
-    ds._get_all_ckpt_names = lambda path, tag: names(glob.escape(path), glob.escape(tag))
-    try:
-        ds.load_checkpoint(str(directory), tag=name)
-    finally:
-        del ds._get_all_ckpt_names
 
 
 def shapes_of(trees: FileTrees) -> list[Shapes]:
