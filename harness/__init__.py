@@ -8,7 +8,8 @@
 The rooms, from the top floor down: imports point down this list, and down the list of each room
 (tests/test_architecture.py).
 
-    cli.py             the command `harness`: run, ctl, report, inspect, convert, data
+    cli.py             the command `harness`, a table of subcommands
+    doctor.py          what on this machine would stop or slow a run
     report/            what runs have done, as a page to look at
     local_ranks.py     `harness.launch`: ranks on this machine, from a script or a notebook
     api.py             `harness.train`: a run in somebody else's program

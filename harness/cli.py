@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import platform
 import re
 import signal
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness import __version__
 from harness.errors import ConfigError, HarnessError
 
 
@@ -28,6 +30,7 @@ class Subcommand(NamedTuple):
 def main() -> None:
     """Runs a subcommand; a user error is one message and exit code 2."""
     parser = argparse.ArgumentParser(prog="harness", description=__doc__)
+    parser.add_argument("--version", action=_Version, help="print versions, and exit")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         command.add_arguments(
@@ -53,6 +56,38 @@ def main() -> None:
     except OSError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+
+
+class _Version(argparse.Action):
+    """Prints the version of harness, and those of what it runs on, which decide as much."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str):
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        below = ", ".join(f"{name} {version(name)}" for name in ("deepspeed", "torch"))
+        print_line(f"harness {__version__} ({below}, Python {platform.python_version()})")
+        parser.exit()
+
+
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `harness doctor`."""
+    add: Any = parser.add_argument
+    add("dir", type=Path, nargs="?", default=Path("runs"), help="where runs write; default: runs")
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Prints the findings; 1 if one of them would stop a run."""
+    from harness.doctor import examine
+
+    worst = 0
+    for finding in examine(args.dir):
+        worst = max(worst, int(finding.state == "error"))
+        for line in finding.lines():
+            print_line(line)
+    return worst
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -327,6 +362,14 @@ COMMANDS = {
         "A signal to this process is passed on, and ends the run.",
         epilog="exit code: 0 complete, 2 a mistake in the config, 75 a restart may help, 128 + N "
         "signal N; others: of the run",
+    ),
+    "doctor": Subcommand(
+        "check what on this machine would stop or slow a run",
+        add_doctor_arguments,
+        run_doctor,
+        description="Checks versions, devices, the network between ranks, port, shared memory, "
+        "limits, disk, clock, compiler and stale locks, each with a remedy.",
+        epilog="exit code: 0 a run can start, 1 something would stop it, 130 interrupted",
     ),
     "ctl": Subcommand(
         "send commands to a running job",

@@ -52,11 +52,11 @@ class StepClock:
 
 
 def _between(began: "float | torch.cuda.Event", ended: "float | torch.cuda.Event") -> float:
-    if isinstance(ended, float):
-        assert isinstance(began, float)
-        return ended - began
-    assert isinstance(began, torch.cuda.Event)
-    return began.elapsed_time(ended) / 1000
+    if isinstance(ended, torch.cuda.Event):
+        assert isinstance(began, torch.cuda.Event)
+        return began.elapsed_time(ended) / 1000
+    assert isinstance(began, float)
+    return ended - began
 
 
 def _now() -> "float | torch.cuda.Event":

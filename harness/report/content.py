@@ -47,12 +47,14 @@ def _run(run: RunFiles, most_marks: int) -> dict[str, Any]:
     marks = marks_of(run)
     chosen = _most_important(marks, most_marks)
     axes = {name: steps[name] for name in ("time", "tokens")}
+    began = None
     if np.isfinite(axes["time"]).any():
-        began = run.starts[0]["began"] if run.starts else np.nanmin(axes["time"])
+        began = run.starts[0]["began"] if run.starts else float(np.nanmin(axes["time"]))
         axes["time"] = (axes["time"] - began) / 3600
     return {
         **asdict(summarize(run)),
         "path": str(run.path),
+        "began": began,
         "marks": [_mark(mark) for mark in chosen],
         "marks_left_out": len(marks) - len(chosen),
         "axes": {name: _axis(steps["step"], y) for name, y in axes.items()},

@@ -27,9 +27,8 @@ class Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Server
-
     def do_GET(self) -> None:
+        assert isinstance(self.server, Server)
         answer = self.server.answers.get(self.path)
         host = self.headers.get("Host", "").rpartition(":")[0]
         if host not in _LOCAL:  # another site's name for this machine

@@ -61,6 +61,8 @@ def test_axes_zoom_and_marks(browser: Browser, tmp_path: Path) -> None:
     browser.value("document.querySelector('[data-axis=time]').click()")
     assert browser.value("plots[0].scales.x.max") == pytest.approx(42, abs=0.1)  # seconds
     assert browser.value("plots[0].marks.length") > 10
+    restart = "plots[0].marks.find((mark) => mark.kind == 'restart').x"
+    assert browser.value(restart) == pytest.approx(25)  # not when its step was taken
     browser.value("document.querySelector('[data-kind=evaluation]').click()")
     kinds = browser.value("[...new Set(plots[0].marks.map((mark) => mark.kind))]")
     assert "evaluation" not in kinds and {"command", "fault", "restart"} <= set(kinds)

@@ -53,6 +53,12 @@ function onAxis(run, step) {
   return knots ? interpolate(knots, step) * view.unit[1] : view.axis === "step" ? step : null;
 }
 
+/** Of a mark: a step that is repeated after a restart has more than one time. */
+function whenOnAxis(run, time, step) {
+  const { began } = content.runs[run];
+  return view.axis === "time" && time && began != null ? ((time - began) / 3600) * view.unit[1] : onAxis(run, step);
+}
+
 function findRange() {
   view.unit = view.axis === "tokens" ? ["tokens", 1] : ["steps", 1];
   if (view.axis === "time") {
@@ -146,7 +152,7 @@ function marksOf(chart) {
   if (!chart.by_step) return [];
   return content.runs.flatMap((run, number) =>
     run.marks.filter((mark) => view.kinds.has(mark[2]) && mark[1] != null)
-      .map(([, step, kind, text]) => ({ x: onAxis(number, step), step, kind, text, number })))
+      .map(([time, step, kind, text]) => ({ x: whenOnAxis(number, time, step), step, kind, text, number })))
     .filter((mark) => mark.x != null);
 }
 

@@ -1,0 +1,88 @@
+"""What `harness doctor` finds, and what it says to do."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import doctor
+from harness.doctor import Finding, examine
+from tests.support.imports import loaded_by
+
+FOUND = {"devices": "no GPU; 2 CPU cores", "cuda": "", "nccl": "", "gloo": "works"}
+
+
+def findings(
+    monkeypatch: pytest.MonkeyPatch, place: Path, torch: dict[str, str] = FOUND
+) -> dict[str, Finding]:
+    """By their names, with this answer of torch."""
+    monkeypatch.setattr(doctor, "_ask_torch", lambda: torch)
+    monkeypatch.setattr(doctor, "BYTES_TO_WRITE", 1 << 20)
+    monkeypatch.setattr(doctor, "SLOW_DISK", 0)
+    return {finding.what: finding for finding in examine(place)}
+
+
+def test_what_is_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    found = findings(monkeypatch, tmp_path / "runs/later")
+    good = {"python", "torch", "deepspeed", "devices", "gloo", "port", "disk", "stale locks"}
+    assert good <= {what for what, finding in found.items() if finding.state == "ok"}
+    assert found["disk"].text.startswith(f"{tmp_path}: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_fault_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lock = tmp_path / "py311_cpu/cpu_adam/lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (1, 1))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(doctor, "SMALL_SHARED_MEMORY", 1 << 60)
+    monkeypatch.setattr(doctor, "ENOUGH_FILES", 1 << 30)
+    monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        torch = {"error": "ImportError: libcudart.so", "extensions": str(tmp_path)}
+        found = findings(monkeypatch, tmp_path, torch)
+    bad = {what: f.state for what, f in found.items() if f.state != "ok"}
+    assert bad == {
+        "no-such-package": "error",
+        "torch": "error",
+        "port": "warning",
+        "/dev/shm": "warning",
+        "open files": "warning",
+        "compiler": "warning",
+        "stale locks": "warning",
+    }
+    for what in bad:
+        first, remedy = found[what].lines()
+        assert re.match(r"(warn|FAIL)  \S", first) and re.search(r"-> .{8}", remedy)
+    assert str(lock) in found["stale locks"].remedy
+
+
+def test_a_disk_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert findings(monkeypatch, Path("/proc/1/runs"))["disk"].state == "error"
+
+
+def test_version_needs_no_torch() -> None:
+    code = "import sys; sys.argv[1:] = ['--version']\nfrom harness.cli import main\n"
+    code += "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+    code += "assert 'torch' not in sys.modules"
+    assert "harness.cli" in loaded_by(code)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "harness.cli", "doctor", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^ok    gloo +works$", done.stdout, re.MULTILINE)
+    assert re.search(r"^ok    devices +\S", done.stdout, re.MULTILINE)
