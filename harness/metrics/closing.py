@@ -62,7 +62,7 @@ class Closing:
                 self.write(json.loads(line))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Takes note of losses, evaluations and skipped steps, and of a return to an earlier step."""
+        """Takes note of losses, evaluations and skipped steps, and of a rollback."""
         if record.get(EVENT) == "rollback":
             for series in self._series.values():
                 series.truncate(record["step"])

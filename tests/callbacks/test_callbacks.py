@@ -70,7 +70,7 @@ def test_moments_are_the_same_on_every_rank_and_change_nothing(
     config = tiny_config(tmp_path / "noted", trainer=trainer, task=task)
     first, second = two_ranks.run(noted, config)
     assert first == second
-    metrics = ["epoch", "eval/accuracy", "eval/loss", "step"]
+    metrics = ["epoch", "eval/accuracy", "eval/loss", "step", "time"]
     assert [call for call in first if call[0] != "step"] == [
         ("start", 0),
         ("eval", 0, metrics),
