@@ -19,6 +19,8 @@ The rooms, from the top floor down: imports point down this list, and down the l
     startup.py         what is checked before a run starts: the machine, the ranks' software
     run_directory.py   runs/NAME/: its lock, its log, its resolved config
     trainer.py         Trainer: the loop; steps, and what happens between them
+    commands.py        the commands of a run between its steps
+    run_view.py        what a callback sees of a run
     rescue.py          what is still reported and saved before an error ends the run
     place.py           in which step and phase an error has reached a rank
     recovery.py        what follows a step that was skipped, or a spike
@@ -28,6 +30,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     convert/           checkpoints and files into plain weights, streamed without torch
     engine/            Engine: one model under one DeepSpeed engine; Engines: the named set
     task.py            Task: all that harness knows of the user's code
+    callbacks/         code of the user's that a run calls at a few moments
     data/              from a dataset to the micro-batches of a rank
     metrics/           each step's numbers: averaged, recorded, shown
     control/           live commands, from where they are typed to all ranks at one step
@@ -55,6 +58,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from harness.api import train
+    from harness.callbacks import Callback, EarlyStopping
     from harness.config import Config
     from harness.control.client import command
     from harness.local_ranks import launch
@@ -62,9 +66,11 @@ if TYPE_CHECKING:
     from harness.task import Task
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Result", "Task", "command", "launch", "train"]
+__all__ = ["Callback", "Config", "EarlyStopping", "Result", "Task", "command", "launch", "train"]
 
 _MODULES = {
+    "Callback": "callbacks",
+    "EarlyStopping": "callbacks",
     "Config": "config",
     "Result": "result",
     "Task": "task",

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, Protocol
 
 from harness import distributed
+from harness.callbacks.moments import Callbacks
 from harness.checkpoint.resume import last_good, restore
 from harness.checkpoint.save import Saver, SaveResult
 from harness.control.bus import Bus
@@ -25,7 +26,7 @@ from harness.health.skips import WHAT, Skip
 from harness.health.spikes import Spike
 from harness.metrics.meters import StepNumbers
 from harness.metrics.progress import Progress
-from harness.metrics.sinks import Sink
+from harness.metrics.recorder import Recorder
 from harness.metrics.status import Status
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class RecoveringRun(Protocol):
     bus: Bus
     kept_step: KeptStep | None
     ending: Quit | None
-    sinks: Sequence[Sink]
+    recorder: Recorder
+    callbacks: Callbacks
     status: Status
     progress: Progress
 
@@ -176,7 +178,8 @@ def _roll_back(run: RecoveringRun, step: int, reason: str, spans: Sequence[Span]
     dropped, rollbacks = [*run.batches.dropped, *spans], run.engines.rollbacks + 1
     changes = _changes(run)
     log_warning("%s: returning to %s", reason, directory)
-    restore(directory, run.engines, run.batches, run.live)
+    restore(directory, run.engines, run.batches, run.live, run.callbacks)
+    run.callbacks.forget()
     run.batches.drop(dropped)
     run.engines.rollbacks = rollbacks
     run.saver.forget_after(directory)
@@ -197,8 +200,7 @@ def _show_earlier_step(run: RecoveringRun) -> None:
     """Drops the metrics of the steps that are taken again."""
     step, config = run.engines.global_step, run.live.config
     with distributed.raise_on_all_ranks(f"run directory {config.run_dir}"):
-        for sink in run.sinks:
-            sink.truncate(step)
+        run.recorder.event(step, "rollback", f"returned to step {step}")
     run.status.restart(step, config.run.steps)
     run.progress.set_steps(config.run.steps)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from copy import copy
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from harness import distributed
 from harness.checkpoint.save import Saver, SaveResult
@@ -26,6 +26,7 @@ from harness.errors import (
 from harness.health import phases
 from harness.health.outcome import Outcome
 from harness.metrics.meters import StepMeter, StepNumbers
+from harness.metrics.recorder import Recorder
 from harness.place import place_of
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class FailingRun(Protocol):
     failures: Failures
     begun: "BegunStep | None"
     finishing: bool
+    recorder: Recorder
 
     @property
     def is_saved(self) -> bool: ...
@@ -52,8 +54,6 @@ class FailingRun(Protocol):
     def drain(self) -> None: ...
 
     def report(self, done: Sequence[StepNumbers]) -> None: ...
-
-    def record(self, record: dict[str, Any]) -> None: ...
 
     def save(self) -> str | None: ...
 
@@ -106,7 +106,7 @@ def rescue(run: FailingRun, error: Exception) -> None:
     if not is_on_all_ranks(error):
         run.failures.tell("" if is_lost_rank(error) else summary(error), place.step, place.phase)
         for numbers in run.meter.take_own():
-            run.record(numbers.local | numbers.means | {"ranks": 1})
+            run.recorder.write(numbers.local | numbers.means | {"ranks": 1})
         return
     with suppress(GradientError) if isinstance(error, GradientError) else nullcontext():
         run.drain()  # which may find the same in the next step

@@ -11,6 +11,7 @@ from inspect import getdoc
 from pathlib import Path
 
 from harness import distributed, startup
+from harness.callbacks.moments import Callbacks
 from harness.checkpoint import init_weights, resume
 from harness.checkpoint.downloads import download
 from harness.checkpoint.remote_store import Store, open_store
@@ -43,6 +44,7 @@ from harness.health.outcome import Outcome
 from harness.logs import configure_logging
 from harness.metrics.closing import Closing
 from harness.metrics.progress import Progress
+from harness.metrics.recorder import Recorder, TaskSink
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
 from harness.metrics.status import Status
 from harness.run_directory import RunDirectory
@@ -109,11 +111,11 @@ def run_in_world(
         _use_attention_backend(config, engines, stack)
         directory = stack.enter_context(RunDirectory(config))
         stack.enter_context(oom.explained(config))
-        live = LiveConfig(config)
-        checkpoint = _restore(config, directory, engines, batches, live, store)
+        live, callbacks = LiveConfig(config), Callbacks(task.callbacks, bool(task.sinks))
+        checkpoint = _restore(config, directory, engines, batches, live, callbacks, store)
         directory.write_config()
         _log_start(live, engines)
-        saver = Saver(engines, batches, live, directory.disks, store)
+        saver = Saver(engines, batches, live, directory.disks, callbacks, store)
         stack.callback(saver.close)
         if checkpoint is not None and checkpoint.parent == directory.checkpoints:
             saver.uploads.add_existing(checkpoint)
@@ -123,11 +125,15 @@ def run_in_world(
         closing = Closing(config, step)
         if distributed.is_global_leader():
             sinks.append(closing)
+        sinks += _open_task_sinks(task, config, callbacks, stack)
         is_shown = config.metrics.progress and distributed.is_global_leader()
         progress = Progress(step, steps, is_shown)
         stack.callback(progress.close)
         bus = _build_control(task, engines, live, signals, status, stack)
-        trainer = Trainer(live, task, engines, batches, saver, bus, sinks, progress, status)
+        recorder = Recorder(sinks)
+        trainer = Trainer(
+            *(live, task, engines, batches, saver, bus, recorder, callbacks, progress, status)
+        )
         code = trainer.train()
         outcome = _outcome(trainer, code)
         outcome.write()
@@ -144,7 +150,8 @@ def _outcome(trainer: Trainer, code: int) -> Outcome:
         return Outcome("complete", code, f"all {step} steps are taken", step=step)
     if isinstance(command, Interrupt):
         return Outcome("signal", code, signal.Signals(command.signal).name, step=step)
-    return Outcome("quit", code, f"the command {command.forms[0]}", step=step)
+    reason = trainer.ending_reason or f"the command {command.forms[0]}"
+    return Outcome("quit", code, reason, step=step)
 
 
 def _restore(
@@ -153,6 +160,7 @@ def _restore(
     engines: Engines,
     batches: StepBatches,
     live: LiveConfig,
+    callbacks: Callbacks,
     store: Store | None,
 ) -> Path | None:
     """Loads the run's starting point: a checkpoint, `init_from`, or the task's weights. Collective.
@@ -168,7 +176,7 @@ def _restore(
     for name, loaded in weights.items():
         init_weights.load_weights(engines[name], loaded)
     if checkpoint is not None:
-        resume.restore(checkpoint, engines, batches, live)
+        resume.restore(checkpoint, engines, batches, live, callbacks)
         if mixture := mixture_weights(live.config.data):
             batches.set_weights(mixture)
     return checkpoint
@@ -186,6 +194,7 @@ def _build_task(config: Config, build: Callable[[Config], Task] | None) -> tuple
         oom.check_can_shrink(config, has_own_loader=isinstance(loader, TaskLoader))
         batches = StepBatches(loader, task.weigh, config.run.seed * world_size + rank)
         lengths = {**train_lengths(task.train_data), **check_eval_data(task, config)}
+        lengths |= {"callbacks": len(task.callbacks), "sinks": len(task.sinks)}
         check_best_metric(config, task)
     per_rank = distributed.all_gather(lengths)
     if may_be_uneven(loader, [lengths.get("train_data") for lengths in per_rank]):
@@ -264,6 +273,19 @@ def _open_sinks(
                 sinks.append(TensorBoardSink(config.run_dir / "tensorboard", step))
     for sink in sinks:
         stack.callback(sink.close)
+    return sinks
+
+
+def _open_task_sinks(
+    task: Task, config: Config, callbacks: Callbacks, stack: ExitStack
+) -> list[Sink]:
+    """The task's own sinks, on rank 0. Collective. Raises TaskError on all ranks."""
+    sinks: list[Sink] = []
+    with distributed.raise_on_all_ranks("Task.sinks"):
+        for sink in task.sinks if distributed.is_global_leader() else ():
+            opened = TaskSink(sink if isinstance(sink, Sink) else sink(config), callbacks.fail)
+            stack.callback(opened.close)
+            sinks.append(opened)
     return sinks
 
 

@@ -18,11 +18,13 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import default_collate
 
+from harness.callbacks import Callback
 from harness.config import Config
 from harness.control.commands import COMMANDS
 from harness.data.held_out import check_held_out
 from harness.errors import ConfigError, HarnessError, TaskError
 from harness.metrics.meters import Stats
+from harness.metrics.sinks import Sink
 from harness.utils import named_parts, tensor_leaves, to_device
 
 
@@ -151,6 +153,13 @@ class Task:
     """The task's live commands, by name: `function(engines, *words) -> answer`. All ranks call it
     between the same two steps; `help` shows its docstring."""
 
+    callbacks: Sequence[Callback] = ()
+    """Called at a few moments of the run, in this order on every rank (docs/callbacks.md)."""
+
+    sinks: Sequence[Sink | Callable[[Config], Sink]] = ()
+    """Where rank 0 also writes all records: each with `write(record)` and `close()`, or functions
+    `config -> sink`, which only rank 0 calls (docs/callbacks.md)."""
+
 
 RESERVED = {
     *("step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "skipped", "spikes"),
@@ -207,6 +216,14 @@ def validate(task: Any, path: str) -> Task:
             )
     if task.summarize is not None and task.evaluate is None:
         raise TaskError(f"task {path}: summarize needs evaluate, which returns what is summed")
+    for callback in task.callbacks:
+        if not isinstance(callback, Callback):
+            kind = type(callback).__name__
+            raise TaskError(f"task {path}: callbacks: {kind}, expected a harness.Callback")
+    for sink in task.sinks:
+        if not (callable(sink) or (hasattr(sink, "write") and hasattr(sink, "close"))):
+            kind = type(sink).__name__
+            raise TaskError(f"task {path}: sinks: {kind}, expected write(record) and close()")
     builtin = {form.split()[0] for command in COMMANDS for form in command.forms}
     for name, function in task.commands.items():
         if not (name.isidentifier() and callable(function)) or name in builtin:

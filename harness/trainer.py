@@ -2,14 +2,15 @@
 
 import logging
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness import distributed
+from harness.callbacks.moments import Callbacks
 from harness.checkpoint.export import export
 from harness.checkpoint.save import Saver, SaveResult
+from harness.commands import Commands
 from harness.control.bus import Bus, Ticket
 from harness.control.commands import EvalQuit, Interrupt, Quit, QuitUnsaved, Save, StateChange
 from harness.control.live import LiveConfig
@@ -18,24 +19,23 @@ from harness.distributed import StepVector
 from harness.distributed.failures import current, raise_lost_rank, raise_together
 from harness.engine.blame import KeptStep
 from harness.engine.engines import Engines
-from harness.errors import CheckpointError, CommandError, GradientError, HarnessError, no_exit
+from harness.errors import CheckpointError, GradientError, HarnessError, no_exit
 from harness.evaluate import check_best_metric, evaluate
 from harness.execute import execute
 from harness.health.stragglers import Pace
 from harness.metrics.meters import StepMeter, StepNumbers
 from harness.metrics.progress import Progress
-from harness.metrics.sinks import Sink
+from harness.metrics.recorder import Recorder
 from harness.metrics.status import Status
 from harness.metrics.trace import Traces
 from harness.recovery import begin_step, exit_code, find_spikes, prepare, recover
 from harness.rescue import BegunStep, rescue
+from harness.run_view import RunView
 from harness.task import Task
 from harness.utils import to_device
 
 log = logging.getLogger(__name__)
 log_error = distributed.global_leader_only(log.error)
-
-SECONDS_BETWEEN_POLLS = 0.05  # of a paused run
 
 
 class Trainer:
@@ -49,7 +49,8 @@ class Trainer:
         batches: StepBatches,
         saver: Saver,
         bus: Bus,
-        sinks: Sequence[Sink],
+        recorder: Recorder,
+        callbacks: Callbacks,
         progress: Progress,
         status: Status,
     ):
@@ -59,7 +60,9 @@ class Trainer:
         self.batches = batches
         self.saver = saver
         self.bus = bus
-        self.sinks = sinks
+        self.recorder = recorder
+        self.callbacks = callbacks
+        callbacks.run = RunView(self)
         self.progress = progress
         self.status = status
         self.meter = StepMeter()
@@ -68,13 +71,16 @@ class Trainer:
         self.pace = Pace(status.note)
         for part in (bus, self.meter, batches, engines.gradient_check, engines.skips, self.pace):
             self.vector.add(part)
+        if callbacks.is_used:
+            self.vector.add(callbacks)
         self.evaluated: set[str] = set()  # metrics of the evaluations so far
         self.paused = False
         self.ending: Quit | None = None
         """The command that ends the run before its last step."""
+        self.ending_reason = ""
+        """Why a callback ends it."""
         self.finishing = False
-        self._received: deque[Ticket] = deque()
-        """Commands that all ranks have received and not yet executed."""
+        self.commands = Commands(self)
         self._saving: list[Ticket] = []
         """Commands that wait for the save in flight."""
         self.failures = current()
@@ -94,6 +100,7 @@ class Trainer:
             with raise_lost_rank(self.failures.timeout_s), no_exit(), self.engines.explained():
                 self.loop()
                 self.finish()
+                self.tell("on_end")
         except Exception as error:
             rescue(self, error)
             raise
@@ -104,19 +111,21 @@ class Trainer:
         self.engines.train()
         self.begin()
         self.batches.check_ranks()
+        self.tell("on_start")
         every = self.live.config.trainer.eval_every
         if (every and self.engines.global_step == 0) or self.engines.await_evaluation(every):
             self.evaluate()  # the starting point; and a broken evaluation fails now
         prepare(self)
-        self.handle_commands()
+        self.commands.handle()
         while not self.is_over():
             self.step()
             if recover(self):
                 continue
+            self.commands.add(self.callbacks.steps(self.engines.global_step), "callback")
             self.finish_save(self.saver.poll())
             if self.is_due(self.live.config.trainer.eval_every):
                 self.evaluate()
-            self.handle_commands()
+            self.commands.handle()
             if self.is_due(self.live.config.trainer.save_every):
                 self.save()
             if self.is_due(self.live.config.trainer.export_every):
@@ -179,73 +188,21 @@ class Trainer:
         """Whether this step is a multiple of `every`; at the run's end `finish` takes over."""
         return bool(every) and self.engines.global_step % every == 0 and not self.is_over()
 
+    def tell(self, moment: str, *args: Any) -> None:
+        """Calls the callbacks. What they command is executed with the next commands; at the run's
+        end it is ignored."""
+        commands = self.callbacks.moment(moment, *args)
+        if not self.finishing:
+            self.commands.add(commands, "callback")
+
+    def has_changed(self) -> None:
+        """The run's state has, since this step was saved."""
+        self._saved_step = None
+
     def returned(self) -> None:
         """Continues after an earlier step, which has been restored from its checkpoint."""
         self._saved_step, self._evaluation = self.engines.global_step, {}
         self.begin()
-
-    # Commands
-
-    def handle_commands(self) -> None:
-        """Executes the events that are due and the commands received; waits while paused."""
-        self.receive_commands()
-        self.execute_all()
-        if not self.paused:
-            return
-        with self.status.doing("paused"):
-            while self.paused and not self.is_over():
-                time.sleep(SECONDS_BETWEEN_POLLS)
-                self.finish_save(self.saver.poll())
-                self.poll_commands()
-                self.execute_all()
-
-    def poll_commands(self) -> bool:
-        """`receive_commands` in a loop that takes no steps: exchanges the vector for it."""
-        if self.bus.skips_exchange():
-            return False
-        self.vector.exchange()
-        return self.receive_commands()
-
-    def receive_commands(self) -> bool:
-        """Receives commands, to be executed once the work in progress has ended.
-
-        True if that work should be aborted: by a signal, or by a `quit` since the last call.
-        """
-        new = self.bus.poll(self.engines.global_step)
-        self._received.extend(new)
-        return any(isinstance(ticket.command, Quit) for ticket in new) or any(
-            isinstance(ticket.command, Interrupt) for ticket in self._received
-        )
-
-    def execute_all(self) -> None:
-        """Executes the events that are due and the commands received, in order.
-
-        Once the run is ending, only commands that change how it ends are executed.
-        """
-        self.execute_events()
-        while self._received:
-            ticket = self._received.popleft()
-            is_ending = self.finishing or self.ending is not None
-            if not is_ending or isinstance(ticket.command, Quit):
-                self.execute(ticket)
-                self.execute_events()
-            else:
-                step = self.engines.global_step
-                self.bus.end(ticket, "failed", step, "the run is already ending")
-
-    def execute_events(self) -> None:
-        """Executes the events that are due at this step."""
-        if self.finishing or self.ending is not None:
-            return
-        for event in self.live.events.due(self.engines.global_step):
-            self._saved_step = None  # a checkpoint of this step would still contain the event
-            try:
-                self.execute(self.bus.ticket(event.command, f"event {event.id}"))
-            except CommandError as error:
-                log_error("%s: removed: %s", event, error)
-                self.live.events.clear(event.id)
-            if self.ending is not None:  # the others stay pending
-                return
 
     def execute(self, ticket: Ticket) -> None:
         """Executes a command on all ranks; one that fails on any of them has failed on all, and the
@@ -266,8 +223,9 @@ class Trainer:
         else:
             if result is not None:
                 self.bus.end(ticket, "done", step, result)
+                self.recorder.event(step, "command", f"{ticket.text}: {result}")
         if isinstance(ticket.command, StateChange):
-            self._saved_step = None  # a checkpoint of this step would not contain it
+            self.has_changed()  # a checkpoint of this step would not contain it
 
     # Between steps
 
@@ -282,7 +240,7 @@ class Trainer:
         self.finishing = True
         if self.ending is None or isinstance(self.ending, EvalQuit):
             self.evaluate()
-            self.execute_all()
+            self.commands.execute_all()
         settings = self.live.config.trainer
         if settings.export_at_end and not isinstance(self.ending, QuitUnsaved | Interrupt):
             self.export()
@@ -295,8 +253,9 @@ class Trainer:
             self.save()
         self.finish_save(self.saver.wait())
         self.drain()
+        self.callbacks.last_steps(self.engines.global_step)
         with self.status.doing("upload"):
-            self.saver.uploads.finish(self.poll_commands)
+            self.saver.uploads.finish(self.commands.poll)
         for engine in self.engines.trained:
             engine.log_offload_stats()
 
@@ -338,6 +297,8 @@ class Trainer:
             state, text = ("failed", str(error)) if error else ("done", f"saved {result.path}")
             self.bus.end(ticket, state, self.engines.global_step, text)
         if error is None:
+            self.recorder.event(self.engines.global_step, "save", result.path)
+            self.tell("on_save", result.path)
             return
         self._saved_step = None
         if self.save_failure_is_fatal():
@@ -354,7 +315,10 @@ class Trainer:
         directory = self.live.config.run_dir / "exports"
         with self.status.doing("export"):
             self.drain()  # raises if this step has made the weights wrong
-            return export(self.engines, directory, format, self.poll_commands)
+            path = export(self.engines, directory, format, self.commands.poll)
+        self.recorder.event(self.engines.global_step, "export", path)
+        self.tell("on_export", path)
+        return path
 
     def try_to_export(self) -> None:
         """Exports; a failure that is raised on all ranks is logged, and the run continues."""
@@ -374,19 +338,21 @@ class Trainer:
             return None
         self.drain()
         with self.status.doing("evaluation"):
-            found = evaluate(self.engines, self.task, self.live.config, self.poll_commands)
+            found = evaluate(self.engines, self.task, self.live.config, self.commands.poll)
         if found is None:
             return None
         step = self.engines.global_step
         text = " ".join(f"{name} {value:.4f}" for name, value in found.items())
         log.info("step %d: %s", step, text)
         self._evaluation = found
-        self.record({"step": step, "time": time.time(), "epoch": self.batches.epoch} | found)
+        record = {"step": step, "time": time.time(), "epoch": self.batches.epoch} | found
+        self.recorder.write(record)
         self.evaluated.update(found)
         with distributed.raise_on_all_ranks("evaluation"):
             check_best_metric(self.live.config, self.task, self.evaluated)
         if self.engines.evaluated(found, self.live.config.trainer.eval_every):
-            self._saved_step = None  # a checkpoint of this step would not contain it
+            self.has_changed()  # a checkpoint of this step would not contain it
+        self.tell("on_eval", record)
         return text
 
     def drain(self) -> None:
@@ -403,11 +369,7 @@ class Trainer:
             record |= find_spikes(self, numbers)
             record |= {"samples": counters.samples, "tokens": counters.tokens}
             record |= numbers.speed(record["step_time_s"])
-            self.record(record)
+            self.recorder.write(record)
+            self.callbacks.note(record)
             self.progress.show(record)
             self.status.show(record)
-
-    def record(self, record: Mapping[str, Any]) -> None:
-        """Writes a record to every sink."""
-        for sink in self.sinks:
-            sink.write(record)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from harness import distributed
+from harness.callbacks.moments import Callbacks
 from harness.checkpoint.compatible import check_compatible
 from harness.checkpoint.completeness import common_manifest, verify_checkpoint
 from harness.checkpoint.disks import Disks, list_checkpoints
@@ -94,9 +95,15 @@ def last_good(parent: Path, disks: Disks, before: int) -> Path | None:
     return None
 
 
-def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveConfig) -> None:
-    """Restores engines, data position, random generators and live changes from a verified
-    checkpoint.
+def restore(
+    directory: Path,
+    engines: Engines,
+    batches: StepBatches,
+    live: LiveConfig,
+    callbacks: Callbacks,
+) -> None:
+    """Restores engines, data position, random generators, live changes and the state of callbacks
+    from a verified checkpoint.
 
     Collective. With another number of ranks the generators cannot continue: each rank seeds them
     from the run's seed, the step and its rank. Raises CheckpointError, on all ranks, if the data
@@ -111,6 +118,7 @@ def restore(directory: Path, engines: Engines, batches: StepBatches, live: LiveC
         file = directory / rank_file(rank if same_world else 0)
         state = torch.load(file, map_location="cpu", weights_only=True)
         live.load_state_dict(state["live"])
+        callbacks.load_state_dict(state.get("callbacks", []))
         engines.load_state_dict(state["engines"])
         engines.set_total_steps(live.config.run.steps)
         try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import distributed
+from harness.callbacks.moments import Callbacks
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.files import FileEntry
@@ -84,6 +85,7 @@ class Saver:
         batches: StepBatches,
         live: LiveConfig,
         disks: Disks,
+        callbacks: Callbacks,
         store: Store | None = None,
     ):
         """`disks`: of the run directory. `store`: where checkpoints are uploaded to.
@@ -99,6 +101,7 @@ class Saver:
         self._engines = engines
         self._batches = batches
         self._live = live
+        self._callbacks = callbacks
         self._config_digest = digest(live.config.model_dump_json())
         self._engine_manifests = {name: engine_manifest(engine) for name, engine in engines.items()}
         self._saved_at = 0.0  # of the newest checkpoint; used on rank 0 only
@@ -237,6 +240,7 @@ class Saver:
                 "engines": self._engines.state_dict(),
                 "batches": self._batches.state_dict(),
                 "live": self._live.state_dict(),
+                "callbacks": self._callbacks.state_dict(),
             }
         }
         for engine in self._engines.trained:  # a teacher is built by the task again

@@ -65,8 +65,10 @@ class Ledger:
             self._write()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Takes note of a step that was skipped."""
-        if "step_time_s" not in record:  # an evaluation's
+        """Takes note of a step that was skipped, and of a return to an earlier step."""
+        if record.get("event") == "rollback":
+            self._return_to(record["step"])
+        if "step_time_s" not in record:  # an evaluation's, or what happened
             return
         self._step = max(self._step, record["step"])
         skipped = sum(value for name, value in record.items() if counts_skips(name))
@@ -75,7 +77,7 @@ class Ledger:
             self._add("steps", -record["step_time_s"])
         self._skipped = skipped
 
-    def truncate(self, step: int) -> None:
+    def _return_to(self, step: int) -> None:
         """The run goes back to this step. Nothing is dropped: the time has passed."""
         self._pass(self._activity)
         self._write()

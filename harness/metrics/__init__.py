@@ -5,8 +5,9 @@ Sinks, progress and status are on rank 0 only; every rank has a meter and writes
     meters.py      metrics of each step, averaged over the ranks in the background
     step_clock.py  how long a step and its phases take, without waiting for them
     memory.py      the memory of this rank and of its device
-    sinks.py       metrics.jsonl, TensorBoard
+    recorder.py    where the records of a run go: its sinks
     closing.py     the summary when a run ends: what it has reached, and what to type next
+    sinks.py       metrics.jsonl, TensorBoard
     progress.py    the progress bar, or log lines without a terminal
     status.py      the current state of the run, for `status` and `time`
     trace.py       traces of torch's profiler

@@ -12,6 +12,7 @@ from harness.config import Config
 from harness.health import goodput
 from harness.health.goodput import counts_skips
 from harness.health.outcome import Outcome
+from harness.metrics.sinks import EVENT
 from harness.metrics.status import format_duration
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,10 @@ class Closing:
                 self.write(json.loads(line))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Takes note of losses, evaluations and skipped steps."""
+        """Takes note of losses, evaluations and skipped steps, and of a rollback."""
+        if record.get(EVENT) == "rollback":
+            for series in self._series.values():
+                series.truncate(record["step"])
         for name, value in record.items():
             if counts_skips(name):
                 self._skipped[name] = value
@@ -75,11 +79,6 @@ class Closing:
         is_best = name == settings.best_metric
         is_max = settings.best_mode == "max" if is_best else name.endswith("accuracy")
         return self._series.setdefault(name, _Series(is_max))
-
-    def truncate(self, step: int) -> None:
-        """The run goes back to this step."""
-        for series in self._series.values():
-            series.truncate(step)
 
     def close(self) -> None:
         """Nothing is open."""

@@ -32,7 +32,7 @@ def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
         f"checkpoints: 2, the newest is {run_dir}/checkpoints/step-00000008",
         f"next: the same command resumes the run; harness report {run_dir}",
     ]
-    closing.truncate(4)
+    closing.write({"step": 4, "event": "rollback"})
     lines = list(closing.lines(Outcome("complete", 0, step=9)))
     assert lines[1:4] == [
         "eval/loss 0.5, the best",

@@ -1,0 +1,57 @@
+"""Ends a run whose evaluations no longer get better."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from harness.callbacks.callback import Callback, CallbackRun
+from harness.errors import ConfigError, did_you_mean
+
+
+class EarlyStopping(Callback):
+    """Ends the run once `patience` evaluations in a row are not better than the best before them.
+
+    Better is lower by more than `min_delta`, or with mode "max" higher. NaN is never better.
+    """
+
+    def __init__(
+        self,
+        patience: int = 3,
+        metric: str = "eval/loss",
+        mode: Literal["min", "max"] = "min",
+        min_delta: float = 0.0,
+    ):
+        self.patience, self.metric, self.min_delta = patience, metric, min_delta
+        self._sign = 1 if mode == "min" else -1
+        self._best: float | None = None
+        self._waited = 0
+
+    def on_start(self, run: CallbackRun) -> None:
+        """A run that was stopped stays so when it is started again."""
+        self._stop_if_over(run)
+
+    def on_eval(self, run: CallbackRun, metrics: Mapping[str, Any]) -> None:
+        """Raises ConfigError if the evaluation has no such metric."""
+        if self.metric not in metrics:
+            hint = did_you_mean(self.metric, metrics)
+            raise ConfigError(f"EarlyStopping: the evaluation has no {self.metric!r}{hint}")
+        value = metrics[self.metric]
+        if self._best is None or self._sign * (self._best - value) > self.min_delta:
+            self._best, self._waited = value, 0
+        else:
+            self._waited += 1
+        self._stop_if_over(run)
+
+    def _stop_if_over(self, run: CallbackRun) -> None:
+        if self._waited >= self.patience:
+            run.stop(
+                f"{self.metric} was not better than {self._best:g} in the last {self._waited} "
+                "evaluations"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value, and evaluations since."""
+        return {"best": self._best, "waited": self._waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self._best, self._waited = state["best"], state["waited"]

@@ -1,0 +1,43 @@
+"""Where the records of a run go: its sinks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from harness.errors import HarnessError, TaskError
+from harness.metrics.sinks import EVENT, Sink
+
+
+class Recorder:
+    """The sinks of a run, on rank 0; other ranks have none."""
+
+    def __init__(self, sinks: Sequence[Sink] = ()):
+        self._sinks = sinks
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """The metrics of a step, or of an evaluation, to every sink."""
+        for sink in self._sinks:
+            sink.write(record)
+
+    def event(self, step: int, event: str, text: object) -> None:
+        """That something happened after a step, to every sink."""
+        self.write({"step": step, EVENT: event, "text": str(text)})
+
+
+class TaskSink:
+    """A sink of the task's, whose errors are not rank 0's alone: they end the run on all ranks."""
+
+    def __init__(self, sink: Sink, fail: Callable[[HarnessError], None]):
+        """`fail` is told of an error."""
+        self._sink, self._fail = sink, fail
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """A record; after an error none."""
+        try:
+            self._sink.write(record)
+        except Exception as error:
+            name = f"sink {type(self._sink).__name__}"
+            self._fail(TaskError(f"{name}, step {record['step']}: {type(error).__name__}: {error}"))
+
+    def close(self) -> None:
+        """Closes the sink."""
+        self._sink.close()
