@@ -87,20 +87,28 @@ class Status:
         doing = f"phase {phases.now().phase} for {format_duration(phases.now().seconds)}"
         waiting = f" (last step {format_duration(idle)} ago; {doing})" if idle > 10 else ""
         note = f"; {self._note}" if self._note else ""
-        return f"step {self.step} of {self.steps}, {self.activity}{waiting}{numbers}{note}"
+        seconds = self._seconds_per_step()
+        left = (self.steps - self.step) * seconds if seconds is not None else 0
+        left = f", {format_duration(left)} left" if left > 0 else ""
+        return f"step {self.step} of {self.steps}{left}, {self.activity}{waiting}{numbers}{note}"
 
     def time_left(self, to: int | None = None) -> str:
         """The estimated time to a step (None: the last), from the duration of recent steps."""
         to = self.steps if to is None else to
         if to <= self.step:
             return f"step {to} has already passed: the run is at step {self.step}"
-        (first, began), (last, ended) = self._ends[0], self._ends[-1]
-        if last == first:
+        seconds = self._seconds_per_step()
+        if seconds is None:
             return "no step has been completed since the run started"
-        seconds = (ended - began) / (last - first)
         remaining = seconds * (to - self.step)
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + remaining))
         return f"{format_duration(remaining)} to step {to}, at {at} ({seconds:.3g} s per step)"
+
+    def _seconds_per_step(self) -> float | None:
+        """Of the last steps; None before the first one."""
+        ends = tuple(self._ends)  # the trainer's thread appends to it
+        (first, began), (last, ended) = ends[0], ends[-1]
+        return None if last == first else (ended - began) / (last - first)
 
 
 def headline(record: Mapping[str, Any]) -> dict[str, str]:

@@ -34,6 +34,7 @@ def test_the_estimate_excludes_pauses_and_what_happens_in_them(clock: Clock) -> 
     clock.now += 2
     status.stepped(2)
     assert status.time_left().startswith("3 min 16 s to step 100, at ")
+    assert status.line() == "step 2 of 100, 3 min 16 s left, training"
     assert status.time_left(4).startswith("4 s to step 4, at ")
     assert status.time_left(4).endswith("(2 s per step)")
     assert status.time_left(1) == "step 1 has already passed: the run is at step 2"
