@@ -257,7 +257,7 @@ def test_help_lists_every_key_with_its_default(
     for key in leaves(Config):
         assert f"  --{key}  <" in text
     assert "--run.steps  <int>  default 1000" in text
-    assert "--engines.NAME.ds_config  <path>  required" in text
+    assert "--engines.NAME.ds_config  <path>  default null" in text
     assert max(len(line) for line in text.splitlines() if " " in line.strip()) <= 80
 
 

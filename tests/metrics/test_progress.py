@@ -33,8 +33,13 @@ def test_the_bar_fits_the_terminal_and_cuts_no_number(
         progress = Progress(0, 1000, shown=True)
         progress.show({"step": 450} | record)
         progress.close()
-        last = re.split(r"[\r\n]+", screen.read(1 << 16).decode().rstrip())[-1]
+        terminal.write("end")
+        terminal.flush()
+        shown = b""
+        while not shown.endswith(b"end"):
+            shown += screen.read(1 << 16)
+        last = re.split(r"[\r\n]+", shown.decode().removesuffix("end").rstrip())[-1]
     assert len(last) <= 80
-    bar, _, shown = last.partition("], ")
-    assert shown.rstrip() == ends
+    bar, _, numbers = last.partition("], ")
+    assert numbers.rstrip() == ends
     assert bar.startswith(" 45%|") and bar.count("█") >= 2 and "| 450/1000 [" in bar
