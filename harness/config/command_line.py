@@ -16,15 +16,19 @@ from harness.config.overrides import VARIABLE, parse_overrides
 from harness.config.root import Config
 from harness.config.sections import expand_path, section_of
 
+DESCRIPTION = (
+    "Train the models of a task under DeepSpeed. Of several files, and of a file "
+    f"and what it `extends`, the later one counts; then {VARIABLE}SECTION__KEY in the "
+    "environment; then the command line."
+)
+
 
 def parse_args(argv: Sequence[str]) -> Config:
     """The config of a command line; `--help` prints all keys and exits. Raises ConfigError."""
     parser = argparse.ArgumentParser(
         prog="train.py",
-        usage="train.py --config FILE.toml [--config FILE.toml ...] [--section.key=value ...]",
-        description="Train the models of a task under DeepSpeed. Of several files, and of a file "
-        f"and what it `extends`, the later one counts; then {VARIABLE}SECTION__KEY in the "
-        "environment; then the command line.",
+        usage="train.py --config FILE.toml [--config ...] [--section.key=value ...]",
+        description="\n".join(_wrapped(DESCRIPTION, later=0)),
         epilog="keys, their types and defaults:\n\n" + "\n".join(_help(Config)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -58,13 +62,13 @@ def _help(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield from _wrapped(" ".join((field.description or "").split()), indent=6)
 
 
-def _wrapped(text: str, indent: int) -> list[str]:
-    """Lines that fit the terminal; the second and later ones are indented by 6."""
+def _wrapped(text: str, indent: int = 0, later: int = 6) -> list[str]:
+    """Lines that fit the terminal; the second and later ones are indented by `later`."""
     return textwrap.wrap(
         text,
         width=max(40, shutil.get_terminal_size().columns - 2),
         initial_indent=" " * indent,
-        subsequent_indent=" " * 6,
+        subsequent_indent=" " * later,
         break_long_words=False,
         break_on_hyphens=False,
     )
