@@ -105,9 +105,10 @@ class Closing:
         for what in ("checkpoints", "exports"):
             if found := sorted((run_dir / what).glob("step-*")):
                 yield f"{what}: {len(found)}, the newest is {found[-1]}"
+        run = _shown(run_dir)
         goes_on = outcome.kind != "complete" and (outcome.step or 0) < steps
-        resume = "the same command resumes the run; " if goes_on else ""
-        yield f"next: {resume}harness report {_shown(run_dir)}"
+        then = "the same command resumes it" if goes_on else f"harness convert {run} {run}.sft"
+        yield f"next: harness report {run}; {then}"
 
 
 def _shown(path: Path) -> Path:

@@ -30,7 +30,7 @@ def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
         "loss 2.5, best 0.9 at step 5 (since step 2)",
         "1 steps were skipped",
         f"checkpoints: 2, the newest is {run_dir}/checkpoints/step-00000008",
-        f"next: the same command resumes the run; harness report {run_dir}",
+        f"next: harness report {run_dir}; the same command resumes it",
     ]
     closing.write({"step": 4, "event": "rollback"})
     lines = list(closing.lines(Outcome("complete", 0, step=9)))
@@ -39,4 +39,4 @@ def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
         "eval/accuracy 0.1, the best",
         "loss 1.5, the best (since step 2)",
     ]
-    assert lines[-1] == f"next: harness report {run_dir}"
+    assert lines[-1] == f"next: harness report {run_dir}; harness convert {run_dir} {run_dir}.sft"
