@@ -36,6 +36,7 @@ from tests.support.helpers import (
     tiny_config,
     without_times,
 )
+from tests.support.quick import quick
 
 PLACES = {
     "feed": "harness.engine.engines.feed",
@@ -105,14 +106,19 @@ def steps_saved(config: Config) -> list[int]:
 
 @pytest.mark.parametrize(
     ("ranks", "stage", "place", "at"),
-    [
+    quick(
+        [
+            (1, 0, "feed", 8),
+            (2, 0, "data", 7),
+            (2, 1, "feed", 8),
+            (2, 2, "data", 8),
+            (2, 3, "feed", 7),
+            (3, 3, "feed", 8),
+        ],
         (1, 0, "feed", 8),
-        (2, 0, "data", 7),
-        (2, 1, "feed", 8),
         (2, 2, "data", 8),
-        (2, 3, "feed", 7),
         (3, 3, "feed", 8),
-    ],
+    ),
 )
 def test_what_fails_on_all_ranks_is_saved_as_before_the_step(
     pools: Pools, tmp_path: Path, ranks: int, stage: int, place: str, at: int

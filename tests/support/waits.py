@@ -92,3 +92,16 @@ def _caller(frame: FrameType | None) -> str:
                 return f"{path.relative_to(package.parent)}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"
+
+
+class Waits(TorchDispatchMode):
+    """Names the operations that make the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.partition(".")[0] in ("_local_scalar_dense", "is_nonzero", "nonzero"):
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))

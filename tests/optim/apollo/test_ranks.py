@@ -7,11 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import devices, distributed
 from harness.optim import Apollo, apollo_param_groups
-from harness.optim.apollo.memory import state_bytes
 from harness.testing.pool import RankPool
 from harness.zero.shards import ShardError, locate
 from tests.support.given_gradients import (
@@ -26,21 +24,9 @@ from tests.support.given_gradients import (
 )
 from tests.support.helpers import Pools
 from tests.support.quick import quick
+from tests.support.waits import Waits
 
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations that make the host wait for a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__.partition(".")[0] in ("_local_scalar_dense", "is_nonzero", "nonzero"):
-            self.found.append(func.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def what_a_step_does(stage: int, overrides: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
@@ -121,38 +107,6 @@ def test_no_operator_waits_for_the_device(mini: bool, monkeypatch: pytest.Monkey
     assert readers <= {"aten::_fused_adam_", "aten::_fused_adamw_"}
 
 
-def poisoned_on_one_rank() -> tuple[float, float]:
-    """A NaN on rank 1 only, in a step that DeepSpeed does not check itself: how far the masters
-    moved in it; and how far they end from a run without that step."""
-    unchecked = {"bf16": {"enabled": True, "check_grad_overflow": False}}
-    model, reference = Given(), Given()
-    optimizer = apollo(model, update_proj_gap=100)
-    engine = engine_of(model, optimizer, 1, "fp32", unchecked)
-    take_steps(engine, range(3))
-    before = masters(optimizer)
-    gradients = gradients_of(3)
-    for group in ("tall", "kernel", "experts", "table"):
-        gradients[group] = gradients[group].clone()
-        gradients[group].view(-1)[5] = torch.nan if distributed.global_rank() == 1 else 0.0
-    engine.backward(engine(gradients))
-    engine.step()
-    after = masters(optimizer)
-    take_steps(engine, range(4, 8))
-    plain = apollo(reference, update_proj_gap=100)
-    take_plain_steps(reference, plain, range(3))
-    take_plain_steps(reference, plain, range(4, 8))
-    found = masters(optimizer)
-    engine.destroy()
-    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
-    return moved, worst(found, reference)
-
-
-def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(two_ranks: RankPool) -> None:
-    for moved, difference in two_ranks.run(poisoned_on_one_rank):
-        assert moved == 0.0
-        assert difference <= 5e-7
-
-
 def first_step_error(stage: int, overrides: dict[str, Any], spoil: bool) -> str:
     """The error of the first step, after rank 1 has changed weights without their masters."""
     shapes = {"a": (4, 6), "b": (5, 3)}
@@ -217,30 +171,6 @@ def test_unknown_layouts_are_refused() -> None:
     clone = torch.ones(4, 6)
     with pytest.raises(ShardError, match="found other values"):
         locate([clone], {"weight": nn.Parameter(torch.zeros(4, 6))})
-
-
-def measured_and_computed(stage: int, mini: bool, projection: str) -> tuple[int, int]:
-    """This rank's bytes of state after a step, and what `state_bytes` says of it before."""
-    model = Given()
-    optimizer = apollo(model, mini, projection=projection)
-    computed = state_bytes(optimizer.param_groups, stage, distributed.world_size())
-    engine = engine_of(model, optimizer, stage, "fp32", {})
-    take_steps(engine, range(1))
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    engine.destroy()
-    measured = sum(value.nbytes for value in values if isinstance(value, Tensor))
-    return measured, computed[distributed.global_rank()]
-
-
-@pytest.mark.parametrize(
-    ("mini", "projection"), [(False, "gaussian"), (True, "gaussian"), (False, "svd")]
-)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_state_takes_as_many_bytes_as_is_computed(
-    three_ranks: RankPool, stage: int, mini: bool, projection: str
-) -> None:
-    for measured, computed in three_ranks.run(measured_and_computed, stage, mini, projection):
-        assert measured == computed
 
 
 class Transformer(nn.Module):

@@ -4,40 +4,23 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import distributed
 from harness.optim.matrices import exchange
-from harness.optim.matrices.memory import sent_bytes, state_bytes
+from harness.optim.matrices.memory import sent_bytes
 from harness.testing.pool import RankPool
 from tests.support.given_gradients import (
     Given,
     engine_of,
     gradients_of,
-    masters,
-    take_plain_steps,
     take_steps,
-    worst,
 )
 from tests.support.matrix_optimizers import muon, soap
+from tests.support.waits import Waits
 
 OPTIMIZERS = pytest.mark.parametrize("make", [muon, soap], ids=lambda make: make.__name__)
 MODULES = ("groups", "optimizer", "muon")
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations that make the host wait for a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__.partition(".")[0] in ("_local_scalar_dense", "is_nonzero", "nonzero"):
-            self.found.append(func.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def what_a_step_does(
@@ -101,60 +84,3 @@ def test_two_collectives_few_bytes_and_no_wait(
         assert waits == []
         if not overrides:  # DeepSpeed's default layout
             assert computed == least
-
-
-def measured_and_computed(make: Callable[..., Any], stage: int) -> tuple[int, int]:
-    """This rank's bytes of state after a step, and what `state_bytes` says of it before."""
-    model = Given()
-    optimizer = make(model)
-    computed = state_bytes(optimizer.param_groups, stage, distributed.world_size())
-    engine = engine_of(model, optimizer, stage, "fp32", {})
-    take_steps(engine, range(1))
-    values = [value for state in optimizer.state.values() for value in state.values()]
-    engine.destroy()
-    measured = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
-    return measured, computed[distributed.global_rank()]
-
-
-@OPTIMIZERS
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_state_takes_as_many_bytes_as_is_computed(
-    two_ranks: RankPool, stage: int, make: Callable[..., Any]
-) -> None:
-    for measured, computed in two_ranks.run(measured_and_computed, make, stage):
-        assert measured == computed
-
-
-def poisoned_on_one_rank(make: Callable[..., Any]) -> tuple[float, float]:
-    """A NaN on rank 1 only, in a step that DeepSpeed does not check itself: how far the masters
-    moved in it; and how far they end from a run without that step."""
-    unchecked = {"bf16": {"enabled": True, "check_grad_overflow": False}}
-    model, reference = Given(), Given()
-    optimizer = make(model)
-    engine = engine_of(model, optimizer, 1, "fp32", unchecked)
-    take_steps(engine, range(3))
-    before = masters(optimizer)
-    gradients = gradients_of(3)
-    for group in ("tall", "square", "kernel", "experts", "table"):
-        gradients[group] = gradients[group].clone()
-        gradients[group].view(-1)[5] = torch.nan if distributed.global_rank() == 1 else 0.0
-    engine.backward(engine(gradients))
-    engine.step()
-    after = masters(optimizer)
-    take_steps(engine, range(4, 8))
-    plain = make(reference)
-    take_plain_steps(reference, plain, range(3))
-    take_plain_steps(reference, plain, range(4, 8))
-    found = masters(optimizer)
-    engine.destroy()
-    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
-    return moved, worst(found, reference)
-
-
-@OPTIMIZERS
-def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(
-    two_ranks: RankPool, make: Callable[..., Any]
-) -> None:
-    for moved, difference in two_ranks.run(poisoned_on_one_rank, make):
-        assert moved == 0.0
-        assert difference <= 2e-6

@@ -1,0 +1,87 @@
+"""Every sharded optimizer on several ranks: they skip the same steps, and hold what is computed."""
+
+import itertools
+
+import pytest
+import torch
+
+from harness import distributed
+from harness.testing.pool import RankPool
+from tests.support.given_gradients import (
+    Given,
+    engine_of,
+    gradients_of,
+    masters,
+    take_plain_steps,
+    take_steps,
+    worst,
+)
+from tests.support.quick import quick
+from tests.support.sharded_optimizers import KINDS
+
+KEPT = {"update_proj_gap": 100}
+"""APOLLO's projection stays the same, though a step is left out."""
+
+
+def poisoned_on_one_rank(name: str) -> tuple[float, float]:
+    """A NaN on rank 1 only, in a step that DeepSpeed does not check itself: how far the masters
+    moved in it; and how far they end from a run without that step."""
+    unchecked = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    kind, settings = KINDS[name], KEPT if name.startswith("apollo") else {}
+    model, reference = Given(), Given()
+    optimizer = kind.of(model, **settings)
+    engine = engine_of(model, optimizer, 1, "fp32", unchecked)
+    take_steps(engine, range(3))
+    before = masters(optimizer)
+    gradients = gradients_of(3)
+    for group in ("tall", "square", "kernel", "experts", "table"):
+        gradients[group] = gradients[group].clone()
+        gradients[group].view(-1)[5] = torch.nan if distributed.global_rank() == 1 else 0.0
+    engine.backward(engine(gradients))
+    engine.step()
+    after = masters(optimizer)
+    take_steps(engine, range(4, 8))
+    unsharded = kind.of(reference, **settings)
+    take_plain_steps(reference, unsharded, range(3))
+    take_plain_steps(reference, unsharded, range(4, 8))
+    found = masters(optimizer)
+    engine.destroy()
+    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+    return moved, worst(found, reference)
+
+
+@pytest.mark.parametrize("name", ["apollo", "muon", "soap"])
+def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(
+    two_ranks: RankPool, name: str
+) -> None:
+    for moved, difference in two_ranks.run(poisoned_on_one_rank, name):
+        assert moved == 0.0
+        assert difference <= KINDS[name].bound
+
+
+def measured_and_computed(name: str, stage: int) -> tuple[int, int]:
+    """This rank's bytes of state after a step, and what `state_bytes` says of it before."""
+    model = Given()
+    optimizer = KINDS[name].of(model)
+    world = distributed.world_size()
+    computed = KINDS[name].state_bytes(optimizer.param_groups, stage, world)
+    engine = engine_of(model, optimizer, stage, "fp32", {})
+    take_steps(engine, range(1))
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    engine.destroy()
+    measured = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+    return measured, computed[distributed.global_rank()]
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    quick(
+        itertools.product(KINDS, (0, 1, 2, 3)),
+        *((name, stage) for name in KINDS for stage in (0, 2, 3)),
+    ),
+)
+def test_state_takes_as_many_bytes_as_is_computed(
+    three_ranks: RankPool, name: str, stage: int
+) -> None:
+    for measured, computed in three_ranks.run(measured_and_computed, name, stage):
+        assert measured == computed
