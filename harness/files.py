@@ -39,7 +39,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 def staging_path(path: Path) -> Path:
     """A temporary name next to `path`, of its own for every call: threads, and processes on other
     hosts with the same process id, may write the same `path` at once."""
-    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    start = path.name[:50]  # a name may be too long to get longer
+    return path.with_name(f".{start}.{os.urandom(4).hex()}.tmp")
 
 
 def is_present(path: Path) -> bool:

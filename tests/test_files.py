@@ -40,6 +40,12 @@ def test_a_file_may_be_written_by_several_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "\u91cd" * 85])
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path: Path, name: str) -> None:
+    json_write(1, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_json_line_cuts_floats_and_stays_json() -> None:
     line = json_line({"step": 3, "loss": 1 / 3, "bad": math.nan, "far": -math.inf}, digits=4)
     assert json.loads(line) == {"step": 3, "loss": 0.3333, "bad": "nan", "far": "-inf"}

@@ -30,7 +30,7 @@ def notes_of_file(path: Path, metadata: Collection[str]) -> list[str]:
     """What the weights of a file are a part of. Raises CheckpointError for pieces of tensors."""
     if _SHARDING in metadata:
         raise CheckpointError(f"{path}: {_PIECES}")
-    if path.name == ADAPTER:
+    if path.stem == Path(ADAPTER).stem:
         return ["the tensors of an adapter, without its base model"]
     match = _SHARD.fullmatch(path.name)
     if match and int(match[2]) > 1:

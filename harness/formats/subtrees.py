@@ -37,6 +37,18 @@ def choose(tree: Any, key: str | None, is_weights: Callable[[Any], bool]) -> tup
     return key, parts[key]
 
 
+def beside(tree: Tree, key: str) -> list[str]:
+    """The keys of all that is not in the part that `key` names."""
+    found: list[str] = []
+    for other, value in tree.items():
+        if isinstance(value, dict) and key.startswith(f"{other}."):
+            inner = beside(value, key.removeprefix(f"{other}."))
+            found += [f"{other}.{name}" for name in inner]
+        elif other != key:
+            found.append(str(other))
+    return found
+
+
 def _offer(parts: dict[str, Tree]) -> str:
     if not parts:
         return "no key of it holds a dict of tensors"

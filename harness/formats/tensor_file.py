@@ -86,7 +86,7 @@ def _read_pt(path: Path, key: str | None) -> TensorFile | None:
         raise FormatError(f"{path}: {error}") from None
     found = _of_tree(path, part)
     assert found is not None
-    others = first_few([repr(str(other)) for other in tree if str(other) != key])
+    others = first_few(list(map(repr, subtrees.beside(tree, key))))
     left = f"; left out: {others}" if others else ""
     return replace(found, key=key, notes=[f"the weights of key {key!r}{left}", *found.notes])
 

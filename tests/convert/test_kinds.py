@@ -204,6 +204,12 @@ def taken(src: Path, **options: Any) -> tuple[dict[str, torch.Tensor], list[str]
 
 NESTED: dict[str, tuple[Any, str | None, str]] = {
     "model": ({"model": WEIGHTS, "epoch": 3}, None, "key 'model'; left out: 'epoch'"),
+    "tensors beside": (
+        {"net": {"layer": WEIGHTS, "b": torch.ones(1)}, "net.x": 1, 3: 2},
+        None,
+        "key 'net.layer'; left out: 'net.b', 'net.x', '3'",
+    ),
+    "a dot in the key": ({"net": 5, "net.layer": WEIGHTS}, None, "key 'net.layer'; left out: 'net'"),
     "lightning": (
         {
             "state_dict": WEIGHTS,
@@ -436,12 +442,15 @@ def test_another_kind_of_directory_is_named(tmp_path: Path, case: str) -> None:
 
 
 def test_an_adapter_is_named_and_converted(tmp_path: Path) -> None:
+    note = "the tensors of an adapter, without its base model"
     files("x/adapter_config.json")(tmp_path)
     with_weights("adapter_model.safetensors")(tmp_path / "x")
     for src in (tmp_path / "x", tmp_path / "x/adapter_model.safetensors"):
         found, lines = taken(src)
         assert found.keys() == WEIGHTS.keys()
-        assert "note: the tensors of an adapter, without its base model" in lines
+        assert f"note: {note}" in lines
+    torch.save(WEIGHTS, tmp_path / "x/adapter_model.bin")
+    assert taken(tmp_path / "x/adapter_model.bin")[1][0] == f"note: {note}"
 
 
 def test_a_part_of_a_model_is_named(tmp_path: Path) -> None:
