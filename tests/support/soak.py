@@ -8,6 +8,7 @@ is rolled back; so it is in the run that they are compared with.
     python -m tests.support.soak DIR FAULTS [SEED]
 """
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -153,6 +154,7 @@ def fork(body: Callable[[], int], name: str) -> int:
         return pid
     code = 1
     try:
+        atexit._clear()  # what its parent has to tidy up
         for number in PASSED_ON:
             signal.signal(number, signal.SIG_DFL)
         ctypes.CDLL(None).prctl(15, name.encode())  # PR_SET_NAME
