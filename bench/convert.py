@@ -62,7 +62,9 @@ def write_checkpoint_of(
     model |= {"buffer_names": [], "param_shapes": [shapes], "shared_params": {}}
     model |= {"dp_world_size": world, "global_steps": 1, "ds_version": "0", "ds_config": {}}
     model["frozen_param_fragments"] = None
-    flat = torch.empty(0 if stage == 3 else count, dtype=torch.bfloat16).normal_()
+    per_rank = math.ceil(count / (2 * world)) * 2
+    masters = torch.randn(0 if stage == 3 else per_rank * world)
+    flat = masters[:count].bfloat16()
     parts = flat.split([0 if stage == 3 else shape.numel() for shape in shapes.values()])
     model["module"] = {
         name: part if stage == 3 else part.view(shape)
@@ -75,8 +77,8 @@ def write_checkpoint_of(
             size = sum(math.ceil(shape.numel() / world) for shape in shapes.values())
         else:
             torch.save(model, tag / "mp_rank_00_model_states.pt")
-            size = math.ceil(count / (2 * world)) * 2
-        flat = torch.randn(size)
+            size = per_rank
+        flat = torch.randn(size) if stage == 3 else masters[rank * size : (rank + 1) * size]
         padding = max(0, (rank + 1) * size - count) if stage < 3 else 0
         base = {"state": {0: {}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
         if stage == 3:

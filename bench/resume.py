@@ -45,6 +45,7 @@ def config_of(directory: Path, stage: int, width: int) -> Config:
 def save(config: Config) -> None:
     """Saves the state after a step."""
     from harness import distributed
+    from harness.callbacks.moments import Callbacks
     from harness.checkpoint.disks import find_disks
     from harness.checkpoint.save import Saver
     from harness.control.live import LiveConfig
@@ -60,7 +61,7 @@ def save(config: Config) -> None:
     engines = build_engines(task, config)
     engines.step(to_device(next(batches), distributed.device()))
     disks = find_disks(config.run_dir)
-    Saver(engines, StepBatches(batches), LiveConfig(config), disks).save({})
+    Saver(engines, StepBatches(batches), LiveConfig(config), disks, Callbacks([])).save({})
     engines.close()
 
 

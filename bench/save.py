@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of every way, in interleaved rounds; on one rank of several."""
     from harness import distributed
+    from harness.callbacks.moments import Callbacks
     from harness.checkpoint.disks import find_disks
     from harness.checkpoint.save import Saver
     from harness.control.live import LiveConfig
@@ -53,8 +54,8 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     position = StepBatches(batches)
     seconds: dict[str, list[float]] = {}
     disks = find_disks(directory)
-    saver = Saver(engines, position, LiveConfig(config), disks)
-    background = Saver(engines, position, LiveConfig(background_config), disks)
+    saver = Saver(engines, position, LiveConfig(config), disks, Callbacks([]))
+    background = Saver(engines, position, LiveConfig(background_config), disks, Callbacks([]))
     target = directory / "bench/checkpoints/step-00000000"
 
     def ours() -> None:

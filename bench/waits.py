@@ -1,5 +1,5 @@
-"""What a user waits for at a prompt: `harness inspect`, `harness convert` of small tensors, and the
-end of a process that has trained.
+"""What a user waits for at a prompt: `harness inspect`, `harness convert` of small tensors and with
+`--verify`, and the end of a process that has trained.
 
     python -m bench.waits [--rounds 5] [--before TREE] [--directory DIR] [--only TEXT]
 
@@ -78,6 +78,12 @@ def commands(directory: Path) -> dict[str, list[str]]:
             found[f"convert, ZeRO {stage}, {count} tensors"] = [
                 *HARNESS, "convert", str(source), target,
             ]  # fmt: skip
+    for stage in (2, 3):
+        source, target = directory / f"large-{stage}", str(directory / "x.sft")
+        size = convert.write_checkpoint(source, stage, 2, 1e8)
+        text = f"convert, ZeRO {stage}, {size / 1e9:.1f} GB"
+        found[text] = [*HARNESS, "convert", str(source), target]
+        found[f"{text}, --verify"] = [*found[text], "--verify"]
     return found
 
 

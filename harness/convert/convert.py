@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.convert import plan as planning
-from harness.convert.copy import OnProgress, copy
+from harness.convert.copy import OnProgress, copy, default_workers
 from harness.convert.plan import ConversionPlan, PlannedTensor
 from harness.convert.resolve_source import LATEST, read_file, resolve_source
 from harness.convert.verify import check_masters, check_output, check_sources
@@ -251,7 +251,7 @@ def _write_file(
     progress: OnProgress,
 ) -> set[str]:
     overflows: set[str] = set()
-    workers = options.workers or min(4, os.cpu_count() or 1)
+    workers = options.workers or default_workers()
     is_pt = path.suffix in suffixes.PT
     with_crc = is_pt or options.verify
 

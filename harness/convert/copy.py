@@ -5,6 +5,7 @@ beginning of a page. That takes less CPU time than larger buffers, and than `cop
 moves single pages if source and target have different offsets within a page.
 """
 
+import os
 import resource
 import threading
 import zlib
@@ -28,6 +29,11 @@ _PAGE = 4096
 
 OnProgress = Callable[[int], object]
 """Called by any thread with the number of bytes just written."""
+
+
+def default_workers() -> int:
+    """The number of threads: as many as processors, at most 4."""
+    return min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)

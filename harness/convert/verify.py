@@ -1,11 +1,14 @@
-"""Checks of a conversion: CRCs of sources and output, and the layout of the checkpoint."""
+"""Checks of a conversion, with several threads: CRCs of sources and output, and the layout of the
+checkpoint."""
 
 import bisect
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
-from harness.convert.copy import BUFFER_SIZE, OnProgress, SourceFiles, Written
+from harness.convert.copy import BUFFER_SIZE, OnProgress, SourceFiles, Written, default_workers
 from harness.errors import CheckpointError, FormatError
 from harness.formats import file_kinds, zips
 from harness.formats.legacy_pt import is_legacy
@@ -13,12 +16,20 @@ from harness.formats.raw_io import read_crc
 from harness.formats.stored_tensor import ByteRange, StoredTensor
 from harness.zero.reader import SavedEngine
 
+T = TypeVar("T")
+
 
 def check_sources(ranges: Iterable[ByteRange], progress: OnProgress) -> None:
     """Reads every record that is copied from. Raises FormatError for a wrong CRC.
 
     Only `.pt` files have CRCs, since torch 1.6.
     """
+
+    def verify(record: zips.Record) -> None:
+        record.verify()
+        progress(record.size)
+
+    records: list[zips.Record] = []
     by_path: dict[Path, set[int]] = {}
     for range_ in ranges:
         by_path.setdefault(range_.path, set()).add(range_.start)
@@ -29,8 +40,8 @@ def check_sources(ranges: Iterable[ByteRange], progress: OnProgress) -> None:
         for record in zips.records(path).values():
             first = bisect.bisect_left(starts, record.start)
             if first < len(starts) and starts[first] < record.start + record.size:
-                record.verify()
-                progress(record.size)
+                records.append(record)
+    _check_all(verify, records)
 
 
 def check_masters(saved: SavedEngine) -> None:
@@ -40,22 +51,24 @@ def check_masters(saved: SavedEngine) -> None:
     They are in different files, and match only if the layout was understood and every file is that
     of its rank. Raises CheckpointError that names the first parameter whose weights differ.
     """
-    checked: set[tuple[StoredTensor, str]] = set()
+    pairs: dict[tuple[StoredTensor, str], str] = {}
+    for name, ref in saved.weights.items():
+        source = saved.sources.get(name)
+        if source in saved.shapes and ref.shape == saved.shapes[source]:
+            pairs.setdefault((StoredTensor.from_ref(ref), source), name)
+
+    def check(pair: tuple[StoredTensor, str]) -> None:
+        (weight, source), name = pair, pairs[pair]
+        master = saved.master(source)
+        if weight != master and not _is_rounded(files, weight, master):
+            tied = f", which is tied to {source!r}," if source != name else ""
+            raise CheckpointError(
+                f"{saved.directory}: the {weight.dtype} weights of {name!r}{tied} are not its "
+                "rounded master weights: files of different runs or ranks, or an unknown layout"
+            )
+
     with SourceFiles() as files:
-        for name, ref in saved.weights.items():
-            source = saved.sources.get(name)
-            if source not in saved.shapes or ref.shape != saved.shapes[source]:
-                continue
-            weight, master = StoredTensor.from_ref(ref), saved.master(source)
-            if weight == master or (weight, source) in checked:
-                continue
-            checked.add((weight, source))
-            if not _is_rounded(files, weight, master):
-                tied = f", which is tied to {source!r}," if source != name else ""
-                raise CheckpointError(
-                    f"{saved.directory}: the {weight.dtype} weights of {name!r}{tied} are not its "
-                    "rounded master weights: files of different runs or ranks, or an unknown layout"
-                )
+        _check_all(check, pairs)
 
 
 def _is_rounded(files: SourceFiles, weight: StoredTensor, master: StoredTensor) -> bool:
@@ -77,6 +90,21 @@ def check_output(target: int, path: Path, written: Iterable[Written]) -> None:
     with Path(f"/proc/self/fd/{target}").open("rb") as file:
         descriptor = file.fileno()
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        for part in written:
+
+        def check(part: Written) -> None:
             if read_crc(descriptor, part.start, part.size, path, BUFFER_SIZE) != part.crc:
                 raise FormatError(f"{path}: {part.name!r} read back differs from what was written")
+
+        _check_all(check, written)
+
+
+def _check_all(check: Callable[[T], None], items: Iterable[T]) -> None:
+    """Calls `check` for each item, with several threads. Raises the error of the first one that
+    has failed, in their order; those that have not begun are then left out."""
+    with ThreadPoolExecutor(default_workers(), thread_name_prefix="check") as pool:
+        futures = [pool.submit(check, item) for item in items]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

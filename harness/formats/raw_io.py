@@ -9,8 +9,8 @@ from pathlib import Path
 
 from harness.errors import FormatError
 
-CHUNK_SIZE = 8 << 20
-"""Bytes in memory while a CRC is computed."""
+CHUNK_SIZE = 512 << 10
+"""Bytes in memory while a CRC is computed; they fit into the processor's cache."""
 
 
 def read_into(file: int, view: memoryview, start: int, path: Path) -> None:

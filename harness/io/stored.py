@@ -12,21 +12,34 @@ from harness.formats.stored_tensor import StoredTensor
 from harness.io.tree import TreeConverter
 
 
-def read_tensor(tensor: StoredTensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+def read_tensor(
+    tensor: StoredTensor, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """The tensor, or elements `start` to `stop` of the flattened tensor, shape (elements,).
 
+    `out`: what these elements are written into, and returned as, contiguous and of their number.
     Raises FormatError if the file was truncated, OSError if it cannot be read.
     """
     is_complete = stop is None and not start
+    stop = tensor.numel() if stop is None else stop
+    if out is not None and tensor.strided is None and out.dtype == getattr(torch, tensor.dtype):
+        return _fill(out, tensor, start)
     if tensor.strided is not None:
         flat = _read_strided(tensor).reshape(-1)[start:stop]
     else:
-        flat = _read_flat(tensor, start, tensor.numel() if stop is None else stop)
+        flat = _read_flat(tensor, start, stop)
+    if out is not None:
+        return out.copy_(flat)
     return flat.reshape(tensor.shape) if is_complete else flat
 
 
 def _read_flat(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
     flat = torch.empty(max(stop - start, 0), dtype=getattr(torch, tensor.dtype))
+    return _fill(flat, tensor, start)
+
+
+def _fill(flat: torch.Tensor, tensor: StoredTensor, start: int) -> torch.Tensor:
+    """Reads elements from `start` on into all of `flat`, which is contiguous and on the CPU."""
     if flat.numel():
         view = flat.view(torch.uint8).numpy().data
         for range_ in tensor.cut(start * tensor.itemsize, len(view)):

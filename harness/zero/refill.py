@@ -177,8 +177,8 @@ def filled_flat(flat: Flat, saved: SavedEngine, key: str | None) -> Tensor:
         if key is not None and key not in saved.state_keys(segment.name):
             continue  # the parameter never had a gradient
         tensor = saved.master(segment.name) if key is None else saved.moment(segment.name, key)
-        part = read_tensor(tensor, segment.start, segment.stop)
         if filled is None:
-            filled = torch.zeros(flat.shape, dtype=part.dtype)
-        filled.view(-1)[segment.flat_slice] = part
+            filled = torch.zeros(flat.shape, dtype=getattr(torch, tensor.dtype))
+        part = filled.view(-1)[segment.flat_slice]
+        read_tensor(tensor, segment.start, segment.stop, out=part)
     return torch.zeros(flat.shape) if filled is None else filled
