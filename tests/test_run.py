@@ -220,6 +220,14 @@ def test_every_sampler_and_workers(two_ranks: RankPool, tmp_path: Path, sampler:
     assert all(math.isfinite(loss) for loss in losses(inline))
 
 
+def test_events_of_the_config_are_executed(two_ranks: RankPool, tmp_path: Path) -> None:
+    events = [{"command": "lr x0.5", "every": 2}, {"command": "save as third", "at": 3}]
+    config = tiny_config(tmp_path, events=events, run={"steps": 4})
+    two_ranks.run(run_in_world, config)
+    assert [record["lr"] for record in records(config)] == [0.01, 0.01, 0.005, 0.005]
+    assert (config.run_dir / "checkpoints/step-00000003-third").is_dir()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -238,6 +246,7 @@ def test_every_sampler_and_workers(two_ranks: RankPool, tmp_path: Path, sampler:
         ({"engines": {"net": {"optimizer": {"name": "adam"}}}}, "did you mean 'adamw'"),
         ({"engines": {"net": {"scheduler": {"name": "cosin"}}}}, "did you mean 'cosine'"),
         ({"run": {"resume": "/no/where"}}, "/no/where: no such file or directory"),
+        ({"events": [{"command": "exprt", "at": 2}]}, "events.0.command: 'event exprt every 2'"),
     ],
 )
 def test_a_mistake_is_reported_on_all_ranks_before_anything_is_written(

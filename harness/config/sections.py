@@ -294,6 +294,23 @@ class ControlConfig(Section):
     """Accept commands from `harness ctl`, through a socket in the run directory."""
 
 
+class EventConfig(Section):
+    """[[events]] a live command that is executed at some steps (docs/control.md)."""
+
+    command: str
+    """The command, like "export" or "save as half"."""
+    every: int = Field(default=0, ge=0)
+    """Execute it at the end of every step that is a multiple of this."""
+    at: int = Field(default=0, ge=0)
+    """Execute it at the end of this step."""
+
+    @model_validator(mode="after")
+    def _is_scheduled_once(self) -> "EventConfig":
+        if bool(self.every) == bool(self.at):
+            raise ValueError(f"every = {self.every}, at = {self.at}: expected one of them, above 0")
+        return self
+
+
 class MetricsConfig(Section):
     """[metrics] where to report metrics, besides metrics.jsonl."""
 
