@@ -35,6 +35,7 @@ from harness.data.train_batches import (
 )
 from harness.distributed.failures import Failures, raise_lost_rank
 from harness.engine.engines import Engines, build_engines
+from harness.epochs import with_steps
 from harness.errors import CommandError, ConfigError, TaskError
 from harness.evaluate import check_best_metric
 from harness.execute import answer
@@ -106,6 +107,7 @@ def run_in_world(
         with oom.explained(config, is_building=True):
             task, batches = _build_task(config, build)
             stack.callback(batches.close)
+            config = with_steps(config, task)
             engines = build_engines(task, config)
         stack.callback(engines.close)
         _use_attention_backend(config, engines, stack)
