@@ -25,6 +25,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     place.py           in which step and phase an error has reached a rank
     recovery.py        what follows a step that was skipped, or a spike
     execute.py         what each live command does, and what is answered
+    epochs.py          the length of a run in passes over its data
     evaluate.py        held-out evaluation, every rank its share
     checkpoint/        a run's own commits: save, resume, reshard, retention, export, inspect
     convert/           checkpoints and files into plain weights, streamed without torch

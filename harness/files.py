@@ -9,7 +9,7 @@ import math
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,9 +161,11 @@ def truncate(value: Any, digits: int = 9) -> Any:
     return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)
 
 
-def toml_write(tables: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Writes tables of plain values (None is omitted), nested tables inline."""
-    text = "\n".join(
+def toml_write(tables: Mapping[str, Mapping[str, Any] | Sequence[Any]], path: Path) -> None:
+    """Writes tables of plain values (None is omitted), nested tables inline. Lists come first."""
+    lists = {name: table for name, table in tables.items() if not isinstance(table, Mapping)}
+    tables = {name: table for name, table in tables.items() if name not in lists}
+    text = "".join(f"{_key(name)} = {_toml(value)}\n" for name, value in lists.items()) + "\n".join(
         f"[{name}]\n"
         + "".join(f"{_key(k)} = {_toml(v)}\n" for k, v in table.items() if v is not None)
         for name, table in tables.items()

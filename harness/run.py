@@ -35,7 +35,8 @@ from harness.data.train_batches import (
 )
 from harness.distributed.failures import Failures, raise_lost_rank
 from harness.engine.engines import Engines, build_engines
-from harness.errors import TaskError
+from harness.epochs import with_steps
+from harness.errors import CommandError, ConfigError, TaskError
 from harness.evaluate import check_best_metric
 from harness.execute import answer
 from harness.health import oom, phases, watchdog
@@ -106,9 +107,11 @@ def run_in_world(
         with oom.explained(config, is_building=True):
             task, batches = _build_task(config, build)
             stack.callback(batches.close)
+            config = with_steps(config, task)
             engines = build_engines(task, config)
         stack.callback(engines.close)
         _use_attention_backend(config, engines, stack)
+        grammar = _grammar(task, engines, config)
         directory = stack.enter_context(RunDirectory(config))
         stack.enter_context(oom.explained(config))
         live, callbacks = LiveConfig(config), Callbacks(task.callbacks, bool(task.sinks))
@@ -129,7 +132,7 @@ def run_in_world(
         is_shown = config.metrics.progress and distributed.is_global_leader()
         progress = Progress(step, steps, is_shown)
         stack.callback(progress.close)
-        bus = _build_control(task, engines, live, signals, status, stack)
+        bus = _build_control(grammar, engines, live, signals, status, stack)
         recorder = Recorder(sinks)
         trainer = Trainer(
             *(live, task, engines, batches, saver, bus, recorder, callbacks, progress, status)
@@ -216,8 +219,23 @@ def _use_attention_backend(config: Config, engines: Engines, stack: ExitStack) -
         stack.enter_context(attention_backend(backend, dtypes, distributed.device()))
 
 
+def _grammar(task: Task, engines: Engines, config: Config) -> Grammar:
+    """The commands of this run. Collective. Raises ConfigError, on all ranks, if the config has an
+    event that is not one of them."""
+    helps = {name: getdoc(function) or "" for name, function in task.commands.items()}
+    names = [engine.name for engine in engines.trained]
+    grammar = Grammar(names, helps, engines.groups(), live_keys(config))
+    with distributed.raise_on_all_ranks("events"):
+        for number, event in enumerate(config.events):
+            try:
+                grammar.parse(f"event {event.command} every {event.every or event.at}")
+            except CommandError as error:
+                raise ConfigError(f"events.{number}.command: {error}") from None
+    return grammar
+
+
 def _build_control(
-    task: Task,
+    grammar: Grammar,
     engines: Engines,
     live: LiveConfig,
     signals: Signals,
@@ -226,9 +244,6 @@ def _build_control(
 ) -> Bus:
     """The bus, and on rank 0 its audit log and its fronts. Collective."""
     config = live.config
-    helps = {name: getdoc(function) or "" for name, function in task.commands.items()}
-    names = [engine.name for engine in engines.trained]
-    grammar = Grammar(names, helps, engines.groups(), live_keys(config))
     audit = None
     with distributed.raise_on_all_ranks(f"run directory {config.run_dir}"):
         if distributed.is_global_leader():

@@ -2,10 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from harness import distributed
 from harness.checkpoint.disks import find_disks
@@ -115,6 +115,6 @@ def _errors_logged_by(handler: logging.Handler, is_leader: bool) -> Iterator[Non
 def write_config(config: Config) -> None:
     """Writes the resolved config into the run directory, where `--config` can read it."""
     plain = config.model_dump()
-    tables: dict[str, Mapping] = {k: v for k, v in plain.items() if k != "engines"}
+    tables: dict[str, Any] = {k: v for k, v in plain.items() if k != "engines"}
     tables |= {f"engines.{name}": engine for name, engine in plain["engines"].items()}
     toml_write(tables, config.run_dir / "config.toml")

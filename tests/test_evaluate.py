@@ -466,9 +466,7 @@ def with_losses(config: Config) -> None:
         task.evaluate = lambda engine, batch: {"loss": BY_STEP[engine.peers.global_step]}
         return task
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.run.load_task", with_evaluate)
-        run_in_world(config)
+    run_in_world(config, None, with_evaluate)
 
 
 def test_the_best_checkpoint_of_a_run_stays(two_ranks: RankPool, tmp_path: Path) -> None:

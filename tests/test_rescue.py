@@ -335,7 +335,5 @@ def with_early_end(config: Config, has_state: bool) -> None:
         task.train_data = EndsEarly(task.train_data, has_state)
         return task
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harness.run.load_task", with_loader)
-        with pytest.raises(Exception, match="ended after 7"):
-            run_in_world(config)
+    with pytest.raises(Exception, match="ended after 7"):
+        run_in_world(config, None, with_loader)

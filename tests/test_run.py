@@ -218,6 +218,44 @@ def test_every_sampler_and_workers(two_ranks: RankPool, tmp_path: Path, sampler:
     assert all(math.isfinite(loss) for loss in losses(inline))
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(0.5, 2), (1.0, 4), (2.2, 9)])
+def test_a_run_of_some_epochs(
+    two_ranks: RankPool, tmp_path: Path, epochs: float, steps: int
+) -> None:
+    """96 samples in steps of 4 on 2 ranks, 3 times accumulated."""
+    config = tiny_config(tmp_path, **json_of(gradient_accumulation_steps=3))
+    run = {"name": "tiny", "dir": tmp_path, "epochs": epochs, "timeout_s": 30}
+    two_ranks.run(run_in_world, Config.model_validate(config.model_dump() | {"run": run}))
+    assert len(records(config)) == steps
+    assert records(config)[-1]["epoch"] == steps * 24 // 96
+    assert f"steps = {steps}\n" in (config.run_dir / "config.toml").read_text()
+
+
+def test_epochs_of_unknown_length_are_refused(two_ranks: RankPool, tmp_path: Path) -> None:
+    table = tiny_config(tmp_path, data={"sampler": "batched"}).model_dump()
+    table["run"] = {"name": "tiny", "dir": tmp_path, "epochs": 1}
+    errors = two_ranks.run(error_of, Config.model_validate(table))
+    assert (
+        errors
+        == [
+            "run.epochs: data.sampler = 'batched' makes micro-batches of different sizes: set "
+            "run.steps instead"
+        ]
+        * 2
+    )
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match=r"steps = 5 and epochs = 1 are both set: remove one"):
+        tiny_config(tmp_path, run={"steps": 5, "epochs": 1})
+
+
+def test_events_of_the_config_are_executed(two_ranks: RankPool, tmp_path: Path) -> None:
+    events = [{"command": "lr x0.5", "every": 2}, {"command": "save as third", "at": 3}]
+    config = tiny_config(tmp_path, events=events, run={"steps": 4})
+    two_ranks.run(run_in_world, config)
+    assert [record["lr"] for record in records(config)] == [0.01, 0.01, 0.005, 0.005]
+    assert (config.run_dir / "checkpoints/step-00000003-third").is_dir()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -236,6 +274,7 @@ def test_every_sampler_and_workers(two_ranks: RankPool, tmp_path: Path, sampler:
         ({"engines": {"net": {"optimizer": {"name": "adam"}}}}, "did you mean 'adamw'"),
         ({"engines": {"net": {"scheduler": {"name": "cosin"}}}}, "did you mean 'cosine'"),
         ({"run": {"resume": "/no/where"}}, "/no/where: no such file or directory"),
+        ({"events": [{"command": "exprt", "at": 2}]}, "events.0.command: 'event exprt every 2'"),
     ],
 )
 def test_a_mistake_is_reported_on_all_ranks_before_anything_is_written(

@@ -117,7 +117,7 @@ def restore(
         # The states of engines and data are the same on every rank.
         file = directory / rank_file(rank if same_world else 0)
         state = torch.load(file, map_location="cpu", weights_only=True)
-        live.load_state_dict(state["live"])
+        live.load_state_dict(state["live"], manifest.step)
         callbacks.load_state_dict(state.get("callbacks", []))
         engines.load_state_dict(state["engines"])
         engines.set_total_steps(live.config.run.steps)

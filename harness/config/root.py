@@ -14,6 +14,7 @@ from harness.config.sections import (
     CheckpointConfig,
     ControlConfig,
     DataConfig,
+    EventConfig,
     MetricsConfig,
     OptimizationsConfig,
     RunConfig,
@@ -44,6 +45,8 @@ class Config(Section):
     """Optimizations."""
     control: ControlConfig = ControlConfig()
     """Live command settings."""
+    events: list[EventConfig] = Field(default=[])
+    """Live commands that are executed at some steps."""
     metrics: MetricsConfig = MetricsConfig()
     """Metrics settings."""
     health: HealthConfig = HealthConfig()

@@ -63,11 +63,22 @@ class RunConfig(Section):
     """Seed of the models' initial weights, of the data order, and (with the rank) of dropout."""
     steps: int = Field(default=1000, ge=1, json_schema_extra=LIVE)
     """Optimizer steps of the complete run, including those before a resume."""
+    epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Instead of `steps`: passes over the training data, also parts of one. Counted at each start
+    in steps of its own batch size. For data with an index, and micro-batches of one size."""
     resume: Annotated[str, BeforeValidator(_step_or_path)] = "latest"
     """"latest": resume from the run's newest checkpoint, if any; "none": start over; a step of
     the run; or a path: of a checkpoint, or of a run directory, whose newest checkpoint is meant."""
     timeout_s: float = Field(default=1800.0, gt=0, le=1e8)
     """Timeout of collectives, in seconds; after it the run ends."""
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> "RunConfig":
+        if self.epochs is not None and "steps" in self.model_fields_set:
+            raise ValueError(
+                f"steps = {self.steps} and epochs = {self.epochs:g} are both set: remove one"
+            )
+        return self
 
 
 class TaskConfig(Section):
@@ -292,6 +303,23 @@ class ControlConfig(Section):
     """Read commands from rank 0's standard input."""
     socket: bool = True
     """Accept commands from `harness ctl`, through a socket in the run directory."""
+
+
+class EventConfig(Section):
+    """[[events]] a live command that is executed at some steps (docs/control.md)."""
+
+    command: str
+    """The command, like "export" or "save as half"."""
+    every: int = Field(default=0, ge=0)
+    """Execute it at the end of every step that is a multiple of this."""
+    at: int = Field(default=0, ge=0)
+    """Execute it at the end of this step."""
+
+    @model_validator(mode="after")
+    def _is_scheduled_once(self) -> "EventConfig":
+        if bool(self.every) == bool(self.at):
+            raise ValueError(f"every = {self.every}, at = {self.at}: expected one of them, above 0")
+        return self
 
 
 class MetricsConfig(Section):

@@ -1,8 +1,16 @@
 """Commands scheduled for a step, or for every N steps."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from harness.config.sections import EventConfig
+
+log = logging.getLogger(__name__)
+
+Schedule = tuple[str, int | None, int | None]
+"""A command, `at`, `every`."""
 
 
 @dataclass
@@ -15,6 +23,13 @@ class Event:
     every: int | None = None
     last_step: int = 0
     """The step at which it was last executed, or added; the key "obeyed" in checkpoints."""
+    is_configured: bool = False
+    """Whether it is from the config."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """What it executes, and when."""
+        return self.command, self.at, self.every
 
     def is_due(self, step: int) -> bool:
         """Whether it is due after this step and has not been executed at it."""
@@ -24,7 +39,7 @@ class Event:
 
     def __str__(self) -> str:
         when = f"@{self.at}" if self.every is None else f" every {self.every}"
-        return f"event {self.id}: {self.command}{when}"
+        return f"event {self.id}: {self.command}{when}{' (config)' * self.is_configured}"
 
 
 class Events:
@@ -34,9 +49,13 @@ class Events:
     event contains the remaining events of that step, and a resumed run executes those first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, configured: Sequence[EventConfig] = ()) -> None:
         self._events: dict[int, Event] = {}
         self._last_id = 0
+        self._configured: list[Schedule] = [
+            (each.command, each.at or None, each.every or None) for each in configured
+        ]
+        self._add_configured(0, ())
 
     def __iter__(self) -> Iterator[Event]:
         return iter(list(self._events.values()))
@@ -49,6 +68,16 @@ class Events:
         event = Event(self._last_id, command, at, every, last_step=step)
         self._events[event.id] = event
         return event
+
+    def _add_configured(self, step: int, known: Sequence[Schedule]) -> None:
+        """Adds the events of the config, those that are not `known`, after `step`."""
+        for command, at, every in self._configured:
+            if (command, at, every) in known:
+                continue
+            if at is not None and at <= step:
+                log.info("event %s@%d of the config: the run is already at %d", command, at, step)
+                continue
+            self.add(command, step, at=at, every=every).is_configured = True
 
     def clear(self, id: int | None = None) -> list[Event]:
         """Removes one event (None: all), and returns the removed ones."""
@@ -71,13 +100,24 @@ class Events:
         events = [asdict(event) for event in self]
         for event in events:
             event["obeyed"] = event.pop("last_step")
-        return {"last_id": self._last_id, "events": events}
+            if not event["is_configured"]:
+                del event["is_configured"]
+        state: dict[str, Any] = {"last_id": self._last_id, "events": events}
+        if self._configured:
+            state["configured"] = [list(schedule) for schedule in self._configured]
+        return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+    def load_state_dict(self, state: dict[str, Any], step: int = 0) -> None:
+        """Restores what `state_dict` returned, at that step. Of the config's, new ones are added,
+        and those that it has no longer are dropped."""
         self._last_id = state["last_id"]
         self._events = {}
         for item in state["events"]:
             fields = dict(item)
             last_step = fields.pop("obeyed")
-            self._events[item["id"]] = Event(**fields, last_step=last_step)
+            event = Event(**fields, last_step=last_step)
+            if event.is_configured and event.schedule not in self._configured:
+                log.info("dropping %s: the config has changed", event)
+                continue
+            self._events[event.id] = event
+        self._add_configured(step, [tuple(each) for each in state.get("configured", [])])

@@ -25,7 +25,7 @@ class LiveConfig:
 
     def __init__(self, config: Config):
         self.config = config
-        self.events = Events()
+        self.events = Events(config.events)
         self._initial = config
         self._changes: dict[str, str] = {}
 
@@ -56,16 +56,17 @@ class LiveConfig:
             f"{key} = {value_of(self.config, key)} (config: {value_of(self._initial, key)})"
             for key in self._changes
         ]
-        return changed + [str(event) for event in self.events]
+        return changed + [str(event) for event in self.events if not event.is_configured]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values: `{key: [new value, the config's value]}`, and the events."""
         changes = {k: [text, repr(value_of(self._initial, k))] for k, text in self._changes.items()}
         return {"changes": changes, "events": self.events.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Applies the changes again, except (and logs) those whose value the config has changed."""
-        self.events.load_state_dict(state["events"])
+    def load_state_dict(self, state: dict[str, Any], step: int = 0) -> None:
+        """Applies the changes again, except (and logs) those whose value the config has changed.
+        `step`: the checkpoint's."""
+        self.events.load_state_dict(state["events"], step)
         self.config, self._changes = self._initial, {}
         sections: dict[str, dict[str, str]] = {}
         for name, (new, old) in state["changes"].items():

@@ -7,6 +7,7 @@ import pytest
 from harness.config import Config
 from harness.config.command_line import parse_args
 from harness.errors import ConfigError
+from harness.run_directory import write_config
 from tests.support.helpers import ROOT
 
 BASE = f"""
@@ -111,3 +112,18 @@ def test_a_mistake_in_an_earlier_file_names_that_file(folder: Path) -> None:
     assert f"run.steps ({wrong}): found 0" in str(caught.value)
     with pytest.raises(ConfigError, match=r"task.path: missing \(required\)"):
         parsed(written(folder / "mine.toml", BASE.replace("[task]", "[data]").replace("path", "#")))
+
+
+def test_events_are_read_and_written(folder: Path) -> None:
+    text = '[[events]]\ncommand = "export"\nevery = 1000\n[[events]]\ncommand = "eval"\nat = 7\n'
+    config = parsed(written(folder / "mine.toml", f'extends = "base.toml"\n{text}'))
+    assert [(e.command, e.every, e.at) for e in config.events] == [
+        ("export", 1000, 0),
+        ("eval", 0, 7),
+    ]
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": folder})})
+    config.run_dir.mkdir()
+    write_config(config)
+    assert parsed(config.run_dir / "config.toml") == config
+    with pytest.raises(ConfigError, match=r"events.0: every = 0, at = 0: expected one of them"):
+        parsed(folder / "base.toml", written(folder / "none.toml", '[[events]]\ncommand = "save"'))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.config.sections import EventConfig
 from harness.control import commands as c
 from harness.control.events import Events
 from harness.control.grammar import Grammar
@@ -262,3 +263,29 @@ def test_a_group_of_several_engines_needs_its_engine() -> None:
     assert grammar.parse("lr G/head x0.5") == c.ScaleLr(0.5, "G/head")
     with pytest.raises(CommandError, match=r"'head' \(did you mean 'G/head'"):
         grammar.parse("lr head x0.5")
+
+
+def configured(*tables: dict[str, Any]) -> Events:
+    return Events([EventConfig.model_validate(table) for table in tables])
+
+
+def test_events_of_the_config_survive_a_resume_once() -> None:
+    every, half = {"command": "export", "every": 4}, {"command": "lr x0.5", "at": 3}
+    events = configured(every, half)
+    events.add("save", 0, every=5)
+    assert [due(events, step) for step in (1, 2, 3, 4)] == [[], [], ["lr x0.5"], ["export"]]
+    resumed = configured(every, half)
+    resumed.load_state_dict(events.state_dict(), 4)
+    assert [str(event) for event in resumed] == [
+        "event 1: export every 4 (config)",
+        "event 3: save every 5",
+    ]
+    assert due(resumed, 4) == [] and due(resumed, 8) == ["export"]
+    # The config has changed: one is gone, one is new, and one would be in the past.
+    changed = configured({"command": "eval", "every": 4}, {"command": "save", "at": 2})
+    changed.load_state_dict(events.state_dict(), 4)
+    assert due(changed, 4) == [] and due(changed, 8) == ["eval"]
+    # One that was cleared does not come back.
+    events.clear(1)
+    resumed.load_state_dict(events.state_dict(), 4)
+    assert [event.command for event in resumed] == ["save"]

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
@@ -142,8 +141,7 @@ def run_with_slow_rank(config: Config, seconds: float) -> None:
         task.feeder = slow_feeder
         return task
 
-    with patch("harness.run.load_task", slow):
-        run_in_world(config)
+    run_in_world(config, None, slow)
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
