@@ -14,6 +14,7 @@ this process has used, so that other processes matter little.
 """
 
 import argparse
+import importlib
 import statistics
 import sys
 import sysconfig
@@ -56,8 +57,7 @@ def numpy_batches(corpus: TokenFile, length: int) -> Iterator[torch.Tensor]:
 
 def datasets_batches(corpus: TokenFile, length: int) -> Iterator[torch.Tensor]:
     """Rows of Arrow, formatted as torch's, in a DataLoader."""
-    import datasets
-
+    datasets = importlib.import_module("datasets")
     count = (len(corpus) - 1) // length
     rows = [corpus.tokens[k * length : (k + 1) * length + 1].astype(np.int64) for k in range(count)]
     data: Any = datasets.Dataset.from_dict({"tokens": rows}).with_format("torch")
@@ -153,7 +153,7 @@ def compare_preparing(folder: Path, tokenizer: Path, corpus: Path, rounds: int) 
 
     def ours() -> float:
         began = time.process_time()
-        prepare([folder], corpus, settings, sys.stderr.write)
+        prepare([folder], corpus, settings, lambda text: None)
         return size / (time.process_time() - began)
 
     def theirs() -> float:
@@ -174,7 +174,7 @@ def compare_reading(corpus: TokenFile, length: int, rounds: int) -> None:
         "a numpy memmap": lambda: numpy_batches(corpus, length)
     }
     try:
-        import datasets
+        datasets = importlib.import_module("datasets")
     except ImportError:
         sys.stdout.write("datasets is not installed: not compared\n")
     else:
@@ -182,7 +182,8 @@ def compare_reading(corpus: TokenFile, length: int, rounds: int) -> None:
     tokens = BATCHES * SIZE * length / 1e6
     for name, make in others.items():
         theirs = make()
-        next(ours), next(theirs)
+        for batches in (ours, theirs):
+            next(batches)
         compare(
             f"reading, million tokens/s: harness against {name}",
             lambda: tokens / seconds(ours),

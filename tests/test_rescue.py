@@ -330,8 +330,8 @@ def test_a_loader_that_ends_early(pools: Pools, tmp_path: Path, has_state: bool)
 
 
 def with_early_end(config: Config, has_state: bool) -> None:
-    def with_loader(config: Config) -> Any:
-        task = load_task(config)
+    def with_loader(config: Config, build: Any = None) -> Any:
+        task = load_task(config, build)
         task.train_data = EndsEarly(task.train_data, has_state)
         return task
 

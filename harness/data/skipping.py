@@ -13,9 +13,10 @@ log = logging.getLogger(__name__)
 class Skipped(NamedTuple):
     """A sample that could not be read."""
 
-    index: int
+    sample: int
+    """Its index."""
     text: str
-    """Which sample, and why."""
+    """Which it is, and why."""
 
 
 class Fetched(NamedTuple):
@@ -64,8 +65,8 @@ class SkippingFetch(Fetch):
             if not isinstance(found, Skipped):
                 return found
         raise TaskError(
-            f"data.on_error = 'skip': none of the samples {index} to {index + self.most_skipped} "
-            f"can be read: {found.text}"
+            "data.on_error = 'skip': there is no sample to be read instead: the samples from "
+            f"{index} to {index + self.most_skipped} cannot be read, either"
         )
 
 
@@ -82,7 +83,7 @@ class Skips:
 
     def add(self, indices: Sequence[int], skipped: Sequence[Skipped]) -> None:
         """Counts those of a micro-batch, of all its samples, and logs them."""
-        bad = {sample.index for sample in skipped}
+        bad = {one.sample for one in skipped}
         self.count, self.too_many = len(skipped), False
         for index in indices:
             self._in_a_row = self._in_a_row + 1 if index in bad else 0

@@ -153,8 +153,8 @@ class StepBatches:
     def _add_terms(self, terms: Terms, batch: Any) -> None:
         """Those of the last micro-batch."""
         share, skips = self._batches.share, self._batches.skips
-        is_read = share > 0 and self._weigh is not None
-        terms.own.append(checked_weight(self._weigh(batch)) if is_read else share)
+        weigh = self._weigh if share else None
+        terms.own.append(share if weigh is None else checked_weight(weigh(batch)))
         terms.is_padding.append(share == 0)
         terms.counts.read += share > 0
         if skips is not None:
