@@ -35,7 +35,10 @@ def has_state(data: Any) -> bool:
     if not (hasattr(data, "state_dict") and hasattr(data, "load_state_dict")):
         return False
     optional = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    parameters = signature(data.state_dict).parameters.values()
+    try:
+        parameters = signature(data.state_dict).parameters.values()
+    except ValueError:  # of a function in C, it is not known
+        return True
     return all(p.default is not Parameter.empty or p.kind in optional for p in parameters)
 
 
