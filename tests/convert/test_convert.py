@@ -452,7 +452,7 @@ def test_a_disk_without_room_is_one_message(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("option", [{"shard_size": 60_000}, {"to_zero": 3}])
 def test_a_failed_write_into_a_new_directory_names_it(
-    checkpoints: Checkpoints, tmp_path: Path, option: dict[str, int]
+    checkpoints: Checkpoints, tmp_path: Path, option: dict[str, Any]
 ) -> None:
     src = checkpoints(2) / "zero1 bf16"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -209,7 +209,11 @@ NESTED: dict[str, tuple[Any, str | None, str]] = {
         None,
         "key 'net.layer'; left out: 'net.b', 'net.x', '3'",
     ),
-    "a dot in the key": ({"net": 5, "net.layer": WEIGHTS}, None, "key 'net.layer'; left out: 'net'"),
+    "a dot in the key": (
+        {"net": 5, "net.layer": WEIGHTS},
+        None,
+        "key 'net.layer'; left out: 'net'",
+    ),
     "lightning": (
         {
             "state_dict": WEIGHTS,
