@@ -1,5 +1,5 @@
-"""A small transformer that Muon or SOAP trains under ZeRO, with its own gradients, and with the same
-global batch in one or in four micro-batches a step, learns what a plain loop in one process does."""
+"""A small transformer that Muon or SOAP trains under ZeRO learns what a plain loop in one process
+does: with its own gradients, and the same global batch in one or in four micro-batches a step."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Block(nn.Module):
-    """Without biases, of which the keys' has no gradient; and LayerNorm leaves a direction without."""
+    """Without biases: the keys' has no gradient. Nor has a direction behind a LayerNorm."""
 
     def __init__(self) -> None:
         super().__init__()
