@@ -101,14 +101,14 @@ class _Unpickler:
                 code = data[position]
                 position += 1
                 if code == _LONG_BINPUT:
-                    self.remember(natural(data, position)[0])
-                    position += 4
+                    position += 4  # first: past the end it is truncated, not malformed
+                    self.remember(natural(data, position - 4)[0])
                 elif code == _BINPUT:
                     self.remember(data[position])
                     position += 1
                 elif code == _LONG_BINGET:
-                    push(memo[natural(data, position)[0]])
                     position += 4
+                    push(memo[natural(data, position - 4)[0]])
                 elif code == _BINGET:
                     push(memo[data[position]])
                     position += 1
@@ -124,8 +124,8 @@ class _Unpickler:
                 elif code == _TUPLE:
                     self.push_object(tuple(self.pop_mark()))
                 elif code == _BINUNICODE:
-                    start = position + 4
-                    position = start + natural(data, position)[0]
+                    start = position = position + 4
+                    position += natural(data, position - 4)[0]
                     if position > len(data):
                         raise PickleError("truncated")
                     push(data[start:position].decode("utf-8", "surrogatepass"))
