@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -21,10 +21,10 @@ def parse_args(argv: Sequence[str]) -> Config:
     """The config of a command line; `--help` prints all keys and exits. Raises ConfigError."""
     parser = argparse.ArgumentParser(
         prog="train.py",
-        usage="train.py --config FILE.toml [--config FILE.toml ...] [--section.key=value ...]",
-        description="Train the models of a task under DeepSpeed. Of several files, and of a file "
-        f"and what it `extends`, the later one counts; then {VARIABLE}SECTION__KEY in the "
-        "environment; then the command line.",
+        usage="train.py --config FILE.toml [--section.key=value ...]",
+        description="Train the models of a task under DeepSpeed. --config may be repeated, and a\n"
+        "file may begin with `extends = FILE`: of each key the last value counts; over it\n"
+        f"the one of the environment, {VARIABLE}SECTION__KEY, and of the command line.",
         epilog="keys, their types and defaults:\n\n" + "\n".join(_help(Config)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -75,6 +75,8 @@ def _as_json(value: Any) -> str:
 
 
 def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
     if get_origin(annotation) in (Union, UnionType):
