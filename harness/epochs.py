@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch.utils.data import IterableDataset
 
@@ -14,7 +15,8 @@ from harness.task import Task
 def with_steps(config: Config, task: Task) -> Config:
     """The config with the `run.steps` in which the run passes `run.epochs` times over the training
     data; as it is, if it has none. Raises ConfigError, on all ranks, if that is not known."""
-    epochs, data = config.run.epochs, task.train_data
+    epochs = config.run.epochs
+    data: Any = task.train_data
     if epochs is None:
         return config
     why = ""

@@ -81,7 +81,7 @@ def test_a_run_in_an_event_loop_returns_what_it_left(tmp_path: Path) -> None:
     assert result.metrics["step"] == 4 and result.metrics["loss"] > 0
     assert result.best is not None and result.best["step"] == 4
     assert result.best["eval/loss"] == result.metrics["eval/loss"]
-    assert (result.exports / "net.sft").is_file()
+    assert (result.run_dir / "exports/step-00000004/net.sft").is_file()
 
 
 @pytest.mark.parametrize("runs", [4, pytest.param(10, marks=pytest.mark.slow)])

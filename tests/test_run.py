@@ -427,7 +427,7 @@ def error_with_another_config(config: Config) -> str:
 def error_with_another_json(config: Config, path: Path) -> str:
     """Rank 1's file for DeepSpeed differs."""
     if distributed.global_rank() == 1:
-        settings = json.loads(config.engines["net"].ds_config.read_text())
+        settings = config.engines["net"].deepspeed()
         path.write_text(json.dumps(settings | {"gradient_clipping": 0.5}))
         changed = {"engines": {"net": {"ds_config": path}}}
         config = Config.model_validate(merge(config.model_dump(), changed))

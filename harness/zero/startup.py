@@ -32,7 +32,7 @@ def _leave(groups: set[Any], backend: Any) -> None:
     """Destroys the process groups other than `groups`, and makes DeepSpeed forget them: what it
     keeps in its modules would otherwise be used by the next run in this process. `backend`: its
     own from before."""
-    comm = importlib.import_module("deepspeed.comm.comm")
+    comm: Any = importlib.import_module("deepspeed.comm.comm")
     if not groups:
         comm.destroy_process_group()
     for group in _groups() - groups:

@@ -79,7 +79,8 @@ def test_the_run_is_named_after_the_file(toml: Path) -> None:
             "ds_overrides: train_batch_size: found 4",
         ),
         ("--engines.net.ds_overrides.optimizer.type=Adam", "use engines.NAME.optimizer"),
-        ("--engines.n-t.role=train", "engines.n-t.ds_config: missing"),
+        ("--engines.n-t.role=train", "engines.n-t (command line): role = 'train' needs an opti"),
+        ("--engines.n-t.role=teacher", "engines.n-t (command line): ds_config is missing"),
         ("--engines.net.frozn=1", "engines.net.frozn (command line): unknown key (did you mean"),
         (
             "--engines.net.ds_overrides.zero_optimization=3",
@@ -258,6 +259,7 @@ def test_help_lists_every_key_with_its_default(
         assert f"  --{key}  <" in text
     assert "--run.steps  <int>  default 1000" in text
     assert "--engines.NAME.ds_config  <path>  default null" in text
+    assert "--events[].command  <str>  required" in text
     assert max(len(line) for line in text.splitlines() if " " in line.strip()) <= 80
 
 
