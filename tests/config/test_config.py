@@ -241,10 +241,13 @@ def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)
         assert field.description, f"{prefix}{name} has no docstring"
-        within = {"engines": ".NAME.", "mix": ".NAME.", "replace": "[].", "groups": "[]."}.get(
-            name, "."
+        within = {"engines": ".NAME.", "mix": ".NAME."}
+        within |= dict.fromkeys(("replace", "groups", "events"), "[].")
+        yield from (
+            leaves(inner, f"{prefix}{name}{within.get(name, '.')}")
+            if inner
+            else [f"{prefix}{name}"]
         )
-        yield from leaves(inner, f"{prefix}{name}{within}") if inner else [f"{prefix}{name}"]
 
 
 def test_help_lists_every_key_with_its_default(
