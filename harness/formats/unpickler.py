@@ -62,7 +62,7 @@ def unpickle_first(
     except PickleError:
         raise
     except _DAMAGE as error:
-        if unpickler.position >= len(data):
+        if unpickler.position >= len(data) or isinstance(error, struct.error):  # a short buffer
             raise PickleError("truncated") from None
         raise PickleError(f"malformed at byte {unpickler.position}: {error!r}"[:200]) from None
     check_size(tree, max(MAX_NODES, len(data)))
