@@ -25,11 +25,13 @@ FLOORS: dict[Phase, float] = {
     "evaluation": 900.0,
     "export": 900.0,
     "commands": 900.0,
-    "upload": math.inf,  # as long as the store takes
+    "upload": math.inf,
     "paused": math.inf,
     "end": 300.0,
 }
 """Seconds below which no bound is learned."""
+ENDLESS: tuple[Phase, ...] = ("paused", "upload")
+"""Phases that take as long as somebody else does: who has paused the run, the store."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def bound_of(
     `longest` and `times`: how long it took in this run, and how often. `timeouts`: the table
     `health.timeouts`.
     """
-    if phase == "paused":
+    if phase in ENDLESS:
         return math.inf
     most, chosen = BELOW_TIMEOUT * timeout_s, timeouts.get(phase)
     if chosen == 0:

@@ -388,7 +388,7 @@ def test_weights_that_are_not_the_rounded_masters_are_noticed(
 
 @pytest.mark.parametrize("tag", ["../here", "", "/etc", "nowhere", "x\0y", "."])
 def test_a_hostile_latest_is_refused(checkpoints: Checkpoints, tmp_path: Path, tag: str) -> None:
-    directory = shutil.copytree(checkpoints(1) / "zero0 fp32", tmp_path / "damaged")
+    directory = shutil.copytree(checkpoints(2) / "zero0 fp32", tmp_path / "damaged")
     (directory / "latest").write_text(tag)
     with pytest.raises(HarnessError, match="latest"):
         converted(directory, tmp_path / "x.sft")

@@ -56,7 +56,7 @@ def outcome(config: Config) -> list[Any]:
     """Records and evaluations of a run, and the CRCs of all tensors in its last checkpoint."""
     last = checkpoint(config, config.run.steps)
     crcs = {path.name: tensor_crcs(path) for path in last.rglob("*.pt")}
-    return [without_times(records(config)), records(config, "eval/"), crcs]
+    return [*(without_times(records(config, kind)) for kind in ("", "eval/")), crcs]
 
 
 def both(pool: RankPool, config: Config) -> tuple[list[Any], list[Any]]:

@@ -9,7 +9,7 @@ import pytest
 from harness.config.health_section import TimeoutsConfig
 from harness.health.phases import PHASES, Phase
 from harness.health.stacks import place_in, waits_for_others
-from harness.health.verdict import FLOORS, Report, Verdict, bound_of, judge, narrowed, told
+from harness.health.verdict import ENDLESS, FLOORS, Report, Verdict, bound_of, judge, narrowed, told
 
 TIMEOUT_S = 1800.0
 FIRST_S = 0.95 * TIMEOUT_S
@@ -17,7 +17,7 @@ FIRST_S = 0.95 * TIMEOUT_S
 
 def test_every_phase_has_a_floor_and_a_key() -> None:
     assert set(FLOORS) == set(PHASES)
-    assert {*TimeoutsConfig.model_fields, "paused"} == set(PHASES)
+    assert {*TimeoutsConfig.model_fields, *ENDLESS} == set(PHASES)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,7 @@ def test_every_phase_has_a_floor_and_a_key() -> None:
         ("start", 0.0, 0, None, FIRST_S),
         ("end", 0.0, 0, None, 300.0),
         ("paused", 0.0, 9, None, math.inf),
+        ("upload", 0.0, 9, None, math.inf),
         ("forward", 50.0, 9, 20.0, 20.0),
         ("forward", 0.0, 1, 20.0, FIRST_S),
         ("forward", 0.0, 1, 7200.0, 7200.0),  # chosen, so run.timeout_s is no limit
@@ -48,7 +49,7 @@ def test_bounds(
 
 
 def test_floors_never_exceed_the_timeout_of_collectives() -> None:
-    for phase in set(PHASES) - {"paused"}:
+    for phase in set(PHASES) - {*ENDLESS}:
         assert bound_of(phase, 0.5, 9, 60.0, {}) == 0.95 * 60
 
 
