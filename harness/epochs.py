@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from torch.utils.data import IterableDataset
 
@@ -16,10 +15,9 @@ def with_steps(config: Config, task: Task) -> Config:
     """The config with the `run.steps` in which the run passes `run.epochs` times over the training
     data; as it is, if it has none. Raises ConfigError, on all ranks, if that is not known."""
     epochs = config.run.epochs
-    data: Any = task.train_data
     if epochs is None:
         return config
-    why = ""
+    data, why = task.train_data, ""
     if isinstance(data, Mapping):
         why = "train_data is a mixture"
     elif isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
@@ -32,5 +30,5 @@ def with_steps(config: Config, task: Task) -> Config:
     trained = [engine for engine in config.engines.values() if engine.role == "train"]
     accumulation = math.lcm(*(engine.gradient_accumulation for engine in trained))
     samples = config.data.micro_batch_size * distributed.world_size() * accumulation
-    steps = {"steps": math.ceil(epochs * len(data) / samples), "epochs": None}
+    steps = {"steps": math.ceil(epochs * len(task.train_data) / samples), "epochs": None}
     return config.model_copy(update={"run": config.run.model_copy(update=steps)})

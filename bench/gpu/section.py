@@ -57,8 +57,8 @@ class Section:
         with profile(activities=[kind]) as found:
             function()
             self.settle()
-        device = torch.autograd.DeviceType.CUDA if self.is_on_gpu else torch.autograd.DeviceType.CPU
-        events = [event for event in found.events() or [] if event.device_type == device]
+        device = "CUDA" if self.is_on_gpu else "CPU"
+        events = [event for event in found.events() or [] if event.device_type.name == device]
         busy = sum(event.device_time for event in events) / 1e3
         return {"launches": len(events), "busy ms": round(busy, 3)}
 

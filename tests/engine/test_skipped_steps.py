@@ -160,7 +160,7 @@ def late_means() -> list[Tensor]:
     for batch in batches():
         engines.sync_buffers()
         train(engines, [batch])
-        found.append(engines["net"].module.mean.clone())
+        found.append(engines["net"].module.get_buffer("mean").clone())
     engines.close()
     return found
 

@@ -38,7 +38,7 @@ def misbehave(kind: str) -> None:
 
 def build(config: Config) -> Task:
     fault, rank, step = (os.environ.get("HARNESS_FAULT") or "none 0 0").split()
-    args = {"nan_steps": [], "nan_samples": []} | config.task.args
+    args: dict[str, Any] = {"nan_steps": [], "nan_samples": []} | config.task.args
     notes = Path(args["notes"])
 
     nan_samples = set(args["nan_samples"])

@@ -5,7 +5,8 @@ traffic per weight instead of 12. The module needs triton, which comes with torc
 a GPU it runs in Triton's interpreter (TRITON_INTERPRET=1), for tests.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportInvalidTypeForm=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # triton has no types for its kernels, and need not be installed
 
 from collections.abc import Sequence

@@ -110,7 +110,8 @@ github.com/nikhilvyas/SOAP at a1e5535."""
 @pytest.mark.parametrize("longest", AUTHORS)
 def test_it_is_the_authors(longest: int) -> None:
     found = parameters(SHAPES if longest < 15 else [(12, 12), (9, 9)])
-    step([Soap(found, **SETTINGS | {"max_precond_dim": longest})], [found], 40)
+    settings: dict[str, Any] = SETTINGS | {"max_precond_dim": longest}
+    step([Soap(found, **settings)], [found], 40)
     for weights, expected in zip(found, AUTHORS[longest], strict=False):
         assert weights.flatten()[:3].tolist() == pytest.approx(expected, abs=4e-6)
 
