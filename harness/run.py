@@ -298,7 +298,8 @@ def _open_task_sinks(
     sinks: list[Sink] = []
     with distributed.raise_on_all_ranks("Task.sinks"):
         for sink in task.sinks if distributed.is_global_leader() else ():
-            opened = TaskSink(sink if isinstance(sink, Sink) else sink(config), callbacks.fail)
+            is_made = isinstance(sink, Sink) and not isinstance(sink, type)
+            opened = TaskSink(sink if is_made else sink(config), callbacks.fail)
             stack.callback(opened.close)
             sinks.append(opened)
     return sinks

@@ -177,14 +177,15 @@ class Listing:
 
 
 def listed(config: Config) -> tuple[bool, list[Any], list[Any]]:
-    """What two sinks are given: one made by a function, one that is."""
+    """What two sinks are given: one that is made of its class, one that is."""
     made, given = [], Listing()
 
-    def make(config: Config) -> Listing:
-        made.append(Listing())
-        return made[-1]
+    class Made(Listing):
+        def __init__(self, config: Config) -> None:
+            super().__init__()
+            made.append(self)
 
-    run_in_world(config, None, lambda config: tiny(config, sinks=[make, given]))
+    run_in_world(config, None, lambda config: tiny(config, sinks=[Made, given]))
     return given.is_closed, given.records, [record for sink in made for record in sink.records]
 
 
