@@ -112,6 +112,39 @@ def test_an_error_on_one_rank_is_one_error_that_names_it(
     assert first.endswith("ValueError: it is unwell\n")
 
 
+@pytest.mark.parametrize(
+    "state, error",
+    [
+        (ValueError("it is unwell"), "callback Failing.state_dict, step 2:"),
+        ({"path": Path("x")}, "callback Failing: its state_dict must contain only tensors and"),
+    ],
+)
+def test_a_state_that_could_not_be_restored_is_an_error_that_names_the_callback(
+    two_ranks: RankPool, tmp_path: Path, state: Any, error: str
+) -> None:
+    config = tiny_config(tmp_path, run={"steps": 2})
+    first, second = two_ranks.run(with_state, config, state)
+    assert first == second and first.startswith(f"rank 1: {error}")
+
+
+def with_state(config: Config, state: Any) -> str:
+    """The error of a run whose callback has this state, or fails with it, on rank 1."""
+
+    class Failing(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            if distributed.global_rank() == 0:
+                return {}
+            if isinstance(state, Exception):
+                raise state
+            return state
+
+    try:
+        run_in_world(config, None, lambda config: tiny(config, callbacks=[Failing()]))
+    except HarnessError as error:
+        return str(error)
+    return ""
+
+
 class Commanding(Callback):
     """Changes the learning rate, from `on_step` and from `on_eval`; other ranks want others."""
 
