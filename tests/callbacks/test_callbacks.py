@@ -11,9 +11,9 @@ import torch
 from harness import distributed
 from harness.callbacks import Callback, CallbackRun, EarlyStopping
 from harness.config import Config
-from harness.errors import HarnessError, TaskError
+from harness.errors import ConfigError, HarnessError, TaskError
 from harness.run import run_in_world
-from harness.task import Task
+from harness.task import Task, validate
 from harness.testing.pool import RankPool
 from tests.support.helpers import losses, records, tiny_config
 from tests.tasks import tiny_task
@@ -190,6 +190,17 @@ def test_early_stopping_ends_a_run_and_keeps_it_ended(two_ranks: RankPool, tmp_p
     assert ended["reason"].startswith("eval/loss was not better than 1.07")
     two_ranks.run(stopping, config)
     assert len(records(config)) == 4
+
+
+def test_wrong_arguments_and_parts_are_refused() -> None:
+    for wrong in ({"patience": 0}, {"mode": "least"}, {"min_delta": float("nan")}):
+        (name,) = wrong
+        with pytest.raises(ConfigError, match=f"EarlyStopping: {name} = .*: expected"):
+            EarlyStopping(**wrong)
+    for name, part in (("callbacks", Noting()), ("callbacks", [Noting]), ("sinks", [5])):
+        wrong_task: Any = Task(models={}, train_data=[], **{name: part})
+        with pytest.raises(TaskError, match=f"{name}: found .*, expected"):
+            validate(wrong_task, "my_task.py")
 
 
 class Listing:
