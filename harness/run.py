@@ -228,7 +228,7 @@ def _grammar(task: Task, engines: Engines, config: Config) -> Grammar:
     with distributed.raise_on_all_ranks("events"):
         for number, event in enumerate(config.events):
             try:
-                grammar.parse(f"event {event.command} every {event.every or event.at}")
+                grammar.check_event(event.command)
             except CommandError as error:
                 raise ConfigError(f"events.{number}.command: {error}") from None
     return grammar

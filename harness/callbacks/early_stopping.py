@@ -39,7 +39,8 @@ class EarlyStopping(Callback):
         """A run that was stopped stays so when it is started again."""
         if run.is_leader and not run.config.trainer.eval_every:
             log.warning(
-                "EarlyStopping: trainer.eval_every is 0: only evaluations by commands can stop the run"
+                "EarlyStopping: trainer.eval_every is 0: only evaluations by commands can stop the "
+                "run"
             )
         self._stop_if_over(run)
 
