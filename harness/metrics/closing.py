@@ -101,9 +101,10 @@ class Closing:
             if series.values:
                 yield f"{name} {series}{'' if name.startswith('eval/') else since}"
         if skipped := sum(self._skipped.values()):
-            yield f"{skipped} steps were skipped"
+            yield "1 step was skipped" if skipped == 1 else f"{skipped} steps were skipped"
         for what in ("checkpoints", "exports"):
-            if found := sorted((run_dir / what).glob("step-*")):
+            saved = (run_dir / what).glob("step-*")
+            if found := sorted(path for path in saved if path.suffix not in (".tmp", ".kept")):
                 yield f"{what}: {len(found)}, the newest is {found[-1]}"
         run = _shown(run_dir)
         goes_on = outcome.kind != "complete" and (outcome.step or 0) < steps
