@@ -43,7 +43,7 @@ def train(
     variables, signal handlers and random generators are as before afterwards.
     """
     began = time.time()
-    with process_state.restored():
+    with process_state.one_run(), process_state.restored():
         parent.parent_ids()  # while all launchers are alive
         environment.set_rank_variables()
         if os.environ.get("LOCAL_RANK", "0") == "0":

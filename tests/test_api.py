@@ -21,7 +21,7 @@ from torch import nn
 from harness import Config, Result, Task, command, launch, train
 from harness.config.command_line import parse_args
 from harness.control.wire import SOCKET
-from harness.errors import CommandError, ConfigError, TaskError
+from harness.errors import CommandError, ConfigError, HarnessError, TaskError
 from tests.support.helpers import ROOT
 
 
@@ -177,6 +177,8 @@ def test_a_run_in_a_thread_takes_commands(tmp_path: Path) -> None:
         thread.join(0.05)
     with pytest.raises(CommandError, match=r"'lr fast': rejected: .* a learning rate is"):
         command(tmp_path / "live", "lr fast")
+    with pytest.raises(HarnessError, match="another run is in progress in this process: wait"):
+        train(tables(tmp_path, name="second"), build)
     answers = [command(tmp_path / "live", line) for line in ("lr 0.5", "quit")]
     thread.join()
     assert answers == ["net: lr 0.5", "ending the run"]
