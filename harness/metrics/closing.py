@@ -108,7 +108,11 @@ class Closing:
                 yield f"{what}: {len(found)}, the newest is {found[-1]}"
         run = _shown(run_dir)
         goes_on = outcome.kind != "complete" and (outcome.step or 0) < steps
-        then = "the same command resumes it" if goes_on else f"harness convert {run} {run}.sft"
+        then = (
+            "a start with the same run.name resumes it"
+            if goes_on
+            else f"harness convert {run} {run}.sft"
+        )
         yield f"next: harness report {run}; {then}"
 
 

@@ -31,7 +31,7 @@ def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
         "loss 2.5, best 0.9 at step 5 (since step 2)",
         "1 step was skipped",
         f"checkpoints: 2, the newest is {run_dir}/checkpoints/step-00000008",
-        f"next: harness report {run_dir}; the same command resumes it",
+        f"next: harness report {run_dir}; a start with the same run.name resumes it",
     ]
     closing.write({"step": 4, "event": "rollback"})
     lines = list(closing.lines(Outcome("complete", 0, step=9)))
