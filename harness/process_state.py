@@ -15,7 +15,6 @@ import torch
 from harness.distributed.rng import rng_state, set_rng_state
 from harness.errors import HarnessError
 
-
 _run_in_progress = threading.Lock()
 
 
