@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import getdoc
 from pathlib import Path
+from typing import Any
 
 from harness import distributed, startup
 from harness.callbacks.moments import Callbacks
@@ -298,11 +299,17 @@ def _open_task_sinks(
     sinks: list[Sink] = []
     with distributed.raise_on_all_ranks("Task.sinks"):
         for sink in task.sinks if distributed.is_global_leader() else ():
-            is_made = isinstance(sink, Sink) and not isinstance(sink, type)
-            opened = TaskSink(sink if is_made else sink(config), callbacks.fail)
+            opened = TaskSink(_made(sink, config), callbacks.fail)
             stack.callback(opened.close)
             sinks.append(opened)
     return sinks
+
+
+def _made(sink: Any, config: Config) -> Sink:
+    """A sink, or what a function or a class of sinks returns."""
+    if isinstance(sink, type) or not isinstance(sink, Sink):
+        return sink(config)
+    return sink
 
 
 def _log_start(live: LiveConfig, engines: Engines) -> None:

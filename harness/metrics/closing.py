@@ -108,11 +108,9 @@ class Closing:
                 yield f"{what}: {len(found)}, the newest is {found[-1]}"
         run = _shown(run_dir)
         goes_on = outcome.kind != "complete" and (outcome.step or 0) < steps
-        then = (
-            "a start with the same run.name resumes it"
-            if goes_on
-            else f"harness convert {run} {run}.sft"
-        )
+        then = f"harness convert {run} {run}.sft"
+        if goes_on:
+            then = "a start with the same run.name resumes it"
         yield f"next: harness report {run}; {then}"
 
 

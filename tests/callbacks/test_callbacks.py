@@ -193,14 +193,17 @@ def test_early_stopping_ends_a_run_and_keeps_it_ended(two_ranks: RankPool, tmp_p
 
 
 def test_wrong_arguments_and_parts_are_refused() -> None:
+    wrong: dict[str, Any]
     for wrong in ({"patience": 0}, {"mode": "least"}, {"min_delta": float("nan")}):
         (name,) = wrong
         with pytest.raises(ConfigError, match=f"EarlyStopping: {name} = .*: expected"):
             EarlyStopping(**wrong)
+    part: Any
     for name, part in (("callbacks", Noting()), ("callbacks", [Noting]), ("sinks", [5])):
-        wrong_task: Any = Task(models={}, train_data=[], **{name: part})
+        parts: dict[str, Any] = {name: part}
+        task = Task(models={}, train_data=[], **parts)
         with pytest.raises(TaskError, match=f"{name}: found .*, expected"):
-            validate(wrong_task, "my_task.py")
+            validate(task, "my_task.py")
 
 
 class Listing:
