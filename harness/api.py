@@ -43,11 +43,13 @@ def train(
     variables, signal handlers and random generators are as before afterwards.
     """
     began = time.time()
-    with process_state.restored():
+    with process_state.one_run(), process_state.restored():
         parent.parent_ids()  # while all launchers are alive
         environment.set_rank_variables()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             forget_of_environment()
+        if not isinstance(overrides or {}, Mapping):
+            raise ConfigError(f"overrides: found {overrides!r}, expected tables")
         over = dotted_overrides(overrides or {})
         if isinstance(task, str | Path):
             over, task = merge(over, {"task": {"path": str(task)}}), None
@@ -72,6 +74,8 @@ def _config(config: AnyConfig, overrides: Mapping[str, Any]) -> tuple[Config, st
         layers = [Layer(config, "config")]
     else:
         paths = [config] if isinstance(config, str | Path) else config
+        if not paths or not isinstance(paths, Sequence):
+            raise ConfigError(f"config: found {config!r}, expected tables, a Config, or paths")
         layers = [layer for path in paths for layer in read(Path(path).expanduser())]
         name, title = name_of(Path(paths[-1])), f"config {paths[-1]}"
     found = resolve(layers, title, Layer(overrides, "overrides"))
@@ -87,6 +91,10 @@ def _with_task(config: Config, task: Task | Build | None) -> tuple[Config, Build
         if not config.task.path:
             raise ConfigError("config: task.path: missing, and no task is given")
         return config, None
+    if not (callable(task) or isinstance(task, Task)):
+        raise ConfigError(
+            f"task: found {task!r}, expected a Task, a function build(config) -> Task, or a path"
+        )
     build = (lambda config: task) if isinstance(task, Task) else task
     path = f"{build.__module__}:{getattr(build, '__qualname__', type(build).__name__)}"
     if isinstance(task, Task):

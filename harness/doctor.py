@@ -205,6 +205,8 @@ def _compiler() -> Finding:
 
 def _disk(directory: Path) -> Finding:
     """Writes and syncs a file there, which is gone afterwards."""
+    if directory.exists() and not directory.is_dir():
+        return Finding("disk", "error", f"{directory}: not a directory", "give that of run.dir")
     place = next(
         parent
         for parent in (directory.absolute(), *directory.absolute().parents)

@@ -34,6 +34,8 @@ def launch(
     which must be installed. A script that calls this must do so below `if __name__ == "__main__":`.
     Raises what `train` raises, once, and LostRank if a rank dies. Ctrl-C saves and ends the run.
     """
+    if ranks < 1:
+        raise ConfigError(f"ranks = {ranks}: expected at least 1")
     payload = _pickled((config, task, overrides))
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOADED)

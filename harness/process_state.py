@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,24 @@ from pathlib import Path
 import torch
 
 from harness.distributed.rng import rng_state, set_rng_state
+from harness.errors import HarnessError
+
+_run_in_progress = threading.Lock()
+
+
+@contextmanager
+def one_run() -> Iterator[None]:
+    """Raises HarnessError if another run is in progress in this process: they would share its
+    process group and its signal handlers."""
+    if not _run_in_progress.acquire(blocking=False):
+        raise HarnessError(
+            "another run is in progress in this process: wait for its end, or start this one in "
+            "processes of its own, with harness.launch"
+        )
+    try:
+        yield
+    finally:
+        _run_in_progress.release()
 
 
 @contextmanager

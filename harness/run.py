@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import getdoc
 from pathlib import Path
+from typing import Any
 
 from harness import distributed, startup
 from harness.callbacks.moments import Callbacks
@@ -228,7 +229,7 @@ def _grammar(task: Task, engines: Engines, config: Config) -> Grammar:
     with distributed.raise_on_all_ranks("events"):
         for number, event in enumerate(config.events):
             try:
-                grammar.parse(f"event {event.command} every {event.every or event.at}")
+                grammar.check_event(event.command)
             except CommandError as error:
                 raise ConfigError(f"events.{number}.command: {error}") from None
     return grammar
@@ -298,10 +299,17 @@ def _open_task_sinks(
     sinks: list[Sink] = []
     with distributed.raise_on_all_ranks("Task.sinks"):
         for sink in task.sinks if distributed.is_global_leader() else ():
-            opened = TaskSink(sink if isinstance(sink, Sink) else sink(config), callbacks.fail)
+            opened = TaskSink(_made(sink, config), callbacks.fail)
             stack.callback(opened.close)
             sinks.append(opened)
     return sinks
+
+
+def _made(sink: Any, config: Config) -> Sink:
+    """A sink, or what a function or a class of sinks returns."""
+    if isinstance(sink, type) or not isinstance(sink, Sink):
+        return sink(config)
+    return sink
 
 
 def _log_start(live: LiveConfig, engines: Engines) -> None:

@@ -216,14 +216,20 @@ def validate(task: Any, path: str) -> Task:
             )
     if task.summarize is not None and task.evaluate is None:
         raise TaskError(f"task {path}: summarize needs evaluate, which returns what is summed")
+    for name in ("callbacks", "sinks"):
+        if not isinstance(value := getattr(task, name), Sequence):
+            raise TaskError(f"task {path}: {name}: found {value!r}, expected a list")
     for callback in task.callbacks:
         if not isinstance(callback, Callback):
-            kind = type(callback).__name__
-            raise TaskError(f"task {path}: callbacks: {kind}, expected a harness.Callback")
+            raise TaskError(
+                f"task {path}: callbacks: found {callback!r}, expected a harness.Callback object"
+            )
     for sink in task.sinks:
-        if not (callable(sink) or (hasattr(sink, "write") and hasattr(sink, "close"))):
-            kind = type(sink).__name__
-            raise TaskError(f"task {path}: sinks: {kind}, expected write(record) and close()")
+        if not (callable(sink) or isinstance(sink, Sink)):
+            raise TaskError(
+                f"task {path}: sinks: found {sink!r}, expected an object with write(record) and "
+                "close(), or a function that returns one"
+            )
     builtin = {form.split()[0] for command in COMMANDS for form in command.forms}
     for name, function in task.commands.items():
         if not (name.isidentifier() and callable(function)) or name in builtin:

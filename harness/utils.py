@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import io
 import os
 import pickle
 from collections import UserDict
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, TaskError
 
 
 def import_path(path: str) -> Any:
@@ -23,6 +24,21 @@ def import_path(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{path!r}: {error}") from None
+
+
+def check_state(state: Any, name: str) -> None:
+    """Raises TaskError if an object's state, called `name`, can be saved, but not loaded with
+    weights_only."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    try:
+        torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        raise TaskError(
+            f"{name} must contain only tensors and plain values (no numpy values, for instance): "
+            "otherwise a run could not resume"
+        ) from None
 
 
 def to_device(tree: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from harness import Config, Result, Task, command, train
+from harness import Config, Result, Task, command, launch, train
 from harness.config.command_line import parse_args
 from harness.control.wire import SOCKET
-from harness.errors import CommandError, ConfigError, TaskError
+from harness.errors import CommandError, ConfigError, HarnessError, TaskError
 from tests.support.helpers import ROOT
 
 
@@ -139,6 +139,20 @@ def test_errors_have_the_text_of_the_command_line(tmp_path: Path) -> None:
         train(tables(tmp_path), build, {"run.steps": 0})
 
 
+def test_arguments_of_another_kind_are_refused(tmp_path: Path) -> None:
+    config, wrong = tables(tmp_path), cast(Any, 5)
+    with pytest.raises(ConfigError, match=r"config: found 5, expected tables, a Config, or paths"):
+        train(wrong, build)
+    with pytest.raises(ConfigError, match=r"config: found \[\], expected"):
+        train([], build)
+    with pytest.raises(ConfigError, match=r"task: found 5, expected a Task, a function build"):
+        train(config, wrong)
+    with pytest.raises(ConfigError, match=r"overrides: found 5, expected tables"):
+        train(config, build, wrong)
+    with pytest.raises(ConfigError, match=r"ranks = 0: expected at least 1"):
+        launch(build, ranks=0, config=config)
+
+
 def test_an_interrupt_saves_and_is_raised(tmp_path: Path) -> None:
     def interrupted(engine: Any, batch: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
@@ -163,6 +177,8 @@ def test_a_run_in_a_thread_takes_commands(tmp_path: Path) -> None:
         thread.join(0.05)
     with pytest.raises(CommandError, match=r"'lr fast': rejected: .* a learning rate is"):
         command(tmp_path / "live", "lr fast")
+    with pytest.raises(HarnessError, match="another run is in progress in this process: wait"):
+        train(tables(tmp_path, name="second"), build)
     answers = [command(tmp_path / "live", line) for line in ("lr 0.5", "quit")]
     thread.join()
     assert answers == ["net: lr 0.5", "ending the run"]

@@ -68,6 +68,12 @@ def test_every_fault_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert str(lock) in found["stale locks"].remedy
 
 
+def test_a_file_is_not_where_runs_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "my.toml").touch()
+    disk = findings(monkeypatch, tmp_path / "my.toml")["disk"]
+    assert (disk.state, disk.text) == ("error", f"{tmp_path}/my.toml: not a directory")
+
+
 def test_a_disk_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert findings(monkeypatch, Path("/proc/1/runs"))["disk"].state == "error"
 

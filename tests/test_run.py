@@ -274,7 +274,7 @@ def test_events_of_the_config_are_executed(two_ranks: RankPool, tmp_path: Path) 
         ({"engines": {"net": {"optimizer": {"name": "adam"}}}}, "did you mean 'adamw'"),
         ({"engines": {"net": {"scheduler": {"name": "cosin"}}}}, "did you mean 'cosine'"),
         ({"run": {"resume": "/no/where"}}, "/no/where: no such file or directory"),
-        ({"events": [{"command": "exprt", "at": 2}]}, "events.0.command: 'event exprt every 2'"),
+        ({"events": [{"command": "exprt", "at": 2}]}, "events.0.command: 'exprt': unknown command"),
     ],
 )
 def test_a_mistake_is_reported_on_all_ranks_before_anything_is_written(

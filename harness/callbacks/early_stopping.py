@@ -1,16 +1,20 @@
 """Ends a run whose evaluations no longer get better."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from harness.callbacks.callback import Callback, CallbackRun
 from harness.errors import ConfigError, did_you_mean
 
+log = logging.getLogger(__name__)
+
 
 class EarlyStopping(Callback):
     """Ends the run once `patience` evaluations in a row are not better than the best before them.
 
     Better is lower by more than `min_delta`, or with mode "max" higher. NaN is never better.
+    Raises ConfigError if an argument is not valid.
     """
 
     def __init__(
@@ -20,6 +24,12 @@ class EarlyStopping(Callback):
         mode: Literal["min", "max"] = "min",
         min_delta: float = 0.0,
     ):
+        if patience < 1:
+            raise ConfigError(f"EarlyStopping: patience = {patience!r}: expected at least 1")
+        if mode not in ("min", "max"):
+            raise ConfigError(f"EarlyStopping: mode = {mode!r}: expected 'min' or 'max'")
+        if not min_delta >= 0:
+            raise ConfigError(f"EarlyStopping: min_delta = {min_delta!r}: expected at least 0")
         self.patience, self.metric, self.min_delta = patience, metric, min_delta
         self._sign = 1 if mode == "min" else -1
         self._best: float | None = None
@@ -27,6 +37,11 @@ class EarlyStopping(Callback):
 
     def on_start(self, run: CallbackRun) -> None:
         """A run that was stopped stays so when it is started again."""
+        if run.is_leader and not run.config.trainer.eval_every:
+            log.warning(
+                "EarlyStopping: trainer.eval_every is 0: only evaluations by commands can stop the "
+                "run"
+            )
         self._stop_if_over(run)
 
     def on_eval(self, run: CallbackRun, metrics: Mapping[str, Any]) -> None:
@@ -43,10 +58,8 @@ class EarlyStopping(Callback):
 
     def _stop_if_over(self, run: CallbackRun) -> None:
         if self._waited >= self.patience:
-            run.stop(
-                f"{self.metric} was not better than {self._best:g} in the last {self._waited} "
-                "evaluations"
-            )
+            last = "last evaluation" if self._waited == 1 else f"last {self._waited} evaluations"
+            run.stop(f"{self.metric} was not better than {self._best:g} in the {last}")
 
     def state_dict(self) -> dict[str, Any]:
         """The best value, and evaluations since."""

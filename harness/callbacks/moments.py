@@ -10,7 +10,8 @@ from typing import Any
 from harness import distributed
 from harness.callbacks.callback import Callback, CallbackRun
 from harness.distributed.rng import rng_state, set_rng_state
-from harness.errors import HarnessError, TaskError
+from harness.errors import CheckpointError, HarnessError, TaskError
+from harness.utils import check_state
 
 log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)
@@ -121,8 +122,20 @@ class Callbacks:
         self._unsent = 0, 0
 
     def state_dict(self) -> list[Any]:
-        """The states of the callbacks, each with its class."""
-        return [[type(each).__name__, each.state_dict()] for each in self._callbacks]
+        """The states of the callbacks, each with its class. Collective. Raises CheckpointError, on
+        all ranks, if one fails, or cannot be loaded again."""
+        if not self._callbacks:
+            return []
+        with distributed.raise_on_all_ranks("callbacks"):
+            try:
+                return [[type(each).__name__, self._state_of(each)] for each in self._callbacks]
+            except TaskError as error:
+                raise CheckpointError(str(error)) from None
+
+    def _state_of(self, callback: Callback) -> dict[str, Any]:
+        state = _called(callback, "state_dict", f"step {self.run.step}")
+        check_state(state, f"callback {type(callback).__name__}: its state_dict")
+        return state
 
     def load_state_dict(self, states: Sequence[Any]) -> None:
         """Restores them; of a callback that has been added or removed since there is none."""
@@ -132,7 +145,7 @@ class Callbacks:
             found = next((state for state in left if state[0] == name), None)
             if found is not None:
                 left.remove(found)
-                callback.load_state_dict(found[1])
+                _called(callback, "load_state_dict", "at the resume", found[1])
         for name, _ in left:
             log_warning("callback %s: its state is dropped, as the task has no such callback", name)
 
@@ -145,15 +158,19 @@ class Callbacks:
     def _call(self, name: str, *args: Any) -> None:
         with _generators_restored():
             for callback in self._overriding(name):
-                try:
-                    getattr(callback, name)(self.run, *args)
-                except HarnessError:
-                    raise
-                except Exception as error:
-                    frames = error.__traceback__.tb_next if error.__traceback__ else None
-                    text = "".join(traceback.format_exception(type(error), error, frames))
-                    where = f"callback {type(callback).__name__}.{name}, step {self.run.step}"
-                    raise TaskError(f"{where}:\n{text}") from None
+                _called(callback, name, f"step {self.run.step}", self.run, *args)
+
+
+def _called(callback: Callback, name: str, when: str, *args: Any) -> Any:
+    """What a method returns. Raises TaskError, with its traceback, if it fails."""
+    try:
+        return getattr(callback, name)(*args)
+    except HarnessError:
+        raise
+    except Exception as error:
+        frames = error.__traceback__.tb_next if error.__traceback__ else None
+        text = "".join(traceback.format_exception(type(error), error, frames))
+        raise TaskError(f"callback {type(callback).__name__}.{name}, {when}:\n{text}") from None
 
 
 def _moment_of(name: str) -> Any:

@@ -130,7 +130,7 @@ def delete_replaced(target: Path) -> None:
     while kept.exists():
         kept = target.with_name(f"{target.name}.{next(numbers)}{KEPT}")
     replaced.rename(kept)
-    log.warning("%s is replaced; the old one, which cannot be judged, is kept as %s", target, kept)
+    log.warning("%s is replaced; the old one is kept as %s", target, kept)
 
 
 def clean(

@@ -18,6 +18,8 @@ from harness.errors import ConfigError, did_you_mean
 
 EXTENDS = "extends"
 """The key of a file, above all tables, that names what it extends: a path, or several."""
+LENGTHS = ("steps", "epochs")
+"""The keys of `run` of which a run has one."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,18 @@ def _expanded(name: str, path: Path) -> str:
 def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for layer in layers:
-        table = merge(table, layer.table)
+        table = merge(_without_length(table, layer.table), layer.table)
     return table
+
+
+def _without_length(table: Mapping[str, Any], over: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table without the length of the run, if `over` has one: steps replace epochs."""
+    run, given = table.get("run"), over.get("run")
+    if not (isinstance(run, Mapping) and isinstance(given, Mapping)):
+        return table
+    if all(given.get(key) is None for key in LENGTHS):
+        return table
+    return {**table, "run": {key: run[key] for key in run if key not in LENGTHS}}
 
 
 def _current(table: Mapping[str, Any], origin: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Client:
             with short_path(path) as name:
                 self._socket.connect(name)
         except FileNotFoundError:
-            raise NoAnswer(f"{path} does not exist; is {run_dir} a run directory?") from None
+            raise NoAnswer(f"no run is going on in {run_dir}: {path} does not exist") from None
         except ConnectionRefusedError:
             raise NoAnswer(
                 f"{path}: no answer: the run has ended, or its rank 0 is on another machine "

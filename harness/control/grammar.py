@@ -55,6 +55,13 @@ class Grammar:
             case words:
                 return self._unscheduled(line, words)
 
+    def check_event(self, text: str, line: str = "") -> None:
+        """Raises CommandError if `text`, on a line or by itself, is no command that can be
+        scheduled."""
+        line = line or text
+        if isinstance(self._unscheduled(line, text.split()), ClearEvents | Query):
+            raise CommandError(f"{_quoted(line)}: {_quoted(text)} cannot be scheduled")
+
     def help(self) -> str:
         """The forms and the help of all commands."""
         rows = [("  ".join(command.forms), inspect.getdoc(command)) for command in COMMANDS]
@@ -65,8 +72,7 @@ class Grammar:
     def _event(self, line: str, kind: str, words: Sequence[str], number: str) -> tuple[str, int]:
         """An event's command, and its step or period; both are checked."""
         text = " ".join(words)
-        if isinstance(self._unscheduled(line, words), ClearEvents | Query):
-            raise CommandError(f"{_quoted(line)}: {_quoted(text)} cannot be scheduled")
+        self.check_event(text, line)
         try:
             return text, self._kinds[kind](number)
         except ValueError as error:

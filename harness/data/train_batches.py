@@ -1,11 +1,7 @@
 """What a task's `train_data` is, and the micro-batches that a rank gets of it."""
 
-import io
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import torch
 
 from harness.config.sections import DataConfig
 from harness.data.batched_sampler import BatchedOrderedSampler
@@ -25,6 +21,7 @@ from harness.data.stream_loader import StreamLoader
 from harness.data.strided_stream import StridedStream
 from harness.data.task_loader import TaskLoader
 from harness.errors import ConfigError, TaskError
+from harness.utils import check_state
 
 
 def train_batches(
@@ -123,19 +120,9 @@ def may_be_uneven(batches: Batches, lengths: Sequence[int | None]) -> bool:
 
 
 def _check_state(loader: Any) -> None:
-    """Raises TaskError if a state could be saved, but not loaded with weights_only."""
-    if not has_state(loader):
-        return
-    file = io.BytesIO()
-    torch.save(loader.state_dict(), file)
-    file.seek(0)
-    try:
-        torch.load(file, weights_only=True)
-    except pickle.UnpicklingError:
-        raise TaskError(
-            f"train_data: the state_dict of {type(loader).__name__} must contain only tensors and "
-            "plain values (no numpy values, for instance): otherwise a run could not resume"
-        ) from None
+    """Raises TaskError if a state could be saved, but not loaded."""
+    if has_state(loader):
+        check_state(loader.state_dict(), f"train_data: the state_dict of {type(loader).__name__}")
 
 
 def _sampler(data: Any, config: DataConfig, seed: int, rank: int, world_size: int) -> Sampler:

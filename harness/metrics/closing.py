@@ -101,13 +101,16 @@ class Closing:
             if series.values:
                 yield f"{name} {series}{'' if name.startswith('eval/') else since}"
         if skipped := sum(self._skipped.values()):
-            yield f"{skipped} steps were skipped"
+            yield "1 step was skipped" if skipped == 1 else f"{skipped} steps were skipped"
         for what in ("checkpoints", "exports"):
-            if found := sorted((run_dir / what).glob("step-*")):
+            saved = (run_dir / what).glob("step-*")
+            if found := sorted(path for path in saved if path.suffix not in (".tmp", ".kept")):
                 yield f"{what}: {len(found)}, the newest is {found[-1]}"
         run = _shown(run_dir)
         goes_on = outcome.kind != "complete" and (outcome.step or 0) < steps
-        then = "the same command resumes it" if goes_on else f"harness convert {run} {run}.sft"
+        then = f"harness convert {run} {run}.sft"
+        if goes_on:
+            then = "a start with the same run.name resumes it"
         yield f"next: harness report {run}; {then}"
 
 

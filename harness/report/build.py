@@ -19,10 +19,14 @@ def write_report(
     """Writes the report of some runs, by default to RUN_DIR/report.html of the first, and their
     charts into the folder `pictures`.
 
-    Raises HarnessError if a path is not a run directory, and OSError if a file cannot be written.
+    Raises HarnessError if a path is not a run directory, or `target` is a directory, and OSError if
+    a file cannot be written.
     """
     runs = [RunFiles(path) for path in run_dirs]
     target = target or run_dirs[0] / "report.html"
+    if target.is_dir():
+        raise HarnessError(f"{target} is a directory: expected the name of a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
     text = page_of(content_of(runs))
     write_atomically(target, lambda staged: staged.write_text(text))
     say(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
@@ -36,12 +40,13 @@ def write_report(
 def serve_report(run_dirs: Sequence[Path], port: int, say: Callable[[str], None]) -> None:
     """Serves the report of some runs on this machine until an interrupt.
 
-    Raises HarnessError if a path is not a run directory, or the port is in use.
+    Raises HarnessError if a path is not a run directory, or the port cannot be used.
     """
     try:
         server = live_server(run_dirs, port)
-    except OSError as error:
-        raise HarnessError(f"port {port}: {error.strerror}; choose another: --live PORT") from None
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", "expected 0 to 65535")
+        raise HarnessError(f"port {port}: {why}; choose another: --live PORT") from None
     with server:
         say(f"{server.url} (Ctrl-C ends it)")
         server.serve_forever()

@@ -11,9 +11,9 @@ import torch
 from harness import distributed
 from harness.callbacks import Callback, CallbackRun, EarlyStopping
 from harness.config import Config
-from harness.errors import HarnessError, TaskError
+from harness.errors import ConfigError, HarnessError, TaskError
 from harness.run import run_in_world
-from harness.task import Task
+from harness.task import Task, validate
 from harness.testing.pool import RankPool
 from tests.support.helpers import losses, records, tiny_config
 from tests.tasks import tiny_task
@@ -112,6 +112,39 @@ def test_an_error_on_one_rank_is_one_error_that_names_it(
     assert first.endswith("ValueError: it is unwell\n")
 
 
+@pytest.mark.parametrize(
+    "state, error",
+    [
+        (ValueError("it is unwell"), "callback Failing.state_dict, step 2:"),
+        ({"path": Path("x")}, "callback Failing: its state_dict must contain only tensors and"),
+    ],
+)
+def test_a_state_that_could_not_be_restored_is_an_error_that_names_the_callback(
+    two_ranks: RankPool, tmp_path: Path, state: Any, error: str
+) -> None:
+    config = tiny_config(tmp_path, run={"steps": 2})
+    first, second = two_ranks.run(with_state, config, state)
+    assert first == second and first.startswith(f"rank 1: {error}")
+
+
+def with_state(config: Config, state: Any) -> str:
+    """The error of a run whose callback has this state, or fails with it, on rank 1."""
+
+    class Failing(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            if distributed.global_rank() == 0:
+                return {}
+            if isinstance(state, Exception):
+                raise state
+            return state
+
+    try:
+        run_in_world(config, None, lambda config: tiny(config, callbacks=[Failing()]))
+    except HarnessError as error:
+        return str(error)
+    return ""
+
+
 class Commanding(Callback):
     """Changes the learning rate, from `on_step` and from `on_eval`; other ranks want others."""
 
@@ -159,6 +192,20 @@ def test_early_stopping_ends_a_run_and_keeps_it_ended(two_ranks: RankPool, tmp_p
     assert len(records(config)) == 4
 
 
+def test_wrong_arguments_and_parts_are_refused() -> None:
+    wrong: dict[str, Any]
+    for wrong in ({"patience": 0}, {"mode": "least"}, {"min_delta": float("nan")}):
+        (name,) = wrong
+        with pytest.raises(ConfigError, match=f"EarlyStopping: {name} = .*: expected"):
+            EarlyStopping(**wrong)
+    part: Any
+    for name, part in (("callbacks", Noting()), ("callbacks", [Noting]), ("sinks", [5])):
+        parts: dict[str, Any] = {name: part}
+        task = Task(models={}, train_data=[], **parts)
+        with pytest.raises(TaskError, match=f"{name}: found .*, expected"):
+            validate(task, "my_task.py")
+
+
 class Listing:
     """A sink that keeps its records, and fails at one of them."""
 
@@ -177,14 +224,15 @@ class Listing:
 
 
 def listed(config: Config) -> tuple[bool, list[Any], list[Any]]:
-    """What two sinks are given: one made by a function, one that is."""
+    """What two sinks are given: one that is made of its class, one that is."""
     made, given = [], Listing()
 
-    def make(config: Config) -> Listing:
-        made.append(Listing())
-        return made[-1]
+    class Made(Listing):
+        def __init__(self, config: Config) -> None:
+            super().__init__()
+            made.append(self)
 
-    run_in_world(config, None, lambda config: tiny(config, sinks=[make, given]))
+    run_in_world(config, None, lambda config: tiny(config, sinks=[Made, given]))
     return given.is_closed, given.records, [record for sink in made for record in sink.records]
 
 

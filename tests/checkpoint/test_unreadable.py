@@ -104,7 +104,7 @@ def test_a_run_names_what_it_passes_over_and_keeps_what_has_no_manifest(
     steps = {f"step-0000000{step}" for step in (2, 4, 6, 8)}
     assert names(parent) == {*steps, "latest", f"step-00000006{KEPT}"}
     assert (parent / f"step-00000006{KEPT}/rank-00001.pt").read_bytes() == rank_file
-    assert "the old one, which cannot be judged, is kept as" in text
+    assert "is replaced; the old one is kept as" in text
     for step in steps:
         (parent / step / "manifest.json").unlink()
     for resume, message in (("latest", "no checkpoint is complete"), ("none", "has 4 checkpoints")):

@@ -114,6 +114,17 @@ def test_a_mistake_in_an_earlier_file_names_that_file(folder: Path) -> None:
         parsed(written(folder / "mine.toml", BASE.replace("[task]", "[data]").replace("path", "#")))
 
 
+def test_the_last_length_of_the_run_counts(folder: Path) -> None:
+    epochs = written(folder / "epochs.toml", "[run]\nepochs = 2\n")
+    config = parsed(folder / "base.toml", epochs)
+    assert config.run.epochs == 2
+    steps = written(folder / "steps.toml", "[run]\nsteps = 5\n")
+    config = parsed(folder / "base.toml", epochs, steps)
+    assert (config.run.steps, config.run.epochs) == (5, None)
+    with pytest.raises(ConfigError, match="are both set: remove one"):
+        parsed(folder / "base.toml", written(steps, "[run]\nsteps = 5\nepochs = 1\n"))
+
+
 def test_events_are_read_and_written(folder: Path) -> None:
     text = '[[events]]\ncommand = "export"\nevery = 1000\n[[events]]\ncommand = "eval"\nat = 7\n'
     config = parsed(written(folder / "mine.toml", f'extends = "base.toml"\n{text}'))

@@ -161,7 +161,7 @@ def test_ctl_prints_the_result_and_returns_its_exit_code(tmp_path: Path, desk: D
 def test_without_a_run_ctl_explains_why(tmp_path: Path) -> None:
     missing = ctl(tmp_path, "save")
     assert missing.returncode == 3
-    assert f"does not exist; is {tmp_path} a run directory?" in missing.stderr
+    assert f"no run is going on in {tmp_path}: " in missing.stderr
     front = SocketFront(Desk.__new__(Desk), tmp_path)
     front._path = tmp_path / "elsewhere"  # like a killed run, it leaves its socket behind
     front.close()

@@ -14,6 +14,7 @@ def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
     run_dir = config.run_dir
     (run_dir / "checkpoints/step-00000004").mkdir(parents=True)
     (run_dir / "checkpoints/step-00000008").mkdir()
+    (run_dir / "checkpoints/step-00000008.kept").mkdir()
     start = {"began": time.time() - 61, "time": time.time(), "from": 0, "step": 0, "starting": 1.0}
     (run_dir / "goodput.jsonl").write_text(2 * (json.dumps(start) + "\n"))
     earlier = [{"step": 1, "loss": 0.1}, {"step": 2, "eval/loss": 0.5, "eval/accuracy": 0.1}]
@@ -28,9 +29,9 @@ def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
         "eval/loss 0.7, best 0.5 at step 2",
         "eval/accuracy 0.3, the best",
         "loss 2.5, best 0.9 at step 5 (since step 2)",
-        "1 steps were skipped",
+        "1 step was skipped",
         f"checkpoints: 2, the newest is {run_dir}/checkpoints/step-00000008",
-        f"next: harness report {run_dir}; the same command resumes it",
+        f"next: harness report {run_dir}; a start with the same run.name resumes it",
     ]
     closing.write({"step": 4, "event": "rollback"})
     lines = list(closing.lines(Outcome("complete", 0, step=9)))

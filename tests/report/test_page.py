@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.report.build import live_server, write_report
+from harness.errors import HarnessError
+from harness.report.build import live_server, serve_report, write_report
 from tests.support.browser import Browser, headless_browser
 from tests.support.run_directories import records, write_run
 
@@ -119,6 +120,16 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
     target = tmp_path / "report.html"
     write_report([run, run, run, run], target, None, print)
     assert target.stat().st_size < 3e6
+
+
+def test_a_directory_or_an_impossible_port_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", steps=10)
+    with pytest.raises(HarnessError, match="is a directory: expected the name of a file"):
+        write_report([run], tmp_path, None, print)
+    with pytest.raises(HarnessError, match="port 99999: expected 0 to 65535; choose another"):
+        serve_report([run], 99999, print)
+    write_report([run], tmp_path / "new/report.html", None, print)
+    assert (tmp_path / "new/report.html").is_file()
 
 
 def test_the_command_writes_into_the_run_directory(tmp_path: Path) -> None:
