@@ -47,7 +47,7 @@ def _download_requested(url: str, parent: Path, disks: Disks) -> Path:
         base, last = url, ""
     with distributed.raise_on_all_ranks(f"run.resume = {url!r}"):
         store = Store(base)
-        known = store.checkpoints() if distributed.is_global_leader() else {}
+        known = store.checkpoints(not last) if distributed.is_global_leader() else {}
         good = [name for name, manifest in known.items() if not manifest.fault]
         name = (last or next(iter(good), "")) if distributed.is_global_leader() else ""
         if distributed.is_global_leader() and name not in known:
@@ -63,7 +63,7 @@ def _download_newest(store: Store, parent: Path, disks: Disks) -> None:
     failure = ""
     if distributed.is_global_leader():
         try:
-            known = store.checkpoints()
+            known = store.checkpoints(all_readable=True)
         except CheckpointError as error:
             failure = str(error)
     name = next((name for name, manifest in known.items() if not manifest.fault), "")

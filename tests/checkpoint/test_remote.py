@@ -13,7 +13,7 @@ from harness.checkpoint.remote_store import Store
 from harness.checkpoint.written import write_file
 from harness.config import Config
 from harness.config.sections import CheckpointConfig
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, UnreadableCheckpoint
 from harness.run import run_in_world
 from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool
@@ -141,7 +141,7 @@ def test_a_store_that_is_down_delays_only_the_end(two_ranks: RankPool, tmp_path:
 def list_fails(config: Config) -> str:
     with pytest.MonkeyPatch.context() as patch:
 
-        def fail(store: Store) -> None:
+        def fail(store: Store, all_readable: bool = False) -> None:
             raise CheckpointError("the store is down")
 
         patch.setattr(Store, "checkpoints", fail)
@@ -176,6 +176,9 @@ def test_a_kill_while_uploading(pools: Pools, tmp_path: Path, phase: str) -> Non
 
 def return_to_the_first(root: Path) -> list[str]:
     store = Store(f"file://{root}/store")
+    unknown = root / "store/step-00000009.9000/manifest.json"  # of a later version of harness
+    unknown.parent.mkdir(parents=True)
+    unknown.write_text('{"format": 99}')
     ours = uploads.Uploads(store, CheckpointConfig)
     for step in range(1, 4):
         directory = root / f"step-{step:08d}"
@@ -189,6 +192,9 @@ def return_to_the_first(root: Path) -> list[str]:
     ours.forget_after(1.0)
     ours.finish(lambda: False)
     ours.close()
+    with pytest.raises(UnreadableCheckpoint):
+        store.checkpoints(all_readable=True)
+    assert unknown.exists()
     return list(store.checkpoints())
 
 
