@@ -55,6 +55,8 @@ def test_a_lost_node_comes_back_from_the_store(
     two_ranks.run(on, "ab", tmp_path, run_in_world, half)
     assert 4 in stored(tmp_path)
     own = files(tmp_path, "a", 4)
+    with (place(tmp_path, "a", 4) / "rank-00000.pt").open("r+b") as file:
+        file.truncate(100)  # and the other node has lost power
     (tmp_path / "b").rename(tmp_path / "lost")
     two_ranks.run(on, "ab", tmp_path, run_in_world, whole)
     assert "downloading" in log_of(tmp_path)
