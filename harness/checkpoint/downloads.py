@@ -12,7 +12,7 @@ from pathlib import Path
 from harness import distributed
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.disks import Disks, list_checkpoints
-from harness.checkpoint.files import verify_file
+from harness.checkpoint.files import FileEntry, verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
 from harness.checkpoint.remote_store import PARALLEL_FILES, Store, local_name
 from harness.checkpoint.save import commit, create_staging
@@ -47,7 +47,7 @@ def _download_requested(url: str, parent: Path, disks: Disks) -> Path:
         base, last = url, ""
     with distributed.raise_on_all_ranks(f"run.resume = {url!r}"):
         store = Store(base)
-        known = store.checkpoints() if distributed.is_global_leader() else {}
+        known = store.checkpoints(not last) if distributed.is_global_leader() else {}
         good = [name for name, manifest in known.items() if not manifest.fault]
         name = (last or next(iter(good), "")) if distributed.is_global_leader() else ""
         if distributed.is_global_leader() and name not in known:
@@ -63,7 +63,7 @@ def _download_newest(store: Store, parent: Path, disks: Disks) -> None:
     failure = ""
     if distributed.is_global_leader():
         try:
-            known = store.checkpoints()
+            known = store.checkpoints(all_readable=True)
         except CheckpointError as error:
             failure = str(error)
     name = next((name for name, manifest in known.items() if not manifest.fault), "")
@@ -83,7 +83,7 @@ def _download_newest(store: Store, parent: Path, disks: Disks) -> None:
 
 def _newest_complete(parent: Path, disks: Disks) -> Manifest | None:
     """The manifest of the newest checkpoint all of whose files are on some disk, with finite
-    weights; what they hold is not read. Collective."""
+    weights; of what they hold only the size is looked at. Collective."""
     names, _ = list_checkpoints(parent, disks)
     for directory in [parent / name for name in names]:
         try:
@@ -91,7 +91,9 @@ def _newest_complete(parent: Path, disks: Disks) -> Manifest | None:
         except CheckpointError:  # told by `choose_checkpoint`
             continue
         present = {
-            name for name in manifest.files if disks.is_leader and _is_there(directory, name)
+            name
+            for name, entry in manifest.files.items()
+            if disks.is_leader and _is_there(directory / name, entry)
         }
         if manifest.finite is not False and manifest.files.keys() == set().union(
             *distributed.all_gather(present)
@@ -107,7 +109,11 @@ def _download(store: Store, name: str, manifest: Manifest, parent: Path, disks: 
     with checkpoint_error_on_all_ranks(doing):
         has_parts = _is_of_save(target, manifest)
     directory = target if has_parts else target.with_name(f"{target.name}.tmp")
-    missing = [file for file in _share(manifest) if not (has_parts and _is_there(target, file))]
+    missing = [
+        file
+        for file in _share(manifest)
+        if not (has_parts and _is_there(target / file, manifest.files[file]))
+    ]
     needed = disks.sum(sum(manifest.files[file].size for file in missing))
     log_info("downloading %s/%s", store.url, name)
     with checkpoint_error_on_all_ranks(doing):
@@ -147,5 +153,6 @@ def _is_of_save(directory: Path, manifest: Manifest) -> bool:
         return False
 
 
-def _is_there(directory: Path, file: str) -> bool:
-    return (directory / file).is_file()
+def _is_there(path: Path, entry: FileEntry) -> bool:
+    """Whether a file is there, and not truncated."""
+    return path.is_file() and path.stat().st_size == entry.size

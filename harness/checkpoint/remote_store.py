@@ -9,6 +9,7 @@ An object appears whole or not at all, as in a store of objects; other file syst
 another name first.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ from typing import Any
 from harness.checkpoint.manifest import Manifest, parse_manifest
 from harness.config import Config
 from harness.convert.run_checkpoints import MANIFEST
-from harness.errors import CheckpointError, ConfigError
+from harness.errors import CheckpointError, ConfigError, UnreadableCheckpoint
+
+log = logging.getLogger(__name__)
 
 CHUNK = 8 << 20
 MOST_PARTS = 9_000  # S3 allows 10,000 of one object
@@ -51,15 +54,23 @@ class Store:
         protocol = self._files.protocol
         self._protocols = {protocol} if isinstance(protocol, str) else set(protocol)
 
-    def checkpoints(self) -> dict[str, Manifest]:
+    def checkpoints(self, all_readable: bool = False) -> dict[str, Manifest]:
         """The manifests of the complete checkpoints by name, the newest first; none if there is
-        nothing at the URL."""
+        nothing at the URL. One whose manifest cannot be read is told, and left out.
+
+        `all_readable`: raises UnreadableCheckpoint, if one may be complete for another version.
+        """
         found = {}
         for name in self._names():
             with self._explained(name):
                 if self._files.exists(self._path(name, MANIFEST)):
                     text = self._files.cat_file(self._path(name, MANIFEST))
-                    found[name] = parse_manifest(text, f"{self.url}/{name}")
+                    try:
+                        found[name] = parse_manifest(text, f"{self.url}/{name}")
+                    except CheckpointError as error:
+                        if all_readable and isinstance(error, UnreadableCheckpoint):
+                            raise
+                        log.warning("passed over: %s", error)
         return dict(sorted(found.items(), key=lambda item: item[1].saved_at, reverse=True))
 
     def has(self, name: str, file: str, size: int) -> bool:

@@ -79,12 +79,16 @@ class Uploads:
 
     def add(self, directory: Path, manifest: Manifest) -> None:
         """Uploads a checkpoint, of which each rank has the files that it wrote. One that waits is
-        passed over for a newer one, unless it is pinned."""
+        passed over for a newer one, unless it is pinned; one in the same directory, which the new
+        one has replaced, is dropped, also if some of its files are uploaded. Every rank calls it.
+        """
         if self._store is None:
             return
+        if (current := self._current) and current.directory == directory and not self._finishing:
+            self._drop_current()
         rank = distributed.global_rank()
         files = tuple(name for name, entry in manifest.files.items() if entry.rank == rank)
-        self._queue = [upload for upload in self._queue if upload.manifest.pinned]
+        self._queue = [u for u in self._queue if u.manifest.pinned and u.directory != directory]
         self._queue.append(_Upload(directory, manifest, files))
 
     def add_existing(self, directory: Path) -> None:
@@ -106,8 +110,7 @@ class Uploads:
         of that time: a resume must not continue from them. Every rank calls it."""
         self._queue = [u for u in self._queue if u.stays(saved_at)]
         if self._current is not None and not self._current.stays(saved_at):
-            self._states.wait()
-            self._current = None
+            self._drop_current()
         if self._store is not None and distributed.is_global_leader():
             remove = partial(self._remove_after, self._store, saved_at)
             self._removing = self._thread.submit(self._repeat, remove)
@@ -155,6 +158,11 @@ class Uploads:
             self._current, self._finishing = self._queue.pop(0), False
             self._working = self._thread.submit(self._upload_files, self._current)
             self._states.start([BUSY])
+
+    def _drop_current(self) -> None:
+        """What is uploaded of it remains without a manifest, until `_prune` removes it."""
+        self._states.wait()
+        self._current = None
 
     def _advance(self) -> None:
         """All ranks have done their part: the manifest follows, or the upload is complete."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sized
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from itertools import islice
@@ -42,6 +43,20 @@ def has_state(data: Any) -> bool:
     return all(p.default is not Parameter.empty or p.kind in optional for p in parameters)
 
 
+class Rewind:
+    """Takes a stream that has a state, and is read in this process, back to how the task made it:
+    an epoch that is left in the middle would be continued by the next `iter`."""
+
+    def __init__(self, stream: Any, workers: int):
+        self._stream = stream
+        self._state = stream.state_dict() if has_state(stream) and not workers else None
+        self._state = deepcopy(self._state)
+
+    def __call__(self) -> None:
+        if self._state is not None:
+            self._stream.load_state_dict(deepcopy(self._state))
+
+
 @dataclass
 class Position:
     """How far a stream is read, by one reader."""
@@ -53,6 +68,8 @@ class Position:
     """The stream's own, if it has one."""
     first: str | None = None
     """A digest of the epoch's first sample, if one has been read."""
+    ended: bool = False
+    """Whether the epoch has no more: the stream's state may be that of its next beginning."""
 
 
 class Part(NamedTuple):
@@ -93,6 +110,9 @@ class Reader:
             self._iterator: Iterator[Any] = iter(
                 stream if hasattr(stream, "__iter__") else stream()
             )
+        self._ended = start.ended
+        if self._ended:
+            self._iterator, self.samples = iter(()), start.samples
         while self.samples < start.samples:
             if not self.read(min(chunk, start.samples - self.samples)):
                 raise CheckpointError(
@@ -118,6 +138,7 @@ class Reader:
             number = self.samples + len(samples)
             error.add_note(f"while reading sample {number} of epoch {self.epoch} of this reader")
             raise
+        self._ended |= len(samples) < count
         if samples and not self.samples:
             self.first = digest(samples[0])
         self.samples += len(samples)
@@ -126,7 +147,16 @@ class Reader:
     def position(self, with_state: bool) -> Position:
         """Behind the last sample read; `with_state`: with the stream's own, if it has one."""
         state = self._stream.state_dict() if with_state and self._has_state else None
-        return Position(self.epoch, self.samples, state, self.first)
+        return Position(self.epoch, self.samples, state, self.first, self._ended)
+
+    def leave(self) -> None:
+        """Ends an epoch that is known to be over: a stream with a state is given the chance to end
+        its iterator, and to begin again; one that has more samples continues with these."""
+        if not self._has_state or self._ended:
+            return
+        state = deepcopy(self._stream.state_dict())
+        if self.read(1):
+            self._stream.load_state_dict(state)
 
 
 def check_resumed(stream: Any, start: Position, found: str | None) -> None:

@@ -7,7 +7,16 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from harness.data.fetch import unchanged
-from harness.data.stream import Part, Position, Reader, check_resumed, has_state, length_of, name_of
+from harness.data.stream import (
+    Part,
+    Position,
+    Reader,
+    Rewind,
+    check_resumed,
+    has_state,
+    length_of,
+    name_of,
+)
 from harness.data.workers import act_as_worker, end_workers, loader_options
 from harness.errors import CheckpointError, TaskError
 
@@ -31,6 +40,7 @@ class StreamLoader:
         """`size`: most samples in a micro-batch."""
         self._share = _Share(stream, size, collate, seed)
         self._stream, self._workers, self._start_method = stream, workers, start_method
+        self.rewind = Rewind(stream, workers)
         self._epoch = 0
         self._resumed: tuple[list[Position], int] | None = None  # what `iter` begins with
         self._positions: list[Position] = []  # of each worker; none before the first micro-batch
@@ -64,6 +74,7 @@ class StreamLoader:
                 self._take(part, starts[part.worker])
                 if length is not None and self._read >= length:
                     self._check_end(length, parts)
+                    self._share.leave()
                     self.is_over = True
                 yield part.batch
                 if self.is_over:
@@ -158,6 +169,11 @@ class _Share(IterableDataset):
         while samples := reader.read(self._size):
             batch = self._collate(samples)
             yield Part(worker, batch, reader.position(with_state=in_worker), reader.resumed)
+
+    def leave(self) -> None:
+        """In the rank's own process, if it reads: ends the epoch."""
+        if self._reader is not None:
+            self._reader.leave()
 
     def position(self) -> Position:
         """In the rank's own process: behind the last micro-batch."""

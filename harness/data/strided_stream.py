@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from harness import distributed
 from harness.data.fetch import unchanged
 from harness.data.sampler import Place, Span
-from harness.data.stream import Part, Position, Reader, check_resumed, has_state, name_of
+from harness.data.stream import Part, Position, Reader, Rewind, check_resumed, has_state, name_of
 from harness.data.workers import act_as_worker, end_workers, loader_options
 from harness.distributed.rng import seed_host
 from harness.errors import CheckpointError, TaskError
@@ -45,6 +45,7 @@ class StridedStream:
         """`size`: samples in a micro-batch. `seed`: the same on every rank."""
         self._share = _Share(stream, size, collate, seed, rank, world_size)
         self._stream, self._workers, self._start_method = stream, workers, start_method
+        self._rewind = Rewind(stream, workers)
         self._asks_stream = has_state(stream) and not workers
         self._start, self._at = _Start(), _Start()
         self._parts: Iterator[Part] | None = None
@@ -149,6 +150,7 @@ class StridedStream:
                 "whose ranks each had a position of their own: resume with data.split = 'self'"
             )
         self.close()
+        self._rewind()
         self._at = _Start(**state["at"])
         self.drop([tuple(span) for span in state.get("dropped", ())])
 

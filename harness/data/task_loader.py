@@ -247,6 +247,8 @@ class TaskLoader:
             )
         state = self._on_this_world_size(state)
         self.close()
+        if isinstance(self.loader, StreamLoader):
+            self.loader.rewind()
         self._epoch, self._returned = state["epoch"], 0
         self._waits, self._begins_with = state.get("waits", False), state.get("begins_with")
         self.dropped = [tuple(span) for span in state.get("dropped", ())]

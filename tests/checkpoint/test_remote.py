@@ -13,7 +13,7 @@ from harness.checkpoint.remote_store import Store
 from harness.checkpoint.written import write_file
 from harness.config import Config
 from harness.config.sections import CheckpointConfig
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, UnreadableCheckpoint
 from harness.run import run_in_world
 from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool
@@ -55,6 +55,8 @@ def test_a_lost_node_comes_back_from_the_store(
     two_ranks.run(on, "ab", tmp_path, run_in_world, half)
     assert 4 in stored(tmp_path)
     own = files(tmp_path, "a", 4)
+    with (place(tmp_path, "a", 4) / "rank-00000.pt").open("r+b") as file:
+        file.truncate(100)  # and the other node has lost power
     (tmp_path / "b").rename(tmp_path / "lost")
     two_ranks.run(on, "ab", tmp_path, run_in_world, whole)
     assert "downloading" in log_of(tmp_path)
@@ -134,15 +136,14 @@ def test_a_store_that_is_down_delays_only_the_end(two_ranks: RankPool, tmp_path:
     two_ranks.run(on, "aa", tmp_path, train_on_a_broken_store, config, 10**9, 0.2)
     assert stored(tmp_path) == {}
     assert "step-00000006: the next start uploads the newest" in log_of(tmp_path)
-    longer = remote_config(tmp_path, run={"steps": 7}, checkpoint={"keep_last": 1})
-    two_ranks.run(on, "aa", tmp_path, run_in_world, longer)
-    assert 7 in stored(tmp_path)
+    two_ranks.run(on, "aa", tmp_path, run_in_world, config)  # although all its steps are taken
+    assert 6 in stored(tmp_path)
 
 
 def list_fails(config: Config) -> str:
     with pytest.MonkeyPatch.context() as patch:
 
-        def fail(store: Store) -> None:
+        def fail(store: Store, all_readable: bool = False) -> None:
             raise CheckpointError("the store is down")
 
         patch.setattr(Store, "checkpoints", fail)
@@ -177,6 +178,9 @@ def test_a_kill_while_uploading(pools: Pools, tmp_path: Path, phase: str) -> Non
 
 def return_to_the_first(root: Path) -> list[str]:
     store = Store(f"file://{root}/store")
+    unknown = root / "store/step-00000009.9000/manifest.json"  # of a later version of harness
+    unknown.parent.mkdir(parents=True)
+    unknown.write_text('{"format": 99}')
     ours = uploads.Uploads(store, CheckpointConfig)
     for step in range(1, 4):
         directory = root / f"step-{step:08d}"
@@ -190,6 +194,9 @@ def return_to_the_first(root: Path) -> list[str]:
     ours.forget_after(1.0)
     ours.finish(lambda: False)
     ours.close()
+    with pytest.raises(UnreadableCheckpoint):
+        store.checkpoints(all_readable=True)
+    assert unknown.exists()
     return list(store.checkpoints())
 
 
@@ -197,3 +204,30 @@ def test_a_rollback_removes_what_was_after_it(pools: Pools, tmp_path: Path) -> N
     assert pools(1).run(return_to_the_first, tmp_path) == [
         ["step-00000003.3000", "step-00000001.1000"]
     ]
+
+
+def save_twice(root: Path) -> list[float]:
+    """The second save of a step replaces the first, while that is uploaded."""
+    store = Store(f"file://{root}/store")
+    ours = uploads.Uploads(store, CheckpointConfig)
+    directory = root / "step-00000001"
+    directory.mkdir()
+    for saved_at in (1.0, 2.0):
+        entry = write_file({"saved_at": saved_at}, directory / "rank-00000.pt")
+        manifest = manifest_of(1, {"rank-00000.pt": entry}).model_copy(
+            update={"saved_at": saved_at}
+        )
+        ours.add(directory, manifest)
+        if saved_at == 1.0:
+            ours.poll()
+    ours.finish(lambda: False)
+    ours.close()
+    for name, manifest in store.checkpoints().items():
+        verify_file(root / "store" / name / "rank-00000.pt", manifest.files["rank-00000.pt"])
+    return [manifest.saved_at for manifest in store.checkpoints().values()]
+
+
+def test_a_step_that_is_saved_again_is_not_mixed_with_the_first(
+    pools: Pools, tmp_path: Path
+) -> None:
+    assert pools(1).run(save_twice, tmp_path) == [[2.0]]

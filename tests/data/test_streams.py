@@ -3,13 +3,14 @@
 import itertools
 import random
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from harness.config.sections import DataConfig
 from harness.data.batches import Batches
@@ -126,6 +127,49 @@ def test_a_state_is_loaded_and_nothing_read_again() -> None:
     second.load_state_dict(first.state_dict() | {"world_size": 1})
     assert read(second, 2) == read(first, 2)
     assert again.reads == 4
+
+
+class Restarting(IterableDataset[int]):
+    """Its `iter` goes on at its state, which the end of an epoch resets."""
+
+    def __init__(self, length: int):
+        self.length, self.at, self.epoch = length, 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(self.at, self.length):
+            self.at = number + 1
+            yield 100 * self.epoch + number
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+class SizedRestarting(Restarting):
+    def __len__(self) -> int:
+        return self.length
+
+
+@pytest.mark.parametrize("split", ["self", "stride"])
+@pytest.mark.parametrize("kind", [Restarting, SizedRestarting])
+@pytest.mark.parametrize("length", [7, 8])
+def test_a_stream_with_a_state_returns_to_any_position(kind: Any, split: str, length: int) -> None:
+    """In the same process, as a rollback does, or in another: also to an epoch's beginning."""
+    first = batches_of(kind(length), split=split)
+    states, read_first = [], []
+    for _ in range(10):
+        states.append(deepcopy(first.state_dict()) | {"world_size": 1})
+        read_first += read(first, 1)
+    for number, state in enumerate(states):
+        for batches in (first, batches_of(kind(length), split=split)):
+            batches.load_state_dict(deepcopy(state))
+            assert read(batches, 10 - number) == read_first[number:]
 
 
 def test_a_generator_function_is_a_stream() -> None:
