@@ -153,7 +153,7 @@ class Store:
     def _writing(self, name: str, file: str, size: int) -> Iterator[Callable[[bytes], Any]]:
         """A function that appends to a new object, which appears when the context ends."""
         path, what = self._path(name, file), f"{name}/{file}"
-        block = max(CHUNK, size // MOST_PARTS)
+        block = CHUNK * (1 + size // (MOST_PARTS * CHUNK))  # in whole chunks, as Google wants it
         with self._explained(what):
             if not OBJECT_STORES.intersection(self._protocols):
                 self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
