@@ -8,6 +8,8 @@ from harness.formats.pickled import Placeholder
 from harness.formats.pt_reader import TensorRef
 from harness.zero.layout import Tree, base_state
 
+_STAGES = ("disabled", "optimizer_states", "gradients", "weights")
+"""The members of deepspeed.runtime.zero.config.ZeroStageEnum, from 0 on."""
 _OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_\w+\.pt")
 
 
@@ -96,5 +98,9 @@ def _plain(value: Any) -> Any:
 
 
 def plain_int(value: Any) -> int:
-    """An integer, or a member of an enumeration of integers in a file."""
-    return value.values[0] if isinstance(value, Placeholder) else int(value)
+    """An integer, or a stage in a file: a member of DeepSpeed's enumeration, which Python pickles by
+    its number, but 3.11.0 to 3.11.3 by its name."""
+    if not isinstance(value, Placeholder):
+        return int(value)
+    *_, member = value.values
+    return _STAGES.index(member) if isinstance(member, str) else member

@@ -24,6 +24,8 @@ CASES = [(version, name) for version in VERSIONS for name in NAMES] + [
     (version, "bf16_optimizer") for version in VERSIONS[2:]
 ]
 Corpus = Callable[[str], Path]
+SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+"""Python 3.11.0 to 3.11.3 have no filters."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     def of(version: str) -> Path:
         directory = tmp_path_factory.mktemp(version)
         with tarfile.open(FIXTURES / f"{version}.tar.xz") as archive:
-            archive.extractall(directory, filter="data")
+            archive.extractall(directory, **SAFELY)
         return directory
 
     return of
