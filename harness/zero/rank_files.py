@@ -98,8 +98,8 @@ def _plain(value: Any) -> Any:
 
 
 def plain_int(value: Any) -> int:
-    """An integer, or a stage in a file: a member of DeepSpeed's enumeration, which Python pickles by
-    its number, but 3.11.0 to 3.11.3 by its name."""
+    """An integer, or a stage in a file: a member of DeepSpeed's enumeration, which Python pickles
+    by its number, but 3.11.0 to 3.11.3 by its name."""
     if not isinstance(value, Placeholder):
         return int(value)
     *_, member = value.values
