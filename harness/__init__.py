@@ -19,7 +19,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     startup.py         what is checked before a run starts: the machine, the ranks' software
     run_directory.py   runs/NAME/: its lock, its log, its resolved config
     trainer.py         Trainer: the loop; steps, and what happens between them
-    commands.py        the commands of a run between its steps
+    command_queue.py   the commands of a run between its steps
     run_view.py        what a callback sees of a run
     rescue.py          what is still reported and saved before an error ends the run
     place.py           in which step and phase an error has reached a rank

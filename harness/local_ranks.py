@@ -17,6 +17,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from harness.api import AnyConfig, AnyTask, train
 from harness.distributed.forks import end_with_parent
 from harness.errors import ConfigError, HarnessError, LostRank
+from harness.launcher.environment import local_rank_variables
 from harness.result import Result
 from harness.zero.initialize import SLOW_IMPORTS
 
@@ -88,8 +89,8 @@ def _answers(pipes: Sequence[Connection], processes: Sequence[BaseProcess]) -> l
     while len(answers) < len(pipes):
         try:
             waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in answers]
-            for pipe in wait(waiting):
-                rank = pipes.index(pipe)  # type: ignore[arg-type]
+            ready = wait(waiting)
+            for rank in [rank for rank, pipe in enumerate(pipes) if pipe in ready]:
                 answers[rank] = _answer(pipes[rank], rank, processes[rank])
         except KeyboardInterrupt:
             if interrupted:
@@ -126,15 +127,7 @@ def _rank(pipe: Connection, rank: int, ranks: int, port: int, payload: bytes) ->
     end_with_parent()
     # Data-loader workers must be children of this rank, so that they end with it.
     multiprocessing.set_start_method("fork", force=True)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
+    os.environ |= local_rank_variables(rank, ranks, port)
     answer: Answer
     try:
         answer = train(*pickle.loads(payload))

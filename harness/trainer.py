@@ -10,7 +10,7 @@ from harness import distributed
 from harness.callbacks.moments import Callbacks
 from harness.checkpoint.export import export
 from harness.checkpoint.save import Saver, SaveResult
-from harness.commands import Commands
+from harness.command_queue import CommandQueue
 from harness.control.bus import Bus, Ticket
 from harness.control.commands import EvalQuit, Interrupt, Quit, QuitUnsaved, Save, StateChange
 from harness.control.live import LiveConfig
@@ -80,7 +80,7 @@ class Trainer:
         self.ending_reason = ""
         """Why a callback ends it."""
         self.finishing = False
-        self.commands = Commands(self)
+        self.commands = CommandQueue(self)
         self._saving: list[Ticket] = []
         """Commands that wait for the save in flight."""
         self.failures = current()
@@ -247,7 +247,7 @@ class Trainer:
             self.export()
         if self.ending is None:
             self.engines.finished_at = self.engines.global_step
-            self._saved_step = None  # a checkpoint of this step would not contain it
+            self.has_changed()  # a checkpoint of this step would not contain it
         if isinstance(self.ending, Interrupt) or (
             settings.save_at_end and not isinstance(self.ending, QuitUnsaved)
         ):

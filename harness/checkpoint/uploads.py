@@ -222,10 +222,10 @@ class Uploads:
 
     def _prune(self, store: Store) -> None:
         settings = self._settings()
-        manifests = {Path(name): manifest for name, manifest in store.checkpoints().items()}
-        keep = to_keep(manifests, settings) if settings.keep_last else manifests.keys()
-        for path in manifests.keys() - keep:
-            store.remove(path.name)
+        if settings.keep_last:
+            manifests = {Path(name): manifest for name, manifest in store.checkpoints().items()}
+            for path in manifests.keys() - to_keep(manifests, settings):
+                store.remove(path.name)
         for name in store.unfinished():  # of a run that was killed, or passed over
             store.remove(name)
 

@@ -85,3 +85,15 @@ class Batches(Protocol):
         """Continues at a saved position, to which the number of ranks that saved it is added as
         `world_size`. Raises ValueError or CheckpointError if it does not fit."""
         ...
+
+
+class WithoutSources:
+    """Of batches that are not a mixture."""
+
+    def passes(self) -> dict[str, float]:
+        """Nothing: only a mixture has sources."""
+        return {}
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Never called."""
+        raise AssertionError

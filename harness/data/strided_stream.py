@@ -1,12 +1,13 @@
 """The micro-batches of a stream that every rank reads completely, and takes its share of."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from harness import distributed
+from harness.data.batches import WithoutSources
 from harness.data.fetch import unchanged
 from harness.data.sampler import Place, Span
 from harness.data.stream import Part, Position, Reader, Rewind, check_resumed, has_state, name_of
@@ -23,7 +24,7 @@ class _Start(Position):
     """Samples read in all epochs, also those that are dropped."""
 
 
-class StridedStream:
+class StridedStream(WithoutSources):
     """Rank r of W takes every W-th sample of the stream's epochs, one after another.
 
     All micro-batches are full: the last samples of an epoch come with the first of the next. Each
@@ -118,14 +119,6 @@ class StridedStream:
         """Ends the workers."""
         end_workers(self._parts)
         self._parts = self._held = None
-
-    def passes(self) -> dict[str, float]:
-        """Nothing: only mixtures have sources."""
-        return {}
-
-    def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Never called: only a dict of datasets is a mixture."""
-        raise AssertionError
 
     def state_dict(self) -> dict[str, Any]:
         """The same on every rank: plain values, and the stream's own state."""

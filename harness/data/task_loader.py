@@ -2,12 +2,13 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, RandomSampler
 
 from harness import distributed
+from harness.data.batches import WithoutSources
 from harness.data.digest import digest
 from harness.data.sampler import Place, Span
 from harness.data.stream import has_state, length_of
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)
 
 
-class TaskLoader:
+class TaskLoader(WithoutSources):
     """A loader from the task, iterated epoch after epoch, with a length or without.
 
     Its position is restored through its `state_dict`, if it has one, or else by skipping batches,
@@ -182,17 +183,9 @@ class TaskLoader:
     def close(self) -> None:
         """Ends the workers of the loader's iterator."""
         end_workers(self._iterator)
-        if hasattr(self._iterator, "close"):
-            self._iterator.close()  # type: ignore[union-attr]
+        if (close := getattr(self._iterator, "close", None)) is not None:
+            close()
         self._iterator = self._held = None
-
-    def passes(self) -> dict[str, float]:
-        """Nothing: what the task's loader reads is not known."""
-        return {}
-
-    def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Never called: only a dict of datasets is a mixture."""
-        raise AssertionError
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, batches returned in it, and the loader's own state, if any."""

@@ -138,7 +138,7 @@ def read(path: Path) -> Any:
         raise FormatError(f"{path}: {error.strerror}") from None
     storages: dict[str, Storage] = {}
 
-    def load_storage(reference: Any) -> TypedStorage:
+    def load_storage(reference: Any) -> TypedStorage | Global:
         match reference:
             case ("storage", Global(name=kind), str(number), str(location), int(), *_):
                 record = storage_records.get(number)
@@ -147,7 +147,7 @@ def read(path: Path) -> Any:
                 storage = storages.setdefault(number, Storage(record, location))
                 return TypedStorage(storage, STORAGE_DTYPES.get(kind, kind))
             case ("module", Global() as kind, *_):  # a class, before torch 1.6
-                return kind  # type: ignore[return-value]
+                return kind
         raise PickleError("malformed: not a reference to tensor data")
 
     try:

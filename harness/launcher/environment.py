@@ -35,6 +35,19 @@ def set_rank_variables(environ: Environment = os.environ) -> None:
     _check_ranges(environ)
 
 
+def local_rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Torch's variables in a process of one machine whose parent hosts the store at that port."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
 def _check_not_launched(environ: Environment) -> None:
     """Raises ConfigError if an unknown launcher, or a leftover variable, sets a world size."""
     for key in ("WORLD_SIZE", "PMI_SIZE"):  # the latter: MPICH's and Intel's mpirun

@@ -20,6 +20,7 @@ from typing import Any, Self
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from harness import distributed
+from harness.launcher.environment import local_rank_variables
 from harness.zero.startup import join
 
 SECONDS_TO_START = 120.0
@@ -131,14 +132,7 @@ def _serve(
     faulthandler.enable()
     # Data-loader workers must be children of this rank, so that they end with it.
     multiprocessing.set_start_method("fork", force=True)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    os.environ |= local_rank_variables(rank, world_size, port) | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "TORCH_EXTENSIONS_DIR": jit_cache,

@@ -44,7 +44,7 @@ class CommandedRun(Protocol):
     def has_changed(self) -> None: ...
 
 
-class Commands:
+class CommandQueue:
     """Those that all ranks have received and not yet executed. Every rank calls the same methods
     between the same two steps."""
 
