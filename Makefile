@@ -1,6 +1,7 @@
 # make train: the default task, on all GPUs, or on 2 CPU ranks.   make test: the complete suite.
 PYTHON ?= python3
 VENV   ?= .venv
+PIP    ?= pip
 GPUS   := $(filter-out 0,$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l))
 RANKS  ?= $(or $(GPUS),2)
 CONFIG ?= launch/tasks/byte_lm.toml
@@ -10,6 +11,7 @@ ARGS   ?=
 WORKERS ?= 2
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
+export VIRTUAL_ENV := $(abspath $(VENV))
 
 .PHONY: train test lint format
 
@@ -31,10 +33,10 @@ format: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	pip install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	pip install --quiet --constraint constraints.txt --no-deps apollo-torch  # to be compared with
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps apollo-torch  # to be compared with
 	touch $@
