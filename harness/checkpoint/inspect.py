@@ -60,13 +60,14 @@ def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterat
         yield f"  {text}"
     for name, value in manifest.metrics.items():
         yield f"  {name} {value:.6g}"
-    missing = {n: manifest.writer(n) for n in manifest.files if not (path / n).is_file()}
+    files = {name: path / name for name in manifest.files}
+    missing = {n: manifest.writer(n) for n, file in files.items() if not file.is_file()}
     for name, entry in manifest.files.items():
         note = f"  missing, written by {missing[name]}" if name in missing else ""
         yield f"  {bytes_text(entry.size)}  {name}{note}"
     for name, entry in manifest.files.items():
         if name not in missing:
-            verify_file(path / name, entry, read=verify)
+            verify_file(files[name], entry, read=verify)
     if missing:
         raise CheckpointError(missing_files(path, missing, [socket.gethostname()]))
     total = sum(entry.size for entry in manifest.files.values())

@@ -54,7 +54,7 @@ def saved_at(directory: Path) -> float:
     manifest is unreadable or gone, the modification time. Raises OSError."""
     try:
         return float(json.loads((directory / MANIFEST).read_bytes())["saved_at"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
     try:
         return (directory / MANIFEST).stat().st_mtime

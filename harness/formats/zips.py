@@ -9,7 +9,7 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,7 @@ _STREAMED = 0x8
 """Flag: CRC and sizes are not in the local header; torch sets it."""
 _UTF8 = 0x800
 """Flag: the name is UTF-8."""
+_UNKNOWN_FLAGS = ~(_STREAMED | _UTF8)
 _WIDE = 0xFFFFFFFF
 """Marks a 64-bit size, which is in the extra field."""
 _VERSION = 45
@@ -85,23 +86,17 @@ def records(path: Path) -> dict[str, Record]:
     """
     with path.open("rb", buffering=0) as opened:
         file = _Pages(opened.fileno())
-        start, length, count = _directory(path, file)
-        data = file.read(start, length)
-        by_name: dict[str, Record] = {}
-        position = 0
-        for _ in range(count):
-            record, position = _entry(path, file, data, position, start)
-            if record.name in by_name:
-                raise FormatError(f"{path}: two records are named {record.name!r}")
-            by_name[record.name] = record
-    if position != len(data):
-        excess = len(data) - position
-        raise FormatError(f"{path}: damaged: {excess} extra bytes in the zip directory")
+        found = list(_entries(path, file, *_directory(path, file)))
+    by_name = {record.name: record for record in found}
+    if len(by_name) < len(found):
+        name = next(record.name for record in found if by_name[record.name] is not record)
+        raise FormatError(f"{path}: two records are named {name!r}")
     end = 0
-    for record in sorted(by_name.values(), key=attrgetter("start", "size")):
-        if record.start < end:
-            raise FormatError(f"{path}: record {record.name!r} overlaps another record")
-        end = record.start + record.size
+    for record in sorted(found, key=attrgetter("start", "size")):
+        _, name, start, size, _ = record
+        if start < end:
+            raise FormatError(f"{path}: record {name!r} overlaps another record")
+        end = start + size
     return by_name
 
 
@@ -228,39 +223,44 @@ def _directory(path: Path, file: _Pages) -> tuple[int, int, int]:
     return start, length, count
 
 
-def _entry(
-    path: Path, file: _Pages, data: bytes, position: int, limit: int
-) -> tuple[Record, int]:
-    """The record of the directory entry at `position`, and the position of the next entry."""
-    name_start = position + _ENTRY.size
-    if name_start > len(data):
-        raise FormatError(f"{path}: damaged: the zip directory is truncated")
-    fields = _ENTRY.unpack_from(data, position)
-    magic, _, _, flags, method, crc, packed, size, name_length, extra, comment, disk, header = fields
-    extra_start = name_start + name_length
-    after = extra_start + extra + comment
-    if magic != _ENTRY_MAGIC or after > len(data) or disk:
-        raise FormatError(f"{path}: damaged: the zip directory")
-    try:
-        name = data[name_start:extra_start].decode()
-    except UnicodeDecodeError:
-        raise FormatError(f"{path}: the name of a record is not UTF-8") from None
-    if _WIDE in (size, packed, header):
-        wide = data[extra_start : extra_start + extra]
-        size, packed, header = _wide_sizes(path, wide, size, packed, header)
-    if method or packed != size:
-        raise FormatError(f"{path}: record {name!r} is compressed, which torch does not do")
-    if flags & ~(_STREAMED | _UTF8):
-        raise FormatError(f"{path}: record {name!r} is encrypted or patched")
-    local_end = header + _LOCAL.size
-    local = file.read(header, _LOCAL.size) if local_end <= limit else b""
-    if len(local) < _LOCAL.size or not local.startswith(_LOCAL_MAGIC):
-        raise FormatError(f"{path}: damaged: record {name!r} is not where it should be")
-    _, local_name, local_extra = _LOCAL_LENGTHS.unpack(local)
-    start = local_end + local_name + local_extra
-    if start + size > limit:
-        raise FormatError(f"{path}: damaged: record {name!r} extends past the end of the data")
-    return Record(path, name, start, size, crc), after
+def _entries(path: Path, file: _Pages, limit: int, length: int, count: int) -> Iterator[Record]:
+    """The records of the directory's entries. `limit`: where the directory begins."""
+    data, position = file.read(limit, length), 0
+    length = len(data)  # less if the file has just been cut
+    unpack, unpack_local, read = _ENTRY.unpack_from, _LOCAL_LENGTHS.unpack, file.read
+    for _ in range(count):
+        name_start = position + _ENTRY.size
+        if name_start > length:
+            raise FormatError(f"{path}: damaged: the zip directory is truncated")
+        fields = unpack(data, position)
+        magic, _, _, flags, method, crc, packed, size, named, extra, noted, disk, header = fields
+        name_end = name_start + named
+        position = name_end + extra + noted
+        if magic != _ENTRY_MAGIC or position > length or disk:
+            raise FormatError(f"{path}: damaged: the zip directory")
+        try:
+            name = data[name_start:name_end].decode()
+        except UnicodeDecodeError:
+            raise FormatError(f"{path}: the name of a record is not UTF-8") from None
+        if size == _WIDE or packed == _WIDE or header == _WIDE:
+            wide = data[name_end : name_end + extra]
+            size, packed, header = _wide_sizes(path, wide, size, packed, header)
+        if method or packed != size:
+            raise FormatError(f"{path}: record {name!r} is compressed, which torch does not do")
+        if flags & _UNKNOWN_FLAGS:
+            raise FormatError(f"{path}: record {name!r} is encrypted or patched")
+        start = header + _LOCAL.size
+        local = read(header, _LOCAL.size) if start <= limit else b""
+        if not local.startswith(_LOCAL_MAGIC) or len(local) < _LOCAL.size:
+            raise FormatError(f"{path}: damaged: record {name!r} is not where it should be")
+        _, local_name, local_extra = unpack_local(local)
+        start += local_name + local_extra
+        if start + size > limit:
+            raise FormatError(f"{path}: damaged: record {name!r} extends past the end of the data")
+        yield Record(path, name, start, size, crc)
+    if position != length:
+        excess = length - position
+        raise FormatError(f"{path}: damaged: {excess} extra bytes in the zip directory")
 
 
 def _wide_sizes(path: Path, extra: bytes, *values: int) -> list[int]:

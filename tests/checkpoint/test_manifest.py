@@ -16,7 +16,9 @@ def changed(manifest: Any, key: str, value: Any) -> Any:
     name, _, rest = key.partition(" ")
     if rest:
         return manifest | {name: changed(manifest[name], rest, value)}
-    return {n: v for n, v in manifest.items() if n != name} | ({} if value is None else {name: value})
+    return {n: v for n, v in manifest.items() if n != name} | (
+        {} if value is None else {name: value}
+    )
 
 
 ENGINE = {"zero_stage": 1, "dtype": "torch.float32", "optimizer": "none", "layout": ""}
