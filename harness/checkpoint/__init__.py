@@ -3,6 +3,7 @@
 Its files, from the top down:
 
     resume.py            chooses, verifies and loads one
+    verify_ahead.py      checks the files of one while engines are built
     resume_source.py     which directory run.resume means
     downloads.py         from a store onto the disks that a run resumes from
     init_weights.py      weights from files as an engine's starting point

@@ -1,4 +1,4 @@
-"""Describes weights: an engine's files, an `.sft`, a `.pt`. None is loaded, no pickled code is run."""
+"""Describes an engine's files, an `.sft` or a `.pt`: loads no weights, runs no pickled code."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

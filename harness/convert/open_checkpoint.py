@@ -1,4 +1,4 @@
-"""An engine of a run's checkpoint, read without torch: of a given one, or of the newest complete."""
+"""An engine of a run's checkpoint, of a given one or the newest complete one, without torch."""
 
 import json
 import socket

@@ -16,9 +16,8 @@ def changed(manifest: Any, key: str, value: Any) -> Any:
     name, _, rest = key.partition(" ")
     if rest:
         return manifest | {name: changed(manifest[name], rest, value)}
-    return {n: v for n, v in manifest.items() if n != name} | (
-        {} if value is None else {name: value}
-    )
+    left = {n: v for n, v in manifest.items() if n != name}
+    return left if value is None else left | {name: value}
 
 
 ENGINE = {"zero_stage": 1, "dtype": "torch.float32", "optimizer": "none", "layout": ""}
