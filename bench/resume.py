@@ -3,10 +3,12 @@
     python -m bench.resume [--ranks 2 1 4] [--stage 1] [--width 9200] [--rounds 3]
                            [--directory DIR]
 
-Prints the seconds of DeepSpeed's `load_checkpoint` on the same ranks, and on each number of ranks
-those of checking the checksums and of loading, on the slowest rank, as medians of interleaved
-rounds with a warm cache; and a rank's peak memory above what it was before it loads, as the ratio
-to the masters and moments that it loads. A load frees the state of the one before it.
+Prints, on the same ranks, the seconds in which a run builds its engines, and those in which it then
+has its state, checked ahead (`verify_ahead`) and not, beside `load_checkpoint`. Then the seconds of
+DeepSpeed's `load_checkpoint` on the same ranks, and on each number of ranks those of checking the
+checksums and of loading, on the slowest rank, as medians of interleaved rounds with a warm cache;
+and a rank's peak memory above what it was before it loads, as the ratio to the masters and moments
+that it loads. A load frees the state of the one before it.
 """
 
 import argparse
@@ -101,6 +103,45 @@ def load(config: Config, rounds: int) -> Measured:
     return found
 
 
+def start(config: Config, rounds: int) -> Measured:
+    """Builds the engines, and loads the checkpoint into them, in all ways."""
+    from harness import distributed
+    from harness.checkpoint.completeness import Verify, verify_checkpoint
+    from harness.checkpoint.files import verify_file
+    from harness.checkpoint.reshard import load_engines
+    from harness.checkpoint.verify_ahead import VerifyAhead
+    from harness.engine.engines import Engines, build_engines
+    from harness.task import load_task
+
+    (directory,) = (config.run_dir / "checkpoints").glob("step-*")
+
+    def resume(engines: Engines, verify: Verify) -> None:
+        load_engines(engines, directory, verify_checkpoint(directory, verify))
+
+    def load_checkpoint(engines: Engines, _: Verify) -> None:
+        engines["net"].ds.load_checkpoint(str(directory), tag="net")
+
+    ways = {"load_checkpoint": load_checkpoint, "resume": resume, "resume, checked ahead": resume}
+    found: Measured = {f"{what}: {way}": [] for way in ways for what in ("build", "then", "both")}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            distributed.barrier()
+            clocks = [(time.perf_counter(), time.process_time())]
+            ahead = VerifyAhead("latest", directory.parent) if name.endswith("ahead") else None
+            engines = build_engines(load_task(config), config)
+            distributed.barrier()
+            clocks.append((time.perf_counter(), time.process_time()))
+            way(engines, ahead.verify if ahead else verify_file)
+            distributed.barrier()
+            clocks.append((time.perf_counter(), time.process_time()))
+            engines.close()
+            for what, first, last in (("build", 0, 1), ("then", 1, 2), ("both", 0, 2)):
+                seconds, used = (b - a for a, b in zip(clocks[first], clocks[last], strict=True))
+                if number:
+                    found[f"{what}: {name}"].append((seconds, used, 0.0))
+    return found
+
+
 def _memory(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
@@ -109,7 +150,7 @@ def _memory(field: str) -> int:
 def main() -> None:
     """Saves, loads on each number of ranks, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 1, 4])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 1, 4])
     parser.add_argument("--stage", type=int, default=1)
     parser.add_argument("--width", type=int, default=9200)
     parser.add_argument("--rounds", type=int, default=3)
@@ -123,15 +164,15 @@ def main() -> None:
         files = (f for f in Path(directory).rglob("*") if f.is_file())
         size = sum(f.stat().st_size for f in files)
         sys.stdout.write(f"ZeRO {args.stage}, {size / 1e9:.2f} GB of 2 ranks\n")
-        for ranks in args.ranks:
+        for ranks, way in ((2, start), *((ranks, load) for ranks in args.ranks)):
             with RankPool(ranks, timeout_s=1200) as pool:
-                per_rank = pool.run(load, config, args.rounds)
+                per_rank = pool.run(way, config, args.rounds)
             for name in per_rank[0]:
                 rounds = zip(*(rank[name] for rank in per_rank), strict=True)
                 worst = [tuple(map(max, zip(*round_, strict=True))) for round_ in rounds]
                 seconds, used, memory = (sorted(column) for column in zip(*worst, strict=True))
                 sys.stdout.write(
-                    f"  {ranks} ranks, {name:<16} {statistics.median(seconds):6.2f} s "
+                    f"  {ranks} ranks, {name:<28} {statistics.median(seconds):6.2f} s "
                     f"({seconds[0]:.2f} .. {seconds[-1]:.2f}), "
                     f"{statistics.median(used):.2f} s of CPU, +{memory[-1] / 1e6:,.0f} MB\n"
                 )

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from bench import convert
@@ -54,7 +55,7 @@ def write_run(directory: Path, checkpoints: int, tensors: int = 8, ranks: int = 
         copy = step_directory(parent, step)
         if step > 1:
             shutil.copytree(first, copy)
-        manifest.model_copy(update={"step": step, "saved_at": float(step)}).write(copy)
+        replace(manifest, step=step, saved_at=float(step)).write(copy)
 
 
 def write_small_tensors(directory: Path, stage: int, tensors: int) -> None:

@@ -17,6 +17,7 @@ from harness.checkpoint import init_weights, resume
 from harness.checkpoint.downloads import download
 from harness.checkpoint.remote_store import Store, open_store
 from harness.checkpoint.save import Saver
+from harness.checkpoint.verify_ahead import VerifyAhead
 from harness.config import Config
 from harness.control.audit import Audit
 from harness.control.bus import Bus
@@ -105,6 +106,8 @@ def run_in_world(
     signals = Signals()
     failures = Failures(config.run.timeout_s, phases.file, phases.read)
     with signals.installed(), failures, ExitStack() as stack:
+        ahead = VerifyAhead(config.run.resume, config.run_dir / "checkpoints")
+        stack.callback(ahead.close)
         with oom.explained(config, is_building=True):
             task, batches = _build_task(config, build)
             stack.callback(batches.close)
@@ -116,7 +119,7 @@ def run_in_world(
         directory = stack.enter_context(RunDirectory(config))
         stack.enter_context(oom.explained(config))
         live, callbacks = LiveConfig(config), Callbacks(task.callbacks, bool(task.sinks))
-        checkpoint = _restore(config, directory, engines, batches, live, callbacks, store)
+        checkpoint = _restore(config, directory, engines, batches, live, callbacks, store, ahead)
         directory.write_config()
         _log_start(live, engines)
         saver = Saver(engines, batches, live, directory.disks, callbacks, store)
@@ -166,13 +169,16 @@ def _restore(
     live: LiveConfig,
     callbacks: Callbacks,
     store: Store | None,
+    ahead: VerifyAhead,
 ) -> Path | None:
     """Loads the run's starting point: a checkpoint, `init_from`, or the task's weights. Collective.
 
     Returns the checkpoint, if any. It is validated before the directory is created.
     """
     wanted = download(config.run.resume, store, directory.checkpoints, directory.disks)
-    checkpoint = resume.choose_checkpoint(wanted, directory.checkpoints, engines, directory.disks)
+    checkpoint = resume.choose_checkpoint(
+        wanted, directory.checkpoints, engines, directory.disks, ahead.verify
+    )
     weights = init_weights.find_weights(engines, config.engines, resumes=checkpoint is not None)
     directory.create()
     # Different dropout on every rank.

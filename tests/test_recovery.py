@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,8 @@ def edit_checkpoint(directory: Path, edit: Callable[[int, Any], None], files: An
         name = rank_file(rank)
         state = torch.load(directory / name, weights_only=True)
         edit(rank, state)
-        files[name] = write_file(state, directory / name).model_copy(update={"rank": rank})
-    manifest.model_copy(update={"files": files}).write(directory)
+        files[name] = replace(write_file(state, directory / name), rank=rank)
+    replace(manifest, files=files).write(directory)
 
 
 @pytest.mark.parametrize(("stage", "dtype", "optimizer"), layouts((0, "fp32", "apollo")))

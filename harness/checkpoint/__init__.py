@@ -2,23 +2,26 @@
 
 Its files, from the top down:
 
-    resume.py         chooses, verifies and loads one
-    resume_source.py  which directory run.resume means
-    downloads.py      from a store onto the disks that a run resumes from
-    init_weights.py   weights from files as an engine's starting point
-    reshard.py        loads one on another number of ranks, ZeRO stage or other layout
-    save.py           Saver: one atomic commit of all engines and ranks, also in the background
-    uploads.py        committed checkpoints into a store, behind the training
-    remote_store.py   a run's checkpoints in an object store, by fsspec
-    export.py         plain weights
-    inspect.py        what a checkpoint, an .sft or a .pt holds
-    copy_missing.py   copies files to the nodes that read them
-    compatible.py     whether one fits the run: engines, optimizers, models
-    completeness.py   whether one is complete over all disks, or cannot be judged
-    disks.py          which ranks share a disk
-    written.py        writes its files durably
-    retention.py      which checkpoints are kept; cleaning up after a kill
-    manifest.py       what makes a directory a checkpoint
-    files.py          its files' digests, verified without torch
-    snapshot.py       copies of live tensors for a save in the background
+    resume.py            chooses, verifies and loads one
+    verify_ahead.py      checks the files of one while engines are built
+    resume_source.py     which directory run.resume means
+    downloads.py         from a store onto the disks that a run resumes from
+    init_weights.py      weights from files as an engine's starting point
+    reshard.py           loads one on another number of ranks, ZeRO stage or other layout
+    save.py              Saver: one atomic commit of all engines and ranks, also in the background
+    uploads.py           committed checkpoints into a store, behind the training
+    remote_store.py      a run's checkpoints in an object store, by fsspec
+    export.py            plain weights
+    inspect.py           what a run or a checkpoint holds
+    describe_weights.py  what an .sft, a .pt or an engine's files hold
+    copy_missing.py      copies files to the nodes that read them
+    compatible.py        whether one fits the run: engines, optimizers, models
+    completeness.py      whether one is complete over all disks, or cannot be judged
+    disks.py             which ranks share a disk
+    written.py           writes its files durably
+    retention.py         which checkpoints are kept; cleaning up after a kill
+    manifest.py          what makes a directory a checkpoint
+    json_record.py       dataclasses from JSON, checked
+    files.py             its files' digests, verified without torch
+    snapshot.py          copies of live tensors for a save in the background
 """

@@ -4,7 +4,7 @@ Each node may have its own disk, with only the files that its ranks wrote.
 """
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from harness import distributed
@@ -42,28 +42,36 @@ def common_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify_checkpoint(directory: Path) -> Manifest:
-    """Reads all files that a resume needs, on any disk, and checks every CRC. Collective.
+Verify = Callable[[Path, FileEntry], None]
+"""Reads a file and checks its CRCs, as `verify_file`."""
 
-    The ranks share the work. With another number of ranks, of the `rank-N.pt` only rank 0's is
-    needed. Raises CheckpointError, on all ranks, if a file is damaged or missing on all disks;
-    UnreadableCheckpoint if a disk does not give one.
-    """
-    manifest = common_manifest(directory)
-    doing = f"cannot read checkpoint {directory}"
+
+def needed_files(manifest: Manifest) -> tuple[dict[str, FileEntry], list[str]]:
+    """The files that a resume needs: with another number of ranks, of the `rank-N.pt` only rank
+    0's; and the names of those that this rank verifies."""
     rank, world_size = distributed.global_rank(), distributed.world_size()
     if manifest.world_size == world_size:
         files = manifest.files  # a node with its own disk has its ranks' files
-        share = [name for name, entry in files.items() if entry.rank == rank]
-    else:
-        files = {n: e for n, e in manifest.files.items() if "/" in n or e.rank == 0}
-        share = list(files)[rank::world_size]
+        return files, [name for name, entry in files.items() if entry.rank == rank]
+    files = {n: e for n, e in manifest.files.items() if "/" in n or e.rank == 0}
+    return files, list(files)[rank::world_size]
+
+
+def verify_checkpoint(directory: Path, verify: Verify = verify_file) -> Manifest:
+    """Reads all files that a resume needs, on any disk, and checks every CRC. Collective.
+
+    The ranks share the work. Raises CheckpointError, on all ranks, if a file is damaged or missing
+    on all disks; UnreadableCheckpoint if a disk does not give one.
+    """
+    manifest = common_manifest(directory)
+    doing = f"cannot read checkpoint {directory}"
+    files, share = needed_files(manifest)
     with distributed.raise_on_all_ranks(doing), reading(directory):
         present = [name for name in share if is_present(directory / name)]
         for name in present:
-            verify_file(directory / name, files[name])
-        checked = {name: _identity(directory / name) for name in present}
-        disk = _identity(directory) if directory.is_dir() else None
+            verify(directory / name, files[name])
+        checked = {name: identity(directory / name) for name in present}
+        disk = identity(directory) if directory.is_dir() else None
     answers = distributed.all_gather((socket.gethostname(), disk, checked))
     hosts, disks, per_rank = zip(*answers, strict=True)
     verified = {name: identity for checked in per_rank for name, identity in checked.items()}
@@ -83,7 +91,7 @@ def _verify_copies(
 ) -> set[str]:
     """Verifies the files on the ranks' disks that are not already `checked`. Collective.
 
-    Returns their names. `checked`: `_identity` by name. `disks`: by rank, equal where they share
+    Returns their names. `checked`: `identity` by name. `disks`: by rank, equal where they share
     one.
     """
     rank = distributed.global_rank()
@@ -91,7 +99,7 @@ def _verify_copies(
         others = [
             name
             for name in files
-            if is_present(directory / name) and _identity(directory / name) != checked.get(name)
+            if is_present(directory / name) and identity(directory / name) != checked.get(name)
         ]
         sharing = [other for other, disk in enumerate(disks) if disk == disks[rank]]
         for name in others[sharing.index(rank) :: len(sharing)]:
@@ -99,7 +107,7 @@ def _verify_copies(
     return set().union(*distributed.all_gather(others))
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def identity(path: Path) -> tuple[int, int]:
     """Equal where two ranks see one file, also over a network: inode and time of last change."""
     status = path.stat()
     return status.st_ino, status.st_ctime_ns

@@ -7,9 +7,8 @@ detects any changed bit.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict
 
 from harness.errors import CheckpointError, FormatError, UnreadableCheckpoint
 from harness.formats import zips
@@ -26,10 +25,10 @@ def reading(path: Path) -> Iterator[None]:
         raise UnreadableCheckpoint(f"cannot read {name}: {error.strerror}") from None
 
 
-class FileEntry(BaseModel):
+@dataclass(kw_only=True)
+class FileEntry:
     """A file's entry in the manifest."""
 
-    model_config = ConfigDict(extra="forbid")
     size: int
     """Bytes."""
     digest: str
@@ -51,3 +50,12 @@ def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:
                 record.verify()
     except FormatError as error:
         raise CheckpointError(str(error)) from None
+
+
+def bytes_text(size: int) -> str:
+    """A number of bytes in four digits, aligned: "  1.024 kB"."""
+    number, unit = float(size), "B "
+    for larger in ("kB", "MB", "GB"):
+        if number >= 1000:
+            number, unit = number / 1000, larger
+    return f"{number:7.4g} {unit}"

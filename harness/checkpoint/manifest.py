@@ -12,25 +12,33 @@ import hashlib
 import json
 import math
 import time
-from contextlib import suppress
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
 from harness import __version__
 from harness.checkpoint.files import FileEntry, reading
+from harness.checkpoint.json_record import RecordError, from_json
 from harness.config.old_names import current_import_path
 from harness.convert.run_checkpoints import FORMAT, MANIFEST, check_format, no_manifest
 from harness.errors import CheckpointError, UnreadableCheckpoint, written_by
 from harness.files import is_present, json_write
 
 
-class EngineManifest(BaseModel):
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version  # slow to import, and a reader does not need it
+
+    return {
+        "harness": __version__,
+        "torch": version("torch"),
+        "deepspeed": version("deepspeed"),
+    }
+
+
+@dataclass(kw_only=True)
+class EngineManifest:
     """An engine's kind of state, and its layout."""
 
-    model_config = ConfigDict(extra="forbid")
     zero_stage: int
     dtype: str
     optimizer: str
@@ -38,16 +46,14 @@ class EngineManifest(BaseModel):
     layout: str
     """`layout.layout_digest`; "" for a teacher."""
 
-    @field_validator("optimizer")
-    @classmethod
-    def _current(cls, path: str) -> str:
-        return current_import_path(path)
+    def __post_init__(self) -> None:
+        self.optimizer = current_import_path(self.optimizer)
 
 
-class Manifest(BaseModel):
+@dataclass(kw_only=True)
+class Manifest:
     """What a checkpoint holds."""
 
-    model_config = ConfigDict(extra="forbid")
     format: Literal[4] = FORMAT
     step: int
     world_size: int
@@ -61,22 +67,16 @@ class Manifest(BaseModel):
     """SHA-256 of the resolved config."""
     pinned: str | None = None
     """NAME of `save as NAME`; a pinned checkpoint is never pruned."""
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = field(default_factory=dict)
     """The evaluation at this step, if there was one."""
     finite: bool | None = None
     """Whether all trained weights are finite; None if that was not recorded (by harness 0.1)."""
     note: str = ""
     """Why it was saved, if the run did not go on from it."""
-    saved_at: float = Field(default_factory=time.time)
+    saved_at: float = field(default_factory=time.time)
     """Seconds since 1970, always greater than in the previous checkpoint, even if a clock was set
     back: the newest checkpoint is the one with the largest value."""
-    versions: dict[str, str] = Field(
-        default_factory=lambda: {
-            "harness": __version__,
-            "torch": version("torch"),
-            "deepspeed": version("deepspeed"),
-        }
-    )
+    versions: dict[str, str] = field(default_factory=_versions)
 
     @property
     def fault(self) -> str:
@@ -93,7 +93,7 @@ class Manifest(BaseModel):
 
     def write(self, directory: Path) -> None:
         """Makes the directory a checkpoint."""
-        json_write(self.model_dump(), directory / MANIFEST)
+        json_write(asdict(self), directory / MANIFEST)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -112,25 +112,28 @@ def read_manifest(directory: Path) -> Manifest:
 def parse_manifest(text: bytes, directory: Path | str) -> Manifest:
     """A manifest from its text. `directory`: of the checkpoint, for the errors, as of
     `read_manifest`."""
+    damaged = f"checkpoint {directory}: {MANIFEST} is damaged"
     try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        mistakes = {".".join(map(str, mistake["loc"])): mistake for mistake in error.errors()}
-    with suppress(ValueError):  # not JSON: damaged
-        check_format(json.loads(text), directory)
-    where = "format" if "format" in mistakes else next(iter(mistakes))
-    if where == "format":
+        found = json.loads(text)
+        if b"\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate is not text
+        check_format(found, directory)
+        return from_json(Manifest, found)
+    except RecordError as error:
+        mistakes = {mistake.key: mistake for mistake in error.mistakes}
+    except (ValueError, RecursionError) as error:  # not JSON
+        raise CheckpointError(f"{damaged}: {error}") from None
+    if wrong := mistakes.get("format"):
         raise UnreadableCheckpoint(
-            f"checkpoint {directory} has format {mistakes[where]['input']!r:.40}; this version of "
-            f"harness reads format {FORMAT}: use the version that wrote it"
+            f"checkpoint {directory} has format {wrong.value!r:.40}; this version of harness reads "
+            f"format {FORMAT}: use the version that wrote it"
         )
-    if unknown := [key for key, found in mistakes.items() if found["type"] == "extra_forbidden"]:
+    if unknown := [key for key, mistake in mistakes.items() if mistake.is_unknown]:
         raise UnreadableCheckpoint(
             f"checkpoint {directory}: {MANIFEST} has {unknown[0]!r:.80}, which this version of "
             "harness does not know: update harness"
         )
-    reason = f"{MANIFEST} is damaged: {where and where + ' '}{mistakes[where]['msg']}"
-    raise CheckpointError(f"checkpoint {directory}: {reason}")
+    raise CheckpointError(f"{damaged}: {next(iter(mistakes.values()))}")
 
 
 def digest(text: str) -> str:

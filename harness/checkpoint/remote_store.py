@@ -9,11 +9,13 @@ An object appears whole or not at all, as in a store of objects; other file syst
 another name first.
 """
 
+import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,7 @@ class Store:
 
     def write_manifest(self, name: str, manifest: Manifest) -> None:
         """Makes uploaded files a checkpoint."""
-        text = manifest.model_dump_json(indent=1).encode()
+        text = json.dumps(asdict(manifest), indent=2).encode()
         with self._writing(name, MANIFEST, len(text)) as write:
             write(text)
 

@@ -8,8 +8,9 @@ import torch
 from harness import distributed
 from harness.callbacks.moments import Callbacks
 from harness.checkpoint.compatible import check_compatible
-from harness.checkpoint.completeness import common_manifest, verify_checkpoint
+from harness.checkpoint.completeness import Verify, common_manifest, verify_checkpoint
 from harness.checkpoint.disks import Disks, list_checkpoints
+from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import digest, is_unreadable
 from harness.checkpoint.reshard import load_engines
 from harness.checkpoint.resume_source import find_source
@@ -25,14 +26,17 @@ log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)
 
 
-def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks) -> Path | None:
+def choose_checkpoint(
+    wanted: str, parent: Path, engines: Engines, disks: Disks, verify: Verify = verify_file
+) -> Path | None:
     """The checkpoint to resume from, verified; None to start from step 0. Collective.
 
     `wanted`: `run.resume` (`resume_source`). "latest" is the newest one in `parent` that is
     complete over all `disks` together, with finite weights; others are logged and skipped.
-    Raises, on all ranks, CheckpointError if there are checkpoints and none is, or the requested one
-    is not complete; UnreadableCheckpoint if a newer one than those cannot be judged; ConfigError if
-    it does not match this run, or if "none" is requested and an earlier run has left checkpoints.
+    `verify`: checks a file. Raises, on all ranks, CheckpointError if there are checkpoints and none
+    is, or the requested one is not complete; UnreadableCheckpoint if a newer one than those cannot
+    be judged; ConfigError if it does not match this run, or if "none" is requested and an earlier
+    run has left checkpoints.
     """
     names, everywhere = list_checkpoints(parent, disks)
     unreadable = {name for name in names if disks.is_leader and is_unreadable(parent / name)}
@@ -50,13 +54,13 @@ def choose_checkpoint(wanted: str, parent: Path, engines: Engines, disks: Disks)
     if wanted not in ("latest", "none"):
         parent, is_parent = find_source(wanted, parent)
         if not is_parent:
-            check_compatible(parent, verify_checkpoint(parent), engines)
+            check_compatible(parent, verify_checkpoint(parent, verify), engines)
             return parent
         names, _ = list_checkpoints(parent, Disks(tuple(range(distributed.world_size()))))
     failures = []
     for directory in [parent / name for name in names]:
         try:
-            manifest = verify_checkpoint(directory)
+            manifest = verify_checkpoint(directory, verify)
         except UnreadableCheckpoint as error:
             with distributed.raise_on_all_ranks(f"cannot resume from {parent}"):
                 raise UnreadableCheckpoint(

@@ -12,7 +12,7 @@ import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import distributed
@@ -192,7 +192,7 @@ class Saver:
             raise error
         files = {path: entry for entries, *_ in per_rank for path, entry in entries.items()}
         finite = all(finite for *_, finite in per_rank)
-        manifest = pending.manifest.model_copy(update={"files": files, "finite": finite})
+        manifest = replace(pending.manifest, files=files, finite=finite)
         commit(manifest, pending.staged, pending.target, self.disks.is_leader)
         log.info("saved %s", pending.target)
         if reason := manifest.fault:

@@ -6,5 +6,6 @@ copy.py                 copies and casts the planned bytes, with several threads
 plan.py                 the tensors of the output: names, dtypes, and byte ranges of their sources
 resolve_source.py       from a user's path to an engine's files, or to a file of weights
 foreign_directories.py  what is not converted, or only a part: what it is, what to do
-run_checkpoints.py      which checkpoint of a run is the newest complete one
+open_checkpoint.py      an engine of a run's checkpoint, of the newest complete one
+run_checkpoints.py      which checkpoints a run has, in which order
 """

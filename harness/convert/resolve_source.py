@@ -9,13 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.convert import foreign_directories
-from harness.convert.run_checkpoints import (
-    MANIFEST,
-    checkpoints_in,
-    is_plain,
-    open_checkpoint,
-    open_newest,
-)
+from harness.convert.open_checkpoint import is_plain, open_checkpoint, open_newest
+from harness.convert.run_checkpoints import MANIFEST, checkpoints_in
 from harness.errors import CheckpointError
 from harness.formats import file_kinds, shard_index, tensor_file
 from harness.formats.tensor_file import TensorFile

@@ -9,7 +9,6 @@ import pickle
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from harness.errors import FormatError
@@ -57,7 +56,7 @@ def write(
             writer = TensorWriter(descriptor, entries)
             fill(writer)
             crcs = [*map(zlib.crc32, small.values()), *(writer.crcs[name] for name in tensors)]
-            complete = [replace(r, crc=crc) for r, crc in zip(records, crcs, strict=True)]
+            complete = [r._replace(crc=crc) for r, crc in zip(records, crcs, strict=True)]
             for record, header in zip(complete, headers, strict=True):
                 write_at(descriptor, zips.local_header(record, header), header)
             for record, content in zip(complete, small.values(), strict=False):

@@ -9,9 +9,10 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from harness.errors import FormatError
 from harness.formats.raw_io import read_crc, read_into
@@ -24,8 +25,9 @@ ALIGNMENT = 64
 _END, _END_MAGIC = struct.Struct("<4s4H2IH"), b"PK\x05\x06"
 _END64, _END64_MAGIC = struct.Struct("<4sQ2H2I4Q"), b"PK\x06\x06"
 _LOCATOR, _LOCATOR_MAGIC = struct.Struct("<4sIQI"), b"PK\x06\x07"
-_ENTRY, _ENTRY_MAGIC = struct.Struct("<4s6H3I5H2I"), b"PK\x01\x02"
+_ENTRY, _ENTRY_MAGIC = struct.Struct("<4s4H4x3I4H6xI"), b"PK\x01\x02"  # x: dates, attributes
 _LOCAL, _LOCAL_MAGIC = struct.Struct("<4s5H3I2H"), b"PK\x03\x04"
+_LOCAL_LENGTHS = struct.Struct("<4s22x2H")  # of a local header: its magic, and what follows it
 _EXTRA = struct.Struct("<2H")  # of an extra field: its kind, and its length
 _EXTRA_SIZES = 1  # the kind with 64-bit sizes
 _EXTRA_PADDING = int.from_bytes(b"FB", "little")  # the kind with which torch aligns data
@@ -33,6 +35,7 @@ _STREAMED = 0x8
 """Flag: CRC and sizes are not in the local header; torch sets it."""
 _UTF8 = 0x800
 """Flag: the name is UTF-8."""
+_UNKNOWN_FLAGS = ~(_STREAMED | _UTF8)
 _WIDE = 0xFFFFFFFF
 """Marks a 64-bit size, which is in the extra field."""
 _VERSION = 45
@@ -44,8 +47,7 @@ _SEVERAL = (
 )
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """A file in an archive: bytes `start` to `start + size`, and their CRC-32.
 
     `crc` None: nothing to check, as in formats other than zip.
@@ -82,25 +84,19 @@ def records(path: Path) -> dict[str, Record]:
     Raises FormatError unless all are uncompressed and within the file, without overlap, under
     different names. Raises OSError if the file cannot be read.
     """
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        start, length, count = _directory(path, file.fileno(), size)
-        data = os.pread(file.fileno(), length, start)
-        by_name: dict[str, Record] = {}
-        position = 0
-        for _ in range(count):
-            record, position = _entry(path, file.fileno(), data, position, start)
-            if record.name in by_name:
-                raise FormatError(f"{path}: two records are named {record.name!r}")
-            by_name[record.name] = record
-    if position != len(data):
-        excess = len(data) - position
-        raise FormatError(f"{path}: damaged: {excess} extra bytes in the zip directory")
+    with path.open("rb", buffering=0) as opened:
+        file = _Pages(opened.fileno())
+        found = list(_entries(path, file, *_directory(path, file)))
+    by_name = {record.name: record for record in found}
+    if len(by_name) < len(found):
+        name = next(record.name for record in found if by_name[record.name] is not record)
+        raise FormatError(f"{path}: two records are named {name!r}")
     end = 0
-    for record in sorted(by_name.values(), key=lambda record: (record.start, record.size)):
-        if record.start < end:
-            raise FormatError(f"{path}: record {record.name!r} overlaps another record")
-        end = record.start + record.size
+    for record in sorted(found, key=attrgetter("start", "size")):
+        _, name, start, size, _ = record
+        if start < end:
+            raise FormatError(f"{path}: record {name!r} overlaps another record")
+        end = start + size
     return by_name
 
 
@@ -113,7 +109,7 @@ def digest(path: Path) -> str:
 
 
 def _digest(records: Mapping[str, Record]) -> str:
-    table = [(record.name, record.size, record.crc) for record in records.values()]
+    table = list(map(attrgetter("name", "size", "crc"), records.values()))
     return hashlib.sha256(repr(table).encode()).hexdigest()
 
 
@@ -169,13 +165,36 @@ def directory(records: Sequence[Record], headers: Sequence[int], start: int) -> 
 def _packed_entry(record: Record, header: int) -> bytes:
     name, size = record.name.encode(), record.size
     extra = _EXTRA.pack(_EXTRA_SIZES, 24) + struct.pack("<3Q", size, size, header)
-    sizes = (record.crc, _WIDE, _WIDE, len(name), len(extra), 0, 0, 0, 0, _WIDE)
-    return _ENTRY.pack(_ENTRY_MAGIC, _VERSION, _VERSION, _UTF8, 0, 0, 0, *sizes) + name + extra
+    sizes = (record.crc, _WIDE, _WIDE, len(name), len(extra), 0, 0, _WIDE)
+    return _ENTRY.pack(_ENTRY_MAGIC, _VERSION, _VERSION, _UTF8, 0, *sizes) + name + extra
 
 
-def _directory(path: Path, file: int, size: int) -> tuple[int, int, int]:
+class _Pages:
+    """A file read in pages of `PAGE` bytes, the last of which is kept: the headers of small records
+    lie close together."""
+
+    PAGE = 4096
+
+    def __init__(self, file: int):
+        """`file`: a descriptor."""
+        self.size = os.fstat(file).st_size
+        self._file = file
+        self._start, self._page = 0, b""
+
+    def read(self, start: int, size: int) -> bytes:
+        """`size` bytes from byte `start` on, or fewer at the end of the file."""
+        at = start - self._start
+        if at < 0 or at + size > len(self._page):
+            self._page = os.pread(self._file, max(size, self.PAGE), start)
+            self._start, at = start, 0
+        return self._page[at : at + size]
+
+
+def _directory(path: Path, file: _Pages) -> tuple[int, int, int]:
     """The directory's offset, its size in bytes, and its number of records."""
-    tail = os.pread(file, _END.size + _LOCATOR.size, max(0, size - _END.size - _LOCATOR.size))
+    size = file.size
+    file.read(max(0, size - file.PAGE), file.PAGE)  # often the whole directory
+    tail = file.read(max(0, size - _END.size - _LOCATOR.size), _END.size + _LOCATOR.size)
     end = tail[-_END.size :]
     if len(end) < _END.size or not end.startswith(_END_MAGIC):
         raise FormatError(f"{path}: not a file of torch.save, or truncated: not a zip archive")
@@ -188,7 +207,7 @@ def _directory(path: Path, file: int, size: int) -> tuple[int, int, int]:
             raise FormatError(f"{path}: damaged: the end of the zip archive")
         if where + _END64.size + _LOCATOR.size != stop:
             raise FormatError(f"{path}: {_SEVERAL}")
-        end64 = os.pread(file, _END64.size, where)
+        end64 = file.read(where, _END64.size)
         magic, _, _, _, disk, first_disk, on_disk, count, length, start = _END64.unpack(end64)
         stop = where
         if magic != _END64_MAGIC:
@@ -204,36 +223,44 @@ def _directory(path: Path, file: int, size: int) -> tuple[int, int, int]:
     return start, length, count
 
 
-def _entry(path: Path, file: int, data: bytes, position: int, limit: int) -> tuple[Record, int]:
-    """The record of the directory entry at `position`, and the position of the next entry."""
-    if position + _ENTRY.size > len(data):
-        raise FormatError(f"{path}: damaged: the zip directory is truncated")
-    magic, _, _, flags, method, _, _, crc, packed, size, *rest = _ENTRY.unpack_from(data, position)
-    name_length, extra_length, comment_length, disk, _, _, header = rest
-    name_start = position + _ENTRY.size
-    extra_start = name_start + name_length
-    after = extra_start + extra_length + comment_length
-    if magic != _ENTRY_MAGIC or after > len(data) or disk:
-        raise FormatError(f"{path}: damaged: the zip directory")
-    try:
-        name = data[name_start:extra_start].decode()
-    except UnicodeDecodeError:
-        raise FormatError(f"{path}: the name of a record is not UTF-8") from None
-    extra = data[extra_start : extra_start + extra_length]
-    if _WIDE in (size, packed, header):
-        size, packed, header = _wide_sizes(path, extra, size, packed, header)
-    if method or packed != size:
-        raise FormatError(f"{path}: record {name!r} is compressed, which torch does not do")
-    if flags & ~(_STREAMED | _UTF8):
-        raise FormatError(f"{path}: record {name!r} is encrypted or patched")
-    local = os.pread(file, _LOCAL.size, header) if header + _LOCAL.size <= limit else b""
-    if len(local) < _LOCAL.size or not local.startswith(_LOCAL_MAGIC):
-        raise FormatError(f"{path}: damaged: record {name!r} is not where it should be")
-    *_, local_name, local_extra = _LOCAL.unpack(local)
-    start = header + _LOCAL.size + local_name + local_extra
-    if start + size > limit:
-        raise FormatError(f"{path}: damaged: record {name!r} extends past the end of the data")
-    return Record(path, name, start, size, crc), after
+def _entries(path: Path, file: _Pages, limit: int, length: int, count: int) -> Iterator[Record]:
+    """The records of the directory's entries. `limit`: where the directory begins."""
+    data, position = file.read(limit, length), 0
+    length = len(data)  # less if the file has just been cut
+    unpack, unpack_local, read = _ENTRY.unpack_from, _LOCAL_LENGTHS.unpack, file.read
+    for _ in range(count):
+        name_start = position + _ENTRY.size
+        if name_start > length:
+            raise FormatError(f"{path}: damaged: the zip directory is truncated")
+        fields = unpack(data, position)
+        magic, _, _, flags, method, crc, packed, size, named, extra, noted, disk, header = fields
+        name_end = name_start + named
+        position = name_end + extra + noted
+        if magic != _ENTRY_MAGIC or position > length or disk:
+            raise FormatError(f"{path}: damaged: the zip directory")
+        try:
+            name = data[name_start:name_end].decode()
+        except UnicodeDecodeError:
+            raise FormatError(f"{path}: the name of a record is not UTF-8") from None
+        if size == _WIDE or packed == _WIDE or header == _WIDE:
+            wide = data[name_end : name_end + extra]
+            size, packed, header = _wide_sizes(path, wide, size, packed, header)
+        if method or packed != size:
+            raise FormatError(f"{path}: record {name!r} is compressed, which torch does not do")
+        if flags & _UNKNOWN_FLAGS:
+            raise FormatError(f"{path}: record {name!r} is encrypted or patched")
+        start = header + _LOCAL.size
+        local = read(header, _LOCAL.size) if start <= limit else b""
+        if not local.startswith(_LOCAL_MAGIC) or len(local) < _LOCAL.size:
+            raise FormatError(f"{path}: damaged: record {name!r} is not where it should be")
+        _, local_name, local_extra = unpack_local(local)
+        start += local_name + local_extra
+        if start + size > limit:
+            raise FormatError(f"{path}: damaged: record {name!r} extends past the end of the data")
+        yield Record(path, name, start, size, crc)
+    if position != length:
+        excess = length - position
+        raise FormatError(f"{path}: damaged: {excess} extra bytes in the zip directory")
 
 
 def _wide_sizes(path: Path, extra: bytes, *values: int) -> list[int]:

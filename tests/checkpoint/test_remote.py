@@ -2,6 +2,7 @@
 delays nothing. A node is a rank with its own disk, as in test_disks."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,9 +215,7 @@ def save_twice(root: Path) -> list[float]:
     directory.mkdir()
     for saved_at in (1.0, 2.0):
         entry = write_file({"saved_at": saved_at}, directory / "rank-00000.pt")
-        manifest = manifest_of(1, {"rank-00000.pt": entry}).model_copy(
-            update={"saved_at": saved_at}
-        )
+        manifest = replace(manifest_of(1, {"rank-00000.pt": entry}), saved_at=saved_at)
         ours.add(directory, manifest)
         if saved_at == 1.0:
             ours.poll()

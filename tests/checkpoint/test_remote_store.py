@@ -1,9 +1,11 @@
 """A store of checkpoints, by itself: what appears, when, and what is told when it fails."""
 
+import math
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +86,20 @@ def test_only_a_manifest_makes_a_checkpoint(url: str, tmp_path: Path) -> None:
         assert store.unfinished() == []
     found = store.checkpoints()
     assert list(found) == names[::-1]
-    assert found[names[0]].model_dump() == manifest_of(2, FILES).model_dump()
+    assert found[names[0]] == manifest_of(2, FILES)
     store.download(names[0], "net/x.pt", tmp_path / "back.pt")
     assert (tmp_path / "back.pt").read_bytes() == source.read_bytes()
     store.remove(names[1])
     assert list(store.checkpoints()) == [names[0]]
     assert not store.has(names[1], "net/x.pt", SIZE)
+
+
+def test_a_metric_that_is_nan_is_read_back(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/run")
+    manifest = replace(manifest_of(1, {}), metrics={"eval/loss": math.nan})
+    store.write_manifest("step-00000001.1000", manifest)
+    (found,) = store.checkpoints().values()
+    assert found.fault == manifest.fault == "eval/loss: NaN"
 
 
 @pytest.mark.parametrize("url", ["file", "s3"], indirect=True)  # memory: objects grow in place
