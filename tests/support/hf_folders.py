@@ -20,8 +20,8 @@ TEXTS = [
 ]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>"
-    "{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 MODELS = ("llama", "gpt2", "t5", "bert", "clip")
 
@@ -73,7 +73,7 @@ def config_of(name: str, vocabulary: int = 300, **options: Any) -> Any:
     match name:
         case "llama":
             more = {"num_key_value_heads": 1, "max_position_embeddings": 64}
-            made = hf.LlamaConfig(**SIZES, **HEADS, **(more | shared))
+            made = hf.LlamaConfig(**(SIZES | HEADS | more | shared))
         case "gpt2":
             dry = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
             sizes = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
@@ -86,7 +86,7 @@ def config_of(name: str, vocabulary: int = 300, **options: Any) -> Any:
         case "bert":
             dry = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
             more = dry | {"max_position_embeddings": 64}
-            made = hf.BertConfig(**SIZES, **HEADS, **(more | shared))
+            made = hf.BertConfig(**(SIZES | HEADS | more | shared))
             made.architectures = ["BertForMaskedLM"]
         case _:
             text = SIZES | HEADS | {"max_position_embeddings": 64} | shared
