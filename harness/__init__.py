@@ -27,6 +27,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     execute.py         what each live command does, and what is answered
     epochs.py          the length of a run in passes over its data
     evaluate.py        held-out evaluation, every rank its share
+    huggingface/       models of Hugging Face: from a folder to a folder (extra: hf)
     checkpoint/        a run's own commits: save, resume, reshard, retention, export, inspect
     convert/           checkpoints and files into plain weights, streamed without torch
     engine/            Engine: one model under one DeepSpeed engine; Engines: the named set

@@ -27,6 +27,11 @@ from harness.metrics.meters import Stats
 from harness.metrics.sinks import Sink
 from harness.utils import named_parts, tensor_leaves, to_device
 
+FindWeights = Callable[[nn.Module, Mapping[str, torch.Tensor], Path | None], Any]
+"""`Task.init_weights` of an engine."""
+Export = Callable[[nn.Module, Mapping[str, torch.Tensor], Path], None]
+"""`Task.exporters` of an engine."""
+
 
 class FedEngine(Protocol):
     """The part of an `engine.engine.Engine` that the default feeder uses."""
@@ -145,6 +150,17 @@ class Task:
     """`batch -> number`: of how many terms (like labels that count) the loss of a micro-batch is
     the mean. Default: micro-batches count alike."""
 
+    init_weights: Mapping[str, FindWeights] = field(default_factory=dict)
+    """Where the weights of a new engine are, by engine: `(model, entries, init_from) -> weights`.
+    `entries` is its state dict, without adapters and maybe sharded; `init_from` is the config's, or
+    None. Returned are stored tensors (`formats.stored_tensor`) by name, each of which is read on
+    every rank in parts; an entry without one stays as built. None: all stay."""
+
+    exporters: Mapping[str, Export] = field(default_factory=dict)
+    """Writes an engine's exported weights, by engine, in place of ENGINE.sft:
+    `(model, state, directory)`, on rank 0. `state` is the full state dict on the CPU, adapters
+    merged; the model itself may be sharded; the directory, ENGINE, does not exist yet."""
+
     parameter_groups: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     """Parameter groups by engine, like those of `[[engines.NAME.optimizer.groups]]`, which come
     first: `{"net": [{"name": "head", "match": "head", "lr": "x0.1"}]}`."""
@@ -214,6 +230,9 @@ def validate(task: Any, path: str) -> Task:
                 f"task {path}: model {name!r} is a {kind}, expected an nn.Module, or a function "
                 "that returns one"
             )
+    for key in ("init_weights", "exporters"):
+        if unknown := sorted(getattr(task, key).keys() - task.models.keys()):
+            raise TaskError(f"task {path}: {key}: there is no model {unknown[0]!r}")
     if task.summarize is not None and task.evaluate is None:
         raise TaskError(f"task {path}: summarize needs evaluate, which returns what is summed")
     for name in ("callbacks", "sinks"):

@@ -14,6 +14,7 @@ from harness.engine.full_tensors import full_tensors
 from harness.engine.lora import merged, save_adapters
 from harness.health import phases
 from harness.io import save
+from harness.task import Export
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,8 @@ def export(
     engines: Engines, parent: Path, format: str, between: Callable[[], object] = lambda: None
 ) -> Path:
     """Writes every trained engine's full weights to `parent/step-N/ENGINE.FORMAT`, and their EMA,
-    if one is kept, to `ENGINE.ema.FORMAT`. Collective.
+    if one is kept, to `ENGINE.ema.FORMAT`; or by the task's exporter to the folders `ENGINE` and
+    `ENGINE.ema`. Collective.
 
     The engines are in evaluation mode meanwhile (schedule-free optimizers swap weights). If
     adapters are trained, they are merged into the weights; `ENGINE.lora/` has only the adapters, as
@@ -40,10 +42,12 @@ def export(
     engines.eval()
     try:
         for engine in engines.trained:
-            _export_weights(engine, staged / f"{engine.name}.{format}", between)
+            write = engines.task.exporters.get(engine.name)
+            _export_weights(engine, staged, engine.name, format, write, between)
             if engine.has_ema:
                 with engine.averaged():
-                    _export_weights(engine, staged / f"{engine.name}.ema.{format}", between)
+                    name = f"{engine.name}.ema"
+                    _export_weights(engine, staged, name, format, write, between)
         with distributed.raise_on_all_ranks(f"cannot export to {target}"):
             if distributed.is_global_leader():
                 move_into_place(staged, target)
@@ -56,17 +60,28 @@ def export(
     return target
 
 
-def _export_weights(engine: Engine, path: Path, between: Callable[[], object]) -> None:
+def _export_weights(
+    engine: Engine,
+    parent: Path,
+    name: str,
+    format: str,
+    write: Export | None,
+    between: Callable[[], object],
+) -> None:
     state = {}
-    for name, tensor in full_tensors(engine):
+    for key, tensor in full_tensors(engine):
         if tensor is not None:
-            state[name] = tensor
+            state[key] = tensor
         between()
         phases.beat()
+    path = parent / (f"{name}.{format}" if write is None else name)
     with distributed.raise_on_all_ranks(f"cannot export {path}"):
         if distributed.is_global_leader():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            parent.mkdir(parents=True, exist_ok=True)
             if engine.has_lora:
-                save_adapters(engine.module, state, path.with_suffix(".lora"))
+                save_adapters(engine.module, state, parent / f"{name}.lora")
                 state = merged(engine.module, state)
-            save(state, path)
+            if write is None:
+                save(state, path)
+            else:
+                write(engine.module, state, path)

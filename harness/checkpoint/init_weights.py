@@ -23,7 +23,8 @@ from harness.formats import tensor_file
 from harness.formats.dtypes import FLOATS
 from harness.formats.stored_tensor import StoredTensor
 from harness.formats.tensor_file import is_extra_state
-from harness.io.stored import read_tensor
+from harness.io.stored import GrownTensor, read_tensor
+from harness.task import FindWeights
 from harness.utils import dtype_name
 from harness.zero.engine_state import fill_masters, fill_weight, shapes_of
 from harness.zero.parameters import full_shape, is_expert
@@ -31,8 +32,8 @@ from harness.zero.reader import SavedEngine
 
 log = logging.getLogger(__name__)
 
-Weights = dict[str, StoredTensor]
-"""A source for every entry of a model's state dict."""
+Weights = dict[str, StoredTensor | GrownTensor]
+"""A source for entries of a model's state dict."""
 
 
 def find_weights(
@@ -41,15 +42,25 @@ def find_weights(
     """The weights to load, by engine: checked, but not read yet. Collective.
 
     If the run resumes, only those of teachers, which no checkpoint holds. Raises ConfigError, on
-    all ranks, if a file does not have exactly the weights of its model; CheckpointError or
-    FormatError if it cannot be read.
+    all ranks, if a file does not have exactly the weights of its model, unless the task finds them
+    by `Task.init_weights`; CheckpointError or FormatError if it cannot be read.
     """
     weights: dict[str, Weights] = {}
     for name, config in configs.items():
-        if config.init_from is not None and (config.role == "teacher" or not resumes):
-            with distributed.raise_on_all_ranks(f"engines.{name}.init_from"):
-                weights[name] = match_weights(engines[name], config.init_from)
+        if resumes and config.role != "teacher":
+            continue
+        with distributed.raise_on_all_ranks(f"engines.{name}.init_from"):
+            found = _find(engines[name], config.init_from, engines.task.init_weights.get(name))
+            if found is not None:
+                weights[name] = found
     return weights
+
+
+def _find(engine: Engine, path: Path | None, find: FindWeights | None) -> Weights | None:
+    if find is not None:
+        found = find(engine.module, _entries(engine), path)
+        return None if found is None else dict(found)
+    return None if path is None else match_weights(engine, path)
 
 
 def load_weights(engine: Engine, weights: Weights) -> None:
@@ -63,21 +74,25 @@ def load_weights(engine: Engine, weights: Weights) -> None:
         shapes = shapes_of(engine.collect())
 
     def read_weight(name: str, start: int, stop: int) -> torch.Tensor:
-        return read_tensor(weights[name], start, stop).view(-1)
+        weight = weights[name]
+        if isinstance(weight, GrownTensor):
+            return weight.read(start, stop)
+        return read_tensor(weight, start, stop).view(-1)
 
     with distributed.raise_on_all_ranks(f"engines.{engine.name}.init_from"):
         module = _entries(engine)
         for name, tensor in {id(t): (name, t) for name, t in module.items()}.values():
-            fill_weight(tensor, name, read_weight)
+            if name in weights:
+                fill_weight(tensor, name, read_weight)
         if has_masters:
-            fill_masters(engine.ds, module, shapes, read_weight)
+            fill_masters(engine.ds, module, shapes, read_weight, names=weights)
     _log_casts(engine, module, weights)
 
 
 def _log_casts(engine: Engine, module: Mapping[str, torch.Tensor], weights: Weights) -> None:
     casts: dict[str, int] = {}
     for name, tensor in module.items():
-        if weights[name].dtype != dtype_name(tensor.dtype):
+        if name in weights and weights[name].dtype != dtype_name(tensor.dtype):
             text = f"{weights[name].dtype} to {dtype_name(tensor.dtype)}"
             casts[text] = casts.get(text, 0) + 1
     cast = "".join(f"; {count} cast from {text}" for text, count in casts.items())
@@ -86,7 +101,7 @@ def _log_casts(engine: Engine, module: Mapping[str, torch.Tensor], weights: Weig
 
 def match_weights(engine: Engine, path: Path) -> Weights:
     """The weights at `path` under the names of the model. Raises as `find_weights` does."""
-    weights = _read_weights(path, engine.name)
+    weights = read_weights(path, engine.name)
     module = _entries(engine)
     if extra := [name for name in weights if is_extra_state(name)]:
         log.info("engine %s: extra state is ignored: %s", engine.name, ", ".join(map(repr, extra)))
@@ -126,11 +141,12 @@ def match_weights(engine: Engine, path: Path) -> Weights:
     return matched
 
 
-def _read_weights(path: Path, engine: str) -> Weights:
-    """All weights at `path` by name; of several engines, those of this one."""
-    for suffix in ("sft", "pt"):
-        if (path / f"{engine}.{suffix}").is_file():
-            path = path / f"{engine}.{suffix}"
+def read_weights(path: Path, engine: str) -> dict[str, StoredTensor]:
+    """All weights at `path` by name; of several engines, those of this one. Raises CheckpointError
+    or FormatError."""
+    for name in (f"{engine}.sft", f"{engine}.pt", engine):
+        if (path / name).exists():
+            path = path / name
             break
 
     def note(text: str) -> None:

@@ -34,7 +34,8 @@ Piece = tuple[int, int, int]
 class Packed(Dataset[dict[str, Tensor]]):
     """Windows of documents: `{"input_ids", "labels", "position_ids"}`, each int64 [length].
 
-    `documents` is a map-style dataset of tokens, int64 [their number], with `lengths`. A document
+    `documents` is a map-style dataset of tokens, int64 [their number], or of `(tokens, labels)`,
+    where not all are to be predicted; with `lengths`. A document
     that is longer than a window is cut into pieces, each packed like a document of its own; every
     token is in one window. What is left of a window is padding, a document without labels.
 
@@ -85,9 +86,14 @@ class Packed(Dataset[dict[str, Tensor]]):
         positions = torch.empty(self.length, dtype=torch.int64)
         at = 0
         for document, start, end in self.pieces(index):
-            part = self.documents[document][start:end]
+            whole = self.documents[document]
+            own_labels = None
+            if isinstance(whole, tuple):
+                whole, own_labels = whole
+            part = whole[start:end]
             tokens[at : at + len(part)] = part
-            labels[at + 1 : at + len(part)] = part[1:]
+            learned = part if own_labels is None else own_labels[start:end]
+            labels[at + 1 : at + len(part)] = learned[1:]
             positions[at : at + len(part)] = torch.arange(len(part))
             at += len(part)
         positions[at:] = torch.arange(self.length - at)

@@ -44,7 +44,7 @@ class Engines(Mapping[str, Engine]):
 
     def __init__(self, engines: Mapping[str, Engine], task: Task):
         self._engines = dict(engines)
-        self._task = task
+        self.task = task
         self._turn = Turn()
         self.gradient_check = GradientCheck()
         """Whether all ranks gave gradients to the same parameters; a part of the step's vector."""
@@ -109,7 +109,7 @@ class Engines(Mapping[str, Engine]):
             engine.kept_buffers.begin_step(engine.buffers)
         with self._gathered(), self._turn.of(engine.name, begins_step):
             phases.enter("forward")
-            loss, stats = feed(self._task, engine, batch)
+            loss, stats = feed(self.task, engine, batch)
             if see is not None:
                 see(loss)
             phases.enter("backward")
@@ -155,10 +155,10 @@ class Engines(Mapping[str, Engine]):
         reports: dict[str, Stats] = {}
         for engine in self.trained:
             with self._gathered(), self._turn.of(engine.name):
-                if self._task.evaluate is not None:
-                    stats = checked_stats(self._task.evaluate(engine, batch), "Task.evaluate")
+                if self.task.evaluate is not None:
+                    stats = checked_stats(self.task.evaluate(engine, batch), "Task.evaluate")
                 else:
-                    loss, others = feed(self._task, engine, batch)
+                    loss, others = feed(self.task, engine, batch)
                     stats = {"loss": loss, **others}
             reports[engine.name] = stats
         return reports

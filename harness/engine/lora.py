@@ -97,7 +97,12 @@ def save_adapters(model: nn.Module, state: Mapping[str, Tensor], directory: Path
     adapters = _peft().get_peft_model_state_dict(
         adapted, state_dict=dict(state), adapter_name=ADAPTER, save_embedding_layers=False
     )
-    replace(adapted.peft_config[ADAPTER], inference_mode=True).save_pretrained(str(directory))
+    config = replace(
+        adapted.peft_config[ADAPTER],
+        inference_mode=True,
+        base_model_name_or_path=getattr(model, "name_or_path", "") or None,  # of transformers'
+    )
+    config.save_pretrained(str(directory))
     tensors = {f"base_model.model.{name}": tensor for name, tensor in adapters.items()}
     save(tensors, directory / "adapter_model.safetensors")
 

@@ -1,5 +1,6 @@
 """Reads StoredTensors, and trees of tensor references, as torch tensors."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,34 @@ from harness.formats.pickled import Global, PickleError, Placeholder, check_size
 from harness.formats.raw_io import read_into
 from harness.formats.stored_tensor import StoredTensor
 from harness.io.tree import TreeConverter
+
+
+@dataclass(frozen=True)
+class GrownTensor:
+    """A stored tensor with more rows."""
+
+    stored: StoredTensor
+    rows: int
+    """All of them, at least as many as are stored."""
+    row: torch.Tensor
+    """Each of the new ones, of the stored rows' shape, flattened."""
+
+    @property
+    def dtype(self) -> str:
+        """A key of `formats.dtypes.SIZES`."""
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """With all rows."""
+        return (self.rows, *self.stored.shape[1:])
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Elements `start` to `stop` of the flattened tensor. Raises as `read_tensor`."""
+        size = self.stored.numel()
+        old = read_tensor(self.stored, min(start, size), min(stop, size)).view(-1)
+        places = torch.arange(max(start, size), max(stop, size)) - size
+        return torch.cat([old, self.row[places % self.row.numel()].to(old.dtype)])
 
 
 def read_tensor(

@@ -5,7 +5,7 @@ document; the comments name the files below its `runtime/` that define them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -168,12 +168,21 @@ def fill_weight(tensor: Tensor, name: str, read: Read) -> None:
 
 
 @torch.no_grad()
-def fill_masters(ds: Any, module: Mapping[str, Tensor], shapes: list[Shapes], read: Read) -> None:
+def fill_masters(
+    ds: Any,
+    module: Mapping[str, Tensor],
+    shapes: list[Shapes],
+    read: Read,
+    names: Container[str],
+) -> None:
     """Overwrites this rank's fp32 masters where they are separate from the parameters.
 
-    `module`: the entries of the model's state dict. `shapes`: from `shapes_of`.
+    `module`: the entries of the model's state dict. `shapes`: from `shapes_of`. `names`: of the
+    parameters that are overwritten; other masters stay.
     """
     for segment, master in _masters(ds, module, shapes):
+        if segment.name not in names:
+            continue
         master.copy_(read(segment.name, segment.start, segment.stop).view(master.shape))
 
 
