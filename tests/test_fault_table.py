@@ -91,11 +91,7 @@ QUICK = [
 ]
 SLOW = [
     Row("raise", "data", 0, on_all=True, workers=1, saved=2),
-    *(
-        Row("raise", phase, zero)
-        for phase in ("forward", "backward", "step")
-        for zero in (0, 2, 3)
-    ),
+    *(Row("raise", phase, zero) for phase in ("forward", "backward", "step") for zero in (0, 2, 3)),
     Row("raise", "forward", 2, rank=0),
     Row("raise", "forward", 3, rank=0, ranks=3),
     *(Row("raise", "forward", zero, on_all=True, saved=2) for zero in (0, 2, 3)),
