@@ -22,7 +22,7 @@ from harness.callbacks import Callback
 from harness.config import Config
 from harness.control.commands import COMMANDS
 from harness.data.held_out import check_held_out
-from harness.errors import ConfigError, HarnessError, TaskError
+from harness.errors import ConfigError, HarnessError, TaskError, is_out_of_memory
 from harness.metrics.meters import Stats
 from harness.metrics.sinks import Sink
 from harness.utils import named_parts, tensor_leaves, to_device
@@ -289,6 +289,8 @@ def load_task(config: Config, build: Callable[[Config], Task] | None = None) -> 
         lines = (f"  task.args.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"task {path}:\n" + "\n".join(lines)) from None
     except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            raise
         frames = error.__traceback__.tb_next if error.__traceback__ else None
         text = "".join(traceback.format_exception(type(error), error, frames))
         raise TaskError(f"task {path} failed to build:\n{text}") from None

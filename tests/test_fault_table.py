@@ -37,6 +37,8 @@ class Row:
     launcher: str = "forked"
     """"forked": ranks that nobody ends (tests/support/forked.py)."""
     on_all: bool = False
+    rank: int = -1
+    """Which one, if it is not of all; from the end if negative."""
     workers: int = 0
     ends_as: tuple[str, ...] = ("task",)
     """Kinds of the outcome."""
@@ -56,8 +58,12 @@ class Row:
     def ends_well(self) -> bool:
         return self.ends_as == ("complete",)
 
+    @property
+    def culprit(self) -> int:
+        return self.rank % self.ranks
+
     def __str__(self) -> str:
-        where = "all" if self.on_all else "one"
+        where = "all" if self.on_all else f"rank{self.culprit}"
         layout = f"zero{self.zero}-{self.dtype}-{self.ranks}-{self.launcher}-{self.workers}"
         return f"{self.kind}-{self.phase}-{where}-{layout}"
 
@@ -80,17 +86,14 @@ COMPLETE: dict[str, Any] = {"ends_as": ("complete",)}
 LONG: dict[str, Any] = COMPLETE | {"steps": 100, "step": None}
 SKIPPED = "skipped, as its gradients are not finite (1 so far): the loss of rank {rank}"
 QUICK = [
-    Row("raise", "forward", 3),
+    Row("raise", "forward", 3, rank=0),
     Row("kill", "backward", 2, ends_as=("lost_rank",)),
 ]
 SLOW = [
     Row("raise", "data", 0, on_all=True, workers=1, saved=2),
-    *(
-        Row("raise", phase, zero)
-        for phase in ("forward", "backward", "step")
-        for zero in (0, 2, 3)
-        if (phase, zero) != ("forward", 3)
-    ),
+    *(Row("raise", phase, zero) for phase in ("forward", "backward", "step") for zero in (0, 2, 3)),
+    Row("raise", "forward", 2, rank=0),
+    Row("raise", "forward", 3, rank=0, ranks=3),
     *(Row("raise", "forward", zero, on_all=True, saved=2) for zero in (0, 2, 3)),
     *(Row("raise", "forward", zero, ranks=3) for zero in (0, 2, 3)),
     *(Row("raise", "forward", zero, dtype="bf16") for zero in (0, 2, 3)),
@@ -170,7 +173,7 @@ def result_of(row: Row, directory: Path) -> Result:
     fault = {"phase": row.phase, "kind": row.kind}
     at = 4 if row.phase in ("evaluation", "save", "export") else row.step
     fault |= {} if at is None else {"step": at}
-    fault |= {} if row.on_all else {"rank": 0 if row.launcher == "python" else row.ranks - 1}
+    fault |= {} if row.on_all else {"rank": 0 if row.launcher == "python" else row.culprit}
     words = [
         f"--task.path={ROOT}/tests/tasks/faulty_task.py",
         f"--task.args.fault={{{', '.join(f'{k}={v!r}' for k, v in fault.items())}}}",
@@ -205,7 +208,7 @@ def check(row: Row, result: Result) -> None:
     assert result.outcome["kind"] in row.ends_as, result.outcome
     if row.ends_well:
         assert set(result.code.split(", ")) == {"0"} and result.saved == [row.steps]
-        assert row.says.format(host=socket.gethostname(), rank=row.ranks - 1) in result.log
+        assert row.says.format(host=socket.gethostname(), rank=row.culprit) in result.log
         return
     assert "0" not in result.code.split(", ")
     assert result.saved == ([row.saved] if row.saved else []), result.saved
@@ -215,10 +218,13 @@ def check(row: Row, result: Result) -> None:
             assert len(found) == 1, text
         phase = {"collate": "data", "command": "commands"}.get(row.phase, row.phase)
         assert f"phase {phase}" in result.log
+        if row.launcher == "forked" and not row.on_all and row.saved is None:
+            told = f"rank {row.culprit} on {socket.gethostname()} has failed in step "
+            assert result.log.count(told) == row.ranks - 1, "the others do not tell why"
     if not row.on_all and row.phase != "save":
-        assert result.outcome["rank"] == row.ranks - 1, result.outcome
+        assert result.outcome["rank"] == row.culprit, result.outcome
     if row.ends_as == ("lost_rank",):
-        assert f"has lost rank {row.ranks - 1} on " in result.log
+        assert f"has lost rank {row.culprit} on " in result.log
 
 
 @pytest.mark.parametrize("row", QUICK, ids=str)
@@ -248,13 +254,13 @@ def lines(chosen: str) -> Iterator[str]:
             except Exception as error:
                 sys.stderr.write(f"{row}: {str(error)[-3000:]}\n")
                 continue
-        where = "all ranks" if row.on_all else "one rank"
+        where = "all ranks" if row.on_all else "rank 0" if row.culprit == 0 else "one rank"
         where += "' worker" if row.workers and row.on_all else "'s worker" if row.workers else ""
         phase, kind = row.phase, row.kind
         outcome = result.outcome["kind"]
         if row.ends_well:
             said = row.says.partition(",")[0].strip(" :")
-            outcome += f': "{said.format(host="node", rank=row.ranks - 1)}"'
+            outcome += f': "{said.format(host="node", rank=row.culprit)}"'
         place = outcome, result.code, "-" if row.ends_well else f"{result.seconds:.0f}"
         saved = ", ".join(f"step {step}" for step in result.saved) or "-"
         launcher = "none" if row.launcher == "forked" else row.launcher

@@ -127,6 +127,7 @@ class Failures:
         _current = None
         fails_alone = error is not None and not (is_on_all_ranks(error) or is_lost_rank(error))
         self.tell(summary(error) if error is not None and fails_alone else "")
+        self._leave_store(waits=fails_alone and global_rank() == 0)
         self._left.set()
         os.close(self._waking)
         if self._store is not None:
@@ -134,6 +135,18 @@ class Failures:
         if not self._thread.is_alive():  # else it waits for a store that does not answer
             for descriptor in (self._wake, *self._processes, *filter(None, self._files.values())):
                 os.close(descriptor)
+
+    def _leave_store(self, waits: bool) -> None:
+        """Tells the others that this rank needs the store no more. `waits`, as the store ends with
+        rank 0: until they do not need it either, for seconds at most."""
+        if (store := self._store) is None:
+            return
+        left = [f"left/{rank}" for rank in range(world_size())]
+        _answer(lambda: store.set(left[global_rank()], "1"), SECONDS_TO_ANSWER)
+        if waits:
+            abort_collectives()  # that of those who wait for this rank
+            limit = timedelta(seconds=SECONDS_TO_ANSWER)
+            _answer(lambda: store.wait(left, limit), SECONDS_TO_ANSWER + 1)
 
     def next_place(self) -> str:
         """The name of a place in the program that all ranks come to, in the same order."""
@@ -222,13 +235,14 @@ class Failures:
 
     def _ask_all(self, told: dict[int, Failure]) -> None:
         """Collects what the ranks tell, by rank, until one has failed or all have told it."""
-        assert self._store is not None
-        end = time.monotonic() + SECONDS_TO_ANSWER
+        store, end = self._store, time.monotonic() + SECONDS_TO_ANSWER
         while time.monotonic() < end:
-            with suppress(DistError):  # the store is gone: its rank's end will be noticed
+            try:
                 for rank in set(range(world_size())) - told.keys():
-                    if self._store.check([_told(rank)]):
-                        told[rank] = Failure(**json.loads(self._store.get(_told(rank))))
+                    if store is not None and store.check([_told(rank)]):
+                        told[rank] = Failure(**json.loads(store.get(_told(rank))))
+            except DistError:
+                store = None  # it is gone with its rank, whose end will be noticed
             if self._ended or len(told) == world_size() or any(f.reason for f in told.values()):
                 return
             time.sleep(0.1)

@@ -88,7 +88,7 @@ def write_config(
         dir = "{directory}/runs"
         name = "r"
         steps = {STEPS}
-        timeout_s = 10
+        timeout_s = 60
         [task]
         path = "{ROOT}/tests/tasks/soak_task.py"
         [task.args]
@@ -96,6 +96,7 @@ def write_config(
         {NAN[nonfinite]}
         [health]
         nonfinite = "{nonfinite or "stop"}"
+        timeouts = {{ data = 12, forward = 12, backward = 12, step = 12, save = 12 }}
         [engines.net]
         ds_config = "{ROOT}/ds_configs/zero{stage}.json"
         ds_overrides = {{ zero_optimization = {{ stage3_param_persistence_threshold = 0 }} }}
