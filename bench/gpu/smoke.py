@@ -21,13 +21,14 @@ from bench.gpu.section import ROOT, Section, run_section
 STEPS, HALF = 20, 10
 TIMEOUT_S = 150
 SMALL = {"adamw zero2 fp32", "muon zero2", "engines of gan"}
-"""Runs of the imitation on a CPU."""
+"""Runs of the imitation on a CPU with --quick; without it all, but for those that need a GPU."""
 
 
 def measure(section: Section) -> None:
     scratch = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
     jobs = 2 if section.small else max(1, min(8, (os.cpu_count() or 2) - 6))
-    wanted = [r for r in runs(section.is_on_gpu) if not section.small or r.name in SMALL]
+    is_short = section.small and section.quick
+    wanted = [r for r in runs(section.is_on_gpu) if not is_short or r.name in SMALL]
     try:
         with ThreadPoolExecutor(jobs) as pool:
             outcomes = [pool.submit(outcome_of, section, scratch, run) for run in wanted]
