@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from inspect import Parameter, signature
-from itertools import islice
 from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset
@@ -102,8 +101,7 @@ class Reader:
         self._stream, self._has_state = stream, has_state(stream)
         self._seed, self._in_worker = seed, in_worker
         with self._seeded():
-            if hasattr(stream, "set_epoch"):
-                stream.set_epoch(self.epoch)
+            _set_epoch(stream, self.epoch)
             if start.state is not None:
                 stream.load_state_dict(start.state)
                 self.samples = start.samples
@@ -133,12 +131,14 @@ class Reader:
         samples: list[Any] = []
         try:
             with self._seeded():
-                samples.extend(islice(self._iterator, count))
+                while len(samples) < count:  # no `islice`: some begin again at each `iter`
+                    samples.append(next(self._iterator))
+        except StopIteration:
+            self._ended = True
         except Exception as error:
             number = self.samples + len(samples)
             error.add_note(f"while reading sample {number} of epoch {self.epoch} of this reader")
             raise
-        self._ended |= len(samples) < count
         if samples and not self.samples:
             self.first = digest(samples[0])
         self.samples += len(samples)
@@ -157,6 +157,13 @@ class Reader:
         state = deepcopy(self._stream.state_dict())
         if self.read(1):
             self._stream.load_state_dict(state)
+
+
+def _set_epoch(stream: Any, epoch: int) -> None:
+    if hasattr(stream, "set_epoch"):
+        stream.set_epoch(epoch)
+    elif hasattr(stream, "next_epoch"):  # MosaicML's StreamingDataset
+        stream.next_epoch = epoch
 
 
 def check_resumed(stream: Any, start: Position, found: str | None) -> None:

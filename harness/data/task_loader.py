@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, RandomSampler
@@ -111,6 +112,7 @@ class TaskLoader(WithoutSources):
             self._begins_with = digest(batch)
         self._returned += 1
         if not self.ends_together and self._is_over():
+            self._leave()
             self._end_epoch()
         return batch
 
@@ -127,6 +129,16 @@ class TaskLoader(WithoutSources):
             return self.loader.is_over
         length = length_of(self.loader)
         return length is not None and self._returned >= length
+
+    def _leave(self) -> None:
+        """Lets a loader with a state, which has given as many batches as it is long, end its
+        iterator, as litdata's must; one that has more of them continues with these."""
+        if isinstance(self.loader, StreamLoader) or not has_state(self.loader):
+            return
+        assert self._iterator is not None
+        state = deepcopy(self.loader.state_dict())
+        if next(self._iterator, _END) is not _END:
+            self.loader.load_state_dict(state)
 
     def _end_epoch(self) -> None:
         """Raises TaskError, on this rank only, if the epoch should not have ended."""

@@ -1,6 +1,7 @@
 """Streams and loaders of other libraries, where they are installed, resumed to the sample."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def resumed_equals_uninterrupted(
         return train_batches(make(), config, collate, 0, 0, 1)
 
     whole = batches_of()
-    found = [next(whole) for _ in range(36)]
+    found = as_lists(next(whole) for _ in range(36))
     whole.close()
     for stop in (1, 7, 12, 17):
         first, second = batches_of(), batches_of()
@@ -35,9 +36,13 @@ def resumed_equals_uninterrupted(
         first.close()
         second.load_state_dict(state | {"world_size": 1})
         torch.manual_seed(stop)
-        assert [next(second) for _ in range(9)] == found[stop : stop + 9], stop
+        assert as_lists(next(second) for _ in range(9)) == found[stop : stop + 9], stop
         second.close()
     return found
+
+
+def as_lists(batches: Iterable[Any]) -> list[list[Any]]:
+    return [b.tolist() if isinstance(b, torch.Tensor) else b for b in batches]
 
 
 def each_once_a_pass(found: list[list[Any]]) -> bool:
@@ -93,3 +98,55 @@ def test_shards_of_webdataset(tmp_path: Path, split: str, workers: int) -> None:
 
     found = resumed_equals_uninterrupted(make, numbers, split=split, workers=workers)
     assert each_once_a_pass(found)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("kind", ["loader", "stream"])
+def test_mosaicml_streaming(tmp_path: Path, kind: str, workers: int, shuffle: bool) -> None:
+    streaming = pytest.importorskip("streaming")
+    copies = itertools.count()
+
+    def make() -> Any:
+        local = tmp_path / f"{next(copies)}"  # which it wants to itself
+        with streaming.MDSWriter(out=str(local), columns={"id": "int"}, size_limit=256) as writer:
+            for number in range(LENGTH):
+                writer.write({"id": number})
+        keys: Any = {"shuffle": shuffle, "batch_size": 2, "num_canonical_nodes": 1}
+        data = streaming.StreamingDataset(local=str(local), **keys)
+        if kind == "stream":
+            return data
+        return streaming.StreamingDataLoader(data, 2, num_workers=workers, collate_fn=ids)
+
+    keys = {} if kind == "loader" else {"workers": workers}
+    assert each_once_a_pass(resumed_equals_uninterrupted(make, ids, **keys))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("kind", ["loader", "stream"])
+def test_litdata(tmp_path: Path, kind: str, workers: int, shuffle: bool) -> None:
+    litdata = pytest.importorskip("litdata")
+    keys: Any = {"num_workers": 1, "chunk_size": 6, "start_method": "fork"}
+    litdata.optimize(
+        fn=as_row, inputs=list(range(LENGTH)), output_dir=str(tmp_path / "data"), **keys
+    )
+
+    def make() -> Any:
+        data = litdata.StreamingDataset(str(tmp_path / "data"), shuffle=shuffle)
+        if kind == "stream":
+            return data
+        keys: Any = {"num_workers": workers, "collate_fn": ids}
+        return litdata.StreamingDataLoader(data, batch_size=2, **keys)
+
+    keys = {} if kind == "loader" else {"workers": workers}
+    assert each_once_a_pass(resumed_equals_uninterrupted(make, ids, **keys))
+
+
+def ids(rows: list[Any]) -> torch.Tensor:
+    return torch.tensor([row["id"] for row in rows])
+
+
+def as_row(number: int) -> dict[str, int]:
+    """Pickled by litdata's writers."""
+    return {"id": number}

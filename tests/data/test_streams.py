@@ -172,6 +172,86 @@ def test_a_stream_with_a_state_returns_to_any_position(kind: Any, split: str, le
             assert read(batches, 10 - number) == read_first[number:]
 
 
+class OwnIterator(IterableDataset[int]):
+    """Its own iterator, as litdata's: each `iter` begins again."""
+
+    def __iter__(self) -> "OwnIterator":
+        self.at = 0
+        return self
+
+    def __next__(self) -> int:
+        if self.at == LENGTH:
+            raise StopIteration
+        self.at += 1
+        return self.at - 1
+
+
+class CountsEpochs(IterableDataset[int]):
+    """Without `set_epoch`, as MosaicML's: each `iter` begins its next epoch."""
+
+    next_epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.next_epoch += 1
+        return iter(order_of(self.next_epoch, 8))
+
+
+@pytest.mark.parametrize("split", ["self", "stride"])
+def test_a_stream_that_is_its_own_iterator(split: str) -> None:
+    assert read(batches_of(OwnIterator(), split=split), 3) == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("split", ["self", "stride"])
+def test_a_stream_that_counts_its_epochs_resumes(split: str) -> None:
+    first, second, third = (batches_of(CountsEpochs(), split=split) for _ in range(3))
+    read(first, 4)
+    second.load_state_dict(first.state_dict() | {"world_size": 1})
+    read(first, 1)
+    third.load_state_dict(first.state_dict() | {"world_size": 1})
+    assert read(second, 5)[1:] == read(first, 4)
+    assert read(third, 1) == [order_of(2, 8)[2:4]]
+
+
+class OnceRestored:
+    """A loader that forgets what was loaded only where its iterator ends, as litdata's."""
+
+    def __init__(self) -> None:
+        self.at, self.is_restored = 0, False
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.at if self.is_restored else 0
+        for number in range(start, 4):
+            self.at = number + 1
+            yield [number]
+        self.is_restored = False
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at, self.is_restored = state["at"], True
+
+
+class EndlessLoader(OnceRestored):
+    """Its length is that of an epoch, and it continues with the next one."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            self.at += 1
+            yield [self.at]
+
+
+def test_the_iterator_of_a_loader_with_a_state_is_ended() -> None:
+    first, second = batches_of(OnceRestored()), batches_of(OnceRestored())
+    read(first, 2)
+    second.load_state_dict(first.state_dict() | {"world_size": 1})
+    assert read(second, 4) == [[2], [3], [0], [1]]
+    assert read(batches_of(EndlessLoader()), 6) == [[1], [2], [3], [4], [5], [6]]
+
+
 def test_a_generator_function_is_a_stream() -> None:
     def numbers() -> Iterator[int]:
         yield from range(5)
