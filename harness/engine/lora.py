@@ -97,11 +97,12 @@ def save_adapters(model: nn.Module, state: Mapping[str, Tensor], directory: Path
     adapters = _peft().get_peft_model_state_dict(
         adapted, state_dict=dict(state), adapter_name=ADAPTER, save_embedding_layers=False
     )
-    config = replace(
-        adapted.peft_config[ADAPTER],
-        inference_mode=True,
-        base_model_name_or_path=getattr(model, "name_or_path", "") or None,  # of transformers'
-    )
+    base: dict[str, Any] = {}
+    if path := getattr(model, "name_or_path", None):  # a model of transformers: AutoPeftModel's
+        kind = type(model)
+        names = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        base = {"base_model_name_or_path": path, "auto_mapping": names}
+    config = replace(adapted.peft_config[ADAPTER], inference_mode=True, **base)
     config.save_pretrained(str(directory))
     tensors = {f"base_model.model.{name}": tensor for name, tensor in adapters.items()}
     save(tensors, directory / "adapter_model.safetensors")

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from harness.huggingface.library import transformers
+
 
 @dataclass(frozen=True)
 class FolderExport:
@@ -20,8 +22,15 @@ class FolderExport:
 
     def __call__(self, model: Any, state: Mapping[str, Tensor], directory: Path) -> None:
         """Writes the folder. `state`: the full weights, under the model's names. Raises OSError."""
-        model.save_pretrained(
-            str(directory), state_dict=dict(state), max_shard_size=self.shard_size
-        )
+        bars = transformers().utils.logging
+        has_bars = bars.is_progress_bar_enabled()
+        bars.disable_progress_bar()  # the run has its own
+        try:
+            model.save_pretrained(
+                str(directory), state_dict=dict(state), max_shard_size=self.shard_size
+            )
+        finally:
+            if has_bars:
+                bars.enable_progress_bar()
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(directory))

@@ -10,13 +10,15 @@ from torch import nn
 from harness.errors import ConfigError
 from harness.huggingface.library import transformers
 
-Kind = Literal["causal", "masked", "seq2seq"]
-"""What a model predicts: the next token, masked tokens, or a text from another one."""
+Kind = Literal["causal", "masked", "seq2seq", "other"]
+"""What a model predicts: the next token, masked tokens, a text from another one; or something else,
+like which image belongs to a caption."""
 
 AUTO_CLASSES: dict[Kind, str] = {
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "other": "AutoModel",
 }
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -55,13 +57,14 @@ class Description:
         return model
 
 
-def describe(path: Path, kind: Kind | None, vocabulary: int) -> Description:
+def describe(path: Path, kind: Kind | None = None, vocabulary: int = 0) -> Description:
     """The model of a folder (`config.json`, and weights if it has any), or of a config alone.
 
     `kind` None: what the config says. The vocabulary is at least as large as `vocabulary`, the
     tokenizer's. Raises ConfigError.
     """
     library = transformers()
+    path = path.absolute()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"{path}: no config.json: expected a folder with one, or such a file")
@@ -77,7 +80,7 @@ def describe(path: Path, kind: Kind | None, vocabulary: int) -> Description:
     generation_config = None
     if (file.parent / "generation_config.json").is_file() and kind != "masked":
         generation_config = library.GenerationConfig.from_pretrained(str(file.parent))
-    if kind == "seq2seq" and config.decoder_start_token_id is None:
+    if kind == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
         raise ConfigError(f"{file}: decoder_start_token_id is missing: labels are shifted with it")
     return Description(kind, config, generation_config, path if has_weights else None, own)
 

@@ -19,7 +19,7 @@ from harness.data.token_files import Documents, TokenFile
 from harness.errors import ConfigError
 from harness.huggingface.export import FolderExport
 from harness.huggingface.generate import generate_command
-from harness.huggingface.models import Description, Kind, describe, load_tokenizer
+from harness.huggingface.models import Description, describe, load_tokenizer
 from harness.huggingface.packed import CheckPacking
 from harness.huggingface.rows import read_rows
 from harness.huggingface.samples import Collate, Samples, packed
@@ -38,7 +38,7 @@ class HFArgs(Section):
     alone."""
     tokenizer: FilePath | None = None
     """A folder with a tokenizer. Default: `model`."""
-    kind: Kind | None = None
+    kind: Literal["causal", "masked", "seq2seq"] | None = None
     """"causal", "masked" or "seq2seq". Default: what the config says."""
     train: FilePath
     """Text files, JSONL, Parquet, a folder of these, or what datasets' save_to_disk has written; or
@@ -67,6 +67,8 @@ def build(config: Config) -> Task:
     """
     args = HFArgs.model_validate(config.task.args)
     (engine, settings) = next(iter(config.engines.items()))
+    if not args.model.exists():
+        raise ConfigError(f"task.args.model: no such file or folder: {args.model.absolute()}")
     folder = args.model if args.model.is_dir() else args.model.parent
     tokenizer = load_tokenizer(args.tokenizer or folder)
     model = describe(args.model, args.kind, len(tokenizer))

@@ -1,5 +1,6 @@
 """The task on models of Hugging Face, from a folder to a folder, at every stage (extra: hf)."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from harness.config import Config
 from harness.config.sections import merge
 from harness.run import run_in_world
 from tests.support import hf_folders
-from tests.support.helpers import ROOT, Pools, exports, tiny_config
+from tests.support.helpers import ROOT, Pools, error_of, exports, losses, tiny_config
 from tests.support.quick import quick
 
 pytest.importorskip("transformers", reason="needs the extra: hf")
@@ -122,3 +123,154 @@ def test_from_a_folder_to_a_folder_with_equal_logits(
     assert (written / "model.safetensors.index.json").is_file()
     assert (written / "tokenizer.json").is_file() and (written / "chat_template.jinja").is_file()
     assert (written / "generation_config.json").is_file() == (name != "bert")
+
+
+@pytest.mark.parametrize("stage", quick(STAGES, 3))
+def test_clip_with_its_own_loss(pools: Pools, tmp_path: Path, stage: int) -> None:
+    folder = hf_folders.write_folder(tmp_path / "folder", "clip")
+    config = config_of(tmp_path, stage, folder, folder).model_dump()
+    task = {"path": str(ROOT / "tests/tasks/clip_task.py"), "args": {"model": str(folder)}}
+    config |= {"engines": {"clip": config["engines"]["lm"]}, "task": task}
+    checked = Config.model_validate(config)
+    (first, last), _ = pools(2).run(run_and_ask, checked, "clip")
+    torch.testing.assert_close(first, logits("clip", loaded("clip", folder)))
+    assert torch.equal(logits("clip", loaded("clip", exports(checked) / "clip")), last)
+    assert not torch.allclose(first, last, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "stage"),
+    quick(
+        [
+            (name, targets, stage)
+            for name, targets in {
+                "llama": r".*\.(q_proj|v_proj)",
+                "gpt2": r".*\.c_attn",
+                "bert": r".*\.(query|value)",
+                "t5": r".*\.(q|v)",
+            }.items()
+            for stage in STAGES
+        ],
+        ("gpt2", r".*\.c_attn", 3),
+    ),
+)
+def test_adapters_reload_in_peft(
+    pools: Pools, tmp_path: Path, name: str, targets: str, stage: int
+) -> None:
+    peft = pytest.importorskip("peft", reason="needs the extra: lora")
+    folder = hf_folders.write_folder(tmp_path / "folder", name)
+    rows = hf_folders.write_rows(tmp_path / "rows.jsonl", FORMS.get(name, "text"))
+    config = config_of(tmp_path, stage, folder, rows).model_dump()
+    config["engines"]["lm"] |= {"lora": {"targets": targets, "rank": 2, "alpha": 64}}
+    checked = Config.model_validate(config)
+    (first, last), _ = pools(2).run(run_and_ask, checked, name)
+    assert not torch.allclose(first, last, atol=1e-4)
+    adapters = exports(checked) / "lm.lora"
+    adapted = peft.PeftModel.from_pretrained(loaded(name, folder), adapters)
+    torch.testing.assert_close(logits(name, adapted), last)
+    torch.testing.assert_close(logits(name, loaded(name, exports(checked) / "lm")), last)
+    if name == "gpt2":
+        found = peft.AutoPeftModel.from_pretrained(adapters)
+        torch.testing.assert_close(logits(name, found), last)
+
+
+def test_chats_are_packed_and_weighed_alike_on_any_number_of_ranks(
+    pools: Pools, tmp_path: Path
+) -> None:
+    folder = hf_folders.write_folder(tmp_path / "folder", "llama", weights=False)
+    rows = hf_folders.write_rows(tmp_path / "rows.jsonl", "messages")
+    args = {"packing": "greedy", "seq_len": 64, "eval": str(rows)}
+    found = {}
+    for ranks, size in ((1, 2), (2, 1)):
+        data = {"micro_batch_size": size}
+        config = config_of(tmp_path / str(ranks), 3, folder, rows, args, data=data)
+        pools(ranks).run(run_in_world, config)
+        found[ranks] = losses(config)
+    assert found[2] == pytest.approx(found[1], abs=1e-5)
+    assert found[2][-1] < found[2][0]
+
+
+def test_a_larger_vocabulary_is_trained_and_exported(pools: Pools, tmp_path: Path) -> None:
+    folder = hf_folders.write_folder(tmp_path / "folder", "llama", tokens=300)
+    tokenizer = hf_folders.tokenizer()
+    tokenizer.add_tokens(["<more>", "<tokens>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = hf_folders.write_rows(tmp_path / "rows.jsonl")
+    args = {"tokenizer": str(tmp_path / "tokenizer")}
+    config = config_of(tmp_path, 3, folder, rows, args)
+    (first, last), _ = pools(2).run(run_and_ask, config, "llama")
+    torch.testing.assert_close(first[..., :300], logits("llama", loaded("llama", folder)))
+    assert first.shape[-1] == 302
+    assert torch.equal(logits("llama", loaded("llama", exports(config) / "lm")), last)
+    lora = {"lora": {"targets": ".*q_proj", "rank": 2, "alpha": 4}}
+    refused = config_of(tmp_path / "lora", 0, folder, rows, args).model_dump()
+    refused["engines"]["lm"] |= lora
+    text = "the tokenizer has 302 tokens, the weights in .* have rows for 300, and adapters do not"
+    (error,) = pools(1).run(error_of, Config.model_validate(refused))
+    assert re.search(text, error)
+
+
+def generate_while_training(config: Config) -> Any:
+    """What the command answers on this rank, between steps of a run. Collective."""
+    from harness import Callback
+    from harness.task import load_task
+
+    answers: list[str] = []
+
+    class Ask(Callback):
+        def on_eval(self, run: Any, metrics: Any) -> None:
+            answers.append(task.commands["generate"](run.engines, "the", "quick"))
+
+    def build(given: Config) -> Any:
+        nonlocal task
+        task = load_task(given)
+        task.callbacks = [Ask()]  # type: ignore[misc]
+        return task
+
+    task: Any = None
+    assert run_in_world(config, build=build) == 0
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), quick([("llama", 2), ("llama", 3), ("t5", 3)], ("t5", 3))
+)
+def test_all_ranks_generate_the_same_text_and_training_goes_on_alike(
+    pools: Pools, tmp_path: Path, name: str, stage: int
+) -> None:
+    folder = hf_folders.write_folder(tmp_path / "folder", name)
+    rows = hf_folders.write_rows(tmp_path / "rows.jsonl", FORMS.get(name, "text"))
+    options = {"max_new_tokens": 8, "do_sample": True}
+    args = {"eval": str(rows), "generate": options}
+    config = config_of(tmp_path, stage, folder, rows, args, trainer={"eval_every": 1})
+    one, other = pools(2).run(generate_while_training, config)
+    assert one == other
+    assert len(set(one)) > 1
+    silent = config_of(tmp_path / "silent", stage, folder, rows, {"eval": str(rows)})
+    pools(2).run(run_in_world, silent)
+    assert losses(silent) == losses(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("llama", {"model": "none"}, r"task.args.model: no such file or folder: .*none"),
+        ("llama", {"tokenizer": "TMP"}, "no tokenizer in TMP"),
+        ("llama", {"seq_len": 65}, "seq_len = 65: the model has 64 positions"),
+        ("bert", {"packing": "greedy"}, "packing: only for causal models, found a masked one"),
+        ("t5", {}, r"row 0: no text in field 'prompt'; found \['text'\]"),
+        ("llama", {"train": "none"}, "none does not exist"),
+        ("llama", {"field": "words"}, r"row 0: no text in field 'words'; found \['text'\]"),
+        ("bert", {"kind": "seq2seq"}, "decoder_start_token_id is missing"),
+    ],
+)
+def test_what_is_wrong_is_known_before_step_1(
+    pools: Pools, tmp_path: Path, name: str, args: dict[str, Any], message: str
+) -> None:
+    folder = hf_folders.write_folder(tmp_path / "folder", name, weights=False)
+    rows = hf_folders.write_rows(tmp_path / "rows.jsonl")
+    given = {key: str(tmp_path) if value == "TMP" else value for key, value in args.items()}
+    config = config_of(tmp_path, 0, folder, rows, given)
+    (error,) = pools(1).run(error_of, config)
+    assert re.search(message.replace("TMP", re.escape(str(tmp_path))), error), error
+    assert not config.run_dir.exists()

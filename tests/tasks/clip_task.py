@@ -13,7 +13,7 @@ from harness.task import Task
 
 
 def build(config: Config) -> Task:
-    model = describe(Path(config.task.args["model"]), "contrastive")
+    model = describe(Path(config.task.args["model"]), "other")
     generator = torch.Generator().manual_seed(5)
     pairs = [
         {
