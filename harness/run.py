@@ -119,7 +119,9 @@ def run_in_world(
         directory = stack.enter_context(RunDirectory(config))
         stack.enter_context(oom.explained(config))
         live, callbacks = LiveConfig(config), Callbacks(task.callbacks, bool(task.sinks))
-        checkpoint = _restore(config, directory, engines, batches, live, callbacks, store, ahead)
+        checkpoint, changes = _restore(
+            *(config, directory, engines, batches, live, callbacks, store, ahead)
+        )
         directory.write_config()
         _log_start(live, engines)
         saver = Saver(engines, batches, live, directory.disks, callbacks, store)
@@ -138,6 +140,8 @@ def run_in_world(
         stack.callback(progress.close)
         bus = _build_control(grammar, engines, live, signals, status, stack)
         recorder = Recorder(sinks)
+        if changes:
+            recorder.event(step, "resume", f"from {checkpoint}\n{changes}")
         trainer = Trainer(
             *(live, task, engines, batches, saver, bus, recorder, callbacks, progress, status)
         )
@@ -170,14 +174,16 @@ def _restore(
     callbacks: Callbacks,
     store: Store | None,
     ahead: VerifyAhead,
-) -> Path | None:
+) -> tuple[Path | None, str]:
     """Loads the run's starting point: a checkpoint, `init_from`, or the task's weights. Collective.
 
-    Returns the checkpoint, if any. It is validated before the directory is created.
+    Returns the checkpoint, if any, which is validated before the directory is created, and what of
+    it was kept, if not all.
     """
+    may_change = config.run.resume_changed == "fit"
     wanted = download(config.run.resume, store, directory.checkpoints, directory.disks)
     checkpoint = resume.choose_checkpoint(
-        wanted, directory.checkpoints, engines, directory.disks, ahead.verify
+        wanted, directory.checkpoints, engines, directory.disks, ahead.verify, may_change
     )
     weights = init_weights.find_weights(engines, config.engines, resumes=checkpoint is not None)
     directory.create()
@@ -185,11 +191,12 @@ def _restore(
     distributed.seed_everything(config.run.seed + distributed.global_rank())
     for name, loaded in weights.items():
         init_weights.load_weights(engines[name], loaded)
+    changes = ""
     if checkpoint is not None:
-        resume.restore(checkpoint, engines, batches, live, callbacks)
+        changes = resume.restore(checkpoint, engines, batches, live, callbacks, may_change)
         if mixture := mixture_weights(live.config.data):
             batches.set_weights(mixture)
-    return checkpoint
+    return checkpoint, changes
 
 
 def _build_task(config: Config, build: Callable[[Config], Task] | None) -> tuple[Task, StepBatches]:

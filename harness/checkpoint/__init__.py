@@ -8,6 +8,7 @@ Its files, from the top down:
     downloads.py         from a store onto the disks that a run resumes from
     init_weights.py      weights from files as an engine's starting point
     reshard.py           loads one on another number of ranks, ZeRO stage or other layout
+    fit.py               what of one fits a model that has changed
     save.py              Saver: one atomic commit of all engines and ranks, also in the background
     uploads.py           committed checkpoints into a store, behind the training
     remote_store.py      a run's checkpoints in an object store, by fsspec

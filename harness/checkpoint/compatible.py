@@ -21,8 +21,11 @@ from harness.zero.reader import SavedEngine
 Entries = dict[str, Entry]
 
 
-def check_compatible(directory: Path, manifest: Manifest, engines: Engines) -> None:
-    """Checks that a checkpoint was saved by the same engines and models, in any layout. Collective.
+def check_compatible(
+    directory: Path, manifest: Manifest, engines: Engines, may_change: bool = False
+) -> None:
+    """Checks that a checkpoint was saved by the same engines and, unless it `may_change`, models,
+    in any layout. Collective.
 
     Raises ConfigError, on all ranks; CheckpointError or FormatError if a file cannot be read.
     """
@@ -35,8 +38,24 @@ def check_compatible(directory: Path, manifest: Manifest, engines: Engines) -> N
                     f"run, and {saved[what]} in the checkpoint: restore the old value, or start a "
                     "new run under another run.name"
                 )
-    for engine in engines.trained:
-        _check_entries(directory, manifest, engine)
+    changes = {} if may_change else changed_models(directory, manifest, engines)
+    with distributed.raise_on_all_ranks(f"cannot read checkpoint {directory}"):
+        for name, differences in changes.items():
+            raise ConfigError(
+                f"checkpoint {directory} does not match this run: the model of engine {name!r} has "
+                "changed:\n" + "\n".join(differences) + "\nrestore the model, or set "
+                "run.resume_changed = 'fit' to keep what fits and reset the rest, or start a new "
+                f"run under another run.name, with engines.{name}.init_from to begin with the "
+                "saved weights"
+            )
+
+
+def changed_models(directory: Path, manifest: Manifest, engines: Engines) -> dict[str, list[str]]:
+    """How the models have changed since a checkpoint, a line for each kind of difference; only
+    engines whose models have. Collective. Raises CheckpointError or FormatError if a file cannot be
+    read."""
+    changes = {e.name: _changes_of_model(directory, manifest, e) for e in engines.trained}
+    return {name: differences for name, differences in changes.items() if differences}
 
 
 def check_parameters(saved: SavedEngine, engine: Engine, shapes: list[Shapes]) -> None:
@@ -81,22 +100,11 @@ def _identity(engines: Mapping[str, Engine | EngineManifest]) -> dict[str, Any]:
     return facts
 
 
-def _check_entries(directory: Path, manifest: Manifest, engine: Engine) -> None:
-    """Checks that an engine's model has the saved entries. Collective. Raises as
-    `check_compatible`."""
+def _changes_of_model(directory: Path, manifest: Manifest, engine: Engine) -> list[str]:
     current = _current_entries(engine)
     saved = _saved_entries(directory, manifest, engine.name)
-    with distributed.raise_on_all_ranks(f"cannot read checkpoint {directory}"):
-        free = _prefixes_with_own_loading(engine.module)
-        names = [name for name in saved | current if not name.startswith(free)]
-        if differences := _differences(saved, current, names):
-            raise ConfigError(
-                f"checkpoint {directory} does not match this run: the model of engine "
-                f"{engine.name!r} has changed:\n"
-                + "\n".join(differences)
-                + "\nrestore the model, or start a new run under another run.name, with "
-                f"engines.{engine.name}.init_from to begin with the saved weights"
-            )
+    free = _prefixes_with_own_loading(engine.module)
+    return _differences(saved, current, [n for n in saved | current if not n.startswith(free)])
 
 
 def _current_entries(engine: Engine) -> Entries:

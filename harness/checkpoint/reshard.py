@@ -9,6 +9,7 @@ shards, and of the model what DeepSpeed loads on it (below stage 3 all weights).
 import logging
 import socket
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from harness import distributed
 from harness.checkpoint.compatible import check_parameters
 from harness.checkpoint.copy_missing import copy_missing_checkpoint, files_read_by
+from harness.checkpoint.fit import Fit, fit
 from harness.checkpoint.manifest import EngineManifest, Manifest
 from harness.checkpoint.save import engine_manifest
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
@@ -27,7 +29,7 @@ from harness.optim.sharded.optimizer import ShardedOptimizer
 from harness.zero import file_trees
 from harness.zero.engine_state import shapes_of
 from harness.zero.file_trees import FileTrees
-from harness.zero.layout import EMA, Flat, Tree
+from harness.zero.layout import EMA, Flat, Shapes, Tree
 from harness.zero.reader import SavedEngine
 from harness.zero.refill import FlatsOf, TreeFiller, filled_flat, filled_state
 from harness.zero.shards import Shard
@@ -35,14 +37,21 @@ from harness.zero.shards import Shard
 log = logging.getLogger(__name__)
 
 
-def load_engines(engines: Engines, directory: Path, manifest: Manifest) -> None:
+def load_engines(
+    engines: Engines, directory: Path, manifest: Manifest, changed_models: Collection[str] = ()
+) -> dict[str, Fit]:
     """Loads all trained engines from a verified checkpoint, resharded if their layout has changed.
 
+    `changed_models`: names of the engines of which only what fits is loaded; returns what that is.
     Collective. Raises CheckpointError, on all ranks, if an engine's optimizer cannot be resharded,
-    or its parameters are different.
+    or the parameters of another engine are different.
     """
     layouts = {engine.name: engine_manifest(engine) for engine in engines.trained}
-    changed = [engines[name] for name in layouts if manifest.engines[name] != layouts[name]]
+    changed = [
+        engines[name]
+        for name in layouts
+        if manifest.engines[name] != layouts[name] or name in changed_models
+    ]
     if changed:
         _check_files(directory, manifest, [engine.name for engine in changed])
         with distributed.raise_on_all_ranks(f"cannot reshard checkpoint {directory}"):
@@ -52,11 +61,18 @@ def load_engines(engines: Engines, directory: Path, manifest: Manifest) -> None:
     same_world = manifest.world_size == distributed.world_size()
     saved_rank = distributed.global_rank() if same_world else 0
     copy_missing_checkpoint(directory, manifest, files_read_by(saved_rank, manifest.files))
+    fits: dict[str, Fit] = {}
     for engine in engines.trained:
         if engine not in changed:
             file_trees.load(engine.ds, directory, engine.name)
             continue
-        file_trees.load_trees(engine.ds, resharded(directory, engine), engine.name)
+        if engine.name in changed_models:
+            with checkpoint_error_on_all_ranks(f"cannot fit checkpoint {directory}"):
+                fits[engine.name] = fit(engine, SavedEngine(directory / engine.name))
+        trees = resharded(directory, engine, fits.get(engine.name))
+        file_trees.load_trees(engine.ds, trees, engine.name)
+        if manifest.engines[engine.name] == layouts[engine.name]:
+            continue
         log.info(
             "resharded %s/%s from %s to %s",
             directory.name,
@@ -64,6 +80,7 @@ def load_engines(engines: Engines, directory: Path, manifest: Manifest) -> None:
             _layout_text(manifest.world_size, manifest.engines[engine.name]),
             _layout_text(distributed.world_size(), layouts[engine.name]),
         )
+    return fits
 
 
 def _layout_text(world_size: int, engine: EngineManifest) -> str:
@@ -93,88 +110,125 @@ def _check_optimizer(engine: Engine, saved_layout: str) -> None:
     if engine.sharded_optimizer is None and not engine.is_elementwise:
         raise CheckpointError(
             f"engine {engine.name!r}: the state of {engine.optimizer_path} depends on the "
-            f"parameters' shapes, and cannot be resharded: resume with {saved_layout}"
+            f"parameters' shapes, and cannot be resharded, or fitted to another model: resume with "
+            f"{saved_layout}"
         )
 
 
-def resharded(directory: Path, engine: Engine) -> FileTrees:
+def resharded(directory: Path, engine: Engine, fit: Fit | None = None) -> FileTrees:
     """This rank's trees of an engine in its new layout, filled with what was saved. Collective.
 
-    Raises CheckpointError, on all ranks.
+    `fit`: what of it, if not all; the rest stays as it is in the engine. Raises CheckpointError, on
+    all ranks.
     """
     trees = engine.collect(for_loading=True)
     shapes = shapes_of(trees)
     with checkpoint_error_on_all_ranks(f"cannot reshard checkpoint {directory}"):
-        saved = SavedEngine(directory / engine.name)
+        saved = SavedEngine(directory / engine.name, fit and fit.names)
         kind = engine.sharded_optimizer
         if kind is None or kind.IS_ELEMENTWISE:
             saved.check_moments()
-            states = partial(_states, saved, engine)
+            states = partial(_states, saved)
         else:
-            states = partial(_matrix_states, kind, saved, engine)
-        check_parameters(saved, engine, shapes)
+            sizes = {name: size for group in shapes for name, size in group.items()}
+            states = _MatrixStates(kind, saved, sizes, engine.zero_stage)
+        if fit is None:
+            check_parameters(saved, engine, shapes)
+        else:
+            fit.check_groups(saved, engine)
         rank, world = distributed.global_rank(), distributed.world_size()
-        filler = TreeFiller(saved, shapes, engine.zero_stage, rank, world, states)
+        filler = TreeFiller(saved, shapes, engine.zero_stage, rank, world, states, fit is not None)
         return {path: filler.fill(tree) for path, tree in trees.items()}
 
 
-def _states(saved: SavedEngine, engine: Engine, flats_of: FlatsOf) -> dict[int, Tree]:
+def _states(saved: SavedEngine, flats_of: FlatsOf, groups: list[Tree]) -> dict[int, Tree]:
     """The state of every flat of this rank, for an elementwise optimizer."""
     own = flats_of(distributed.global_rank())
-    return {number: filled_state(flat, saved) for number, flat in enumerate(own)}
+    like = _first_saved(saved, own)
+    return {n: filled_state(flat, saved, like.get(flat.group)) for n, flat in enumerate(own)}
 
 
-def _matrix_states(
-    kind: type[ShardedOptimizer], saved: SavedEngine, engine: Engine, flats_of: FlatsOf
-) -> dict[int, Tree]:
-    """The same for an optimizer that keeps its state of matrices on ranks of its choice."""
-    own, rank = flats_of(distributed.global_rank()), 0
-    per_rank = [own]  # at stage 0 every rank has everything
-    if engine.zero_stage:
-        per_rank = [flats_of(rank) for rank in range(distributed.world_size())]
-        rank = distributed.global_rank()
-    load = [0.0] * len(per_rank)
+def _first_saved(saved: SavedEngine, flats: Sequence[Flat]) -> dict[int, str]:
+    """The first parameter of each group that was saved with a state."""
+    pairs = [(flat.group, segment.name) for flat in flats for segment in flat.segments]
     return {
-        number: _matrix_state(kind, [flats[number] for flats in per_rank], rank, saved, load)
-        for number in range(len(own))
+        group: name
+        for group, name in reversed(pairs)
+        if name in saved.shapes and saved.state_keys(name)
     }
 
 
-def _matrix_state(
-    kind: type[ShardedOptimizer],
-    per_rank: Sequence[Flat],
-    rank: int,
-    saved: SavedEngine,
-    load: list[float],
-) -> Tree:
-    """The state of one flat, if of matrices from the flats of the old layout that hold some of
-    them. `per_rank`: the flat on each rank."""
-    matrices = _matrices(kind, per_rank[0], saved)
-    if not any(matrices.values()):
-        return filled_state(per_rank[rank], saved)
-    old = [
-        flats
-        for flats in zip(*saved.flats, strict=True)
-        if flats[0].state and not matrices.keys().isdisjoint(s.name for s in flats[0].segments)
-    ]
-    state: Tree = {}
-    if old:
-        for flats in old:
-            matrices |= _matrices(kind, flats[0], saved)
-        shards_and_states = [(_shards(flats), [flat.state for flat in flats]) for flats in old]
-        settings = saved.groups[old[0][0].group]
-        new = _shards(per_rank)[rank]
-        state = kind.resharded(shards_and_states, materialize, new, matrices, settings, load)
-    if any(EMA in saved.state_keys(segment.name) for segment in per_rank[0].segments):
-        state[EMA] = filled_flat(per_rank[rank], saved, EMA)
-    return state
+@dataclass(frozen=True)
+class _MatrixStates:
+    """The same for an optimizer that keeps its state of matrices on ranks of its choice."""
 
+    kind: type[ShardedOptimizer]
+    saved: SavedEngine
+    sizes: Shapes
+    """Of all parameters in the new layout."""
+    stage: int
 
-def _matrices(kind: type[ShardedOptimizer], flat: Flat, saved: SavedEngine) -> dict[str, list[Any]]:
-    """The matrices of each parameter of a flat."""
-    group = saved.groups[flat.group]
-    names = [segment.name for segment in flat.segments]
-    return {name: kind.matrices_in(name, saved.shapes[name], group) for name in names}
+    def __call__(self, flats_of: FlatsOf, groups: list[Tree]) -> dict[int, Tree]:
+        own, rank = flats_of(distributed.global_rank()), 0
+        per_rank = [own]  # at stage 0 every rank has everything
+        if self.stage:
+            per_rank = [flats_of(rank) for rank in range(distributed.world_size())]
+            rank = distributed.global_rank()
+        like = _first_saved(self.saved, own)
+        load = [0.0] * len(per_rank)
+        states = {
+            number: self._state(
+                [flats[number] for flats in per_rank],
+                *(rank, groups[flat.group], load, like.get(flat.group)),
+            )
+            for number, flat in enumerate(own)
+        }
+        saved = self.saved.shapes
+        grown = {flat.group for flat in own if any(s.name not in saved for s in flat.segments)}
+        for number, state in states.items():
+            if own[number].group in grown:
+                state |= {key: v for key, v in self.kind.RENEWED.items() if key in state}
+        return states
+
+    def _state(
+        self,
+        per_rank: Sequence[Flat],
+        rank: int,
+        settings: Tree,
+        load: list[float],
+        like: str | None,
+    ) -> Tree:
+        """The state of one flat, if of matrices from the flats of the old layout that hold some of
+        them. `per_rank`: the flat on each rank. `like`: as in `filled_state`."""
+        saved, flat = self.saved, per_rank[rank]
+        matrices = self._matrices(flat, self.sizes, settings)
+        if not any(matrices.values()):
+            return filled_state(flat, saved, like)
+        old = [
+            flats
+            for flats in zip(*saved.flats, strict=True)
+            if flats[0].state and not matrices.keys().isdisjoint(s.name for s in flats[0].segments)
+        ]
+        state: Tree = {}
+        if old or like is not None:
+            for flats in old:
+                groups = saved.groups[flats[0].group]
+                matrices = self._matrices(flats[0], saved.shapes, groups) | matrices
+            pairs = [(_shards(flats), [flat.state for flat in flats]) for flats in old]
+            new = _shards(per_rank)[rank]
+            state = self.kind.resharded(pairs, materialize, new, matrices, settings, load)
+        names = [s.name for s in flat.segments if s.name in saved.shapes]
+        if not old and like is not None:
+            scalars, names = materialize(saved.scalars(like)), [like]
+            state |= {key: scalars[key] for key in self.kind.COUNTERS if key in scalars}
+        if any(EMA in saved.state_keys(name) for name in names):
+            state[EMA] = filled_flat(flat, saved, EMA)
+        return state
+
+    def _matrices(self, flat: Flat, sizes: Shapes, settings: Tree) -> dict[str, list[Any]]:
+        """The matrices of each parameter of a flat."""
+        names = [segment.name for segment in flat.segments]
+        return {name: self.kind.matrices_in(name, sizes[name], settings) for name in names}
 
 
 def _shards(per_rank: Sequence[Flat]) -> list[Shard]:

@@ -2,15 +2,17 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from harness import distributed
 from harness.callbacks.moments import Callbacks
-from harness.checkpoint.compatible import check_compatible
+from harness.checkpoint.compatible import changed_models, check_compatible
 from harness.checkpoint.completeness import Verify, common_manifest, verify_checkpoint
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.files import verify_file
+from harness.checkpoint.fit import Fit
 from harness.checkpoint.manifest import digest, is_unreadable
 from harness.checkpoint.reshard import load_engines
 from harness.checkpoint.resume_source import find_source
@@ -27,11 +29,17 @@ log_warning = distributed.global_leader_only(log.warning)
 
 
 def choose_checkpoint(
-    wanted: str, parent: Path, engines: Engines, disks: Disks, verify: Verify = verify_file
+    wanted: str,
+    parent: Path,
+    engines: Engines,
+    disks: Disks,
+    verify: Verify = verify_file,
+    may_change: bool = False,
 ) -> Path | None:
     """The checkpoint to resume from, verified; None to start from step 0. Collective.
 
-    `wanted`: `run.resume` (`resume_source`). "latest" is the newest one in `parent` that is
+    `wanted`: `run.resume` (`resume_source`). `may_change`: the models may be others than those of
+    the checkpoint. "latest" is the newest one in `parent` that is
     complete over all `disks` together, with finite weights; others are logged and skipped.
     `verify`: checks a file. Raises, on all ranks, CheckpointError if there are checkpoints and none
     is, or the requested one is not complete; UnreadableCheckpoint if a newer one than those cannot
@@ -54,7 +62,7 @@ def choose_checkpoint(
     if wanted not in ("latest", "none"):
         parent, is_parent = find_source(wanted, parent)
         if not is_parent:
-            check_compatible(parent, verify_checkpoint(parent, verify), engines)
+            check_compatible(parent, verify_checkpoint(parent, verify), engines, may_change)
             return parent
         names, _ = list_checkpoints(parent, Disks(tuple(range(distributed.world_size()))))
     failures = []
@@ -72,7 +80,7 @@ def choose_checkpoint(
             log_warning("skipped: %s", error)
         else:
             if manifest.finite is not False:
-                check_compatible(directory, manifest, engines)
+                check_compatible(directory, manifest, engines, may_change)
                 return directory
             text = f"{directory}: {manifest.fault}: to resume from it, set run.resume to its path"
             failures.append(text)
@@ -105,34 +113,37 @@ def restore(
     batches: StepBatches,
     live: LiveConfig,
     callbacks: Callbacks,
-) -> None:
+    may_change: bool = False,
+) -> str:
     """Restores engines, data position, random generators, live changes and the state of callbacks
     from a verified checkpoint.
 
-    Collective. With another number of ranks the generators cannot continue: each rank seeds them
-    from the run's seed, the step and its rank. Raises CheckpointError, on all ranks, if the data
-    differs, or an optimizer's state cannot be resharded.
+    `may_change`: models and data may be others than those of the checkpoint; what fits is restored.
+    Returns what was kept and what was not, or "" if all was. Collective. With another number of
+    ranks the generators cannot continue: each rank seeds them from the run's seed, the step and its
+    rank. Raises CheckpointError, on all ranks, if the data differs, or an optimizer's state cannot
+    be resharded.
     """
     manifest = common_manifest(directory)
     same_world = manifest.world_size == distributed.world_size()
     rank = distributed.global_rank()
-    load_engines(engines, directory, manifest)
+    changed = changed_models(directory, manifest, engines) if may_change else ()
+    fits = load_engines(engines, directory, manifest, changed)
     with distributed.raise_on_all_ranks(f"cannot resume from {directory}"):
         # The states of engines and data are the same on every rank.
         file = directory / rank_file(rank if same_world else 0)
         state = torch.load(file, map_location="cpu", weights_only=True)
         live.load_state_dict(state["live"], manifest.step)
         callbacks.load_state_dict(state.get("callbacks", []))
+        if may_change:
+            for engine in engines.trained:
+                fit = fits.setdefault(engine.name, Fit(engine.name))
+                fit.fit_state(state["engines"]["engines"][engine.name], engine)
         engines.load_state_dict(state["engines"])
         engines.set_total_steps(live.config.run.steps)
-        try:
-            batches.load_state_dict(state["batches"] | {"world_size": manifest.world_size})
-        except ValueError as error:
-            raise CheckpointError(
-                f"checkpoint {directory}: the data has changed: {error}: restore it, or start a "
-                "new run under another run.name, with engines.NAME.init_from to begin with the "
-                "saved weights"
-            ) from None
+    position = state["batches"] | {"world_size": manifest.world_size}
+    data = _restore_data(directory, batches, position, may_change)
+    with distributed.raise_on_all_ranks(f"cannot resume from {directory}"):
         if same_world:
             set_rng_state(state["rng"])
         else:
@@ -145,3 +156,25 @@ def restore(
             directory,
             manifest.fault,
         )
+    for text in filter(None, [*(fit.text(most=6) for fit in fits.values()), data]):
+        log_warning("%s does not match this run; what fits is kept: %s", directory, text)
+    return "\n".join(filter(None, [*(fit.text() for fit in fits.values()), data]))
+
+
+def _restore_data(
+    directory: Path, batches: StepBatches, position: dict[str, Any], may_change: bool
+) -> str:
+    """Continues at a position in the data. Returns what has become of it, if the data has changed
+    and it `may_change`. Collective. Raises CheckpointError, on all ranks."""
+    with distributed.raise_on_all_ranks(f"cannot resume from {directory}"):
+        try:
+            if may_change:
+                return batches.fit_state_dict(position)
+            batches.load_state_dict(position)
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {directory}: the data has changed: {error}: restore it, or set "
+                "run.resume_changed = 'fit' to continue with it, or start a new run under another "
+                "run.name, with engines.NAME.init_from to begin with the saved weights"
+            ) from None
+    return ""

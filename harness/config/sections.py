@@ -69,6 +69,9 @@ class RunConfig(Section):
     resume: Annotated[str, BeforeValidator(_step_or_path)] = "latest"
     """"latest": resume from the run's newest checkpoint, if any; "none": start over; a step of
     the run; or a path: of a checkpoint, or of a run directory, whose newest checkpoint is meant."""
+    resume_changed: Literal["refuse", "fit"] = "refuse"
+    """A checkpoint of another model, `frozen`, `lora` or dataset: it is refused, or what fits is
+    kept, the rest reset, and both are listed."""
     timeout_s: float = Field(default=1800.0, gt=0, le=1e8)
     """Timeout of collectives, in seconds; after it the run ends."""
 

@@ -3,7 +3,7 @@
 import math
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +128,9 @@ class BatchedOrderedSampler(Sampler[list[int]]):
             longest, total = max(longest, length), total + length
         if not (self.drop_last and fits(min(self._lengths[index] for index in bucket))):
             yield batch
+
+    def _continues(self, state: Mapping[str, Any]) -> bool:
+        return False  # the batches of an epoch depend on the lengths of all its items
 
     def _identity(self) -> dict[str, Any]:
         names = ("max_tokens", "max_batch_size", "padded", "buckets", "shuffle", "drop_last")

@@ -86,6 +86,12 @@ class Batches(Protocol):
         `world_size`. Raises ValueError or CheckpointError if it does not fit."""
         ...
 
+    def fit_state_dict(self, state: dict[str, Any]) -> str:
+        """As `load_state_dict`, or as near as other data allows. Returns what becomes of the epoch
+        in progress; "" if it simply continues. Collective. Raises as `load_state_dict` does
+        if there is no such place."""
+        ...
+
 
 class WithoutSources:
     """Of batches that are not a mixture."""

@@ -118,9 +118,20 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues at a saved position. Raises ValueError if it belongs to another dataset."""
+        if "sampler" not in state:
+            raise ValueError("it was a loader or a stream, and is a map-style dataset")
         self.sampler.load_state_dict(state["sampler"])
         self._returned = state["given"]
         self.close()
+
+    def fit_state_dict(self, state: dict[str, Any]) -> str:
+        """`Sampler.fit_state_dict`. Raises ValueError if it was no dataset."""
+        if "sampler" not in state:
+            self.load_state_dict(state)
+        text = self.sampler.fit_state_dict(state["sampler"])
+        self._returned = state["given"]
+        self.close()
+        return text
 
     def passes(self) -> dict[str, float]:
         """How often each source of a mixture has been gone through; else nothing."""

@@ -209,8 +209,34 @@ class MixtureSampler(Sampler[int]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._check_identity(state)
+        self._move_to(state, state["taken"])
+
+    def fit_state_dict(self, state: Mapping[str, Any]) -> str:
+        """As the base class. The epoch in progress of a source that has changed begins again."""
+        if state.get("sampler") != type(self).__name__:
+            return f"the mixture begins: the checkpoint has {state.get('sampler')}"
+        before, texts = state["lengths"], []
+        taken = dict.fromkeys(self.lengths, 0) | {
+            name: count for name, count in state["taken"].items() if name in self.lengths
+        }
+        for name, length in self.lengths.items():
+            was = before.get(name)
+            if was is None:
+                texts.append(f"source {name!r} is new")
+            elif was != length:
+                epoch = taken[name] // was
+                taken[name] = epoch * length
+                texts.append(
+                    f"source {name!r} has {length} samples, and had {was}: its epoch {epoch} "
+                    "begins again"
+                )
+        texts += [f"source {name!r} is gone" for name in before if name not in self.lengths]
+        self._move_to(state, taken)
+        return "; ".join(texts)
+
+    def _move_to(self, state: Mapping[str, Any], taken: Mapping[str, int]) -> None:
         self.seed, self._draws = state["seed"], state["draws"]
-        self._taken = dict(state["taken"])
+        self._taken = dict(taken)
         self.drop([tuple(span) for span in state.get("dropped", ())])
         self._raw = self._raw_end()
         self._order_sources()

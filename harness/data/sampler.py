@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -59,14 +60,19 @@ class Sampler(ABC, Generic[Draw]):
         self.dropped: list[Span] = []
         """Taken out of the stream, one after the other: each in what the ones before have left."""
         self._orders: dict[int, Sequence[Draw]] = {}
+        self._grown: _Grown | None = None
 
     @abstractmethod
     def order(self, epoch: int) -> Sequence[Draw]:
         """All draws of an epoch, over all ranks: a pure function of `seed` and `epoch`."""
 
     def draws(self, epoch: int) -> int:
-        """Number of draws in an epoch, over all ranks; override it if it is not `length`."""
-        return self.length
+        """Number of draws in an epoch, over all ranks; override it if it is not `length_in`."""
+        return self.length_in(epoch)
+
+    def length_in(self, epoch: int) -> int:
+        """The items that an epoch draws from: fewer than `length` if it began before they grew."""
+        return self.length if self._grown is None else self._grown.length_in(epoch, self.length)
 
     @property
     def epoch(self) -> int:
@@ -121,7 +127,9 @@ class Sampler(ABC, Generic[Draw]):
         """The position, as plain values: the same on every rank and for any world size."""
         position = {"seed": self.seed, "epoch": self._epoch, "position": self._position}
         dropped = {"dropped": self.dropped} if self.dropped else {}
-        return self._identity() | position | dropped
+        is_old = self._grown is not None and self._epoch <= self._grown.epoch
+        grown = {"grown": astuple(self._grown)} if self._grown is not None and is_old else {}
+        return self._identity() | position | dropped | grown
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Moves to the saved position and seed; call `stream` again afterwards.
@@ -130,10 +138,43 @@ class Sampler(ABC, Generic[Draw]):
         whose order differs.
         """
         self._check_identity(state)
-        self.seed = state["seed"]
-        self._epoch = state["epoch"]
+        self._grown = _Grown(*state["grown"]) if "grown" in state else None
+        self._move(state, [tuple(span) for span in state.get("dropped", ())])
+
+    def fit_state_dict(self, state: Mapping[str, Any]) -> str:
+        """Moves to a position in other data, or as near as there is; call `stream` again
+        afterwards. Returns what becomes of the epoch in progress; "" if it simply continues.
+
+        Of data that has grown, it ends with the samples and in the order that it began with. Else
+        it begins again. So nothing is left out of it.
+        """
+        try:
+            self.load_state_dict(state)
+            return ""
+        except ValueError as error:
+            before = state.get("length")
+            if self._continues(state) and before < self.length:
+                self._grown = _Grown(*state.get("grown", (state["epoch"], before)))
+                self._move(state, [tuple(span) for span in state.get("dropped", ())])
+                return (
+                    f"the data has {self.length} samples, and had {before}: epoch {self._epoch} "
+                    f"ends with the {self.length_in(self._epoch)} samples that it began with, in "
+                    "that order (which leaves none out if the new ones follow them); the next "
+                    "epoch has all"
+                )
+            self._grown = None
+            self._move({"position": 0} | {key: state[key] for key in ("seed", "epoch")}, [])
+            return f"epoch {self._epoch} begins again, with all {self.length} samples: {error}"
+
+    def _continues(self, state: Mapping[str, Any]) -> bool:
+        """Whether the saved epoch's order is known, of whatever length it is."""
+        identity = self._identity()
+        return all(state.get(key) == identity[key] for key in identity.keys() - {"length"})
+
+    def _move(self, state: Mapping[str, Any], dropped: list[Span]) -> None:
+        self.seed, self._epoch = state["seed"], state["epoch"]
         self._position = state["position"]
-        self.drop([tuple(span) for span in state.get("dropped", ())])
+        self.drop(dropped)
 
     def _check_identity(self, state: Mapping[str, Any]) -> None:
         for key, expected in self._identity().items():
@@ -189,6 +230,17 @@ class Sampler(ABC, Generic[Draw]):
         return len(self._cached_order(epoch)) if self._dropped_in(epoch) else self.draws(epoch)
 
 
+@dataclass(frozen=True)
+class _Grown:
+    """The items were fewer up to the end of an epoch."""
+
+    epoch: int
+    length: int
+
+    def length_in(self, epoch: int, now: int) -> int:
+        return self.length if epoch <= self.epoch else now
+
+
 class _Without(Sequence[Draw]):
     """An order without a part of it."""
 
@@ -221,7 +273,7 @@ class OrderedSampler(Sampler[int]):
     """0 to length - 1, in order, every epoch."""
 
     def order(self, epoch: int) -> Sequence[int]:
-        return range(self.length)
+        return range(self.length_in(epoch))
 
 
 class _Shuffler(Sampler[Draw]):
@@ -237,10 +289,11 @@ class _Shuffler(Sampler[Draw]):
 
     def shuffled(self, epoch: int) -> Sequence[int]:
         """0 to length - 1 in the order of that epoch."""
-        if self._is_computed:
-            return Permutation(self.length, f"{self.seed}/{epoch}")
+        length = self.length_in(epoch)
+        if self._is_computed if self._grown is None else length > STORED:
+            return Permutation(length, f"{self.seed}/{epoch}")
         # An int64 array takes about as much memory as the tensor, and its items are plain ints.
-        permutation = torch.randperm(self.length, generator=epoch_generator(self.seed, epoch))
+        permutation = torch.randperm(length, generator=epoch_generator(self.seed, epoch))
         return array("q", permutation.numpy().tobytes())
 
     def state_dict(self) -> dict[str, Any]:
@@ -249,6 +302,10 @@ class _Shuffler(Sampler[Draw]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._is_computed = state.get("order") == "computed"
+
+    def _continues(self, state: Mapping[str, Any]) -> bool:
+        is_computed = state.get("order") == "computed"
+        return super()._continues(state) and is_computed == (state["length"] > STORED)
 
 
 class RandomSampler(_Shuffler[int]):
@@ -282,7 +339,7 @@ class PoolSampler(_Shuffler[Any]):
         super().__init__(len(self.pool), seed=seed, rank=rank, world_size=world_size)
 
     def order(self, epoch: int) -> Sequence[Any]:
-        indices = self.shuffled(epoch) if self.shuffle else range(self.length)
+        indices = self.shuffled(epoch) if self.shuffle else range(self.length_in(epoch))
         return _Picked(self.pool, indices) if self.keep_all else indices
 
     def sample(self) -> Any:

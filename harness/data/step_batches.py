@@ -283,6 +283,15 @@ class StepBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues at a saved position; what was fetched ahead is dropped."""
         self._batches.load_state_dict(state)
+        self._restart(state)
+
+    def fit_state_dict(self, state: dict[str, Any]) -> str:
+        """`Batches.fit_state_dict`; what was fetched ahead is dropped."""
+        text = self._batches.fit_state_dict(state)
+        self._restart(state)
+        return text
+
+    def _restart(self, state: dict[str, Any]) -> None:
         self.skipped = state.get("skipped", 0)
         self._fetched.clear()
         self._contributed = []

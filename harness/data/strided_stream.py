@@ -147,6 +147,11 @@ class StridedStream(WithoutSources):
         self._at = _Start(**state["at"])
         self.drop([tuple(span) for span in state.get("dropped", ())])
 
+    def fit_state_dict(self, state: dict[str, Any]) -> str:
+        """`load_state_dict`: a stream's length is not known, so that it is at the same place."""
+        self.load_state_dict(state)
+        return ""
+
 
 class _Share(IterableDataset):
     """The micro-batches that one process makes."""

@@ -264,6 +264,22 @@ class TaskLoader(WithoutSources):
             log.warning("train_data has no state_dict: skipping %d batches", state["given"])
             self._skip(state["given"], self._begins_with)
 
+    def fit_state_dict(self, state: dict[str, Any]) -> str:
+        """As `load_state_dict`, or on all ranks at the beginning of the saved epoch. Collective."""
+        reason = ""
+        with distributed.raise_on_all_ranks("train_data"):
+            try:
+                self.load_state_dict(state)
+            except CheckpointError as error:
+                reason = str(error)
+        reasons = sorted(set(distributed.all_gather(reason)) - {""})
+        if not reasons:
+            return ""
+        anew = {"given": 0, "loader": None, "waits": False, "begins_with": None, "dropped": ()}
+        with distributed.raise_on_all_ranks("train_data"):
+            self.load_state_dict(state | anew)
+        return f"epoch {self._epoch} begins again: {reasons[0]}"
+
     def _skip(self, batches: int, begins_with: str | None) -> None:
         for _ in range(batches):
             self._next()

@@ -5,8 +5,9 @@ injected in place: the model keeps its class, its forward and its attributes.
 """
 
 import importlib
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from harness.wrapper import disable_encoder_fast_path
 
 ADAPTER = "default"
 """peft's name for the only adapter."""
+
+_ADAPTER_WEIGHT = re.compile(rf"(.+)\.lora_(?:embedding_)?[AB]\.{ADAPTER}(?:\.|$)")
 
 
 def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
@@ -55,6 +58,18 @@ def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
             raise ConfigError(f"lora.targets: {name!r} {reason}")
     disable_encoder_fast_path(model)
     return list(layers)
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """The names of a model's entries as they are without adapters, by those that they have;
+    adapters keep theirs."""
+    names = list(names)
+    layers = {match[1] for match in map(_ADAPTER_WEIGHT.match, names) if match}
+    plain = {}
+    for name in names:
+        layer, is_base, rest = name.rpartition(".base_layer.")
+        plain[name] = f"{layer}.{rest}" if is_base and layer in layers else name
+    return plain
 
 
 def base_weights(model: nn.Module, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

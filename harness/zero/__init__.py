@@ -18,6 +18,7 @@ Its files, from the top down:
     muon.py           DeepSpeed's Muon optimizer
     refill.py         TreeFiller: fills the trees of a new layout with what was saved in another
     reader.py         an engine's files, read without torch: everything by parameter name
+    names.py          other names for the entries of a model in DeepSpeed's trees
     rank_files.py     whose a file is, and whether those of all ranks are of one save
     tied_names.py     which names of a state dict are one tensor, and under which it is kept
     entries.py        the entries of a model's state dict: their shapes, and which are trained

@@ -4,6 +4,7 @@ Neither torch nor DeepSpeed is imported: of the tensors, only the ranges in the 
 """
 
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from harness.zero.layout import (
     flats,
     group_shapes,
 )
+from harness.zero.names import renamed
 from harness.zero.rank_files import check_rank_files, plain_int
 from harness.zero.tied_names import place, source_names
 
@@ -78,9 +80,11 @@ class SavedEngine:
     `exclude_frozen_parameters` left in the state dict, without the parameters.
     """
 
-    def __init__(self, directory: Path):
-        """Raises CheckpointError or FormatError if a file is missing, damaged, of another run, or
-        in an unknown layout (`layout.flats`).
+    def __init__(self, directory: Path, names: Mapping[str, str] | None = None):
+        """`names`: what entries of the model are called here, by their names in the files.
+
+        Raises CheckpointError or FormatError if a file is missing, damaged, of another run, or in
+        an unknown layout (`layout.flats`).
         """
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: not a directory")
@@ -91,6 +95,8 @@ class SavedEngine:
             raise CheckpointError(
                 f"{directory}: not a DeepSpeed checkpoint: no model_states.pt of rank 0"
             )
+        if names:
+            models = {rank: renamed(tree, names) for rank, tree in models.items()}
         self.model: Tree = models[0]
         try:
             self._open(models, optimizers)

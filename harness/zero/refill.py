@@ -16,7 +16,7 @@ from torch import Tensor
 from harness.errors import CheckpointError
 from harness.formats.tensor_file import is_extra_state
 from harness.io.stored import materialize, read_tensor
-from harness.zero.layout import Flat, Shapes, Tree, base_state, flats
+from harness.zero.layout import EMA, Flat, Shapes, Tree, base_state, flats
 from harness.zero.partition import shard_range
 from harness.zero.reader import SavedEngine
 
@@ -24,7 +24,7 @@ from harness.zero.reader import SavedEngine
 _COPIED = ("lr_scheduler", "global_steps", "global_samples", "skipped_steps")
 
 FlatsOf = Callable[[int], list[Flat]]
-"""The flats of a rank in the new layout."""
+"""The flats of a rank in the new layout, with the masters of the new engine."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,11 @@ class TreeFiller:
     stage: int
     rank: int
     world: int
-    states: Callable[[FlatsOf], dict[int, Tree]]
-    """The optimizer's state of every flat of this rank, by its number."""
+    states: Callable[[FlatsOf, list[Tree]], dict[int, Tree]]
+    """The optimizer's state of every flat of this rank, by its number. Given the settings of the
+    parameter groups."""
+    may_lack: bool = False
+    """Whether entries that were not saved stay as they are in the new engine."""
 
     def fill(self, tree: Tree) -> Tree:
         """The tree, one of model_states or optim_states, with the saved state. Raises
@@ -53,7 +56,9 @@ class TreeFiller:
         module = type(tree["module"])()
         complete = cache(partial(weight_of, saved))  # tied ones are read once
         for name, value in tree["module"].items():
-            if is_extra_state(name):
+            if self.may_lack and name not in saved.extra and name not in saved.sources:
+                module[name] = value
+            elif is_extra_state(name):
                 module[name] = materialize(saved.extra[name])
             elif is_sharded and not saved.is_buffer(name):
                 module[name] = value  # a placeholder
@@ -63,14 +68,19 @@ class TreeFiller:
         filled["module"] = module
         if tree["frozen_param_fragments"] is not None:
             filled["frozen_param_fragments"] = {
-                name: shard_of(weight_of(saved, name), fragment.numel(), self.rank)
-                if is_sharded
-                else weight_of(saved, name)
+                name: self._frozen(name, fragment)
                 for name, fragment in tree["frozen_param_fragments"].items()
             }
         if tree["optimizer"] is not None:
             filled["optimizer"] = self._optimizer(tree["optimizer"], module)
         return tree | filled
+
+    def _frozen(self, name: str, fragment: Tensor) -> Tensor:
+        """A frozen parameter, or at stage 3 this rank's shard of it."""
+        if self.may_lack and name not in self.saved.sources:
+            return fragment
+        weight = weight_of(self.saved, name)
+        return shard_of(weight, fragment.numel(), self.rank) if self.stage == 3 else weight
 
     def _optimizer(self, tree: Tree, module: Tree) -> Tree:
         """The state dict of DeepSpeed's optimizer, filled.
@@ -90,9 +100,10 @@ class TreeFiller:
                 | {key: group[key] for key in ("params", "param_names") if key in group}
                 for number, group in enumerate(groups)
             ]
-        states = {number: state for number, state in self.states(flats_of).items() if state}
+        filled_states = self.states(flats_of, groups)
+        states = {number: state for number, state in filled_states.items() if state}
         base = {"state": states, "param_groups": groups}
-        masters = [filled_flat(flat, self.saved, None) for flat in own]
+        masters = [filled_master(flat, self.saved) for flat in own]
         if "single_partition_of_fp32_groups" in tree:
             trimmed = without_padding(masters, own)
             filled = {"base_optimizer_state": base, "single_partition_of_fp32_groups": trimmed}
@@ -115,9 +126,12 @@ class TreeFiller:
 
         One without elements may have been in none.
         """
-        pairs = ((flat.group, segment.name) for flat in flats for segment in flat.segments)
-        saved = self.saved.shapes
-        return all(self.saved.group_of(name) == number for number, name in pairs if name in saved)
+        pairs = [(flat.group, segment.name) for flat in flats for segment in flat.segments]
+        saved, known = self.saved.shapes, range(len(self.saved.groups))
+        return all(
+            self.saved.group_of(name) == number if name in saved else number in known
+            for number, name in pairs
+        )
 
     def _loss_scaler(self, tree: Tree) -> Tree:
         """The state of an fp16 engine's loss scaler, in the form that the tree has."""
@@ -147,38 +161,66 @@ def without_padding(masters: list[Tensor], flats: list[Flat]) -> list[Tensor]:
     return [m[: m.numel() - flat.padding] for m, flat in zip(masters, flats, strict=True)]
 
 
-def filled_state(flat: Flat, saved: SavedEngine) -> Tree:
+def filled_state(flat: Flat, saved: SavedEngine, like: str | None = None) -> Tree:
     """The optimizer's state of one flat: its part of the moments, and the saved scalars.
 
-    Scalars are read again for each flat: two that shared a `step` tensor would count every step
-    twice. Raises CheckpointError if the flat's parameters were saved with different scalars.
+    `like`: the parameter whose scalars a flat has, and for which moments, if none of its own
+    parameters was saved. Scalars are read again for each flat: two that shared a `step` tensor
+    would count every step twice. Raises CheckpointError if the flat's parameters were saved with
+    different scalars.
     """
     state: Tree = {}
     if not flat.size:
         return state  # the optimizer makes it, at the first step that has a gradient
-    for segment in flat.segments:
-        for key, value in materialize(saved.scalars(segment.name)).items():
+    names = [segment.name for segment in flat.segments if segment.name in saved.shapes]
+    if not names and like is not None:
+        names = [like]
+    for name in names:
+        for key, value in materialize(saved.scalars(name)).items():
             if state.setdefault(key, value) != value:
                 raise CheckpointError(
-                    f"optimizer state {key!r} is {value} for parameter {segment.name!r}, and "
-                    f"{state[key]} for {flat.segments[0].name!r}, but ZeRO keeps one value for "
-                    "their group"
+                    f"optimizer state {key!r} is {value} for parameter {name!r}, and {state[key]} "
+                    f"for {names[0]!r}, but ZeRO keeps one value for their group"
                 )
-    keys = {key for segment in flat.segments for key in saved.state_keys(segment.name)}
+    keys = {key for name in names for key in saved.state_keys(name)}
     return state | {key: filled_flat(flat, saved, key) for key in sorted(keys)}
 
 
-def filled_flat(flat: Flat, saved: SavedEngine, key: str | None) -> Tensor:
-    """A flat's master (key None) or moment from the checkpoint, on the CPU; padding is 0."""
+def filled_master(flat: Flat, saved: SavedEngine) -> Tensor:
+    """A flat's master from the checkpoint, on the CPU; padding is 0. What the checkpoint lacks is
+    the new engine's."""
+    segments = [segment for segment in flat.segments if segment.length]
+    kept = [segment.name for segment in segments if segment.name in saved.shapes]
+    dtype = getattr(torch, saved.master(kept[0]).dtype) if kept else flat.master.dtype
+    filled = torch.zeros(flat.shape, dtype=dtype)
+    for segment in segments:
+        part = filled.view(-1)[segment.flat_slice]
+        if segment.name in saved.shapes:
+            read_tensor(saved.master(segment.name), segment.start, segment.stop, out=part)
+        elif segment.name in saved.sources:  # it was frozen
+            read_tensor(saved.weight(segment.name), segment.start, segment.stop, out=part)
+        else:
+            part.copy_(flat.master.detach().reshape(-1)[segment.flat_slice])
+    return filled
+
+
+def filled_flat(flat: Flat, saved: SavedEngine, key: str) -> Tensor:
+    """A flat's moment from the checkpoint, on the CPU; padding, and what the checkpoint lacks, is
+    0, but of the EMA the master."""
     filled: Tensor | None = None
-    for segment in flat.segments:
-        if not segment.length:
+    lacking: list[slice] = []
+    for segment in filter(lambda segment: segment.length, flat.segments):
+        if segment.name not in saved.shapes or key not in saved.state_keys(segment.name):
+            lacking.append(segment.flat_slice)  # or the parameter never had a gradient
             continue
-        if key is not None and key not in saved.state_keys(segment.name):
-            continue  # the parameter never had a gradient
-        tensor = saved.master(segment.name) if key is None else saved.moment(segment.name, key)
+        tensor = saved.moment(segment.name, key)
         if filled is None:
             filled = torch.zeros(flat.shape, dtype=getattr(torch, tensor.dtype))
         part = filled.view(-1)[segment.flat_slice]
         read_tensor(tensor, segment.start, segment.stop, out=part)
-    return torch.zeros(flat.shape) if filled is None else filled
+    filled = torch.zeros(flat.shape) if filled is None else filled
+    if key == EMA and lacking:
+        master = filled_master(flat, saved).view(-1)
+        for part in lacking:
+            filled.view(-1)[part] = master[part]
+    return filled

@@ -27,7 +27,13 @@ from harness.zero.partition import (
     sub_groups,
 )
 from harness.zero.reader import SavedEngine
-from harness.zero.refill import filled_flat, filled_state, shard_of, weight_of, without_padding
+from harness.zero.refill import (
+    filled_master,
+    filled_state,
+    shard_of,
+    weight_of,
+    without_padding,
+)
 
 _BY_LAYOUT = (
     "module",
@@ -198,7 +204,7 @@ class ZeroWriter:
         tree = self._partitions(rank) if self.stage < 3 else self._shards()
         tree["zero_stage"] = self.stage
         own = flats(tree, {}, self.shapes, rank, self.ranks)
-        masters = [filled_flat(flat, self.saved, None) for flat in own]
+        masters = [filled_master(flat, self.saved) for flat in own]
         states = {number: filled_state(flat, self.saved) for number, flat in enumerate(own)}
         key = "base_optimizer_state" if self.stage < 3 else "optimizer_state_dict"
         tree[key]["state"] = {number: state for number, state in states.items() if state}

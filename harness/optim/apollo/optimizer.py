@@ -57,6 +57,8 @@ class Apollo(ShardedOptimizer):
     TITLE = "an APOLLO optimizer"
     MARK = "rank"
     STATE_SETTINGS = ("rank",)
+    COUNTERS = ("step", "calls")
+    RENEWED: ClassVar = {"made": -1}
     SELECTION = ("low_rank", "dense", "stacked")
     RANK: ClassVar = 256
     """The default rank."""

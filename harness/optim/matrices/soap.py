@@ -165,6 +165,7 @@ class Soap(MatrixOptimizer):
     MARK = "precondition_frequency"
     GROUP = SoapGroup
     STATE_SETTINGS = ("max_precond_dim",)
+    COUNTERS = soap_state.COUNTERS
 
     def __init__(
         self,

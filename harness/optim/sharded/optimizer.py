@@ -28,6 +28,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """Whether all state has the size of the weights, and can be split at any element."""
     STATE_SETTINGS: ClassVar[tuple[str, ...]] = ()
     """Settings that the shapes of the state depend on, which a resumed run must not change."""
+    COUNTERS: ClassVar[tuple[str, ...]] = ("step",)
+    """The numbers in the state, which count alike for all parameters of a group."""
+    RENEWED: ClassVar[Mapping[str, Any]] = {}
+    """Entries of the state of a group that has got another matrix: so its flats compute at the next
+    step what it lacks, and with it the same for the others."""
     SELECTION: ClassVar[tuple[str, ...]]
     """The arguments of `split_groups` that a config may set."""
     GROUP_ONLY: ClassVar[tuple[str, ...]] = ()
