@@ -3,7 +3,9 @@
     python bench/save.py [--ranks 2] [--width 9200] [--rounds 3] [--directory DIR]
 
 Prints medians, also as ratios to `cp` of the same bytes in the same rounds. All but the background
-stall, which is the time that training is blocked, include writing everything to disk (fsync).
+stall, which is the time that training is blocked, include writing everything to disk (fsync). The
+last lines are how long training waits for an old checkpoint of these bytes to be removed, by a
+thread and if it is waited for.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from harness.config import Config
@@ -93,7 +96,31 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
             took = time.perf_counter() - started
             seconds.setdefault(name, []).append(max(distributed.all_gather(took)))
             clean_up()
+    if rank == 0:
+        seconds |= measure_pruning(target, rounds)
     seconds["bytes"] = [float(sum(f.stat().st_size for f in target.rglob("*") if f.is_file()))]
+    return seconds
+
+
+def measure_pruning(target: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds to remove an older checkpoint with the content of `target`, in interleaved rounds."""
+    from harness.checkpoint.manifest import read_manifest
+    from harness.checkpoint.retention import Removals, prune
+    from harness.config.sections import CheckpointConfig
+
+    removals, old = Removals(), target.with_name("step-00000000-old")
+    ways = {"removal by a thread": removals.add, "removal, waited for": shutil.rmtree}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, delete in ways.items():
+            shutil.copytree(target, old)
+            replace(read_manifest(old), saved_at=0.0).write(old)
+            os.sync()
+            started = time.perf_counter()
+            prune(target.parent, CheckpointConfig(keep_last=1), delete=delete)
+            seconds[name].append(time.perf_counter() - started)
+            removals.wait()
+    removals.close()
     return seconds
 
 
@@ -126,7 +153,7 @@ def main() -> None:
         median = statistics.median(values)
         spread = f"{min(values):.2f} .. {max(values):.2f}"
         ratio = median / reference
-        sys.stdout.write(f"{name:<20} {median:7.2f} s  {ratio:6.2f} x cp   ({spread})\n")
+        sys.stdout.write(f"{name:<20} {median:8.3f} s  {ratio:6.2f} x cp   ({spread})\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import logging
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
@@ -20,17 +21,48 @@ REPLACED = ".replaced.tmp"
 PRUNED = ".pruned.tmp"
 
 
+class Removals:
+    """A thread that deletes the files of checkpoints that have been removed: training does not wait
+    until a disk has freed gigabytes."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="remove")
+        self._running: list[Future[None]] = []
+
+    def add(self, renamed: Path) -> None:
+        """Deletes a directory that is no checkpoint any more. A failure is logged."""
+        self._running.append(self._thread.submit(_delete, renamed))
+
+    def wait(self) -> None:
+        """Returns once everything is deleted: its space is free, and its name."""
+        while self._running:
+            self._running.pop().result()
+
+    def close(self) -> None:
+        """Deletes what is left, and ends the thread."""
+        self.wait()
+        self._thread.shutdown()
+
+
+def _delete(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        log.warning("cannot remove %s: %s", path, error)
+
+
 def prune(
     directory: Path,
     settings: CheckpointConfig,
     everywhere: Collection[str] | None = None,
     needed: Collection[Path] = (),
+    delete: Callable[[Path], object] = shutil.rmtree,
 ) -> None:
     """Removes the checkpoints that no rule keeps; with `keep_last = 0` none.
 
     `everywhere`: with several disks, the names with the same save on all. The rules choose among
     them, so that all disks keep the same ones; others on this disk are removed at the same age.
-    `needed`: also kept.
+    `needed`: also kept. `delete`: deletes a directory that has been renamed.
     Called only after a commit, so the newest checkpoint is valid. The one that `latest` names is
     always kept. A failure to remove one is logged.
     """
@@ -53,7 +85,7 @@ def prune(
     keep |= to_keep(common, settings) | to_keep(manifests, settings) | set(needed)
     for path in manifests.keys() - keep:
         try:
-            remove(path)
+            remove(path, delete)
         except OSError as error:
             log.warning("cannot remove %s: %s", path, error)
 
@@ -81,11 +113,11 @@ def to_keep(manifests: dict[Path, Manifest], settings: CheckpointConfig) -> set[
     return keep | set(ranked[: settings.keep_best])
 
 
-def remove(path: Path) -> None:
+def remove(path: Path, delete: Callable[[Path], object] = shutil.rmtree) -> None:
     """Removes a checkpoint. It is renamed first: a half removed one must not look like one."""
     renamed = path.with_name(f"{path.name}{PRUNED}")
     path.rename(renamed)
-    shutil.rmtree(renamed)
+    delete(renamed)
 
 
 def remove_after(directory: Path) -> None:

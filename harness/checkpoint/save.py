@@ -23,6 +23,7 @@ from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest, step_directory
 from harness.checkpoint.remote_store import Store
 from harness.checkpoint.retention import (
+    Removals,
     delete_replaced,
     move_into_place,
     prune,
@@ -113,6 +114,7 @@ class Saver:
         self._all_written = distributed.AsyncAllReduceMax()
         self._snapshots = Snapshots()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._removals = Removals()
         self.uploads = Uploads(store, lambda: live.config.checkpoint)
 
     @property
@@ -138,6 +140,7 @@ class Saver:
         try:
             with checkpoint_error_on_all_ranks(f"cannot save {target}"):
                 if self.disks.is_leader:
+                    self._removals.wait()
                     create_staging(staged, needed)
                 finite = all(engine.weights_are_finite() for engine in self._engines.trained)
             if background:
@@ -204,21 +207,25 @@ class Saver:
                 _, everywhere = list_checkpoints(self.directory, self.disks)
             if self.disks.is_leader:
                 settings = self._live.config.checkpoint
-                prune(self.directory, settings, everywhere, self.uploads.needs)
+                self._removals.wait()
+                needed = self.uploads.needs
+                prune(self.directory, settings, everywhere, needed, self._removals.add)
 
     def forget_after(self, directory: Path) -> None:
         """Removes the checkpoints that were saved after one of them, unless they are pinned, since
         the run has returned to it. Collective. Raises CheckpointError on all ranks."""
         with checkpoint_error_on_all_ranks(f"cannot remove the checkpoints after {directory}"):
             if self.disks.is_leader:
+                self._removals.wait()
                 remove_after(directory)
                 write_latest(directory)
         self.uploads.forget_after(common_manifest(directory).saved_at)
 
     def close(self) -> None:
-        """Ends the threads; a save or an upload in flight is abandoned."""
+        """Ends the threads: abandons a save or an upload in flight, and finishes removals."""
         self.uploads.close()
         self._thread.shutdown(cancel_futures=True)
+        self._removals.close()
 
     def _discard(self, staged: Path) -> None:
         """Removes a staging directory, if it still exists."""

@@ -1,14 +1,17 @@
 """Which checkpoints stay: the newest, the best, every N-th, and those with a name."""
 
 import math
+import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import Manifest, read_manifest, step_directory
-from harness.checkpoint.retention import PRUNED, REPLACED, clean, prune
+from harness.checkpoint.retention import PRUNED, REPLACED, Removals, clean, prune
 from harness.config.sections import CheckpointConfig
 from harness.convert.run_checkpoints import checkpoints_in
 
@@ -124,6 +127,34 @@ def test_what_latest_names_stays(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step-00000001\n")
     prune(tmp_path, CheckpointConfig(keep_last=1))
     assert checkpoints_in(tmp_path) == [step_directory(tmp_path, step) for step in (3, 1)]
+
+
+def test_files_are_deleted_behind_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No checkpoint at once; its files and its name are there until the thread comes to it."""
+    may_delete = threading.Event()
+
+    def rmtree(path: Path) -> None:
+        assert may_delete.wait(10)
+        if path.name.startswith("step-00000001"):
+            raise OSError("stuck")
+        shutil.rmtree(path)
+
+    monkeypatch.setattr("harness.checkpoint.retention.shutil", SimpleNamespace(rmtree=rmtree))
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    removals = Removals()
+    prune(tmp_path, CheckpointConfig(keep_last=1), delete=removals.add)
+    names = {f"step-0000000{step}{PRUNED}" for step in (1, 2)}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"step-00000003"}
+    may_delete.set()
+    removals.wait()
+    assert {path.name for path in tmp_path.iterdir()} == names - {f"step-00000002{PRUNED}"} | {
+        "step-00000003"
+    }
+    assert f"cannot remove {tmp_path / f'step-00000001{PRUNED}'}: stuck" in caplog.text
+    removals.close()
 
 
 def test_a_damaged_checkpoint_is_left_alone(tmp_path: Path) -> None:
