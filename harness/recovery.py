@@ -72,8 +72,9 @@ def begin_step(run: RecoveringRun, batches: Iterator[Any], terms: Terms | None) 
     settings, engines = run.live.config.health, run.engines
     step = engines.global_step + 1
     for engine in engines.due(step):
-        largest = engines.spikes.largest_norm(step, engine.name)
-        engine.largest_norm = largest if settings.spike == "skip" else math.inf
+        engine.largest_norm = math.inf
+        if settings.spike == "skip":
+            engine.largest_norm = engines.spikes.largest_norm(step, engine.name)
     run.kept_step = KeptStep(engines, terms) if settings.blame else None
     return batches if run.kept_step is None else run.kept_step.keep(batches)
 

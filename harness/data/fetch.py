@@ -1,7 +1,6 @@
 """From indices or samples to a batch, in the rank's process or in a worker's."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import Dataset, get_worker_info
@@ -26,10 +25,13 @@ class Fetch(Dataset):
     def __getitem__(self, batch: tuple[int, list[int]]) -> Any:
         number, indices = batch
         self.seed_worker(number)
-        samples = []
-        for index in indices:
-            with _noted(f"reading sample {index} of", indices):
+        samples, index = [], None
+        try:
+            for index in indices:
                 samples.append(self.dataset[index])
+        except Exception as error:
+            _note(error, f"reading sample {index} of", indices)
+            raise
         return self.collated(samples, indices)
 
     def seed_worker(self, number: int) -> None:
@@ -39,18 +41,16 @@ class Fetch(Dataset):
 
     def collated(self, samples: list[Any], indices: list[int]) -> Any:
         """The batch of some samples, of all that have these indices."""
-        with _noted("collating", indices):
+        try:
             return self.collate(samples)
+        except Exception as error:
+            _note(error, "collating", indices)
+            raise
 
 
-@contextmanager
-def _noted(what: str, indices: list[int]) -> Iterator[None]:
+def _note(error: Exception, what: str, indices: list[int]) -> None:
     """Adds to an error what was being done."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"while {what} the samples {first_few(indices, MOST_SAMPLES)}")
-        raise
+    error.add_note(f"while {what} the samples {first_few(indices, MOST_SAMPLES)}")
 
 
 def unchanged(batch: Any) -> Any:

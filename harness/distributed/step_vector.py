@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from harness.distributed.world import control_group
+from harness.distributed.world import control_group, world_size
 
 
 class Part(Protocol):
@@ -36,6 +36,8 @@ class StepVector:
         self._options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM)
         self._vector = torch.zeros(0, dtype=torch.float64)
         self._work: dist.Work | None = None
+        self._own: list[float] | None = None
+        """Of a single rank, whose numbers are the sums."""
 
     def add(self, part: Part) -> None:
         """Adds a part, before the first exchange."""
@@ -50,16 +52,23 @@ class StepVector:
             own = part.contribute()
             self._sizes.append(len(own))
             numbers += own
+        if world_size() == 1:
+            self._own = numbers
+            return
         self._vector = torch.tensor(numbers, dtype=torch.float64)
         self._work = control_group().allreduce([self._vector], self._options)
 
     def wait(self) -> None:
         """Receives what was contributed at the last exchange, if that has not been received."""
-        if self._work is None:
+        if self._own is not None:
+            sums, self._own = self._own, None
+        elif self._work is not None:
+            work, self._work = self._work, None
+            work.wait()
+            sums = self._vector.tolist()
+        else:
             return
-        work, self._work = self._work, None
-        work.wait()
-        sums, start = self._vector.tolist(), 0
+        start = 0
         for part, size in zip(self._parts, self._sizes, strict=True):
             part.receive(sums[start : start + size])
             start += size

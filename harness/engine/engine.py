@@ -111,6 +111,7 @@ class Engine:
         self.ds = self._wrap(model, optimizer, scheduler, micro_batch_size)
         if kept_in_fp32 and self.dtype != torch.float32:
             mixed_dtypes.warn_of_cast(name, kept_in_fp32, self.dtype)
+        self._submodules = attributes.Submodules(self.module)
         self.arrivals = Arrivals(self.ds, in_order=config.unused_parameters == "zeros")
         self.edits = Edits(name, self.ds, self.collect)
         self._trained = trainable.TrainedParameters(name, model)
@@ -338,8 +339,8 @@ class Engine:
         self.ds.destroy()
 
     def gather_attribute(self, name: str, kind: type = object) -> dict[str, Any]:
-        """`attributes.gather` from its model."""
-        return attributes.gather(self.module, name, kind)
+        """`Submodules.gather` from its model."""
+        return self._submodules.gather(name, kind)
 
     def dispatch_attribute(
         self, name: str, value: Any, where: attributes.Choice | None = None

@@ -54,7 +54,7 @@ class Engines(Mapping[str, Engine]):
         for engine in engines.values():
             engine.peers, engine.turn = self, self._turn
         for engine in self.trained if len(self.trained) > 1 else ():
-            self._turn.guard(engine.name, engine.module)
+            self._turn.guard(engine.name, engine.module, engine.arrivals.before_gradient)
         self.gradient_accumulation = math.lcm(*(e.gradient_accumulation for e in self.trained))
         self.spikes = Spikes()
         """The losses and norms of the last steps, and what was far above them."""

@@ -6,15 +6,16 @@ engine's gradients, or fails with unhelpful errors (DeepSpeed #399, #4923). The 
 frozen parameters is correct at every stage; everything else raises an error here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from harness.errors import TaskError
+
+BeforeGradient = Callable[[Callable[[nn.Parameter], None]], None]
 
 
 class Peers(Protocol):
@@ -86,19 +87,20 @@ class Turn:
             "engine(...) is called"
         )
 
-    def guard(self, name: str, module: nn.Module) -> None:
+    def guard(self, name: str, module: nn.Module, before_gradient: BeforeGradient) -> None:
         """Raises TaskError when a gradient reaches a parameter of `module`, of engine `name`, in
-        another engine's turn, before it is accumulated."""
-        for path, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(partial(self._refuse, name, path))
+        another engine's turn, before it is reduced. `before_gradient`: of its `Arrivals`."""
 
-    def _refuse(self, name: str, path: str, gradient: torch.Tensor) -> None:
-        if self.name not in (None, name):
+        def refuse(parameter: nn.Parameter) -> None:
+            if self.name is None or self.name == name:
+                return
+            path = next(path for path, p in module.named_parameters() if p is parameter)
             raise TaskError(
                 f"the loss of engine {self.name!r} would give a gradient to {path!r} of engine "
                 f"{name!r}, whose turn it is not. {_remedy(name)}"
             )
+
+        before_gradient(refuse)
 
 
 def _remedy(name: str) -> str:

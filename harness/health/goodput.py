@@ -11,6 +11,7 @@ Does not import torch.
 import json
 import time
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,7 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
+@cache  # asked for every number of every step
 def counts_skips(name: str) -> bool:
     """Whether a metric counts the skipped steps of an engine (not those of APOLLO's projection)."""
     *path, last = name.split("/")

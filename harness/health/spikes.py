@@ -9,6 +9,7 @@ estimates the standard deviation of normally distributed numbers.
 """
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -46,9 +47,17 @@ class _Numbers(NamedTuple):
 
 def bound_of(values: Sequence[float]) -> float:
     """The largest value that is not a spike after these; inf if they are too few."""
+    return _bound(sorted(values), math.inf)
+
+
+def _bound(values: Sequence[float], value: float) -> float:
+    """`bound_of` sorted values; any other number not below `value` if that is no spike, as of most
+    steps: it is then not above the smallest bound that there can be."""
     if len(values) < WINDOW // 2:
         return math.inf
-    median = _median(sorted(values))
+    median = _median(values)
+    if value <= (least := median + SIGMAS * (LEAST * abs(median))):
+        return least
     deviation = _median(sorted(abs(value - median) for value in values))
     return median + SIGMAS * max(NORMAL * deviation, LEAST * abs(median))
 
@@ -57,6 +66,21 @@ def _median(values: Sequence[float]) -> float:
     """Of sorted values."""
     middle = len(values) // 2
     return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
+
+
+class _Window:
+    """The last `WINDOW` numbers of a kind, in order of size."""
+
+    def __init__(self) -> None:
+        self.ordered: list[float] = []
+        self._last: deque[float] = deque()
+
+    def add(self, value: float) -> None:
+        """The one that is `WINDOW` steps older is forgotten."""
+        if len(self._last) == WINDOW:
+            del self.ordered[bisect_left(self.ordered, self._last.popleft())]
+        self._last.append(value)
+        insort(self.ordered, value)
 
 
 class Spikes:
@@ -68,23 +92,26 @@ class Spikes:
         """Those that nothing has followed yet."""
         self._counts: dict[str, int] = {}
         self._windows: dict[str, deque[_Numbers]] = {}
+        self._ordered: dict[str, tuple[_Window, _Window]] = {}
+        """Losses and norms of the windows."""
 
     def add(self, step: int, engine: str, loss: float, norm: float, spans: Sequence[Any]) -> int:
         """Adds the numbers of a step, in the order of the steps. Returns the engine's spikes so
         far. Numbers that are not finite do not count."""
-        window = self._windows.setdefault(engine, deque(maxlen=WINDOW + LAG))
-        before, texts = list(window)[-WINDOW:], []
-        for name, value, others in (
-            ("loss", loss, [n.loss for n in before]),
-            ("gradient norm", norm, [n.norm for n in before]),
-        ):
-            if math.isfinite(value) and value > (bound := bound_of(others)):
+        if engine not in self._windows:
+            self._remember(engine, [])
+        losses, norms = self._ordered[engine]
+        texts = []
+        for name, value, before in (("loss", loss, losses), ("gradient norm", norm, norms)):
+            if math.isfinite(value) and value > (bound := _bound(before.ordered, value)):
                 texts.append(f"{name} {value:.4g}, above {bound:.4g}")
         if texts:
             self._counts[engine] = self._counts.get(engine, 0) + 1
             self.found.append(Spike(step, engine, "; ".join(texts), spans))
         if math.isfinite(loss) and math.isfinite(norm):
-            window.append(_Numbers(step, loss, norm))
+            self._windows[engine].append(_Numbers(step, loss, norm))
+            losses.add(loss)
+            norms.add(norm)
         return self._counts.get(engine, 0)
 
     def largest_norm(self, step: int, engine: str) -> float:
@@ -109,7 +136,13 @@ class Spikes:
         """Restores what `state_dict` returned."""
         self.found = [Spike(*spike) for spike in state.get("found", ())]
         self._counts = dict(state.get("counts", {}))
-        self._windows = {
-            name: deque((_Numbers(*n) for n in numbers), maxlen=WINDOW + LAG)
-            for name, numbers in state.get("windows", {}).items()
-        }
+        self._windows, self._ordered = {}, {}
+        for name, numbers in state.get("windows", {}).items():
+            self._remember(name, [_Numbers(*n) for n in numbers])
+
+    def _remember(self, engine: str, numbers: Sequence[_Numbers]) -> None:
+        self._windows[engine] = deque(numbers, maxlen=WINDOW + LAG)
+        self._ordered[engine] = _Window(), _Window()
+        for one in numbers:
+            for window, value in zip(self._ordered[engine], one[1:], strict=True):
+                window.add(value)

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Closing:
         for name, value in record.items():
             if counts_skips(name):
                 self._skipped[name] = value
-            elif name.startswith("eval/") or name.rpartition("/")[2] == "loss":
+            elif _is_summarized(name):
                 number = float(value)
                 if number == number:
                     self._of(name).add(record["step"], number)
@@ -112,6 +113,11 @@ class Closing:
         if goes_on:
             then = "a start with the same run.name resumes it"
         yield f"next: harness report {run}; {then}"
+
+
+@cache  # asked for every number of every step
+def _is_summarized(name: str) -> bool:
+    return name.startswith("eval/") or name.rpartition("/")[2] == "loss"
 
 
 def _shown(path: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from harness import distributed
+from harness import devices, distributed
 from harness.metrics.memory import MemoryMeter
 from harness.metrics.step_clock import StepClock
 
@@ -45,17 +45,29 @@ class _Sums:
     on_device: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
     """Float64 vectors, by the names of their elements."""
     numbers: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Of values that are not tensors."""
+    """Of values that are on the host."""
     weights: dict[tuple[str, ...], float] = field(default_factory=lambda: defaultdict(float))
     """By the names in a report."""
 
     def add(self, report: Stats, weight: float) -> None:
-        """Adds a report. Its scalar tensors of one kind are added as one vector: an operation on
-        the device costs the same for one number as for a hundred."""
+        """Adds a report. What is on the host is read at once; nothing waits for the device."""
         self.weights[tuple(report)] += weight
-        tensors = {n: v for n, v in report.items() if isinstance(v, torch.Tensor)}
-        for name in report.keys() - tensors.keys() if len(tensors) < len(report) else ():
-            self.numbers[name] += weight * float(report[name])
+        waits = devices.LIMITS["cpu"].is_asynchronous  # no CPU's; simulated in a test
+        numbers, tensors = self.numbers, {}
+        for name, value in report.items():
+            if not isinstance(value, torch.Tensor):
+                numbers[name] += weight * float(value)
+            elif waits or not value.is_cpu:
+                tensors[name] = value
+            else:
+                scalar = value.detach().to(torch.float64).mean() if value.ndim else value
+                numbers[name] += weight * scalar.item()
+        if tensors:
+            self._add_tensors(tensors, weight)
+
+    def _add_tensors(self, tensors: Mapping[str, torch.Tensor], weight: float) -> None:
+        """Scalars of one kind are added as one vector: an operation on the device costs the same
+        for one number as for a hundred."""
         kinds = set(map(_kind, tensors.values()))
         for kind in kinds:
             same = tensors

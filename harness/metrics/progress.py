@@ -53,13 +53,16 @@ class Progress:
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Shows a step's record."""
+        is_line_due = self._lines and time.monotonic() >= self._next_line
+        if self._bar.disable and not is_line_due:
+            return
         numbers = headline(record)
         try:
             self._bar.set_postfix_str(self._that_fit(numbers), refresh=False)
             self._bar.update(record["step"] - self._bar.n)
         except OSError:  # the terminal is gone
             self._bar.disable = True
-        if self._lines and time.monotonic() >= self._next_line:
+        if is_line_due:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
             shown = "  ".join(f"{name} {number}" for name, number in numbers.items())
             log.info("step %d/%d  %s", record["step"], self._steps, shown)

@@ -22,17 +22,18 @@ class StepClock:
     step and its phases: the host, which runs ahead, only knows how long it took to enqueue them."""
 
     def __init__(self) -> None:
-        self._began, self._ended = _now(), None
+        self._now = _device_now if distributed.device().type == "cuda" else time.perf_counter
+        self._began, self._ended = self._now(), None
         self._phases: list[tuple[Phase, float | torch.cuda.Event]] = [("step", self._began)]
         phases.listener = self._enter
 
     def _enter(self, phase: Phase) -> None:
         if phase != self._phases[-1][0]:
-            self._phases.append((phase, _now()))
+            self._phases.append((phase, self._now()))
 
     def stop(self) -> None:
         """Ends the step."""
-        self._ended = _now()
+        self._ended = self._now()
         phases.listener = None
 
     def seconds(self) -> float:
@@ -59,9 +60,7 @@ def _between(began: "float | torch.cuda.Event", ended: "float | torch.cuda.Event
     return ended - began
 
 
-def _now() -> "float | torch.cuda.Event":
-    if distributed.device().type != "cuda":
-        return time.perf_counter()
+def _device_now() -> "torch.cuda.Event":
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event

@@ -50,6 +50,10 @@ class Buckets(Protocol):
         """Calls `call` when backward has produced a gradient, which is then not handed over."""
         ...
 
+    def before_gradient(self, call: Callable[[nn.Parameter], None]) -> None:
+        """Calls `call` when backward has produced a gradient, before it is handed over."""
+        ...
+
     def before_reduction(self, call: Callable[[Numbers], None]) -> None:
         """Calls `call` with the pending parameters each time before their gradients are reduced."""
         ...
@@ -117,6 +121,15 @@ class _Stage1And2:
     def on_gradient(self, call: Callable[[nn.Parameter], None]) -> None:
         self._optimizer.process_gradients = lambda parameter, group: call(parameter)
 
+    def before_gradient(self, call: Callable[[nn.Parameter], None]) -> None:
+        receive = self._optimizer.process_gradients
+
+        def call_and_receive(parameter: nn.Parameter, group: int) -> None:
+            call(parameter)
+            receive(parameter, group)
+
+        self._optimizer.process_gradients = call_and_receive
+
     def before_reduction(self, call: Callable[[Numbers], None]) -> None:
         reduce = self._optimizer.reduce_ipg_grads
 
@@ -169,6 +182,15 @@ class _Stage3:
 
     def on_gradient(self, call: Callable[[nn.Parameter], None]) -> None:
         self._optimizer.reduce_ready_partitions_and_remove_grads = call
+
+    def before_gradient(self, call: Callable[[nn.Parameter], None]) -> None:
+        receive = self._optimizer.reduce_ready_partitions_and_remove_grads
+
+        def call_and_receive(parameter: nn.Parameter) -> None:
+            call(parameter)
+            receive(parameter)
+
+        self._optimizer.reduce_ready_partitions_and_remove_grads = call_and_receive
 
     def before_reduction(self, call: Callable[[Numbers], None]) -> None:
         name = "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"

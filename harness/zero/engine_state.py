@@ -6,7 +6,7 @@ document; the comments name the files below its `runtime/` that define them.
 
 import math
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from harness import distributed
 from harness.zero.file_trees import FileTrees
 from harness.zero.layout import Shapes, flats, group_shapes
-from harness.zero.norms import StepNorm, is_rejected, plain_norm
+from harness.zero.norms import PlainGradients, StepNorm, is_rejected
 from harness.zero.parameters import full_shape, is_expert, is_sharded, shard
 from harness.zero.partition import Segment, shard_range
 
@@ -277,11 +277,10 @@ def take_step(
     scale = loss_scale(ds)
     StepNorm.largest, StepNorm.found = largest * scale, None
     is_checked = zero_stage(ds) > 0 or compute_dtype(ds) != torch.float32  # by DeepSpeed
-    if is_checked or _is_taken_everywhere(plain_norm(ds.module), ds.module):
+    if is_checked:
         ds.step()
     else:
-        with _overflowing(ds.optimizer):
-            ds.step()
+        _take_plain_step(ds)
     if max_loss_scale is not None:
         set_loss_scale(ds, min(loss_scale(ds), max_loss_scale))
     norm = StepNorm.found
@@ -302,13 +301,14 @@ def uncounted(ds: Any) -> Iterator[None]:
             setattr(ds, name, count)
 
 
-def _is_taken_everywhere(norm: Tensor, module: nn.Module) -> bool:
-    """Whether all ranks may step. Waits for the device. Ranks reduce to the same gradients, and so
-    to the same answer, except those of experts."""
-    is_taken = not is_rejected(norm)
-    if any(map(is_expert, module.parameters())):
-        return not distributed.all_reduce_max([not is_taken])[0]
-    return is_taken
+def _take_plain_step(ds: Any) -> None:
+    """In fp32 at stage 0: skips as at the other stages. Waits for the device."""
+    StepNorm.gradients = PlainGradients(ds.module)
+    try:
+        with _overflowing(ds.optimizer) if is_rejected(StepNorm.gradients.norm) else nullcontext():
+            ds.step()
+    finally:
+        StepNorm.gradients = None
 
 
 @contextmanager

@@ -9,8 +9,12 @@ import importlib
 import math
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from harness.zero.parameters import is_expert
 
 MODULES = (
     "zero.stage_1_and_2",
@@ -29,6 +33,8 @@ class StepNorm:
     """A step with a larger one is skipped."""
     found: Tensor | float | None = None
     """None before it is computed; and where DeepSpeed finds an inf or NaN without it."""
+    gradients: "PlainGradients | None" = None
+    """In fp32 at stage 0."""
 
 
 def patch_norms() -> None:
@@ -45,7 +51,27 @@ def is_rejected(norm: Tensor | float) -> bool:
     return not (0 <= value <= StepNorm.largest and math.isfinite(value))
 
 
-def plain_norm(module: torch.nn.Module) -> Tensor:
-    """In fp32 at stage 0, where DeepSpeed neither wraps the optimizer nor computes it."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+class PlainGradients:
+    """The reduced gradients in fp32 at stage 0, where DeepSpeed does not wrap the optimizer, and
+    computes their norm only to clip them: here it is computed once, to decide and to clip."""
+
+    def __init__(self, module: nn.Module):
+        """Waits for the device. Collective if the model has experts."""
+        parameters = [p for p in module.parameters() if p.grad is not None]
+        self._gradients = [p.grad for p in parameters]
+        norms: Any = torch._foreach_norm(self._gradients)  # pyright: ignore[reportPrivateImportUsage]
+        square = float(torch.stack(norms).pow(2).sum()) if norms else 0.0  # the one wait
+        self._norm = np.sqrt(np.float32(square))
+        if any(map(is_expert, parameters)):  # other gradients are alike on all ranks
+            norm = torch.tensor(self._norm, device=parameters[0].device)
+            dist.all_reduce(norm.div_(dist.get_world_size()))
+            self._norm = np.float32(norm.item())
+        self.norm = float(self._norm)
+        """Their L2 norm; with experts, which are not alike on all ranks, the mean of the ranks'."""
+
+    @torch.no_grad()
+    def clip(self, norm: float) -> None:
+        """To that norm, with the same bits as DeepSpeed (runtime/utils.py, `clip_grad_norm_`)."""
+        factor = np.float32(norm) / (self._norm + np.float32(1e-6))
+        if not factor >= 1:
+            torch._foreach_mul_(self._gradients, float(factor))  # pyright: ignore[reportPrivateImportUsage]

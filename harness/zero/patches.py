@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from harness.errors import TaskError
 from harness.zero import fetches
-from harness.zero.norms import patch_norms
+from harness.zero.norms import StepNorm, patch_norms
 
 RUNTIME = "deepspeed.runtime"
 
@@ -119,6 +119,9 @@ def _accept_scalars() -> None:
             broadcast(self)
 
     def clip_fp32_gradients(self: Any) -> None:
+        if StepNorm.gradients is not None:
+            StepNorm.gradients.clip(self.gradient_clipping())
+            return
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         with _scalars_as_vectors(gradients):
             clip(self)

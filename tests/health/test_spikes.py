@@ -74,3 +74,23 @@ def test_the_state_is_plain_and_complete() -> None:
         one.add(202, "net", 9.0, 9.0, [])
     assert again.largest_norm(203, "net") == spikes.largest_norm(203, "net")
     assert [s.step for s in again.take()] == [201, 202]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_a_spike_is_decided_by_the_bound_of_the_steps_before(seed: int) -> None:
+    """Also where that is found out without computing the bound, and after a resume."""
+    generator = random.Random(seed)
+    spikes, losses, norms, expected = Spikes(), [], [], 0
+    for step in range(1, 400):
+        loss = generator.choice([2.0, generator.gauss(2, 0.01), generator.gauss(2, 0.2)])
+        norm = generator.choice([math.nan, -1.0, generator.lognormvariate(0, 0.3), 9.0])
+        pairs = ((loss, losses), (norm, norms))
+        expected += any(v > bound_of(before[-WINDOW:]) for v, before in pairs if math.isfinite(v))
+        assert spikes.add(step, "net", loss, norm, []) == expected
+        if math.isfinite(norm):
+            losses.append(loss)
+            norms.append(norm)
+        if step % 150 == 0:
+            state, spikes = spikes.state_dict(), Spikes()
+            spikes.load_state_dict(state)
+    assert expected
