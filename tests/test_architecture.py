@@ -8,6 +8,7 @@ import ast
 import re
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,12 @@ PRIVATE = re.compile(
 
 def room_map(directory: Path) -> list[str]:
     """The names in the map of a room's docstring, from the top down: "bus.py", "layers/"."""
-    tree = ast.parse((directory / "__init__.py").read_text())
-    docstring = ast.get_docstring(tree, clean=False) or ""
+    return map_in((directory / "__init__.py").read_text())
+
+
+@cache
+def map_in(code: str) -> list[str]:
+    docstring = ast.get_docstring(ast.parse(code), clean=False) or ""
     return re.findall(r"^ *(\w+(?:\.py|/)) {2,}\S", docstring, re.MULTILINE)
 
 
@@ -50,32 +55,36 @@ def entries(directory: Path) -> set[str]:
     return files | {f"{path.parent.name}/" for path in directory.glob("*/__init__.py")}
 
 
+@cache
+def imports_in(code: str) -> list[tuple[int, str]]:
+    """`(line, dotted name)` of what code imports, anywhere in it."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return found
+
+
 def imported_by(file: Path, package: Path) -> Iterator[tuple[int, list[str]]]:
     """`(line, parts of a dotted name below the package)` of what a file imports, anywhere in it."""
-    tree = ast.parse(file.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
+    for line, name in imports_in(file.read_text()):
+        top, *parts = name.split(".")
+        if top != package.name:
             continue
-        for name in names:
-            top, *parts = name.split(".")
-            if top != package.name:
-                continue
-            place = package
-            found = []
-            for part in parts:
-                if (place / f"{part}.py").is_file():
-                    found.append(f"{part}.py")
-                    break
-                if not (place / part / "__init__.py").is_file():
-                    break  # a name that the package's __init__ defines
-                found.append(f"{part}/")
-                place /= part
-            if found:
-                yield node.lineno, found
+        place = package
+        found = []
+        for part in parts:
+            if (place / f"{part}.py").is_file():
+                found.append(f"{part}.py")
+                break
+            if not (place / part / "__init__.py").is_file():
+                break  # a name that the package's __init__ defines
+            found.append(f"{part}/")
+            place /= part
+        if found:
+            yield line, found
 
 
 def upward_imports(package: Path) -> list[str]:
@@ -103,14 +112,20 @@ def upward_imports(package: Path) -> list[str]:
     return wrong
 
 
+@cache
+def private_uses_in(code: str) -> list[tuple[int, str]]:
+    """`(number, line)` of code that touches DeepSpeed's insides."""
+    lines = enumerate(code.splitlines(), 1)
+    return [(number, line.strip()) for number, line in lines if PRIVATE.search(line)]
+
+
 def private_uses(package: Path) -> list[str]:
     """The lines outside of zero/ that touch DeepSpeed's insides."""
     return [
-        f"{file.relative_to(package.parent)}:{number}: {line.strip()}"
+        f"{file.relative_to(package.parent)}:{number}: {line}"
         for file in sorted(package.rglob("*.py"))
         if file.relative_to(package).parts[0] not in ("zero", ASIDE)
-        for number, line in enumerate(file.read_text().splitlines(), 1)
-        if PRIVATE.search(line)
+        for number, line in private_uses_in(file.read_text())
     ]
 
 

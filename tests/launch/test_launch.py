@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -30,38 +31,6 @@ from tests.support.jobs import (
     written_config,
 )
 from tests.support.quick import quick
-
-
-@pytest.mark.parametrize("launcher", quick(LAUNCHERS, "deepspeed"))
-def test_every_front_under_every_launcher(tmp_path: Path, launcher: str) -> None:
-    """A pipe, `harness ctl`, a signal to the last rank, and finally a `quit`."""
-    with job(launcher, tmp_path, stdin=subprocess.PIPE) as process:
-        assert process.stdin is not None
-        process.stdin.write("lr 1e-4\nlr bad\nsave as one\n")
-        process.stdin.flush()
-        until(lambda: "save as one: done" in log_of(tmp_path), process)
-        assert ctl(tmp_path, "lr", "x0.5") == (0, ctl_line(tmp_path, "lr x0.5", "net: lr 5e-05"))
-        assert "net: lr held at 0.0001\nnet: lr x0.5" in ctl(tmp_path, "status")[1]
-        assert ctl(tmp_path, "sav")[0] == 2
-        assert ctl(tmp_path, "steps", "1")[0] == 1
-        ranks = ranks_of(tmp_path)
-        assert len(ranks) == (1 if launcher == "python" else 2)
-        ranks[-1].send_signal(signal.SIGUSR1)
-        until(lambda: "SIGUSR1: done" in log_of(tmp_path), process)
-        code, output = ctl(tmp_path, "quit")
-        assert code == 0 and "ending the run" in output
-        assert process.wait(timeout=60) == 0
-    last = steps_of(tmp_path)[-1]
-    manifest = tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json"
-    assert json.loads(manifest.read_text())["world_size"] == len(ranks)
-    assert len(list((tmp_path / "runs/tiny/checkpoints").glob("step-*"))) == 3
-
-
-def ctl_line(directory: Path, command: str, result: str) -> str:
-    """What `harness ctl` prints for a command that is done, with its step from the history."""
-    lines = (directory / "runs/tiny/commands.jsonl").read_text().splitlines()
-    done = [r for r in map(json.loads, lines) if (r["text"], r["state"]) == (command, "done")]
-    return f"step {done[-1]['step']}: {result}\n"
 
 
 def process_group(process: subprocess.Popen[str], directory: Path) -> None:
@@ -86,12 +55,75 @@ def launcher_is_killed(process: subprocess.Popen[str], directory: Path) -> None:
     process.kill()
 
 
+def is_saved(directory: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint of the last step."""
+    last = steps_of(directory)[-1]
+    checkpoint = directory / f"runs/tiny/checkpoints/step-{last:08d}"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert manifest["step"] == last
+    return manifest
+
+
+def was_ended_by_a_signal(directory: Path) -> None:
+    ended = Outcome.read(directory / "runs/tiny/ended.json")
+    assert ended is not None and ended.kind == "signal" and ended.code in (130, 143)
+    last = is_saved(directory)["step"]
+    log = log_of(directory)
+    assert f"saved {directory}/runs/tiny/checkpoints/step-{last:08d}\n" in log
+    assert "saving a checkpoint before the run ends" not in log
+
+
+def quit_by_ctl(process: subprocess.Popen[str], directory: Path) -> None:
+    code, output = ctl(directory, "quit")
+    assert code == 0 and "ending the run" in output
+
+
+@pytest.mark.parametrize(
+    ("launcher", "way"),
+    quick(
+        [*((launcher, quit_by_ctl) for launcher in LAUNCHERS), ("deepspeed", ctrl_c)],
+        ("deepspeed", ctrl_c),
+    ),
+)
+def test_every_front_under_every_launcher(
+    tmp_path: Path, launcher: str, way: Callable[[subprocess.Popen[str], Path], None]
+) -> None:
+    """A pipe, `harness ctl`, a signal to the last rank, and finally a `quit` or Ctrl-C."""
+    with job(launcher, tmp_path, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write("lr 1e-4\nlr bad\nsave as one\n")
+        process.stdin.flush()
+        until(lambda: "save as one: done" in log_of(tmp_path), process)
+        assert ctl(tmp_path, "lr", "x0.5") == (0, ctl_line(tmp_path, "lr x0.5", "net: lr 5e-05"))
+        assert "net: lr held at 0.0001\nnet: lr x0.5" in ctl(tmp_path, "status")[1]
+        assert ctl(tmp_path, "sav")[0] == 2
+        assert ctl(tmp_path, "steps", "1")[0] == 1
+        ranks = ranks_of(tmp_path)
+        assert len(ranks) == (1 if launcher == "python" else 2)
+        ranks[-1].send_signal(signal.SIGUSR1)
+        until(lambda: "SIGUSR1: done" in log_of(tmp_path), process)
+        way(process, tmp_path)
+        until(lambda: not ranks_of(tmp_path))
+        code = process.wait(timeout=60)
+    assert (code == 0) == (way is quit_by_ctl), code
+    assert is_saved(tmp_path)["world_size"] == len(ranks)
+    if way is not quit_by_ctl:
+        was_ended_by_a_signal(tmp_path)
+    assert len(list((tmp_path / "runs/tiny/checkpoints").glob("step-*"))) == 3
+
+
+def ctl_line(directory: Path, command: str, result: str) -> str:
+    """What `harness ctl` prints for a command that is done, with its step from the history."""
+    lines = (directory / "runs/tiny/commands.jsonl").read_text().splitlines()
+    done = [r for r in map(json.loads, lines) if (r["text"], r["state"]) == (command, "done")]
+    return f"step {done[-1]['step']}: {result}\n"
+
+
 @pytest.mark.parametrize(
     ("launcher", "way"),
     [
         pytest.param("deepspeed", the_command, marks=pytest.mark.slow),
         pytest.param("deepspeed", the_launcher, marks=pytest.mark.slow),
-        ("deepspeed", ctrl_c),
         pytest.param("torchrun", the_command, marks=pytest.mark.slow),
         pytest.param("torchrun", launcher_is_killed, marks=pytest.mark.slow),
         ("python", process_group),
@@ -105,13 +137,7 @@ def test_a_signal_ends_the_job_with_a_checkpoint(
         until(lambda: not ranks_of(tmp_path))
         code = process.wait(timeout=60)
     assert code == 143 if launcher == "python" else code != 0, code
-    ended = Outcome.read(tmp_path / "runs/tiny/ended.json")
-    assert ended is not None and ended.kind == "signal" and ended.code in (130, 143)
-    last = steps_of(tmp_path)[-1]
-    assert f"saved {tmp_path}/runs/tiny/checkpoints/step-{last:08d}\n" in log_of(tmp_path)
-    manifest = tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json"
-    assert json.loads(manifest.read_text())["step"] == last
-    assert "saving a checkpoint before the run ends" not in log_of(tmp_path)
+    was_ended_by_a_signal(tmp_path)
 
 
 def test_a_second_signal_ends_a_hanging_rank(tmp_path: Path) -> None:
@@ -128,8 +154,8 @@ def test_a_second_signal_ends_a_hanging_rank(tmp_path: Path) -> None:
         process.kill()
 
 
-def test_without_stdin_it_trains_and_then_resumes(tmp_path: Path) -> None:
-    assert start("torchrun", tmp_path).returncode == 0
+def test_without_stdin_it_trains_and_then_resumes_on_more_ranks(tmp_path: Path) -> None:
+    assert start("python", tmp_path).returncode == 0
     ended = Outcome.read(tmp_path / "runs/tiny/ended.json")
     assert ended is not None and (ended.kind, ended.code, ended.step) == ("complete", 0, 4)
     again = start("torchrun", tmp_path, "--run.steps=6", "--metrics.tensorboard=true")
@@ -197,8 +223,7 @@ def test_on_a_terminal(tmp_path: Path) -> None:
             for rank in ranks_of(tmp_path):
                 rank.kill()
     assert "SIGHUP: done: ending the run" in log_of(tmp_path)
-    last = steps_of(tmp_path)[-1]
-    assert (tmp_path / f"runs/tiny/checkpoints/step-{last:08d}/manifest.json").exists()
+    assert is_saved(tmp_path)
 
 
 def test_an_error_on_one_rank_is_printed(tmp_path: Path) -> None:
