@@ -93,8 +93,9 @@ def rescue(run: FailingRun, error: Exception) -> None:
 
     They do if the error was raised on all of them, or if each failed in the same place of the same
     step. Otherwise the others can neither sum up metrics nor save: the last records are of rank 0
-    alone, with `"ranks": 1`. Nothing is saved after a failed save, if the weights are known to be
-    wrong, or once weights have been changed in a step.
+    alone, with `"ranks": 1`, and only a save in the background that all have written is completed.
+    Nothing is saved after a failed save, if the weights are known to be wrong, or once weights have
+    been changed in a step.
     """
     place = place_of(run)
     if not is_lost_rank(error):  # of whose loss the run directory tells more
@@ -107,6 +108,10 @@ def rescue(run: FailingRun, error: Exception) -> None:
         run.failures.tell("" if is_lost_rank(error) else summary(error), place.step, place.phase)
         for numbers in run.meter.take_own():
             run.recorder.write(numbers.local | numbers.means | {"ranks": 1})
+        try:
+            run.saver.finish_apart(run.failures.exchange)
+        except CheckpointError as save_error:
+            log.error("%s", save_error)
         return
     with suppress(GradientError) if isinstance(error, GradientError) else nullcontext():
         run.drain()  # which may find the same in the next step

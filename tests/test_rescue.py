@@ -28,6 +28,7 @@ from harness.testing.pool import RankError, RankPool
 from tests.support.helpers import (
     ROOT,
     Pools,
+    checkpoint,
     error_of,
     exports,
     log_text,
@@ -240,6 +241,19 @@ def test_a_save_in_the_background_is_completed(
     config = accumulated(tmp_path, **settings)
     two_ranks.run(run_failing_with_slow_files, config, place, at)
     assert steps_saved(config) == [2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_in_the_background_outlives_a_rank(pools: Pools, tmp_path: Path, rank: int) -> None:
+    """All ranks have written it, and one fails before they could commit it: in the next step."""
+    settings = {"trainer": {"save_every": 2}, "checkpoint": {"background": True}}
+    config = accumulated(tmp_path, 2, **settings)
+    with pytest.raises(RankError, match="unwell"):
+        pools(2).run(alone, config, "feed", 5, rank, None)
+    assert steps_saved(config) == [2]
+    assert (config.run_dir / "checkpoints/latest").read_text() == "step-00000002\n"
+    pools(2).run(run_in_world, config)
+    assert f"resumed from {checkpoint(config, 2)}" in log_text(config)
 
 
 def ended_at_the_last_step(config: Config, by: str) -> str:

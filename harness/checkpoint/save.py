@@ -6,14 +6,17 @@ first rank of each does so, and they agree after every operation. Any failure on
 save on all ranks, and leaves the older checkpoints unchanged.
 """
 
+import json
 import logging
 import shutil
 import socket
 import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from harness import distributed
 from harness.callbacks.moments import Callbacks
@@ -32,7 +35,11 @@ from harness.checkpoint.retention import (
 )
 from harness.checkpoint.snapshot import Snapshots, bytes_of
 from harness.checkpoint.uploads import Uploads
-from harness.checkpoint.written import checkpoint_error_on_all_ranks, write_file
+from harness.checkpoint.written import (
+    checkpoint_error,
+    checkpoint_error_on_all_ranks,
+    write_file,
+)
 from harness.control.live import LiveConfig
 from harness.convert.resolve_source import LATEST
 from harness.convert.run_checkpoints import checkpoints_in, saved_at
@@ -70,6 +77,14 @@ class _Pending:
     staged: Path
     target: Path
     writing: Future[Entries]
+
+    def of(self, parts: Iterable[Sequence[Any]]) -> Manifest:
+        """The manifest of what all ranks have written. `parts`: entries, and `finite`, of each."""
+        files, finite = {}, True
+        for entries, is_finite in parts:
+            files |= entries
+            finite &= is_finite
+        return replace(self.manifest, files=files, finite=finite)
 
 
 class Saver:
@@ -188,14 +203,12 @@ class Saver:
             entries = pending.writing.result()
         except Exception as cause:  # any error: all ranks must learn of it
             failure = f"rank {distributed.global_rank()}: {type(cause).__name__}: {cause}"
-        per_rank = distributed.all_gather((entries, failure, pending.finite))
-        if failures := [text for _, text, _ in per_rank if text]:
+        per_rank = distributed.all_gather((entries, pending.finite, failure))
+        if failures := [text for *_, text in per_rank if text]:
             error = CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
             error.on_all_ranks = True
             raise error
-        files = {path: entry for entries, *_ in per_rank for path, entry in entries.items()}
-        finite = all(finite for *_, finite in per_rank)
-        manifest = replace(pending.manifest, files=files, finite=finite)
+        manifest = pending.of(part for *part, _ in per_rank)
         commit(manifest, pending.staged, pending.target, self.disks.is_leader)
         log.info("saved %s", pending.target)
         if reason := manifest.fault:
@@ -210,6 +223,30 @@ class Saver:
                 self._removals.wait()
                 needed = self.uploads.needs
                 prune(self.directory, settings, everywhere, needed, self._removals.add)
+
+    def finish_apart(self, exchange: Callable[[str], Sequence[str] | None]) -> None:
+        """Commits the save in flight if all ranks have written it, where one of them has failed:
+        without a collective.
+
+        `exchange`: what all ranks tell, by rank; None if some do not. Raises CheckpointError.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        text, writing = "", pending.writing
+        if writing.done() and writing.exception() is None:
+            entries = {path: asdict(entry) for path, entry in writing.result().items()}
+            text = json.dumps([entries, pending.finite])
+        told = exchange(text)
+        if told is not None and all(told):
+            parts = [json.loads(part) for part in told]
+            manifest = pending.of(
+                ({path: FileEntry(**entry) for path, entry in entries.items()}, finite)
+                for entries, finite in parts
+            )
+            is_leader = self.disks.is_leader
+            commit(manifest, pending.staged, pending.target, is_leader, checkpoint_error)
+            log.info("saved %s", pending.target)
 
     def forget_after(self, directory: Path) -> None:
         """Removes the checkpoints that were saved after one of them, unless they are pinned, since
@@ -296,21 +333,27 @@ def write_files(staged: Path, trees: FileTrees) -> Entries:
     return entries
 
 
-def commit(manifest: Manifest, staged: Path, target: Path, is_leader: bool) -> None:
+def commit(
+    manifest: Manifest,
+    staged: Path,
+    target: Path,
+    is_leader: bool,
+    agreed: Callable[[str], AbstractContextManager[None]] = checkpoint_error_on_all_ranks,
+) -> None:
     """Turns the staging directory into a checkpoint, on all disks or on none; one whose weights
-    are finite becomes the latest. Collective.
+    are finite becomes the latest.
 
-    `is_leader`: whether this rank does it for its disk. After a kill between two disks
-    `retention.clean` restores what the incomplete checkpoint has replaced. Raises
-    CheckpointError on all ranks.
+    `is_leader`: whether this rank does it for its disk. `agreed`: the context of each operation;
+    by default it is collective, and a CheckpointError of one rank is raised on all. After a kill
+    between two disks `retention.clean` restores what the incomplete checkpoint has replaced.
     """
     doing = f"cannot save {target}"
-    with checkpoint_error_on_all_ranks(doing):
+    with agreed(doing):
         if is_leader:
             manifest.write(staged)
             sync_directory(staged)
     try:
-        with checkpoint_error_on_all_ranks(doing):
+        with agreed(doing):
             if is_leader:
                 move_into_place(staged, target)
                 sync_directory(target.parent)
@@ -319,7 +362,7 @@ def commit(manifest: Manifest, staged: Path, target: Path, is_leader: bool) -> N
             with suppress(OSError):  # a broken disk: `clean` does it at the next start
                 undo_move(staged, target)
         raise
-    with checkpoint_error_on_all_ranks(doing):
+    with agreed(doing):
         if is_leader:
             if manifest.finite is not False:
                 write_latest(target)

@@ -16,11 +16,17 @@ from harness.utils import write_durably
 def checkpoint_error_on_all_ranks(failure: str) -> Iterator[None]:
     """Turns an OSError or CheckpointError on any rank into a CheckpointError on all ranks:
     "failure: ..."."""
-    with distributed.raise_on_all_ranks(failure):
-        try:
-            yield
-        except (OSError, CheckpointError) as error:
-            raise CheckpointError(f"{failure}: {error}") from None
+    with distributed.raise_on_all_ranks(failure), checkpoint_error(failure):
+        yield
+
+
+@contextmanager
+def checkpoint_error(failure: str) -> Iterator[None]:
+    """Turns an OSError or CheckpointError into a CheckpointError on this rank alone."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(f"{failure}: {error}") from None
 
 
 def write_file(state: Any, path: Path) -> FileEntry:

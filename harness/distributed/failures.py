@@ -170,6 +170,20 @@ class Failures:
         self._is_alone = not arrived
         return not self._is_alone
 
+    def exchange(self, text: str) -> list[str] | None:
+        """What all ranks tell, by rank, of which some may have failed or lost another one. None if
+        some do not within seconds. Blocks."""
+        if (store := self._store) is None or self._ended:
+            return None if self._ended else [text]
+        keys = [f"exchange/{rank}" for rank in range(world_size())]
+
+        def ask() -> list[str]:
+            store.set(keys[global_rank()], text)
+            store.wait(keys, timedelta(seconds=SECONDS_TO_ARRIVE))
+            return [store.get(key).decode() for key in keys]
+
+        return _answer(ask, SECONDS_TO_ARRIVE + 1)
+
     def is_joint(self, how: str, timeout_s: float) -> bool:
         """Whether every rank calls this, with the same text and within `timeout_s`. Blocks."""
         store = self._store

@@ -305,11 +305,9 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("torch_*") if path.owner() == _own_name()}
-
-
-def _own_name() -> str:
-    return psutil.Process().username()
+    """What processes that have ended have left: torch_PID_..."""
+    names = (path.name for path in Path("/dev/shm").glob("torch_*"))
+    return {name for name in names if not psutil.pid_exists(int(name.split("_")[1]))}
 
 
 def history(notes: Path) -> dict[tuple[int, int], list[int]]:
