@@ -15,7 +15,6 @@ from harness.optim.param_groups import Named, parameters_by_group, without_decay
 from harness.optim.registry import OPTIMIZERS, optimizer_class
 from harness.optim.sharded.optimizer import ShardedOptimizer
 
-
 IMPLEMENTATIONS = {"foreach", "fused", "capturable", "differentiable"}
 """Arguments of torch's AdamW that choose one."""
 
@@ -25,10 +24,11 @@ def build_optimizer(
 ) -> Optimizer:
     """The optimizer that the config names, for the trainable parameters of a model.
 
-    `deepspeed`: the config of the engine that is to step it, if any. With `groups` or `no_decay`, each of torch's parameter groups has the `name` of the group in the
-    config that it belongs to; several may have the same name. APOLLO, Muon and SOAP also take the
-    arguments that say which parameters are matrices. Raises ConfigError for an unknown name or
-    unknown arguments, for a group without parameters, and if the optimizer rejects its arguments.
+    `deepspeed`: the config of the engine that is to step it, if any. With `groups` or `no_decay`,
+    each of torch's parameter groups has the `name` of the group in the config that it belongs to;
+    several may have the same name. APOLLO, Muon and SOAP also take the arguments that say which
+    parameters are matrices. Raises ConfigError for an unknown name or unknown arguments, for a
+    group without parameters, and if the optimizer rejects its arguments.
     """
     kind: Any = optimizer_class(config.name)
     args = dict(config.args) | _fused(config, deepspeed or {})
