@@ -136,8 +136,8 @@ class Engine:
         settings = self._config.optimizer
         assert settings is not None
         with config_errors_of(f"engines.{self.name}"):
-            check_zero(settings, self._config.deepspeed())
-            optimizer = build_optimizer(model, settings)
+            check_zero(settings, deepspeed := self._config.deepspeed())
+            optimizer = build_optimizer(model, settings, deepspeed)
         if self._config.ema_decay and hasattr(optimizer, "eval"):
             raise ConfigError(
                 f"engines.{self.name}.ema_decay: optimizer {settings.name!r} keeps its own average "

@@ -8,23 +8,30 @@ from torch import nn
 from torch.optim import Optimizer
 
 from harness.config.engine_sections import OptimizerConfig
+from harness.devices import is_gpu_used
 from harness.errors import ConfigError, did_you_mean
 from harness.optim.arguments import check_arguments
 from harness.optim.param_groups import Named, parameters_by_group, without_decay
 from harness.optim.registry import OPTIMIZERS, optimizer_class
 from harness.optim.sharded.optimizer import ShardedOptimizer
 
+IMPLEMENTATIONS = {"foreach", "fused", "capturable", "differentiable"}
+"""Arguments of torch's AdamW that choose one."""
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, deepspeed: Mapping[str, Any] | None = None
+) -> Optimizer:
     """The optimizer that the config names, for the trainable parameters of a model.
 
-    With `groups` or `no_decay`, each of torch's parameter groups has the `name` of the group in the
-    config that it belongs to; several may have the same name. APOLLO, Muon and SOAP also take the
-    arguments that say which parameters are matrices. Raises ConfigError for an unknown name or
-    unknown arguments, for a group without parameters, and if the optimizer rejects its arguments.
+    `deepspeed`: the config of the engine that is to step it, if any. With `groups` or `no_decay`,
+    each of torch's parameter groups has the `name` of the group in the config that it belongs to;
+    several may have the same name. APOLLO, Muon and SOAP also take the arguments that say which
+    parameters are matrices. Raises ConfigError for an unknown name or unknown arguments, for a
+    group without parameters, and if the optimizer rejects its arguments.
     """
     kind: Any = optimizer_class(config.name)
-    args: dict[str, Any] = dict(config.args)
+    args = dict(config.args) | _fused(config, deepspeed or {})
     is_sharded = bool(issubclass(kind, ShardedOptimizer))
     spec = OPTIMIZERS.get(config.name)
     constructor: Any = (spec and spec.make) or kind
@@ -50,6 +57,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         return kind([_listed(group, is_sharded) for group in groups], lr=config.lr, **args)
     except Exception as error:  # an optimizer may raise any exception for wrong arguments
         raise ConfigError(f"optimizer {config.name!r}: {error}") from error
+
+
+def _fused(config: OptimizerConfig, deepspeed: Mapping[str, Any]) -> dict[str, Any]:
+    """AdamW's argument for torch's fused kernel where ZeRO has it step shards in host memory, which
+    takes a quarter to a seventh of the time of torch's own choice there.
+
+    Not at stage 0, where it steps the model's parameters: torch's kernel for CPUs silently mixes up
+    the elements of a gradient whose strides are not the weight's. ZeRO's shards are contiguous.
+    """
+    zero = deepspeed.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    is_on_host = not is_gpu_used() or offload.get("device") == "cpu"
+    is_chosen = bool(IMPLEMENTATIONS & config.args.keys())
+    is_fused = config.name == "adamw" and zero.get("stage", 0) and is_on_host and not is_chosen
+    return {"fused": True} if is_fused else {}
 
 
 def configured_keys(config: OptimizerConfig, optimizer: Optimizer) -> set[str]:

@@ -58,6 +58,47 @@ def test_apollo_gets_its_groups_and_its_settings() -> None:
     assert len(adamw.param_groups[0]["params"]) == 2
 
 
+OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("zero", "settings", "on_cpu", "on_gpu"),
+    [
+        ({"stage": 0}, {}, None, None),
+        ({"stage": 2}, {}, True, None),
+        (OFFLOADED, {}, True, True),
+        (OFFLOADED, {"foreach": False}, None, None),
+        (OFFLOADED, {"name": "torch.optim:AdamW"}, None, None),
+    ],
+)
+def test_adamw_is_fused_where_it_steps_shards_in_host_memory(
+    zero: dict[str, Any],
+    settings: dict[str, Any],
+    on_cpu: bool | None,
+    on_gpu: bool | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for has_gpu, expected in ((False, on_cpu), (True, on_gpu)):
+        monkeypatch.setattr("harness.optim.build.is_gpu_used", lambda has_gpu=has_gpu: has_gpu)
+        config = optimizer_config(**settings)
+        optimizer = build_optimizer(nn.Linear(4, 2), config, {"zero_optimization": zero})
+        assert optimizer.param_groups[0]["fused"] is expected
+
+
+def test_fused_adamw_is_torchs_other_one_but_for_last_bits() -> None:
+    torch.manual_seed(0)
+    start, given = torch.randn(5000), torch.randn(60, 5000)
+    ends = []
+    for is_fused in (True, False):
+        weight = nn.Parameter(start.clone())
+        optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.1, fused=is_fused)
+        for gradient in given:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends, rtol=2e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
