@@ -215,7 +215,7 @@ def _build_task(config: Config, build: Callable[[Config], Task] | None) -> tuple
         check_best_metric(config, task)
     per_rank = distributed.all_gather(lengths)
     if may_be_uneven(loader, [lengths.get("train_data") for lengths in per_rank]):
-        batches.end_epochs_together()
+        batches.end_epochs_together(config.data.uneven)
     with distributed.raise_on_all_ranks(f"task {config.task.path}"):
         for what in dict.fromkeys(name for lengths in per_rank for name in lengths):
             by_rank = [lengths.get(what, "none") for lengths in per_rank]

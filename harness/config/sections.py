@@ -116,8 +116,8 @@ class MixConfig(Section):
 
 
 class DataConfig(Section):
-    """[data] how a dataset, or a stream of samples, becomes micro-batches. Ignored if the task
-    returns a loader of batches."""
+    """[data] how a dataset, or a stream of samples, becomes micro-batches. If the task returns
+    a loader of batches, only `uneven` counts."""
 
     micro_batch_size: int = Field(default=8, ge=1)
     """Samples per micro-batch and rank (with the "batched" sampler: at most)."""
@@ -133,6 +133,10 @@ class DataConfig(Section):
     """How a stream of samples is divided. "self": it yields other samples on each rank and in each
     worker. "stride": each of them reads it completely and takes its share, so that it resumes on
     any number of ranks and workers."""
+    uneven: Literal["pad", "stop"] = "pad"
+    """When ranks have more or fewer micro-batches in an epoch of a stream or of the task's loader.
+    "pad": those that run out wait, with micro-batches that count for nothing. "stop": the epoch
+    ends with the last micro-batch that all ranks have."""
     workers: int = Field(default=0, ge=0)
     """Data-loading processes per rank, in training and in evaluations; 0: samples are loaded in the
     rank's own process."""

@@ -13,6 +13,7 @@ from harness.data.mixture import MixtureSampler
 from harness.data.sampler import Place, Sampler, Span
 from harness.data.skipping import SkippingFetch, Skips
 from harness.data.workers import end_workers, loader_options
+from harness.errors import TaskError
 
 
 class Loader:
@@ -67,8 +68,10 @@ class Loader:
         self.sampler.advance(self._rounds)
         self._returned += 1
         if self.skips is not None:
-            batch, self.share, skipped = batch
+            batch, self.share, skipped, error = batch
             self.skips.add(self.samples, skipped)
+            if error:
+                raise TaskError(f"data.on_error = 'skip': {error}")
         return batch
 
     def check_ranks(self) -> None:
@@ -122,6 +125,8 @@ class Loader:
             raise ValueError("it was a loader or a stream, and is a map-style dataset")
         self.sampler.load_state_dict(state["sampler"])
         self._returned = state["given"]
+        if self.skips is not None:
+            self.skips.restart()
         self.close()
 
     def fit_state_dict(self, state: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from harness.data.fetch import Collate, Fetch
+from harness.data.mixture import Mixture
 from harness.errors import TaskError
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ class Fetched(NamedTuple):
     share: float
     """How much of the micro-batch it is; 0: nothing, and it is of another sample."""
     skipped: list[Skipped]
+    error: str = ""
+    """Why there is no batch."""
 
 
 class SkippingFetch(Fetch):
@@ -42,10 +45,15 @@ class SkippingFetch(Fetch):
         read = {place: self._read(index) for place, index in enumerate(indices)}
         samples = [sample for sample in read.values() if not isinstance(sample, Skipped)]
         skipped = [sample for sample in read.values() if isinstance(sample, Skipped)]
-        share = len(samples) / len(indices)
-        return Fetched(
-            self.collated(samples or [self._another(indices[-1])], indices), share, skipped
-        )
+        if not samples:
+            other = self._another(indices[-1])
+            if isinstance(other, Skipped):
+                after = f"nor one of the {self.most_skipped} after it; the last is {other.text}"
+                why = f"no sample of a micro-batch can be read, {after}"
+                return Fetched(None, 0.0, skipped, why)
+            samples = [other]
+        share = (len(indices) - len(skipped)) / len(indices)
+        return Fetched(self.collated(samples, indices), share, skipped)
 
     def _read(self, index: int) -> Any:
         """A sample, or why it is skipped."""
@@ -53,21 +61,19 @@ class SkippingFetch(Fetch):
             return self.dataset[index]
         except Exception as error:
             what = f"sample {index}"
-            if hasattr(self.dataset, "locate"):  # a mixture
+            if isinstance(self.dataset, Mixture):
                 source, item = self.dataset.locate(index)
                 what += f" (item {item} of {source!r})"
             return Skipped(index, f"{what}: {type(error).__name__}: {error}")
 
     def _another(self, index: int) -> Any:
-        """A sample to keep the rank in step with the others: the first readable one after."""
+        """A sample to keep the rank in step with the others: the first readable one after, or why
+        the last that was tried is skipped, too."""
         for further in range(1, self.most_skipped + 1):
             found = self._read((index + further) % len(self.dataset))
             if not isinstance(found, Skipped):
-                return found
-        raise TaskError(
-            "data.on_error = 'skip': there is no sample to be read instead: the samples from "
-            f"{index} to {index + self.most_skipped} cannot be read, either"
-        )
+                break
+        return found
 
 
 class Skips:
@@ -78,15 +84,22 @@ class Skips:
         self._in_a_row = 0
         self.count = 0
         """Of the last micro-batch."""
-        self.too_many = False
-        """Whether it was one too many in a row."""
 
     def add(self, indices: Sequence[int], skipped: Sequence[Skipped]) -> None:
-        """Counts those of a micro-batch, of all its samples, and logs them."""
-        bad = {one.sample for one in skipped}
-        self.count, self.too_many = len(skipped), False
-        for index in indices:
-            self._in_a_row = self._in_a_row + 1 if index in bad else 0
-            self.too_many |= self._in_a_row > self.most_in_a_row
+        """Counts those of a micro-batch, of all its samples, and logs them. Raises TaskError, on
+        this rank only, if they are one too many in a row."""
         for sample in skipped:
             log.warning("skipped %s", sample.text)
+        bad = {one.sample: one.text for one in skipped}
+        self.count = len(skipped)
+        for index in indices:
+            self._in_a_row = self._in_a_row + 1 if index in bad else 0
+            if self._in_a_row > self.most_in_a_row:
+                raise TaskError(
+                    f"data.most_skipped = {self.most_in_a_row}: more samples in a row could not be "
+                    f"read; the last is {bad[index]}"
+                )
+
+    def restart(self) -> None:
+        """What follows is at another position: it is not in a row with what came before."""
+        self._in_a_row = 0

@@ -4,8 +4,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import astuple, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from harness import distributed
 from harness.data.batches import Batches
@@ -29,8 +29,8 @@ class Terms:
     """Sums over all ranks; empty until they are known."""
     is_padding: list[bool] = field(default_factory=list)
     """Whether a micro-batch of this rank is there only to keep it in step with the others."""
-    counts: "_Counts" = field(default_factory=lambda: _Counts())
-    """Of this rank; once they are known, of all."""
+    ranks: list[int] = field(default_factory=list)
+    """How many ranks have a micro-batch that is no padding; empty until they are known."""
 
     def share(self, number: int, accumulation: int) -> float | None:
         """The factor of micro-batch `number`'s loss, so that the mean gradient over ranks and
@@ -42,17 +42,12 @@ class Terms:
             return None
         return self.own[number] * distributed.world_size() * accumulation / total
 
-
-@dataclass
-class _Counts:
-    """What was fetched for a step."""
-
-    read: int = 0
-    """Micro-batches that are no padding."""
-    skipped: int = 0
-    """Samples that could not be read."""
-    too_many: int = 0
-    """Micro-batches with one too many of them in a row."""
+    def drop_unequal(self) -> None:
+        """Micro-batches that some rank does not have count for nothing on the others, too."""
+        for number, ranks in enumerate(self.ranks):
+            if ranks < distributed.world_size():
+                self.own[number] = self.totals[number] = 0.0
+                self.is_padding[number], self.ranks[number] = True, 0
 
 
 @dataclass
@@ -70,6 +65,24 @@ class _Fetched:
     """Of each of them."""
     spans: list[Span]
     """Where they are in the data."""
+    skipped: int
+    """Samples that could not be read; once they are known, of all ranks."""
+    error: TaskError | None
+    """Why this rank has not got them."""
+    failed: int = 0
+    """How many ranks have not got theirs, once that is known."""
+
+    def numbers(self) -> list[float]:
+        """What is summed over the ranks."""
+        read = [not is_padding for is_padding in self.terms.is_padding]
+        return [*self.terms.own, *read, self.skipped, self.error is not None]
+
+    def take(self, sums: Sequence[float]) -> None:
+        """Takes the sums of `numbers`."""
+        size = len(self.terms.own)
+        self.terms.totals = list(sums[:size])
+        self.terms.ranks = [int(ranks) for ranks in sums[size:-2]]
+        self.skipped, self.failed = map(int, sums[-2:])
 
 
 class StepBatches:
@@ -91,7 +104,8 @@ class StepBatches:
         """Whether micro-batches count differently."""
         self._seed = seed
         self._fetched: deque[_Fetched] = deque()
-        self._contributed: list[Terms] = []
+        self._contributed: list[_Fetched] = []
+        self._stops = False  # with the first rank that has no more micro-batches in an epoch
         self._epoch: int | None = None
         self._passes: dict[str, float] | None = None
         self.skipped = 0
@@ -109,22 +123,22 @@ class StepBatches:
         """Completed passes over the data."""
         return self._batches.epoch if self._epoch is None else self._epoch
 
-    def end_epochs_together(self) -> None:
-        """Ranks may have more or fewer micro-batches in an epoch: one that has no more pads its
-        steps with micro-batches that count for nothing, until all have ended the epoch."""
+    def end_epochs_together(self, uneven: Literal["pad", "stop"]) -> None:
+        """Ranks may have more or fewer micro-batches in an epoch: `DataConfig.uneven`."""
         assert isinstance(self._batches, TaskLoader)
         self._batches.ends_together = self.is_weighed = True
+        self._stops = uneven == "stop"
 
     def check_ranks(self) -> None:
         """Before the first step: `Batches.check_ranks`. Collective."""
         self._batches.check_ranks()
 
     def begin_epoch(self) -> bool:
-        """Before a step: whether no rank has anything left of its epoch. The next one then begins,
-        and its steps must be fetched and exchanged."""
+        """Before a step: whether the epoch has ended on all ranks together. The next one then
+        begins, and its steps must be fetched and exchanged."""
         if not (isinstance(self._batches, TaskLoader) and self._batches.ends_together):
             return False
-        if self._fetched[0].terms.counts.read:
+        if any(self._fetched[0].terms.ranks) or self._fetched[0].failed:
             return False
         self._fetched.clear()
         self._batches.begin_epoch()
@@ -133,33 +147,38 @@ class StepBatches:
     def prefetch(self, step: int, size: int) -> None:
         """If weighed, fetches the next `size` micro-batches, those of step `step`.
 
-        Raises TaskError if a weight is not a finite number >= 0.
+        If that fails with a TaskError, as for a rank without any data, all ranks raise it where the
+        step begins.
         """
         if not self.is_weighed:
             return
         position, start = deepcopy(self._batches.state_dict()), self._batches.place
-        terms, pairs = Terms([]), []
-        with seeded(self._seed, step), phases.during("data"):
-            for _ in range(size):
-                pairs.append((next(self._batches), self._batches.samples))
-                self._add_terms(terms, pairs[-1][0])
-        micro_batches = [batch for batch, _ in pairs]
+        terms = Terms([])
+        micro_batches, samples, skipped = [], [], 0
+        error = self._fetched[-1].error if self._fetched else None
+        try:
+            with seeded(self._seed, step), phases.during("data"):
+                while error is None and len(micro_batches) < size:
+                    micro_batches.append(next(self._batches))
+                    samples.append(self._batches.samples)
+                    skips = self._batches.skips
+                    skipped += 0 if skips is None else skips.count
+                    self._add_terms(terms, micro_batches[-1])
+        except TaskError as failure:
+            error = failure
+        if error is not None:
+            terms = Terms([0.0] * size, is_padding=[True] * size)
         epoch, passes = self._batches.epoch, self._batches.passes()
-        samples = [samples for _, samples in pairs]
         spans = self._batches.spans(start, self._batches.place)
-        fetched = _Fetched(micro_batches, terms, position, epoch, passes, samples, spans)
-        self._fetched.append(fetched)
+        where = position, epoch, passes, samples, spans
+        self._fetched.append(_Fetched(micro_batches, terms, *where, skipped, error))
 
     def _add_terms(self, terms: Terms, batch: Any) -> None:
         """Those of the last micro-batch."""
-        share, skips = self._batches.share, self._batches.skips
+        share = self._batches.share
         weigh = self._weigh if share else None
         terms.own.append(share if weigh is None else checked_weight(weigh(batch)))
         terms.is_padding.append(share == 0)
-        terms.counts.read += share > 0
-        if skips is not None:
-            terms.counts.skipped += skips.count
-            terms.counts.too_many += skips.too_many
 
     def next_step(self, size: int) -> tuple[Iterator[Any], Terms | None]:
         """The micro-batches of the next step, and their weights if they are weighed.
@@ -169,26 +188,21 @@ class StepBatches:
         if not self.is_weighed:
             self._before, self._start = self._batches.quick_state_dict(), self._batches.place
             return self._read(size), None
-        self._check_skipped(self._fetched[0].terms.counts)
+        self._check_failed(self._fetched[0])
         self._before = self.state_dict()
         fetched = self._fetched.popleft()
         self._fetched_spans = fetched.spans
-        self.skipped += fetched.terms.counts.skipped
+        self.skipped += fetched.skipped
         assert fetched.terms.totals, "the weights of this step have not been summed"
         self._epoch, self._passes = fetched.epoch, fetched.passes
         return self._give(fetched), fetched.terms
 
-    def _check_skipped(self, counts: _Counts) -> None:
-        """Raises TaskError, on all ranks, if one has skipped too many samples in a row."""
-        if not counts.too_many:
-            return
-        assert self._batches.skips is not None
-        error = TaskError(
-            f"data.most_skipped = {self._batches.skips.most_in_a_row}: more samples in a row could "
-            "not be read on one rank; the warnings before this name them"
-        )
-        error.on_all_ranks = True
-        raise error
+    def _check_failed(self, fetched: _Fetched) -> None:
+        """Raises the TaskError of a rank that has not got its micro-batches, on all ranks."""
+        if fetched.failed:
+            with distributed.raise_on_all_ranks("train_data"):
+                if fetched.error is not None:
+                    raise fetched.error
 
     def _give(self, fetched: _Fetched) -> Iterator[Any]:
         for batch, self.samples in zip(fetched.micro_batches, fetched.samples, strict=True):
@@ -239,19 +253,18 @@ class StepBatches:
 
     def contribute(self) -> Sequence[float]:
         """This rank's weights and counts of the steps fetched since the last exchange."""
-        self._contributed = [f.terms for f in self._fetched if not f.terms.totals]
-        return [
-            number for terms in self._contributed for number in (*terms.own, *astuple(terms.counts))
-        ]
+        self._contributed = [fetched for fetched in self._fetched if not fetched.terms.totals]
+        return [number for fetched in self._contributed for number in fetched.numbers()]
 
     def receive(self, sums: Sequence[float]) -> None:
         """Takes the weights summed over all ranks."""
         start = 0
-        for terms in self._contributed:
-            end = start + len(terms.own)
-            terms.totals = list(sums[start:end])
-            start = end + len(fields(_Counts))
-            terms.counts = _Counts(*map(int, sums[end:start]))
+        for fetched in self._contributed:
+            end = start + len(fetched.numbers())
+            fetched.take(sums[start:end])
+            start = end
+            if self._stops:
+                fetched.terms.drop_unequal()
         self._contributed = []
 
     def metrics(self) -> dict[str, float]:

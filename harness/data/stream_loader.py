@@ -40,7 +40,7 @@ class StreamLoader:
         """`size`: most samples in a micro-batch."""
         self._share = _Share(stream, size, collate, seed)
         self._stream, self._workers, self._start_method = stream, workers, start_method
-        self.rewind = Rewind(stream, workers)
+        self._rewind = Rewind(stream, workers)
         self._epoch = 0
         self._resumed: tuple[list[Position], int] | None = None  # what `iter` begins with
         self._positions: list[Position] = []  # of each worker; none before the first micro-batch
@@ -57,6 +57,11 @@ class StreamLoader:
     def is_quick(self) -> bool:
         """Whether `state_dict` only collects what is known."""
         return self._workers > 0 or not has_state(self._stream)
+
+    def rewind(self) -> None:
+        """Before another epoch, or a saved position: leaves this one where it is."""
+        self._rewind()
+        self._resumed, self._positions = None, []
 
     def set_epoch(self, epoch: int) -> None:
         """Before the `iter` of an epoch."""

@@ -68,8 +68,21 @@ class TaskLoader(WithoutSources):
         return held.batch
 
     def begin_epoch(self) -> None:
-        """All ranks have ended the epoch."""
+        """All ranks end the epoch, this one also if it has batches left. They are not read, but
+        those of a loader with a state are: what it does otherwise, nobody knows."""
+        if not self._waits:
+            if has_state(self.loader) and not isinstance(self.loader, StreamLoader):
+                while self._next() is not _END:
+                    pass
+            else:
+                self._rewind()
+                self._epoch, self._returned = self._epoch + 1, 0
         self._waits = False
+
+    def _rewind(self) -> None:
+        self.close()
+        if isinstance(self.loader, StreamLoader):
+            self.loader.rewind()
 
     def _hold(self) -> "_Held":
         """The next batch, which is read, and not yet returned."""
@@ -151,8 +164,8 @@ class TaskLoader(WithoutSources):
                 )
         if not self._returned:
             raise TaskError(
-                f"train_data: epoch {self._epoch} has no batch on rank {distributed.global_rank()} "
-                f"of {self.world_size}: a stream needs at least as many shards as there are ranks"
+                f"train_data: epoch {self._epoch} has no batch for this rank, one of "
+                f"{self.world_size}: a stream needs at least as many shards as there are ranks"
             )
         self._epoch, self._returned, self._iterator = self._epoch + 1, 0, None
 
@@ -251,9 +264,7 @@ class TaskLoader(WithoutSources):
                 "with data.split = 'stride'"
             )
         state = self._on_this_world_size(state)
-        self.close()
-        if isinstance(self.loader, StreamLoader):
-            self.loader.rewind()
+        self._rewind()
         self._epoch, self._returned = state["epoch"], 0
         self._waits, self._begins_with = state.get("waits", False), state.get("begins_with")
         self.dropped = [tuple(span) for span in state.get("dropped", ())]

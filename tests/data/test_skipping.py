@@ -68,11 +68,47 @@ def test_too_many_in_a_row_end_the_run_on_all_ranks(pools: Pools, tmp_path: Path
     keys: Any = {"sampler": "ordered", "most_skipped": 2}
     bad = [18, 20, 22]  # in the fourth step, all three on rank 0
     errors = pools(2).run(error_of, config_of(tmp_path, 9, bad, **keys))
-    assert all(error.startswith("data.most_skipped = 2: more samples in a row") for error in errors)
+    expected = "rank 0: data.most_skipped = 2: more samples in a row could not be read; the last is"
+    assert all(error.startswith(f"{expected} sample 22: OSError") for error in errors)
     config = config_of(tmp_path, 9, bad, **keys | {"most_skipped": 3})
     assert [r["step"] for r in records(config)] == [1, 2, 3]
     pools(2).run(run_in_world, config)  # from what was saved
     assert records(config)[-1]["skipped_samples"] == 3
+
+
+@pytest.mark.parametrize(("start", "workers"), [(0, 0), (12, 1)])
+def test_a_rank_without_a_readable_sample_ends_the_run_on_all(
+    pools: Pools, tmp_path: Path, start: int, workers: int
+) -> None:
+    """At the first step, or at the third, before which the run is saved."""
+    keys: Any = {"sampler": "ordered", "most_skipped": 8, "workers": workers}
+    errors = pools(2).run(error_of, config_of(tmp_path, 9, list(range(start, 60)), **keys))
+    text = "data.on_error = 'skip': no sample of a micro-batch can be read, nor one of the 8 after"
+    assert all(error.startswith(text) and "txt is damaged" in error for error in errors)
+    config = config_of(tmp_path, 9, [], **keys)
+    assert [r["step"] for r in records(config)] == ([1, 2] if start else [])
+    assert (config.run_dir / "checkpoints/latest").exists() == bool(start)
+
+
+def test_samples_before_a_resume_are_not_in_a_row_with_those_after() -> None:
+    keys = {"micro_batch_size": 2, "sampler": "ordered", "on_error": "skip", "most_skipped": 2}
+    config = DataConfig.model_validate(keys)
+    batches = train_batches(Numbers(8, bad=[2, 3]), config, list, 0, 0, 1)
+    next(batches)
+    before = batches.state_dict()
+    for _ in range(3):
+        batches.load_state_dict(before)
+        next(batches)
+
+
+class WithLocate(Numbers):
+    def locate(self) -> str:
+        return "a method of the user's"
+
+
+def test_a_method_of_the_datasets_is_not_called() -> None:
+    config = DataConfig(on_error="skip", sampler="ordered", micro_batch_size=2)
+    assert next(train_batches(WithLocate(8, bad=[0]), config, list, 0, 0, 1)) == [1]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,5 +1,6 @@
 """Runs on streams: ranks that end an epoch together, and what divides the data wrongly."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,22 @@ from tests.support.streams import order_of
 TASK = str(ROOT / "tests/tasks/counting_task.py")
 
 
-def config_of(directory: Path, kind: str, steps: int, accumulation: int = 1, **data: Any) -> Config:
+def config_of(
+    directory: Path,
+    kind: str,
+    steps: int,
+    accumulation: int = 1,
+    sizes: Sequence[int] = (17, 6),
+    **data: Any,
+) -> Config:
     return tiny_config(
         directory,
         1,
         run={"steps": steps},
-        task={"path": TASK, "args": {"kind": kind, "directory": str(directory)}},
+        task={
+            "path": TASK,
+            "args": {"kind": kind, "directory": str(directory), "sizes": list(sizes)},
+        },
         engines={
             "net": {
                 "optimizer": {"name": "torch.optim:SGD", "lr": 1.0, "weight_decay": 0.0},
@@ -33,19 +44,22 @@ def config_of(directory: Path, kind: str, steps: int, accumulation: int = 1, **d
     )
 
 
-def expected_of_unequal(steps: int, accumulation: int) -> torch.Tensor:
-    """The counts of one process: each step is the mean over the micro-batches of both ranks, of
-    which one runs out before the other."""
+def expected_of_unequal(
+    steps: int, accumulation: int, sizes: Sequence[int] = (17, 6), uneven: str = "pad"
+) -> torch.Tensor:
+    """The counts of one process: each step is the mean over the micro-batches of all ranks, of
+    which some run out before others."""
     counts = torch.zeros(60)
     epoch, taken = 0, 0
     for _ in range(steps):
-        order = torch.tensor(order_of(epoch, 23))
-        shares = [order[:17].split(2), order[17:].split(2)]
-        here = [b for share in shares for b in share[taken : taken + accumulation]]
+        order = torch.tensor(order_of(epoch, sum(sizes)))
+        shares = [part.split(2) for part in order.split(list(sizes))]
+        end = (max if uneven == "pad" else min)(map(len, shares))
+        here = [b for share in shares for b in share[taken : min(taken + accumulation, end)]]
         for batch in here:
             counts[batch] -= 1 / len(batch) / len(here)
         taken += accumulation
-        if taken >= 9:
+        if taken >= end:
             epoch, taken = epoch + 1, 0
     return counts
 
@@ -68,6 +82,45 @@ def test_unequal_ranks_end_an_epoch_together(
     assert [r["epoch"] for r in found] == [step // epoch for step in range(steps)]
     assert [r["skipped"] for r in found] == [0] * steps
     assert found[epoch - 1]["samples"] == 23
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "accumulation"),
+    [
+        ("unequal", (17, 6), 2),
+        pytest.param("unequal", (17, 6), 1, marks=pytest.mark.slow),
+        pytest.param("unequal", (9, 13, 6), 2, marks=pytest.mark.slow),
+        pytest.param("unequal_loader", (17, 6), 2, marks=pytest.mark.slow),
+        ("unequal_loader", (9, 13, 6), 1),
+    ],
+)
+def test_an_epoch_stops_with_the_first_rank_that_runs_out(
+    pools: Pools, tmp_path: Path, accumulation: int, sizes: Sequence[int], kind: str
+) -> None:
+    """3 micro-batches on one rank, and more on others, are an epoch of 3; also if the run is
+    resumed within it, or at its end."""
+    keys: Any = {"accumulation": accumulation, "micro_batch_size": 2, "sizes": sizes}
+    keys |= {"uneven": "stop"}
+    steps, epoch = 12 // accumulation, -(-3 // accumulation)
+    for stop in (1, epoch, epoch + 1, steps):
+        pools(len(sizes)).run(run_in_world, config_of(tmp_path, kind, stop, **keys))
+    config = config_of(tmp_path, kind, steps, **keys)
+    expected = expected_of_unequal(steps, accumulation, sizes, "stop")
+    assert torch.allclose(exported(config)["counts"], expected, atol=1e-6)
+    found = records(config)
+    assert [r["epoch"] for r in found] == [step // epoch for step in range(steps)]
+    assert found[epoch - 1]["samples"] == 6 * len(sizes)
+
+
+@pytest.mark.parametrize("sizes", [(6, 0), pytest.param((0, 6, 2), marks=pytest.mark.slow)])
+def test_a_rank_without_a_batch_ends_the_run_on_all(
+    pools: Pools, tmp_path: Path, sizes: Sequence[int]
+) -> None:
+    config = config_of(tmp_path, "unequal", 2, micro_batch_size=2, sizes=sizes)
+    errors = pools(len(sizes)).run(error_of, config)
+    expected = f"rank {sizes.index(0)}: train_data: epoch 0 has no batch for this rank, one of"
+    assert all(error.startswith(expected) for error in errors)
+    assert not records(config)
 
 
 @pytest.mark.parametrize("kind", ["loader", "stateful"])

@@ -2,7 +2,7 @@
 of the loss off its number."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,36 @@ class Numbers(Dataset[int]):
 
 
 class Unequal(Shuffled):
-    """Two ranks have 17 and 6 of 23 numbers."""
+    """Each rank has so many numbers."""
+
+    def __init__(self, sizes: Sequence[int], rank: int) -> None:
+        super().__init__(sum(sizes))
+        self.start, self.stop = sum(sizes[:rank]), sum(sizes[: rank + 1])
 
     def share(self) -> list[int]:
-        rank, _ = self.ranks or (0, 0)
-        order = super().share()
-        return order[:17] if rank == 0 else order[17:]
+        return super().share()[self.start : self.stop]
+
+
+class UnequalLoader:
+    """The same as a loader of batches of 2, with a state: each `iter` continues there."""
+
+    def __init__(self, sizes: Sequence[int], rank: int) -> None:
+        self.stream, self.at = Unequal(sizes, rank), 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in torch.tensor(self.stream.share()).split(2)[self.at :]:
+            self.at += 1
+            yield batch
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
 
 
 def windows(directory: str) -> TokenWindows:
@@ -81,7 +105,8 @@ def build(config: Config) -> Task:
         "stateful": lambda: Stateful(LENGTH),
         "stateless": lambda: Shuffled(LENGTH),
         "divided": lambda: Stateful(LENGTH, divided=True, ranks=ranks),
-        "unequal": lambda: Unequal(23, ranks=ranks),
+        "unequal": lambda: Unequal(args["sizes"], ranks[0]),
+        "unequal_loader": lambda: UnequalLoader(args["sizes"], ranks[0]),
         "loader": lambda: DataLoader(Numbers(), 6),  # type: ignore[arg-type]
         "shuffling": lambda: DataLoader(Numbers(), 6, shuffle=True),  # type: ignore[arg-type]
     }[args["kind"]]()
