@@ -32,5 +32,5 @@ def build(config: Config) -> Task:
 
 
 def feed(engine: Any, batch: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-    output = engine(**batch, return_loss=True)
+    output = engine(**batch | {"return_loss": True})
     return output.loss, {"temperature": engine.module.logit_scale.detach().exp()}
