@@ -19,7 +19,7 @@ from harness.task import Task, load_task
 LENGTH = 32
 MEAN_OF_MEANS = ("t5", "bert", "clip")
 """Models whose loss knows nothing of `num_items_in_batch`: the Trainer can only weigh their
-micro-batches alike. BERT and CLIP take it, and ignore it, with which their loss in the Trainer would
+micro-batches alike. BERT and CLIP take it and ignore it, with which their loss in the Trainer would
 be as many times too large as there are ranks and micro-batches in a step."""
 
 
