@@ -26,7 +26,7 @@ def build(config: Config) -> Task:
         models={"clip": model.build},
         train_data=pairs,
         feeder=feed,
-        init_weights={"clip": FolderWeights(model)},
+        init_weights={"clip": FolderWeights("clip", model)},
         exporters={"clip": FolderExport(shard_size="10KB")},
     )
 
