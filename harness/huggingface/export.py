@@ -34,3 +34,6 @@ class FolderExport:
                 bars.enable_progress_bar()
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(directory))
+        mode = (directory / "config.json").stat().st_mode
+        for file in directory.glob("*.safetensors"):  # the library lets only their owner read them
+            file.chmod(mode)

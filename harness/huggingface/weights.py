@@ -35,6 +35,8 @@ class FolderWeights:
     from_pretrained does; so are those that the model does not use.
     """
 
+    engine: str
+    """Its name: it chooses among several engines' weights, as in a directory of exports."""
     description: Description
 
     def __call__(
@@ -48,7 +50,7 @@ class FolderWeights:
         if path is None:
             log.info("the model begins with new weights: %s has none", model.config.name_or_path)
             return None
-        stored = read_weights(path, type(model).__name__)
+        stored = read_weights(path, self.engine)
         renamed = renamed_weights(model, stored, entries, path)
         return self._matched(entries, renamed, path)
 

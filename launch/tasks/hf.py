@@ -94,7 +94,7 @@ def build(config: Config) -> Task:
         collate=Collate(tokenizer, model.kind, args.mask_share),
         weigh=count_labels,
         count=lambda batch: (len(batch["input_ids"]), batch["input_ids"].numel()),
-        init_weights={engine: FolderWeights(model)},
+        init_weights={engine: FolderWeights(engine, model)},
         exporters={engine: FolderExport(tokenizer, args.shard_size)},
         commands=commands,
         callbacks=[CheckPacking(engine)] if args.packing else [],

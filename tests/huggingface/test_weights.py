@@ -29,7 +29,7 @@ def found_in(
     description = describe(folder, kind, vocabulary)
     model: Any = description.build()
     entries = model.state_dict(keep_vars=True)
-    weights = FolderWeights(description)(model, entries, None)
+    weights = FolderWeights("lm", description)(model, entries, None)
     assert weights is not None
     read = {
         name: w.read(0, w.rows * w.row.numel()).view(w.shape)

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness import Callback
 from harness.config import Config
 from harness.config.sections import merge
+from harness.errors import ConfigError
 from harness.run import run_in_world
+from harness.task import load_task
 from tests.support import hf_folders
-from tests.support.helpers import ROOT, Pools, error_of, exports, losses, tiny_config
+from tests.support.helpers import ROOT, Pools, exports, losses, tiny_config
 from tests.support.quick import quick
 
 pytest.importorskip("transformers", reason="needs the extra: hf")
@@ -72,8 +75,6 @@ def loaded(name: str, folder: Path) -> Any:
 
 def run_and_ask(config: Config, name: str) -> tuple[Tensor, Tensor]:
     """Runs, and returns what the model says at the start and at the end of it. Collective."""
-    from harness import Callback
-    from harness.task import load_task
 
     said: list[Tensor] = []
 
@@ -105,8 +106,6 @@ def run_and_ask(config: Config, name: str) -> tuple[Tensor, Tensor]:
         [(name, stage) for name in ("llama", "gpt2", "t5", "bert") for stage in STAGES],
         ("llama", 3),
         ("bert", 2),
-        ("t5", 3),
-        ("gpt2", 1),
     ),
 )
 def test_from_a_folder_to_a_folder_with_equal_logits(
@@ -121,11 +120,12 @@ def test_from_a_folder_to_a_folder_with_equal_logits(
     assert torch.equal(logits(name, loaded(name, written)), last)
     assert not torch.allclose(first, last, atol=1e-4)
     assert (written / "model.safetensors.index.json").is_file()
+    assert len({file.stat().st_mode for file in written.iterdir()}) == 1
     assert (written / "tokenizer.json").is_file() and (written / "chat_template.jinja").is_file()
     assert (written / "generation_config.json").is_file() == (name != "bert")
 
 
-@pytest.mark.parametrize("stage", quick(STAGES, 3))
+@pytest.mark.parametrize("stage", quick(STAGES, 1))
 def test_clip_with_its_own_loss(pools: Pools, tmp_path: Path, stage: int) -> None:
     folder = hf_folders.write_folder(tmp_path / "folder", "clip")
     config = config_of(tmp_path, stage, folder, folder).model_dump()
@@ -206,14 +206,12 @@ def test_a_larger_vocabulary_is_trained_and_exported(pools: Pools, tmp_path: Pat
     refused = config_of(tmp_path / "lora", 0, folder, rows, args).model_dump()
     refused["engines"]["lm"] |= lora
     text = "the tokenizer has 302 tokens, the weights in .* have rows for 300, and adapters do not"
-    (error,) = pools(1).run(error_of, Config.model_validate(refused))
-    assert re.search(text, error)
+    with pytest.raises(ConfigError, match=text):
+        load_task(Config.model_validate(refused))
 
 
 def generate_while_training(config: Config) -> Any:
     """What the command answers on this rank, between steps of a run. Collective."""
-    from harness import Callback
-    from harness.task import load_task
 
     answers: list[str] = []
 
@@ -265,12 +263,11 @@ def test_all_ranks_generate_the_same_text_and_training_goes_on_alike(
     ],
 )
 def test_what_is_wrong_is_known_before_step_1(
-    pools: Pools, tmp_path: Path, name: str, args: dict[str, Any], message: str
+    tmp_path: Path, name: str, args: dict[str, Any], message: str
 ) -> None:
     folder = hf_folders.write_folder(tmp_path / "folder", name, weights=False)
     rows = hf_folders.write_rows(tmp_path / "rows.jsonl")
     given = {key: str(tmp_path) if value == "TMP" else value for key, value in args.items()}
     config = config_of(tmp_path, 0, folder, rows, given)
-    (error,) = pools(1).run(error_of, config)
-    assert re.search(message.replace("TMP", re.escape(str(tmp_path))), error), error
-    assert not config.run_dir.exists()
+    with pytest.raises(ConfigError, match=message.replace("TMP", re.escape(str(tmp_path)))):
+        load_task(config)

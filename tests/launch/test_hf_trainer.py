@@ -49,12 +49,18 @@ def with_accelerate() -> Any:
         yield pool
 
 
+@pytest.fixture(scope="module")
+def with_harness() -> Any:
+    with RankPool(2, timeout_s=300) as pool:
+        yield pool
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", hf_folders.MODELS)
 def test_losses_are_those_of_the_trainer(
-    two_ranks: RankPool, with_accelerate: RankPool, tmp_path: Path, name: str, stage: int
+    with_harness: RankPool, with_accelerate: RankPool, tmp_path: Path, name: str, stage: int
 ) -> None:
     folder = hf_folders.write_folder(tmp_path / name, name)
     rows = write_many_rows(tmp_path / "rows.jsonl", FORMS.get(name, "text"))
@@ -78,7 +84,7 @@ def test_losses_are_those_of_the_trainer(
     engine["ds_overrides"] = merge(engine["ds_overrides"], settings)
     config["engines"]["clip" if name == "clip" else "lm"] = engine
     checked = Config.model_validate(config)
-    two_ranks.run(harness_losses, checked, folder, rows)
+    with_harness.run(harness_losses, checked, folder, rows)
     expected, _ = with_accelerate.run(trainer_losses, folder, rows, settings_of(stage), STEPS, LR)
     found = losses(checked)
     assert len(found) == len(expected) == STEPS

@@ -26,11 +26,11 @@ def build(config: Config) -> Task:
         models={"clip": model.build},
         train_data=pairs,
         feeder=feed,
-        init_weights={"clip": FolderWeights(model)},
+        init_weights={"clip": FolderWeights("clip", model)},
         exporters={"clip": FolderExport(shard_size="10KB")},
     )
 
 
 def feed(engine: Any, batch: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-    output = engine(**batch, return_loss=True)
+    output = engine(**batch | {"return_loss": True})
     return output.loss, {"temperature": engine.module.logit_scale.detach().exp()}
