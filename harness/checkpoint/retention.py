@@ -106,7 +106,7 @@ def to_keep(manifests: dict[Path, Manifest], settings: CheckpointConfig) -> set[
     scores = {
         path: sign * manifest.metrics.get(settings.best_metric, math.nan)
         for path, manifest in manifests.items()
-        if path in finite
+        if manifest.finite is not False
     }
     scores = {path: score for path, score in scores.items() if math.isfinite(score)}
     ranked = sorted(scores, key=scores.__getitem__)

@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from harness.convert.plan import PlannedTensor
 from harness.formats.dtypes import SIZES
@@ -36,8 +37,7 @@ def default_workers() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """`size` bytes of a tensor's output, from its byte `first` on; at `start` in the file."""
 
     name: str
@@ -169,10 +169,11 @@ def split_into_tasks(
     task_size = 0
     for name in sorted(tensors, key=lambda name: entries[name].start):
         planned, start = tensors[name], entries[name].start
+        nbytes = planned.nbytes
         can_split = not by_tensor and planned.source.strided is None
-        step = TASK_SIZE if can_split else max(planned.nbytes, 1)
-        for first in range(0, max(planned.nbytes, 1), step):
-            size = min(step, planned.nbytes - first)
+        step = TASK_SIZE if can_split else max(nbytes, 1)
+        for first in range(0, max(nbytes, 1), step):
+            size = min(step, nbytes - first)
             is_full = by_tensor or task_size + size > TASK_SIZE
             if task and (is_full or task[-1].end != start + first):
                 yield task

@@ -180,20 +180,19 @@ def check_size(tree: Any, most: int = MAX_NODES, inside: bool = False) -> None:
     while stack:
         node, is_finished = stack.pop()
         key = id(node)
-        if not isinstance(node, containers):
+        if not isinstance(node, containers) or (not is_finished and key in sizes):
             continue
+        if key in unfinished and not is_finished:
+            raise PickleError("a value that contains itself")
         values = _children(node)
-        if not is_finished:
-            if key in sizes:
-                continue
-            if key in unfinished:
-                raise PickleError("a value that contains itself")
+        within = [child for child in values if isinstance(child, containers)]
+        if within and not is_finished:
             unfinished.add(key)
             stack.append((node, True))
-            stack.extend((child, False) for child in values if isinstance(child, containers))
+            stack.extend((child, False) for child in within)
             continue
         unfinished.discard(key)
-        inner = [sizes[id(child)] for child in values if isinstance(child, containers)]
+        inner = [sizes[id(child)] for child in within]
         nodes = 1 + len(values) + sum(size for size, _ in inner)
         depth = 1 + max((depth for _, depth in inner), default=0)
         if depth > MAX_DEPTH:

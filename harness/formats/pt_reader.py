@@ -74,7 +74,7 @@ class TypedStorage:
     dtype: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen: that takes three times as long to make
 class TensorRef:
     """A reference to a tensor in a file; `offset` and `stride` count elements of the storage."""
 
@@ -137,15 +137,19 @@ def read(path: Path) -> Any:
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror}") from None
     storages: dict[str, Storage] = {}
+    typed: dict[tuple[str, str], TypedStorage] = {}
 
     def load_storage(reference: Any) -> TypedStorage | Global:
         match reference:
             case ("storage", Global(name=kind), str(number), str(location), int(), *_):
+                if known := typed.get((number, kind)):
+                    return known
                 record = storage_records.get(number)
                 if record is None:
                     raise PickleError(f"the tensor data {number!r:.40} is missing")
                 storage = storages.setdefault(number, Storage(record, location))
-                return TypedStorage(storage, STORAGE_DTYPES.get(kind, kind))
+                dtype = STORAGE_DTYPES.get(kind, kind)
+                return typed.setdefault((number, kind), TypedStorage(storage, dtype))
             case ("module", Global() as kind, *_):  # a class, before torch 1.6
                 return kind
         raise PickleError("malformed: not a reference to tensor data")
@@ -219,17 +223,18 @@ def _tensor(
         raise PickleError("malformed: a tensor")
     if not all(map(_is_count, (offset, *size, *stride))):
         raise PickleError("malformed: the shape of a tensor")
-    ref = TensorRef(memory, dtype, Shape(size), tuple(stride), offset, bool(requires_grad))
-    numel = ref.numel()
+    numel = math.prod(size)
     if numel >= 2**62:
         raise PickleError("malformed: the shape of a tensor")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    last = offset
+    for count, step in zip(size, stride, strict=True):
+        last += (count - 1) * step
     record = memory.record
-    if numel and (last + 1) * ref.itemsize > record.size:
+    if numel and (last + 1) * SIZES[dtype] > record.size:
         raise PickleError(
             f"a tensor extends past the end of its data {record.name} of {record.size} bytes"
         )
-    return ref
+    return TensorRef(memory, dtype, Shape(size), tuple(stride), offset, bool(requires_grad))
 
 
 def _of_type(rebuild: Any, kind: Any, args: Any, state: Any) -> Any:
@@ -269,13 +274,14 @@ def _rebuilder(name: str, make: Callable[..., Any] | str) -> Global:
     """A function of `torch._utils` that makes tensors. `make`: for a kind not read, what it is."""
 
     def rebuild(*args: Any) -> Any:
-        tensor = UnsupportedTensor(known, args)
         try:
             if not isinstance(make, str):
                 return make(*args)
-            tensor.class_name = make
+            what = make
         except _Unread as error:
-            tensor.class_name = str(error)
+            what = str(error)
+        tensor = UnsupportedTensor(known, args)
+        tensor.class_name = what
         return tensor
 
     known = Global("torch._utils", name, rebuild)

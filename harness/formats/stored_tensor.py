@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from harness.formats.dtypes import SIZES
 from harness.formats.pt_reader import TensorRef
 
 
-@dataclass(frozen=True, slots=True)
-class ByteRange:
+class ByteRange(NamedTuple):
     """`size` bytes of a file, from byte `start` on."""
 
     path: Path

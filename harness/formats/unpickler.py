@@ -70,6 +70,7 @@ def unpickle_first(
 
 
 _MARK = object()
+_MARK_IN_MEMO = "malformed: a mark in the memo"
 
 
 class _Unpickler:
@@ -95,14 +96,18 @@ class _Unpickler:
         """Executes the pickle. The opcodes of which a file of tensors consists are executed here:
         for them a call of a function would take most of the time."""
         data, memo, opcodes, position = self.data, self.memo, _OPCODES, self.position
-        push, natural = self.stack.append, _NATURAL.unpack_from
+        stack, natural = self.stack, _NATURAL.unpack_from
+        push = stack.append
         try:
             while True:
                 code = data[position]
                 position += 1
                 if code == _LONG_BINPUT:
                     position += 4  # first: past the end it is truncated, not malformed
-                    self.remember(natural(data, position - 4)[0])
+                    key, value = natural(data, position - 4)[0], stack[-1]
+                    if value is _MARK:
+                        raise PickleError(_MARK_IN_MEMO)
+                    memo[key] = value
                 elif code == _BINPUT:
                     self.remember(data[position])
                     position += 1
@@ -129,6 +134,13 @@ class _Unpickler:
                     if position > len(data):
                         raise PickleError("truncated")
                     push(data[start:position].decode("utf-8", "surrogatepass"))
+                elif code == _BININT:
+                    position += 4
+                    push(_INT4.unpack_from(data, position - 4)[0])
+                elif code == _EMPTY_TUPLE:
+                    push(())
+                elif code == _NEWFALSE:
+                    push(False)
                 elif code == _STOP:
                     (tree,) = self.stack
                     if tree is _MARK:
@@ -198,7 +210,7 @@ class _Unpickler:
     def remember(self, key: int) -> None:
         value = self.stack[-1]
         if value is _MARK:
-            raise PickleError("malformed: a mark in the memo")
+            raise PickleError(_MARK_IN_MEMO)
         self.memo[key] = value
 
     def push_global(self, module: str, name: str) -> None:
@@ -303,11 +315,6 @@ def _protocol(unpickler: _Unpickler) -> None:
     unpickler.protocol = unpickler.number(1)
 
 
-def _int_4(unpickler: _Unpickler) -> None:
-    unpickler.stack.append(_INT4.unpack_from(unpickler.data, unpickler.position)[0])
-    unpickler.position += 4
-
-
 def _float(unpickler: _Unpickler) -> None:
     unpickler.stack.append(_FLOAT.unpack_from(unpickler.data, unpickler.position)[0])
     unpickler.position += 8
@@ -325,7 +332,8 @@ _STOP, _MARK_OPCODE, _REDUCE = pickle.STOP[0], pickle.MARK[0], pickle.REDUCE[0]
 _BINPUT, _LONG_BINPUT = pickle.BINPUT[0], pickle.LONG_BINPUT[0]
 _BINGET, _LONG_BINGET = pickle.BINGET[0], pickle.LONG_BINGET[0]
 _BININT1, _BINUNICODE = pickle.BININT1[0], pickle.BINUNICODE[0]
-_TUPLE, _TUPLE1 = pickle.TUPLE[0], pickle.TUPLE1[0]
+_TUPLE, _TUPLE1, _EMPTY_TUPLE = pickle.TUPLE[0], pickle.TUPLE1[0], pickle.EMPTY_TUPLE[0]
+_BININT, _NEWFALSE = pickle.BININT[0], pickle.NEWFALSE[0]
 _INT4, _NATURAL, _FLOAT = struct.Struct("<i"), struct.Struct("<I"), struct.Struct(">d")
 _OPCODES: dict[int, Callable[[_Unpickler], None]] = {
     opcode[0]: execute
@@ -336,8 +344,6 @@ _OPCODES: dict[int, Callable[[_Unpickler], None]] = {
         pickle.POP_MARK: lambda u: u.pop_mark(),
         pickle.NONE: lambda u: u.push(None),
         pickle.NEWTRUE: lambda u: u.push(True),
-        pickle.NEWFALSE: lambda u: u.push(False),
-        pickle.BININT: _int_4,
         pickle.BININT2: lambda u: u.push(u.number(2)),
         pickle.LONG1: lambda u: _signed(u, u.number(1)),
         pickle.LONG4: lambda u: _signed(u, u.number(4)),
@@ -353,7 +359,6 @@ _OPCODES: dict[int, Callable[[_Unpickler], None]] = {
         pickle.EMPTY_LIST: lambda u: u.push_object([]),
         pickle.EMPTY_DICT: lambda u: u.push_object({}),
         pickle.EMPTY_SET: lambda u: u.push_object(set()),
-        pickle.EMPTY_TUPLE: lambda u: u.push(()),
         pickle.TUPLE2: _tuple_of(2),
         pickle.TUPLE3: _tuple_of(3),
         pickle.APPEND: lambda u: u.append([u.pop()]),

@@ -144,6 +144,7 @@ class SavedEngine:
         self.flats: list[list[Flat]] = []
         self.shapes: dict[str, Shape] = {}
         self._pieces: dict[str, list[tuple[Segment, Flat]]] = {}
+        self._flat_tensors: dict[TensorRef, StoredTensor] = {}
         if self.optimizer is not None and self.has_parameter_names:
             self._locate(self.optimizer, states)
         self.omitted: list[str] = []
@@ -372,12 +373,13 @@ class SavedEngine:
         ranges: list[ByteRange] = []
         for segment, ref in pieces:
             if segment.length:
-                if not ref.is_contiguous:
+                flat = self._flat_tensors.get(ref)
+                if flat is None:  # the same for all parameters in it
+                    flat = self._flat_tensors[ref] = StoredTensor.from_ref(ref)
+                if flat.strided is not None:
                     raise CheckpointError(f"{ref.path}: the state of {name!r} is not contiguous")
-                width = ref.itemsize
-                ranges += StoredTensor.from_ref(ref).cut(
-                    segment.offset * width, segment.length * width
-                )
+                width = flat.itemsize
+                ranges += flat.cut(segment.offset * width, segment.length * width)
         return StoredTensor(pieces[0][1].dtype, shape, tuple(ranges))
 
 
