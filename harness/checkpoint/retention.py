@@ -116,6 +116,12 @@ def undo_move(staged: Path, target: Path) -> None:
         _replaced(target).rename(target)
 
 
+def remove_replaced(target: Path) -> None:
+    """Removes the directory that `move_into_place` has replaced, if any, whatever it holds."""
+    if _replaced(target).exists():
+        remove(_replaced(target))
+
+
 def delete_replaced(target: Path) -> None:
     """Removes the directory that `move_into_place` has replaced, if any; one that cannot be judged,
     also because it has no manifest, is only renamed."""
