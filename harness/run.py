@@ -53,6 +53,7 @@ from harness.metrics.status import Status
 from harness.run_directory import RunDirectory
 from harness.task import Task, check_eval_data, load_task
 from harness.trainer import Trainer
+from harness.utils import counted
 from harness.wrapper import attention_backend
 from harness.zero.parameters import full_numel
 from harness.zero.startup import join
@@ -313,8 +314,7 @@ def _open_task_sinks(
     with distributed.raise_on_all_ranks("Task.sinks"):
         for sink in task.sinks if distributed.is_global_leader() else ():
             opened = TaskSink(_made(sink, config), callbacks.fail)
-            stack.callback(opened.close)
-            sinks.append(opened)
+            sinks.append(stack.enter_context(opened))
     return sinks
 
 
@@ -346,11 +346,11 @@ def _log_start(live: LiveConfig, engines: Engines) -> None:
                 settings.ds_config or "ds_overrides",
             )
     log.info(
-        "%s: step %d of %d on %d ranks (%s), rank 0 on %s",
+        "%s: step %d of %d on %s (%s), rank 0 on %s",
         live.config.run_dir,
         engines.global_step,
         live.config.run.steps,
-        distributed.world_size(),
+        counted(distributed.world_size(), "rank"),
         distributed.device().type,
         socket.gethostname(),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.manifest import step_directory
-from harness.checkpoint.retention import delete_replaced, move_into_place
+from harness.checkpoint.retention import move_into_place, remove_replaced
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.engine.full_tensors import full_tensors
@@ -51,7 +51,7 @@ def export(
         with distributed.raise_on_all_ranks(f"cannot export to {target}"):
             if distributed.is_global_leader():
                 move_into_place(staged, target)
-                delete_replaced(target)
+                remove_replaced(target)
     finally:
         engines.train()
         if distributed.is_global_leader():  # a save may need the space

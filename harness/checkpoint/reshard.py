@@ -26,6 +26,7 @@ from harness.engine.engines import Engines
 from harness.errors import CheckpointError, missing_files
 from harness.io.stored import materialize
 from harness.optim.sharded.optimizer import ShardedOptimizer
+from harness.utils import counted
 from harness.zero import file_trees
 from harness.zero.engine_state import shapes_of
 from harness.zero.file_trees import FileTrees
@@ -84,7 +85,7 @@ def load_engines(
 
 
 def _layout_text(world_size: int, engine: EngineManifest) -> str:
-    return f"{world_size} ranks, ZeRO {engine.zero_stage}, layout {engine.layout[:6]}"
+    return f"{counted(world_size, 'rank')}, ZeRO {engine.zero_stage}, layout {engine.layout[:6]}"
 
 
 def _check_files(directory: Path, manifest: Manifest, engines: Collection[str]) -> None:

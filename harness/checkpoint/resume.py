@@ -38,13 +38,12 @@ def choose_checkpoint(
 ) -> Path | None:
     """The checkpoint to resume from, verified; None to start from step 0. Collective.
 
-    `wanted`: `run.resume` (`resume_source`). `may_change`: the models may be others than those of
-    the checkpoint. "latest" is the newest one in `parent` that is
+    `wanted`: `run.resume` (`resume_source`). "latest" is the newest one in `parent` that is
     complete over all `disks` together, with finite weights; others are logged and skipped.
-    `verify`: checks a file. Raises, on all ranks, CheckpointError if there are checkpoints and none
-    is, or the requested one is not complete; UnreadableCheckpoint if a newer one than those cannot
-    be judged; ConfigError if it does not match this run, or if "none" is requested and an earlier
-    run has left checkpoints.
+    `verify`: checks a file. `may_change`: the models may be others than the saved ones. Raises, on
+    all ranks, CheckpointError if there are checkpoints and none is, or the requested one is not
+    complete; UnreadableCheckpoint if a newer one than those cannot be judged; ConfigError if it
+    does not match this run, or if "none" is requested and an earlier run has left checkpoints.
     """
     names, everywhere = list_checkpoints(parent, disks)
     unreadable = {name for name in names if disks.is_leader and is_unreadable(parent / name)}

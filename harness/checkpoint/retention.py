@@ -30,7 +30,7 @@ class Removals:
         self._running: list[Future[None]] = []
 
     def add(self, renamed: Path) -> None:
-        """Deletes a directory that is no checkpoint any more. A failure is logged."""
+        """Deletes a directory that is not a checkpoint any more. A failure is logged."""
         self._running.append(self._thread.submit(_delete, renamed))
 
     def wait(self) -> None:
@@ -146,6 +146,12 @@ def undo_move(staged: Path, target: Path) -> None:
         target.rename(staged)
     if _replaced(target).exists():
         _replaced(target).rename(target)
+
+
+def remove_replaced(target: Path) -> None:
+    """Removes the directory that `move_into_place` has replaced, if any, whatever it holds."""
+    if _replaced(target).exists():
+        remove(_replaced(target))
 
 
 def delete_replaced(target: Path) -> None:

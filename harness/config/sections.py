@@ -6,9 +6,17 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from harness.config.old_names import current_import_path
 from harness.errors import compile_pattern
@@ -50,6 +58,16 @@ class Section(BaseModel):
     """A table of the TOML file: unknown keys are errors, docstrings are the `--help`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        is_number = {int, float} & {kind, *get_args(kind)} and get_origin(kind) is not list
+        if isinstance(value, bool) and is_number:
+            raise ValueError(f"expected a number, found {str(value).lower()}")
+        return value
 
 
 class RunConfig(Section):

@@ -17,6 +17,7 @@ from harness.data.stream_loader import StreamLoader
 from harness.data.workers import end_workers
 from harness.distributed.rng import seeded
 from harness.errors import CheckpointError, TaskError
+from harness.utils import counted
 
 log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)
@@ -318,9 +319,10 @@ class TaskLoader(WithoutSources):
             else "or return a dataset, which harness distributes, instead of a loader"
         )
         raise CheckpointError(
-            f"cannot resume train_data on {current} ranks: {self._name()} is "
-            f"{state['given']} batches into epoch {state['epoch']} on each of {saved} ranks, which "
-            f"is no position on {current}: resume on {saved} ranks; {remedy}"
+            f"cannot resume train_data on {counted(current, 'rank')}: {self._name()} is "
+            f"{state['given']} batches into epoch {state['epoch']} on each of "
+            f"{counted(saved, 'rank')}, which is no position on {current}: resume on "
+            f"{counted(saved, 'rank')}; {remedy}"
         )
 
     def _name(self) -> str:

@@ -27,7 +27,7 @@ from torch.nn.parameter import is_lazy
 from harness import distributed
 from harness.distributed.tensors import broadcast_tensors
 from harness.errors import CheckpointError, TaskError, first_few
-from harness.utils import dtype_name
+from harness.utils import counted, dtype_name
 
 log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)
@@ -242,9 +242,9 @@ class Buffers:
                 self._register(name, value)
         if self.mode == "own" and state["ranks"] != distributed.world_size():
             log.info(
-                "engine %s: saved on %d ranks: every rank starts with rank 0's buffers",
+                "engine %s: saved on %s: every rank starts with rank 0's buffers",
                 self._engine,
-                state["ranks"],
+                counted(state["ranks"], "rank"),
             )
 
     def _register(self, name: str, value: Tensor) -> None:

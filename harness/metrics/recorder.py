@@ -1,10 +1,13 @@
 """Where the records of a run go: its sinks."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from harness.errors import HarnessError, TaskError
 from harness.metrics.sinks import EVENT, Sink
+
+log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -35,9 +38,21 @@ class TaskSink:
         try:
             self._sink.write(record)
         except Exception as error:
-            name = f"sink {type(self._sink).__name__}"
-            self._fail(TaskError(f"{name}, step {record['step']}: {type(error).__name__}: {error}"))
+            self._fail(self._error(f"step {record['step']}", error))
 
-    def close(self) -> None:
-        """Closes the sink."""
-        self._sink.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Closes the sink. Raises TaskError if that fails; after an error it is only logged."""
+        try:
+            self._sink.close()
+        except Exception as failure:
+            named = self._error("close", failure)
+            if error[1] is None:
+                raise named from failure
+            log.error("%s", named)
+
+    def _error(self, where: str, error: Exception) -> TaskError:
+        name = type(self._sink).__name__
+        return TaskError(f"sink {name}, {where}: {type(error).__name__}: {error}")

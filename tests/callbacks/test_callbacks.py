@@ -209,7 +209,7 @@ def test_wrong_arguments_and_parts_are_refused() -> None:
 class Listing:
     """A sink that keeps its records, and fails at one of them."""
 
-    def __init__(self, fails_at: int = 0):
+    def __init__(self, fails_at: int | str = 0):
         self.records: list[Mapping[str, Any]] = []
         self.is_closed = False
         self._fails_at = fails_at
@@ -220,6 +220,8 @@ class Listing:
         self.records.append(record)
 
     def close(self) -> None:
+        if self._fails_at == "close":
+            raise OSError("no connection")
         self.is_closed = True
 
 
@@ -247,7 +249,7 @@ def test_sinks_are_given_all_records_on_rank_0(two_ranks: RankPool, tmp_path: Pa
     assert events == [(3, "export", "step-00000003"), (3, "save", "step-00000003")]
 
 
-def failing_sink(config: Config, step: int) -> str:
+def failing_sink(config: Config, step: int | str) -> str:
     try:
         run_in_world(config, None, lambda config: tiny(config, sinks=[Listing(step)]))
     except TaskError as error:
@@ -261,3 +263,8 @@ def test_a_sink_that_fails_ends_the_run_on_all_ranks(
 ) -> None:
     errors = two_ranks.run(failing_sink, tiny_config(tmp_path), step)
     assert errors == [f"rank 0: sink Listing, step {step}: OSError: no connection"] * 2
+
+
+def test_a_sink_that_cannot_be_closed_is_named(two_ranks: RankPool, tmp_path: Path) -> None:
+    errors = two_ranks.run(failing_sink, tiny_config(tmp_path, run={"steps": 1}), "close")
+    assert errors == ["sink Listing, close: OSError: no connection", ""]

@@ -11,7 +11,15 @@ import pytest
 
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import Manifest, read_manifest, step_directory
-from harness.checkpoint.retention import PRUNED, REPLACED, Removals, clean, prune
+from harness.checkpoint.retention import (
+    PRUNED,
+    REPLACED,
+    Removals,
+    clean,
+    move_into_place,
+    prune,
+    remove_replaced,
+)
 from harness.config.sections import CheckpointConfig
 from harness.convert.run_checkpoints import checkpoints_in
 
@@ -184,3 +192,14 @@ def test_a_replacement_on_one_disk_only_is_undone(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {f"step-{n:08d}" for n in (1, 2, 3)}
     metrics = [read_manifest(step_directory(tmp_path, step)).metrics for step in (1, 2)]
     assert metrics == [{"eval/loss": 1.0}, {}]
+
+
+def test_an_export_replaces_the_one_of_the_same_step(tmp_path: Path) -> None:
+    """It has no manifest, and is not kept."""
+    for text in ("old", "new"):
+        (tmp_path / "step.tmp").mkdir()
+        (tmp_path / "step.tmp/net.sft").write_text(text)
+        move_into_place(tmp_path / "step.tmp", tmp_path / "step")
+        remove_replaced(tmp_path / "step")
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]
+    assert (tmp_path / "step/net.sft").read_text() == "new"

@@ -163,6 +163,6 @@ def test_a_run_resumes_a_ranks_own_loader_on_the_same_number_of_ranks_only(
     pools(2).run(run_in_world, config("whole", 5))
     pools(2).run(run_in_world, config("resumed", 2))
     errors = pools(1).run(error_of, config("resumed", 5))
-    assert "cannot resume train_data on 1 ranks: Stateful is 2 batches into epoch 0" in errors[0]
+    assert "cannot resume train_data on 1 rank: Stateful is 2 batches into epoch 0" in errors[0]
     pools(2).run(run_in_world, config("resumed", 5))
     assert losses(config("resumed", 5)) == losses(config("whole", 5))

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import digits
 import distill
 import gan
+import images
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from harness.config import Config
 from harness.config.command_line import parse_args
 from harness.config.sections import TaskConfig
 from harness.errors import CommandError, ConfigError
-from harness.io import save
+from harness.io import load, save
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from tests.support.fake_digits import fake_digits, train_on_fake_digits
@@ -45,6 +46,30 @@ def test_the_gan_learns(two_ranks: RankPool, tmp_path: Path) -> None:
     distance = "eval/G/energy_distance"
     assert last[distance] < 0.8 * first[distance]
     assert (config.run_dir / "exports/step-00000150/G.ema.sft").exists()
+
+
+def test_the_images_are_learned(two_ranks: RankPool, tmp_path: Path) -> None:
+    small = ("--task.args.channels=8", "--task.args.blocks=1", "--data.workers=0")
+    config = shipped("images", tmp_path, 25, *small, "--engines.net.scheduler.warmup=2")
+    two_ranks.run(run, config)
+    first, last = records(config, "eval/")
+    assert last["eval/accuracy"] > first["eval/accuracy"] + 0.3
+    weights = load(config.run_dir / "exports/step-00000025/net.sft")
+    assert weights["stem.1.num_batches_tracked"] == 25
+
+
+def test_images_are_augmented_as_configured() -> None:
+    image = torch.full((1, 8, 8), -1.0)
+    image[0, 2:6, 3:5] = 1.0
+    still = images.ImagesArgs(turn=0, scale=0, shift=0)
+    assert torch.allclose(images.augmented(image, still), image, atol=1e-5)
+    moved = images.augmented(image, images.ImagesArgs(turn=180, shift=3))
+    assert not torch.allclose(moved, image, atol=0.5)
+    assert moved.abs().max() <= 1 + 1e-5
+    assert moved[0, 0, 0] == -1  # paper comes in from outside
+    data = images.Images(digits.Digits(image.view(1, 64), torch.tensor([3])), images.ImagesArgs())
+    assert not torch.equal(data[0][0], data[0][0])
+    assert torch.equal(images.Images(data.data)[0][0], image)
 
 
 @pytest.mark.parametrize("loss_fn", ["kl", pytest.param("mse", marks=pytest.mark.slow)])

@@ -109,7 +109,7 @@ def test_after_a_cut_cable_and_a_lost_node_the_run_resumes(pair: Pair, tmp_path:
     alone = over_pdsh(tmp_path, "--include", "node1")
     job = start(pair.first, tmp_path, alone, f"--run.steps={steps}")
     assert ended(job, pair.first) == 0
-    assert f"of {steps} on 1 ranks (cpu), rank 0 on node1" in log_of(tmp_path)
+    assert f"of {steps} on 1 rank (cpu), rank 0 on node1" in log_of(tmp_path)
     assert steps_of(tmp_path) == list(range(1, steps + 1))
 
 
