@@ -12,10 +12,10 @@ with its standard error, by CPU time and on the clock. `--modules`: so many modu
 parameters besides. `--profile`: so many functions of harness's with their CPU time, which makes
 Python slower.
 
-    python -m bench.loop --grow [--rounds 10]
+    python -m bench.loop --grow [--stage 1] [--rounds 10]
 
-What harness adds to a step and to building the engines, against parameters, engines, micro-batches
-and reported numbers, each with the exponent of its growth.
+What harness adds to a step, and how long it takes to build the engines, against parameters,
+engines, micro-batches and reported numbers, each with the exponent of its growth.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -273,21 +273,46 @@ def compare(pool: RankPool, setting: Setting, args: argparse.Namespace) -> None:
     sys.stdout.flush()
 
 
-SERIES: dict[str, Sequence[int]] = {
-    "parameters": (300, 3000, 30000),
-    "engines": (1, 4, 16),
-    "micro_batches": (1, 8, 64),
-    "numbers": (10, 100, 1000),
+SERIES: dict[str, tuple[Sequence[int], str]] = {
+    "parameters": ((300, 3000, 30000), "1 engine"),
+    "engines": ((1, 4, 16), "of 30 parameters"),
+    "micro_batches": ((1, 8, 64), "of 30 parameters"),
+    "numbers": ((10, 100, 1000), "of 30 parameters"),
 }
+"""What grows, its sizes, and what of."""
 
 
 def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """The slope of a line through the logarithms, by least squares."""
-    points = [
-        (math.log(size), math.log(max(s, 1e-9))) for size, s in zip(sizes, seconds, strict=True)
-    ]
-    slope, _ = statistics.linear_regression(*zip(*points, strict=True))
-    return slope
+    """The slope of the line through the logarithms, by least squares."""
+    x = [math.log(size) for size in sizes]
+    y = [math.log(max(second, 1e-6)) for second in seconds]
+    return statistics.linear_regression(x, y).slope
+
+
+def row(name: str, sizes: Sequence[int], seconds: Sequence[float]) -> None:
+    """Prints milliseconds at each size, and the exponent."""
+    cells = " | ".join(f"{size}: {s * 1e3:.2f}" for size, s in zip(sizes, seconds, strict=True))
+    sys.stdout.write(f"| {name} | {cells} | {exponent(sizes, seconds):.2f} |\n")
+    sys.stdout.flush()
+
+
+def grow(pool: RankPool, args: argparse.Namespace) -> None:
+    """Prints the table of what grows."""
+    for name, (sizes, of) in SERIES.items():
+        settings = [replace(Setting(stage=args.stage), **{name: size}) for size in sizes]
+        added, whole = [], []
+        for size, setting in zip(sizes, settings, strict=True):
+            block = max(2, args.block * sizes[0] // size)
+            cpu, *_ = pool.run(measure, setting, block, args.rounds, 0)[0]
+            added.append(cpu.added())
+            whole.append(statistics.median(cpu.ours))
+        row(f"what harness adds to a step, ms by {name} ({of})", sizes, added)
+        row(f"a whole step, ms by {name} ({of})", sizes, whole)
+        if name in ("parameters", "engines"):
+            pool.run(measure_building, settings[0])  # imports
+            pairs = [pool.run(measure_building, setting)[0] for setting in settings]
+            row(f"building by harness, ms by {name} ({of})", sizes, [ours for ours, _ in pairs])
+            row(f"building by DeepSpeed, ms by {name} ({of})", sizes, [bare for _, bare in pairs])
 
 
 def main() -> None:
@@ -299,8 +324,12 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--profile", type=int, default=0)
+    parser.add_argument("--grow", action="store_true")
     args = parser.parse_args()
     with RankPool(args.ranks, timeout_s=3600) as pool:
+        if args.grow:
+            grow(pool, args)
+            return
         compare(pool, Setting(**{name: getattr(args, name) for name in vars(Setting())}), args)
 
 

@@ -53,7 +53,8 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     rank, world_size = distributed.global_rank(), distributed.world_size()
     batches = train_batches(task.train_data, config.data, task.collate, 0, rank, world_size)
     engines = build_engines(task, config)
-    engines.step(to_device(next(batches), distributed.device()))
+    batch = to_device(next(batches), distributed.device())
+    engines.step(batch)
     position = StepBatches(batches)
     seconds: dict[str, list[float]] = {}
     disks = find_disks(directory)
@@ -75,6 +76,32 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
 
     def stall() -> None:
         background.save({})
+
+    def first_stall() -> None:
+        """Of a run that has taken its first steps."""
+        nonlocal background
+        background.close()
+        background = Saver(engines, position, LiveConfig(background_config), disks, Callbacks([]))
+        background.poll()
+        engines.step(batch)
+        time.sleep(2)  # as long as the first steps of a large model take
+        distributed.barrier()
+
+    def steps(count: int) -> float:
+        """Seconds of a step."""
+        started = time.perf_counter()
+        for _ in range(count):
+            engines.step(batch)
+        return (time.perf_counter() - started) / count
+
+    def beside_a_save() -> float:
+        """How much longer steps take while a save in the background writes."""
+        background.save({})
+        beside: list[float] = []
+        while background.poll() is None:
+            beside.append(steps(1))
+        alone = statistics.median(steps(1) for _ in range(max(3, len(beside))))
+        return statistics.median(beside) / alone
 
     def clean_up() -> None:
         """Finishes all writing before the next way begins."""
@@ -98,6 +125,18 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
             clean_up()
     if rank == 0:
         seconds |= measure_pruning(target, rounds)
+    for _ in range(rounds):
+        first_stall()
+        started = time.perf_counter()
+        stall()
+        took = time.perf_counter() - started
+        seconds.setdefault("first stall", []).append(max(distributed.all_gather(took)))
+        clean_up()
+    ratios = []
+    for _ in range(rounds):
+        ratios.append(max(distributed.all_gather(beside_a_save())))
+        clean_up()
+    seconds["beside"] = ratios
     seconds["bytes"] = [float(sum(f.stat().st_size for f in target.rglob("*") if f.is_file()))]
     return seconds
 
@@ -146,7 +185,7 @@ def main() -> None:
             seconds = pool.run(measure, directory, args.width, args.rounds)[0]
     finally:
         shutil.rmtree(directory)
-    size = seconds.pop("bytes")[0]
+    size, beside = seconds.pop("bytes")[0], seconds.pop("beside")
     reference = statistics.median(seconds["cp"])
     sys.stdout.write(f"{size / 1e9:.2f} GB, {args.ranks} ranks, medians of {args.rounds}\n")
     for name, values in seconds.items():
@@ -154,6 +193,9 @@ def main() -> None:
         spread = f"{min(values):.2f} .. {max(values):.2f}"
         ratio = median / reference
         sys.stdout.write(f"{name:<20} {median:8.3f} s  {ratio:6.2f} x cp   ({spread})\n")
+    middle, low, high = statistics.median(beside), min(beside), max(beside)
+    name = "a step beside a save"
+    sys.stdout.write(f"{name:<24} {middle:6.2f} x alone  ({low:.2f} .. {high:.2f})\n")
 
 
 if __name__ == "__main__":

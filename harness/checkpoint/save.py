@@ -8,8 +8,11 @@ save on all ranks, and leaves the older checkpoints unchanged.
 
 import json
 import logging
+import os
 import shutil
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +36,7 @@ from harness.checkpoint.retention import (
     remove_after,
     undo_move,
 )
-from harness.checkpoint.snapshot import Snapshots, bytes_of
+from harness.checkpoint.snapshot import Snapshots, bytes_of, storage_sizes
 from harness.checkpoint.uploads import Uploads
 from harness.checkpoint.written import (
     checkpoint_error,
@@ -129,6 +132,8 @@ class Saver:
         self._all_written = distributed.AsyncAllReduceMax()
         self._snapshots = Snapshots()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._background = ThreadPoolExecutor(1, "background-save", initializer=step_back)
+        self._reserving: Future[None] | None = None
         self._removals = Removals()
         self.uploads = Uploads(store, lambda: live.config.checkpoint)
 
@@ -163,7 +168,8 @@ class Saver:
         except CheckpointError as error:
             self._discard(staged)
             return SaveResult(target, error)
-        writing = self._thread.submit(write_files, staged, trees)
+        thread = self._background if background else self._thread
+        writing = thread.submit(write_files, staged, trees)
         self._pending = _Pending(manifest, finite, staged, target, writing)
         return None if background else self.wait()
 
@@ -173,6 +179,8 @@ class Saver:
         None if there is none, or it is not written yet. Every rank calls this once per step.
         """
         self.uploads.poll()
+        if self._reserving is None and self._live.config.checkpoint.background:
+            self._reserve()
         if self._pending is None:
             return None
         still_writing = self._all_written.wait()
@@ -261,7 +269,8 @@ class Saver:
     def close(self) -> None:
         """Ends the threads: abandons a save or an upload in flight, and finishes removals."""
         self.uploads.close()
-        self._thread.shutdown(cancel_futures=True)
+        for thread in (self._thread, self._background):
+            thread.shutdown(cancel_futures=True)
         self._removals.close()
 
     def _discard(self, staged: Path) -> None:
@@ -269,9 +278,18 @@ class Saver:
         if self.disks.is_leader:
             shutil.rmtree(staged, ignore_errors=True)
 
+    def _reserve(self) -> None:
+        """After the first step, when the optimizers have their state: memory for the copies of a
+        save in the background, so that the first one stops training no longer than the others.
+        Collective."""
+        trees = [engine.collect() for engine in self._engines.trained]
+        self._reserving = self._background.submit(self._snapshots.reserve, storage_sizes(trees))
+
     def _copied(self, trees: FileTrees, target: Path) -> FileTrees:
         with checkpoint_error_on_all_ranks(f"cannot save {target}"):
             try:
+                if self._reserving is not None:
+                    self._reserving.result()
                 return self._snapshots.take(trees)
             except (MemoryError, RuntimeError) as error:  # not enough memory for a copy
                 raise CheckpointError(f"{type(error).__name__}: {error}") from None
@@ -304,6 +322,12 @@ class Saver:
             note=self.note,
             saved_at=max(time.time(), self._saved_at + 1e-3),  # a clock may be set back
         )
+
+
+def step_back() -> None:
+    """The calling thread runs on what the others, of all processes, leave of the cores."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def rank_file(rank: int) -> str:

@@ -1,6 +1,7 @@
 """Copies of live tensors in CPU memory, which a save in the background writes."""
 
 import itertools
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -13,8 +14,13 @@ from harness.utils import tensor_leaves
 
 def bytes_of(tree: Any) -> int:
     """Bytes of all tensors of a tree; shared storages are counted once."""
+    return sum(storage_sizes(tree))
+
+
+def storage_sizes(tree: Any) -> list[int]:
+    """Bytes of each storage of a tree's tensors."""
     storages = [tensor.untyped_storage() for tensor in tensor_leaves(tree)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return list({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class Snapshots:
@@ -26,6 +32,14 @@ class Snapshots:
 
     def __init__(self) -> None:
         self._buffers: list[torch.UntypedStorage] = []
+
+    def reserve(self, sizes: Sequence[int]) -> None:
+        """Memory for storages of these sizes, unless a copy was taken. May run in a thread, before
+        the first copy."""
+        if not self._buffers:
+            self._buffers = [_buffer(size) for size in sizes]
+            for buffer in self._buffers:
+                torch.empty(0, dtype=torch.uint8).set_(buffer).zero_()  # the system gives it now
 
     def take(self, tree: Any) -> Any:
         """A copy of the tree. It overwrites the previous one."""

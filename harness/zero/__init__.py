@@ -9,6 +9,7 @@ Its files, from the top down:
     patches.py        patches of DeepSpeed's classes, so that all stages train alike
     engine_state.py   what a running engine holds, and what can be set on it
     file_trees.py     the trees that a running engine saves, and loads
+    module_state.py   a model's state dict, loaded in linear time
     norms.py          the norm that decides whether a step is taken
     arrivals.py       which gradients arrive in a backward, in which order; zeros for the others
     notes.py          what a rank did in a micro-batch, if a collective in it fails

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from harness.zero import module_state
 from harness.zero.layout import PARAMETER_NAMES, Tree
 
 FileTrees = dict[str, Tree]
@@ -47,7 +48,7 @@ def load(ds: Any, directory: Path, name: str) -> None:
     stand for themselves.
     """
     names = ds._get_all_ckpt_names
-    with _checkpoint_engine(ds, _Reader(ds.checkpoint_engine)):
+    with _checkpoint_engine(ds, _Reader(ds.checkpoint_engine)), module_state.loading(ds.module):
         ds._get_all_ckpt_names = lambda path, tag: names(glob.escape(path), glob.escape(tag))
         try:
             ds.load_checkpoint(str(directory), tag=name)
@@ -58,7 +59,7 @@ def load(ds: Any, directory: Path, name: str) -> None:
 def load_trees(ds: Any, trees: FileTrees, name: str) -> None:
     """Loads the trees of this rank, as of `collect` with `for_loading`, which the engine then owns.
     Collective."""
-    with _checkpoint_engine(ds, _Giver(trees)):
+    with _checkpoint_engine(ds, _Giver(trees)), module_state.loading(ds.module):
         ds._get_all_ckpt_names = lambda path, tag: [os.devnull]  # it only has to exist
         try:
             ds.load_checkpoint(".", tag=name)

@@ -1,6 +1,7 @@
 """Patches of DeepSpeed's classes, so that all ZeRO stages train alike."""
 
 import importlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,6 +30,7 @@ def apply_patches() -> None:
     _allow_gradient_penalties()
     _let_timers_start_twice()
     _stay_at_the_smallest_scale()
+    _find_duplicates_at_once()
     patch_norms()
 
 
@@ -55,6 +57,19 @@ def _stay_at_the_smallest_scale() -> None:
         update(self, overflow)
 
     scaler.update_scale = update_scale
+
+
+def _find_duplicates_at_once() -> None:
+    """That no parameter is in the optimizer twice is checked by looking for each of them in lists
+    of all, made anew for each: 70 s for 30,000 parameters (DeepSpeed 0.19.8)."""
+
+    def check_for_duplicates(self: Any, optimizer: Any) -> None:
+        counts = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+        for name, parameter in self.module.named_parameters():
+            count = counts[id(parameter)]
+            assert count <= 1, f"parameter {name} occurs multiple times in optimizer.param_groups"
+
+    _class("engine", "DeepSpeedEngine")._check_for_duplicates = check_for_duplicates
 
 
 def _keep_optimizers_fresh() -> None:

@@ -1,5 +1,6 @@
 """What DeepSpeed does differently from stage to stage, and does not any more."""
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -124,3 +125,40 @@ def test_a_frozen_parameter_of_any_dtype_may_come_first(
         assert found["order"].real.tolist() == [1, 1, 1, 0, 1, 0]
         for name, weight in expected.items():
             assert torch.allclose(found[name], weight, rtol=0, atol=1e-2 if ds else 1e-6), name
+
+
+def duplicates_found() -> list[str]:
+    """What the engine's check says of optimizers with a parameter once, and twice; and how often it
+    reads their groups."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    class Optimizer:
+        reads = 0
+
+        def __init__(self, *groups: list[Tensor]):
+            self.groups = groups
+
+        @property
+        def param_groups(self) -> list[dict[str, Any]]:
+            Optimizer.reads += 1
+            return [{"params": group} for group in self.groups]
+
+    net = model()
+    first, *others = net.parameters()
+    engine, found = Namespace(module=net), []
+    for optimizer in (
+        Optimizer([first], others),
+        Optimizer([first, *others], [first]),
+        Optimizer([first, *others, first]),
+    ):
+        try:
+            DeepSpeedEngine._check_for_duplicates(engine, optimizer)  # type: ignore[arg-type]
+            found.append("none")
+        except AssertionError as error:
+            found.append(str(error))
+    return [*found, str(Optimizer.reads)]
+
+
+def test_parameters_that_an_optimizer_has_twice_are_found_at_once(two_ranks: RankPool) -> None:
+    twice = "parameter 0.weight occurs multiple times in optimizer.param_groups"
+    assert two_ranks.run(duplicates_found)[0] == ["none", twice, twice, "3"]
