@@ -88,7 +88,7 @@ def write_config(
         dir = "{directory}/runs"
         name = "r"
         steps = {STEPS}
-        timeout_s = 60
+        timeout_s = 300
         [task]
         path = "{ROOT}/tests/tasks/soak_task.py"
         [task.args]
