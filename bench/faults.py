@@ -87,7 +87,9 @@ def nvrx() -> None:
     """A rank under NVRx's launcher."""
     import torch
     import torch.distributed as dist
-    from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
+    from nvidia_resiliency_ext.fault_tolerance import (  # pyright: ignore[reportMissingImports]
+        RankMonitorClient,
+    )
 
     client = RankMonitorClient()
     client.init_workload_monitoring()
@@ -102,9 +104,9 @@ def nvrx() -> None:
 def torchft() -> None:
     """A replica of torchft, of one rank."""
     import torch
-    from torch.distributed import TCPStore
-    from torchft.manager import Manager
-    from torchft.process_group import ProcessGroupGloo
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    from torchft.manager import Manager  # pyright: ignore[reportMissingImports]
+    from torchft.process_group import ProcessGroupGloo  # pyright: ignore[reportMissingImports]
 
     directory, replica = Path(os.environ["FAULT_DIR"]), int(os.environ["REPLICA"])
     limit = timedelta(seconds=float(os.environ["BOUND"]))
@@ -186,7 +188,7 @@ def seconds(way: str, fault: str, bound: float, limit_s: float, directory: Path)
     environment = {"FAULT": fault, "FAULT_DIR": str(directory), "BOUND": str(bound)}
     python = [sys.executable, str(Path(__file__))]
     if way == "torchft":
-        from torchft.coordination import LighthouseServer
+        from torchft.coordination import LighthouseServer  # pyright: ignore[reportMissingImports]
 
         lighthouse = LighthouseServer(bind="[::]:0", min_replicas=1, join_timeout_ms=1000)
         environment["TORCHFT_LIGHTHOUSE"] = lighthouse.address()
