@@ -152,8 +152,7 @@ class Sampler(ABC, Generic[Draw]):
             self.load_state_dict(state)
             return ""
         except ValueError as error:
-            before = state.get("length")
-            if self._continues(state) and before < self.length:
+            if self._continues(state) and (before := state["length"]) < self.length:
                 self._grown = _Grown(*state.get("grown", (state["epoch"], before)))
                 self._move(state, [tuple(span) for span in state.get("dropped", ())])
                 return (

@@ -40,18 +40,24 @@ class TaskSink:
         except Exception as error:
             self._fail(self._error(f"step {record['step']}", error))
 
+    def close(self) -> None:
+        """Closes the sink. Raises TaskError."""
+        try:
+            self._sink.close()
+        except Exception as error:
+            raise self._error("close", error) from error
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Closes the sink. Raises TaskError if that fails; after an error it is only logged."""
+        """Closes the sink; after an error its own is only logged."""
         try:
-            self._sink.close()
-        except Exception as failure:
-            named = self._error("close", failure)
+            self.close()
+        except TaskError as failure:
             if error[1] is None:
-                raise named from failure
-            log.error("%s", named)
+                raise
+            log.error("%s", failure)
 
     def _error(self, where: str, error: Exception) -> TaskError:
         name = type(self._sink).__name__
