@@ -7,7 +7,8 @@ buffers outside the pickle, are not supported.
 
 Python's own unpickler in C would be faster; with a closed `find_class` it runs no code either.
 But it hashes any key (nested tuples take exponential time), allocates what an index of the memo
-asks for, and does not count containers; no hook comes before that.
+asks for, and does not count containers; no hook comes before that. It would take about half the
+time: the rest is spent on making and checking the tensors, which both would do in Python.
 """
 
 import pickle
