@@ -34,8 +34,6 @@ from typing import Any
 
 from harness.testing.pool import RankPool
 
-WARM_UP = 20
-"""Steps of each loop before the first block."""
 MICRO_BATCH = 4
 
 
@@ -176,13 +174,13 @@ class Turns:
         self._bare = bare
         self._block = block
         self._profile = profile
-        self._steps = -WARM_UP
+        self._steps = -block  # of the first block, which warms up
         self._began = 0.0, 0.0
         self.cpu, self.clock = Found(), Found()
 
     def before_step(self) -> None:
-        if self._steps == -WARM_UP:
-            for _ in range(WARM_UP):
+        if self._steps == -self._block:
+            for _ in range(self._block):
                 self._bare.step()
         if self._steps >= 0 and self._steps % self._block == 0:
             if self._steps:
@@ -215,7 +213,7 @@ def measure(setting: Setting, block: int, rounds: int, lines: int) -> tuple[Foun
     profile = cProfile.Profile(time.thread_time) if lines else None
     with tempfile.TemporaryDirectory(prefix="bench-loop-") as directory:
         place = Path(distributed.broadcast(directory))
-        config = make_config(setting, place, WARM_UP + block * rounds + 1)
+        config = make_config(setting, place, block * (rounds + 1) + 1)
         turns = Turns(BareLoop(setting, config), block, profile)
         plain = Trainer.step
 

@@ -58,7 +58,7 @@ class PlainGradients:
     def __init__(self, module: nn.Module):
         """Waits for the device. Collective if the model has experts."""
         parameters = [p for p in module.parameters() if p.grad is not None]
-        self._gradients = [p.grad for p in parameters]
+        self._gradients = [p.grad for p in parameters if p.grad is not None]
         norms: Any = torch._foreach_norm(self._gradients)  # pyright: ignore[reportPrivateImportUsage]
         square = float(torch.stack(norms).pow(2).sum()) if norms else 0.0  # the one wait
         self._norm = np.sqrt(np.float32(square))

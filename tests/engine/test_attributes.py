@@ -1,12 +1,14 @@
 """What a forward leaves in attributes of submodules."""
 
+from typing import Any
+
 from torch import nn
 
 from harness.engine.attributes import Submodules
 
 
 def test_submodules_are_those_of_the_model_as_it_is_now() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Dropout())
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Dropout())
     submodules = Submodules(model)
 
     def check() -> None:
@@ -28,8 +30,8 @@ def test_submodules_are_those_of_the_model_as_it_is_now() -> None:
 
 
 def test_a_model_without_children() -> None:
-    model = nn.Linear(2, 2)
-    model.loss = 3.0  # type: ignore[assignment]
+    model: Any = nn.Linear(2, 2)
+    model.loss = 3.0
     submodules = Submodules(model)
     assert submodules.gather("loss", str) == {}
     assert submodules.gather("loss", float) == {"": 3.0}

@@ -37,10 +37,10 @@ class Parent(nn.Module):
         self.a, self.ab = nn.Linear(3, 3, bias=False), nn.Linear(3, 3)
         self.none = None
 
-    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
-        if f"{prefix}a.bias" in state:
-            state[f"{prefix}ab.bias"] = state.pop(f"{prefix}a.bias")
-        super()._load_from_state_dict(state, prefix, *args)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **named: Any) -> None:
+        if f"{prefix}a.bias" in state_dict:
+            state_dict[f"{prefix}ab.bias"] = state_dict.pop(f"{prefix}a.bias")
+        super()._load_from_state_dict(state_dict, prefix, *args, **named)
 
 
 def model_of(seed: int) -> nn.Module:
@@ -85,7 +85,7 @@ def loaded(load: Any, change: Any, strict: bool) -> tuple[Any, dict[str, Any]]:
     state.clear()
     state.update(changed)
     if metadata is None:
-        del state._metadata  # type: ignore[attr-defined]
+        del state._metadata
     before = list(state)
     try:
         result = load(model, state, strict=strict)

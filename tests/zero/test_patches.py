@@ -135,7 +135,7 @@ def duplicates_found() -> list[str]:
     class Optimizer:
         reads = 0
 
-        def __init__(self, *groups: list[Tensor]):
+        def __init__(self, *groups: list[nn.Parameter]):
             self.groups = groups
 
         @property
