@@ -28,7 +28,8 @@ class Result:
     checkpoint: Path | None
     """The newest checkpoint; None if the run has none."""
     exports: Path | None
-    """The directory of the newest exports, with ENGINE.sft of each trained engine; None without."""
+    """The directory of the newest exports, with ENGINE.sft of each trained engine, or what its
+    exporter writes; None without."""
     run_dir: Path
     """The run's directory."""
     ended: Kind

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from harness.errors import TaskError
 from harness.run import run_in_world
-from harness.task import count_batch, default_feeder
+from harness.task import Task, count_batch, default_feeder, validate
 from harness.testing.pool import RankPool
 from harness.utils import tensor_leaves, to_device
 from tests.support.helpers import ROOT, losses, tiny_config
@@ -172,3 +172,11 @@ def test_kinds_of_batches_and_outputs_train_alike(
         found[name] = losses(config)
     for kind in KINDS:
         assert found[kind] == pytest.approx(found["plain"], rel=1e-6), kind
+
+
+@pytest.mark.parametrize("key", ["init_weights", "exporters"])
+def test_what_is_given_for_an_engine_needs_its_model(key: str) -> None:
+    given: dict[str, Any] = {key: {"nett": print}}
+    task = Task(models={"net": nn.Linear(1, 1)}, train_data=[], **given)
+    with pytest.raises(TaskError, match=f"{key}: there is no model 'nett'"):
+        validate(task, "x.py")

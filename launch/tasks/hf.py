@@ -118,7 +118,12 @@ def dataset(
     if path.with_suffix(".idx").is_file():
         if args.packing is None:
             raise ConfigError(f"{path} is a corpus of tokens: set task.args.packing")
-        return Packed(Documents(TokenFile(path)), args.seq_len, method=args.packing), False
+        corpus = TokenFile(path)
+        if (most := int(corpus.tokens.max(initial=0))) >= len(tokenizer):
+            raise ConfigError(
+                f"{path}: token {most} is not one of the tokenizer's {len(tokenizer)}"
+            )
+        return Packed(Documents(corpus), args.seq_len, method=args.packing), False
     rows = read_rows(path)
     samples = Samples(rows, tokenizer, model.kind, args.seq_len, args.field)
     if model.kind != "masked" and not (samples[0]["labels"] >= 0).any():

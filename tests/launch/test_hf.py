@@ -11,6 +11,7 @@ from torch import Tensor
 from harness import Callback
 from harness.config import Config
 from harness.config.sections import merge
+from harness.data.token_files import TokenWriter
 from harness.errors import ConfigError
 from harness.run import run_in_world
 from harness.task import load_task
@@ -271,3 +272,19 @@ def test_what_is_wrong_is_known_before_step_1(
     config = config_of(tmp_path, 0, folder, rows, given)
     with pytest.raises(ConfigError, match=message.replace("TMP", re.escape(str(tmp_path)))):
         load_task(config)
+
+
+def test_a_prepared_corpus_is_packed(tmp_path: Path) -> None:
+    folder = hf_folders.write_folder(tmp_path / "folder", "llama", weights=False)
+    with TokenWriter(tmp_path / "corpus", "u2") as writer:
+        writer.write([[5, 6, 7, 2], [8, 9, 2]])
+    task = load_task(config_of(tmp_path, 0, folder, tmp_path / "corpus", {"packing": "greedy"}))
+    assert task.train_data[0]["position_ids"][:8].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    batch = task.collate([task.train_data[0]])
+    assert batch.keys() == {"input_ids", "labels", "position_ids"}, "a mask would hide positions"
+    with pytest.raises(ConfigError, match=r"a corpus of tokens: set task\.args\.packing"):
+        load_task(config_of(tmp_path, 0, folder, tmp_path / "corpus"))
+    with TokenWriter(tmp_path / "other", "u2") as writer:
+        writer.write([[400, 2]])
+    with pytest.raises(ConfigError, match="token 400 is not one of the 300"):
+        load_task(config_of(tmp_path, 0, folder, tmp_path / "other", {"packing": "greedy"}))

@@ -72,11 +72,11 @@ def config_of(name: str, vocabulary: int = 300, **options: Any) -> Any:
     shared = tokens | {"vocab_size": vocabulary} | options
     match name:
         case "llama":
-            more = {"num_key_value_heads": 1, "max_position_embeddings": 64}
+            more: dict[str, Any] = {"num_key_value_heads": 1, "max_position_embeddings": 64}
             made = hf.LlamaConfig(**(SIZES | HEADS | more | shared))
         case "gpt2":
-            dry = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-            sizes = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+            dry: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            sizes: dict[str, Any] = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
             made = hf.GPT2Config(**(sizes | dry | shared))
         case "t5":
             sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2}
