@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.checkpoint.init_weights import _read_weights
+from harness.checkpoint.init_weights import read_weights
 from harness.checkpoint.inspect import describe_path
 from harness.convert.convert import Options, convert
 from harness.errors import HarnessError
@@ -171,7 +171,7 @@ def test_weights_beside_other_objects_are_converted_and_loaded(
     lines: list[str] = []
     convert(tmp_path / "x.pt", tmp_path / "x.sft", Options(dtype="bf16"), lines.append)
     assert load(tmp_path / "x.sft").keys() == WEIGHTS.keys() and len(lines) == 3
-    assert _read_weights(tmp_path / "x.pt", "net").keys() == WEIGHTS.keys()
+    assert read_weights(tmp_path / "x.pt", "net").keys() == WEIGHTS.keys()
     assert "init_from: skipped 'm._extra_state': not a tensor, but None" in caplog.text
     torch.save({"model": WEIGHTS, "epoch": 3, "cfg": Custom()}, tmp_path / "x.pt")
     convert(tmp_path / "x.pt", tmp_path / "x.sft", Options(), lines.append)
