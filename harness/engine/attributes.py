@@ -14,19 +14,20 @@ class Submodules:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._modules = [("", model)]
-        self._children: dict[int, list[tuple[str, nn.Module | None]]] = {}
+        self._find()
 
     def __call__(self) -> list[tuple[str, nn.Module]]:
         """`named_modules` of the model as it is now."""
-        if self._children != self._current_children():
-            self._modules = list(self._model.named_modules())
-            self._children = self._current_children()
+        changed = (list(now.items()) != before for now, before in self._parents)
+        if any(self._leaves) or any(changed):
+            self._find()
         return self._modules
 
-    def _current_children(self) -> dict[int, list[tuple[str, nn.Module | None]]]:
-        modules = enumerate(self._modules)
-        return {n: list(m._modules.items()) for n, (_, m) in modules if m._modules}
+    def _find(self) -> None:
+        self._modules = list(self._model.named_modules())
+        children = [module._modules for _, module in self._modules]
+        self._parents = [(now, list(now.items())) for now in children if now]
+        self._leaves = [now for now in children if not now]
 
     def gather(self, name: str, kind: type = object) -> dict[str, Any]:
         """Removes attribute `name` from every submodule that has it; `{module path: value}`.

@@ -1,6 +1,6 @@
 """Loading a model's state dict is what torch's own loading is."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def forget_versions(state: dict[str, Any]) -> None:
 
 def loaded(load: Any, change: Any, strict: bool) -> tuple[Any, dict[str, Any]]:
     """What `load` returns, or its error; and the model then."""
-    model, state = model_of(1), model_of(2).state_dict()
+    model, state = model_of(1), cast(Any, model_of(2).state_dict())
     changed = {**state, "_metadata": state._metadata}
     change(changed)
     metadata = changed.pop("_metadata", None)
