@@ -96,7 +96,9 @@ def _text(row: Row, field: str) -> str:
     return text
 
 
-def chat_tokens(tokenizer: Any, messages: list[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+def chat_tokens(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]]
+) -> tuple[list[int], list[int]]:
     """The tokens of a chat, and its labels: the assistant's messages, and what ends each.
 
     By the template's `{% generation %}`, if it has that; otherwise by rendering the chat up to each

@@ -95,7 +95,7 @@ class FolderWeights:
 
 
 def renamed_weights(
-    model: Any, stored: Weights, entries: Mapping[str, Tensor], path: Path
+    model: Any, stored: Mapping[str, StoredTensor], entries: Mapping[str, Tensor], path: Path
 ) -> dict[str, StoredTensor]:
     """Stored weights under the model's names, by transformers' rules. Raises ConfigError if it
     would not only rename some, but convert them, like many experts into one tensor."""

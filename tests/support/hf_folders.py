@@ -66,7 +66,9 @@ def tokenizer(size: int = 300, *, pads: bool = True) -> Any:
 
 def config_of(name: str, vocabulary: int = 300, **options: Any) -> Any:
     """The config of a tiny model."""
-    import transformers as hf
+    import transformers
+
+    hf: Any = transformers
 
     tokens: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     shared = tokens | {"vocab_size": vocabulary} | options
@@ -97,7 +99,9 @@ def config_of(name: str, vocabulary: int = 300, **options: Any) -> Any:
 
 def model_of(config: Any, seed: int = 7) -> nn.Module:
     """The model of a config, its weights large enough that training changes what it says."""
-    import transformers as hf
+    import transformers
+
+    hf: Any = transformers
 
     torch.manual_seed(seed)
     kinds = {"t5": hf.AutoModelForSeq2SeqLM, "bert": hf.AutoModelForMaskedLM, "clip": hf.AutoModel}
