@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from harness import distributed
+from harness.checkpoint.commit import commit, create_staging
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.files import FileEntry, verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
 from harness.checkpoint.remote_store import PARALLEL_FILES, Store, local_name
-from harness.checkpoint.save import commit, create_staging
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import MANIFEST
 from harness.errors import CheckpointError

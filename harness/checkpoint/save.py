@@ -16,42 +16,29 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from harness import distributed
 from harness.callbacks.moments import Callbacks
+from harness.checkpoint.commit import commit, create_staging, write_files, write_latest
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest, step_directory
 from harness.checkpoint.remote_store import Store
-from harness.checkpoint.retention import (
-    Removals,
-    delete_replaced,
-    move_into_place,
-    prune,
-    remove_after,
-    undo_move,
-)
+from harness.checkpoint.retention import Removals, prune, remove_after
 from harness.checkpoint.snapshot import Snapshots, bytes_of, storage_sizes
 from harness.checkpoint.uploads import Uploads
-from harness.checkpoint.written import (
-    checkpoint_error,
-    checkpoint_error_on_all_ranks,
-    write_file,
-)
+from harness.checkpoint.written import checkpoint_error, checkpoint_error_on_all_ranks
 from harness.control.live import LiveConfig
-from harness.convert.resolve_source import LATEST
 from harness.convert.run_checkpoints import checkpoints_in, saved_at
 from harness.data.step_batches import StepBatches
 from harness.distributed.rng import rng_state
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError
-from harness.files import sync_directory, write_atomically
 from harness.zero.file_trees import FileTrees
 from harness.zero.layout import layout_digest
 
@@ -333,69 +320,6 @@ def step_back() -> None:
 def rank_file(rank: int) -> str:
     """The name of a rank's own file in a checkpoint."""
     return f"rank-{rank:05d}.pt"
-
-
-def create_staging(staged: Path, needed: int) -> None:
-    """Creates the empty staging directory. Raises OSError, also if fewer than `needed` bytes are
-    free."""
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    free = shutil.disk_usage(staged).free
-    if needed > free:
-        staged.rmdir()
-        raise OSError(f"needs {needed / 1e6:,.0f} MB, and only {free / 1e6:,.0f} MB are free")
-
-
-def write_files(staged: Path, trees: FileTrees) -> Entries:
-    """Writes and syncs a rank's files below the staging directory. Raises OSError."""
-    entries: Entries = {}
-    for name, tree in trees.items():
-        path = staged / name
-        path.parent.mkdir(exist_ok=True)
-        entries[name] = write_file(tree, path)
-        sync_directory(path.parent)
-    return entries
-
-
-def commit(
-    manifest: Manifest,
-    staged: Path,
-    target: Path,
-    is_leader: bool,
-    agreed: Callable[[str], AbstractContextManager[None]] = checkpoint_error_on_all_ranks,
-) -> None:
-    """Turns the staging directory into a checkpoint, on all disks or on none; one whose weights
-    are finite becomes the latest.
-
-    `is_leader`: whether this rank does it for its disk. `agreed`: the context of each operation;
-    by default it is collective, and a CheckpointError of one rank is raised on all. After a kill
-    between two disks `retention.clean` restores what the incomplete checkpoint has replaced.
-    """
-    doing = f"cannot save {target}"
-    with agreed(doing):
-        if is_leader:
-            manifest.write(staged)
-            sync_directory(staged)
-    try:
-        with agreed(doing):
-            if is_leader:
-                move_into_place(staged, target)
-                sync_directory(target.parent)
-    except CheckpointError:
-        if is_leader:
-            with suppress(OSError):  # a broken disk: `clean` does it at the next start
-                undo_move(staged, target)
-        raise
-    with agreed(doing):
-        if is_leader:
-            if manifest.finite is not False:
-                write_latest(target)
-            delete_replaced(target)
-
-
-def write_latest(target: Path) -> None:
-    """Writes the checkpoint's name into `latest` next to it."""
-    write_atomically(target.with_name(LATEST), lambda path: path.write_text(f"{target.name}\n"))
 
 
 def engine_manifest(engine: Engine) -> EngineManifest:

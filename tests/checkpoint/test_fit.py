@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from harness import distributed
 from harness.checkpoint import resume
-from harness.checkpoint.save import write_files
+from harness.checkpoint.commit import write_files
 from harness.config import Config
 from harness.data.sampler import RandomSampler
 from harness.io.stored import materialize, read_tensor

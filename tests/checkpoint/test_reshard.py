@@ -10,7 +10,7 @@ import torch
 
 from harness import io
 from harness.checkpoint import resume
-from harness.checkpoint.save import write_files
+from harness.checkpoint.commit import write_files
 from harness.config import Config
 from harness.config.engine_sections import OptimizerConfig
 from harness.config.sections import merge

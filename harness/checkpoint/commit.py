@@ -1,0 +1,78 @@
+"""A checkpoint's files: staged, written, and committed on all disks or on none."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+
+from harness.checkpoint.files import FileEntry
+from harness.checkpoint.manifest import Manifest
+from harness.checkpoint.retention import delete_replaced, move_into_place, undo_move
+from harness.checkpoint.written import checkpoint_error_on_all_ranks, write_file
+from harness.convert.resolve_source import LATEST
+from harness.errors import CheckpointError
+from harness.files import sync_directory, write_atomically
+from harness.zero.file_trees import FileTrees
+
+
+def create_staging(staged: Path, needed: int) -> None:
+    """Creates the empty staging directory. Raises OSError, also if fewer than `needed` bytes are
+    free."""
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    free = shutil.disk_usage(staged).free
+    if needed > free:
+        staged.rmdir()
+        raise OSError(f"needs {needed / 1e6:,.0f} MB, and only {free / 1e6:,.0f} MB are free")
+
+
+def write_files(staged: Path, trees: FileTrees) -> dict[str, FileEntry]:
+    """Writes and syncs a rank's files below the staging directory. Raises OSError."""
+    entries: dict[str, FileEntry] = {}
+    for name, tree in trees.items():
+        path = staged / name
+        path.parent.mkdir(exist_ok=True)
+        entries[name] = write_file(tree, path)
+        sync_directory(path.parent)
+    return entries
+
+
+def commit(
+    manifest: Manifest,
+    staged: Path,
+    target: Path,
+    is_leader: bool,
+    agreed: Callable[[str], AbstractContextManager[None]] = checkpoint_error_on_all_ranks,
+) -> None:
+    """Turns the staging directory into a checkpoint, on all disks or on none; one whose weights
+    are finite becomes the latest.
+
+    `is_leader`: whether this rank does it for its disk. `agreed`: the context of each operation;
+    by default it is collective, and a CheckpointError of one rank is raised on all. After a kill
+    between two disks `retention.clean` restores what the incomplete checkpoint has replaced.
+    """
+    doing = f"cannot save {target}"
+    with agreed(doing):
+        if is_leader:
+            manifest.write(staged)
+            sync_directory(staged)
+    try:
+        with agreed(doing):
+            if is_leader:
+                move_into_place(staged, target)
+                sync_directory(target.parent)
+    except CheckpointError:
+        if is_leader:
+            with suppress(OSError):  # a broken disk: `clean` does it at the next start
+                undo_move(staged, target)
+        raise
+    with agreed(doing):
+        if is_leader:
+            if manifest.finite is not False:
+                write_latest(target)
+            delete_replaced(target)
+
+
+def write_latest(target: Path) -> None:
+    """Writes the checkpoint's name into `latest` next to it."""
+    write_atomically(target.with_name(LATEST), lambda path: path.write_text(f"{target.name}\n"))
