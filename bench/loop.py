@@ -235,6 +235,7 @@ def measure(setting: Setting, block: int, rounds: int, lines: int) -> tuple[Foun
 
 def measure_building(setting: Setting) -> tuple[float, float]:
     """CPU seconds to build the engines: by harness, and by DeepSpeed alone."""
+    from harness.engine.engine import Engine
     from harness.engine.engines import build_engines
 
     def by_harness() -> Any:
@@ -251,7 +252,8 @@ def measure_building(setting: Setting) -> tuple[float, float]:
         engines = build()
         found.append(time.process_time() - began)
         for engine in engines:
-            getattr(engine, "close", None) or engine.destroy()
+            end = engine.close if isinstance(engine, Engine) else engine.destroy
+            end()
     return found[0], found[1]
 
 

@@ -69,10 +69,11 @@ class SkippingFetch(Fetch):
     def _another(self, index: int) -> Any:
         """A sample to keep the rank in step with the others: the first readable one after, or why
         the last that was tried is skipped, too."""
-        for further in range(1, self.most_skipped + 1):
-            found = self._read((index + further) % len(self.dataset))
+        found = self._read((index + 1) % len(self.dataset))
+        for further in range(2, self.most_skipped + 1):
             if not isinstance(found, Skipped):
                 break
+            found = self._read((index + further) % len(self.dataset))
         return found
 
 

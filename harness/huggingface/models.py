@@ -98,7 +98,7 @@ def _kind_of(config: Any, file: Path) -> Kind:
         "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     }
-    fits = [kind for kind, names in known.items() if config.model_type in names]
+    fits: list[Kind] = [kind for kind, names in known.items() if config.model_type in names]
     if len(fits) != 1:
         raise ConfigError(
             f"{file}: a model of type {config.model_type!r} may be {' or '.join(fits) or 'neither'}"
