@@ -11,6 +11,7 @@ Its files, from the top down:
     abort.py           aborts the collectives of this rank
     rng.py             the random generators of a rank
     world.py           ranks and devices; joining and leaving the world
+    rendezvous.py      where the ranks of a launcher meet, also for a second run
     network.py         which interface gloo uses, and what its errors mean
     forks.py           what a forked process must not keep of its rank
 """

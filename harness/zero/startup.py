@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from harness import distributed
+from harness.distributed import rendezvous
 from harness.distributed.forks import sockets_close_in_forks
 from harness.zero import leftovers
 from harness.zero.patches import apply_patches
@@ -24,7 +25,7 @@ def join(timeout: timedelta) -> Callable[[], None]:
     """
     deepspeed = _patched(timeout)
     leave = partial(_leave, _groups(), deepspeed.comm.comm.cdb)
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    deepspeed.init_distributed(timeout=timeout, verbose=False, init_method=rendezvous.URL)
     return leave
 
 
