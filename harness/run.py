@@ -50,6 +50,7 @@ from harness.metrics.progress import Progress
 from harness.metrics.recorder import Recorder, TaskSink
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
 from harness.metrics.status import Status
+from harness.metrics.tracker_sink import open_trackers
 from harness.run_directory import RunDirectory
 from harness.task import Task, check_eval_data, load_task
 from harness.trainer import Trainer
@@ -301,6 +302,7 @@ def _open_sinks(
             sinks.append(JsonlSink(config.run_dir / "metrics.jsonl", step))
             if config.metrics.tensorboard:
                 sinks.append(TensorBoardSink(config.run_dir / "tensorboard", step))
+            sinks += open_trackers(config, max(step, 0))
     for sink in sinks:
         stack.callback(sink.close)
     return sinks

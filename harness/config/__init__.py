@@ -7,6 +7,7 @@ Nothing here imports torch, so that a mistake in the config is reported within a
     overrides.py        settings of the command line and of the environment
     root.py             Config: all tables, and the rules between them
     health_section.py   [health]: what follows trouble of a rank
+    metrics_section.py  [metrics]: where they are reported
     engine_sections.py  [engines.NAME]: DeepSpeed's JSON, optimizer, schedule, adapters
     deepspeed_rules.py  settings of DeepSpeed that harness does not support, one check each
     deepspeed_keys.py   the keys that DeepSpeed knows

@@ -9,13 +9,13 @@ from pydantic import Field, field_validator, model_validator
 
 from harness.config.engine_sections import EngineConfig
 from harness.config.health_section import HealthConfig
+from harness.config.metrics_section import MetricsConfig
 from harness.config.old_names import current_keys
 from harness.config.sections import (
     CheckpointConfig,
     ControlConfig,
     DataConfig,
     EventConfig,
-    MetricsConfig,
     OptimizationsConfig,
     RunConfig,
     Section,

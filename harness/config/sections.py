@@ -347,22 +347,6 @@ class EventConfig(Section):
         return self
 
 
-class MetricsConfig(Section):
-    """[metrics] where to report metrics, besides metrics.jsonl."""
-
-    progress: bool = True
-    """Show a progress bar on rank 0."""
-    tensorboard: bool = False
-    """Write TensorBoard events to the run directory (needs tensorboard)."""
-
-    @field_validator("tensorboard")
-    @classmethod
-    def _installed(cls, wanted: bool) -> bool:
-        if wanted and not importable("tensorboard"):
-            raise ValueError("tensorboard is not installed: pip install tensorboard")
-        return wanted
-
-
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base`, with `over` merged in recursively."""
     merged = dict(base)

@@ -7,6 +7,8 @@ Sinks, progress and status are on rank 0 only; every rank has a meter and writes
     memory.py      the memory of this rank and of its device
     recorder.py    where the records of a run go: its sinks
     closing.py     the summary when a run ends: what it has reached, and what to type next
+    tracker_sink.py  what a tracker is sent, from a queue that no step waits for
+    trackers.py    W&B, MLflow, trackio
     sinks.py       metrics.jsonl, TensorBoard
     progress.py    the progress bar, or log lines without a terminal
     status.py      the current state of the run, for `status` and `time`

@@ -1,0 +1,95 @@
+"""The trackers themselves, read back from the files that they write."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.metrics.tracker_sink import TrackerSink
+from harness.metrics.trackers import TRACKERS, TrackedRun
+
+
+def crash_and_resume(name: str, directory: Path) -> None:
+    """A run that ends after step 15, and one that goes on from 10 to 20."""
+    for step, last in ((0, 15), (10, 20)):
+        run = TrackedRun("project", "tiny", step, {"run": {"steps": 20}}, directory)
+        sink = TrackerSink(name, TRACKERS[name](), run, sends_exports=True)
+        for now in range(step + 1, last + 1):
+            sink.write({"step": now, "time": 1000.0 + now, "loss": 1 / now})
+        sink.write({"step": last, "time": 1100.0, "eval/loss": 0.5})
+        export = directory / f"step-{last}"
+        export.mkdir()
+        (export / "net.sft").write_bytes(b"weights")
+        sink.write({"step": last, "event": "export", "text": str(export)})
+        sink.close()
+
+
+def test_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracking = pytest.importorskip("mlflow.tracking", reason="needs mlflow-skinny")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    crash_and_resume("mlflow", tmp_path)
+    client = tracking.MlflowClient((tmp_path / "mlruns").as_uri())
+    experiment = client.get_experiment_by_name("project")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert sorted(runs) == ["tiny", "tiny-from-10"]
+    for run, steps in ((runs["tiny"], range(1, 16)), (runs["tiny-from-10"], range(11, 21))):
+        history = client.get_metric_history(run.info.run_id, "loss")
+        assert {metric.step: metric.value for metric in history} == {s: 1 / s for s in steps}
+        assert len(history) == len(steps)
+        evaluations = client.get_metric_history(run.info.run_id, "eval/loss")
+        assert [(metric.step, metric.value) for metric in evaluations] == [(steps[-1], 0.5)]
+        assert run.data.params["run.steps"] == "20" and run.data.tags["group"] == "tiny"
+        assert run.info.status == "FINISHED"
+        files = {item.path for item in client.list_artifacts(run.info.run_id)}
+        assert files == {"events.txt", f"step-{steps[-1]}"}
+    assert "has not got" not in caplog.text
+
+
+def test_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("wandb", reason="needs wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    crash_and_resume("wandb", tmp_path)
+    runs = {}
+    for file in tmp_path.glob("wandb/offline-run-*/*.wandb"):
+        entries = wandb_records(file)
+        (run,) = [entry.run for entry in entries if entry.HasField("run")][:1]
+        history = [
+            {item.key or "/".join(item.nested_key): item.value_json for item in entry.history.item}
+            for entry in entries
+            if entry.HasField("history")
+        ]
+        runs[run.display_name] = (run.run_group, history)
+        assert any(entry.HasField("request") or entry.HasField("artifact") for entry in entries)
+    assert sorted(runs) == ["tiny", "tiny-from-10"]
+    for name, steps in (("tiny", range(1, 16)), ("tiny-from-10", range(11, 21))):
+        group, history = runs[name]
+        assert group == "tiny"
+        assert [int(row["step"]) for row in history if "loss" in row] == [*steps]
+        assert [(row["step"], row["eval/loss"]) for row in history if "eval/loss" in row] == [
+            (str(steps[-1]), "0.5")
+        ]
+        assert sum("event/export" in row for row in history) == 1
+    assert "has not got" not in caplog.text
+
+
+def wandb_records(file: Path) -> list[Any]:
+    """The records in an offline run: a log of LevelDB's format after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, records, parts = file.read_bytes(), 7, [], b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # the rest of a block
+            place += 32768 - place % 32768
+            continue
+        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        parts += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # all of a record, or its last part
+            records.append(wandb_internal_pb2.Record.FromString(parts))
+            parts = b""
+    return records
