@@ -9,6 +9,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
 (tests/test_architecture.py).
 
     cli.py             the command `harness`, a table of subcommands
+    sizing/            what a run would need, before it is started
     doctor.py          what on this machine would stop or slow a run
     report/            what runs have done, as a page to look at
     local_ranks.py     `harness.launch`: ranks on this machine, from a script or a notebook
@@ -51,6 +52,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     files.py           files by atomic rename, or a line at a time; locks
     devices.py         what this process computes on, and what suits that device
     utils.py           small helpers that need no file of their own
+    byte_sizes.py      sizes in bytes, as one types them
     errors.py          errors addressed to the user
     testing/           rank pools, a simulated device, faults on demand; nothing imports it
 """

@@ -3,7 +3,6 @@
 import argparse
 import gc
 import platform
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness import __version__
+from harness.byte_sizes import size
 from harness.errors import ConfigError, HarnessError
+from harness.sizing.command import add_plan_arguments, run_plan
 
 
 class Subcommand(NamedTuple):
@@ -326,15 +327,6 @@ def run_data(args: argparse.Namespace) -> int:
     return 0
 
 
-def size(text: str) -> int:
-    """Parses a size like 500MB or 5GiB into bytes; units are powers of 1000, with an i of 1024."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a size like 5GB")
-    unit = 1024 if match[3] else 1000
-    return int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))
-
-
 def print_line(line: str) -> None:
     """Writes a line to standard output, unbuffered."""
     sys.stdout.write(f"{line}\n")
@@ -370,6 +362,13 @@ COMMANDS = {
         description="Checks versions, devices, the network between ranks, port, shared memory, "
         "limits, disk, clock, compiler and stale locks, each with a remedy.",
         epilog="exit code: 0 a run can start, 1 something would stop it, 130 interrupted",
+    ),
+    "plan": Subcommand(
+        "what a run would need: memory, traffic, checkpoints",
+        lambda parser: add_plan_arguments(parser, size),
+        lambda args: run_plan(args, print_line),
+        description="Computes from shapes, without a GPU, what a model needs per rank.",
+        epilog="exit code: 0 done (or it fits), 1 it does not fit in --memory, 2 a mistake",
     ),
     "ctl": Subcommand(
         "send commands to a running job",

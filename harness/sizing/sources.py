@@ -1,0 +1,164 @@
+"""The model that is planned for: from sizes, an import path, a Hugging Face config, or a task."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.config import Config
+from harness.config.deepspeed_rules import half_precision, value_at
+from harness.config.load import load
+from harness.engine.attributes import Submodules
+from harness.errors import ConfigError, did_you_mean
+from harness.huggingface.models import describe
+from harness.sizing.activations import Activations, call, trace
+from harness.sizing.llama import Llama
+from harness.sizing.setting import OPTIMIZERS, Setting
+from harness.task import load_task
+from harness.utils import import_path
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on the meta device, and what its forward is called with."""
+
+    title: str
+    model: nn.Module
+    batch: Callable[[Setting], Any]
+    forward: Callable[[nn.Module, Any], Any] = call
+
+    def activations(self, setting: Setting) -> Activations:
+        """Of one micro-batch. Raises ConfigError if the forward fails."""
+        try:
+            return trace(self.model, self.batch(setting), setting.precision, self.forward)
+        except Exception as error:  # the user's code may raise anything
+            raise ConfigError(
+                f"{self.title}: its forward could not be traced: {type(error).__name__}: {error}; "
+                "--no-activations plans without them"
+            ) from error
+
+
+def token_ids(setting: Setting) -> dict[str, torch.Tensor]:
+    """A batch of a language model: [micro_batch, seq_len]."""
+    ids = torch.zeros(setting.micro_batch, setting.seq_len, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "labels": ids}
+
+
+def from_sizes(sizes: Mapping[str, int]) -> Subject:
+    """A LLaMA of `layers`, `hidden`, `heads`, `ffn`, `vocabulary`, and maybe `kv_heads`."""
+    for name in ("layers", "hidden", "heads", "ffn", "vocabulary"):
+        if sizes.get(name, 0) < 1:
+            raise ConfigError(f"--{name}: expected a number >= 1; a shape needs all five sizes")
+    heads = sizes["heads"]
+    if sizes["hidden"] % (2 * heads):
+        raise ConfigError(f"--hidden {sizes['hidden']}: expected a multiple of 2 x {heads} heads")
+    if sizes.get("kv_heads") and heads % sizes["kv_heads"]:
+        raise ConfigError(f"--kv-heads {sizes['kv_heads']}: does not divide {heads} heads")
+    with torch.device("meta"):
+        model = Llama(**sizes)
+    return Subject("LLaMA shape", model, token_ids)
+
+
+def from_import_path(path: str) -> Subject:
+    """The model that `module:function` returns: alone, then it is called with token ids as its only
+    argument; or with the inputs of a call, `(model, dict or tuple)`. Raises ConfigError."""
+    build = import_path(path)
+    if not callable(build):
+        raise ConfigError(f"{path}: expected a function, found {type(build).__name__}")
+    model = _built(build, path)
+    if isinstance(model, tuple) and len(model) == 2:
+        model, inputs = model
+        return Subject(path, _checked(model, path), lambda _: inputs)
+    return Subject(path, _checked(model, path), lambda s: (token_ids(s)["input_ids"],))
+
+
+def from_folder(path: Path) -> Subject:
+    """The model of a Hugging Face config. Raises ConfigError."""
+    description = describe(path)
+    model = _checked(_built(description.build, str(path)), str(path))
+    return Subject(str(path), model, token_ids)
+
+
+def from_task(path: Path, engine: str | None, overrides: dict[str, Any]) -> tuple[Subject, Setting]:
+    """An engine's model and setting from a config file; `overrides` replace what the file says.
+    Raises ConfigError."""
+    config = load(path)
+    trained = [name for name, e in config.engines.items() if e.role == "train"]
+    name = engine or trained[0]
+    if name not in trained:
+        hint = did_you_mean(name, trained)
+        raise ConfigError(f"{path}: no trained engine {name!r}{hint}; it has {', '.join(trained)}")
+    setting = replace(_setting_of(config, name), **overrides)
+    task = load_task(config)
+    built = task.models[name]
+    model = built if isinstance(built, nn.Module) else _built(built, str(path))
+
+    def batch(setting: Setting) -> Any:
+        data = task.train_data
+        if not hasattr(data, "__getitem__") or isinstance(data, Mapping):
+            raise ConfigError("train_data is not a map-style dataset")
+        return task.collate([data[index] for index in range(setting.micro_batch)])
+
+    title = f"{path}, engine {name}"
+    meta = _checked(model, title).to("meta")
+    return Subject(title, meta, batch, lambda m, b: task.feeder(_Fed(name, m), b)), setting
+
+
+def _setting_of(config: Config, name: str) -> Setting:
+    engine = config.engines[name]
+    ds = engine.deepspeed()
+    assert engine.optimizer is not None
+    if engine.optimizer.name not in OPTIMIZERS:
+        raise ConfigError(
+            f"engines.{name}.optimizer: the state of {engine.optimizer.name!r} is not known; set "
+            f"--optimizer to one of {', '.join(OPTIMIZERS)}"
+        )
+    on_host = [
+        value_at(ds, f"zero_optimization.offload_{what}.device") == "cpu"
+        for what in ("optimizer", "param")
+    ]
+    return Setting(
+        stage=engine.zero_stage,
+        offload="all" if on_host[1] else "optimizer" if on_host[0] else "none",
+        optimizer=engine.optimizer.name,
+        precision=half_precision(ds) or "fp32",
+        micro_batch=config.data.micro_batch_size,
+        accumulation=engine.gradient_accumulation,
+    )
+
+
+class _Fed:
+    """The part of an engine that feeders use."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name: str, model: nn.Module):
+        self.name, self.module = name, model
+        self.dtype = next(model.parameters()).dtype
+        self.gather_attribute = Submodules(model).gather
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def _built(build: Callable[[], Any], title: str) -> Any:
+    try:
+        with torch.device("meta"):
+            return build()
+    except ConfigError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise ConfigError(
+            f"{title}: could not be built on the meta device: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _checked(model: Any, title: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{title}: expected an nn.Module, found {type(model).__name__}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(f"{title}: the model has no trainable parameters")
+    return model

@@ -1,0 +1,191 @@
+"""A plan's bytes against measured and published ones; what `harness plan` prints and refuses."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import distributed
+from harness.config.engine_sections import OptimizerConfig
+from harness.errors import ConfigError
+from harness.optim.build import build_optimizer
+from harness.sizing.activations import DTYPES, Saved, trace
+from harness.sizing.changes import changes_that_fit
+from harness.sizing.command import plan
+from harness.sizing.llama import Llama
+from harness.sizing.memory import adamw_bytes, groups_of, memory_of, model_parts
+from harness.sizing.setting import OPTIMIZERS, Setting
+from harness.sizing.sources import from_import_path, from_sizes, from_task
+from harness.sizing.text import lines_of
+from harness.sizing.traffic import traffic_of
+from harness.testing.pool import RankPool
+from tests.support.given_gradients import engine_of
+from tests.support.quick import quick
+
+SIZES = {"layers": 2, "hidden": 64, "heads": 4, "ffn": 160, "vocabulary": 256}
+
+
+def small() -> torch.nn.Module:
+    return Llama(**SIZES)
+
+
+def storage_bytes(tensors: Any) -> int:
+    """Each storage once."""
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
+
+
+def measured_and_planned(name: str, stage: int, precision: str) -> tuple[dict[str, int], ...]:
+    """This rank's bytes after a step: weights, masters and state."""
+    torch.manual_seed(0)
+    model = small()
+    optimizer = build_optimizer(model, OptimizerConfig(name=name))
+    engine = engine_of(model, optimizer, stage, precision, {})
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    engine.backward(engine(ids, ids))
+    engine.step()
+    own = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
+    own_ids = {id(p) for p in engine.module.parameters()}
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    stepped = getattr(engine.optimizer, "fp32_partitioned_groups_flat", stepped)  # stage 3
+    state = [v for values in optimizer.state.values() for v in values.values()]
+    measured = {
+        "weights": storage_bytes(own),
+        "masters": storage_bytes([p for p in stepped if id(p) not in own_ids]),
+        "optimizer": sum(v.nbytes for v in state if isinstance(v, torch.Tensor)),
+    }
+    engine.destroy()
+    setting = Setting(
+        ranks=distributed.world_size(), stage=stage, optimizer=name, precision=precision
+    )
+    return measured, dict(memory_of(small().to("meta"), setting, None).parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "precision"),
+    quick(
+        itertools.product(OPTIMIZERS, (0, 1, 2, 3), ("fp32", "bf16")),
+        ("adamw", 0, "bf16"),
+        ("apollo-mini", 1, "bf16"),
+        ("muon", 2, "fp32"),
+        ("soap", 3, "bf16"),
+    ),
+)
+def test_weights_masters_and_state_take_what_is_planned(
+    two_ranks: RankPool, name: str, stage: int, precision: str
+) -> None:
+    ranks = two_ranks.run(measured_and_planned, name, stage, precision)
+    for part in ("weights", "masters", "optimizer"):
+        most = max(measured[part] for measured, _ in ranks)
+        assert ranks[0][1][part] == pytest.approx(most, rel=0.03, abs=64), part
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_those_of_a_real_forward(precision: str) -> None:
+    model, ids = small(), torch.zeros(3, 48, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids}
+    traced = trace(model.to("meta"), batch, precision)
+    real = small().to(DTYPES[precision])
+    saved = Saved(real)
+    with saved.counting():
+        real(**batch).backward()
+    assert traced.total == pytest.approx(saved.bytes, rel=0.15)
+    assert traced.checkpointed < traced.total
+
+
+@pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
+def test_model_states_of_the_zero_paper(stage: int, gigabytes: float) -> None:
+    """7.5B parameters on 64 GPUs, mixed-precision Adam: figure 1 of arXiv 1910.02054."""
+    sizes = [{"all": 7_500_000_000}]
+    setting = Setting(ranks=64, stage=stage, precision="fp16")
+    states = sum(model_parts(sizes, setting).values()) + adamw_bytes(sizes, setting)
+    assert states / 1e9 == pytest.approx(gigabytes, abs=0.06)
+
+
+def test_parameters_of_published_llamas() -> None:
+    """6,738,415,616 (Llama 2 7B) and 68,976,648,192 (70B): the weights on Hugging Face's hub."""
+    seven = {"layers": 32, "hidden": 4096, "heads": 32, "ffn": 11008, "vocabulary": 32000}
+    seventy = seven | {"layers": 80, "hidden": 8192, "heads": 64, "ffn": 28672, "kv_heads": 8}
+    for sizes, published in ((seven, 6_738_415_616), (seventy, 68_976_648_192)):
+        parameters = from_sizes(sizes).model.parameters()
+        assert sum(p.numel() for p in parameters) == published
+
+
+def test_what_a_ring_sends() -> None:
+    """Section 7 of arXiv 1910.02054: stages 0 to 2 send twice the parameters, stage 3 thrice.
+    DeepSpeed's stages 1 and 2 all-reduce, and so send thrice too."""
+    sent = [sum(traffic_of(1000, Setting(ranks=4, stage=s)).values()) for s in range(4)]
+    assert sent == [3000, 4500, 4500, 4500]
+    assert traffic_of(1000, Setting(ranks=1)) == {"all-reduce gradients": 0}
+
+
+def test_changes_fit_and_are_ranked() -> None:
+    subject = from_sizes(SIZES)
+
+    def needs(setting: Setting) -> int:
+        return memory_of(subject.model, setting, subject.activations(setting)).device
+
+    setting = Setting(micro_batch=8, ranks=2)
+    limit = needs(setting) * 2 // 3
+    changes = changes_that_fit(setting, needs, limit)
+    assert changes
+    assert all(needs(change.setting) == change.bytes <= limit for change in changes)
+    assert [c.cost for c in changes] == sorted(c.cost for c in changes)
+
+
+@pytest.mark.parametrize("ranks", [1, 10_000])
+def test_lines_have_80_columns(ranks: int) -> None:
+    setting = Setting(ranks=ranks, stage=3, optimizer="soap")
+    found = plan(from_sizes(SIZES), setting, limit=1)
+    assert max(map(len, lines_of(found))) <= 80
+    assert found["fits"] is False
+
+
+def with_inputs() -> Any:
+    return torch.nn.Linear(4, 2), (torch.zeros(3, 4),)
+
+
+def test_a_model_by_import_path_and_of_a_task() -> None:
+    subject = from_import_path(f"{__name__}:with_inputs")
+    assert subject.activations(Setting(precision="fp32")).total == 3 * 4 * 4
+    subject, setting = from_task(Path("launch/tasks/byte_lm.toml"), None, {"ranks": 2})
+    assert (setting.stage, setting.precision, setting.micro_batch) == (2, "fp32", 8)
+    assert len(groups_of(subject.model, "adamw")) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"ranks": 0}, "ranks = 0: expected at least 1"),
+        ({"optimizer": "adamv"}, "did you mean 'adamw'"),
+        ({"stage": 4}, "expected 0 to 3"),
+        ({"offload": "all", "stage": 2}, "needs ZeRO stage 3"),
+    ],
+)
+def test_bad_settings_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Setting(**values)
+
+
+def test_bad_sizes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--ffn"):
+        from_sizes({"layers": 1, "hidden": 8, "heads": 2})
+    with pytest.raises(ConfigError, match="multiple of 2 x 3"):
+        from_sizes({**SIZES, "heads": 3})
+    with pytest.raises(ConfigError, match="nothing"):
+        from_import_path(f"{__name__}:nothing")
+
+
+@pytest.mark.slow
+def test_the_command_prints_json_and_says_that_it_does_not_fit() -> None:
+    sizes = [f"--{name}={value}" for name, value in SIZES.items()]
+    command = [sys.executable, "-m", "harness.cli", "plan", *sizes, "--json", "--memory=1MB"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["fits"] is False
