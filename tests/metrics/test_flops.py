@@ -1,13 +1,14 @@
 """Model FLOPs utilization: counted once, against a peak that is set here, as a CPU has none."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from harness.config import Config
 from harness.health import phases
 from harness.metrics import flops
 from harness.metrics.flops import FlopMeter, peak
@@ -17,7 +18,14 @@ from harness.testing.pool import RankPool
 from tests.support.helpers import losses, records, tiny_config
 from tests.support.quick import quick
 
-ENGINE = SimpleNamespace(name="net", dtype=torch.bfloat16)
+
+@dataclass
+class Engine:
+    name: str
+    dtype: torch.dtype
+
+
+ENGINE = Engine("net", torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +68,7 @@ def test_what_is_computed_again_in_backward_does_not_count(
             phases.enter("backward")
             out.sum().backward()
             phases.enter("step")
-            torch.ones(9, 9) @ torch.ones(9, 9)  # an optimizer's
+            torch.mm(torch.ones(9, 9), torch.ones(9, 9))  # an optimizer's
         assert listened == ["forward", "backward", "step"]
     finally:
         phases.listener = None
@@ -72,13 +80,13 @@ def test_what_is_computed_again_in_backward_does_not_count(
 def test_what_cannot_be_known_is_absent(meter: FlopMeter) -> None:
     step = StepNumbers({}, {}, 10, 10)
     assert meter.utilization([ENGINE], step, 0.1) == {}  # not counted
-    with meter.counting([SimpleNamespace(name="net", dtype=torch.float32)], 5, 5):
-        torch.ones(9, 9) @ torch.ones(9, 9)
+    with meter.counting([Engine("net", torch.float32)], 5, 5):
+        torch.mm(torch.ones(9, 9), torch.ones(9, 9))
     assert meter.utilization([ENGINE], step, 0.1) == {}
     assert FlopMeter(is_compiled=False)._peak is None  # a CPU's
 
 
-def run_with_peak(config: object) -> None:
+def run_with_peak(config: Config) -> None:
     """A run on devices whose peak is 1 GFLOP/s."""
     original = flops.FlopMeter.__init__
 
