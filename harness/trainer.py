@@ -23,6 +23,7 @@ from harness.errors import CheckpointError, GradientError, HarnessError, no_exit
 from harness.evaluate import check_best_metric, evaluate
 from harness.execute import execute
 from harness.health.stragglers import Pace
+from harness.metrics.flops import FlopMeter
 from harness.metrics.meters import StepMeter, StepNumbers
 from harness.metrics.progress import Progress
 from harness.metrics.recorder import Recorder
@@ -66,6 +67,7 @@ class Trainer:
         self.progress = progress
         self.status = status
         self.meter = StepMeter()
+        self.flops = FlopMeter(bool(live.config.optimizations.compile))
         self.traces = Traces(bus, live.config.run_dir / "traces")
         self.vector = StepVector()
         self.pace = Pace(status.note)
@@ -148,15 +150,17 @@ class Trainer:
             self.begin()
         self.meter.begin()
         self.begun = BegunStep(self.engines)
+        due = self.engines.due(self.engines.global_step + 1)
         samples, tokens, size = 0, 0, self.engines.gradient_accumulation
         batches, terms = self.batches.next_step(size)
         batches = begin_step(self, batches, terms)
         self.engines.sync_buffers()
         for number, batch in enumerate(batches):
-            if terms is None or not terms.is_padding[number]:
-                counted = self.task.count(batch)
-                samples, tokens = samples + counted[0], tokens + counted[1]
-            report = self.engines.step(to_device(batch, distributed.device()), terms, number)
+            is_padding = terms is not None and terms.is_padding[number]
+            counted = (0, 0) if is_padding else self.task.count(batch)
+            samples, tokens = samples + counted[0], tokens + counted[1]
+            with self.flops.counting(due, *counted):
+                report = self.engines.step(to_device(batch, distributed.device()), terms, number)
             self.meter.add(report, terms.own[number] if terms else 1.0)
         self.engines.end_step()
         self.begun, self._evaluation = None, {}
@@ -168,8 +172,7 @@ class Trainer:
             **self.batches.metrics(),
             **self.engines.rates(),
         }
-        reported_by = [engine.name for engine in self.engines.due(self.engines.global_step)]
-        self.meter.push(local, reported_by, samples, tokens)
+        self.meter.push(local, [engine.name for engine in due], samples, tokens)
         self.batches.prefetch(self.engines.global_step + 2, size)
         self.vector.exchange()
         self.report(self.meter.take())
@@ -374,6 +377,8 @@ class Trainer:
             record |= find_spikes(self, numbers)
             record |= {"samples": counters.samples, "tokens": counters.tokens}
             record |= numbers.speed(record["step_time_s"])
+            due = self.engines.due(record["step"])
+            record |= self.flops.utilization(due, numbers, record["step_time_s"])
             self.recorder.write(record)
             self.callbacks.note(record)
             self.progress.show(record)

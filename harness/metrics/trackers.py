@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,9 +67,7 @@ class WandbTracker:
     come before the metrics of its step."""
 
     def __init__(self) -> None:
-        import wandb
-
-        self._wandb = wandb
+        self._wandb: Any = import_module("wandb")
 
     def open(self, run: TrackedRun) -> None:
         """Raises RuntimeError without a key, for which W&B would ask on the terminal."""
@@ -107,9 +106,8 @@ class MlflowTracker:
     """MLflow: by default in the folder `mlruns` of the run directory."""
 
     def __init__(self) -> None:
-        from mlflow import entities, tracking
-
-        self._entities, self._tracking = entities, tracking
+        self._entities: Any = import_module("mlflow.entities")
+        self._tracking: Any = import_module("mlflow.tracking")
 
     def open(self, run: TrackedRun) -> None:
         uri = (
@@ -154,9 +152,7 @@ class TrackioTracker:
     """trackio: on this machine, or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says."""
 
     def __init__(self) -> None:
-        import trackio
-
-        self._trackio = trackio
+        self._trackio: Any = import_module("trackio")
 
     def open(self, run: TrackedRun) -> None:
         self._run = self._trackio.init(

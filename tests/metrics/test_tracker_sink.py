@@ -12,8 +12,7 @@ from harness.metrics import tracker_sink
 from harness.metrics.tracker_sink import TrackerSink
 from harness.metrics.trackers import TrackedRun
 from harness.run import run_in_world
-from harness.testing.pool import RankPool
-from tests.support.helpers import tiny_config
+from tests.support.helpers import Pools, tiny_config
 
 RUN = TrackedRun("project", "tiny", 0, {}, Path())
 
@@ -162,13 +161,12 @@ def init(project, name=None, group=None, config=None, embed=True, auto_log_gpu=N
 
 
 def test_a_run_reports_to_its_tracker_and_to_a_new_run_of_it_when_it_resumes(
-    pools, tmp_path: Path
+    pools: Pools, tmp_path: Path
 ) -> None:
     module = tmp_path / "stand_in"
     module.mkdir()
     (module / "trackio.py").write_text(STAND_IN)
-    pool: RankPool = pools(1)
-    pool.run(run_with_stand_in, tmp_path, module)
+    pools(1).run(run_with_stand_in, tmp_path, module)
     lines = (module / "calls.txt").read_text().splitlines()
     runs = [number for number, line in enumerate(lines) if line.startswith("harness ")]
     assert [lines[number] for number in runs] == [
