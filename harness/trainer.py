@@ -377,7 +377,7 @@ class Trainer:
             record |= find_spikes(self, numbers)
             record |= {"samples": counters.samples, "tokens": counters.tokens}
             record |= numbers.speed(record["step_time_s"])
-            due = self.engines.due(record["step"])
+            due = self.engines.due(numbers.local["step"])
             record |= self.flops.utilization(due, numbers, record["step_time_s"])
             self.recorder.write(record)
             self.callbacks.note(record)
