@@ -280,7 +280,7 @@ def test_a_resume_after_a_rollback_drops_the_same_samples(
 ) -> None:
     """In workers, fetched ahead; or with a loader of the task."""
     args = {"bad": [21, 33], "kind": kind}
-    table: dict[str, Any] = {"data": {"sampler": "random", "workers": kind == "weigh"}}
+    table: dict[str, Any] = {"data": {"sampler": "random", "workers": int(kind == "weigh")}}
     health = ROLLBACK | {"max_rollbacks": 9}
     config = config_of(tmp_path, args=args, run={"steps": 15}, health=health, **table)
     two_ranks.run(run_in_world, config)

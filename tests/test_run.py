@@ -17,6 +17,7 @@ from harness.config import Config
 from harness.config.command_line import parse_args
 from harness.config.sections import merge
 from harness.data.sampler import RandomSampler
+from harness.engine.attributes import Submodules
 from harness.engine.engine import Engine
 from harness.errors import TaskError
 from harness.optim.scheduler import Schedule, build_scheduler
@@ -411,6 +412,7 @@ def test_a_config_attribute_called_loss_is_left_alone() -> None:
     model.loss = torch.ones(())
     engine = Engine.__new__(Engine)
     engine.ds = SimpleNamespace(module=model)
+    engine._submodules = Submodules(model)
     assert engine.gather_attribute("loss", torch.Tensor) == {"": torch.ones(())}
     assert model[0].loss == "ce" and not hasattr(model, "loss")
     assert engine.dispatch_attribute("loss", "mse") == 2 and model[1].loss == "mse"

@@ -42,6 +42,8 @@ SECONDS_TO_ANSWER = 3.0
 """How long a rank that has lost another one waits for the others to tell why."""
 SECONDS_TO_ARRIVE = 5.0
 """How long a rank that fails in a command waits for the others to come to its end."""
+SECONDS_TO_FAIL_ALIKE = 2.0
+"""How long rank 0, which fails alone, waits for others that fail in the same way."""
 FAILED = "failed"
 """The key that is set once a rank has failed alone."""
 
@@ -138,15 +140,20 @@ class Failures:
 
     def _leave_store(self, waits: bool) -> None:
         """Tells the others that this rank needs the store no more. `waits`, as the store ends with
-        rank 0: until they do not need it either, for seconds at most."""
+        rank 0: until they do not need it either, for seconds at most. Those who wait for this rank
+        in a collective must learn first that it does not come."""
         if (store := self._store) is None:
             return
         left = [f"left/{rank}" for rank in range(world_size())]
         _answer(lambda: store.set(left[global_rank()], "1"), SECONDS_TO_ANSWER)
-        if waits:
-            abort_collectives()  # that of those who wait for this rank
-            limit = timedelta(seconds=SECONDS_TO_ANSWER)
-            _answer(lambda: store.wait(left, limit), SECONDS_TO_ANSWER + 1)
+
+        def have_left(seconds: float) -> bool:
+            limit = timedelta(seconds=seconds)
+            return bool(_answer(lambda: store.wait(left, limit) or True, seconds + 1))
+
+        if waits and not have_left(SECONDS_TO_FAIL_ALIKE):
+            abort_collectives()
+            have_left(SECONDS_TO_ANSWER)
 
     def next_place(self) -> str:
         """The name of a place in the program that all ranks come to, in the same order."""
