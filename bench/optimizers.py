@@ -4,7 +4,8 @@
                                [--only muon soap]
 
 Every optimizer gets the same grid of learning rates, the same data, and no weight decay. Prints
-each run as it ends, then the best of each optimizer and its state on the rank with the most.
+each run as it ends, then the best of each optimizer, its state on the rank with the most, and the
+median time of a step.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torch import nn
@@ -46,6 +48,7 @@ def main() -> None:
     if options.only:
         optimizers = {name: optimizers[name] for name in options.only}
     best: dict[str, tuple[float, float]] = {}
+    times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as directory, RankPool(options.ranks, 1e5) as pool:
         for name, settings in optimizers.items():
             for lr in options.lrs:
@@ -53,14 +56,17 @@ def main() -> None:
                 config = config_of(Path(directory) / f"{name}-{lr:g}", optimizer, options.steps)
                 pool.run(run_in_world, config)
                 loss = held_out_loss(config)
+                times.setdefault(name, []).append(seconds_of_a_step(config))
                 say(f"{name:>12} {lr:8g} {loss:8.4f}")
                 best[name] = min(best.get(name, (float("inf"), lr)), (loss, lr))
     model = load_task(load(TASK)).models["lm"]
     first = next(iter(best.values()))[0]
-    say("\n| optimizer | best lr | held-out loss | / first | state, MiB |\n|---|--:|--:|--:|--:|")
+    say("\n| optimizer | best lr | held-out loss | / first | state, MiB | ms a step |")
+    say("|---|--:|--:|--:|--:|--:|")
     for name, (loss, lr) in best.items():
         state = max(bytes_of(model, name, options.rank, options.ranks)) / 2**20
-        say(f"| {name} | {lr:g} | {loss:.4f} | {loss / first:.4f} | {state:.2f} |")
+        step = 1e3 * median(times[name])
+        say(f"| {name} | {lr:g} | {loss:.4f} | {loss / first:.4f} | {state:.2f} | {step:.1f} |")
 
 
 def bytes_of(model: nn.Module, name: str, rank: int, ranks: int) -> list[int]:
@@ -91,8 +97,18 @@ def config_of(directory: Path, optimizer: dict[str, Any], steps: int) -> Config:
 
 def held_out_loss(config: Config) -> float:
     """The loss of the last evaluation."""
+    return values_of(config, "eval/loss")[-1]
+
+
+def seconds_of_a_step(config: Config) -> float:
+    """The median over a run's steps."""
+    return median(values_of(config, "step_time_s"))
+
+
+def values_of(config: Config, name: str) -> list[float]:
+    """What a run has recorded under a name."""
     lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
-    return [r["eval/loss"] for r in map(json.loads, lines) if "eval/loss" in r][-1]
+    return [record[name] for record in map(json.loads, lines) if name in record]
 
 
 def say(line: str) -> None:
