@@ -30,8 +30,12 @@ from tests.support.quick import quick
 SIZES = {"layers": 2, "hidden": 64, "heads": 4, "ffn": 160, "vocabulary": 256}
 
 
-def small() -> torch.nn.Module:
-    return Llama(**SIZES)
+WIDE = SIZES | {"layers": 1, "hidden": 320, "ffn": 384}
+"""Wider than APOLLO's rank, which is 256 by default: in a narrower model it would be AdamW."""
+
+
+def small(optimizer: str = "adamw") -> torch.nn.Module:
+    return Llama(**(WIDE if optimizer == "apollo" else SIZES))
 
 
 def storage_bytes(tensors: Any) -> int:
@@ -44,7 +48,7 @@ def storage_bytes(tensors: Any) -> int:
 def measured_and_planned(name: str, stage: int, precision: str) -> tuple[dict[str, int], ...]:
     """This rank's bytes after a step: weights, masters and state."""
     torch.manual_seed(0)
-    model = small()
+    model = small(name)
     optimizer = build_optimizer(model, OptimizerConfig(name=name))
     engine = engine_of(model, optimizer, stage, precision, {})
     ids = torch.zeros(1, 16, dtype=torch.long)
@@ -64,7 +68,7 @@ def measured_and_planned(name: str, stage: int, precision: str) -> tuple[dict[st
     setting = Setting(
         ranks=distributed.world_size(), stage=stage, optimizer=name, precision=precision
     )
-    return measured, dict(memory_of(small().to("meta"), setting, None).parts)
+    return measured, dict(memory_of(small(name).to("meta"), setting, None).parts)
 
 
 @pytest.mark.parametrize(
