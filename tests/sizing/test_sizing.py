@@ -20,7 +20,7 @@ from harness.sizing.command import plan
 from harness.sizing.llama import Llama
 from harness.sizing.memory import adamw_bytes, groups_of, memory_of, model_parts
 from harness.sizing.setting import OPTIMIZERS, Setting
-from harness.sizing.sources import from_import_path, from_sizes, from_task
+from harness.sizing.sources import from_folder, from_import_path, from_sizes, from_task
 from harness.sizing.text import lines_of
 from harness.sizing.traffic import traffic_of
 from harness.testing.pool import RankPool
@@ -161,6 +161,17 @@ def test_a_model_by_import_path_and_of_a_task() -> None:
     subject, setting = from_task(Path("launch/tasks/byte_lm.toml"), None, {"ranks": 2})
     assert (setting.stage, setting.precision, setting.micro_batch) == (2, "fp32", 8)
     assert len(groups_of(subject.model, "adamw")) == 1
+
+
+def test_a_model_of_a_hugging_face_config(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 256}
+    config |= {"hidden_size": 64, "intermediate_size": 160}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = plan(from_folder(tmp_path), Setting(seq_len=32))
+    assert found["parameters"] == sum(p.numel() for p in small().parameters())
+    assert found["memory"]["activations"] > 0
 
 
 @pytest.mark.parametrize(
