@@ -70,8 +70,9 @@ def trace(
     """What `forward(model, batch)` saves in "fp32", "bf16" or "fp16"; both may be on the meta
     device. Whatever the forward raises is raised.
     """
+    fake = deepcopy(model).train()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = _fake(model, DTYPES[dtype])
+        _make_fake(fake, DTYPES[dtype])
         batch = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="cpu"), batch)
         saved = Saved(fake)
         inputs, inside = _watch_blocks(fake, saved)
@@ -81,11 +82,10 @@ def trace(
     return Activations(saved.bytes, outside + sum(inputs) + max(inside, default=0))
 
 
-def _fake(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy with fake weights in `dtype`; what is tied stays tied."""
-    copy = deepcopy(model).train()
+def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives a model fake weights in `dtype`; what is tied stays tied."""
     made: dict[int, Any] = {}
-    for module in copy.modules():
+    for module in model.modules():
         for name, old in module._parameters.items():
             if old is not None and id(old) not in made:
                 new = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype)
@@ -94,7 +94,6 @@ def _fake(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, old in module._buffers.items():
             if old is not None:
                 module._buffers[name] = torch.empty_like(old, device="cpu")
-    return copy
 
 
 def _watch_blocks(model: nn.Module, saved: Saved) -> tuple[list[int], list[int]]:

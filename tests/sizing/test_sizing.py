@@ -20,7 +20,7 @@ from harness.sizing.command import plan
 from harness.sizing.llama import Llama
 from harness.sizing.memory import adamw_bytes, groups_of, memory_of, model_parts
 from harness.sizing.setting import OPTIMIZERS, Setting
-from harness.sizing.sources import from_import_path, from_sizes, from_task
+from harness.sizing.sources import from_folder, from_import_path, from_sizes, from_task
 from harness.sizing.text import lines_of
 from harness.sizing.traffic import traffic_of
 from harness.testing.pool import RankPool
@@ -30,8 +30,12 @@ from tests.support.quick import quick
 SIZES = {"layers": 2, "hidden": 64, "heads": 4, "ffn": 160, "vocabulary": 256}
 
 
-def small() -> torch.nn.Module:
-    return Llama(**SIZES)
+WIDE = SIZES | {"layers": 1, "hidden": 320, "ffn": 384}
+"""Wider than APOLLO's rank, which is 256 by default: in a narrower model it would be AdamW."""
+
+
+def small(optimizer: str = "adamw") -> torch.nn.Module:
+    return Llama(**(WIDE if optimizer == "apollo" else SIZES))
 
 
 def storage_bytes(tensors: Any) -> int:
@@ -44,7 +48,7 @@ def storage_bytes(tensors: Any) -> int:
 def measured_and_planned(name: str, stage: int, precision: str) -> tuple[dict[str, int], ...]:
     """This rank's bytes after a step: weights, masters and state."""
     torch.manual_seed(0)
-    model = small()
+    model = small(name)
     optimizer = build_optimizer(model, OptimizerConfig(name=name))
     engine = engine_of(model, optimizer, stage, precision, {})
     ids = torch.zeros(1, 16, dtype=torch.long)
@@ -64,7 +68,7 @@ def measured_and_planned(name: str, stage: int, precision: str) -> tuple[dict[st
     setting = Setting(
         ranks=distributed.world_size(), stage=stage, optimizer=name, precision=precision
     )
-    return measured, dict(memory_of(small().to("meta"), setting, None).parts)
+    return measured, dict(memory_of(small(name).to("meta"), setting, None).parts)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,17 @@ def test_a_model_by_import_path_and_of_a_task() -> None:
     subject, setting = from_task(Path("launch/tasks/byte_lm.toml"), None, {"ranks": 2})
     assert (setting.stage, setting.precision, setting.micro_batch) == (2, "fp32", 8)
     assert len(groups_of(subject.model, "adamw")) == 1
+
+
+def test_a_model_of_a_hugging_face_config(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 256}
+    config |= {"hidden_size": 64, "intermediate_size": 160}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = plan(from_folder(tmp_path), Setting(seq_len=32))
+    assert found["parameters"] == sum(p.numel() for p in small().parameters())
+    assert found["memory"]["activations"] > 0
 
 
 @pytest.mark.parametrize(
