@@ -32,7 +32,7 @@ from unittest.mock import patch
 import torch
 
 from harness import distributed, execute
-from harness.checkpoint import export, manifest, retention, save
+from harness.checkpoint import commit, export, manifest, retention, save
 from harness.checkpoint.remote_store import Store
 from harness.data.fetch import Fetch
 from harness.engine import engine, engines
@@ -54,10 +54,10 @@ PHASES: dict[str, tuple[Any, str]] = {
     # of a save:
     "room": (save, "create_staging"),
     "stage": (save, "write_files"),
-    "file": (save, "write_file"),
+    "file": (commit, "write_file"),
     "manifest": (manifest.Manifest, "write"),
-    "rename": (save, "move_into_place"),
-    "latest": (save, "write_latest"),
+    "rename": (commit, "move_into_place"),
+    "latest": (commit, "write_latest"),
     "prune": (retention, "remove"),
     "pruning": (retention.shutil, "rmtree"),
     # of an upload:
