@@ -85,6 +85,15 @@ def model_parts(sizes: Sequence[Mapping[str, int]], setting: Setting) -> dict[st
     }
 
 
+def fixed_bytes(model: nn.Module, setting: Setting) -> int:
+    """Bytes of what is not trained: frozen parameters, which stage 3 divides, too, and buffers."""
+    sizes = {n: p.numel() for n, p in model.named_parameters() if not p.requires_grad}
+    own = sum(sizes.values())
+    if setting.stage == 3:
+        own = shards_numel(sizes=sizes, world=setting.ranks)
+    return setting.itemsize * own + sum(b.numel() * b.element_size() for b in model.buffers())
+
+
 def adamw_bytes(sizes: Sequence[Mapping[str, int]], setting: Setting) -> int:
     """Bytes of AdamW's two moments, fp32."""
     return 2 * 4 * elements_per_rank(sizes, setting.stage, setting.ranks)
@@ -117,6 +126,7 @@ def memory_of(model: nn.Module, setting: Setting, activations: Activations | Non
     groups = groups_of(model, setting.optimizer)
     sizes = sizes_of(groups)
     parts = model_parts(sizes, setting) | {"optimizer": optimizer_bytes(groups, setting)}
+    parts["weights"] += fixed_bytes(model, setting)
     kept = activations and (
         activations.checkpointed if setting.checkpointing else activations.total
     )

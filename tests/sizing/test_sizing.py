@@ -112,6 +112,20 @@ def test_model_states_of_the_zero_paper(stage: int, gigabytes: float) -> None:
     assert states / 1e9 == pytest.approx(gigabytes, abs=0.06)
 
 
+def test_what_is_not_trained_takes_memory() -> None:
+    def weights(model: torch.nn.Module, stage: int) -> int:
+        setting = Setting(ranks=2, stage=stage, precision="bf16")
+        return memory_of(model, setting, None).parts["weights"]
+
+    layers = [torch.nn.Linear(6, 6, bias=False), torch.nn.Linear(6, 6, bias=False)]
+    trained = torch.nn.Sequential(*layers)
+    whole = [weights(trained, stage) for stage in range(4)]
+    layers[0].requires_grad_(False)
+    assert [weights(trained, stage) for stage in range(4)] == whole == [144, 144, 144, 72]
+    trained.register_buffer("mean", torch.zeros(10))
+    assert weights(trained, 3) == 72 + 40
+
+
 def test_parameters_of_published_llamas() -> None:
     """6,738,415,616 (Llama 2 7B) and 68,976,648,192 (70B): the weights on Hugging Face's hub."""
     seven = {"layers": 32, "hidden": 4096, "heads": 32, "ffn": 11008, "vocabulary": 32000}
