@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 from harness.sizing.setting import Setting
 
@@ -46,7 +47,7 @@ def changes_that_fit(
     return sorted(found, key=lambda change: change.cost)
 
 
-def _single(setting: Setting) -> Iterator[tuple[str, int, dict[str, object]]]:
+def _single(setting: Setting) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """`(name, cost, values)`. The costs: stages 1 and 2 send what stage 0 sends, stage 3 half as
     much again; a second forward is a third of a step's compute; the host's bus is slow."""
     if setting.ranks > 1:
@@ -56,7 +57,7 @@ def _single(setting: Setting) -> Iterator[tuple[str, int, dict[str, object]]]:
         yield "precision bf16", 3, {"precision": "bf16"}
     if setting.micro_batch > 1:
         half = setting.micro_batch // 2
-        values: dict[str, object] = {
+        values: dict[str, Any] = {
             "micro_batch": half,
             "accumulation": setting.accumulation * setting.micro_batch // half,
         }

@@ -117,7 +117,7 @@ def _largest_matrix(groups: Sequence[Mapping[str, Any]]) -> int:
     shapes = {}  # one parameter of each shape
     for group in (group for group in groups if not group["dense"]):
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            shapes[parameter.shape] = group | {"params": [parameter], "param_names": [name]}
+            shapes[parameter.shape] = {**group, "params": [parameter], "param_names": [name]}
     return max((matrices.state_bytes([one], 0, 1)[0] for one in shapes.values()), default=0)
 
 
