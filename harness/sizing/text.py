@@ -26,7 +26,8 @@ def lines_of(plan: Mapping[str, Any]) -> Iterator[str]:
     for name, size in plan["memory"].items():
         if size:
             where = "  in host memory" if name in plan["on_host"] else ""
-            yield row(LABELS[name] if name in LABELS else name, size) + where
+            label: str = LABELS.get(name) or name
+            yield row(label, size) + where
     if plan["traced"] is False:
         yield "  activations: not traced"
     yield row("device, at the peak", plan["device_bytes"])
