@@ -5,6 +5,7 @@ page of its own, so that the site has no link that leads nowhere, wherever it is
 """
 
 import json
+import posixpath
 import re
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, FRONT_PAGE, content=front_page()))
     for file in list(files.documentation_pages()):
         for target in LINK.findall(file.content_string):
-            path = outside(target[0])
+            path = outside(file.src_uri, target[0])
             uri = path and shown_at(path)
             if uri and not files.get_file_from_path(uri):
                 files.append(File.generated(config, uri, content=shown(path)))
@@ -33,7 +34,7 @@ def on_page_markdown(markdown: str, /, *, page: Page, **_: object) -> str:
     """Leads links out of docs/ to the pages that show what is there."""
 
     def led(match: re.Match[str]) -> str:
-        path = outside(match[1])
+        path = outside(page.file.src_uri, match[1])
         if path is None:
             return match[0]
         return f"]({'../' * page.file.src_uri.count('/')}{shown_at(path)})"
@@ -51,9 +52,10 @@ def front_page() -> str:
     return re.sub("<td>", '<td markdown="block">', text)
 
 
-def outside(target: str) -> Path | None:
+def outside(page: str, target: str) -> Path | None:
     """What a link of a page means, below the root, if that is outside of docs/."""
-    return Path(target.removeprefix("../")) if target.startswith("../") else None
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
+    return Path(path.removeprefix("../")) if path.startswith("../") else None
 
 
 def shown_at(path: Path) -> str:

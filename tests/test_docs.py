@@ -36,5 +36,14 @@ def test_what_pages_link_to_outside_of_the_docs_is_shown(site: Path) -> None:
     assert "zero3.json" in text_of(site / "source/ds_configs.html")
 
 
+def test_the_reference_is_made_from_the_code(site: Path) -> None:
+    assert "Optimizer steps of the complete run" in text_of(site / "reference/config.html")
+    assert "--max-restarts N" in text_of(site / "reference/cli.html")
+    assert "lr ENGINE[/GROUP] xFACTOR" in text_of(site / "reference/commands.html")
+    api = text_of(site / "reference/api.html")
+    assert "Zhai, Kolesnikov, Houlsby and Beyer" in api  # of a schedule
+    assert "apollo_param_groups" in api
+
+
 def text_of(page: Path) -> str:
     return re.sub(r"<[^>]*>", "", page.read_text())
