@@ -28,8 +28,8 @@ class Subcommand(NamedTuple):
     """Whether the exit code of an error is its own code, instead of 2."""
 
 
-def main() -> None:
-    """Runs a subcommand; a user error is one message and exit code 2."""
+def command_line() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="harness", description=__doc__)
     parser.add_argument("--version", action=_Version, help="print versions, and exit")
     subparsers = parser.add_subparsers(dest="command", required=True)
@@ -42,7 +42,12 @@ def main() -> None:
                 epilog=command.epilog,
             )
         )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Runs a subcommand; a user error is one message and exit code 2."""
+    args = command_line().parse_args()
     command = COMMANDS[args.command]
     try:
         if exit_code := command.run(args):

@@ -5,6 +5,7 @@ import json
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -29,7 +30,7 @@ def parse_args(argv: Sequence[str]) -> Config:
         prog="train.py",
         usage="train.py --config FILE.toml [--config ...] [--section.key=value ...]",
         description="\n".join(_wrapped(DESCRIPTION, later=0)),
-        epilog="keys, their types and defaults:\n\n" + "\n".join(_help(Config)),
+        epilog="keys, their types and defaults:\n\n" + "\n".join(_help()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -49,17 +50,37 @@ def _path(text: str) -> Path:
     return Path(expand_path(text))
 
 
-def _help(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+@dataclass(frozen=True)
+class Key:
+    """A key of the config, as `--help` and the reference show it."""
+
+    name: str
+    """With its tables: `engines.NAME.optimizer.lr`."""
+    type: str
+    default: str
+    """As JSON; empty if the key is required."""
+    text: str
+
+
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Key]:
+    """All keys of a table, and of those in it."""
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
         inner = section_of(field.annotation)
         if inner is not None:
             between = {dict: ".NAME.", list: "[]."}.get(get_origin(field.annotation), ".")
-            yield from _help(inner, key + between)
+            yield from keys(inner, key + between)
             continue
-        default = "required" if field.is_required() else f"default {_as_json(field.default)}"
-        yield from _wrapped(f"--{key}  <{_type_name(field.annotation)}>  {default}", indent=2)
-        yield from _wrapped(" ".join((field.description or "").split()), indent=6)
+        default = "" if field.is_required() else json.dumps(field.default, default=str)
+        text = " ".join((field.description or "").split())
+        yield Key(key, _type_name(field.annotation), default, text)
+
+
+def _help() -> Iterator[str]:
+    for key in keys():
+        default = f"default {key.default}" if key.default else "required"
+        yield from _wrapped(f"--{key.name}  <{key.type}>  {default}", indent=2)
+        yield from _wrapped(key.text, indent=6)
 
 
 def _wrapped(text: str, indent: int = 0, later: int = 6) -> list[str]:
@@ -72,10 +93,6 @@ def _wrapped(text: str, indent: int = 0, later: int = 6) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, default=str)
 
 
 def _type_name(annotation: Any) -> str:
