@@ -286,5 +286,5 @@ def test_a_prepared_corpus_is_packed(tmp_path: Path) -> None:
         load_task(config_of(tmp_path, 0, folder, tmp_path / "corpus"))
     with TokenWriter(tmp_path / "other", "u2") as writer:
         writer.write([[400, 2]])
-    with pytest.raises(ConfigError, match="token 400 is not one of the 300"):
+    with pytest.raises(ConfigError, match="token 400 is not one of the tokenizer's 300"):
         load_task(config_of(tmp_path, 0, folder, tmp_path / "other", {"packing": "greedy"}))
