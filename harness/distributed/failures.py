@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -144,16 +145,23 @@ class Failures:
         in a collective must learn first that it does not come."""
         if (store := self._store) is None:
             return
-        left = [f"left/{rank}" for rank in range(world_size())]
-        _answer(lambda: store.set(left[global_rank()], "1"), SECONDS_TO_ANSWER)
-
-        def have_left(seconds: float) -> bool:
-            limit = timedelta(seconds=seconds)
-            return bool(_answer(lambda: store.wait(left, limit) or True, seconds + 1))
-
-        if waits and not have_left(SECONDS_TO_FAIL_ALIKE):
+        _answer(lambda: store.set(f"left/{global_rank()}", "1"), SECONDS_TO_ANSWER)
+        if waits and not self._have_left(store, SECONDS_TO_FAIL_ALIKE):
             abort_collectives()
-            have_left(SECONDS_TO_ANSWER)
+            self._have_left(store, SECONDS_TO_ANSWER)
+
+    def _have_left(self, store: PrefixStore, seconds: float) -> bool:
+        """Whether within so long all others have left the store, or their processes have ended."""
+        processes, end = select.poll(), time.monotonic() + seconds
+        for descriptor in self._processes:
+            processes.register(descriptor, select.POLLIN)
+        while time.monotonic() < end:
+            ended = {self._processes[descriptor] for descriptor, _ in processes.poll(0)}
+            left = [f"left/{rank}" for rank in set(range(world_size())) - ended]
+            if _answer(partial(store.check, left), SECONDS_TO_ANSWER) is not False:
+                return True
+            time.sleep(0.1)
+        return False
 
     def next_place(self) -> str:
         """The name of a place in the program that all ranks come to, in the same order."""
