@@ -140,9 +140,8 @@ class Failures:
                 os.close(descriptor)
 
     def _leave_store(self, waits: bool) -> None:
-        """Tells the others that this rank needs the store no more. `waits`, as the store ends with
-        rank 0: until they do not need it either, for seconds at most. Those who wait for this rank
-        in a collective must learn first that it does not come."""
+        """Tells the others that this rank needs the store no more. `waits`, as rank 0 has to:
+        until they do not either, also those who wait for this rank in a collective."""
         if (store := self._store) is None:
             return
         _answer(lambda: store.set(f"left/{global_rank()}", "1"), SECONDS_TO_ANSWER)
@@ -181,8 +180,7 @@ class Failures:
         self.arrive(place)
         keys = [f"{place}/{rank}" for rank in range(world_size())]
         limit = timedelta(seconds=SECONDS_TO_ARRIVE)
-        arrived = _answer(lambda: store.wait(keys, limit) or True, SECONDS_TO_ARRIVE + 1)
-        self._is_alone = not arrived
+        self._is_alone = not _answer(lambda: store.wait(keys, limit) or True, SECONDS_TO_ARRIVE + 1)
         return not self._is_alone
 
     def exchange(self, text: str) -> list[str] | None:
@@ -201,8 +199,7 @@ class Failures:
 
     def is_joint(self, how: str, timeout_s: float) -> bool:
         """Whether every rank calls this, with the same text and within `timeout_s`. Blocks."""
-        store = self._store
-        if store is None or self._is_alone:
+        if (store := self._store) is None or self._is_alone:
             return store is None
         ranks = [f"joint/{rank}" for rank in range(world_size())]
 
@@ -216,8 +213,7 @@ class Failures:
     def tell(self, reason: str, step: int | None = None, phase: str | None = None) -> None:
         """Tells the other ranks, once, why this one fails alone, so that they end as well. With an
         empty reason: that it ends in order, or because another one fails."""
-        store = self._store
-        if store is None or self._told:
+        if (store := self._store) is None or self._told:
             return
         self._told = True
         text = json.dumps(asdict(Failure(global_rank(), socket.gethostname(), reason, step, phase)))

@@ -72,10 +72,8 @@ class FlopMeter:
     @contextmanager
     def counting(self, due: Sequence[_Engine], samples: int, tokens: int) -> Iterator[None]:
         """Counts within the context, if it has to. `due`: the engines that are trained in it."""
-        names = tuple(engine.name for engine in due)
-        is_16_bit = all(engine.dtype in (torch.bfloat16, torch.float16) for engine in due)
-        units = tokens or samples
-        if self._peak is None or names in self._per_unit or not (is_16_bit and units):
+        names, units = tuple(engine.name for engine in due), tokens or samples
+        if self._peak is None or names in self._per_unit or not (units and _are_16_bit(due)):
             yield
             return
         with _by_phase() as flops:
@@ -92,6 +90,10 @@ class FlopMeter:
             return {}
         available = seconds * self._peak * distributed.world_size()
         return {"mfu": per_unit * (step.tokens or step.samples) / available}
+
+
+def _are_16_bit(engines: Sequence[_Engine]) -> bool:
+    return all(engine.dtype in (torch.bfloat16, torch.float16) for engine in engines)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +92,6 @@ def plan(
 ) -> dict[str, Any]:
     """What a setting needs; with a `limit` in bytes also whether it fits, and what would.
     `disk`: MB/s. All sizes in bytes."""
-    from functools import cache
-
     from harness.sizing.changes import changes_that_fit
     from harness.sizing.memory import checkpoint_bytes, groups_of, memory_of, sizes_of
     from harness.sizing.traffic import traffic_of
