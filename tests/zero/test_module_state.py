@@ -5,6 +5,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from harness.zero import module_state
 
@@ -104,6 +105,14 @@ def test_loading_is_as_torch_loads(change: Any, strict: bool) -> None:
     assert found.keys() == theirs.keys()
     for name, value in theirs.items():
         assert torch.equal(torch.as_tensor(found[name]), torch.as_tensor(value)), name
+
+
+def test_a_newer_torch_loads_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    for version, is_ours in (("2.13.1+cpu", True), ("2.14.0", False), ("3.0.0", False)):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        with module_state.loading(model):
+            assert ("load_state_dict" in vars(model)) == is_ours
 
 
 def test_a_model_that_loads_by_itself_does() -> None:

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from harness.testing.pool import RankPool
 from harness.zero.engine_state import base_optimizer
+from harness.zero.patches import _find_duplicates_at_once
 from tests.support.small_loop import engines_of, train, weights_of
 
 BF16 = {"bf16": {"enabled": True}}
@@ -157,6 +159,21 @@ def duplicates_found() -> list[str]:
         except AssertionError as error:
             found.append(str(error))
     return [*found, str(Optimizer.reads)]
+
+
+def duplicates_are_ours(version: str) -> bool:
+    import deepspeed
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    before = DeepSpeedEngine._check_for_duplicates
+    with patch.object(deepspeed, "__version__", version):
+        _find_duplicates_at_once()
+    return DeepSpeedEngine._check_for_duplicates is not before
+
+
+def test_a_newer_deepspeed_looks_for_duplicates_by_itself(two_ranks: RankPool) -> None:
+    assert two_ranks.run(duplicates_are_ours, "0.19.9") == [True, True]
+    assert two_ranks.run(duplicates_are_ours, "0.20.0") == [False, False]
 
 
 def test_parameters_that_an_optimizer_has_twice_are_found_at_once(two_ranks: RankPool) -> None:
