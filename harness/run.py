@@ -123,7 +123,7 @@ def run_in_world(
         checkpoint, changes = _restore(
             *(config, directory, engines, batches, live, callbacks, store, ahead)
         )
-        directory.write_config()
+        directory.record_start(engines.global_step)
         _log_start(live, engines)
         saver = Saver(engines, batches, live, directory.disks, callbacks, store)
         stack.callback(saver.close)

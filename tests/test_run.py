@@ -256,7 +256,9 @@ def test_events_of_the_config_are_executed(two_ranks: RankPool, tmp_path: Path) 
     two_ranks.run(run_in_world, config)
     assert [record["lr"] for record in records(config)] == [0.01, 0.01, 0.005, 0.005]
     assert (config.run_dir / "checkpoints/step-00000003-third").is_dir()
-    assert (config.run_dir / "log.txt").read_text().count("INFO exported ") == 1  # not at the end again
+    assert (config.run_dir / "log.txt").read_text().count(
+        "INFO exported "
+    ) == 1  # not at the end again
 
 
 @pytest.mark.parametrize(
