@@ -19,6 +19,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     run.py             a run from its config to its end, as named steps
     startup.py         what is checked before a run starts: the machine, the ranks' software
     run_directory.py   runs/NAME/: its lock, its log, its resolved config
+    provenance.py      what a run was started from: commit, versions, command line
     trainer.py         Trainer: the loop; steps, and what happens between them
     command_queue.py   the commands of a run between its steps
     run_view.py        what a callback sees of a run

@@ -1,9 +1,7 @@
 """Command-line tools for runs, checkpoints and weight files."""
 
 import argparse
-import gc
 import platform
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any, NamedTuple
 
 from harness import __version__
 from harness.byte_sizes import size
+from harness.convert.command import add_convert_arguments, run_convert
 from harness.errors import ConfigError, HarnessError
 from harness.sizing.command import add_plan_arguments, run_plan
 
@@ -181,115 +180,6 @@ def run_ctl(args: argparse.Namespace) -> int:
     return send_stdin(args.run_dir, args.json)
 
 
-def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `harness convert`."""
-    add: Any = parser.add_argument
-    add(
-        "src",
-        metavar="SRC",
-        type=Path,
-        help="run directory, checkpoint directory (also of plain DeepSpeed, Accelerate, the HF "
-        "Trainer) or one of its tags, folder of Hugging Face shards, .sft or .pt "
-        "(.pth, .bin, .ckpt), by its content",
-    )
-    add("dst", metavar="DST", type=Path, help=".sft, .safetensors, .pt, .pth, .bin or .ckpt")
-    add(
-        "--shard-size",
-        metavar="SIZE",
-        type=size,
-        help="like 5GB: write Hugging Face shards and their index; DST must be a new directory",
-    )
-    add(
-        "--dtype",
-        choices=["fp32", "bf16", "fp16", "keep"],
-        help="dtype of floating-point weights; keep: the dtype that the model computes in. "
-        "Default: fp32 for a checkpoint (its master weights, bit for bit), keep for a file",
-    )
-    add(
-        "--what",
-        choices=["weights", "ema", "optimizer", "all"],
-        default="weights",
-        help="ema: the EMA weights of ema_decay instead of the weights; optimizer: master weights "
-        "and moments, as optimizer.KEY.NAME",
-    )
-    add(
-        "--key",
-        metavar="KEY",
-        help="part of a .pt that holds the weights, like model or state.model; default: all of it, "
-        "or the only part that is a dict of tensors",
-    )
-    add("--engine", metavar="NAME", help="engine to convert, if the checkpoint has several")
-    add_zero_arguments(parser)
-    for option, action in (("include", "keep only"), ("exclude", "skip")):
-        add(
-            f"--{option}",
-            metavar="REGEX",
-            action="append",
-            default=[],
-            help=f"{action} tensors whose name contains a match of REGEX; may be repeated",
-        )
-    add(
-        "--rename",
-        metavar="OLD=NEW",
-        action="append",
-        default=[],
-        help="replace matches of the regular expression OLD in names, like '^module\\.='; may be "
-        "repeated",
-    )
-    add("--dry-run", action="store_true", help="print what would be written")
-    add(
-        "--verify",
-        action="store_true",
-        help="check the CRCs of what is read and the layout (ZeRO 1 and 2 at 16 bits: weights must "
-        "be the rounded masters), and read back what was written",
-    )
-
-
-def add_zero_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `harness convert` that write a checkpoint."""
-    parser.add_argument(
-        "--to-zero",
-        metavar="STAGE",
-        type=int,
-        choices=[1, 2, 3],
-        help="instead of weights, write a checkpoint that plain DeepSpeed loads at this ZeRO "
-        "stage; DST must be a new directory. See --ranks and --round-robin",
-    )
-    parser.add_argument(
-        "--ranks", metavar="N", type=int, help="number of ranks that will load it; default 1"
-    )
-    parser.add_argument(
-        "--round-robin",
-        choices=["true", "false"],
-        help="round_robin_gradients of the engine that will load it; required if it was true",
-    )
-
-
-def run_convert(args: argparse.Namespace) -> int:
-    """Converts, and prints the result. SIGTERM cleans up like SIGINT."""
-    from harness.convert.convert import Options, convert
-
-    gc.set_threshold(200_000)  # what it makes for each tensor stays until the end
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    options = Options(
-        what=args.what,
-        dtype=args.dtype,
-        key=args.key,
-        include=tuple(args.include),
-        exclude=tuple(args.exclude),
-        rename=tuple(args.rename),
-        engine=args.engine,
-        shard_size=args.shard_size,
-        dry_run=args.dry_run,
-        verify=args.verify,
-        to_zero=args.to_zero,
-        ranks=args.ranks,
-        round_robin=None if args.round_robin is None else args.round_robin == "true",
-    )
-    convert(args.src, args.dst, options, print_line)
-    return 0
-
-
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `harness data`."""
     kinds = parser.add_subparsers(dest="action", required=True)
@@ -388,7 +278,7 @@ COMMANDS = {
     "convert": Subcommand(
         "convert a checkpoint to plain weights, or weights to another format",
         add_convert_arguments,
-        run_convert,
+        lambda args: run_convert(args, print_line),
         description="Streams the weights of any DeepSpeed checkpoint, or of a file, to DST, in "
         "constant memory. DST appears complete, or not at all.",
     ),

@@ -236,6 +236,11 @@ def first_few(items: Iterable[object], most: int = 6, between: str = ", ") -> st
     return text + (f"{between}..." if any(True for _ in iterator) else "")
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 rank", "2 ranks"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def written_by(rank: int, hosts: Sequence[str]) -> str:
     """The rank that wrote a file of a checkpoint. `hosts`: by rank, as in the manifest."""
     return f"rank {rank} on host {hosts[rank]}" if 0 <= rank < len(hosts) else "an unknown rank"

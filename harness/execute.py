@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from harness.control import commands as c
-from harness.control.bus import Ticket
+from harness.control.bus import Reported, Ticket
 from harness.control.events import Event
 from harness.control.grammar import Grammar
 from harness.control.live import LiveConfig, live_keys, value_of
@@ -100,13 +100,18 @@ def _execute(run: CommandTarget, ticket: Ticket) -> str | None:
 
 def answer(
     query: c.Query, status: Status, live: LiveConfig, engines: Engines, grammar: Grammar
-) -> str:
+) -> Reported:
     """Answers a query on rank 0, from any thread."""
+    if isinstance(query, c.ShowStatus):
+        changes = [*engines.describe_overrides(), *live.changes()]
+        return "\n".join([status.line(), *changes]), status.values() | {"changes": changes}
+    return _text(query, status, live, grammar), None
+
+
+def _text(query: c.Query, status: Status, live: LiveConfig, grammar: Grammar) -> str:
     match query:
         case c.Help():
             return grammar.help()
-        case c.ShowStatus():
-            return "\n".join([status.line(), *engines.describe_overrides(), *live.changes()])
         case c.TimeLeft(step):
             return status.time_left(step)
         case c.ShowEvents():
@@ -151,6 +156,11 @@ def _change_lr(engines: Engines, command: c.SetLr | c.ScaleLr | c.FollowSchedule
                 engine.overrides.scale_lr(factor, group or None)
             case c.FollowSchedule():
                 engine.overrides.follow_schedule(group or None)
+    return _rates(engines)
+
+
+def _rates(engines: Engines) -> str:
+    """The learning rates of the next step."""
     return ", ".join(
         f"{engine.name}: " + ", ".join(f"{k} {lr:g}" for k, lr in engine.overrides.rates().items())
         for engine in engines.trained
@@ -177,13 +187,15 @@ def _set(run: CommandTarget, key: str, text: str) -> str:
     old, new = run.live.config, run.live.with_changes({key: text})
     check_eval_data(run.task, new)
     check_best_metric(new, run.task, run.evaluated)
+    before = _rates(run.engines)
     if new.run.steps != old.run.steps:
         _move_end(run, new.run.steps)
     if new.data.mix != old.data.mix:  # from the next step on, which may have been fetched ahead
         run.batches.set_weights(mixture_weights(new.data))
         run.begin()
     run.live.set(key, text)
-    return f"{key} = {value_of(new, key)} (was {value_of(old, key)})"
+    rates, was = _rates(run.engines), f"{key} = {value_of(new, key)} (was {value_of(old, key)})"
+    return was if rates == before else f"{was}; {rates} (was {before})"
 
 
 def _move_end(run: CommandTarget, steps: int) -> None:

@@ -38,7 +38,7 @@ from harness.data.train_batches import (
 from harness.distributed.failures import Failures, raise_lost_rank
 from harness.engine.engines import Engines, build_engines
 from harness.epochs import with_steps
-from harness.errors import CommandError, ConfigError, TaskError
+from harness.errors import CommandError, ConfigError, TaskError, counted
 from harness.evaluate import check_best_metric
 from harness.execute import answer
 from harness.health import oom, phases, watchdog
@@ -54,7 +54,6 @@ from harness.metrics.tracker_sink import open_trackers
 from harness.run_directory import RunDirectory
 from harness.task import Task, check_eval_data, load_task
 from harness.trainer import Trainer
-from harness.utils import counted
 from harness.wrapper import attention_backend
 from harness.zero.parameters import full_numel
 from harness.zero.startup import join
@@ -124,7 +123,7 @@ def run_in_world(
         checkpoint, changes = _restore(
             *(config, directory, engines, batches, live, callbacks, store, ahead)
         )
-        directory.write_config()
+        directory.record_start(engines.global_step)
         _log_start(live, engines)
         saver = Saver(engines, batches, live, directory.disks, callbacks, store)
         stack.callback(saver.close)

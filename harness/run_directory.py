@@ -12,11 +12,13 @@ from harness.checkpoint.disks import find_disks
 from harness.checkpoint.retention import clean
 from harness.config import Config
 from harness.distributed.failures import raise_lost_rank
+from harness.engine.models import engine_settings
 from harness.errors import HarnessError, is_on_all_ranks, summary, with_notes
-from harness.files import locked, toml_write
+from harness.files import json_write, locked, toml_write
 from harness.health import outcome, phases, watchdog
 from harness.health.outcome import Outcome
 from harness.logs import log_to_file
+from harness.provenance import record_start
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +72,14 @@ class RunDirectory:
             if self.disks.is_leader:
                 clean(self.exports)
 
-    def write_config(self) -> None:
-        """Writes the resolved config, on rank 0. Collective. Raises HarnessError on all ranks."""
+    def record_start(self, step: int) -> None:
+        """Writes, on rank 0, what the run is started from: the resolved config, DeepSpeed's JSON of
+        each engine, and a line of starts.jsonl. Collective. Raises HarnessError on all ranks."""
         with distributed.raise_on_all_ranks(f"run directory {self.path}"):
             if distributed.is_global_leader():
                 write_config(self._config)
+                write_deepspeed(self._config)
+                record_start(self._config, step)
 
     def _lock_and_log(self, now: bool) -> None:
         """If `now`, locks the directory, once on each disk, and opens its log. Collective."""
@@ -110,6 +115,16 @@ def _errors_logged_by(handler: logging.Handler, is_leader: bool) -> Iterator[Non
             text, trace = (with_notes(error), None) if is_ours else (summary(error), sys.exc_info())
             handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), trace))
         raise
+
+
+def write_deepspeed(config: Config) -> None:
+    """Writes DeepSpeed's JSON of each engine, as it is given to DeepSpeed, to deepspeed/NAME.json,
+    which can be a `ds_config`."""
+    directory = config.run_dir / "deepspeed"
+    directory.mkdir(exist_ok=True)
+    for name, engine in config.engines.items():
+        settings = engine_settings(engine, config.data.micro_batch_size)
+        json_write(settings, directory / f"{name}.json")
 
 
 def write_config(config: Config) -> None:

@@ -90,6 +90,7 @@ class Trainer:
         self.kept_step: KeptStep | None = None  # the last one, with `health.blame`
         self._started_at = engines.global_step
         self._saved_step: int | None = None
+        self._exported_step: int | None = None
         self._evaluation: dict[str, float] = {}  # at this step, if there was one
 
     def train(self) -> int:
@@ -206,6 +207,7 @@ class Trainer:
     def returned(self) -> None:
         """Continues after an earlier step, which has been restored from its checkpoint."""
         self._saved_step, self._evaluation = self.engines.global_step, {}
+        self._exported_step = None
         self.begin()
 
     def execute(self, ticket: Ticket) -> None:
@@ -230,6 +232,7 @@ class Trainer:
                 self.recorder.event(step, "command", f"{ticket.text}: {result}")
         if isinstance(ticket.command, StateChange):
             self.has_changed()  # a checkpoint of this step would not contain it
+            self._exported_step = None
 
     # Between steps
 
@@ -246,7 +249,9 @@ class Trainer:
             self.evaluate()
             self.commands.execute_all()
         settings = self.live.config.trainer
-        if settings.export_at_end and not isinstance(self.ending, QuitUnsaved | Interrupt):
+        is_exported = self._exported_step == self.engines.global_step
+        wanted = settings.export_at_end and not isinstance(self.ending, QuitUnsaved | Interrupt)
+        if wanted and not is_exported:
             self.export()
         if self.ending is None:
             self.engines.finished_at = self.engines.global_step
@@ -324,6 +329,7 @@ class Trainer:
         with self.status.doing("export"):
             self.drain()  # raises if this step has made the weights wrong
             path = export(self.engines, directory, format, self.commands.poll)
+        self._exported_step = self.engines.global_step if format == "sft" else None
         self.recorder.event(self.engines.global_step, "export", path)
         self.tell("on_export", path)
         return path

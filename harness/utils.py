@@ -131,11 +131,6 @@ def torch_write(value: Any, path: Path, pickle_module: Any = pickle) -> None:
         raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
-def counted(count: int, noun: str) -> str:
-    """ "1 rank", "2 ranks"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype, like "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -251,10 +251,14 @@ def test_epochs_of_unknown_length_are_refused(two_ranks: RankPool, tmp_path: Pat
 
 def test_events_of_the_config_are_executed(two_ranks: RankPool, tmp_path: Path) -> None:
     events = [{"command": "lr x0.5", "every": 2}, {"command": "save as third", "at": 3}]
+    events.append({"command": "export", "at": 4})
     config = tiny_config(tmp_path, events=events, run={"steps": 4})
     two_ranks.run(run_in_world, config)
     assert [record["lr"] for record in records(config)] == [0.01, 0.01, 0.005, 0.005]
     assert (config.run_dir / "checkpoints/step-00000003-third").is_dir()
+    assert (config.run_dir / "log.txt").read_text().count(
+        "INFO exported "
+    ) == 1  # not at the end again
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 from harness.checkpoint.files import bytes_text
 from harness.convert.resolve_source import resolve_source
-from harness.errors import CheckpointError, FormatError, printable
+from harness.errors import CheckpointError, FormatError, counted, printable
 from harness.formats import file_kinds, pt_reader, shard_index, tensor_file
 from harness.formats.json_tree import Keys, dotted, from_metadata, leaf_nodes
 from harness.formats.pickled import Placeholder, describe
@@ -27,8 +27,9 @@ def describe_weights(path: Path) -> Iterator[str]:
 
 
 def _describe_engine(saved: SavedEngine) -> Iterator[str]:
+    ranks = counted(saved.world_size, "rank")
     yield (
-        f"{saved.directory}: DeepSpeed, ZeRO stage {saved.stage}, {saved.world_size} ranks, step "
+        f"{saved.directory}: DeepSpeed, ZeRO stage {saved.stage}, {ranks}, step "
         f"{saved.global_steps}"
     )
     stored = {name: saved.weight(name) for name in saved.weights}

@@ -23,10 +23,9 @@ from harness.checkpoint.save import engine_manifest
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
-from harness.errors import CheckpointError, missing_files
+from harness.errors import CheckpointError, counted, missing_files
 from harness.io.stored import materialize
 from harness.optim.sharded.optimizer import ShardedOptimizer
-from harness.utils import counted
 from harness.zero import file_trees
 from harness.zero.engine_state import shapes_of
 from harness.zero.file_trees import FileTrees

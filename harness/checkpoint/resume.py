@@ -149,6 +149,9 @@ def restore(
             seed = digest(f"{live.config.run.seed} {manifest.step} {rank}")
             distributed.seed_everything(int(seed[:15], 16))
     log.info("resumed from %s%s", directory, manifest.note and f", {manifest.note}")
+    for engine in engines.trained:
+        for text in engine.overrides.differs_from_saved():
+            log.info("engine %s: %s (run.steps = %d)", engine.name, text, live.config.run.steps)
     if manifest.fault:
         log_warning(
             "%s: %s: to resume from an earlier checkpoint, set run.resume to its path",

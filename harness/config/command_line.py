@@ -20,7 +20,7 @@ from harness.config.sections import expand_path, section_of
 DESCRIPTION = (
     "Train the models of a task under DeepSpeed. Of several files, and of a file "
     f"and what it `extends`, the later one counts; then {VARIABLE}SECTION__KEY in the "
-    "environment; then the command line."
+    "environment; then the command line. The value null unsets a key."
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from harness.config.old_names import current_keys
-from harness.config.overrides import VARIABLE, environment_overrides
+from harness.config.overrides import UNSET, VARIABLE, environment_overrides, without_unset
 from harness.config.root import Config
 from harness.config.sections import expand_path, merge, section_of
 from harness.errors import ConfigError, did_you_mean
@@ -63,7 +63,7 @@ def resolve(layers: Sequence[Layer], title: str, over: Layer, name: str = "") ->
     environment = _current(environment_overrides(os.environ, below), "environment")
     over = Layer(_current(over.table, over.origin), over.origin)
     layers = [*layers, Layer(environment, "environment"), over]
-    table = _merged(layers)
+    table = without_unset(_merged(layers))
     run = table.get("run", {})
     if name and isinstance(run, Mapping) and not run.get("name"):
         table = merge(table, {"run": {"name": name}})
@@ -116,7 +116,7 @@ def _without_length(table: Mapping[str, Any], over: Mapping[str, Any]) -> Mappin
     run, given = table.get("run"), over.get("run")
     if not (isinstance(run, Mapping) and isinstance(given, Mapping)):
         return table
-    if all(given.get(key) is None for key in LENGTHS):
+    if all(given.get(key) in (None, UNSET) for key in LENGTHS):
         return table
     return {**table, "run": {key: run[key] for key in run if key not in LENGTHS}}
 

@@ -12,6 +12,8 @@ from harness.config.root import Config
 from harness.config.sections import merge, section_of
 from harness.errors import ConfigError
 
+UNSET: Any = object()
+"""The value of a key that is set to `null`: what files say of it does not count."""
 VARIABLE = "HARNESS__"
 """How the names of variables begin that set a key: `HARNESS__RUN__STEPS=5` is `run.steps`."""
 
@@ -20,7 +22,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     """`["--run.steps=5", "--run.name", "x"]` as nested tables.
 
     Values are parsed as TOML (numbers, true, lists, inline tables), and kept as strings if they are
-    not valid TOML. Raises ConfigError.
+    not valid TOML; `null` is UNSET. Raises ConfigError.
     """
     overrides: dict[str, Any] = {}
     queue = list(words)
@@ -72,7 +74,18 @@ def nested(path: Sequence[str], value: Any) -> Any:
     return value
 
 
+def without_unset(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table without its keys that are UNSET, also in its tables."""
+    return {
+        key: without_unset(value) if isinstance(value, Mapping) else value
+        for key, value in table.items()
+        if value is not UNSET
+    }
+
+
 def _parse_value(path: Sequence[str], text: str) -> Any:
+    if text == "null":
+        return UNSET
     if not _is_text(path):
         with contextlib.suppress(tomllib.TOMLDecodeError):
             return tomllib.loads(f"value = {text}")["value"]

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from harness import distributed
 from harness.control.audit import Audit
@@ -30,6 +31,8 @@ ENDING = "the run is already ending"
 """Why commands are rejected or fail at the end of the run."""
 
 Reply = Callable[[Answer], None]
+Reported = tuple[str, dict[str, Any] | None]
+"""The answer to a query: for people, and perhaps as numbers."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Bus:
         self,
         grammar: Grammar,
         signals: Signals,
-        answer: Callable[[Query], str],
+        answer: Callable[[Query], Reported],
         audit: Audit | None,
     ):
         """`answer` answers queries; `audit` is the audit log, None on ranks other than 0."""
@@ -88,7 +91,8 @@ class Bus:
         try:
             command = self._grammar.parse(text)
             if isinstance(command, Query):
-                reply(Answer(ticket.id, text, "done", result=self._answer(command)))
+                result, values = self._answer(command)
+                reply(Answer(ticket.id, text, "done", result=result, values=values))
                 return True
             ticket = replace(ticket, command=command)
             with self._lock:
@@ -204,7 +208,8 @@ class Bus:
             return
         answer = Answer(ticket.id, ticket.text, state, step, result)
         source = {"front": ticket.front, "user": ticket.user}
-        self._audit.write({"time": time.time(), **source, **asdict(answer)})
+        record = {key: value for key, value in asdict(answer).items() if key != "values"}
+        self._audit.write({"time": time.time(), **source, **record})
         if ticket.id in self._pending:
             _, reply = self._pending[ticket.id]
             if state in FINAL_STATES:

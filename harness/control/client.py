@@ -11,6 +11,7 @@ from pathlib import Path
 
 from harness.control.wire import FINAL_STATES, SOCKET, Answer, short_path
 from harness.errors import CommandError, HarnessError
+from harness.health.outcome import FILE, Outcome
 
 EXIT_CODES = {"done": 0, "failed": 1, "rejected": 2}
 NO_ANSWER = 3
@@ -33,13 +34,8 @@ class Client:
         try:
             with short_path(path) as name:
                 self._socket.connect(name)
-        except FileNotFoundError:
-            raise NoAnswer(f"no run is going on in {run_dir}: {path} does not exist") from None
-        except ConnectionRefusedError:
-            raise NoAnswer(
-                f"{path}: no answer: the run has ended, or its rank 0 is on another machine "
-                f"(see {run_dir}/log.txt)"
-            ) from None
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise NoAnswer(_why_not(run_dir, error)) from None
         except OSError as error:
             raise NoAnswer(f"{path}: {error.strerror}") from None
         self._lines = self._socket.makefile("r", encoding="utf-8")
@@ -71,6 +67,23 @@ class Client:
         """Disconnects."""
         self._lines.close()
         self._socket.close()
+
+
+def _why_not(run_dir: Path, error: OSError) -> str:
+    """Why no job is listening."""
+    if not run_dir.is_dir():
+        return f"{run_dir}: no such run directory"
+    outcome = Outcome.read(run_dir / FILE)
+    if outcome is not None:
+        at = "" if outcome.step is None else f" at step {outcome.step}"
+        how = "" if outcome.kind == "complete" else f": {outcome.reason}"
+        return f"{run_dir}: the run has ended ({outcome.kind}{at}){how}"
+    if isinstance(error, FileNotFoundError):
+        return f"no run is going on in {run_dir}: it has no {SOCKET}"
+    return (
+        f"{run_dir / SOCKET}: no answer: the run was killed, or its rank 0 is on another machine "
+        f"(see {run_dir}/log.txt)"
+    )
 
 
 def command(run_dir: str | Path, text: str) -> str:

@@ -20,6 +20,8 @@ from harness.control.commands import (
 from harness.control.live import live_keys, parse_value
 from harness.errors import CommandError, ConfigError, did_you_mean
 
+SYNONYMS = dict.fromkeys(("exit", "stop", "end", "kill", "q"), "quit")
+"""What other programs call a command of ours."""
 MAX_QUOTED = 80  # characters of an invalid line that the answer repeats
 
 
@@ -125,7 +127,8 @@ class Grammar:
 
     def _suggestion(self, words: Sequence[str]) -> str:
         known = {form[0] for form, _ in self._forms} | set(self._task_commands)
-        hint = did_you_mean(words[0], sorted(known)) if words else ""
+        first = SYNONYMS.get(words[0], words[0]) if words else ""
+        hint = did_you_mean(first, sorted(known))
         nearest = hint.split("'")[1] if hint else ""
         return (
             f"{hint}: {self._usage(nearest) or nearest}" if nearest else "; help lists all commands"

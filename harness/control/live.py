@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError, create_model
 
 from harness.config import Config
 from harness.config.old_names import current_setting
-from harness.config.overrides import nested, parse_overrides
+from harness.config.overrides import UNSET, nested, parse_overrides
 from harness.config.sections import LIVE, merge, section_of
 from harness.control.events import Events
 from harness.errors import ConfigError
@@ -128,6 +128,8 @@ def parse_value(key: str, text: str) -> Any:
         known = section.model_fields.get(part)  # None: the name of a table
         section = section_of(known.annotation) if known is not None else section
     value, info = value[name], section.model_fields[name]
+    if value is UNSET:
+        raise ConfigError(f"{key}: null unsets a key at the start of a run only: give its value")
     try:
         model = create_model("Value", value=(info.annotation, info))
         return model(value=value).model_dump()["value"]

@@ -10,7 +10,7 @@ import pwd
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 SOCKET = Path("control/control.sock")
 """Relative to the run directory."""
@@ -34,6 +34,8 @@ class Answer:
     """The step after which it was agreed or executed."""
     result: str = ""
     """The result, or why the command failed or was rejected."""
+    values: dict[str, Any] | None = None
+    """What the result of `status` says, as numbers."""
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Converts checkpoints and files of weights to plain weights, without torch.
 
+command.py              the command `harness convert`
 convert.py              a complete conversion, from its options
 verify.py               checks CRCs, and that weights are the rounded masters
 copy.py                 copies and casts the planned bytes, with several threads

@@ -20,7 +20,7 @@ from harness.convert.copy import OnProgress, copy, default_workers
 from harness.convert.plan import ConversionPlan, PlannedTensor
 from harness.convert.resolve_source import LATEST, read_file, resolve_source
 from harness.convert.verify import check_masters, check_output, check_sources
-from harness.errors import FormatError, HarnessError, first_few
+from harness.errors import FormatError, HarnessError, counted, first_few
 from harness.files import staging_path, sync_directory, write_atomically
 from harness.formats import (
     dtypes,
@@ -213,7 +213,7 @@ def _write_zero_checkpoint(
         (staged / tag).mkdir()
         writer.write(staged / tag)
         write_atomically(staged / LATEST, lambda path: path.write_text(tag))
-    print_line(f"{dst}: {tag} for {ranks} ranks at ZeRO {options.to_zero}")
+    print_line(f"{dst}: {tag} for {counted(ranks, 'rank')} at ZeRO {options.to_zero}")
     for note in writer.notes:
         print_line(f"note: {note}")
 

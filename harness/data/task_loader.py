@@ -16,8 +16,7 @@ from harness.data.stream import has_state, length_of
 from harness.data.stream_loader import StreamLoader
 from harness.data.workers import end_workers
 from harness.distributed.rng import seeded
-from harness.errors import CheckpointError, TaskError
-from harness.utils import counted
+from harness.errors import CheckpointError, TaskError, counted
 
 log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)

@@ -26,8 +26,8 @@ from torch.nn.parameter import is_lazy
 
 from harness import distributed
 from harness.distributed.tensors import broadcast_tensors
-from harness.errors import CheckpointError, TaskError, first_few
-from harness.utils import counted, dtype_name
+from harness.errors import CheckpointError, TaskError, counted, first_few
+from harness.utils import dtype_name
 
 log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)

@@ -55,6 +55,8 @@ class Overrides:
         self.configured_clip: float = ds.gradient_clipping()
         """The norm that gradients are clipped to without live changes; DeepSpeed's default is 1."""
         groups = self._first_lrs.items() if len(self._first_lrs) > 1 else ()
+        self._saved: dict[str, float] = {}  # the next step's rates, in the checkpoint
+        self._is_reconfigured = False  # since the checkpoint
         self._configured = repr((config.optimizer, config.scheduler, *groups))
 
     @property
@@ -132,6 +134,17 @@ class Overrides:
             rates.setdefault("lr" if name == self._names[0] else f"lr/{name}", lr)
         return rates
 
+    def differs_from_saved(self) -> Iterator[str]:
+        """What a resume does to the learning rate, a line for each group whose rate is not the
+        checkpoint's. Nothing after one of before, which does not tell."""
+        why = "the schedule spans another number of steps"
+        if self._is_reconfigured:
+            why = "the config has another optimizer or schedule"
+        for name, rate in self.rates().items():
+            saved = self._saved.get(name, rate)
+            if not math.isclose(rate, saved, rel_tol=1e-6):
+                yield f"{name} {saved:.4g} in the checkpoint, {rate:.4g} from here on: {why}"
+
     def _chosen(self, group: str | None) -> Iterable[str]:
         return self._changes if group is None else [group]
 
@@ -177,6 +190,7 @@ class Overrides:
             "lr_factor": changes[first][1],
             "lr_of_groups": {name: changes[name] for name in others},
             "schedule": self._configured,
+            "rates": self.rates(),
             "schedule_state": self._schedule.state_dict(),
             "clip": self._clip,
             "configured_clip": self.configured_clip,
@@ -190,6 +204,7 @@ class Overrides:
         """
         self._ds.lr_scheduler.base_lrs = list(self._base_lrs)
         self._schedule.load_state_dict(state.get("schedule_state", {}))
+        self._saved = state.get("rates", {})
         first = _Change(state["held_lr"], state["lr_factor"])
         self._changes = {name: self._as(first, name) for name in self.groups}
         for name, (held, factor) in state.get("lr_of_groups", {}).items():
@@ -197,7 +212,8 @@ class Overrides:
                 self._changes[name] = _Change(held, factor)
         self._clip = state["clip"]
         saved = list(self)
-        if state["schedule"] != self._configured:
+        self._is_reconfigured = state["schedule"] != self._configured
+        if self._is_reconfigured:
             self._changes = dict.fromkeys(self._changes, _Change())
         if state["configured_clip"] != self.configured_clip:
             self._clip = None

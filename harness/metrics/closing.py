@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from harness.config import Config
 from harness.health import goodput
@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 class _Series:
     """The values of a metric at the steps of this run."""
 
-    is_max: bool
+    mode: Literal["min", "max"] | None
+    """Which values are better; None if nothing says."""
     values: list[tuple[int, float]] = field(default_factory=list)
     """The last one, and those before it that were the best so far."""
 
@@ -33,13 +34,15 @@ class _Series:
         self.values.append((step, value))
 
     def _is_better(self, value: float, other: float) -> bool:
-        return value > other if self.is_max else value < other
+        return value > other if self.mode == "max" else value < other
 
     def truncate(self, step: int) -> None:
         self.values = [entry for entry in self.values if entry[0] <= step]
 
     def __str__(self) -> str:
         last, best = self.values[-1], self.values[-1]
+        if self.mode is None:
+            return f"{last[1]:.4g}"
         if len(self.values) > 1 and not self._is_better(last[1], self.values[-2][1]):
             best = self.values[-2]
         if best == last:
@@ -77,9 +80,10 @@ class Closing:
 
     def _of(self, name: str) -> _Series:
         settings = self._config.checkpoint
-        is_best = name == settings.best_metric
-        is_max = settings.best_mode == "max" if is_best else name.endswith("accuracy")
-        return self._series.setdefault(name, _Series(is_max))
+        mode = "min" if name.rpartition("/")[2] == "loss" else None
+        if name == settings.best_metric:
+            mode = settings.best_mode
+        return self._series.setdefault(name, _Series(mode))
 
     def close(self) -> None:
         """Nothing is open."""

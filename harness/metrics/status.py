@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from harness.files import truncate
 from harness.health import phases
 from harness.health.phases import Phase
 
@@ -91,6 +92,23 @@ class Status:
         left = (self.steps - self.step) * seconds if seconds is not None else 0
         left = f", {format_duration(left)} left" if left > 0 else ""
         return f"step {self.step} of {self.steps}{left}, {self.activity}{waiting}{numbers}{note}"
+
+    def values(self) -> dict[str, Any]:
+        """The state of the run as numbers: the step, the last one, what it does, in which phase and
+        for how long, seconds per step and to the end (None before the first one), and the newest
+        record as in metrics.jsonl."""
+        phase, seconds = phases.now(), self._seconds_per_step()
+        return {
+            "step": self.step,
+            "steps": self.steps,
+            "activity": self.activity,
+            "phase": phase.phase,
+            "phase_s": phase.seconds,
+            "since_last_step_s": time.monotonic() - self._ends[-1][1],
+            "seconds_per_step": seconds,
+            "seconds_left": None if seconds is None else (self.steps - self.step) * seconds,
+            "record": {name: truncate(value) for name, value in self._record.items()},
+        }
 
     def time_left(self, to: int | None = None) -> str:
         """The estimated time to a step (None: the last), from the duration of recent steps."""

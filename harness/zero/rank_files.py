@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from harness.errors import CheckpointError, first_few
+from harness.errors import CheckpointError, counted, first_few
 from harness.formats.pickled import Placeholder
 from harness.formats.pt_reader import TensorRef
 from harness.zero.layout import Tree, base_state
@@ -36,12 +36,12 @@ def check_rank_files(
             expected = range(1)
         if missing := first_few(rank for rank in expected if rank not in trees):
             raise CheckpointError(
-                f"{kind}.pt of ranks {missing} are missing: saved by {world_size} ranks"
+                f"{kind}.pt of ranks {missing} are missing: saved by {counted(world_size, 'rank')}"
             )
         if extra := first_few(rank for rank in sorted(trees) if rank not in expected):
             raise CheckpointError(
                 f"{kind}.pt of ranks {extra} are from another save: this one is of "
-                f"{world_size} ranks"
+                f"{counted(world_size, 'rank')}"
             )
         for rank, tree in trees.items():
             if (writer := _writer(tree)) not in (rank, None):

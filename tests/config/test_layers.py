@@ -125,6 +125,19 @@ def test_the_last_length_of_the_run_counts(folder: Path) -> None:
         parsed(folder / "base.toml", written(steps, "[run]\nsteps = 5\nepochs = 1\n"))
 
 
+def test_null_unsets_a_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = folder / "base.toml"
+    words = ("--run.seed=null", "--engines.Net.optimizer.betas=null", "--run.epochs=null")
+    config = parsed(base, words=words)
+    assert (config.run.seed, config.run.steps) == (0, 7)
+    assert config.engines["Net"].optimizer.args == {}
+    monkeypatch.setenv("HARNESS__RUN__STEPS", "null")
+    assert parsed(base).run.steps == 1000
+    assert parsed(base, words=("--run.steps=3",)).run.steps == 3
+    with pytest.raises(ConfigError, match=r"task.path: missing \(required\)"):
+        parsed(base, words=("--task.path=null",))
+
+
 def test_events_are_read_and_written(folder: Path) -> None:
     text = '[[events]]\ncommand = "export"\nevery = 1000\n[[events]]\ncommand = "eval"\nat = 7\n'
     config = parsed(written(folder / "mine.toml", f'extends = "base.toml"\n{text}'))

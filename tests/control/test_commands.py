@@ -73,6 +73,8 @@ def test_a_line_is_a_command(line: str, command: c.Command) -> None:
     ("line", "message"),
     [
         ("sav", "unknown command (did you mean 'save'?): save | save as NAME"),
+        ("exit", "unknown command (did you mean 'quit'?): quit"),
+        ("set run.steps null", "run.steps: null unsets a key at the start of a run only"),
         ("save now", "unexpected 'now'; usage: save | save as NAME"),
         ("save as a/b", "NAME: found 'a/b', expected letters, digits and .-_"),
         ("eval now", "unexpected 'now'"),

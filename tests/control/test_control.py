@@ -59,7 +59,7 @@ def ends(config: Config) -> list[tuple[str, str, str]]:
 
 
 def poll_often(lines: list[str], polls: int) -> list[list[Any]]:
-    bus = Bus(Grammar(["net"], {}), Signals(), str, None)
+    bus = Bus(Grammar(["net"], {}), Signals(), lambda query: (str(query), None), None)
     vector = distributed.StepVector()
     vector.add(bus)
     received = []
@@ -204,6 +204,10 @@ def test_a_held_rate_is_scaled_and_steps_move_the_schedules_end(
     longer = tiny_config(tmp_path, 1, **scheduled(1), run={"steps": 14})
     two_ranks.run(run_in_world, longer)  # the config takes precedence
     assert len(records(config)) == 14
+    log = (config.run_dir / "log.txt").read_text()
+    shorter, now = cosine(13, 12), cosine(13, 14)
+    assert f"engine net: lr {shorter:.4g} in the checkpoint, {now:.4g} from here on: the " in log
+    assert log.count("from here on") == 1 and "(run.steps = 14)" in log
 
 
 @pytest.mark.parametrize("stage", quick(STAGES, 1, 3))

@@ -26,6 +26,7 @@ from harness.control.signals import Signals
 from harness.control.socket import MAX_CLIENTS, SocketFront
 from harness.control.wire import MAX_LINE, SOCKET
 from harness.files import locked
+from harness.health.outcome import Outcome
 from tests.support.helpers import ROOT
 
 HARNESS = [str(Path(sys.executable).parent / "harness")]
@@ -53,9 +54,9 @@ class Desk(Bus):
         self._worker.join()
 
 
-def _status(query: Query) -> str:
+def _status(query: Query) -> tuple[str, dict[str, int]]:
     assert query == ShowStatus()
-    return "step 7 of 9" + "." * 1000
+    return "step 7 of 9" + "." * 1000, {"step": 7, "steps": 9}
 
 
 @pytest.fixture
@@ -156,9 +157,11 @@ def test_ctl_prints_the_result_and_returns_its_exit_code(tmp_path: Path, desk: D
         *("queued", "done"),
         "done",
     ]
+    assert lines[0]["values"] is None and lines[-1]["values"] == {"step": 7, "steps": 9}
 
 
 def test_without_a_run_ctl_explains_why(tmp_path: Path) -> None:
+    assert f"{tmp_path}/x: no such run directory" in ctl(tmp_path / "x", "save").stderr
     missing = ctl(tmp_path, "save")
     assert missing.returncode == 3
     assert f"no run is going on in {tmp_path}: " in missing.stderr
@@ -166,7 +169,11 @@ def test_without_a_run_ctl_explains_why(tmp_path: Path) -> None:
     front._path = tmp_path / "elsewhere"  # like a killed run, it leaves its socket behind
     front.close()
     dead = ctl(tmp_path, "save")
-    assert dead.returncode == 3 and "no answer: the run has ended" in dead.stderr
+    assert dead.returncode == 3 and "no answer: the run was killed, or " in dead.stderr
+    Outcome("complete", 0, "all 9 steps are taken", step=9).write(tmp_path)
+    assert ctl(tmp_path, "save").stderr == (
+        f"error: {tmp_path}: the run has ended (complete at step 9)\n"
+    )
 
 
 def test_a_run_that_ends_answers_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,7 +27,7 @@ def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
     assert lines == [
         "quit: step 7 after 1 min 1 s and 2 starts",
         "eval/loss 0.7, best 0.5 at step 2",
-        "eval/accuracy 0.3, the best",
+        "eval/accuracy 0.3",
         "loss 2.5, best 0.9 at step 5 (since step 2)",
         "1 step was skipped",
         f"checkpoints: 2, the newest is {run_dir}/checkpoints/step-00000008",
@@ -37,7 +37,7 @@ def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
     lines = list(closing.lines(Outcome("complete", 0, step=9)))
     assert lines[1:4] == [
         "eval/loss 0.5, the best",
-        "eval/accuracy 0.1, the best",
+        "eval/accuracy 0.1",
         "loss 1.5, the best (since step 2)",
     ]
     assert lines[-1] == f"next: harness report {run_dir}; harness convert {run_dir} {run_dir}.sft"
