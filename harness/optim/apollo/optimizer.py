@@ -25,6 +25,7 @@ nor state change, except for `calls`, which decides when P is refreshed.
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -60,6 +61,7 @@ class Apollo(ShardedOptimizer):
     COUNTERS = ("step", "calls")
     RENEWED: ClassVar = {"made": -1}
     SELECTION = ("low_rank", "dense", "stacked")
+    COPIED = (*ShardedOptimizer.COPIED, "_fused", "_projections")
     RANK: ClassVar = 256
     """The default rank."""
 
@@ -91,7 +93,7 @@ class Apollo(ShardedOptimizer):
         `fused`: Triton kernels (kernels.py), on a GPU. Raises ValueError for invalid settings, and
         for a group of rank > 0 with a parameter that is not a matrix.
         """
-        self._kernels = _load_kernels() if fused else None
+        self._fused = fused
         self._projections = Projections(self._kernels.gaussian if self._kernels else gaussian)
         settings = {
             "lr": lr,
@@ -109,6 +111,11 @@ class Apollo(ShardedOptimizer):
             "stacked": False,
         }
         super().__init__(params, settings)
+
+    @cached_property
+    def _kernels(self) -> Any:
+        """The module of Triton's kernels, or None. Raises ValueError where they cannot run."""
+        return _load_kernels() if self._fused else None
 
     @classmethod
     def split_groups(

@@ -32,6 +32,7 @@ class MatrixOptimizer(ShardedOptimizer):
 
     SELECTION = ("matrices", "dense", "stacked", "heads")
     GROUP_ONLY = tuple(GROUP_DEFAULTS)
+    COPIED = (*ShardedOptimizer.COPIED, "_dtype", "_adam_lr")
     GROUP: ClassVar[type[MatrixGroup]]
 
     def __init__(
@@ -144,6 +145,8 @@ class MatrixOptimizer(ShardedOptimizer):
         key."""
         key = tuple(map(id, groups))
         if key not in self._exchanges:
+            current = {id(group) for group in self._tensor_groups.values()}
+            self._exchanges = {k: v for k, v in self._exchanges.items() if current.issuperset(k)}
             plans = [plan for group in of_matrices for plan in group.plans]
             shard = common_shard(groups)
             device = shard.device if shard.group is not None else groups[0].device

@@ -37,6 +37,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """The arguments of `split_groups` that a config may set."""
     GROUP_ONLY: ClassVar[tuple[str, ...]] = ()
     """Settings of parameter groups that are not arguments of the constructor."""
+    COPIED: ClassVar[tuple[str, ...]] = ("_parameters", "_shapes", "_group_of", "_loaded")
+    """Attributes that a copy has besides torch's."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
         self._parameters: dict[str, Tensor] = {}
@@ -181,6 +183,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
                     self.state[flat][key] = value.to(flat.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of `copy.deepcopy` and `pickle`: plans belong to the original's tensors."""
+        return super().__getstate__() | {name: getattr(self, name) for name in self.COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_parameters" in state:  # not so in load_state_dict, which calls this too
+            self._located = {}
+            self._forget_plans()
 
     def _forget_plans(self) -> None:
         """Drops what depends on the state."""
