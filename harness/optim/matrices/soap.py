@@ -32,6 +32,7 @@ from harness.optim.matrices import soap_state
 from harness.optim.matrices.groups import Batch, MatrixGroup, zeros_unless
 from harness.optim.matrices.optimizer import MatrixOptimizer
 from harness.optim.matrices.plan import OwnerPlan
+from harness.optim.sharded.settings import Rules, is_positive_int
 from harness.optim.sharded.tensor_groups import NamedState, ParamGroup, State, drop_others, foreach
 from harness.zero.shards import Shard
 
@@ -191,7 +192,7 @@ class Soap(MatrixOptimizer):
         """
         defaults = {
             "lr": lr,
-            "betas": tuple(betas),
+            "betas": betas,
             "shampoo_beta": shampoo_beta,
             "eps": eps,
             "weight_decay": weight_decay,
@@ -219,12 +220,11 @@ class Soap(MatrixOptimizer):
                 soap_state.reshard(before, own, read, plan, state, settings["max_precond_dim"])
         return state
 
-    def _allowed(self, group: ParamGroup) -> dict[str, bool]:
-        beta, frequency = group["shampoo_beta"], group["precondition_frequency"]
-        return super()._allowed(group) | {
-            "shampoo_beta": beta is None or 0 <= beta < 1,
-            "precondition_frequency": type(frequency) is int and frequency > 0,
-            "max_precond_dim": type(group["max_precond_dim"]) is int,
+    def _rules(self, group: ParamGroup) -> Rules:
+        return super()._rules(group) | {
+            "shampoo_beta": lambda beta: beta is None or 0 <= beta < 1,
+            "precondition_frequency": is_positive_int,
+            "max_precond_dim": lambda longest: type(longest) is int and longest >= 0,
         }
 
     def _dtype_on(self, device: torch.device) -> torch.dtype:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from harness.optim.sharded.settings import Rules, check_settings
 from harness.optim.sharded.tensor_groups import ParamGroup, State, TensorGroup
 from harness.zero.parameters import full_shape
 from harness.zero.shards import Shard, locate
@@ -83,8 +84,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     @abstractmethod
-    def _allowed(self, group: ParamGroup) -> dict[str, bool]:
-        """Whether each setting of a parameter group is valid."""
+    def _rules(self, group: ParamGroup) -> Rules:
+        """Which values of a parameter group's settings are valid."""
 
     @abstractmethod
     def _new_tensor_group(
@@ -107,9 +108,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             param_group = {"param_names": names} | param_group
         super().add_param_group(param_group | {"params": params})
         group = self.param_groups[-1]
-        for key, is_allowed in self._allowed(group).items():
-            if not is_allowed:
-                raise ValueError(f"{key} = {group[key]!r} is not valid")
+        check_settings(group, self._rules(group))
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in self._parameters:
                 raise ValueError(f"two parameters are named {name!r}")
