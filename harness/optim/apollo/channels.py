@@ -81,17 +81,21 @@ class Tile:
         return flat.as_strided(shape, self.strides, flat.storage_offset() + self.offset)
 
 
-def matrices_of(name: str, shape: Sequence[int], stacked: bool) -> list[Matrix]:
+def matrices_of(
+    name: str,
+    shape: Sequence[int],
+    stacked: bool,
+    dense: str = "rank = 0, as apollo_param_groups does",
+) -> list[Matrix]:
     """The matrices of a parameter: one, (s0, s1 * s2 * ...), or with `stacked` one per index of s0.
 
-    Raises ValueError for a shape that is not a matrix.
+    Raises ValueError for a shape that is not a matrix; `dense` is what its group lacks.
     """
     sides = tuple(shape[1:]) if stacked else tuple(shape)
     if len(sides) < 2 or not prod(shape):
         raise ValueError(
-            f"parameter {name!r} of shape {tuple(shape)} is not a matrix{' per slice' * stacked}, "
-            "but its group has rank > 0: move it to a group with rank = 0, as apollo_param_groups "
-            "does"
+            f"parameter {name!r} of shape {tuple(shape)} is not a matrix{' per slice' * stacked}: "
+            f"move it to a group with {dense}"
         )
     rows, columns = sides[0], prod(sides[1:])
     if not stacked:

@@ -18,6 +18,7 @@ from harness.optim.apollo.channels import ChannelPlan, Matrix, Tile
 from harness.optim.apollo.projections import Projections
 from harness.optim.apollo.spectral import new_projections
 from harness.optim.apollo.tensor_groups import NamedState, ParamGroup, State, TensorGroup
+from harness.optim.sharded.tensor_groups import drop_others
 from harness.zero.shards import Shard
 
 foreach: Any = torch
@@ -148,12 +149,13 @@ class LowRank(TensorGroup):
                 yield f"{matrix.name}/{key}", self._summed(value) if is_partial else value
 
     def _fill(self, number: int, state: State, loaded: NamedState) -> None:
-        for matrix in self.plan.matrices_of_flat[number]:
-            name, entries = self.plan.matrices[matrix].name, {}
-            for key in named_state.KEYS:
-                if (value := loaded.pop(f"{name}/{key}", None)) is not None:
-                    entries[key] = value
-            if entries:
+        names = {n: self.plan.matrices[n].name for n in self.plan.matrices_of_flat[number]}
+        own = {f"{name}/{key}" for name in names.values() for key in named_state.KEYS}
+        drop_others(self.shards[number], loaded, own, "APOLLO's of these matrices")
+        for matrix, name in names.items():
+            found = [key for key in named_state.KEYS if f"{name}/{key}" in loaded]
+            if found:
+                entries = {key: loaded.pop(f"{name}/{key}") for key in found}
                 named_state.fill_matrix(self.plan, matrix, state, entries)
 
     def square_sum(self) -> Tensor:

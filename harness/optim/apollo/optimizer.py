@@ -25,6 +25,7 @@ nor state change, except for `calls`, which decides when P is refreshed.
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,6 +42,7 @@ from harness.optim.apollo.projections import PROJECTIONS, Projections
 from harness.optim.sharded.elementwise import Dense
 from harness.optim.sharded.optimizer import ShardedOptimizer
 from harness.optim.sharded.param_groups import split_by_kind
+from harness.optim.sharded.settings import Rules, are_betas, is_bool, is_positive_int
 from harness.optim.sharded.tensor_groups import ParamGroup, State, TensorGroup, all_finite
 from harness.zero.shards import Shard
 
@@ -60,6 +62,7 @@ class Apollo(ShardedOptimizer):
     COUNTERS = ("step", "calls")
     RENEWED: ClassVar = {"made": -1}
     SELECTION = ("low_rank", "dense", "stacked")
+    COPIED = (*ShardedOptimizer.COPIED, "_fused", "_projections")
     RANK: ClassVar = 256
     """The default rank."""
 
@@ -91,7 +94,7 @@ class Apollo(ShardedOptimizer):
         `fused`: Triton kernels (kernels.py), on a GPU. Raises ValueError for invalid settings, and
         for a group of rank > 0 with a parameter that is not a matrix.
         """
-        self._kernels = _load_kernels() if fused else None
+        self._fused = fused
         self._projections = Projections(self._kernels.gaussian if self._kernels else gaussian)
         settings = {
             "lr": lr,
@@ -109,6 +112,11 @@ class Apollo(ShardedOptimizer):
             "stacked": False,
         }
         super().__init__(params, settings)
+
+    @cached_property
+    def _kernels(self) -> Any:
+        """The module of Triton's kernels, or None. Raises ValueError where they cannot run."""
+        return _load_kernels() if self._fused else None
 
     @classmethod
     def split_groups(
@@ -143,20 +151,20 @@ class Apollo(ShardedOptimizer):
             named_state.reshard(plans, [read(own) for own in states], plan, state)
         return state
 
-    def _allowed(self, group: ParamGroup) -> dict[str, bool]:
-        beta1, beta2 = group["betas"]
+    def _rules(self, group: ParamGroup) -> Rules:
         return {
-            "lr": group["lr"] >= 0,
-            "rank": type(group["rank"]) is int and group["rank"] >= 0,
-            "scale": group["scale"] > 0,
-            "scale_type": group["scale_type"] in ("channel", "tensor"),
-            "update_proj_gap": isinstance(group["update_proj_gap"], int)
-            and group["update_proj_gap"] > 0,
-            "gamma": group["gamma"] is None or group["gamma"] >= 1,
-            "projection": group["projection"] in (*PROJECTIONS, "svd"),
-            "betas": 0 <= beta1 < 1 and 0 <= beta2 < 1,
-            "eps": group["eps"] > 0 or (group["eps"] == 0 and not group["rank"]),  # or N is 0 / 0
-            "weight_decay": group["weight_decay"] >= 0,
+            "lr": lambda lr: lr >= 0,
+            "rank": lambda rank: type(rank) is int and rank >= 0,
+            "scale": lambda scale: scale > 0,
+            "scale_type": lambda kind: kind in ("channel", "tensor"),
+            "scale_front": is_bool,
+            "update_proj_gap": is_positive_int,
+            "gamma": lambda gamma: gamma is None or gamma >= 1,
+            "projection": lambda name: name in (*PROJECTIONS, "svd"),
+            "betas": are_betas,
+            "eps": lambda eps: eps > 0 or (eps == 0 and not group["rank"]),  # or N is 0 / 0
+            "weight_decay": lambda decay: decay >= 0,
+            "stacked": is_bool,
         }
 
     def _step(self, groups: Sequence[TensorGroup]) -> None:

@@ -5,7 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from harness.optim.sharded.param_groups import DENSE, STACKED, as_groups, parameter_kinds
+from harness.optim.sharded.param_groups import (
+    DENSE,
+    STACKED,
+    as_groups,
+    check_expressions,
+    parameter_kinds,
+)
 
 
 def apollo_param_groups(
@@ -25,6 +31,7 @@ def apollo_param_groups(
     make smaller. Names that match `low_rank` are always low-rank. `settings` apply to the low-rank
     groups. Warns if nothing is low-rank.
     """
+    check_expressions(low_rank=low_rank, dense=dense, stacked=stacked)
     kinds = parameter_kinds(
         model, matrices=low_rank, dense=dense, stacked=stacked, longest_dense=rank
     )

@@ -25,6 +25,7 @@ from harness.optim.apollo.channels import Matrix
 from harness.optim.matrices.groups import Batch, MatrixGroup, may_branch
 from harness.optim.matrices.optimizer import MatrixOptimizer
 from harness.optim.sharded.elementwise import Elementwise
+from harness.optim.sharded.settings import Rules, is_bool, is_positive_int
 from harness.optim.sharded.tensor_groups import ParamGroup, State, foreach
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
@@ -140,16 +141,17 @@ class Muon(MatrixOptimizer):
             "weight_decay": weight_decay,
             "ns_steps": ns_steps,
             "adjust_lr": adjust_lr,
-            "betas": tuple(betas),
+            "betas": betas,
             "eps": eps,
         }
         super().__init__(params, defaults, DTYPES.get(ns_dtype), adam_lr)
 
-    def _allowed(self, group: ParamGroup) -> dict[str, bool]:
-        return super()._allowed(group) | {
-            "momentum": 0 <= group["momentum"] < 1,
-            "ns_steps": type(group["ns_steps"]) is int and 0 < group["ns_steps"] < 100,
-            "adjust_lr": group["adjust_lr"] in ("original", "match_rms_adamw"),
+    def _rules(self, group: ParamGroup) -> Rules:
+        return super()._rules(group) | {
+            "momentum": lambda momentum: 0 <= momentum < 1,
+            "nesterov": is_bool,
+            "ns_steps": lambda steps: is_positive_int(steps) and steps < 100,
+            "adjust_lr": lambda rule: rule in ("original", "match_rms_adamw"),
         }
 
     def _dtype_on(self, device: torch.device) -> torch.dtype:

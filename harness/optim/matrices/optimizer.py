@@ -14,6 +14,13 @@ from harness.optim.matrices.param_groups import matrix_param_groups
 from harness.optim.sharded.elementwise import Dense
 from harness.optim.sharded.optimizer import ShardedOptimizer
 from harness.optim.sharded.param_groups import split_by_kind
+from harness.optim.sharded.settings import (
+    Rules,
+    are_betas,
+    check_settings,
+    is_bool,
+    is_positive_int,
+)
 from harness.optim.sharded.tensor_groups import ParamGroup, TensorGroup, all_finite, common_shard
 from harness.zero.shards import Shard
 
@@ -32,6 +39,7 @@ class MatrixOptimizer(ShardedOptimizer):
 
     SELECTION = ("matrices", "dense", "stacked", "heads")
     GROUP_ONLY = tuple(GROUP_DEFAULTS)
+    COPIED = (*ShardedOptimizer.COPIED, "_dtype", "_adam_lr")
     GROUP: ClassVar[type[MatrixGroup]]
 
     def __init__(
@@ -43,6 +51,7 @@ class MatrixOptimizer(ShardedOptimizer):
     ):
         """`dtype`: of the computation; None: bf16 on GPUs and fp32 on CPUs. `adam_lr`: learning
         rate of dense groups that have none of their own; None: `lr`."""
+        check_settings({"adam_lr": adam_lr}, {"adam_lr": lambda lr: lr is None or lr >= 0})
         self._dtype, self._adam_lr = dtype, adam_lr
         self._loads: dict[int, list[float]] = {}
         """By process group: the work of each rank."""
@@ -58,6 +67,7 @@ class MatrixOptimizer(ShardedOptimizer):
         kinds = matrix_param_groups(model, **selection)
 
         def kinds_of(group: ParamGroup) -> list[ParamGroup]:
+            check_settings(group, {"dense": is_bool} if "dense" in group else {})
             if group.get("dense"):
                 return [kind | {"dense": True, "stacked": False, "heads": 1} for kind in kinds]
             return kinds
@@ -79,15 +89,15 @@ class MatrixOptimizer(ShardedOptimizer):
             param_group = {"lr": self._adam_lr} | param_group
         super().add_param_group(param_group)
 
-    def _allowed(self, group: ParamGroup) -> dict[str, bool]:
-        beta1, beta2 = group["betas"]
+    def _rules(self, group: ParamGroup) -> Rules:
         return {
-            "lr": group["lr"] >= 0,
-            "betas": 0 <= beta1 < 1 and 0 <= beta2 < 1,
-            "eps": group["eps"] >= 0,
-            "weight_decay": group["weight_decay"] >= 0,
-            "dense": type(group["dense"]) is bool,
-            "heads": type(group["heads"]) is int and group["heads"] >= 1,
+            "lr": lambda lr: lr >= 0,
+            "betas": are_betas,
+            "eps": lambda eps: eps >= 0,
+            "weight_decay": lambda decay: decay >= 0,
+            "dense": is_bool,
+            "stacked": is_bool,
+            "heads": is_positive_int,
         }
 
     @classmethod
@@ -144,6 +154,8 @@ class MatrixOptimizer(ShardedOptimizer):
         key."""
         key = tuple(map(id, groups))
         if key not in self._exchanges:
+            current = {id(group) for group in self._tensor_groups.values()}
+            self._exchanges = {k: v for k, v in self._exchanges.items() if current.issuperset(k)}
             plans = [plan for group in of_matrices for plan in group.plans]
             shard = common_shard(groups)
             device = shard.device if shard.group is not None else groups[0].device
@@ -167,4 +179,4 @@ def group_matrices(name: str, shape: Sequence[int], group: Mapping[str, Any]) ->
                 "blocks of rows"
             )
         shape, stacked = (heads, shape[0] // heads, *shape[1:]), True
-    return matrices_of(name, shape, stacked)
+    return matrices_of(name, shape, stacked, "dense = True, as matrix_param_groups does")

@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from harness.optim.sharded.param_groups import DENSE, STACKED, as_groups, parameter_kinds
+from harness.optim.sharded.param_groups import (
+    DENSE,
+    STACKED,
+    as_groups,
+    check_expressions,
+    parameter_kinds,
+)
 
 
 def matrix_param_groups(
@@ -28,6 +34,7 @@ def matrix_param_groups(
     a fused query, key and value. `settings` apply to the matrices. Warns if there are none. Raises
     ValueError if a name in `heads` matches no matrix.
     """
+    check_expressions(matrices=matrices, dense=dense, stacked=stacked)
     kinds = parameter_kinds(model, matrices=matrices, dense=dense, stacked=stacked, longest_dense=1)
     if not kinds["matrix"] and not kinds["stack"]:
         warnings.warn(
@@ -35,7 +42,10 @@ def matrix_param_groups(
             stacklevel=2,
         )
     by_kind: dict[str, dict[str, Any]] = {"matrix": settings | {"dense": False}}
+    if not isinstance(heads, Mapping | None):
+        raise ValueError(f"heads = {heads!r} is not valid: expected a table like {{ qkv = 3 }}")
     for number, (pattern, count) in enumerate((heads or {}).items()):
+        check_expressions(heads=pattern)
         split = {n: p for n, p in kinds["matrix"].items() if re.search(pattern, n)}
         if not split:
             raise ValueError(f"heads: {pattern!r} matches no matrix")

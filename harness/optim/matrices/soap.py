@@ -32,7 +32,8 @@ from harness.optim.matrices import soap_state
 from harness.optim.matrices.groups import Batch, MatrixGroup, zeros_unless
 from harness.optim.matrices.optimizer import MatrixOptimizer
 from harness.optim.matrices.plan import OwnerPlan
-from harness.optim.sharded.tensor_groups import NamedState, ParamGroup, State, foreach
+from harness.optim.sharded.settings import Rules, is_positive_int
+from harness.optim.sharded.tensor_groups import NamedState, ParamGroup, State, drop_others, foreach
 from harness.zero.shards import Shard
 
 Tensors = dict[str, Tensor]
@@ -115,13 +116,14 @@ class SoapGroup(MatrixGroup):
         return soap_state.initial_state(self.plans[number], self.settings, self.device)
 
     def _fill(self, number: int, state: State, loaded: NamedState) -> None:
-        for index, matrix in enumerate(self.plans[number].matrices):
-            entries = {}
-            for key in (*soap_state.KEYS, "momentum_buffer"):
-                if (value := loaded.pop(f"{matrix.name}/{key}", None)) is not None:
-                    entries[key] = value
-            if entries:
-                soap_state.fill_matrix(self.plans[number], index, state, entries, self._longest)
+        plan = self.plans[number]
+        own = {f"{matrix.name}/{key}" for matrix in plan.matrices for key in soap_state.KEYS}
+        drop_others(self.shards[number], loaded, own, "SOAP's of these matrices")
+        for index, matrix in enumerate(plan.matrices):
+            found = [key for key in soap_state.KEYS if f"{matrix.name}/{key}" in loaded]
+            if found:
+                entries = {key: loaded.pop(f"{matrix.name}/{key}") for key in found}
+                soap_state.fill_matrix(plan, index, state, entries, self._longest)
 
     def _solve(
         self, gradient: Tensor, tensors: Tensors, state: State, all_finite: Tensor
@@ -190,7 +192,7 @@ class Soap(MatrixOptimizer):
         """
         defaults = {
             "lr": lr,
-            "betas": tuple(betas),
+            "betas": betas,
             "shampoo_beta": shampoo_beta,
             "eps": eps,
             "weight_decay": weight_decay,
@@ -218,12 +220,11 @@ class Soap(MatrixOptimizer):
                 soap_state.reshard(before, own, read, plan, state, settings["max_precond_dim"])
         return state
 
-    def _allowed(self, group: ParamGroup) -> dict[str, bool]:
-        beta, frequency = group["shampoo_beta"], group["precondition_frequency"]
-        return super()._allowed(group) | {
-            "shampoo_beta": beta is None or 0 <= beta < 1,
-            "precondition_frequency": type(frequency) is int and frequency > 0,
-            "max_precond_dim": type(group["max_precond_dim"]) is int,
+    def _rules(self, group: ParamGroup) -> Rules:
+        return super()._rules(group) | {
+            "shampoo_beta": lambda beta: beta is None or 0 <= beta < 1,
+            "precondition_frequency": is_positive_int,
+            "max_precond_dim": lambda longest: type(longest) is int and longest >= 0,
         }
 
     def _dtype_on(self, device: torch.device) -> torch.dtype:

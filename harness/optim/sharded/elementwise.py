@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from harness.optim.sharded.tensor_groups import NamedState, State, TensorGroup
+from harness.optim.sharded.tensor_groups import NamedState, State, TensorGroup, drop_others
 from harness.zero.shards import Shard
 
 log = logging.getLogger(__name__)
@@ -37,13 +37,13 @@ class Elementwise(TensorGroup):
 
     def _fill(self, number: int, state: State, loaded: NamedState) -> None:
         shard = self.shards[number]
-        others = _of_other_methods(shard, self.KEYS, loaded)
+        own = {f"{segment.name}/{key}" for segment in shard.own for key in (*self.KEYS, "step")}
+        drop_others(shard, loaded, own, f"{self.METHOD}'s")
         for index, segment in enumerate(shard.own):
             popped = {key: loaded.pop(f"{segment.name}/{key}", None) for key in self.KEYS}
             step = loaded.pop(f"{segment.name}/step", None)
             moments = {key: moment for key, moment in popped.items() if moment is not None}
-            is_other = not moments and segment.name in others
-            if is_other or any(m.numel() != _size(shard, index) for m in moments.values()):
+            if any(m.numel() != _size(shard, index) for m in moments.values()):
                 log.warning("%s: reset: the loaded state is not %s's", segment.name, self.METHOD)
                 continue
             for key, moment in moments.items():
@@ -80,20 +80,6 @@ class Dense(Elementwise):
             maximize=False,
         )
         self.end()
-
-
-def _of_other_methods(shard: Shard, keys: Sequence[str], loaded: NamedState) -> set[str]:
-    """Removes what another method has left of a flat's parameters, or of matrices in them, from the
-    loaded state. Returns the names of these parameters."""
-    names = {segment.name for segment in shard.own}
-    found: set[str] = set()
-    for entry in list(loaded):
-        owner, _, key = entry.rpartition("/")
-        name = owner.partition("[")[0]
-        if name in names and (owner != name or key not in (*keys, "step")):
-            found.add(name)
-            del loaded[entry]
-    return found
 
 
 def _size(shard: Shard, number: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from harness.optim.sharded.settings import Rules, check_settings
 from harness.optim.sharded.tensor_groups import ParamGroup, State, TensorGroup
 from harness.zero.parameters import full_shape
 from harness.zero.shards import Shard, locate
@@ -37,6 +38,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """The arguments of `split_groups` that a config may set."""
     GROUP_ONLY: ClassVar[tuple[str, ...]] = ()
     """Settings of parameter groups that are not arguments of the constructor."""
+    COPIED: ClassVar[tuple[str, ...]] = ("_parameters", "_shapes", "_group_of", "_loaded")
+    """Attributes that a copy has besides torch's."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
         self._parameters: dict[str, Tensor] = {}
@@ -81,8 +84,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     @abstractmethod
-    def _allowed(self, group: ParamGroup) -> dict[str, bool]:
-        """Whether each setting of a parameter group is valid."""
+    def _rules(self, group: ParamGroup) -> Rules:
+        """Which values of a parameter group's settings are valid."""
 
     @abstractmethod
     def _new_tensor_group(
@@ -105,9 +108,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             param_group = {"param_names": names} | param_group
         super().add_param_group(param_group | {"params": params})
         group = self.param_groups[-1]
-        for key, is_allowed in self._allowed(group).items():
-            if not is_allowed:
-                raise ValueError(f"{key} = {group[key]!r} is not valid")
+        check_settings(group, self._rules(group))
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in self._parameters:
                 raise ValueError(f"two parameters are named {name!r}")
@@ -181,6 +182,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
                     self.state[flat][key] = value.to(flat.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of `copy.deepcopy` and `pickle`: plans belong to the original's tensors."""
+        return super().__getstate__() | {name: getattr(self, name) for name in self.COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_parameters" in state:  # not so in load_state_dict, which calls this too
+            self._located = {}
+            self._forget_plans()
 
     def _forget_plans(self) -> None:
         """Drops what depends on the state."""

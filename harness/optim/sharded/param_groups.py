@@ -36,7 +36,7 @@ def parameter_kinds(
         shape = full_shape(parameter)
         is_stack = len(shape) == 3 and re.search(stacked, name) is not None
         sides = shape[1:] if is_stack else shape
-        if len(sides) < 2 or not prod(sides):
+        if len(sides) < 2 or not prod(shape):
             return "dense"
         is_chosen = bool(matrices) and re.search(matrices, name) is not None
         if not is_chosen and (
@@ -52,6 +52,16 @@ def parameter_kinds(
         if parameter.requires_grad:
             kinds[kind(name, parameter)][name] = parameter
     return kinds
+
+
+def check_expressions(**settings: Any) -> None:
+    """Raises ValueError for a setting that is not a regular expression."""
+    for key, expression in settings.items():
+        try:
+            re.compile(expression)
+        except (re.error, TypeError) as error:
+            text = f"{key} = {expression!r} is not a regular expression: {error}"
+            raise ValueError(text) from None
 
 
 def as_groups(kinds: Kinds, settings: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Tensors of one parameter group that are stepped together. W: the ranks that share them."""
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness.zero.shards import Shard, ShardError
+
+log = logging.getLogger(__name__)
 
 ParamGroup = dict[str, Any]
 """A torch parameter group: settings, parameters and their names."""
@@ -97,6 +100,22 @@ class TensorGroup(ABC):
         total = partial.to(self.shard.device)
         dist.all_reduce(total, group=self.shard.group)
         return total
+
+
+def drop_others(shard: Shard, loaded: NamedState, own: Collection[str], whose: str) -> None:
+    """Removes the loaded state of a flat's parameters, and of matrices in them, that another method
+    has left: if any entry is not one of `own`. Logs a warning."""
+    entries: dict[str, list[str]] = {segment.name: [] for segment in shard.own}
+    for entry in loaded:
+        owner = entry.rpartition("/")[0]
+        name = owner if owner in entries else owner.rpartition("[")[0]
+        if name in entries:
+            entries[name].append(entry)
+    for name, found in entries.items():
+        if any(entry not in own for entry in found):
+            log.warning("%s: reset: the loaded state is not %s", name, whose)
+            for entry in found:
+                del loaded[entry]
 
 
 def all_finite(groups: Sequence[TensorGroup]) -> Tensor:

@@ -1,5 +1,6 @@
 """Muon against torch's, unsharded; its parameter groups; its settings."""
 
+import re
 from typing import Any
 
 import pytest
@@ -142,6 +143,12 @@ def test_matrices_are_chosen_as_for_apollo_and_split() -> None:
     }
     with pytest.raises(ValueError, match="heads: 'kqv' matches no matrix"):
         matrix_param_groups(Fused(), heads={"kqv": 3})
+    for selection, message in {
+        "matrices": "matrices = '(' is not a regular expression: missing )",
+        "heads": "heads = '(' is not valid: expected a table",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            matrix_param_groups(Fused(), **{selection: "("})  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="no parameter is a matrix"):
         matrix_param_groups(nn.Embedding(3, 3))
 
@@ -185,8 +192,16 @@ def test_from_a_config() -> None:
         ({}, {"momentum": 1.0}, "momentum = 1.0 is not valid"),
         ({}, {"adjust_lr": "moonlight"}, "adjust_lr = 'moonlight' is not valid"),
         ({}, {"ns_steps": 0}, "ns_steps = 0 is not valid"),
+        ({}, {"nesterov": "false"}, "nesterov = 'false' is not valid"),
+        ({}, {"momentum": "0.9"}, "momentum = '0.9' is not valid"),
+        ({}, {"betas": 0.9}, "betas = 0.9 is not valid"),
+        ({}, {"adam_lr": -1.0}, r"adam_lr = -1.0 is not valid"),
         ({"heads": 3}, {}, r"'0.0' of shape \(4, 3\) cannot be split into heads = 3 blocks"),
-        ({"stacked": True}, {}, r"'0.0' of shape \(4, 3\) is not a matrix per slice"),
+        (
+            {"stacked": True},
+            {},
+            r"\(4, 3\) is not a matrix per slice: move it to a group with dense = True",
+        ),
     ],
 )
 def test_invalid_settings(groups: Any, settings: Any, message: str) -> None:

@@ -165,6 +165,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
     [
         {"precondition_frequency": 0},
         {"max_precond_dim": 1.5},
+        {"max_precond_dim": -1},
         {"shampoo_beta": 1.0},
         {"betas": (0.9, 1.0)},
     ],
