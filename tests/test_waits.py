@@ -119,17 +119,17 @@ def test_on_a_gpu_waits_are_counted_by_torchs_warnings(monkeypatch: pytest.Monke
 
     def set_mode(mode: str) -> None:
         if mode == "warn":
-            warnings.warn(f"{NOTICE} and does not yet detect all synchronizing operations")
+            warnings.warn(f"{NOTICE} and not all synchronizing operations", stacklevel=2)
 
     def read_on_device() -> None:
-        warnings.warn("called a synchronizing CUDA operation (Triggered internally at f.cpp:1.)")
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
     with pytest.warns(UserWarning, match="another") as shown, counted_waits() as waits:
         read_on_device()
         read_on_device()
-        warnings.warn("another one")
+        warnings.warn("another one", stacklevel=2)
     assert list(waits.values()) == [2] and len(shown) == 1
 
 
