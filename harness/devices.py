@@ -78,15 +78,28 @@ def pin(memory: torch.UntypedStorage) -> bool:
     torch's own pinned allocator rounds up to a power of two (pytorch #95823).
     """
     if int(_cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes(), 0)) == 0:
+        _pinned.add(memory.data_ptr())
         return True
-    with suppress(RuntimeError):  # clears the error, which the next kernel would report
-        torch.zeros(1, device="cuda")
+    _forget_error()
     return False
 
 
 def unpin(memory: torch.UntypedStorage) -> None:
-    """Undoes `pin`, before the memory is freed; harmless if it was refused."""
-    _cudart().cudaHostUnregister(memory.data_ptr())
+    """Undoes `pin`, before the memory is freed. Nothing happens if it was refused: CUDA's error
+    would be that of the next kernel."""
+    if memory.data_ptr() in _pinned:
+        _pinned.remove(memory.data_ptr())
+        _cudart().cudaHostUnregister(memory.data_ptr())
+
+
+_pinned: set[int] = set()
+"""Addresses."""
+
+
+def _forget_error() -> None:
+    """Makes the next kernel not report the error of a call before."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def _cudart() -> Any:

@@ -2,6 +2,7 @@
 only where it must know whether the gradients are finite: in harness in fp32 at stage 0, else in
 DeepSpeed. And it launches few kernels besides those of the model's forward and backward."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from harness.testing.pool import RankPool
 from harness.trainer import Trainer
 from harness.zero.startup import join
 from tests.support.helpers import ROOT, tiny_config
-from tests.support.waits import counted_launches, counted_waits
+from tests.support.waits import NOTICE, counted_launches, counted_waits
 
 COUNTED = range(5, 7)
 """Steps after the first ones, and none of those in which changed buffers are searched for."""
@@ -111,6 +112,25 @@ def test_a_wait_in_harness_is_found() -> None:
     with counted_waits() as waits:
         optimizer.step()
     assert waits == {"harness/optim/apollo/lowrank.py:_mask": 1}  # on a CPU, where it is free
+
+
+def test_on_a_gpu_waits_are_counted_by_torchs_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its notice about them, which says "synchronizing operations", is none."""
+
+    def set_mode(mode: str) -> None:
+        if mode == "warn":
+            warnings.warn(f"{NOTICE} and not all synchronizing operations", stacklevel=2)
+
+    def read_on_device() -> None:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with pytest.warns(UserWarning, match="another") as shown, counted_waits() as waits:
+        read_on_device()
+        read_on_device()
+        warnings.warn("another one", stacklevel=2)
+    assert list(waits.values()) == [2] and len(shown) == 1
 
 
 CASES = [(0, "fp32"), (1, "bf16"), (3, "bf16")]

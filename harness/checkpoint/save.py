@@ -118,7 +118,7 @@ class Saver:
         self._pending: _Pending | None = None
         self._all_written = distributed.AsyncAllReduceMax()
         self._snapshots = Snapshots()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._thread = ThreadPoolExecutor(1, "save", initializer=distributed.use_device)
         self._background = ThreadPoolExecutor(1, "background-save", initializer=step_back)
         self._reserving: Future[None] | None = None
         self._removals = Removals()
@@ -312,7 +312,9 @@ class Saver:
 
 
 def step_back() -> None:
-    """The calling thread runs on what the others, of all processes, leave of the cores."""
+    """The calling thread uses this rank's device, and runs on what the others, of all processes,
+    leave of the cores."""
+    distributed.use_device()
     if sys.platform == "linux":  # where a thread has a priority of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 

@@ -1,7 +1,8 @@
 """Copies of live tensors in CPU memory, which a save in the background writes."""
 
 import itertools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -32,12 +33,14 @@ class Snapshots:
 
     def __init__(self) -> None:
         self._buffers: list[torch.UntypedStorage] = []
+        # Pages that are freed while they are pinned would be copied to and from at their address.
+        weakref.finalize(self, _unpin_all, self._buffers).atexit = False
 
     def reserve(self, sizes: Sequence[int]) -> None:
         """Memory for storages of these sizes, unless a copy was taken. May run in a thread, before
         the first copy."""
         if not self._buffers:
-            self._buffers = [_buffer(size) for size in sizes]
+            self._buffers += [_buffer(size) for size in sizes]
             for buffer in self._buffers:
                 torch.empty(0, dtype=torch.uint8).set_(buffer).zero_()  # the system gives it now
 
@@ -62,12 +65,14 @@ class Snapshots:
             return torch.empty(0, dtype=leaf.dtype).set_(buffer, *view)
 
         copied = tree_map(copy, tree)
-        self._buffers = list(copies.values())
-        if devices.is_gpu_used():
-            for unused in itertools.chain(*spare.values()):
-                if unused.nbytes():
-                    devices.unpin(unused)
+        self._buffers[:] = copies.values()
+        _unpin_all(itertools.chain(*spare.values()))
         return copied
+
+
+def _unpin_all(buffers: Iterable[torch.UntypedStorage]) -> None:
+    for buffer in buffers:
+        devices.unpin(buffer)
 
 
 def _buffer(size: int) -> torch.UntypedStorage:

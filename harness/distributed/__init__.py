@@ -37,6 +37,7 @@ from harness.distributed.world import (
     local_rank,
     local_world_size,
     shutdown,
+    use_device,
     world_size,
 )
 
@@ -59,5 +60,6 @@ __all__ = [
     "raise_on_all_ranks",
     "seed_everything",
     "shutdown",
+    "use_device",
     "world_size",
 ]

@@ -22,6 +22,10 @@ from harness.zero.reader import SavedEngine
 
 # Keys of model_states with the same value in every layout.
 _COPIED = ("lr_scheduler", "global_steps", "global_samples", "skipped_steps")
+# Of the settings of a parameter group.
+_OF_LAYOUT = ("params", "param_names")
+# Good for the contiguous shards of ZeRO 1 to 3 alone: see optim/build.py.
+_NOT_AT_STAGE_0 = ("fused",)
 
 FlatsOf = Callable[[int], list[Flat]]
 """The flats of a rank in the new layout, with the masters of the new engine."""
@@ -94,10 +98,11 @@ class TreeFiller:
         own = flats_of(self.rank)
         groups = base_state(tree)["param_groups"]
         if self._has_same_groups(own):  # otherwise their settings are the config's
+            own_keys = _OF_LAYOUT if self.stage else (*_OF_LAYOUT, *_NOT_AT_STAGE_0)
             groups = [
                 group
                 | materialize(self.saved.groups[number])
-                | {key: group[key] for key in ("params", "param_names") if key in group}
+                | {key: group[key] for key in own_keys if key in group}
                 for number, group in enumerate(groups)
             ]
         filled_states = self.states(flats_of, groups)

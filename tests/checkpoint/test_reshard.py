@@ -195,6 +195,31 @@ def test_what_is_offloaded_moves_exactly(
     assert_resumed(full, resumed)
 
 
+NOT_FUSED = {"optimizer": {"name": "adamw", "lr": 1e-2, "fused": False}}
+
+
+@pytest.mark.parametrize(
+    ("before", "engine", "after", "expected"),
+    [
+        ((1, 2), NOT_FUSED, (1, 2), False),  # as by versions without this default
+        ((1, 2), {}, (1, 0), None),  # where torch's kernel does not take every gradient
+        pytest.param((1, 2), {}, (1, 2), True, marks=pytest.mark.slow),
+        pytest.param((1, 2), NOT_FUSED, (1, 1), False, marks=pytest.mark.slow),
+        pytest.param((1, 0), {}, (1, 2), None, marks=pytest.mark.slow),
+    ],
+)
+def test_a_resume_keeps_its_choice_of_fused_adamw(
+    pools: Pools, tmp_path: Path, before: Layout, engine: Any, after: Layout, expected: bool | None
+) -> None:
+    full = config_of(tmp_path / "full", before, engine, steps=4)
+    resumed = config_of(tmp_path / "resumed", after, steps=5)
+    pools(1).run(run_in_world, full)
+    copy_checkpoint(full, resumed)
+    pools(1).run(train_and_dump, resumed)
+    groups = SavedEngine(resumed.run_dir / "resumed/net").groups
+    assert [group["fused"] for group in groups] == [expected]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_fused_adam_moves_exactly(tmp_path: Path) -> None:

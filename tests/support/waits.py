@@ -22,6 +22,11 @@ PACKAGES = [
     if (spec := importlib.util.find_spec(name)) is not None and spec.origin
 ]
 
+WARNING = "called a synchronizing CUDA operation"
+"""How torch warns of a wait (c10/cuda/CUDAFunctions.cpp)."""
+NOTICE = "Synchronization debug mode is a prototype feature"
+"""How it warns, once, of these warnings."""
+
 
 @contextmanager
 def counted_waits() -> Iterator[Counter[str]]:
@@ -37,9 +42,9 @@ def counted_waits() -> Iterator[Counter[str]]:
         warnings.simplefilter("always")
 
         def note(message: Any, *args: Any, **kwargs: Any) -> None:
-            if "synchroniz" in str(message):
+            if WARNING in str(message):
                 found[_caller(sys._getframe(1))] += 1
-            else:
+            elif NOTICE not in str(message):
                 show(message, *args, **kwargs)
 
         warnings.showwarning = note
