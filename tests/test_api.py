@@ -119,6 +119,18 @@ def test_a_task_that_is_given_is_trained_in_place(tmp_path: Path) -> None:
         train(tables(tmp_path, stage=3), task)
 
 
+def test_what_a_run_freezes_is_not_frozen_after_it(tmp_path: Path) -> None:
+    task = Task(models={"net": Product(), "other": Product()}, train_data=[(torch.ones(2),) * 2])
+    engines = {name: tables(tmp_path)["engines"]["net"] for name in task.models}
+    config = tables(tmp_path) | {"engines": engines}
+    before = state_of_process()
+    frozen = {"engines.net.frozen": ["net.0"], "engines.other.frozen": [".*"]}
+    with pytest.raises(ConfigError, match="engines.other: the model has no trainable parameter"):
+        train(config, task, frozen)
+    assert all(p.requires_grad for model in task.models.values() for p in model.parameters())
+    assert state_of_process() == before  # the first engine is closed
+
+
 def test_a_file_of_a_task_is_imported_again(tmp_path: Path) -> None:
     """As after a change to it; and another folder may have one of the same name."""
     engines = {"net": tables(tmp_path)["engines"]["net"]}
