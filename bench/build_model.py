@@ -35,7 +35,7 @@ TABLE: dict[str, Any] = {
 
 def measure(width: int, layers: int, is_function: bool) -> tuple[int, int]:
     """Bytes of peak resident memory on this rank: of the model, and of the engine with it."""
-    from harness.engine.engines import build_engines
+    from harness.engine.build import build_engines
     from harness.engine.models import build_models
     from harness.task import Task
 

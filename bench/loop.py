@@ -235,8 +235,8 @@ def measure(setting: Setting, block: int, rounds: int, lines: int) -> tuple[Foun
 
 def measure_building(setting: Setting) -> tuple[float, float]:
     """CPU seconds to build the engines: by harness, and by DeepSpeed alone."""
+    from harness.engine.build import build_engines
     from harness.engine.engine import Engine
-    from harness.engine.engines import build_engines
 
     def by_harness() -> Any:
         return build_engines(task, config).values()

@@ -53,7 +53,7 @@ def save(config: Config) -> None:
     from harness.control.live import LiveConfig
     from harness.data.step_batches import StepBatches
     from harness.data.train_batches import train_batches
-    from harness.engine.engines import build_engines
+    from harness.engine.build import build_engines
     from harness.task import load_task
     from harness.utils import to_device
 
@@ -72,7 +72,7 @@ def load(config: Config, rounds: int) -> Measured:
     from harness import distributed
     from harness.checkpoint.completeness import common_manifest, verify_checkpoint
     from harness.checkpoint.reshard import load_engines
-    from harness.engine.engines import build_engines
+    from harness.engine.build import build_engines
     from harness.task import load_task
 
     (directory,) = (config.run_dir / "checkpoints").glob("step-*")
@@ -110,7 +110,8 @@ def start(config: Config, rounds: int) -> Measured:
     from harness.checkpoint.files import verify_file
     from harness.checkpoint.reshard import load_engines
     from harness.checkpoint.verify_ahead import VerifyAhead
-    from harness.engine.engines import Engines, build_engines
+    from harness.engine.build import build_engines
+    from harness.engine.engines import Engines
     from harness.task import load_task
 
     (directory,) = (config.run_dir / "checkpoints").glob("step-*")

@@ -35,7 +35,7 @@ def measure(directory: Path, width: int, rounds: int) -> dict[str, list[float]]:
     from harness.control.live import LiveConfig
     from harness.data.step_batches import StepBatches
     from harness.data.train_batches import train_batches
-    from harness.engine.engines import build_engines
+    from harness.engine.build import build_engines
     from harness.task import load_task
     from harness.utils import to_device
 

@@ -36,7 +36,8 @@ def one_run() -> Iterator[None]:
 @contextmanager
 def restored() -> Iterator[None]:
     """After the context, as before it: environment variables, random generators, the log's
-    handlers, warnings' filters, torch's threads, and where modules are imported from.
+    handlers, warnings' filters, torch's threads, `sys.excepthook`, which torch wraps for each
+    process group, and where modules are imported from.
 
     A task's modules are imported again by the next run. Memory of the run is freed.
     """
@@ -44,12 +45,13 @@ def restored() -> Iterator[None]:
     threads, path, modules = torch.get_num_threads(), list(sys.path), set(sys.modules)
     logger = logging.getLogger("harness")
     log = logger.level, logger.propagate, list(logger.handlers)
+    excepthook = sys.excepthook
     try:
         with warnings.catch_warnings():
             yield
     finally:
         _forget_modules(set(sys.modules) - modules, set(sys.path) - set(path))
-        sys.path[:] = path
+        sys.path[:], sys.excepthook = path, excepthook
         logger.setLevel(log[0])
         logger.propagate, logger.handlers = log[1:]
         torch.set_num_threads(threads)

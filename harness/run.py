@@ -36,7 +36,8 @@ from harness.data.train_batches import (
     train_lengths,
 )
 from harness.distributed.failures import Failures, raise_lost_rank
-from harness.engine.engines import Engines, build_engines
+from harness.engine.build import build_engines
+from harness.engine.engines import Engines
 from harness.epochs import with_steps
 from harness.errors import CommandError, ConfigError, TaskError, counted
 from harness.evaluate import check_best_metric

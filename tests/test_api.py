@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -63,6 +64,8 @@ def state_of_process() -> dict[str, Any]:
         "numpy": np.random.get_state()[1].tolist(),  # type: ignore[index]
         "torch": torch.get_rng_state().tolist(),
         "threads": sorted(thread.name for thread in threading.enumerate()),
+        "native threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
+        "hook": sys.excepthook,
         "files": len(os.listdir("/proc/self/fd")),  # noqa: PTH208
         "log": [logging.getLogger("harness").handlers, logging.getLogger("harness").propagate],
         "path": list(sys.path),
@@ -87,6 +90,7 @@ def test_a_run_in_an_event_loop_returns_what_it_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("runs", [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_runs_leave_the_process_as_it_was(tmp_path: Path, runs: int) -> None:
     train(tables(tmp_path), build)  # what libraries keep is there after the first
+    assert torch.distributed.nn.functional.all_reduce.__defaults__[1] is None  # not its group
     before = state_of_process()
     results = [train(tables(tmp_path, stage=number % 4), build) for number in range(runs)]
     assert state_of_process() == before
@@ -105,11 +109,26 @@ def test_a_named_run_resumes_and_is_over_once_complete(tmp_path: Path) -> None:
 
 def test_a_task_that_is_given_is_trained_in_place(tmp_path: Path) -> None:
     task = build()
-    first, second = (train(tables(tmp_path), task) for _ in range(2))
+    before = state_of_process()
+    first, second, _ = (train(tables(tmp_path, stage), task) for stage in range(3))
     assert second.metrics["eval/loss"] < first.metrics["eval/loss"]
+    assert state_of_process() == before  # also while the task lives
+    pickle.dumps(task.models)  # DeepSpeed is off its modules
     train(tables(tmp_path, stage=3), task)
     with pytest.raises(TaskError, match="model 'net': an earlier run at ZeRO stage 3 has left it"):
         train(tables(tmp_path, stage=3), task)
+
+
+def test_what_a_run_freezes_is_not_frozen_after_it(tmp_path: Path) -> None:
+    task = Task(models={"net": Product(), "other": Product()}, train_data=[(torch.ones(2),) * 2])
+    engines = {name: tables(tmp_path)["engines"]["net"] for name in task.models}
+    config = tables(tmp_path) | {"engines": engines}
+    before = state_of_process()
+    frozen = {"engines.net.frozen": ["net.0"], "engines.other.frozen": [".*"]}
+    with pytest.raises(ConfigError, match="engines.other: the model has no trainable parameter"):
+        train(config, task, frozen)
+    assert all(p.requires_grad for model in task.models.values() for p in model.parameters())
+    assert state_of_process() == before  # the first engine is closed
 
 
 def test_a_file_of_a_task_is_imported_again(tmp_path: Path) -> None:

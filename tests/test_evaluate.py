@@ -3,6 +3,7 @@
 The expected numbers do not depend on ranks, ZeRO stage, micro-batch size, workers or kind of data.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from harness import distributed
 from harness.config import Config
 from harness.config.sections import merge
-from harness.engine.engines import Engines, build_engines
+from harness.engine.build import build_engines
+from harness.engine.engines import Engines
 from harness.errors import ConfigError, HarnessError, TaskError
 from harness.evaluate import MAX_SUMMED, _add, check_best_metric, evaluate
 from harness.run import run_in_world
@@ -48,7 +50,7 @@ def evaluated(configs: list[Config]) -> list[Metrics]:
     for config in configs:
         task = load_task(config)
         before = torch.get_rng_state()
-        metrics = evaluate(Engines(dict(engines), task), task, config, lambda: False)
+        metrics = evaluate(Engines(dict(engines), task, ExitStack()), task, config, lambda: False)
         assert metrics is not None and torch.equal(torch.get_rng_state(), before)
         found.append(metrics)
     engines.close()

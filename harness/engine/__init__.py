@@ -3,7 +3,8 @@
 Its files, from the top down:
 
     blame.py           the first module whose output or gradient was not finite
-    engines.py         Engines: the named set, stepped together; built from task and config
+    build.py           builds the engines of a task and a config
+    engines.py         Engines: the named set, stepped together
     optimizations.py   applies [optimizations]: replacing, compiling, offloading
     gradient_check.py  whether all ranks gave gradients to the same parameters
     full_tensors.py    the complete tensors of an engine's model, one at a time

@@ -31,7 +31,7 @@ from harness.optim.scheduler import Schedule, build_scheduler
 from harness.optim.sharded.optimizer import ShardedOptimizer
 from harness.optim.zero_compatibility import can_regroup, check_zero, is_elementwise
 from harness.wrapper import freeze
-from harness.zero import engine_state, file_trees
+from harness.zero import engine_state, file_trees, leftovers
 from harness.zero.arrivals import Arrivals
 from harness.zero.initialize import initialize
 
@@ -108,6 +108,7 @@ class Engine:
                     schedule = Schedule(config.scheduler, total_steps)
                 scheduler = build_scheduler(optimizer, schedule)
         kept_in_fp32 = mixed_dtypes.parameters_kept_in_fp32(model)
+        self._attributes = leftovers.attributes_of(model)
         self.ds = self._wrap(model, optimizer, scheduler, micro_batch_size)
         if kept_in_fp32 and self.dtype != torch.float32:
             mixed_dtypes.warn_of_cast(name, kept_in_fp32, self.dtype)
@@ -336,7 +337,9 @@ class Engine:
         """Removes DeepSpeed and offloading from the model; the engine cannot be used afterwards."""
         if self.offloading is not None:
             self.offloading.detach()
+        self.arrivals.detach()
         self.ds.destroy()
+        leftovers.take_off(self.ds, self._attributes)
 
     def gather_attribute(self, name: str, kind: type = object) -> dict[str, Any]:
         """`Submodules.gather` from its model."""

@@ -10,21 +10,16 @@ import torch
 from torch import nn
 
 from harness import distributed
-from harness.config import Config
-from harness.config.engine_sections import EngineConfig
 from harness.data.step_batches import Terms
 from harness.distributed.network import is_lost_rank
 from harness.engine import buffers
 from harness.engine.engine import Engine
 from harness.engine.gradient_check import GradientCheck, explain_failure
-from harness.engine.models import build_models, check_engines
-from harness.engine.optimizations import change_models, offload_engines
 from harness.engine.turns import Turn
-from harness.errors import ConfigError, TaskError, did_you_mean
+from harness.errors import TaskError, did_you_mean
 from harness.health import phases
 from harness.health.skips import Reason, Skip, Skips
 from harness.health.spikes import Spikes
-from harness.optim.param_groups import with_groups
 from harness.task import Stats, Task, checked_stats, feed
 
 log = logging.getLogger(__name__)
@@ -42,8 +37,10 @@ class Engines(Mapping[str, Engine]):
     with `train_every = n` is trained only at the steps n, 2n, ...
     """
 
-    def __init__(self, engines: Mapping[str, Engine], task: Task):
+    def __init__(self, engines: Mapping[str, Engine], task: Task, to_close: ExitStack):
+        """`to_close`: closes the engines."""
         self._engines = dict(engines)
+        self._to_close = to_close
         self.task = task
         self._turn = Turn()
         self.gradient_check = GradientCheck()
@@ -306,8 +303,7 @@ class Engines(Mapping[str, Engine]):
 
     def close(self) -> None:
         """Removes DeepSpeed and offloading from the models; the engines are unusable afterwards."""
-        for engine in self.values():
-            engine.close()
+        self._to_close.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The run's step, and each engine's state besides DeepSpeed's."""
@@ -330,67 +326,3 @@ class Engines(Mapping[str, Engine]):
         self.spikes.load_state_dict(state.get("spikes", {}))
         for name, engine in self.items():
             engine.load_state_dict(state["engines"][name])
-
-
-def build_engines(task: Task, config: Config) -> Engines:
-    """An engine for every model of the task. Collective.
-
-    Raises TaskError if the task's models do not match the config's engines, or share a parameter,
-    and ConfigError if [optimizations] or an engine's section cannot be applied.
-    """
-    check_engines(config.engines, config.data.micro_batch_size)
-    with distributed.raise_on_all_ranks(f"task {config.task.path}"):
-        if set(task.models) != set(config.engines):
-            raise TaskError(
-                f"task {config.task.path} has the models {sorted(task.models)}, but the config has "
-                f"the engines {sorted(config.engines)}: they must have the same names"
-            )
-    models = build_models(task.models, config)
-    with distributed.raise_on_all_ranks(f"task {config.task.path}"):
-        owners: dict[nn.Parameter, str] = {}
-        for name, model in models.items():
-            for path, parameter in model.named_parameters():
-                if (owner := owners.setdefault(parameter, name)) != name:
-                    raise TaskError(
-                        f"task {config.task.path}: the models {owner!r} and {name!r} share the "
-                        f"parameter {path!r}, which only one engine can train: give each its own"
-                    )
-        change_models(models, config.optimizations)
-        tables = _with_task_groups(config.engines, task)
-    trained = [engine for engine in config.engines.values() if engine.role == "train"]
-    micro_batches = math.lcm(*(engine.gradient_accumulation for engine in trained))
-    engines = {}
-    for name, settings in tables.items():
-        steps = (
-            config.run.steps
-            // settings.train_every
-            * micro_batches
-            // settings.gradient_accumulation
-        )
-        engines[name] = Engine(
-            name,
-            models[name],
-            settings,
-            micro_batch_size=config.data.micro_batch_size,
-            total_steps=steps,
-        )
-    if config.optimizations.unsloth:
-        offload_engines(engines, config.optimizations.offload)
-    return Engines(engines, task)
-
-
-def _with_task_groups(tables: Mapping[str, EngineConfig], task: Task) -> dict[str, EngineConfig]:
-    """The engines' configs with the task's parameter groups. Raises TaskError."""
-    changed = dict(tables)
-    for name, groups in task.parameter_groups.items():
-        key = f"Task.parameter_groups[{name!r}]"
-        trained = [each for each, table in tables.items() if table.role == "train"]
-        if name not in trained:
-            raise TaskError(
-                f"{key}: no engine of that name is trained{did_you_mean(name, trained)}"
-            )
-        try:
-            changed[name] = with_groups(tables[name], groups)
-        except (ConfigError, TypeError, ValueError) as error:
-            raise TaskError(f"{key}: {error}") from None
-    return changed

@@ -34,7 +34,8 @@ def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
     cannot be adapted: of a class that peft does not support, without a `weight`, or with a tied
     weight, which merging would change for one name only; a submodule of `nn.MultiheadAttention`,
     which uses weights without calling submodules; a convolution or embedding with a setting that
-    peft's adapter (tuners/lora/layer.py) ignores.
+    peft's adapter (tuners/lora/layer.py) ignores. A model that has such adapters already, of an
+    earlier run, keeps them; ConfigError if they are others.
     """
     peft = _peft()
     names: dict[Tensor, list[str]] = defaultdict(list)
@@ -46,6 +47,8 @@ def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
         target_modules=settings.targets,
         lora_dropout=settings.dropout,
     )
+    if earlier := getattr(model, "peft_config", {}).get(ADAPTER):
+        return _kept(model, earlier, config)
     try:
         peft.inject_adapter_in_model(config, model, ADAPTER)
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -58,6 +61,20 @@ def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
             raise ConfigError(f"lora.targets: {name!r} {reason}")
     disable_encoder_fast_path(model)
     return list(layers)
+
+
+def _kept(model: nn.Module, earlier: Any, wanted: Any) -> list[str]:
+    """The names of the layers that are adapted already; all but the adapters is frozen again.
+    Raises ConfigError if `earlier` settings are not the `wanted` ones."""
+    for key in ("r", "lora_alpha", "target_modules", "lora_dropout"):
+        if (found := getattr(earlier, key)) != (expected := getattr(wanted, key)):
+            raise ConfigError(
+                f"lora: the model already has adapters, with {key} = {found!r} and not "
+                f"{expected!r}: build it again, or give the Task a function that builds it"
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bool(_ADAPTER_WEIGHT.match(name)))
+    return list(_layers(model))
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from harness.distributed import world_size
 from harness.errors import TaskError, first_few
@@ -54,6 +55,7 @@ class Arrivals:
         self._arrived: list[Numbers] = []
         """The parameters of this backward whose gradients were reduced, by bucket."""
         self._gradients: list[Numbers] = []
+        self._hooks: list[RemovableHandle] = []
         self._modules: tuple[Sequence[nn.Module], Numbers] = (), NOTHING
         """The last order of modules that was recorded, and their numbers."""
         self._calls_modules = bool(fetches.names(ds))
@@ -102,7 +104,13 @@ class Arrivals:
             return
         for parameter in self._ds.module.parameters():
             if parameter.requires_grad:
-                parameter.register_hook(lambda gradient, of=parameter: call(of))
+                hook = parameter.register_hook(lambda gradient, of=parameter: call(of))
+                self._hooks.append(hook)
+
+    def detach(self) -> None:
+        """Takes its own hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
 
     def gathered(self) -> AbstractContextManager[None]:
         """To be open while the model is called: ranks may then call different modules of it."""

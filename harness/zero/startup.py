@@ -53,7 +53,10 @@ def _patched(timeout: timedelta) -> ModuleType:
     Its shared-memory op (comm/torch.py, build_shm_op) is for inference only, but is compiled on the
     first start of every CPU run: this takes a minute, or forever after a compilation was killed.
     And ZeRO's process groups (comm/torch.py, new_group) ignore the timeout and wait 30 minutes.
+    torch.distributed.nn is imported before there is a process group: its functions would keep that
+    one as their default, open, and of no use to the next run of this process.
     """
+    importlib.import_module("torch.distributed.nn")
     os.environ.setdefault("DS_ACCELERATOR", distributed.device().type)
     deepspeed = importlib.import_module("deepspeed")
     # Set before it is asked for: DeepSpeed would run compilers to find out about all its ops.

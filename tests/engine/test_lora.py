@@ -246,3 +246,17 @@ def test_without_peft_it_is_an_error_of_the_config(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValidationError, match="peft is not installed: pip install peft"):
         config_of(tmp_path, 0)
+
+
+def test_a_model_that_is_adapted_already_keeps_its_adapters(peft: Any) -> None:
+    """As that of a Task that another run has trained."""
+    model = Classifier()
+    names = adapt(model, settings := LoraConfig(**LORA))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    model.requires_grad_(True)
+    assert adapt(model, settings) == names
+    assert_equal(dict(model.state_dict()), weights)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+    with pytest.raises(ConfigError, match=r"already has adapters, with r = 3 and not 2: build it"):
+        adapt(model, settings.model_copy(update={"rank": 2}))

@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from harness import distributed
 from harness.config import Config
 from harness.data.sampler import RandomSampler
-from harness.engine.engines import build_engines
+from harness.engine.build import build_engines
 from harness.run import run_in_world
 from harness.task import load_task
 from harness.testing.pool import RankError, RankPool

@@ -8,7 +8,8 @@ from torch import nn
 
 from harness import distributed
 from harness.config.sections import merge
-from harness.engine.engines import Engines, build_engines
+from harness.engine.build import build_engines
+from harness.engine.engines import Engines
 from harness.engine.full_tensors import full_tensors
 from harness.task import Task
 from tests.support.helpers import tiny_config
