@@ -27,11 +27,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_front_page_is_the_readme(site: Path) -> None:
     page = (site / "index.html").read_text()
     assert 'href="control.html"' in page
-    assert 'href="source/harness/task.py.html"' in page
+    assert 'src="images/report.png"' in page
     assert "```" not in page  # also inside of its HTML, Markdown is rendered
 
 
 def test_what_pages_link_to_outside_of_the_docs_is_shown(site: Path) -> None:
+    assert 'href="source/harness/task.py.html"' in (site / "task.html").read_text()
     assert "def build(config" in text_of(site / "source/launch/tasks/lm.py.html")
     assert "zero3.json" in text_of(site / "source/ds_configs.html")
 
