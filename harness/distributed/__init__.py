@@ -6,6 +6,7 @@ Its files, from the top down:
     step_vector.py     the one vector that the ranks sum in each step
     failures.py        how ranks fail, told to each other; the error when a rank is lost
     shared_numbers.py  what each rank has noted down, even if it has died
+    meeting.py         what ranks tell through the store, without a collective
     tensors.py         rank 0's tensors on every rank
     collectives.py     all-reduce, broadcast, gather; raising on all ranks together
     background.py      all-reduces that training does not wait for
@@ -22,6 +23,7 @@ Its files, from the top down:
 from harness.distributed.collectives import (
     AsyncAllReduceMax,
     all_gather,
+    all_reduce,
     all_reduce_max,
     all_reduce_sum,
     barrier,
@@ -50,6 +52,7 @@ __all__ = [
     "AsyncAllReduceMax",
     "StepVector",
     "all_gather",
+    "all_reduce",
     "all_reduce_max",
     "all_reduce_sum",
     "barrier",

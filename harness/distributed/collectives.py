@@ -4,7 +4,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import add
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -74,6 +74,11 @@ def reduce(value: T, combine: Callable[[T, T], T]) -> T | None:
         return tree.reduce(value, combine, place, tag)
 
 
+def all_reduce(value: T, combine: Callable[[T, T], T]) -> T:
+    """`reduce`, with the result on every rank: small, however many ranks there are."""
+    return cast(T, broadcast(reduce(value, combine)))
+
+
 def gather(value: T) -> list[T] | None:
     """Every rank's value (any picklable object), by rank, on rank 0; None on the others."""
     return reduce([value], add)
@@ -84,9 +89,7 @@ def all_gather(value: T) -> list[T]:
 
     What each receives grows with the number of ranks: for the start of a run and for failures.
     """
-    values = broadcast(gather(value))
-    assert values is not None
-    return values
+    return all_reduce([value], add)
 
 
 def first_rank(condition: bool) -> tuple[int | None, bool]:
