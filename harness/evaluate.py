@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from harness import distributed
@@ -22,6 +21,9 @@ from harness.utils import to_device
 Sums = dict[tuple[str, str], Tensor]
 """Sums over batches in float64, by engine and name. Of a mean: that of the weighted means, and that
 of the weights, (2,)."""
+
+Shapes = dict[tuple[str, str], dict[torch.Size, None]]
+"""The different ones of each sum, in the order of the ranks."""
 
 MAX_SUMMED = 2**24
 """Most numbers in the sums of a set: 128 MB on every rank."""
@@ -106,9 +108,9 @@ def _sum_up(
 
 def _or_that_of_another_rank(batch: Counted | None) -> Counted:
     """The batch, or on ranks that have none that of the first rank that has one. Collective."""
-    have = distributed.all_gather(batch is not None)
-    source = have.index(True)
-    if not all(have):
+    source, all_have = distributed.first_rank(batch is not None)
+    if not all_have:
+        assert source is not None  # for all ranks have read, or had none left
         pickled = b""
         with distributed.raise_on_all_ranks("a batch of eval_data, for ranks that have none"):
             if distributed.global_rank() == source:
@@ -146,12 +148,12 @@ def _shape_error(name: str, *shapes: Sequence[int]) -> TaskError:
 
 def _over_ranks(sums: Sums) -> Sums:
     """The sums over all ranks, on the CPU. Collective. Raises TaskError on all ranks."""
-    shapes: dict[tuple[str, str], torch.Size] = {}
-    per_rank = distributed.all_gather({key: total.shape for key, total in sums.items()})
+    found = distributed.all_reduce({key: {total.shape: None} for key, total in sums.items()}, _both)
+    shapes = {key: next(iter(different)) for key, different in found.items()}
     with distributed.raise_on_all_ranks("evaluation"):
-        for key, shape in (pair for theirs in per_rank for pair in theirs.items()):
-            if shapes.setdefault(key, shape) != shape:
-                raise _shape_error(key[1], shapes[key], shape)
+        for key, different in found.items():
+            if len(different) > 1:
+                raise _shape_error(key[1], *list(different)[:2])
         numbers = sum(shape.numel() for shape in shapes.values())
         if numbers > MAX_SUMMED:
             raise TaskError(
@@ -160,9 +162,13 @@ def _over_ranks(sums: Sums) -> Sums:
             )
     own = [sums[key].cpu() if key in sums else torch.zeros(shapes[key]).double() for key in shapes]
     vector = torch.cat([torch.zeros(0).double(), *(part.flatten() for part in own)])
-    dist.all_reduce(vector, group=distributed.control_group())
+    distributed.all_reduce_sum(vector)
     parts = vector.split([shape.numel() for shape in shapes.values()])
     return {key: part.view(shapes[key]) for key, part in zip(shapes, parts, strict=True)}
+
+
+def _both(some: Shapes, more: Shapes) -> Shapes:
+    return {key: some.get(key, {}) | more.get(key, {}) for key in some | more}
 
 
 def _summarize(engines: Engines, task: Task, sums: Sums) -> dict[str, float]:

@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 FILES_OF_A_RANK, FILES_PER_RANK, FILES_PER_WORKER = 96, 6, 24
 """Open files of a process, of its connections to each other rank, and to each worker, with the
 tensors that it hands over."""
+_Values = tuple[int, dict[str, dict[str, int]]]
+"""The first rank of some; by key the different values, as text, each with the first rank that has
+it."""
+
 SMALL_SHARED_MEMORY = 256 << 20
 SECONDS_OF_A_STALE_LOCK = 600.0
 SECONDS_OF_SKEW = 5.0
@@ -92,10 +96,10 @@ def check_ranks_alike(config: Config) -> None:
     _raise_difference("the configs of the ranks differ", settings)
     _raise_difference("the ranks run different code", software(config))
     distributed.barrier()
-    clocks = distributed.all_gather((time.time(), socket.gethostname()))
+    clocks = distributed.gather((time.time(), socket.gethostname())) or []
     for rank, (seconds, host) in enumerate(clocks):
         skew = seconds - clocks[0][0]
-        if distributed.is_global_leader() and abs(skew) > SECONDS_OF_SKEW:
+        if abs(skew) > SECONDS_OF_SKEW:
             log.warning(
                 "the clock of rank %d on %s is %+.0f s from rank 0's: the log's times are not in "
                 "order; synchronize them (NTP)",
@@ -130,13 +134,21 @@ def _digest(*texts: bytes) -> str:
 
 def _raise_difference(what: str, own: Mapping[str, Any]) -> None:
     """Raises ConfigError, on all ranks, if one of them has other values than rank 0. Collective."""
-    per_rank = distributed.all_gather(own)
+    rank = distributed.global_rank()
+    texts = {key: "a path" if isinstance(v, Path) else repr(v) for key, v in own.items()}
+    _, found = distributed.all_reduce((rank, {k: {t: rank} for k, t in texts.items()}), _both)
     with distributed.raise_on_all_ranks("config"):
-        for key in sorted(set().union(*per_rank)):
-            values = [theirs.get(key) for theirs in per_rank]
-            for rank, value in enumerate(values):
-                is_same = repr(value) == repr(values[0])  # NaN is equal to itself
-                if not is_same and not isinstance(value, Path):
-                    raise ConfigError(
-                        f"{what}: {key} is {value!r} on rank {rank}, and {values[0]!r} on rank 0"
-                    )
+        for key, (expected, *others) in sorted(found.items()):
+            for text in others:
+                where = f"on rank {found[key][text]}, and {expected} on rank 0"
+                raise ConfigError(f"{what}: {key} is {text} {where}")
+
+
+def _both(some: _Values, more: _Values) -> _Values:
+    """The different values of two groups of ranks, the first group's first."""
+    (rank, values), (other, others) = some, more
+    found = {}
+    for key in values | others:
+        known, new = values.get(key, {"None": rank}), others.get(key, {"None": other})
+        found[key] = known | {text: first for text, first in new.items() if text not in known}
+    return rank, found

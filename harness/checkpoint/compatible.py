@@ -122,7 +122,8 @@ def _saved_entries(directory: Path, manifest: Manifest, engine: str) -> Entries:
         if name is None:
             raise CheckpointError(f"{directory}: no model_states of engine {engine!r}")
         has_file = is_present(directory / name)
-    reader = distributed.all_gather(has_file).index(True)
+    reader, _ = distributed.first_rank(has_file)
+    assert reader is not None  # for the checkpoint is verified
     entries: Entries = {}
     with distributed.raise_on_all_ranks(doing), reading(directory):
         if distributed.global_rank() == reader and name is not None:

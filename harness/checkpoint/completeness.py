@@ -5,6 +5,7 @@ Each node may have its own disk, with only the files that its ranks wrote.
 
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from operator import or_
 from pathlib import Path
 
 from harness import distributed
@@ -26,18 +27,19 @@ def common_manifest(directory: Path) -> Manifest:
     with distributed.raise_on_all_ranks(doing), reading(directory):
         if is_present(directory / MANIFEST):
             manifest = read_manifest(directory)
-    saves = distributed.all_gather(manifest and manifest.saved_at)
-    known = [saved for saved in saves if saved is not None]
+    saves = distributed.all_reduce({manifest and manifest.saved_at}, or_)
+    known = saves - {None}
     with distributed.raise_on_all_ranks(doing):
         if not known:
             raise CheckpointError(no_manifest(directory))
-        if len(set(known)) > 1:
+        if len(known) > 1:
             raise CheckpointError(
                 f"checkpoint {directory} is not from the same save on all nodes: the run was "
                 "killed between their commits"
             )
-    if None in saves:
-        manifest = distributed.broadcast(manifest, saves.index(known[0]))
+    source, all_have = distributed.first_rank(manifest is not None)
+    if not all_have and source is not None:
+        manifest = distributed.broadcast(manifest, source)
     assert manifest is not None
     return manifest
 
@@ -104,7 +106,7 @@ def _verify_copies(
         sharing = [other for other, disk in enumerate(disks) if disk == disks[rank]]
         for name in others[sharing.index(rank) :: len(sharing)]:
             verify_file(directory / name, files[name])
-    return set().union(*distributed.all_gather(others))
+    return distributed.all_reduce(set(others), or_)
 
 
 def identity(path: Path) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from harness.checkpoint.files import FileEntry, verify_file
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import MANIFEST
+from harness.distributed.forks import sockets_close_in_forks
 from harness.files import sync_directory
 from harness.zero.rank_files import rank_of_file
 
@@ -44,7 +45,7 @@ def copy_missing_checkpoint(directory: Path, manifest: Manifest, wanted: Iterabl
     Collective. Raises CheckpointError, on all ranks, if they cannot be written.
     """
     is_missing = not (directory / MANIFEST).exists()
-    if any(distributed.all_gather(is_missing)):
+    if distributed.first_rank(is_missing)[0] is not None:
         disks = find_disks(directory)
         with distributed.raise_on_all_ranks(f"cannot complete {directory}"):
             if is_missing and disks.is_leader:
@@ -69,10 +70,11 @@ def copy_missing_files(
         return
     disks = find_disks(directory)
     present = distributed.all_gather([(directory / name).is_file() for name in missing])
-    for number, name in enumerate(missing):
-        source = [has_file[number] for has_file in present].index(True)
-        receivers = {disks.leaders[r] for r, absent in enumerate(absent_by_rank) if name in absent}
-        _send(directory / name, files[name], source, receivers)
+    with sockets_close_in_forks():  # of pairs that are connected first here
+        for number, name in enumerate(missing):
+            source = [has_file[number] for has_file in present].index(True)
+            receivers = {disks.leaders[r] for r, a in enumerate(absent_by_rank) if name in a}
+            _send(directory / name, files[name], source, receivers)
 
 
 def _send(path: Path, entry: FileEntry, source: int, receivers: set[int]) -> None:

@@ -7,9 +7,13 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from harness import distributed
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import may_hold_manifest, saved_at, steps_in
+
+_Found = tuple[dict[str, tuple[bool, float]], set[str]]
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,20 @@ class Disks:
     @property
     def count(self) -> int:
         """Number of disks; 1 if all ranks share one."""
-        return len(set(self.leaders))
+        return len(self.all_leaders)
+
+    @property
+    def all_leaders(self) -> tuple[int, ...]:
+        """Of all disks; rank 0 is one."""
+        return tuple(sorted(set(self.leaders)))
 
     def sum(self, number: int) -> int:
         """The sum of a number over the ranks on this rank's disk. Collective."""
         own = self.leaders[distributed.global_rank()]
-        by_rank = zip(distributed.all_gather(number), self.leaders, strict=True)
-        return sum(number for number, leader in by_rank if leader == own)
+        total = torch.tensor([number])
+        ranks = tuple(rank for rank, leader in enumerate(self.leaders) if leader == own)
+        distributed.all_reduce_sum(total, ranks)
+        return int(total)
 
 
 def find_disks(directory: Path) -> Disks:
@@ -78,10 +89,14 @@ def list_checkpoints(directory: Path, disks: Disks) -> tuple[list[str], set[str]
     with checkpoint_error_on_all_ranks(doing):
         if disks.is_leader:
             own = {p.name: (may_hold_manifest(p), saved_at(p)) for p in steps_in(directory)}
-    per_rank = distributed.all_gather(own)
-    per_disk = [per_rank[leader] for leader in sorted(set(disks.leaders))]
-    newest: dict[str, tuple[bool, float]] = {}
-    for times in per_disk:
-        newest |= {name: max(at, newest.get(name, at)) for name, at in times.items()}
-    names = sorted(newest, key=lambda name: (newest[name][1], name), reverse=True)
-    return names, {name for name in names if len({t.get(name) for t in per_disk}) == 1}
+    newest, everywhere = distributed.all_reduce((own, set(own)) if disks.is_leader else None, _both)
+    return sorted(newest, key=lambda name: (newest[name][1], name), reverse=True), everywhere
+
+
+def _both(some: _Found | None, more: _Found | None) -> _Found | None:
+    """What several disks hold: the newest of each name, and which are the same on all."""
+    if some is None or more is None:
+        return some or more
+    (times, same), (others, too) = some, more
+    newest = {n: max(t[n] for t in (times, others) if n in t) for n in times | others}
+    return newest, {name for name in same & too if times[name] == others[name]}

@@ -7,6 +7,7 @@ same. What several ranks read is then sent between them, as in any resume.
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from operator import or_
 from pathlib import Path
 
 from harness import distributed
@@ -95,9 +96,9 @@ def _newest_complete(parent: Path, disks: Disks) -> Manifest | None:
             for name, entry in manifest.files.items()
             if disks.is_leader and _is_there(directory / name, entry)
         }
-        if manifest.finite is not False and manifest.files.keys() == set().union(
-            *distributed.all_gather(present)
-        ):
+        files = distributed.reduce(present, or_)
+        is_complete = distributed.broadcast(files == manifest.files.keys())
+        if manifest.finite is not False and is_complete:
             return manifest
     return None
 

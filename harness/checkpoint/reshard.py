@@ -11,6 +11,7 @@ import socket
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def _check_files(directory: Path, manifest: Manifest, engines: Collection[str]) 
             if name.partition("/")[0] in engines and not (directory / name).is_file()
         }
     report = missing_files(directory, files, [socket.gethostname()]) if files else ""
-    reports = sorted(set(distributed.all_gather(report)) - {""})
+    reports = sorted(distributed.all_reduce({report}, or_) - {""})
     with distributed.raise_on_all_ranks(f"cannot reshard checkpoint {directory}"):
         if reports:
             raise CheckpointError(

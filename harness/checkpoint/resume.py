@@ -1,6 +1,7 @@
 """Finding the checkpoint to resume from, verifying it, and resuming exactly there."""
 
 import logging
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def choose_checkpoint(
     """
     names, everywhere = list_checkpoints(parent, disks)
     unreadable = {name for name in names if disks.is_leader and is_unreadable(parent / name)}
-    unreadable = set().union(*distributed.all_gather(unreadable))
+    unreadable = distributed.all_reduce(unreadable, or_)
     with distributed.raise_on_all_ranks(f"cannot list {parent}"):
         if disks.is_leader:
             clean(parent, set(names) - everywhere - unreadable, unreadable)

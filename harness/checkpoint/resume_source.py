@@ -24,11 +24,13 @@ def find_source(wanted: str, parent: Path) -> tuple[Path, bool]:
             own = locate(wanted, parent)
         except CheckpointError as error:
             failure = str(error)
-    found = [source for source in distributed.all_gather(own) if source is not None]
+    first, _ = distributed.first_rank(own is not None)
     with distributed.raise_on_all_ranks(f"run.resume = {wanted!r}"):
-        if not found:
+        if first is None:
             raise CheckpointError(failure)
-    return found[0]
+    found = distributed.broadcast(own, first or 0)
+    assert found is not None
+    return found
 
 
 def locate(wanted: str, parent: Path) -> tuple[Path, bool]:

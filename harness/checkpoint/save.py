@@ -14,11 +14,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from operator import or_
 from pathlib import Path
-from typing import Any
 
 from harness import distributed
 from harness.callbacks.moments import Callbacks
@@ -68,14 +68,6 @@ class _Pending:
     target: Path
     writing: Future[Entries]
 
-    def of(self, parts: Iterable[Sequence[Any]]) -> Manifest:
-        """The manifest of what all ranks have written. `parts`: entries, and `finite`, of each."""
-        files, finite = {}, True
-        for entries, is_finite in parts:
-            files |= entries
-            finite &= is_finite
-        return replace(self.manifest, files=files, finite=finite)
-
 
 class Saver:
     """Writes checkpoints of the engines and the data position into a directory.
@@ -110,7 +102,7 @@ class Saver:
         self._callbacks = callbacks
         self._config_digest = digest(live.config.model_dump_json())
         self._engine_manifests = {name: engine_manifest(engine) for name, engine in engines.items()}
-        self._saved_at = 0.0  # of the newest checkpoint; used on rank 0 only
+        self._saved_at = 0.0  # of the newest checkpoint; until the first save on rank 0 only
         doing = f"cannot list {self.directory}"
         with checkpoint_error_on_all_ranks(doing):
             if distributed.is_global_leader():
@@ -141,8 +133,9 @@ class Saver:
         target = step_directory(self.directory, self._engines.global_step, pinned)
         staged = target.with_name(f"{target.name}.tmp")
         needed = self.disks.sum(sum(map(bytes_of, trees.values())))
-        manifest = distributed.broadcast(self._manifest(metrics, pinned))
-        self._saved_at = manifest.saved_at
+        now = max(time.time(), self._saved_at + 1e-3)  # a clock may be set back
+        self._saved_at, metrics = distributed.broadcast((now, metrics))
+        manifest = self._manifest(metrics, pinned)
         background = self._live.config.checkpoint.background
         try:
             with checkpoint_error_on_all_ranks(f"cannot save {target}"):
@@ -192,18 +185,7 @@ class Saver:
 
     def _commit(self, pending: _Pending) -> None:
         """Makes the staged files of all ranks a checkpoint. Raises CheckpointError on all ranks."""
-        entries: Entries = {}
-        failure = None
-        try:
-            entries = pending.writing.result()
-        except Exception as cause:  # any error: all ranks must learn of it
-            failure = f"rank {distributed.global_rank()}: {type(cause).__name__}: {cause}"
-        per_rank = distributed.all_gather((entries, pending.finite, failure))
-        if failures := [text for *_, text in per_rank if text]:
-            error = CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
-            error.on_all_ranks = True
-            raise error
-        manifest = pending.of(part for *part, _ in per_rank)
+        manifest = self._agreed(pending)
         commit(manifest, pending.staged, pending.target, self.disks.is_leader)
         log.info("saved %s", pending.target)
         if reason := manifest.fault:
@@ -219,11 +201,33 @@ class Saver:
                 needed = self.uploads.needs
                 prune(self.directory, settings, everywhere, needed, self._removals.add)
 
-    def finish_apart(self, exchange: Callable[[str], Sequence[str] | None]) -> None:
+    def _agreed(self, pending: _Pending) -> Manifest:
+        """The manifest of what all ranks have written; on ranks that do not lead a disk without the
+        files of others. Raises CheckpointError on all ranks, if one has failed. Collective."""
+        entries: Entries = {}
+        failures: list[str] = []
+        try:
+            entries = pending.writing.result()
+        except Exception as cause:  # any error: all ranks must learn of it
+            failures = [f"rank {distributed.global_rank()}: {type(cause).__name__}: {cause}"]
+        failures, finite = distributed.all_reduce(
+            (failures, pending.finite),
+            lambda some, more: (some[0] + more[0], some[1] and more[1]),
+        )
+        if failures:
+            error = CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
+            error.on_all_ranks = True
+            raise error
+        files = distributed.reduce(entries, or_) or entries
+        files = distributed.broadcast(files, ranks=self.disks.all_leaders)
+        return replace(pending.manifest, files=files, finite=finite)
+
+    def finish_apart(self, exchange: Callable[[str, bool], Sequence[str] | None]) -> None:
         """Commits the save in flight if all ranks have written it, where one of them has failed:
         without a collective.
 
-        `exchange`: what all ranks tell, by rank; None if some do not. Raises CheckpointError.
+        `exchange`: what all ranks tell, by rank, to those that read; None if some do not. Raises
+        CheckpointError.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -232,15 +236,13 @@ class Saver:
         if writing.done() and writing.exception() is None:
             entries = {path: asdict(entry) for path, entry in writing.result().items()}
             text = json.dumps([entries, pending.finite])
-        told = exchange(text)
+        told = exchange(text, self.disks.is_leader)
         if told is not None and all(told):
             parts = [json.loads(part) for part in told]
-            manifest = pending.of(
-                ({path: FileEntry(**entry) for path, entry in entries.items()}, finite)
-                for entries, finite in parts
-            )
-            is_leader = self.disks.is_leader
-            commit(manifest, pending.staged, pending.target, is_leader, checkpoint_error)
+            files = {path: FileEntry(**e) for entries, _ in parts for path, e in entries.items()}
+            finite = all(is_finite for _, is_finite in parts)
+            manifest = replace(pending.manifest, files=files, finite=finite)
+            commit(manifest, pending.staged, pending.target, True, checkpoint_error)
             log.info("saved %s", pending.target)
 
     def forget_after(self, directory: Path) -> None:
@@ -307,7 +309,7 @@ class Saver:
             metrics=metrics,
             pinned=pinned,
             note=self.note,
-            saved_at=max(time.time(), self._saved_at + 1e-3),  # a clock may be set back
+            saved_at=self._saved_at,
         )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from operator import or_
 from pathlib import Path
 
 from harness import distributed
@@ -49,6 +50,10 @@ class _Upload:
     def stays(self, saved_at: float) -> bool:
         """Whether it outlives a return to the checkpoint of that time."""
         return self.manifest.pinned is not None or self.manifest.saved_at <= saved_at
+
+
+def _lowest(some: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    return more | some
 
 
 class Uploads:
@@ -96,13 +101,13 @@ class Uploads:
         there is not copied again. Collective."""
         if self._store is None:
             return
-        manifest = common_manifest(directory)
-        has = distributed.all_gather([(directory / name).is_file() for name in manifest.files])
-        rank, share = distributed.global_rank(), []
-        for number, (name, entry) in enumerate(manifest.files.items()):
-            holders = [r for r, files in enumerate(has) if files[number]]
-            if rank == (entry.rank if entry.rank in holders else next(iter(holders), None)):
-                share.append(name)
+        manifest, rank = common_manifest(directory), distributed.global_rank()
+        written = [name for name, entry in manifest.files.items() if entry.rank == rank]
+        share = [name for name in written if (directory / name).is_file()]
+        found = distributed.reduce(set(share), or_)
+        left = distributed.broadcast(None if found is None else manifest.files.keys() - found)
+        first = {name: rank for name in left or () if (directory / name).is_file()}
+        share += [n for n, r in distributed.all_reduce(first, _lowest).items() if r == rank]
         self._queue.append(_Upload(directory, manifest, tuple(share)))
 
     def forget_after(self, saved_at: float) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import or_
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -78,7 +79,7 @@ class StridedStream(WithoutSources):
                 self._held = self._read(), state
         read = self._at if self._held is None else self._held[0].position
         with distributed.raise_on_all_ranks("train_data"):
-            if len(set(distributed.all_gather(read.first))) > 1:
+            if len(distributed.all_reduce({read.first}, or_)) > 1:
                 raise TaskError(
                     f"data.split = 'stride': epoch {read.epoch} of {name_of(self._stream)} begins "
                     "with different samples on different ranks, but must be the same on all of "

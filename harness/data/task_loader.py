@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from operator import or_
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, RandomSampler
@@ -283,7 +284,7 @@ class TaskLoader(WithoutSources):
                 self.load_state_dict(state)
             except CheckpointError as error:
                 reason = str(error)
-        reasons = sorted(set(distributed.all_gather(reason)) - {""})
+        reasons = sorted(distributed.all_reduce({reason}, or_) - {""})
         if not reasons:
             return ""
         anew = {"given": 0, "loader": None, "waits": False, "begins_with": None, "dropped": ()}

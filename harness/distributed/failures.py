@@ -6,6 +6,7 @@ processes of the other ranks on its node. A rank whose peers have failed leaves 
 collectives are aborted, so that it need not wait for their timeout.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch.distributed as dist
 from torch.distributed import (
@@ -29,15 +30,14 @@ from torch.distributed import (
 )
 
 from harness.distributed.abort import abort_collectives
-from harness.distributed.collectives import all_gather, raise_on_all_ranks
+from harness.distributed.collectives import all_gather, broadcast, raise_on_all_ranks
+from harness.distributed.meeting import answer, arrive, meet
 from harness.distributed.network import is_lost_rank, local_cause
 from harness.distributed.peers import Place
 from harness.distributed.world import global_rank, world_size
 from harness.errors import LostRank, first_few, is_on_all_ranks, no_exit, summary
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 SECONDS_TO_ANSWER = 3.0
 """How long a rank that has lost another one waits for the others to tell why."""
@@ -46,7 +46,9 @@ SECONDS_TO_ARRIVE = 5.0
 SECONDS_TO_FAIL_ALIKE = 2.0
 """How long rank 0, which fails alone, waits for others that fail in the same way."""
 FAILED = "failed"
-"""The key that is set once a rank has failed alone."""
+"""The key that has the failure of the first rank that has failed alone."""
+TOLD = "told"
+"""The key that has the ranks that end, in whichever way."""
 
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_NOTICE = 2.0
@@ -97,7 +99,7 @@ class Failures:
             if (descriptor := self._places[rank].open_process()) is not None
         }
         # After this, each rank may end: the others have found it.
-        self._prefix = f"harness/failures/{all_gather(uuid.uuid4().hex)[0]}"
+        self._prefix = f"harness/failures/{broadcast(uuid.uuid4().hex)}"
         self._store: PrefixStore | None = None
         self._told = False
         self._places_met = 0
@@ -144,7 +146,7 @@ class Failures:
         until they do not either, also those who wait for this rank in a collective."""
         if (store := self._store) is None:
             return
-        _answer(lambda: store.set(f"left/{global_rank()}", "1"), SECONDS_TO_ANSWER)
+        answer(lambda: store.set(f"left/{global_rank()}", "1"), SECONDS_TO_ANSWER)
         if waits and not self._have_left(store, SECONDS_TO_FAIL_ALIKE):
             abort_collectives()
             self._have_left(store, SECONDS_TO_ANSWER)
@@ -157,7 +159,7 @@ class Failures:
         while time.monotonic() < end:
             ended = {self._processes[descriptor] for descriptor, _ in processes.poll(0)}
             left = [f"left/{rank}" for rank in set(range(world_size())) - ended]
-            if _answer(partial(store.check, left), SECONDS_TO_ANSWER) is not False:
+            if answer(partial(store.check, left), SECONDS_TO_ANSWER) is not False:
                 return True
             time.sleep(0.1)
         return False
@@ -170,45 +172,44 @@ class Failures:
     def arrive(self, place: str) -> None:
         """Tells the others that this rank has come to a place. Does not wait for them."""
         if (store := self._store) is not None:
-            _answer(lambda: store.set(f"{place}/{global_rank()}", "1"), SECONDS_TO_ANSWER)
+            answer(lambda: arrive(store, place), SECONDS_TO_ANSWER)
 
     def all_arrive(self, place: str) -> bool:
         """Tells that, and waits some seconds for the others. False if some do not come: they may
         wait for this rank in a collective."""
         if (store := self._store) is None:
             return True
-        self.arrive(place)
-        keys = [f"{place}/{rank}" for rank in range(world_size())]
-        limit = timedelta(seconds=SECONDS_TO_ARRIVE)
-        self._is_alone = not _answer(lambda: store.wait(keys, limit) or True, SECONDS_TO_ARRIVE + 1)
+        met = answer(lambda: meet(store, place, SECONDS_TO_ARRIVE), SECONDS_TO_ARRIVE + 1)
+        self._is_alone = not met
         return not self._is_alone
 
-    def exchange(self, text: str) -> list[str] | None:
-        """What all ranks tell, by rank, of which some may have failed or lost another one. None if
-        some do not within seconds. Blocks."""
+    def exchange(self, text: str, reads: bool) -> list[str] | None:
+        """What all ranks tell, by rank, of which some may have failed or lost another one: on a
+        rank that `reads`. None if some do not within seconds, and on others. Blocks."""
         if (store := self._store) is None or self._ended:
             return None if self._ended else [text]
         keys = [f"exchange/{rank}" for rank in range(world_size())]
 
-        def ask() -> list[str]:
+        def ask() -> list[str] | None:
             store.set(keys[global_rank()], text)
+            if not reads:
+                return None
             store.wait(keys, timedelta(seconds=SECONDS_TO_ARRIVE))
-            return [store.get(key).decode() for key in keys]
+            return [told.decode() for told in store.multi_get(keys)]
 
-        return _answer(ask, SECONDS_TO_ARRIVE + 1)
+        return answer(ask, SECONDS_TO_ARRIVE + 1)
 
     def is_joint(self, how: str, timeout_s: float) -> bool:
         """Whether every rank calls this, with the same text and within `timeout_s`. Blocks."""
         if (store := self._store) is None or self._is_alone:
             return store is None
-        ranks = [f"joint/{rank}" for rank in range(world_size())]
+        same = f"joint/{hashlib.sha256(how.encode()).hexdigest()}"
 
         def ask() -> bool:
-            store.set(ranks[global_rank()], how)
-            store.wait(ranks, timedelta(seconds=timeout_s))
-            return {store.get(rank) for rank in ranks} == {how.encode()}
+            store.add(same, 1)
+            return meet(store, "joint", timeout_s) and store.add(same, 0) == world_size()
 
-        return _answer(ask, timeout_s + 1) or False
+        return answer(ask, timeout_s + 1) or False
 
     def tell(self, reason: str, step: int | None = None, phase: str | None = None) -> None:
         """Tells the other ranks, once, why this one fails alone, so that they end as well. With an
@@ -216,10 +217,15 @@ class Failures:
         if (store := self._store) is None or self._told:
             return
         self._told = True
-        text = json.dumps(asdict(Failure(global_rank(), socket.gethostname(), reason, step, phase)))
-        _answer(lambda: store.set(_told(global_rank()), text), SECONDS_TO_ANSWER)
-        if reason:
-            _answer(lambda: store.set(FAILED, "1"), SECONDS_TO_ANSWER)
+        failure = Failure(global_rank(), socket.gethostname(), reason, step, phase)
+
+        def do() -> None:
+            store.set(_told(global_rank()), "1")
+            store.append(TOLD, f"{global_rank()} ")
+            if reason:
+                store.compare_set(FAILED, "", json.dumps(asdict(failure)))
+
+        answer(do, SECONDS_TO_ANSWER)
 
     def lost_rank(self, reason: str) -> LostRank:
         """The error of a rank that has lost others, which names them. Blocks until they have told
@@ -227,10 +233,9 @@ class Failures:
         if self._store is None:
             return _lost_rank([], reason, self._what_happened())
         self.tell("")
-        told: dict[int, Failure] = {}
-        _answer(lambda: self._ask_all(told), SECONDS_TO_ANSWER + 1)
-        if failed := [failure for failure in told.values() if failure.reason]:
-            first = failed[0]
+        told: set[int] = set()
+        first = answer(lambda: self._ask_all(told), SECONDS_TO_ANSWER + 1)
+        if first is not None:
             error = LostRank(f"{first}. This rank ends, as it cannot continue without that one")
             error.rank, error.host = first.rank, first.host
             error.step, error.phase = first.step, first.phase
@@ -258,19 +263,20 @@ class Failures:
             return "its process was killed, perhaps for lack of memory, or has crashed"
         return _unknown_end(self.timeout_s)
 
-    def _ask_all(self, told: dict[int, Failure]) -> None:
-        """Collects what the ranks tell, by rank, until one has failed or all have told it."""
-        store, end = self._store, time.monotonic() + SECONDS_TO_ANSWER
-        while time.monotonic() < end:
-            try:
-                for rank in set(range(world_size())) - told.keys():
-                    if store is not None and store.check([_told(rank)]):
-                        told[rank] = Failure(**json.loads(store.get(_told(rank))))
-            except DistError:
-                store = None  # it is gone with its rank, whose end will be noticed
-            if self._ended or len(told) == world_size() or any(f.reason for f in told.values()):
-                return
-            time.sleep(0.1)
+    def _ask_all(self, told: set[int]) -> Failure | None:
+        """The first failure, if one is told before all ranks have told that they end. `told`: is
+        filled with the ranks that have."""
+        store, end, pause = self._store, time.monotonic() + SECONDS_TO_ANSWER, 0.1
+        while store is not None and time.monotonic() < end:
+            with suppress(DistError):  # it may go with its rank, whose end will be noticed
+                if store.check([FAILED]):
+                    return Failure(**json.loads(store.get(FAILED)))
+                told.update(map(int, store.get(TOLD).split()))
+            if self._ended or len(told) == world_size():
+                break
+            time.sleep(pause)
+            pause *= 2  # of ten thousand ranks that ask one store
+        return None
 
     def _watch(self) -> None:
         """Waits until another rank fails, and makes this one leave."""
@@ -381,20 +387,5 @@ def _at(step: int, phase: str | None) -> str:
 
 
 def _told(rank: int) -> str:
-    """The key of what a rank has told."""
+    """The key that is set once a rank has told that it ends."""
     return f"told/{rank}"
-
-
-def _answer(ask: Callable[[], T], seconds: float) -> T | None:
-    """What `ask` returns of the store. None if the store is gone with its rank, or does not answer
-    within `seconds`: one behind a cut cable never does."""
-    found: list[T] = []
-
-    def run() -> None:
-        with suppress(DistError):
-            found.append(ask())
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return found[0] if found else None

@@ -88,13 +88,13 @@ class SharedNumbers:
     def _fill(self, texts: list[bytes], timeout_s: float) -> None:
         with suppress(DistError):  # not all in time, or the store is gone with its rank
             store = PrefixStore(self._prefix, dist.distributed_c10d._get_default_store())
-            for rank, text in enumerate(texts):
-                if text:
-                    store.set(str(rank), text)  # type: ignore[arg-type]  # torch takes bytes too
+            near = [rank for rank, text in enumerate(texts) if text]
+            store.multi_set([str(rank) for rank in near], [texts[rank] for rank in near])
             missing = [rank for rank, text in enumerate(texts) if not text]
-            store.wait(list(map(str, missing)), timedelta(seconds=timeout_s))
-            for rank in missing:
-                texts[rank] = store.get(str(rank))
+            keys = [str(rank) for rank in missing]
+            store.wait(keys, timedelta(seconds=timeout_s))
+            for rank, text in zip(missing, store.multi_get(keys), strict=True):
+                texts[rank] = text
 
 
 def _mapped(file: int, size: int) -> memoryview:

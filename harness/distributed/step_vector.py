@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
-from harness.distributed.world import control_group, world_size
+from harness.distributed.background import AllReduce
 
 
 class Part(Protocol):
@@ -32,12 +32,7 @@ class StepVector:
     def __init__(self) -> None:
         self._parts: list[Part] = []
         self._sizes: list[int] = []
-        self._options = dist.AllreduceOptions()  # of the process group itself: half of the time
-        self._options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM)
-        self._vector = torch.zeros(0, dtype=torch.float64)
-        self._work: dist.Work | None = None
-        self._own: list[float] | None = None
-        """Of a single rank, whose numbers are the sums."""
+        self._sum = AllReduce(Tensor.add_)
 
     def add(self, part: Part) -> None:
         """Adds a part, before the first exchange."""
@@ -52,22 +47,14 @@ class StepVector:
             own = part.contribute()
             self._sizes.append(len(own))
             numbers += own
-        if world_size() == 1:
-            self._own = numbers
-            return
-        self._vector = torch.tensor(numbers, dtype=torch.float64)
-        self._work = control_group().allreduce([self._vector], self._options)
+        self._sum.start(torch.tensor(numbers, dtype=torch.float64))
 
     def wait(self) -> None:
         """Receives what was contributed at the last exchange, if that has not been received."""
-        if self._own is not None:
-            sums, self._own = self._own, None
-        elif self._work is not None:
-            work, self._work = self._work, None
-            work.wait()
-            sums = self._vector.tolist()
-        else:
+        vector = self._sum.wait()
+        if vector is None:
             return
+        sums = vector.tolist()
         start = 0
         for part, size in zip(self._parts, self._sizes, strict=True):
             part.receive(sums[start : start + size])

@@ -51,8 +51,11 @@ class Content(NamedTuple):
     """A buffer as it was at some time."""
 
     layout: Layout
-    crc: int
-    """CRC-32 of its bytes."""
+    crc: int | None
+    """CRC-32 of its bytes; None of several ranks whose differ."""
+
+
+_Found = tuple[dict[str, Content], set[str]]
 
 
 class Slot(NamedTuple):
@@ -100,11 +103,9 @@ class Buffers:
         is_first = self._others is None
         self._is_compared |= self._is_stepped
         changed = set(self._restored) if is_first else self._changed_since(found)
-        per_rank = distributed.all_gather((found, changed))
-        contents = [content for content, _ in per_rank]
-        alike = {name: c.layout for name, c in found.items() if _has_one_layout(name, contents)}
-        new = sorted(alike.keys() & set().union(*(changed for _, changed in per_rank)))
-        self._changed |= {name: self._slot(name, alike[name]) for name in new}
+        alike, changed = distributed.all_reduce((found, changed), _of_both)
+        new = sorted(alike.keys() & changed)
+        self._changed |= {name: self._slot(name, alike[name].layout) for name in new}
         self._others = {name: content for name, content in found.items() if name not in new}
         self._small = {n: self._slot(n, self._others[n].layout) for n in self._smallest()}
         if new:
@@ -120,7 +121,7 @@ class Buffers:
         self._searched_at = step
         if is_first and self.mode == "sync":
             others = sorted(alike.keys() - set(new))
-            self._make_alike([n for n in others if len({c[n].crc for c in contents}) > 1])
+            self._make_alike([name for name in others if alike[name].crc is None])
 
     def _slot(self, name: str, layout: Layout) -> Slot:
         path, _, key = name.rpartition(".")
@@ -296,10 +297,15 @@ def summary(names: Sequence[str]) -> str:
     return f"{len(names)} {noun} ({first_few(names)})"
 
 
-def _has_one_layout(name: str, contents: Sequence[dict[str, Content]]) -> bool:
-    """Whether every rank has that buffer, in the same shape and dtype."""
-    layouts = [content[name].layout for content in contents if name in content]
-    return len(layouts) == len(contents) and len(set(layouts)) == 1
+def _of_both(some: _Found, more: _Found) -> _Found:
+    """The buffers that all ranks have in the same layout, and those that have changed on any."""
+    (contents, changed), (others, too) = some, more
+    alike = {
+        name: content if content == others[name] else Content(content.layout, None)
+        for name, content in contents.items()
+        if name in others and content.layout == others[name].layout
+    }
+    return alike, changed | too
 
 
 def _text(layout: Layout) -> str:

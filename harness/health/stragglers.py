@@ -65,7 +65,7 @@ class Pace:
         """`note`: sets what the status says of it, empty if there is nothing. Collective."""
         self._note = note
         self._rank, self._world = distributed.global_rank(), distributed.world_size()
-        self._hosts = distributed.all_gather(socket.gethostname()) if self._world > 1 else []
+        self._hosts = distributed.gather(socket.gethostname()) or []
         self._turns = -(-self._world // SLOTS)
         self._step = phases.step()  # the last one that was told
         self._told: int | None = None  # the step in flight

@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, or_
 from typing import Any
 
 import torch
@@ -224,7 +224,7 @@ class StepMeter:
         self._completed.append(StepNumbers(pending.own(), means, samples, tokens))
 
     def _exchange_names(self) -> None:
-        new = [name for names in distributed.all_gather(list(self._new_names)) for name in names]
+        new = distributed.all_reduce(self._new_names, or_)
         self._names = list(dict.fromkeys([*self._names, *new]))
         self._known = set(self._names)
-        self._new_names.clear()
+        self._new_names = {}
