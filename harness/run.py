@@ -14,9 +14,11 @@ from typing import Any
 from harness import distributed, startup
 from harness.callbacks.moments import Callbacks
 from harness.checkpoint import init_weights, resume
+from harness.checkpoint.copies import Copies
 from harness.checkpoint.downloads import download
 from harness.checkpoint.remote_store import Store, open_store
 from harness.checkpoint.save import Saver
+from harness.checkpoint.uploads import Uploads
 from harness.checkpoint.verify_ahead import VerifyAhead
 from harness.config import Config
 from harness.control.audit import Audit
@@ -126,10 +128,12 @@ def run_in_world(
         )
         directory.write_config()
         _log_start(live, engines)
-        saver = Saver(engines, batches, live, directory.disks, callbacks, store)
+        copies = [Copies(Uploads(store, lambda: live.config.checkpoint))] if store else []
+        saver = Saver(engines, batches, live, directory.disks, callbacks, copies)
         stack.callback(saver.close)
         if checkpoint is not None and checkpoint.parent == directory.checkpoints:
-            saver.uploads.add_existing(checkpoint)
+            for each in copies:
+                each.add_existing(checkpoint)
         step, steps = engines.global_step, live.config.run.steps
         status = Status(step, steps)
         sinks = _open_sinks(config, step if checkpoint else -1, status, began, stack)

@@ -14,6 +14,10 @@ from harness.errors import CheckpointError, FormatError, UnreadableCheckpoint
 from harness.formats import zips
 
 
+class Stopped(Exception):
+    """A copy of a file was ended by its `should_stop`."""
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turns an OSError into an UnreadableCheckpoint: what cannot be read is not known to be
