@@ -12,6 +12,8 @@ Its files, from the top down:
     save.py              Saver: one atomic commit of all engines and ranks, also in the background
     commit.py            stages a checkpoint's files, and commits them on all disks or none
     uploads.py           a store as the place of copies
+    neighbours.py        another node as the place of copies
+    transfer.py          files of checkpoints from one node to another
     copies.py            committed checkpoints in another place as well, behind the training
     remote_store.py      a run's checkpoints in an object store, by fsspec
     export.py            plain weights

@@ -128,7 +128,7 @@ class Copies:
         if self._current is not None and not self._current.stays(saved_at):
             self._drop_current()
         remove = partial(self._place.forget_after, saved_at)
-        self._removing = self._thread.submit(self._repeat, remove, self._closed.is_set)
+        self._removing = self._thread.submit(self._repeat, remove)
 
     def poll(self) -> None:
         """Continues. Every rank calls this once per step; it waits for nothing."""
@@ -188,12 +188,12 @@ class Copies:
         """All ranks have done their part: the place completes it, or has done so."""
         assert self._current is not None
         if self._finishing:
-            log_info("%s %s", self._place.done, self._current.directory)
+            log_info("%s is %s", self._current.directory, self._place.done)
             self._current = None
             return
         self._finishing = True
         complete = partial(self._place.complete, self._current)
-        self._working = self._thread.submit(self._repeat, complete, self._closed.is_set)
+        self._working = self._thread.submit(self._repeat, complete, self._current)
 
     def _state(self) -> int:
         """Of this rank's part."""
@@ -213,19 +213,21 @@ class Copies:
         return time.monotonic() - max(self._ending_since, self._failing_since) > GIVE_UP_AFTER_S
 
     def _copy_files(self, copy: Copy) -> None:
-        def should_stop() -> bool:
-            return self._closed.is_set() or copy.is_dropped.is_set()
+        should_stop = partial(self._should_stop, copy)
 
         def copy_file(file: str) -> None:
-            self._repeat(partial(self._place.copy_file, copy, file, should_stop), should_stop)
+            self._repeat(partial(self._place.copy_file, copy, file, should_stop), copy)
 
         with ThreadPoolExecutor(self._place.parallel_files, "copy-file") as pool:
             list(pool.map(copy_file, copy.files))
 
-    def _repeat(self, do: Callable[[], None], should_stop: Callable[[], bool]) -> None:
-        """Does it until the place does not fail. Raises Stopped."""
+    def _should_stop(self, copy: Copy | None) -> bool:
+        return self._closed.is_set() or (copy is not None and copy.is_dropped.is_set())
+
+    def _repeat(self, do: Callable[[], None], copy: Copy | None = None) -> None:
+        """Does it, for a copy, until the place does not fail. Raises Stopped."""
         pause = FIRST_PAUSE_S
-        while not should_stop():
+        while not self._should_stop(copy):
             try:
                 do()
             except CheckpointError as error:

@@ -40,6 +40,10 @@ class FileEntry:
     rank: int
     """The rank that wrote it."""
 
+    def is_at(self, path: Path) -> bool:
+        """Whether a file is there that is not truncated."""
+        return path.is_file() and path.stat().st_size == self.size
+
 
 def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:
     """Checks size and table of contents, and with `read` the CRC of every tensor.
