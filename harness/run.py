@@ -14,9 +14,12 @@ from typing import Any
 from harness import distributed, startup
 from harness.callbacks.moments import Callbacks
 from harness.checkpoint import init_weights, resume
+from harness.checkpoint.copies import Copies
 from harness.checkpoint.downloads import download
+from harness.checkpoint.neighbours import Neighbours, forget_marks
 from harness.checkpoint.remote_store import Store, open_store
 from harness.checkpoint.save import Saver
+from harness.checkpoint.uploads import Uploads
 from harness.checkpoint.verify_ahead import VerifyAhead
 from harness.config import Config
 from harness.control.audit import Audit
@@ -60,6 +63,7 @@ from harness.zero.parameters import full_numel
 from harness.zero.startup import join
 
 log = logging.getLogger(__name__)
+log_warning = distributed.global_leader_only(log.warning)
 
 
 def run(config: Config, began: float | None = None, owns_process: bool = False) -> int:
@@ -126,10 +130,12 @@ def run_in_world(
         )
         directory.record_start(engines.global_step)
         _log_start(live, engines)
-        saver = Saver(engines, batches, live, directory.disks, callbacks, store)
+        copies = _copies(live, directory, store)
+        saver = Saver(engines, batches, live, directory.disks, callbacks, copies)
         stack.callback(saver.close)
         if checkpoint is not None and checkpoint.parent == directory.checkpoints:
-            saver.uploads.add_existing(checkpoint)
+            for each in copies:
+                each.add_existing(checkpoint)
         step, steps = engines.global_step, live.config.run.steps
         status = Status(step, steps)
         sinks = _open_sinks(config, step if checkpoint else -1, status, began, stack)
@@ -199,6 +205,19 @@ def _restore(
         if mixture := mixture_weights(live.config.data):
             batches.set_weights(mixture)
     return checkpoint, changes
+
+
+def _copies(live: LiveConfig, directory: RunDirectory, store: Store | None) -> list[Copies]:
+    """The copies of this run's checkpoints in other places. Collective."""
+    copies: list[Copies] = []
+    forget_marks(directory.checkpoints, directory.disks)
+    if live.config.checkpoint.replicas and directory.disks.count > 1:
+        copies.append(Copies(Neighbours(directory.checkpoints, directory.disks)))
+    elif live.config.checkpoint.replicas:
+        log_warning("checkpoint.replicas: there are none, as all ranks share a disk")
+    if store is not None:
+        copies.append(Copies(Uploads(store, lambda: live.config.checkpoint)))
+    return copies
 
 
 def _build_task(config: Config, build: Callable[[Config], Task] | None) -> tuple[Task, StepBatches]:

@@ -98,7 +98,7 @@ class Trainer:
         `exit_code`."""
         if self.is_over() and self.engines.finished_at == self.engines.global_step:
             log.info("the run is complete; a larger run.steps in the config continues it")
-            self.finish_uploads()  # of a store that was down at the end
+            self.finish_copies()  # in a store that was down at the end
             return exit_code(self)
         try:
             with raise_lost_rank(self.failures.timeout_s), no_exit(), self.engines.explained():
@@ -263,14 +263,14 @@ class Trainer:
         self.finish_save(self.saver.wait())
         self.drain()
         self.callbacks.last_steps(self.engines.global_step)
-        self.finish_uploads()
+        self.finish_copies()
         for engine in self.engines.trained:
             engine.log_offload_stats()
 
-    def finish_uploads(self) -> None:
-        """Waits until all checkpoints are in the store, or a command ends the waiting."""
+    def finish_copies(self) -> None:
+        """Waits until all checkpoints are copied, or a command ends the waiting."""
         with self.status.doing("upload"):
-            self.saver.uploads.finish(self.commands.poll)
+            self.saver.finish_copies(self.commands.poll)
 
     def save(self, name: str | None = None, ticket: Ticket | None = None) -> str | None:
         """Writes a checkpoint of this step, unless one exists and there is no `name` to pin it.

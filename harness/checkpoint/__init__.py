@@ -11,7 +11,10 @@ Its files, from the top down:
     fit.py               what of one fits a model that has changed
     save.py              Saver: one atomic commit of all engines and ranks, also in the background
     commit.py            stages a checkpoint's files, and commits them on all disks or none
-    uploads.py           committed checkpoints into a store, behind the training
+    uploads.py           a store as the place of copies
+    neighbours.py        another node as the place of copies
+    transfer.py          files of checkpoints from one node to another
+    copies.py            committed checkpoints in another place as well, behind the training
     remote_store.py      a run's checkpoints in an object store, by fsspec
     export.py            plain weights
     inspect.py           what a run or a checkpoint holds

@@ -1,11 +1,14 @@
 """Copies files of a checkpoint to the nodes that read them.
 
-Each node may have its own disk, with only the files that its ranks wrote. What every rank reads
-(below ZeRO 3 the model states, which rank 0 wrote) is sent to the other nodes when a run resumes.
+Each node may have its own disk, with only the files that its ranks wrote. What its ranks read of
+the others (below ZeRO 3 the model states, which rank 0 wrote; to reshard, everything) is sent to it
+when a run resumes.
 """
 
 import os
 import re
+import shutil
+import socket
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +23,7 @@ from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import MANIFEST
 from harness.distributed.forks import sockets_close_in_forks
+from harness.errors import CheckpointError
 from harness.files import sync_directory
 from harness.zero.rank_files import rank_of_file
 
@@ -69,12 +73,29 @@ def copy_missing_files(
     if not missing:
         return
     disks = find_disks(directory)
+    receivers = {
+        name: {disks.leaders[r] for r, absent in enumerate(absent_by_rank) if name in absent}
+        for name in missing
+    }
+    own = [name for name in missing if distributed.global_rank() in receivers[name]]
+    _check_space(directory, sum(files[name].size for name in own))
     present = distributed.all_gather([(directory / name).is_file() for name in missing])
     with sockets_close_in_forks():  # of pairs that are connected first here
         for number, name in enumerate(missing):
             source = [has_file[number] for has_file in present].index(True)
-            receivers = {disks.leaders[r] for r, a in enumerate(absent_by_rank) if name in a}
-            _send(directory / name, files[name], source, receivers)
+            _send(directory / name, files[name], source, receivers[name])
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    """Raises CheckpointError, on all ranks, if a disk has fewer bytes free. Collective."""
+    place = next(path for path in (directory, *directory.parents) if path.is_dir())
+    with checkpoint_error_on_all_ranks(f"cannot complete {directory}"):
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise CheckpointError(
+                f"{socket.gethostname()} lacks files of {needed / 1e6:,.0f} MB that others have, "
+                f"and only {free / 1e6:,.0f} MB are free"
+            )
 
 
 def _send(path: Path, entry: FileEntry, source: int, receivers: set[int]) -> None:

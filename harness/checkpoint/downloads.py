@@ -14,7 +14,7 @@ from harness import distributed
 from harness.checkpoint.commit import commit, create_staging
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.disks import Disks, list_checkpoints
-from harness.checkpoint.files import FileEntry, verify_file
+from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
 from harness.checkpoint.remote_store import PARALLEL_FILES, Store, local_name
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
@@ -94,7 +94,7 @@ def _newest_complete(parent: Path, disks: Disks) -> Manifest | None:
         present = {
             name
             for name, entry in manifest.files.items()
-            if disks.is_leader and _is_there(directory / name, entry)
+            if disks.is_leader and entry.is_at(directory / name)
         }
         files = distributed.reduce(present, or_)
         is_complete = distributed.broadcast(files == manifest.files.keys())
@@ -113,7 +113,7 @@ def _download(store: Store, name: str, manifest: Manifest, parent: Path, disks: 
     missing = [
         file
         for file in _share(manifest)
-        if not (has_parts and _is_there(target / file, manifest.files[file]))
+        if not (has_parts and manifest.files[file].is_at(target / file))
     ]
     needed = disks.sum(sum(manifest.files[file].size for file in missing))
     log_info("downloading %s/%s", store.url, name)
@@ -152,8 +152,3 @@ def _is_of_save(directory: Path, manifest: Manifest) -> bool:
         )
     except CheckpointError:
         return False
-
-
-def _is_there(path: Path, entry: FileEntry) -> bool:
-    """Whether a file is there, and not truncated."""
-    return path.is_file() and path.stat().st_size == entry.size

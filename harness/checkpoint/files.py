@@ -14,6 +14,10 @@ from harness.errors import CheckpointError, FormatError, UnreadableCheckpoint
 from harness.formats import zips
 
 
+class Stopped(Exception):
+    """A copy of a file was ended by its `should_stop`."""
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turns an OSError into an UnreadableCheckpoint: what cannot be read is not known to be
@@ -35,6 +39,10 @@ class FileEntry:
     """SHA-256 of the archive's table of contents, in hex."""
     rank: int
     """The rank that wrote it."""
+
+    def is_at(self, path: Path) -> bool:
+        """Whether a file is there that is not truncated."""
+        return path.is_file() and path.stat().st_size == self.size
 
 
 def verify_file(path: Path, entry: FileEntry, read: bool = True) -> None:

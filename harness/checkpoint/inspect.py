@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.checkpoint.files import bytes_text, verify_file
-from harness.checkpoint.manifest import Manifest, read_manifest
+from harness.checkpoint.manifest import Manifest, is_safe, read_manifest
 from harness.convert.run_checkpoints import MANIFEST, may_hold_manifest, steps_in
 from harness.errors import CheckpointError, UnreadableCheckpoint, counted, missing_files
 from harness.health import goodput
@@ -57,7 +57,8 @@ def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterat
     for name, engine in manifest.engines.items():
         kind = f"{engine.dtype}, optimizer {engine.optimizer}"
         yield f"  engine {name}: ZeRO stage {engine.zero_stage}, {kind}"
-    for text in filter(None, (manifest.fault, manifest.note)):
+    safe = "safe: every file is on two nodes" if is_safe(path, manifest) else ""
+    for text in filter(None, (manifest.fault, manifest.note, safe)):
         yield f"  {text}"
     for name, value in manifest.metrics.items():
         yield f"  {name} {value:.6g}"

@@ -4,6 +4,7 @@ checkpoints/
   latest                  the name of the newest checkpoint, for people and other tools
   step-00001000/
     manifest.json         what it holds, a digest of every file, and who wrote it
+    safe.json             with `checkpoint.replicas`: that every file is on two nodes
     rank-00000.pt         each rank's own state
     ENGINE/               DeepSpeed's own files
 """
@@ -23,6 +24,8 @@ from harness.config.old_names import current_import_path
 from harness.convert.run_checkpoints import FORMAT, MANIFEST, check_format, no_manifest
 from harness.errors import CheckpointError, UnreadableCheckpoint, written_by
 from harness.files import is_present, json_write
+
+SAFE = "safe.json"
 
 
 def _versions() -> dict[str, str]:
@@ -134,6 +137,25 @@ def parse_manifest(text: bytes, directory: Path | str) -> Manifest:
             "harness does not know: update harness"
         )
     raise CheckpointError(f"{damaged}: {next(iter(mistakes.values()))}")
+
+
+def mark_safe(directory: Path, manifest: Manifest) -> None:
+    """Marks a checkpoint, of which all files are on two nodes. Not in its manifest, which nothing
+    changes. Raises OSError."""
+    json_write({"saved_at": manifest.saved_at}, directory / SAFE)
+
+
+def unmark_safe(directory: Path) -> None:
+    """Takes the mark away. Raises OSError."""
+    (directory / SAFE).unlink(missing_ok=True)
+
+
+def is_safe(directory: Path, manifest: Manifest) -> bool:
+    """Whether a checkpoint has the mark; another save that it has replaced may have left one."""
+    try:
+        return json.loads((directory / SAFE).read_bytes()) == {"saved_at": manifest.saved_at}
+    except (OSError, ValueError):
+        return False
 
 
 def digest(text: str) -> str:

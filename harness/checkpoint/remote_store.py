@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint.files import Stopped
 from harness.checkpoint.manifest import Manifest, parse_manifest
 from harness.config import Config
 from harness.convert.run_checkpoints import MANIFEST
@@ -31,10 +32,6 @@ MOST_PARTS = 9_000  # S3 allows 10,000 of one object
 OBJECT_STORES = {"s3", "gs", "abfs", "oci", "oss", "r2"}
 """They have no directories: making one might make a bucket."""
 PARALLEL_FILES = 4  # of a rank: its memory is a few chunks each
-
-
-class Stopped(Exception):
-    """A transfer was ended by its `should_stop`."""
 
 
 class Store:

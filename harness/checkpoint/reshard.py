@@ -3,11 +3,11 @@
 A newly built engine provides the trees that DeepSpeed would write for it: they say where everything
 belongs in the new layout. Filled from the old files (`zero.refill`), they are handed to DeepSpeed
 in memory, as if it had read them. Of masters and moments a rank reads only the segments of its own
-shards, and of the model what DeepSpeed loads on it (below stage 3 all weights).
+shards, and of the model what DeepSpeed loads on it (below stage 3 all weights). Nodes with their
+own disks get the files that they lack first.
 """
 
 import logging
-import socket
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from harness.checkpoint.save import engine_manifest
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
-from harness.errors import CheckpointError, counted, missing_files
+from harness.errors import CheckpointError, counted
 from harness.io.stored import materialize
 from harness.optim.sharded.optimizer import ShardedOptimizer
 from harness.zero import file_trees
@@ -54,14 +54,16 @@ def load_engines(
         if manifest.engines[name] != layouts[name] or name in changed_models
     ]
     if changed:
-        _check_files(directory, manifest, [engine.name for engine in changed])
         with distributed.raise_on_all_ranks(f"cannot reshard checkpoint {directory}"):
             for engine in changed:
                 saved = manifest.engines[engine.name]
                 _check_optimizer(engine, _layout_text(manifest.world_size, saved))
     same_world = manifest.world_size == distributed.world_size()
     saved_rank = distributed.global_rank() if same_world else 0
-    copy_missing_checkpoint(directory, manifest, files_read_by(saved_rank, manifest.files))
+    names = {engine.name for engine in changed}
+    wanted = set(files_read_by(saved_rank, manifest.files))
+    wanted |= {name for name in manifest.files if name.partition("/")[0] in names}
+    copy_missing_checkpoint(directory, manifest, wanted)
     fits: dict[str, Fit] = {}
     for engine in engines.trained:
         if engine not in changed:
@@ -86,24 +88,6 @@ def load_engines(
 
 def _layout_text(world_size: int, engine: EngineManifest) -> str:
     return f"{counted(world_size, 'rank')}, ZeRO {engine.zero_stage}, layout {engine.layout[:6]}"
-
-
-def _check_files(directory: Path, manifest: Manifest, engines: Collection[str]) -> None:
-    """Raises CheckpointError, on all ranks, unless every node has all files of these engines."""
-    with distributed.raise_on_all_ranks(f"cannot reshard checkpoint {directory}"):
-        files = {
-            name: manifest.writer(name)
-            for name in manifest.files
-            if name.partition("/")[0] in engines and not (directory / name).is_file()
-        }
-    report = missing_files(directory, files, [socket.gethostname()]) if files else ""
-    reports = sorted(distributed.all_reduce({report}, or_) - {""})
-    with distributed.raise_on_all_ranks(f"cannot reshard checkpoint {directory}"):
-        if reports:
-            raise CheckpointError(
-                "to reshard a checkpoint, every node needs all of its files, on its own disk or a "
-                "shared one:\n  " + "\n  ".join(reports)
-            )
 
 
 def _check_optimizer(engine: Engine, saved_layout: str) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
 
-from harness.checkpoint.manifest import Manifest, is_unreadable, read_manifest
+from harness.checkpoint.manifest import Manifest, is_safe, is_unreadable, read_manifest
 from harness.config.sections import CheckpointConfig
 from harness.convert.resolve_source import LATEST
 from harness.convert.run_checkpoints import KEPT, checkpoints_in, may_hold_manifest
@@ -64,7 +64,7 @@ def prune(
     them, so that all disks keep the same ones; others on this disk are removed at the same age.
     `needed`: also kept. `delete`: deletes a directory that has been renamed.
     Called only after a commit, so the newest checkpoint is valid. The one that `latest` names is
-    always kept. A failure to remove one is logged.
+    always kept, and the newest one that is on two nodes. A failure to remove one is logged.
     """
     if not settings.keep_last:
         return
@@ -83,6 +83,7 @@ def prune(
         common = {path: m for path, m in manifests.items() if path.name in everywhere}
     keep = {directory / path.read_text().strip() for path in directory.glob(LATEST)}
     keep |= to_keep(common, settings) | to_keep(manifests, settings) | set(needed)
+    keep |= set(islice((p for p, manifest in manifests.items() if is_safe(p, manifest)), 1))
     for path in manifests.keys() - keep:
         try:
             remove(path, delete)

@@ -24,13 +24,12 @@ from harness import distributed
 from harness.callbacks.moments import Callbacks
 from harness.checkpoint.commit import commit, create_staging, write_files, write_latest
 from harness.checkpoint.completeness import common_manifest
+from harness.checkpoint.copies import Copies
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest, step_directory
-from harness.checkpoint.remote_store import Store
 from harness.checkpoint.retention import Removals, prune, remove_after
 from harness.checkpoint.snapshot import Snapshots, bytes_of, storage_sizes
-from harness.checkpoint.uploads import Uploads
 from harness.checkpoint.written import checkpoint_error, checkpoint_error_on_all_ranks
 from harness.control.live import LiveConfig
 from harness.convert.run_checkpoints import checkpoints_in, saved_at
@@ -84,9 +83,9 @@ class Saver:
         live: LiveConfig,
         disks: Disks,
         callbacks: Callbacks,
-        store: Store | None = None,
+        copies: Sequence[Copies] = (),
     ):
-        """`disks`: of the run directory. `store`: where checkpoints are uploaded to.
+        """`disks`: of the run directory. `copies`: of the checkpoints, in other places.
 
         Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved.
         """
@@ -114,7 +113,7 @@ class Saver:
         self._background = ThreadPoolExecutor(1, "background-save", initializer=step_back)
         self._reserving: Future[None] | None = None
         self._removals = Removals()
-        self.uploads = Uploads(store, lambda: live.config.checkpoint)
+        self._copies = copies
 
     @property
     def is_writing(self) -> bool:
@@ -158,7 +157,8 @@ class Saver:
 
         None if there is none, or it is not written yet. Every rank calls this once per step.
         """
-        self.uploads.poll()
+        for copies in self._copies:
+            copies.poll()
         if self._reserving is None and self._live.config.checkpoint.background:
             self._reserve()
         if self._pending is None:
@@ -190,7 +190,8 @@ class Saver:
         log.info("saved %s", pending.target)
         if reason := manifest.fault:
             log_warning("%s: %s: it does not count as a good one", pending.target, reason)
-        self.uploads.add(pending.target, manifest)
+        for copies in self._copies:
+            copies.add(pending.target, manifest)
         if self._live.config.checkpoint.keep_last:
             everywhere = None
             if self.disks.count > 1:
@@ -198,7 +199,7 @@ class Saver:
             if self.disks.is_leader:
                 settings = self._live.config.checkpoint
                 self._removals.wait()
-                needed = self.uploads.needs
+                needed = set[Path]().union(*(copies.needs for copies in self._copies))
                 prune(self.directory, settings, everywhere, needed, self._removals.add)
 
     def _agreed(self, pending: _Pending) -> Manifest:
@@ -253,11 +254,19 @@ class Saver:
                 self._removals.wait()
                 remove_after(directory)
                 write_latest(directory)
-        self.uploads.forget_after(common_manifest(directory).saved_at)
+        saved_at = common_manifest(directory).saved_at
+        for copies in self._copies:
+            copies.forget_after(saved_at)
+
+    def finish_copies(self, should_abort: Callable[[], bool]) -> None:
+        """Waits for all copies, as `Copies.finish` does. Collective."""
+        for copies in self._copies:
+            copies.finish(should_abort)
 
     def close(self) -> None:
-        """Ends the threads: abandons a save or an upload in flight, and finishes removals."""
-        self.uploads.close()
+        """Ends the threads: abandons a save or a copy in flight, and finishes removals."""
+        for copies in self._copies:
+            copies.close()
         for thread in (self._thread, self._background):
             thread.shutdown(cancel_futures=True)
         self._removals.close()

@@ -216,6 +216,9 @@ class CheckpointConfig(Section):
     """Write in the background: training waits only while the tensors are copied."""
     on_error: Literal["continue", "stop"] = Field(default="continue", json_schema_extra=LIVE)
     """What the run does after a failed save; if it continues, the next save retries."""
+    replicas: Literal[0, 1] = 0
+    """Where each node has its own disk: copies of each rank's files on another node's disk, sent
+    while training goes on. 1: a node that is lost takes no checkpoint along that is safe."""
     remote: str = Field(default="", pattern=r"^([\w+.-]+://.+)?$")
     """URL of a store of objects, or of what else fsspec reaches, like "s3://bucket/runs": every
     checkpoint is uploaded below it, to NAME of the run, while training goes on."""

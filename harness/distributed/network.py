@@ -6,7 +6,7 @@ import re
 import resource
 import socket
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
 import psutil
@@ -16,6 +16,9 @@ from harness.errors import ConfigError, LostRank
 
 ANYWHERE = "192.0.2.1"
 """An address that no machine has (RFC 5737): packets to it take the default route."""
+
+FAMILIES = (socket.AF_INET, socket.AF_INET6)
+"""Of addresses, the preferred one first."""
 
 
 def choose_interface(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -32,6 +35,19 @@ def choose_interface(environ: MutableMapping[str, str] = os.environ) -> None:
     name = _interface_to(master) or _interface_to(ANYWHERE)
     if name:
         environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def own_address(environ: Mapping[str, str] = os.environ) -> str:
+    """An address of this node that the other nodes can reach: of the interface that gloo listens
+    on; without one, all ranks are on this machine or its name is known to the others."""
+    names = environ.get("GLOO_SOCKET_IFNAME", "").split(",")
+    found = [a for a in psutil.net_if_addrs().get(names[0], ()) if a.family in FAMILIES]
+    if found:
+        return min(found, key=lambda address: FAMILIES.index(address.family)).address
+    master = environ.get("MASTER_ADDR", "localhost")
+    if master == "localhost" or _is_loopback(master):
+        return "127.0.0.1"
+    return socket.gethostbyname(socket.gethostname())
 
 
 def _interface_to(host: str) -> str:

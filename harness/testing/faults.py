@@ -32,7 +32,8 @@ from unittest.mock import patch
 import torch
 
 from harness import distributed, execute
-from harness.checkpoint import commit, export, manifest, retention, save
+from harness.checkpoint import commit, export, manifest, neighbours, retention, save, transfer
+from harness.checkpoint.neighbours import Neighbours
 from harness.checkpoint.remote_store import Store
 from harness.data.fetch import Fetch
 from harness.engine import engine, engines
@@ -63,6 +64,11 @@ PHASES: dict[str, tuple[Any, str]] = {
     # of an upload:
     "upload": (Store, "upload"),
     "uploaded": (Store, "write_manifest"),
+    # of a copy on another node:
+    "copy": (Neighbours, "copy_file"),
+    "receive": (transfer, "receive"),
+    "received": (transfer, "verify_file"),
+    "safe": (neighbours, "mark_safe"),
 }
 IN_STEPS = ("forward", "backward", "step")
 SECONDS_OF_SLOW = 3.0

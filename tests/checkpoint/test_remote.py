@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from harness.checkpoint import uploads
+from harness.checkpoint import copies
+from harness.checkpoint.copies import Copies
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.remote_store import Store
+from harness.checkpoint.uploads import Uploads
 from harness.checkpoint.written import write_file
 from harness.config import Config
 from harness.config.sections import CheckpointConfig
@@ -113,13 +115,13 @@ class Broken:
             upload(store, *args)
 
         monkeypatch.setattr(Store, "upload", fail)
-        monkeypatch.setattr(uploads, "FIRST_PAUSE_S", 0.01)
+        monkeypatch.setattr(copies, "FIRST_PAUSE_S", 0.01)
 
 
 def train_on_a_broken_store(config: Config, times: int, give_up_after_s: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
         Broken(patch, times)
-        patch.setattr(uploads, "GIVE_UP_AFTER_S", give_up_after_s)
+        patch.setattr(copies, "GIVE_UP_AFTER_S", give_up_after_s)
         run_in_world(config)
 
 
@@ -136,7 +138,7 @@ def test_a_store_that_is_down_delays_only_the_end(two_ranks: RankPool, tmp_path:
     config = remote_config(tmp_path, checkpoint={"keep_last": 1})
     two_ranks.run(on, "aa", tmp_path, train_on_a_broken_store, config, 10**9, 0.2)
     assert stored(tmp_path) == {}
-    assert "step-00000006: the next start uploads the newest" in log_of(tmp_path)
+    assert "step-00000006: the next start goes on with the newest" in log_of(tmp_path)
     two_ranks.run(on, "aa", tmp_path, run_in_world, config)  # although all its steps are taken
     assert 6 in stored(tmp_path)
 
@@ -148,7 +150,7 @@ def list_fails(config: Config) -> str:
             raise CheckpointError("the store is down")
 
         patch.setattr(Store, "checkpoints", fail)
-        patch.setattr(uploads, "GIVE_UP_AFTER_S", 0.0)
+        patch.setattr(copies, "GIVE_UP_AFTER_S", 0.0)
         return error_of(config)
 
 
@@ -182,7 +184,7 @@ def return_to_the_first(root: Path) -> list[str]:
     unknown = root / "store/step-00000009.9000/manifest.json"  # of a later version of harness
     unknown.parent.mkdir(parents=True)
     unknown.write_text('{"format": 99}')
-    ours = uploads.Uploads(store, CheckpointConfig)
+    ours = Copies(Uploads(store, CheckpointConfig))
     for step in range(1, 4):
         directory = root / f"step-{step:08d}"
         directory.mkdir()
@@ -210,7 +212,7 @@ def test_a_rollback_removes_what_was_after_it(pools: Pools, tmp_path: Path) -> N
 def save_twice(root: Path) -> list[float]:
     """The second save of a step replaces the first, while that is uploaded."""
     store = Store(f"file://{root}/store")
-    ours = uploads.Uploads(store, CheckpointConfig)
+    ours = Copies(Uploads(store, CheckpointConfig))
     directory = root / "step-00000001"
     directory.mkdir()
     for saved_at in (1.0, 2.0):

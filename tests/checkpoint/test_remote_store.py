@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from harness.checkpoint.files import FileEntry
+from harness.checkpoint.files import FileEntry, Stopped
 from harness.checkpoint.manifest import Manifest
-from harness.checkpoint.remote_store import CHUNK, Stopped, Store, local_name, remote_name
+from harness.checkpoint.remote_store import CHUNK, Store, local_name, remote_name
 from harness.errors import CheckpointError
 
 SIZE = 2 * CHUNK + 5
