@@ -50,7 +50,7 @@ def locate(flats: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[Sh
 
     Collective where the parameters are sharded. Raises ShardError.
     """
-    first = next(iter(parameters.values()), None)
+    first = _first_trainable(parameters) if parameters else None
     group = getattr(first, "ds_process_group", None) or getattr(first, "_dp_group", None)
     shards: list[Shard] = []
     failure: Exception | None = None
@@ -74,7 +74,7 @@ def _layout_of(
     flats: Sequence[Tensor], parameters: Mapping[str, Tensor], number: int, group: Any
 ) -> Shard:
     """The layout of flat `number`, by the attributes that each of DeepSpeed's optimizers sets."""
-    flat, first = flats[number], next(iter(parameters.values()))
+    flat, first = flats[number], _first_trainable(parameters)
     for name, parameter in parameters.items():
         if parameter is flat:
             return _full(name, flat)
@@ -91,6 +91,12 @@ def _layout_of(
         "ZeRO stages 0 to 3, BF16_Optimizer): pass the optimizer to deepspeed.initialize, or step "
         "the parameters that it was built with"
     )
+
+
+def _first_trainable(parameters: Mapping[str, Tensor]) -> Tensor:
+    """DeepSpeed does not mark those that are frozen. The first of all if all are."""
+    trainable = (p for p in parameters.values() if p.requires_grad)
+    return next(trainable, next(iter(parameters.values())))
 
 
 def _full(name: str, flat: Tensor) -> Shard:
@@ -140,7 +146,7 @@ def _stages_1_and_2(flat: Tensor, parameters: Mapping[str, Tensor], group: Any) 
 def _stage_3(flat: Tensor, parameters: Mapping[str, Tensor], group: Any) -> Shard:
     """DeepSpeedZeroOptimizer_Stage3: the same part of every parameter of a sub-group, padded."""
     names = {id(parameter): name for name, parameter in parameters.items()}
-    first: Any = next(iter(parameters.values()))
+    first: Any = _first_trainable(parameters)
     zero = first._z3_optimizer
     if zero.swap_optimizer:
         raise ShardError(

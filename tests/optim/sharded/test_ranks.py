@@ -85,3 +85,22 @@ def test_state_takes_as_many_bytes_as_is_computed(
 ) -> None:
     for measured, computed in three_ranks.run(measured_and_computed, name, stage):
         assert measured == computed
+
+
+def with_a_frozen_first_parameter(stage: int) -> float:
+    """How far a group ends from plain steps if DeepSpeed does not know its first parameter."""
+    kind, model, reference = KINDS["muon"], Given(), Given()
+    model.get_parameter("tall").requires_grad_(False)
+    optimizer = kind.of(model)
+    engine = engine_of(model, optimizer, stage, "fp32", {})
+    take_steps(engine, range(3))
+    found = masters(optimizer)
+    engine.destroy()
+    assert "tall" not in found
+    take_plain_steps(reference, kind.of(reference), range(3))
+    return worst(found | {"tall": reference.get_parameter("tall").detach().flatten()}, reference)
+
+
+def test_the_first_parameter_of_a_group_may_be_frozen(two_ranks: RankPool) -> None:
+    for stage in (1, 3):
+        assert max(two_ranks.run(with_a_frozen_first_parameter, stage)) <= KINDS["muon"].bound
