@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from harness.data.token_files import TokenWriter
+from harness.data.token_files import TokenWriter, is_corpus
 from harness.errors import ConfigError
 
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
@@ -21,7 +21,7 @@ BATCH_CHARACTERS = 1 << 22
 """A batch that is tokenized at once ends at either."""
 
 Encode = Callable[[list[str]], list[np.ndarray]]
-"""A batch of texts into the tokens of each, int64, with what ends a document."""
+"""A batch of texts into the tokens of each, integers, with what ends a document."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ def prepare(
 
     Raises ConfigError for a wrong source, tokenizer or option, and OSError.
     """
+    if not destination.name:
+        raise ConfigError(f"{destination} is a folder: expected the name of a corpus in it")
     encode, vocabulary = load_tokenizer(options)
     files = [file for source in sources for file in files_of(source, options.glob)]
     dtype = "u1" if vocabulary <= 1 << 8 else "u2" if vocabulary <= 1 << 16 else "i4"
@@ -65,7 +67,10 @@ def prepare(
         for batch in chain(batches, [[]]):
             encoded = pending.result()
             pending = encoder.submit(encode, batch)
-            writer.write(encoded)
+            try:
+                writer.write(encoded)
+            except ValueError as error:
+                raise ConfigError(f"{destination}: {error}") from None
             documents += len(encoded)
         if not documents:
             raise ConfigError(f"no texts in {', '.join(map(str, sources))}")
@@ -76,7 +81,8 @@ def prepare(
 
 
 def load_tokenizer(options: Options) -> tuple[Encode, int]:
-    """`(how to encode a batch, size of the vocabulary)`. Raises ConfigError."""
+    """`(how to encode a batch, size of the vocabulary: its greatest token + 1)`. Raises
+    ConfigError."""
     if options.tokenizer == "bytes":
         end = b"" if options.eos == "" else b"\0"
         return lambda texts: [_bytes(text, end) for text in texts], 256
@@ -100,11 +106,12 @@ def load_tokenizer(options: Options) -> tuple[Encode, int]:
         encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(tokens.ids + end, np.int64) for tokens in encoded]
 
-    return encode, tokenizer.get_vocab_size()
+    # Not `get_vocab_size`: numbers may be left out.
+    return encode, max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0) + 1
 
 
 def _bytes(text: str, end: bytes) -> np.ndarray:
-    return np.frombuffer(text.encode() + end, np.uint8).astype(np.int64)
+    return np.frombuffer(text.encode() + end, np.uint8)
 
 
 def _end_token(tokenizer: Any, path: Path, eos: str | None) -> list[int]:
@@ -120,24 +127,37 @@ def _end_token(tokenizer: Any, path: Path, eos: str | None) -> list[int]:
 
 
 def files_of(source: Path, glob: str = "*") -> list[Path]:
-    """The files of a source, in order: itself, or those below a folder whose names match, hidden
-    ones excepted.
+    """The files of a source, in order: itself, or those below a folder, also through links, whose
+    names match; hidden ones and corpora excepted.
 
-    Raises ConfigError if there is none.
+    Raises ConfigError if there is none, and OSError for a folder that cannot be read.
     """
+    if is_corpus(source):
+        raise ConfigError(f"{source} is a corpus: expected texts")
     if source.is_file() or is_saved_dataset(source):
         return [source]
     if not source.is_dir():
         raise ConfigError(f"{source} does not exist")
-    files = [
-        file
-        for file in sorted(source.rglob(glob))
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(source).parts)
-    ]
+    files = [file for file in _below(source, set()) if file.match(glob)]
     if not files:
         raise ConfigError(f"{source} has no files {glob}")
     return files
+
+
+def _below(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """The files in a folder, and in those below it that were not seen before."""
+    if (folder / "dataset_dict.json").is_file():
+        raise ConfigError(f"{folder} holds several data sets: prepare each of its folders")
+    if (real := folder.resolve()) in seen:
+        return
+    seen.add(real)
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not is_saved_dataset(path):
+            yield from _below(path, seen)
+        elif not is_corpus(path):
+            yield path
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -186,16 +206,21 @@ def _records(path: Path, name: str) -> Iterator[tuple[str, int]]:
             where = f"{path}:{number}"
             try:
                 record = json.loads(_decoded(line, where))
+                text = _field(record, name, where)
+                text.encode()
             except json.JSONDecodeError as error:
                 raise ConfigError(f"{where} is not JSON: {error}") from None
-            yield _field(record, name, where), len(line)
+            except UnicodeEncodeError as error:  # half of a pair, like "\\ud800"
+                raise ConfigError(f"{where}: {name!r} is not Unicode text: {error}") from None
+            yield text, len(line)
 
 
 def _field(record: Any, name: str, where: str) -> str:
-    text = record.get(name) if isinstance(record, dict) else None
-    if not isinstance(text, str):
+    if not isinstance(record, dict) or name not in record:
         known = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise ConfigError(f"{where}: no text in field {name!r}; found {known}: set --field")
+        raise ConfigError(f"{where}: no field {name!r}; found {known}: set --field")
+    if not isinstance(text := record[name], str):
+        raise ConfigError(f"{where}: {name!r} is {type(text).__name__}, expected text")
     return text
 
 
@@ -216,7 +241,7 @@ def _columns(path: Path, name: str) -> Iterator[tuple[str, int]]:
             with parquet.ParquetFile(path) as file:
                 _check_column(file.schema_arrow.names, path, name)
                 yield from _column(file.iter_batches(columns=[name]), path, name)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
@@ -227,14 +252,17 @@ def _check_column(names: list[str], path: Path, name: str) -> None:
 
 def _column(batches: Iterable[Any], path: Path, name: str) -> Iterator[tuple[str, int]]:
     left = path.stat().st_size  # counted batch by batch, as far as known
+    row = 0
     for batch in batches:
         values = batch.column(name).to_pylist()
         size = min(left, batch.nbytes)
         left -= size
         for number, text in enumerate(values):
             if not isinstance(text, str):
-                raise ConfigError(f"{path}: a {type(text).__name__} in {name!r}, expected text")
+                what = f"{name!r} is {type(text).__name__}, expected text"
+                raise ConfigError(f"{path}: row {row + number}: {what}")
             yield text, size if number == 0 else 0
+        row += len(values)
 
 
 def saved_parts(path: Path) -> list[Path]:

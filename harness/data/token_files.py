@@ -9,9 +9,11 @@
 Nothing is read before it is asked for, and processes of one machine share the pages.
 """
 
+import fcntl
+import os
 import struct
 from collections.abc import Iterable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -20,20 +22,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from harness.files import write_atomically
-
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 """Of an index: magic, version, code of the dtype, sequences, boundaries of documents."""
 DTYPES = dict(enumerate(("u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"), start=1))
 """By code."""
-SCANNED = 1 << 24
-"""Tokens that are searched for the end of documents at once."""
+SCANNED = 1 << 20
+"""Tokens, or entries of an index, that are looked through at once."""
 
 
 class TokenFile:
-    """A corpus: `tokens`, 1-D of some integer dtype, and `ends`, the place after the last token of
-    each document (int64)."""
+    """A corpus: `tokens`, 1-D of some integer dtype, and where its documents are. With an index it
+    takes no memory; without one 8 bytes for each document."""
 
     def __init__(self, path: str | Path, *, dtype: str = "uint16", separator: int | None = None):
         """`path`: .npy, .bin, .idx, or the name of a pair of .bin and .idx without its suffix.
@@ -45,11 +45,14 @@ class TokenFile:
         self._arguments = (path, dtype, separator)
         self.path = Path(path)
         index = self.path.with_name(f"{_stem(self.path)}.idx")
+        self._index: _Index | None = None
         if self.path.suffix == ".npy":
-            self.tokens = np.load(self.path, mmap_mode="r")
+            self.tokens = _loaded(self.path)
         elif index.is_file():
             self.path = index.with_suffix(".bin")
-            self.tokens, self.ends = _read_pair(self.path, index)
+            self._index = _Index(index)
+            self.tokens = _mapped(self.path, self._index.dtype)
+            self._index.check(self.path, len(self.tokens))
             return
         else:
             if self.path.suffix != ".bin" or not self.path.is_file():
@@ -58,7 +61,23 @@ class TokenFile:
         if self.tokens.ndim != 1 or self.tokens.dtype.kind not in "iu":
             shape, kind = list(self.tokens.shape), self.tokens.dtype
             raise ValueError(f"{self.path}: found {kind} {shape}, expected integers in 1 dimension")
-        self.ends = self._scan(separator)
+        self._ends = self._scan(separator)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """The place after the last token of each document (int64), computed from the index."""
+        return self._ends if self._index is None else self._index.ends()
+
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+        return len(self._ends) if self._index is None else self._index.documents
+
+    def span(self, document: int) -> tuple[int, int]:
+        """Where a document's tokens begin and end."""
+        if self._index is not None:
+            return self._index.span(document)
+        return int(self._ends[document - 1]) if document else 0, int(self._ends[document])
 
     def __reduce__(self) -> Any:  # a worker that is not forked maps the file itself
         path, dtype, separator = self._arguments
@@ -111,81 +130,120 @@ class TokenWindows(Dataset[Tensor]):
 
 
 class Documents(Dataset[Tensor]):
-    """The documents of a corpus, each int64 [its length]; `lengths` for samplers and packers."""
+    """The documents of a corpus, each int64 [its length]."""
 
     def __init__(self, corpus: TokenFile):
         self.corpus = corpus
-        self.lengths = np.diff(corpus.ends, prepend=0)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Of each document (int64), for samplers and packers; 8 bytes a document once it is asked
+        for."""
+        return np.diff(self.corpus.ends, prepend=0)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.corpus.documents
 
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
-        end = int(self.corpus.ends[index])
-        return self.corpus.slice(end - int(self.lengths[index]), end)
+        return self.corpus.slice(*self.corpus.span(index))
 
 
 class TokenWriter:
     """Writes a pair of .bin and .idx, document by document.
 
     Both appear when the context ends without an error, the .idx last: a .bin that is replaced never
-    has the .idx of another one.
+    has the .idx of another one. What a writer that was killed has left is overwritten.
     """
 
     def __init__(self, path: Path, dtype: Any):
-        """`path`: with or without a suffix. `dtype`: uint8, uint16 or int32. Raises OSError."""
+        """`path`: with or without a suffix. `dtype`: uint8, uint16 or int32. Raises OSError,
+        BlockingIOError if somebody else writes this pair now."""
         self._bin = path.with_name(f"{_stem(path)}.bin")
         self._index = self._bin.with_suffix(".idx")
-        self._staged = self._bin.with_name(f".{self._bin.name}.tmp")
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._lengths: list[np.ndarray] = []
         self.tokens = 0
-        self._file: BinaryIO = self._staged.open("wb")
+        # The staged index is held, locked, until it is renamed.
+        self._index_file = _locked(self._index)
+        self._file: BinaryIO = _staged(self._bin).open("wb")
 
     def write(self, documents: Iterable[Any]) -> None:
-        """Appends documents: sequences of tokens. Raises ValueError for a token that the dtype
-        cannot hold."""
-        lengths = []
-        for document in documents:
-            tokens = np.asarray(document, np.int64)
-            most = np.iinfo(self._dtype).max
-            if len(tokens) and not 0 <= tokens.min() <= tokens.max() <= most:
-                raise ValueError(f"a token is not in 0 to {most}: it does not fit {self._dtype}")
-            self._file.write(tokens.astype(self._dtype).tobytes())
-            lengths.append(len(tokens))
-        self._lengths.append(np.array(lengths, np.int64))
-        self.tokens += sum(lengths)
+        """Appends documents: sequences of tokens. Raises ValueError for a document that the format
+        cannot hold, or a token that the dtype cannot."""
+        written = list(documents)
+        lengths = np.array([len(document) for document in written], np.int64)
+        if (longest := lengths.max(initial=0)) >= 2**31:
+            raise ValueError(f"a document has {longest} tokens: the format holds 2^31 - 1")
+        empty, most = np.empty(0, self._dtype), np.iinfo(self._dtype).max
+        tokens = np.concatenate([empty, *(document for document in written if len(document))])
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() <= most:
+            raise ValueError(f"a token is not in 0 to {most}: it does not fit {self._dtype}")
+        self._file.write(tokens.astype(self._dtype, copy=False).tobytes())
+        self._lengths.append(lengths)
+        self.tokens += len(tokens)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        is_committed = False
         try:
             if kind is None:
                 self._commit()
+                is_committed = True
         finally:
             self._file.close()
-            self._staged.unlink(missing_ok=True)
+            if not is_committed:
+                _staged(self._bin).unlink(missing_ok=True)
+                _staged(self._index).unlink(missing_ok=True)
+            self._index_file.close()
 
     def _commit(self) -> None:
         lengths = np.concatenate([np.empty(0, np.int64), *self._lengths])
-        if len(lengths) and lengths.max() >= 2**31:
-            raise ValueError(f"a document has {lengths.max()} tokens: the format holds 2^31 - 1")
         code = next(c for c, name in DTYPES.items() if np.dtype(name) == self._dtype)
         starts = (np.cumsum(lengths) - lengths) * self._dtype.itemsize
-        header = HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1)
-        arrays = (
-            lengths.astype("<i4"),
-            starts.astype("<i8"),
-            np.arange(len(lengths) + 1, dtype="<i8"),
-        )
-        self._file.flush()
+        self._index_file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        self._index_file.write(lengths.astype("<i4").tobytes())
+        self._index_file.write(starts.astype("<i8").tobytes())
+        self._index_file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+        for file in (self._file, self._index_file):
+            file.flush()
+            os.fsync(file.fileno())
         self._index.unlink(missing_ok=True)
-        write_atomically(self._bin, self._staged.replace)
-        content = header + b"".join(array.tobytes() for array in arrays)
-        write_atomically(self._index, lambda staged: staged.write_bytes(content))
+        _staged(self._bin).replace(self._bin)
+        _staged(self._index).replace(self._index)
+
+
+def _staged(path: Path) -> Path:
+    """Where a file is written: always at the same place, so that what is left there goes."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The staged file of `path`, empty, and locked until it is closed."""
+    file = _staged(path).open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Else it was renamed between `open` and `flock`, and is somebody else's result.
+        is_staged = os.path.samestat(os.fstat(file.fileno()), _staged(path).stat())
+    except (BlockingIOError, FileNotFoundError):
+        is_staged = False
+    if not is_staged:
+        file.close()
+        raise BlockingIOError(f"{path}: another process is writing it")
+    file.truncate(0)
+    return file
+
+
+def is_corpus(path: Path) -> bool:
+    """Whether a file is of a pair of .bin and .idx."""
+    index = path.with_suffix(".idx")
+    if path.suffix not in (".bin", ".idx") or not index.is_file():
+        return False
+    with index.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def _stem(path: Path) -> str:
@@ -200,24 +258,72 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
 
 
-def _read_pair(path: Path, index: Path) -> tuple[np.ndarray, np.ndarray]:
-    """`(tokens, ends of the documents)`."""
-    size = index.stat().st_size
-    content = np.memmap(index, np.uint8, "r") if size else np.empty(0, np.uint8)
-    if size < HEADER.size or content[:9].tobytes() != MAGIC:
-        raise ValueError(f"{index} is not an index of Megatron-LM")
-    _, version, code, sequences, bounds = HEADER.unpack(content[: HEADER.size].tobytes())
-    kind = np.dtype(f"<{DTYPES[code]}") if code in DTYPES else None
-    if version != 1 or kind is None or kind.kind == "f":
-        raise ValueError(f"{index}: version {version}, dtype {code}: expected 1, and integers")
-    if size < HEADER.size + sequences * 12 + bounds * 8:
-        raise ValueError(f"{index}: {size} bytes are too few for {sequences} sequences")
-    at = HEADER.size
-    lengths = np.frombuffer(content, "<i4", sequences, at)
-    starts = np.frombuffer(content, "<i8", sequences, at + sequences * 4)
-    documents = np.frombuffer(content, "<i8", bounds, at + sequences * 12)
-    tokens = _mapped(path, kind)
-    ends = np.cumsum(lengths, dtype=np.int64)
-    if len(ends) and (ends[-1] > len(tokens) or (starts != (ends - lengths) * kind.itemsize).any()):
-        raise ValueError(f"{path}: its sequences do not lie one after another as {index} says")
-    return tokens, ends[documents[1:] - 1] if len(ends) else ends
+def _loaded(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not an array of numpy: {error}") from None
+
+
+class _Index:
+    """Megatron-LM's .idx, mapped: a document is a row of sequences, perhaps an empty one. Raises
+    ValueError if it is damaged."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        size = path.stat().st_size
+        content = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+        if size < HEADER.size or content[:9].tobytes() != MAGIC:
+            raise ValueError(f"{path} is not an index of Megatron-LM")
+        _, version, code, sequences, bounds = HEADER.unpack(content[: HEADER.size].tobytes())
+        dtype = np.dtype(f"<{DTYPES[code]}") if code in DTYPES else None
+        if version != 1 or dtype is None or dtype.kind == "f":
+            raise ValueError(f"{path}: version {version}, dtype {code}: expected 1, and integers")
+        if size < HEADER.size + sequences * 12 + bounds * 8:
+            raise ValueError(f"{path}: {size} bytes are too few for {sequences} sequences")
+        self.dtype = dtype
+        self.documents = max(0, bounds - 1)
+        at = HEADER.size
+        self._lengths = np.frombuffer(content, "<i4", sequences, at)
+        self._starts = np.frombuffer(content, "<i8", sequences, at + sequences * 4)  # in bytes
+        self._bounds = np.frombuffer(content, "<i8", bounds, at + sequences * 12)
+
+    def check(self, tokens_path: Path, tokens: int) -> None:
+        """Raises ValueError if it does not describe a .bin of so many tokens."""
+        place = before = 0
+        for first in range(0, len(self._lengths), SCANNED):
+            lengths = self._lengths[first : first + SCANNED]
+            ends = place + np.cumsum(lengths, dtype=np.int64)
+            starts = (ends - lengths) * self.dtype.itemsize
+            place = int(ends[-1])
+            if (
+                lengths.min() < 0
+                or place > tokens
+                or (self._starts[first:][:SCANNED] != starts).any()
+            ):
+                raise ValueError(
+                    f"{tokens_path}: its sequences do not lie one after another as {self.path} says"
+                )
+        for first in range(0, len(self._bounds), SCANNED):
+            bounds = np.concatenate([[before], self._bounds[first : first + SCANNED]])
+            before = int(bounds[-1])
+            is_first_wrong = not first and bounds[1] != 0
+            if is_first_wrong or (np.diff(bounds) < 0).any() or before > len(self._lengths):
+                raise ValueError(
+                    f"{self.path}: its documents are not rows of its {len(self._lengths)} sequences"
+                )
+
+    def span(self, document: int) -> tuple[int, int]:
+        """Where its tokens begin and end."""
+        first, stop = self._bounds[document : document + 2].tolist()
+        if first == stop:
+            return 0, 0
+        size = self.dtype.itemsize
+        start, last = int(self._starts[first]) // size, int(self._starts[stop - 1]) // size
+        return start, last + int(self._lengths[stop - 1])
+
+    def ends(self) -> np.ndarray:
+        """Of all documents, as `TokenFile.ends`."""
+        places = np.zeros(len(self._lengths) + 1, np.int64)
+        np.cumsum(self._lengths, out=places[1:])
+        return places[self._bounds[1:]]

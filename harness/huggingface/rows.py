@@ -22,7 +22,8 @@ def read_rows(path: Path) -> Sequence[Row]:
         return Table(path)
     rows: list[Row] = []
     for file in files_of(path):
-        rows.extend(Table(file) if file.suffix == ".parquet" else _rows_of(file))
+        is_table = file.is_dir() or file.suffix == ".parquet"
+        rows.extend(Table(file) if is_table else _rows_of(file))
     if not rows:
         raise ConfigError(f"{path} has no rows")
     return rows

@@ -116,6 +116,39 @@ def test_more_documents_than_a_batch(tmp_path: Path) -> None:
     assert found == [[*str(number).encode()] for number in range(2 * BATCH_DOCUMENTS + 5)]
 
 
+def test_folders_are_followed_through_links_once_and_corpora_left_out(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "disk" / "b.txt").write_text("b")
+    write_saved(tmp_path / "disk" / "saved")
+    (tmp_path / "texts" / "disk").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "back").symlink_to(tmp_path / "texts")
+    for _ in range(2):
+        prepare([tmp_path / "texts"], tmp_path / "texts" / "corpus", Options("bytes"), print)
+        documents = Documents(TokenFile(tmp_path / "texts" / "corpus"))
+        texts = [bytes(documents[index].tolist()[:-1]).decode() for index in range(len(documents))]
+        assert texts == ["a", "b", *TEXTS]
+    with pytest.raises(ConfigError, match="is a corpus"):
+        prepare([tmp_path / "texts" / "corpus.bin"], tmp_path / "x", Options("bytes"), print)
+
+
+def test_a_vocabulary_may_have_holes(tmp_path: Path) -> None:
+    """As those of Hugging Face's models have, whose embedding is longer than `get_vocab_size`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<unk>": 0, "<|endoftext|>": 1, "hello": 2, "world": 70_000}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("hello world")
+    lines: list[str] = []
+    prepare([tmp_path / "a.txt"], tmp_path / "a", Options(str(tmp_path)), lines.append)
+    corpus = TokenFile(tmp_path / "a")
+    assert (corpus.slice(0, 9).tolist(), corpus.tokens.dtype) == ([2, 70_000, 1], "int32")
+    assert "of a vocabulary of 70,001" in lines[0]
+
+
 def test_mistakes_are_named(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"ok\n\xff\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
@@ -124,6 +157,12 @@ def test_mistakes_are_named(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "broken.json").write_text("{}")
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
+    (tmp_path / "dangling").mkdir()
+    (tmp_path / "dangling" / "a.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "dataset_dict.json").write_text("{}")
     write_jsonl(tmp_path / "body.jsonl", "body")
     write_parquet(tmp_path / "a.parquet")
     saved = write_saved(tmp_path / "saved")
@@ -134,11 +173,14 @@ def test_mistakes_are_named(tmp_path: Path, tokenizer: Path) -> None:
         ("bad.txt", plain, "bad.txt is not UTF-8"),
         ("bad.txt", Options("bytes", lines=True), "bad.txt:2 is not UTF-8"),
         ("bad.jsonl", plain, "bad.jsonl:2 is not JSON"),
-        ("list.jsonl", plain, "list.jsonl:1: no text in field 'text'; found list"),
-        ("body.jsonl", plain, r"body.jsonl:1: no text in field 'text'; found \['body', 'id'\]"),
+        ("list.jsonl", plain, "list.jsonl:1: no field 'text'; found list"),
+        ("body.jsonl", plain, r"body.jsonl:1: no field 'text'; found \['body', 'id'\]"),
+        ("null.jsonl", plain, "null.jsonl:1: 'text' is NoneType, expected text"),
+        ("half.jsonl", plain, "half.jsonl:2: 'text' is not Unicode text"),
+        ("splits", plain, "splits holds several data sets"),
         ("bad.parquet", plain, "bad.parquet cannot be read"),
         ("a.parquet", Options("bytes", field="x"), r"no column 'x'; found \['id', 'text'\]"),
-        ("a.parquet", Options("bytes", field="id"), "a int in 'id', expected text"),
+        ("a.parquet", Options("bytes", field="id"), "row 0: 'id' is int, expected text"),
         ("saved", plain, "flatten_indices"),
         ("none", plain, "none does not exist"),
         ("empty", plain, "empty has no files"),
@@ -150,6 +192,10 @@ def test_mistakes_are_named(tmp_path: Path, tokenizer: Path) -> None:
     for name, options, message in cases:
         with pytest.raises(ConfigError, match=message):
             prepare([tmp_path / name], tmp_path / "out" / "corpus", options, print)
+    with pytest.raises(FileNotFoundError, match="dangling"):
+        prepare([tmp_path / "dangling"], tmp_path / "out" / "corpus", plain, print)
+    with pytest.raises(ConfigError, match=r"^\. is a folder"):
+        prepare([tmp_path / "a.parquet"], Path(), plain, print)
     left = [path.name for path in (tmp_path / "out").iterdir()]
     assert not left, "nothing is half-written"
 

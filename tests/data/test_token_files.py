@@ -1,6 +1,7 @@
 """Corpora of tokens: what is written is read, as windows and as documents."""
 
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,32 @@ def test_a_document_of_several_sequences(tmp_path: Path) -> None:
     assert [documents[i].tolist() for i in range(2)] == [[1, 2, 3, 4], JOINED[4:]]
 
 
+def test_documents_without_a_sequence(tmp_path: Path) -> None:
+    """Megatron's may be empty, also the first."""
+    written(tmp_path / "a")
+    content = (tmp_path / "a.idx").read_bytes()
+    bounds = [0, 0, 2, 2, 5, 5]
+    (tmp_path / "a.idx").write_bytes(content[: 34 + 5 * 12] + np.array(bounds, "<i8").tobytes())
+    corpus = TokenFile(tmp_path / "a")
+    documents = Documents(corpus)
+    found = [documents[i].tolist() for i in range(len(documents))]
+    assert found == [[], [1, 2, 3, 4], [], JOINED[4:], []]
+    assert documents.lengths.tolist() == [len(tokens) for tokens in found]
+    assert corpus.ends.tolist() == [0, 4, 4, 11, 11]
+
+
+def test_an_index_is_not_held_in_memory(tmp_path: Path) -> None:
+    count = 50_000
+    with TokenWriter(tmp_path / "a", "u1") as writer:
+        writer.write([[0]] * count)
+    tracemalloc.start()
+    documents = Documents(TokenFile(tmp_path / "a"))
+    assert len(documents) == count and documents[count - 1].tolist() == [0]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 2 * count
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 10])
 def test_windows_predict_each_token_once(tmp_path: Path, length: int) -> None:
     windows = TokenWindows(written(tmp_path / "a"), length)
@@ -92,7 +119,9 @@ def test_what_is_not_a_corpus_is_named(tmp_path: Path) -> None:
     np.save(tmp_path / "square.npy", np.zeros((2, 2), np.int32))
     np.save(tmp_path / "floats.npy", np.zeros(2))
     (tmp_path / "odd.bin").write_bytes(b"abc")
+    (tmp_path / "text.npy").write_bytes(b"text")
     cases = {
+        "text.npy": "text.npy is not an array of numpy",
         "square.npy": r"square.npy: found int32 \[2, 2\]",
         "floats.npy": "floats.npy: found float64",
         "odd.bin": "3 bytes are not a multiple of 2",
@@ -108,6 +137,7 @@ def test_what_is_not_a_corpus_is_named(tmp_path: Path) -> None:
         "version 1, dtype 7": index[:17] + b"\x07" + index[18:],
         "too few": index[:-60],
         "one after another": index[:34] + b"\x09" + index[35:],
+        "not rows of its 5 sequences": index[:-8] + b"\x63" + index[-7:],
     }
     for message, content in changes.items():
         (tmp_path / "a.idx").write_bytes(content)
@@ -136,6 +166,23 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
         w.write([[1], [256]])
     assert TokenFile(tmp_path / "a").slice(0, 99).tolist() == JOINED
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_two_at_once_and_one_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / ".a.bin.tmp").write_bytes(b"left by one that was killed")
+    (tmp_path / ".a.idx.tmp").write_bytes(b"left by one that was killed")
+    with TokenWriter(tmp_path / "a", "u2") as writer:
+        writer.write(TEXTS)
+        with pytest.raises(BlockingIOError, match="another process is writing it"):
+            TokenWriter(tmp_path / "a.bin", "u1")
+    assert TokenFile(tmp_path / "a").slice(0, 99).tolist() == JOINED
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_a_document_that_the_format_cannot_hold_is_refused_at_once(tmp_path: Path) -> None:
+    message = "2147483648 tokens: the format holds"
+    with pytest.raises(ValueError, match=message), TokenWriter(tmp_path / "a", "u2") as writer:
+        writer.write([range(2**31)])
 
 
 def test_an_empty_corpus(tmp_path: Path) -> None:
