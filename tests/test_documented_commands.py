@@ -59,7 +59,7 @@ def write_models(directory: Path) -> None:
 def write_shapes(directory: Path) -> None:
     hf_folders.write_folder(directory / "path/to/folder", "llama")
     (directory / "my_package").mkdir()
-    text = "import torch\n\n\ndef build():\n    return torch.nn.Linear(4, 4)\n"
+    text = "import torch\n\n\ndef build():\n    return torch.nn.Embedding(16, 4)\n"
     (directory / "my_package/models.py").write_text(text)
 
 
