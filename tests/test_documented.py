@@ -7,7 +7,6 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_origin
 
 import pytest
@@ -19,10 +18,10 @@ from harness.config.overrides import parse_overrides
 from harness.config.root import Config
 from harness.config.sections import section_of
 from harness.control.grammar import Grammar
+from tests.support.helpers import ROOT
+from tests.support.pages import PAGES, Block, blocks_of
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OF_THE_READER = {"my.toml"}
+OF_THE_READER = {"my.toml", "adder.toml"}
 """Configs that the pages have the reader write."""
 COMMANDS_OF_TASKS = {"generate": "of launch/tasks/hf.py"}
 
@@ -78,9 +77,11 @@ def after(name: str, words: Sequence[str]) -> list[str] | None:
     return list(words[words.index(name) + 1 :]) if name in words else None
 
 
-@pytest.mark.parametrize("block", blocks("sh"))
-def test_commands_have_options_that_exist(block: str) -> None:
-    for words in commands(block):
+@pytest.mark.parametrize(
+    "block", [pytest.param(b, id=b.place) for page in PAGES for b in blocks_of(page)]
+)
+def test_commands_have_options_that_exist(block: Block) -> None:
+    for words in commands(block.commands):
         if words[0] != "docker" and (given := after("harness", words)):  # not an image's name
             args = command_line().parse_args(given)  # exits if an option is unknown
             if args.command == "ctl" and args.words:

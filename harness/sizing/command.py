@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -80,6 +81,7 @@ def _subject(args: argparse.Namespace) -> "tuple[Subject, Setting]":
         return sources.from_folder(path), Setting(**given)
     if ":" not in args.model:
         raise ConfigError(f"{args.model}: no such file or folder, and not module:function")
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, which a script does not
     return sources.from_import_path(args.model), Setting(**given)
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from harness import distributed
+from harness.cli import command_line
 from harness.config.engine_sections import OptimizerConfig
 from harness.errors import ConfigError
 from harness.optim.build import build_optimizer
 from harness.sizing.activations import DTYPES, Saved, trace
 from harness.sizing.changes import changes_that_fit
-from harness.sizing.command import plan
+from harness.sizing.command import plan, run_plan
 from harness.sizing.llama import Llama
 from harness.sizing.memory import adamw_bytes, groups_of, memory_of, model_parts
 from harness.sizing.setting import OPTIMIZERS, Setting
@@ -218,3 +219,17 @@ def test_the_command_prints_json_and_says_that_it_does_not_fit() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout)["fits"] is False
+
+
+def test_a_module_in_the_working_directory_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_the_reader.py").write_text(
+        "import torch\ndef build():\n return torch.nn.Linear(2, 2)"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    printed: list[str] = []
+    words = ["plan", "of_the_reader:build", "--no-activations"]
+    run_plan(command_line().parse_args(words), printed.append)
+    assert printed[0].startswith("of_the_reader:build: ")
