@@ -22,6 +22,7 @@ from typing import Any
 
 from harness import distributed
 from harness.callbacks.moments import Callbacks
+from harness.checkpoint.best import BestLink
 from harness.checkpoint.commit import commit, create_staging, write_files, write_latest
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.disks import Disks, list_checkpoints
@@ -122,6 +123,7 @@ class Saver:
         self._background = ThreadPoolExecutor(1, "background-save", initializer=step_back)
         self._reserving: Future[None] | None = None
         self._removals = Removals()
+        self._best = BestLink(self.directory)
         self.uploads = Uploads(store, lambda: live.config.checkpoint)
 
     @property
@@ -209,15 +211,15 @@ class Saver:
         if reason := manifest.fault:
             log_warning("%s: %s: it does not count as a good one", pending.target, reason)
         self.uploads.add(pending.target, manifest)
-        if self._live.config.checkpoint.keep_last:
-            everywhere = None
-            if self.disks.count > 1:
-                _, everywhere = list_checkpoints(self.directory, self.disks)
-            if self.disks.is_leader:
-                settings = self._live.config.checkpoint
-                self._removals.wait()
-                needed = self.uploads.needs
-                prune(self.directory, settings, everywhere, needed, self._removals.add)
+        settings, everywhere = self._live.config.checkpoint, None
+        if settings.keep_last and self.disks.count > 1:
+            _, everywhere = list_checkpoints(self.directory, self.disks)
+        if self.disks.is_leader and settings.keep_last:
+            self._removals.wait()
+            needed = self.uploads.needs
+            prune(self.directory, settings, everywhere, needed, self._removals.add)
+        if self.disks.is_leader:
+            self._best.update(settings, pending.target, everywhere)
 
     def finish_apart(self, exchange: Callable[[str], Sequence[str] | None]) -> None:
         """Commits the save in flight if all ranks have written it, where one of them has failed:
@@ -251,6 +253,7 @@ class Saver:
                 self._removals.wait()
                 remove_after(directory)
                 write_latest(directory)
+                self._best.update(self._live.config.checkpoint)
         self.uploads.forget_after(common_manifest(directory).saved_at)
 
     def close(self) -> None:
