@@ -30,6 +30,7 @@ from harness.control.live import LiveConfig, live_keys
 from harness.control.signals import Signals
 from harness.control.socket import SocketFront
 from harness.control.stdin import StdinFront
+from harness.convert.run_checkpoints import linked_in
 from harness.data.step_batches import StepBatches
 from harness.data.task_loader import TaskLoader
 from harness.data.train_batches import (
@@ -157,7 +158,7 @@ def run_in_world(
         outcome = _outcome(trainer, code)
         outcome.write()
         if distributed.is_global_leader():
-            closing.log(outcome)
+            closing.log(outcome, linked_in(directory.checkpoints))
         phases.enter("end")
         return code
 

@@ -15,7 +15,7 @@ from torch import nn
 from harness import distributed
 from harness.config import Config
 from harness.config.command_line import parse_args
-from harness.config.sections import merge
+from harness.config.sections import EventConfig, merge
 from harness.data.sampler import RandomSampler
 from harness.engine.attributes import Submodules
 from harness.engine.engine import Engine
@@ -88,10 +88,12 @@ def byte_lm_config(directory: Path, stage: int, steps: int = 20) -> Config:
         f"--run.steps={steps}",
         "--trainer.eval_every=0",
         "--task.args.eval_windows=2",
+        "--task.args.sample_bytes=5",
         "--data.micro_batch_size=2",
         "--control.stdin=false",
     ]
-    return parse_args(["--config", "launch/tasks/byte_lm.toml", *words])
+    config = parse_args(["--config", "launch/tasks/byte_lm.toml", *words])
+    return config.model_copy(update={"events": [EventConfig(command="sample def f", at=2)]})
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,7 @@ def test_the_default_task_equals_a_plain_loop(
     expected, _ = plain_loop(config, world_size=2)
     assert len(expected) == steps
     assert losses(config) == pytest.approx(expected, abs=1e-5, rel=0)
+    assert "sample def f: done: def f" in (config.run_dir / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("stage", STAGES)

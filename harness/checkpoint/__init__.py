@@ -24,6 +24,7 @@ Its files, from the top down:
     completeness.py      whether one is complete over all disks, or cannot be judged
     disks.py             which ranks share a disk
     written.py           writes its files durably
+    best.py              the link to the best one
     retention.py         which checkpoints are kept; cleaning up after a kill
     manifest.py          what makes a directory a checkpoint
     json_record.py       dataclasses from JSON, checked

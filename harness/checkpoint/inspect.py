@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.checkpoint.files import bytes_text, verify_file
 from harness.checkpoint.manifest import Manifest, is_safe, read_manifest
-from harness.convert.run_checkpoints import MANIFEST, may_hold_manifest, steps_in
+from harness.convert.run_checkpoints import BEST, MANIFEST, linked_in, may_hold_manifest, steps_in
 from harness.errors import CheckpointError, UnreadableCheckpoint, counted, missing_files
 from harness.health import goodput
 
@@ -51,6 +51,8 @@ def _describe_run(path: Path, directories: list[Path], verify: bool) -> Iterator
 def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
     saved_at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.saved_at))
     pinned = f", pinned as {manifest.pinned}" if manifest.pinned else ""
+    if (best := linked_in(path.parent)) is not None and path.name in (BEST, best.name):
+        pinned += ", the best"
     ranks = counted(manifest.world_size, "rank")
     yield f"{path}: step {manifest.step}, {ranks}, saved {saved_at}{pinned}"
     yield "  " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items())

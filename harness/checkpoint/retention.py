@@ -3,7 +3,7 @@
 import logging
 import math
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count, islice
@@ -103,15 +103,16 @@ def to_keep(manifests: dict[Path, Manifest], settings: CheckpointConfig) -> set[
     keep |= {path for path, manifest in manifests.items() if manifest.pinned}
     if settings.keep_every:
         keep |= {p for p, manifest in manifests.items() if manifest.step % settings.keep_every == 0}
+    metrics = {path: manifests[path].metrics for path in finite}
+    return keep | set(ranked(metrics, settings)[: settings.keep_best])
+
+
+def ranked(metrics: Mapping[Path, Mapping[str, float]], settings: CheckpointConfig) -> list[Path]:
+    """The checkpoints that have `best_metric`, the best first; of equal ones the first first.
+    `metrics`: of those with finite weights, by path, the newest first."""
     sign = 1 if settings.best_mode == "min" else -1
-    scores = {
-        path: sign * manifest.metrics.get(settings.best_metric, math.nan)
-        for path, manifest in manifests.items()
-        if manifest.finite is not False
-    }
-    scores = {path: score for path, score in scores.items() if math.isfinite(score)}
-    ranked = sorted(scores, key=scores.__getitem__)
-    return keep | set(ranked[: settings.keep_best])
+    scores = {p: sign * found.get(settings.best_metric, math.nan) for p, found in metrics.items()}
+    return sorted((p for p in scores if math.isfinite(scores[p])), key=scores.__getitem__)
 
 
 def remove(path: Path, delete: Callable[[Path], object] = shutil.rmtree) -> None:

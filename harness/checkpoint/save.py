@@ -22,6 +22,7 @@ from pathlib import Path
 
 from harness import distributed
 from harness.callbacks.moments import Callbacks
+from harness.checkpoint.best import BestLink
 from harness.checkpoint.commit import commit, create_staging, write_files, write_latest
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copies
@@ -114,6 +115,7 @@ class Saver:
         self._reserving: Future[None] | None = None
         self._removals = Removals()
         self._copies = copies
+        self._best = BestLink(self.directory)
 
     @property
     def is_writing(self) -> bool:
@@ -192,15 +194,15 @@ class Saver:
             log_warning("%s: %s: it does not count as a good one", pending.target, reason)
         for copies in self._copies:
             copies.add(pending.target, manifest)
-        if self._live.config.checkpoint.keep_last:
-            everywhere = None
-            if self.disks.count > 1:
-                _, everywhere = list_checkpoints(self.directory, self.disks)
-            if self.disks.is_leader:
-                settings = self._live.config.checkpoint
-                self._removals.wait()
-                needed = set[Path]().union(*(copies.needs for copies in self._copies))
-                prune(self.directory, settings, everywhere, needed, self._removals.add)
+        settings, everywhere = self._live.config.checkpoint, None
+        if settings.keep_last and self.disks.count > 1:
+            _, everywhere = list_checkpoints(self.directory, self.disks)
+        if self.disks.is_leader and settings.keep_last:
+            self._removals.wait()
+            needed = set[Path]().union(*(copies.needs for copies in self._copies))
+            prune(self.directory, settings, everywhere, needed, self._removals.add)
+        if self.disks.is_leader:
+            self._best.update(settings, pending.target, everywhere)
 
     def _agreed(self, pending: _Pending) -> Manifest:
         """The manifest of what all ranks have written; on ranks that do not lead a disk without the
@@ -254,6 +256,7 @@ class Saver:
                 self._removals.wait()
                 remove_after(directory)
                 write_latest(directory)
+                self._best.update(self._live.config.checkpoint)
         saved_at = common_manifest(directory).saved_at
         for copies in self._copies:
             copies.forget_after(saved_at)

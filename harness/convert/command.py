@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.byte_sizes import size
+from harness.convert.run_checkpoints import best_in
 
 PrintLine = Callable[[str], object]
 
@@ -49,6 +50,12 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="part of a .pt that holds the weights, like model or state.model; default: all of it, "
         "or the only part that is a dict of tensors",
+    )
+    add(
+        "--best",
+        action="store_true",
+        help="of a run directory: the best checkpoint, by checkpoint.best_metric, instead of the "
+        "newest",
     )
     add("--engine", metavar="NAME", help="engine to convert, if the checkpoint has several")
     add_zero_arguments(parser)
@@ -118,5 +125,9 @@ def run_convert(args: argparse.Namespace, print_line: PrintLine) -> int:
         ranks=args.ranks,
         round_robin=None if args.round_robin is None else args.round_robin == "true",
     )
-    convert(args.src, args.dst, options, print_line)
+    src = args.src
+    if args.best:
+        src = best_in(src)
+        print_line(f"note: the best checkpoint is {src.name}")
+    convert(src, args.dst, options, print_line)
     return 0

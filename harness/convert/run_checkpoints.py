@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from harness import __version__
-from harness.errors import UnreadableCheckpoint
+from harness.errors import CheckpointError, UnreadableCheckpoint
 from harness.files import is_present
 
 MANIFEST = "manifest.json"
 FORMAT = 4
 """The format of the manifests that this version writes."""
+BEST = "best"
+"""Next to the checkpoints: a link to the best one, by `checkpoint.best_metric`."""
 KEPT = ".kept"
 """Suffix of a replaced directory that cannot be judged: no longer a checkpoint of the run, and left
 to the user."""
@@ -29,16 +31,38 @@ def checkpoints_in(parent: Path) -> list[Path]:
 
 def steps_in(parent: Path) -> list[Path]:
     """`checkpoints_in`, and those with the name of a checkpoint whose manifest is gone."""
+    return sorted(named_in(parent), key=lambda path: (saved_at(path), path.name), reverse=True)
+
+
+def named_in(parent: Path) -> list[Path]:
+    """The directories with the name of a checkpoint, in any order; none of them is read."""
     try:
         entries = list(parent.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-    steps = [
+    return [
         path
         for path in entries
         if _STEP.fullmatch(path.name) and path.suffix not in (".tmp", KEPT) and path.is_dir()
     ]
-    return sorted(steps, key=lambda path: (saved_at(path), path.name), reverse=True)
+
+
+def best_in(path: Path) -> Path:
+    """The checkpoint that a run has linked as its best one. `path`: the run directory, or its
+    `checkpoints`. Raises CheckpointError if there is none."""
+    for parent in (path, path / "checkpoints"):
+        if found := linked_in(parent):
+            return found
+    raise CheckpointError(
+        f"{path}: no checkpoint is linked as checkpoints/{BEST}: a run links the one with the best "
+        "checkpoint.best_metric, if it was saved at a step with an evaluation that has this metric"
+    )
+
+
+def linked_in(parent: Path) -> Path | None:
+    """The best checkpoint in a directory of them; None if none is linked."""
+    link = parent / BEST
+    return parent / link.readlink().name if link.is_symlink() and link.is_dir() else None
 
 
 def may_hold_manifest(directory: Path) -> bool:

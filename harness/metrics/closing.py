@@ -88,12 +88,13 @@ class Closing:
     def close(self) -> None:
         """Nothing is open."""
 
-    def log(self, outcome: Outcome) -> None:
-        """Logs the summary, once the run has ended without an error."""
-        for line in self.lines(outcome):
+    def log(self, outcome: Outcome, best: Path | None) -> None:
+        """Logs the summary, once the run has ended without an error. `best`: the best checkpoint,
+        if one is linked."""
+        for line in self.lines(outcome, best):
             log.info("%s", line)
 
-    def lines(self, outcome: Outcome) -> Iterator[str]:
+    def lines(self, outcome: Outcome, best: Path | None = None) -> Iterator[str]:
         """The lines of the summary."""
         run_dir, steps = self._config.run_dir, self._config.run.steps
         ledger = goodput.read(run_dir / goodput.FILE)
@@ -111,9 +112,11 @@ class Closing:
             saved = (run_dir / what).glob("step-*")
             if found := sorted(path for path in saved if path.suffix not in (".tmp", ".kept")):
                 yield f"{what}: {len(found)}, the newest is {found[-1]}"
+        if best is not None:
+            yield f"best by {self._config.checkpoint.best_metric}: {best}"
         run = _shown(run_dir)
         goes_on = outcome.kind != "complete" and (outcome.step or 0) < steps
-        then = f"harness convert {run} {run}.sft"
+        then = f"harness convert {run} {run}.sft{' --best' if best else ''}"
         if goes_on:
             then = "a start with the same run.name resumes it"
         yield f"next: harness report {run}; {then}"

@@ -11,7 +11,7 @@ pairs, F hidden, V vocabulary (256 bytes), N bytes of a text.
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,6 +66,8 @@ class ByteLMArgs(TransformerArgs):
     eval_windows: int = Field(default=256, ge=1)
     """Windows of the held-out text, evenly spread, in one evaluation: with the defaults about 2 s
     on two CPU cores."""
+    sample_bytes: int = Field(default=200, ge=1)
+    """Bytes that the live command `sample PROMPT` adds to a text."""
 
 
 def build(config: Config) -> Task:
@@ -81,6 +83,7 @@ def build(config: Config) -> Task:
         train_data=Windows(join(train), args.seq_len),
         eval_data=Windows(join(held_out), args.seq_len, args.eval_windows) if held_out else None,
         feeder=feed,
+        commands={"sample": sampler(args)},
         count=lambda batch_BT: (len(batch_BT), len(batch_BT) * args.seq_len),
     )
 
@@ -97,6 +100,34 @@ def feed(engine: Any, batch_BT: Tensor) -> tuple[Tensor, Stats]:
     loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), target_BT.flatten())
     hits_BT = logits_BTV.detach().argmax(-1) == target_BT
     return loss, {"accuracy": hits_BT.float().mean()}
+
+
+def sampler(args: ByteLMArgs) -> Callable[..., str]:
+    """The live command `sample PROMPT`."""
+
+    def sample(engines: Any, *words: str) -> str:
+        """Continues a text with the model: sample PROMPT."""
+        device = engines["lm"].device
+        devices = [device] if device.type != "cpu" else []
+        with engines.lend("lm") as model, torch.random.fork_rng(devices):
+            torch.manual_seed(engines.global_step)  # all ranks draw the same bytes
+            model.eval()
+            text = " ".join(words) or "def "
+            return continued(model, text.encode(), args.sample_bytes, args.seq_len, device)
+
+    return sample
+
+
+@torch.no_grad()
+def continued(model: nn.Module, text: bytes, count: int, context: int, device: torch.device) -> str:
+    """`text` and `count` more bytes, each drawn from what the model predicts after the last
+    `context` ones. At ZeRO 3 a collective: each byte gathers the weights from all ranks."""
+    found = bytearray(text)
+    for _ in range(count):
+        bytes_BT = torch.tensor([list(found[-context:])], device=device)
+        logits_V = model(bytes_BT)[0, -1].float()
+        found.append(int(torch.multinomial(logits_V.softmax(-1), 1)))
+    return found.decode(errors="replace")
 
 
 # ---------------------------------------------------------------------------------------- the data

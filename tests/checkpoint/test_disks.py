@@ -21,6 +21,7 @@ from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.written import write_file
 from harness.config import Config
 from harness.convert.convert import Options, convert
+from harness.convert.run_checkpoints import linked_in
 from harness.distributed import broadcast, global_rank
 from harness.errors import CheckpointError
 from harness.io import load
@@ -68,7 +69,8 @@ def place(root: Path, host: str, step: int) -> Path:
 
 def names(root: Path, host: str) -> list[str]:
     """The names in `checkpoints/` on a node's disk."""
-    return sorted(path.name for path in place(root, host, 0).parent.iterdir())
+    entries = place(root, host, 0).parent.iterdir()
+    return sorted(path.name for path in entries if not path.is_symlink())
 
 
 def files(root: Path, host: str, step: int = 6) -> set[str]:
@@ -112,7 +114,7 @@ def uninterrupted(two_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def root(uninterrupted: Path, tmp_path: Path) -> Path:
     """A copy of that run."""
-    return shutil.copytree(uninterrupted, tmp_path / "root")
+    return shutil.copytree(uninterrupted, tmp_path / "root", symlinks=True)
 
 
 def disks_and_sum() -> tuple[Disks, int]:
@@ -158,6 +160,7 @@ def test_each_node_writes_and_resumes_its_own_files(
     assert files(tmp_path, "b", 4) == others | every_rank_reads
     for host in "ab":
         assert names(tmp_path, host) == ["latest", *(f"step-0000000{n}" for n in (2, 4, 6))]
+        assert linked_in(place(tmp_path, host, 0).parent) == place(tmp_path, host, 6)
         left = {path.name for path in (tmp_path / host / "runs/tiny").iterdir()}
         assert {"log.txt", "checkpoints"} <= left
         assert ({"metrics.jsonl", "config.toml", "exports"} <= left) == (host == "a")

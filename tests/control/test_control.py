@@ -262,7 +262,7 @@ def test_settings_change_live_and_outlive_a_resume(two_ranks: RankPool, tmp_path
     text = "set trainer.save_every 2\nset checkpoint.keep_last 1\nset trainer.eval_every 3\n"
     two_ranks.run(commanded, config, text)
     names = [path.name for path in (config.run_dir / "checkpoints").iterdir()]
-    assert sorted(names) == ["latest", "step-00000004"]
+    assert sorted(names) == ["best", "latest", "step-00000004"]
     assert [record["step"] for record in records(config, "eval/")] == [3, 4]
     longer = tiny_config(tmp_path, run={"steps": 7}, trainer={"save_every": 100})
     two_ranks.run(run_in_world, longer)

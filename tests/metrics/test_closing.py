@@ -34,10 +34,14 @@ def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
         f"next: harness report {run_dir}; a start with the same run.name resumes it",
     ]
     closing.write({"step": 4, "event": "rollback"})
-    lines = list(closing.lines(Outcome("complete", 0, step=9)))
+    best = run_dir / "checkpoints/step-00000004"
+    lines = list(closing.lines(Outcome("complete", 0, step=9), best))
     assert lines[1:4] == [
         "eval/loss 0.5, the best",
         "eval/accuracy 0.1",
         "loss 1.5, the best (since step 2)",
     ]
-    assert lines[-1] == f"next: harness report {run_dir}; harness convert {run_dir} {run_dir}.sft"
+    assert lines[-2:] == [
+        f"best by eval/loss: {best}",
+        f"next: harness report {run_dir}; harness convert {run_dir} {run_dir}.sft --best",
+    ]
