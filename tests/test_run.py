@@ -330,7 +330,7 @@ def error_without_fp16(config: Config) -> tuple[str, str]:
 
     with patch.object(type(get_accelerator()), "is_fp16_supported", return_value=False):
         early = error_of(config)
-        with patch("harness.engine.engines.check_engines"):
+        with patch("harness.engine.build.check_engines"):
             return early, error_of(config)
 
 
