@@ -59,7 +59,8 @@ def supervised(launcher: str, directory: Path) -> Iterator[subprocess.Popen[str]
 
 
 def is_training(directory: Path) -> bool:
-    return answers(directory) and any((directory / "runs/tiny/checkpoints").glob("step-*"))
+    checkpoints = directory / "runs/tiny/checkpoints"
+    return answers(directory) and any(checkpoints.glob("step-????????/manifest.json"))
 
 
 def restarted(directory: Path, process: subprocess.Popen[str], times: int) -> None:
