@@ -197,7 +197,7 @@ class _MatrixStates:
         if old or like is not None:
             for flats in old:
                 groups = saved.groups[flats[0].group]
-                matrices = self._matrices(flats[0], saved.shapes, groups) | matrices
+                matrices = matrices | self._matrices(flats[0], saved.shapes, groups)
             pairs = [(_shards(flats), [flat.state for flat in flats]) for flats in old]
             new = _shards(per_rank)[rank]
             state = self.kind.resharded(pairs, materialize, new, matrices, settings, load)

@@ -166,7 +166,7 @@ class Soap(MatrixOptimizer):
     TITLE = "a SOAP optimizer of harness"
     MARK = "precondition_frequency"
     GROUP = SoapGroup
-    STATE_SETTINGS = ("max_precond_dim",)
+    STATE_SETTINGS = ("max_precond_dim", "heads", "stacked")
     COUNTERS = soap_state.COUNTERS
 
     def __init__(

@@ -107,11 +107,16 @@ def state_sums(directory: Path) -> dict[str, float]:
 def test_what_depends_on_shapes_is_not_converted_and_must_not_change(
     two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    full = run_of(tmp_path / "full", (2, 1), "soap", 4)
+    full = run_of(tmp_path / "full", (2, 1), "soap", 4, heads={"first.weight": 2})
     two_ranks.run(run_in_world, full)
     with pytest.raises(CheckpointError, match="cannot be resharded or converted"):
         plan_optimizer(SavedEngine(checkpoint(full, 4) / "net"))
-    changed = run_of(tmp_path / "changed", (2, 1), "soap", 8, max_precond_dim=5)
-    copy_checkpoint(full, changed)
-    for error in two_ranks.run(error_of, changed):
-        assert "optimizer.max_precond_dim is 5 in the config, and 10000 in the checkpoint" in error
+    for stage, args, found in (
+        (1, {"max_precond_dim": 5, "heads": {"first.weight": 2}}, "max_precond_dim is 5 in the"),
+        (1, {"heads": {"first.weight": 4}}, "heads is 4 in the config, and 2 in the checkpoint"),
+        (3, {"heads": {"first.weight": 4}}, "heads is 4 in the config, and 2 in the checkpoint"),
+    ):
+        changed = run_of(tmp_path / f"{stage} {len(args)}", (2, stage), "soap", 8, **args)
+        copy_checkpoint(full, changed)
+        for error in two_ranks.run(error_of, changed):
+            assert f"optimizer.{found}" in error
