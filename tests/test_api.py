@@ -125,7 +125,7 @@ def test_what_a_run_freezes_is_not_frozen_after_it(tmp_path: Path) -> None:
     config = tables(tmp_path) | {"engines": engines}
     before = state_of_process()
     frozen = {"engines.net.frozen": ["net.0"], "engines.other.frozen": [".*"]}
-    with pytest.raises(ConfigError, match="engines.other: the model has no trainable parameter"):
+    with pytest.raises(ConfigError, match=r"engines.other: the model has no trainable parameter"):
         train(config, task, frozen)
     assert all(p.requires_grad for model in task.models.values() for p in model.parameters())
     assert state_of_process() == before  # the first engine is closed
