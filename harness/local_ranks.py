@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -23,6 +24,10 @@ from harness.zero.initialize import SLOW_IMPORTS
 
 PRELOADED = ["harness.run", *SLOW_IMPORTS]
 """Imported once, by the process that the ranks are forked from."""
+GRACE_S = 60.0
+"""How long the others may take to end, once a rank has failed."""
+_NAME = "harness-rank-"
+"""How the processes are named."""
 
 
 def launch(
@@ -32,9 +37,12 @@ def launch(
     its CPUs. Returns when all have ended.
 
     Task and config are pickled: of a notebook, and of functions within functions, by `cloudpickle`,
-    which must be installed. A script that calls this must do so below `if __name__ == "__main__":`.
-    Raises what `train` raises, once, and LostRank if a rank dies. Ctrl-C saves and ends the run.
+    which must be installed. A script that calls this must do so below `if __name__ == "__main__":`,
+    as ranks import it. Raises what `train` raises, once, and LostRank if a rank dies, or does not
+    end though others have failed. Ctrl-C saves and ends the run.
     """
+    if multiprocessing.current_process().name.startswith(_NAME):  # that imports its script
+        os._exit(os.EX_USAGE)
     if ranks < 1:
         raise ConfigError(f"ranks = {ranks}: expected at least 1")
     payload = _pickled((config, task, overrides))
@@ -47,7 +55,9 @@ def launch(
     try:
         for rank in range(ranks):
             pipe, theirs = server.Pipe()
-            process = server.Process(target=_rank, args=(theirs, rank, ranks, store.port, payload))
+            process = server.Process(
+                target=_rank, name=f"{_NAME}{rank}", args=(theirs, rank, ranks, store.port, payload)
+            )
             process.start()
             theirs.close()
             processes.append(process)
@@ -58,6 +68,7 @@ def launch(
             process.kill()  # which does nothing to one that has ended
             process.join()
             pipe.close()
+        del store  # which an error's traceback would keep open
 
 
 def _pickled(payload: tuple[AnyConfig, AnyTask, Mapping[str, Any] | None]) -> bytes:
@@ -85,13 +96,18 @@ Answer = Result | Exception | None
 def _answers(pipes: Sequence[Connection], processes: Sequence[BaseProcess]) -> list[Answer]:
     """What the ranks answer, by rank, once all of them have. At Ctrl-C they are told to end."""
     answers: dict[int, Answer] = {}
-    interrupted = False
+    interrupted, deadline = False, None
     while len(answers) < len(pipes):
         try:
-            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in answers]
-            ready = wait(waiting)
-            for rank in [rank for rank, pipe in enumerate(pipes) if pipe in ready]:
+            waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in answers}
+            ready = wait(list(waiting), deadline and max(0.0, deadline - time.monotonic()))
+            for rank in sorted(waiting[pipe] for pipe in ready):  # pyright: ignore
                 answers[rank] = _answer(pipes[rank], rank, processes[rank])
+                if isinstance(answers[rank], Exception):
+                    deadline = deadline or time.monotonic() + GRACE_S
+            if not ready:
+                text = f"has not ended {GRACE_S:.0f} s after another one had failed: it is killed"
+                answers |= {rank: LostRank(f"rank {rank} {text}") for rank in waiting.values()}
         except KeyboardInterrupt:
             if interrupted:
                 raise
@@ -109,6 +125,11 @@ def _answer(pipe: Connection, rank: int, process: BaseProcess) -> Answer:
         return pickle.loads(pipe.recv_bytes())
     except (EOFError, ConnectionError):
         process.join()
+        if process.exitcode == os.EX_USAGE:
+            return ConfigError(
+                "the script calls harness.launch when it is imported, as the ranks do: put the "
+                'call below `if __name__ == "__main__":`'
+            )
         return LostRank(f"rank {rank} died with exit code {process.exitcode}: see its own output")
 
 

@@ -1,11 +1,20 @@
 """`harness.launch`: ranks on this machine, and how they end."""
 
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import harness
-from harness.errors import ConfigError, TaskError
+from harness import local_ranks
+from harness.errors import ConfigError, LostRank, TaskError
 from tests import test_api
 from tests.support.helpers import ROOT
 
@@ -30,3 +39,47 @@ def test_a_task_that_cannot_be_sent_is_refused(
     monkeypatch.setattr("harness.local_ranks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="put it into a file, or pip install cloudpickle"):
         harness.launch(lambda config: test_api.build(), ranks=2, config=test_api.tables(tmp_path))
+
+
+def answers_of(*ranks: Callable[[Any], None]) -> list[Any]:
+    """What `launch` is answered by processes that are given their pipes."""
+    context = multiprocessing.get_context("fork")
+    pipes, processes = [], []
+    for rank in ranks:
+        pipe, theirs = context.Pipe()
+        processes.append(context.Process(target=rank, args=(theirs,)))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(pipe)
+    try:
+        return local_ranks._answers(pipes, processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def test_a_rank_that_hangs_after_another_has_failed_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local_ranks, "GRACE_S", 0.1)
+    failing = pickle.dumps(TaskError("unwell"))
+    first, second = answers_of(lambda pipe: pipe.send_bytes(failing), lambda _: time.sleep(60))
+    assert isinstance(first, TaskError) and isinstance(second, LostRank)
+    assert str(second).startswith("rank 1 has not ended 0 s after another one had failed")
+
+
+def test_a_rank_that_starts_ranks_as_it_imports_its_script_says_so() -> None:
+    (answer,) = answers_of(lambda _: os._exit(os.EX_USAGE))
+    assert isinstance(answer, ConfigError) and "the script calls harness.launch when" in str(answer)
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_is_one_error(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import harness\nharness.launch('task.py', ranks=2, config={})\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 1 and run.stderr.count("Traceback") == 1
+    assert "the script calls harness.launch when it is imported" in run.stderr.splitlines()[-1]
