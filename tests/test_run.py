@@ -15,8 +15,7 @@ from torch import nn
 from harness import distributed
 from harness.config import Config
 from harness.config.command_line import parse_args
-from harness.config.sections import EventConfig
-from harness.config.sections import merge
+from harness.config.sections import EventConfig, merge
 from harness.data.sampler import RandomSampler
 from harness.engine.attributes import Submodules
 from harness.engine.engine import Engine
