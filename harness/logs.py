@@ -63,6 +63,13 @@ def configure_logging() -> None:
         logger.addHandler(handler)
 
 
+def set_deepspeed_level(level: str) -> None:
+    """Sets the level of DeepSpeed's own logger, which writes to the terminal only."""
+    logger = logging.getLogger("DeepSpeed")
+    for each in (logger, *logger.handlers):
+        each.setLevel(level.upper())
+
+
 def log_to_file(path: Path) -> logging.Handler:
     """Appends the log to a file shared by all ranks. Returns the handler.
 

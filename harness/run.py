@@ -49,7 +49,7 @@ from harness.execute import answer
 from harness.health import oom, phases, watchdog
 from harness.health.goodput import Ledger
 from harness.health.outcome import Outcome
-from harness.logs import configure_logging
+from harness.logs import configure_logging, set_deepspeed_level
 from harness.metrics.closing import Closing
 from harness.metrics.progress import Progress
 from harness.metrics.recorder import Recorder, TaskSink
@@ -106,6 +106,7 @@ def run_in_world(
     """`run`, once all ranks have joined the world. `build`: the task's, instead of its path's."""
     began = began or time.time()
     configure_logging()
+    set_deepspeed_level(config.run.deepspeed_log)
     phases.begin()
     startup.check_machine(config.data.workers)
     startup.check_ranks_alike(config)

@@ -4,6 +4,7 @@
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -22,6 +23,9 @@ LEADER_TIME_S = 5.0
 def main() -> None:
     """Parses the command line and trains; an error that the user can fix is one message."""
     began = time.time()
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.default_int_handler:  # it is ignored in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import
     parent.parent_ids()  # while all launchers are alive
     try:
         environment.set_rank_variables()
@@ -36,6 +40,7 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no stacks of C++ when a rank is lost
     from harness.run import run  # late: config errors are reported before torch is imported
 
+    signal.signal(signal.SIGINT, interrupt)
     try:
         sys.exit(run(config, began, owns_process=True))
     except HarnessError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.logs import configure_logging, log_to_file, set_log_level
+from harness.logs import configure_logging, log_to_file, set_deepspeed_level, set_log_level
 
 log = logging.getLogger("harness.somewhere")
 
@@ -78,3 +78,15 @@ def test_the_level_of_other_ranks_is_at_least_warning(
     expected = ["DEBUG at debug", "WARNING at debug", "ERROR at debug", "ERROR at error"]
     shown = expected if rank == "0" else expected[1:]
     assert lines_of((tmp_path / "log.txt").read_text()) == [f"rank {rank} {line}" for line in shown]
+
+
+def test_what_deepspeed_logs() -> None:
+    theirs, handler = logging.getLogger("DeepSpeed"), logging.NullHandler()
+    level = theirs.level
+    theirs.addHandler(handler)
+    try:
+        set_deepspeed_level("error")
+        assert (theirs.level, handler.level) == (logging.ERROR, logging.ERROR)
+    finally:
+        theirs.removeHandler(handler)
+        set_deepspeed_level(logging.getLevelName(level))

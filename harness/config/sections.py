@@ -92,6 +92,9 @@ class RunConfig(Section):
     kept, the rest reset, and both are listed."""
     timeout_s: float = Field(default=1800.0, gt=0, le=1e8)
     """Timeout of collectives, in seconds; after it the run ends."""
+    deepspeed_log: Literal["debug", "info", "warning", "error"] = "warning"
+    """What DeepSpeed itself logs on the terminal, from this level on. Its launcher has an option,
+    `deepspeed --quiet`."""
 
     @model_validator(mode="after")
     def _has_one_length(self) -> "RunConfig":

@@ -258,3 +258,14 @@ def test_shellcheck_finds_nothing(path: Path) -> None:
 
 def test_hadolint_finds_nothing() -> None:
     run("hadolint", ROOT / "docker/Dockerfile")
+
+
+def test_make_train_takes_a_free_port_unless_one_is_given() -> None:
+    def printed(*words: str) -> list[str]:
+        command = ["make", "--dry-run", "--old-file=.venv/.installed", "train", *words]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+        return re.findall(r"--master_port (\d+) ", done.stdout)
+
+    (one,), (other,) = printed(), printed()
+    assert {one, other}.isdisjoint({"29500"}) and one != other
+    assert printed("MASTER_PORT=1234") == printed("PORT=1234") == ["1234"]
