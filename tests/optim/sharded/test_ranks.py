@@ -87,6 +87,33 @@ def test_state_takes_as_many_bytes_as_is_computed(
         assert measured == computed
 
 
+def from_an_overflow_on(name: str, stage: int) -> float:
+    """fp16 with a scale that is too large for the first steps: how far three others end from plain
+    ones."""
+    kind, model, reference = KINDS[name], Given(), Given()
+    optimizer = kind.of(model)
+    fp16 = {"enabled": True, "initial_scale_power": 14, "hysteresis": 1}
+    engine = engine_of(model, optimizer, stage, "fp32", {"fp16": fp16})
+    taken = 0
+    while taken < 3:
+        take_steps(engine, range(taken, taken + 1))
+        taken = engine.global_steps - engine.skipped_steps
+    assert engine.skipped_steps
+    found = masters(optimizer)
+    engine.destroy()
+    take_plain_steps(reference, kind.of(reference), range(3))
+    return worst(found, reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), quick(itertools.product(("muon", "soap"), (2, 3)), ("muon", 2), ("soap", 3))
+)
+def test_a_first_step_that_overflows_leaves_nothing(
+    two_ranks: RankPool, name: str, stage: int
+) -> None:
+    assert max(two_ranks.run(from_an_overflow_on, name, stage)) <= KINDS[name].bound
+
+
 def with_a_frozen_first_parameter(stage: int) -> float:
     """How far a group ends from plain steps if DeepSpeed does not know its first parameter."""
     kind, model, reference = KINDS["muon"], Given(), Given()
