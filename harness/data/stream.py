@@ -101,7 +101,7 @@ class Reader:
         self._stream, self._has_state = stream, has_state(stream)
         self._seed, self._in_worker = seed, in_worker
         with self._seeded():
-            _set_epoch(stream, self.epoch)
+            set_epoch(stream, self.epoch)
             if start.state is not None:
                 stream.load_state_dict(start.state)
                 self.samples = start.samples
@@ -159,7 +159,13 @@ class Reader:
             self._stream.load_state_dict(state)
 
 
-def _set_epoch(stream: Any, epoch: int) -> None:
+def takes_epoch(data: Any) -> bool:
+    """Whether it can be told which epoch begins."""
+    return hasattr(data, "set_epoch") or hasattr(data, "next_epoch")
+
+
+def set_epoch(stream: Any, epoch: int) -> None:
+    """Tells it which epoch begins, if it can be told."""
     if hasattr(stream, "set_epoch"):
         stream.set_epoch(epoch)
     elif hasattr(stream, "next_epoch"):  # MosaicML's StreamingDataset

@@ -13,7 +13,7 @@ from harness import distributed
 from harness.data.batches import WithoutSources
 from harness.data.digest import digest
 from harness.data.sampler import Place, Span
-from harness.data.stream import has_state, length_of
+from harness.data.stream import has_state, length_of, set_epoch, takes_epoch
 from harness.data.stream_loader import StreamLoader
 from harness.data.workers import end_workers
 from harness.distributed.rng import seeded
@@ -49,7 +49,7 @@ class TaskLoader(WithoutSources):
         self._epoch = 0
         self._returned = 0  # of the epoch's batches
         self._waits = False  # for the other ranks to end the epoch before this one
-        self._was_loaded = False  # the loader's state, and nothing was read since
+        self._loaded: Any = None  # the loader's state, if nothing was read since
         self._held: _Held | None = None
         self._iterator: Iterator[Any] | None = None
         self._first_batch: str | None = None  # digest of the first one returned or held
@@ -114,11 +114,11 @@ class TaskLoader(WithoutSources):
         else:
             with seeded(self._seed, self._epoch):
                 batch = next(self._iterator, _END)
-        if batch is _END and self._was_loaded and not self._returned:
+        if batch is _END and self._loaded is not None and not self._returned:
             # It was the state of the end of the epoch before: torchdata's loader ends there again.
-            self._iterator, self._was_loaded = None, False
+            self._iterator = self._loaded = None
             return self._next()
-        self._was_loaded = False
+        self._loaded = None
         if batch is _END:
             self._end_epoch()
             return _END
@@ -131,11 +131,18 @@ class TaskLoader(WithoutSources):
         return batch
 
     def _open(self) -> None:
-        for sampler in ("sampler", "batch_sampler"):
-            _set_epoch(getattr(self.loader, sampler, None), self._epoch)
-        _set_epoch(self.loader, self._epoch)
+        for part in self._parts_with_epoch():
+            set_epoch(part, self._epoch)
         with seeded(self._seed, self._epoch):
             self._iterator = iter(self.loader)
+
+    def _parts_with_epoch(self) -> list[Any]:
+        """What is told which epoch begins. Of datasets only MosaicML's, whose state is left aside
+        if it is of an epoch before the one that the dataset would begin."""
+        names = ("sampler", "batch_sampler", "dataset")
+        sampler, batch_sampler, dataset = (getattr(self.loader, name, None) for name in names)
+        dataset = dataset if hasattr(dataset, "next_epoch") else None
+        return [p for p in (sampler, batch_sampler, dataset, self.loader) if takes_epoch(p)]
 
     def _is_over(self) -> bool:
         """Whether the epoch is known to end here."""
@@ -220,10 +227,13 @@ class TaskLoader(WithoutSources):
         return {
             "epoch": self._epoch,
             "given": self._returned,
-            "loader": self.loader.state_dict() if has_state(self.loader) else None,
+            "loader": self._state() if self._loaded is None else self._loaded,
             "waits": self._waits,
             "begins_with": self._begins_with if self._returned else None,
         } | ({"dropped": self.dropped} if self.dropped else {})
+
+    def _state(self) -> Any:
+        return self.loader.state_dict() if has_state(self.loader) else None
 
     def quick_state_dict(self) -> dict[str, Any] | None:
         """`state_dict`, unless the loader has its own, which may take long."""
@@ -266,12 +276,12 @@ class TaskLoader(WithoutSources):
             )
         state = self._on_this_world_size(state)
         self._rewind()
-        self._epoch, self._returned = state["epoch"], 0
+        self._epoch, self._returned, self._loaded = state["epoch"], 0, None
         self._waits, self._begins_with = state.get("waits", False), state.get("begins_with")
         self.dropped = [tuple(span) for span in state.get("dropped", ())]
         if state["loader"] is not None:
-            self.loader.load_state_dict(state["loader"])
-            self._returned, self._was_loaded = state["given"], True
+            self.loader.load_state_dict(deepcopy(state["loader"]))
+            self._returned, self._loaded = state["given"], state["loader"]
         elif state["given"]:
             log.warning("train_data has no state_dict: skipping %d batches", state["given"])
             self._skip(state["given"], self._begins_with)
@@ -307,21 +317,25 @@ class TaskLoader(WithoutSources):
     def _on_this_world_size(self, state: dict[str, Any]) -> dict[str, Any]:
         """The position on this number of ranks."""
         saved, current = state.get("world_size", self.world_size), self.world_size
-        is_between = not state["given"] and not state.get("waits")
-        if saved == current or (state["loader"] is None and is_between):
+        if saved == current:
             return state
         batches = state["given"] * saved
         if getattr(self.loader, "has_global_state", False) and batches % current == 0:
             return state | {"given": batches // current}
+        is_between = not state["given"] and not state.get("waits")
+        if is_between and (state["loader"] is None or self._parts_with_epoch()):
+            return state | {"loader": None}  # an epoch begins as it is told
+        where = f"{state['given']} batches into epoch {state['epoch']}"
+        if is_between:  # of epochs that it begins as its state says
+            where = f"without a `set_epoch`, and its state before epoch {state['epoch']} is one"
         remedy = (
             "with data.split = 'stride' from the start, a stream resumes on any number"
             if isinstance(self.loader, StreamLoader)
             else "or return a dataset, which harness distributes, instead of a loader"
         )
         raise CheckpointError(
-            f"cannot resume train_data on {counted(current, 'rank')}: {self._name()} is "
-            f"{state['given']} batches into epoch {state['epoch']} on each of "
-            f"{counted(saved, 'rank')}, which is no position on {current}: resume on "
+            f"cannot resume train_data on {counted(current, 'rank')}: {self._name()} is {where} "
+            f"on each of {counted(saved, 'rank')}, which is no position on {current}: resume on "
             f"{counted(saved, 'rank')}; {remedy}"
         )
 
@@ -337,11 +351,6 @@ class _Held(NamedTuple):
     state: dict[str, Any]
     """Before it, as is `place`."""
     place: Place
-
-
-def _set_epoch(part: Any, epoch: int) -> None:
-    if hasattr(part, "set_epoch"):
-        part.set_epoch(epoch)
 
 
 def _equal_ranks(digests: Sequence[str | None]) -> list[int]:

@@ -137,6 +137,33 @@ def test_an_epoch_begins_on_any_number_of_ranks(on_rank: Any) -> None:
     assert resumed.epoch == 1 and torch.equal(next(resumed)[0], Points(48).points[:SIZE])
 
 
+class Epochs(Stateful):
+    """Is told its epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def test_a_state_at_the_end_of_an_epoch_is_needed_on_other_ranks_only_without_set_epoch(
+    on_rank: Any,
+) -> None:
+    on_rank(0, 2)
+    states = []
+    for kind in (Stateful, Epochs):
+        saved = TaskLoader(kind(48), world_size=2)
+        for _ in range(12):
+            next(saved)
+        states.append(saved.state_dict() | {"world_size": 2})
+    on_rank(0, 1)
+    with pytest.raises(CheckpointError, match="Stateful is without a `set_epoch`, and its state "):
+        TaskLoader(Stateful(48)).load_state_dict(states[0])
+    loader = Epochs(48)
+    resumed = TaskLoader(loader)
+    resumed.load_state_dict(states[1])
+    assert torch.equal(next(resumed)[0], Points(48).points[:SIZE])
+    assert (resumed.epoch, loader.epoch) == (2, 2)
+
+
 def test_a_global_state_continues_on_any_number_of_ranks(on_rank: Any) -> None:
     on_rank(0, 2)
     saved = TaskLoader(Global(48), world_size=2)

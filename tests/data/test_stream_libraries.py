@@ -16,10 +16,14 @@ LENGTH = 24
 
 
 def resumed_equals_uninterrupted(
-    make: Callable[[], Any], collate: Callable[[list[Any]], Any] = list, **keys: Any
+    make: Callable[[], Any],
+    collate: Callable[[list[Any]], Any] = list,
+    returns: bool = True,
+    **keys: Any,
 ) -> list[list[Any]]:
     """What an uninterrupted run returns in three passes; checks that it is resumed after 1, 7, 12
-    and 17 micro-batches of 2, of which 12 are a pass."""
+    and 17 micro-batches of 2, of which 12 are a pass, and that it `returns` to the last of these
+    places, as after a rollback."""
 
     def batches_of() -> Batches:
         config = DataConfig.model_validate({"micro_batch_size": 2} | keys)
@@ -38,6 +42,16 @@ def resumed_equals_uninterrupted(
         torch.manual_seed(stop)
         assert as_lists(next(second) for _ in range(9)) == found[stop : stop + 9], stop
         second.close()
+    if returns:
+        moving = batches_of()
+        for _ in range(stop):
+            next(moving)
+        state = moving.state_dict() | {"world_size": 1}
+        for more in (3, 9):
+            as_lists(next(moving) for _ in range(more))
+            moving.load_state_dict(state)
+        assert as_lists(next(moving) for _ in range(9)) == found[stop : stop + 9]
+        moving.close()
     return found
 
 
@@ -140,7 +154,10 @@ def test_litdata(tmp_path: Path, kind: str, workers: int, shuffle: bool) -> None
         return litdata.StreamingDataLoader(data, batch_size=2, **keys)
 
     keys = {} if kind == "loader" else {"workers": workers}
-    assert each_once_a_pass(resumed_equals_uninterrupted(make, ids, **keys))
+    # An iterator of litdata 0.2.76 that is left in the middle, in the rank's own process, sometimes
+    # closes the file that the next one has opened.
+    found = resumed_equals_uninterrupted(make, ids, returns=workers > 0, **keys)
+    assert each_once_a_pass(found)
 
 
 def ids(rows: list[Any]) -> torch.Tensor:

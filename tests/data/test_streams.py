@@ -212,6 +212,48 @@ def test_a_stream_that_counts_its_epochs_resumes(split: str) -> None:
     assert read(third, 1) == [order_of(2, 8)[2:4]]
 
 
+class MosaicLike:
+    """A loader whose dataset counts its epochs, and leaves a state aside that is of one before, as
+    MosaicML's; its state counts what was read since the last `iter`."""
+
+    def __init__(self) -> None:
+        self.dataset = self
+        self.next_epoch, self.read = 0, 0
+        self.loaded = (-1, 0)
+
+    def __len__(self) -> int:
+        return 4
+
+    def _place(self, epoch: int) -> tuple[int, int]:
+        return (epoch, 0) if self.loaded[0] < epoch else self.loaded
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, start = self._place(self.next_epoch)
+        self.next_epoch, self.read = epoch + 1, 0
+        for number in order_of(epoch, 4)[start:]:
+            self.read += 1
+            yield [number]
+
+    def state_dict(self) -> dict[str, Any]:
+        epoch, start = self._place(self.next_epoch - 1)
+        return {"place": (epoch, start + self.read)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = state["place"]
+
+
+def test_a_loader_that_counts_its_epochs_returns_to_any_position() -> None:
+    batches, states, found = batches_of(MosaicLike()), [], []
+    for _ in range(12):
+        states.append(batches.state_dict() | {"world_size": 1})
+        found.append(next(batches))
+    assert found == [[number] for epoch in range(3) for number in order_of(epoch, 4)]
+    for place in (10, 6, 1, 2, 4, 1):
+        batches.load_state_dict(states[place])
+        assert batches.state_dict()["loader"] == states[place]["loader"]
+        assert read(batches, 2) == found[place : place + 2], place
+
+
 class OnceRestored:
     """A loader that forgets what was loaded only where its iterator ends, as litdata's."""
 
