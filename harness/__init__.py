@@ -9,6 +9,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
 (tests/test_architecture.py).
 
     cli.py             the command `harness`, a table of subcommands
+    dry_run.py         a run is built and takes one step, and nothing is written
     sizing/            what a run would need, before it is started
     doctor.py          what on this machine would stop or slow a run
     report/            what runs have done, as a page to look at

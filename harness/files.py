@@ -162,15 +162,20 @@ def truncate(value: Any, digits: int = 9) -> Any:
 
 
 def toml_write(tables: Mapping[str, Mapping[str, Any] | Sequence[Any]], path: Path) -> None:
-    """Writes tables of plain values (None is omitted), nested tables inline. Lists come first."""
+    """Writes `toml_text`."""
+    text = toml_text(tables)
+    write_atomically(path, lambda staged: staged.write_text(text))
+
+
+def toml_text(tables: Mapping[str, Mapping[str, Any] | Sequence[Any]]) -> str:
+    """Tables of plain values (None is omitted), nested tables inline. Lists come first."""
     lists = {name: table for name, table in tables.items() if not isinstance(table, Mapping)}
     others = {name: table for name, table in tables.items() if isinstance(table, Mapping)}
-    text = "".join(f"{_key(name)} = {_toml(value)}\n" for name, value in lists.items()) + "\n".join(
+    return "".join(f"{_key(name)} = {_toml(value)}\n" for name, value in lists.items()) + "\n".join(
         f"[{name}]\n"
         + "".join(f"{_key(k)} = {_toml(v)}\n" for k, v in table.items() if v is not None)
         for name, table in others.items()
     )
-    write_atomically(path, lambda staged: staged.write_text(text))
 
 
 def _toml(value: Any) -> str:

@@ -117,12 +117,12 @@ def run_in_world(
         ahead = VerifyAhead(config.run.resume, config.run_dir / "checkpoints")
         stack.callback(ahead.close)
         with oom.explained(config, is_building=True):
-            task, batches = _build_task(config, build)
+            task, batches = build_task(config, build)
             stack.callback(batches.close)
             config = with_steps(config, task)
             engines = build_engines(task, config)
         stack.callback(engines.close)
-        _use_attention_backend(config, engines, stack)
+        use_attention_backend(config, engines, stack)
         grammar = _grammar(task, engines, config)
         directory = stack.enter_context(RunDirectory(config))
         stack.enter_context(oom.explained(config))
@@ -222,7 +222,7 @@ def _copies(live: LiveConfig, directory: RunDirectory, store: Store | None) -> l
     return copies
 
 
-def _build_task(config: Config, build: Callable[[Config], Task] | None) -> tuple[Task, StepBatches]:
+def build_task(config: Config, build: Callable[[Config], Task] | None) -> tuple[Task, StepBatches]:
     """The task, and this rank's training data. Collective."""
     rank, world_size = distributed.global_rank(), distributed.world_size()
     with distributed.raise_on_all_ranks(f"task {config.task.path}"):
@@ -248,7 +248,7 @@ def _build_task(config: Config, build: Callable[[Config], Task] | None) -> tuple
     return task, batches
 
 
-def _use_attention_backend(config: Config, engines: Engines, stack: ExitStack) -> None:
+def use_attention_backend(config: Config, engines: Engines, stack: ExitStack) -> None:
     """Makes models use the configured attention back end while the stack is open. Collective."""
     with distributed.raise_on_all_ranks("optimizations.attention"):
         dtypes = {engine.dtype for engine in engines.values()}

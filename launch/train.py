@@ -38,11 +38,14 @@ def main() -> None:
             time.sleep(LEADER_TIME_S)
         exit_with(error)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no stacks of C++ when a rank is lost
-    from harness.run import run  # late: config errors are reported before torch is imported
-
+    # Late: config errors are reported before torch is imported.
+    if "--dry-run" in sys.argv:
+        from harness.dry_run import dry_run as run
+    else:
+        from harness.run import run
     signal.signal(signal.SIGINT, interrupt)
     try:
-        sys.exit(run(config, began, owns_process=True))
+        sys.exit(run(config, began=began, owns_process=True))
     except HarnessError as error:
         exit_with(error)
     except KeyboardInterrupt as error:  # before the run handles signals

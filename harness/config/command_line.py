@@ -41,6 +41,9 @@ def parse_args(argv: Sequence[str]) -> Config:
         required=True,
         help="the run's TOML file; may be repeated",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build it, take one step, and write nothing"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from `deepspeed`
     known, rest = parser.parse_known_args(argv)
     return load(known.config, parse_overrides(rest))

@@ -1,6 +1,7 @@
 """The model that is planned for: from sizes, an import path, a Hugging Face config, or a task."""
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from harness.huggingface.models import describe
 from harness.sizing.activations import Activations, call, trace
 from harness.sizing.llama import Llama
 from harness.sizing.setting import OPTIMIZERS, Setting
-from harness.task import load_task
+from harness.task import Task, load_task
 from harness.utils import import_path
 
 
@@ -91,10 +92,14 @@ def from_task(path: Path, engine: str | None, overrides: dict[str, Any]) -> tupl
     if name not in trained:
         hint = did_you_mean(name, trained)
         raise ConfigError(f"{path}: no trained engine {name!r}{hint}; it has {', '.join(trained)}")
-    setting = replace(_setting_of(config, name), **overrides)
-    task = load_task(config)
+    setting = replace(setting_of(config, name), **overrides)
+    return of_task(load_task(config), name, f"{path}, engine {name}"), setting
+
+
+def of_task(task: Task, name: str, title: str) -> Subject:
+    """A model of a task, which is left as it is. Raises ConfigError."""
     built = task.models[name]
-    model = built if isinstance(built, nn.Module) else _built(built, str(path))
+    model = _on_meta(built) if isinstance(built, nn.Module) else _built(built, title)
 
     def batch(setting: Setting) -> Any:
         data = task.train_data
@@ -102,12 +107,23 @@ def from_task(path: Path, engine: str | None, overrides: dict[str, Any]) -> tupl
             raise ConfigError("train_data is not a map-style dataset")
         return task.collate([data[index] for index in range(setting.micro_batch)])
 
-    title = f"{path}, engine {name}"
     meta = _checked(model, title).to("meta")
-    return Subject(title, meta, batch, lambda m, b: task.feeder(_Fed(name, m), b)), setting
+    return Subject(title, meta, batch, lambda m, b: task.feeder(_Fed(name, m), b))
 
 
-def _setting_of(config: Config, name: str) -> Setting:
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model, without memory for its tensors."""
+    with torch.no_grad():
+        copies: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
+        }
+        copies |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return deepcopy(model, copies)
+
+
+def setting_of(config: Config, name: str) -> Setting:
+    """How a config trains an engine, on one rank. Raises ConfigError for an optimizer whose state
+    is not known."""
     engine = config.engines[name]
     ds = engine.deepspeed()
     assert engine.optimizer is not None
