@@ -10,10 +10,12 @@ Without a card, `--small` imitates it on a CPU, where the figures say nothing.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ LIMITS = {
     "save": 40,
     "offload": 30,
 }
-"""Seconds of each section with --quick; else four times as many."""
+"""Seconds of each section with --quick; else, and with --small, four times as many."""
 
 
 def main() -> None:
@@ -49,24 +51,30 @@ def main() -> None:
         parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
     if not (torch.cuda.is_available() or args.small):
         parser.error("there is no GPU: --small imitates it on a CPU")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     report: dict[str, Any] = {"machine": machine(), "sections": {}}
     for name, limit in LIMITS.items():
         if name in (args.sections or LIMITS) and name not in args.skip:
             flags = ["--quick"] * args.quick + ["--small"] * args.small
-            report["sections"][name] = run(name, flags, limit if args.quick else 4 * limit)
+            is_short = args.quick and not args.small
+            limit = limit if is_short else 4 * limit
+            sys.stderr.write(f"{name}: at most {limit} s\n")
+            report["sections"][name] = run([f"bench.gpu.{name}", *flags], limit)
             write(report, args.out)
     sys.stdout.write(f"{table(report)}\n\nwritten: {args.out}\n")
     sys.exit(any(found["ended"] != "ok" for found in report["sections"].values()))
 
 
-def run(name: str, flags: list[str], limit: float) -> dict[str, Any]:
-    """A section's results, and how it ended."""
-    sys.stderr.write(f"{name}: at most {limit:.0f} s\n")
+def run(words: list[str], limit: float) -> dict[str, Any]:
+    """A section's results, and how it ended. `words`: its module, and its options.
+
+    Nothing is left of it: its processes are its process group, its files below one directory.
+    """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as directory:
         file = Path(directory) / "results.json"
-        command = [sys.executable, "-m", f"bench.gpu.{name}", str(file), *flags]
-        environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        command = [sys.executable, "-m", *words, str(file)]
+        environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TMPDIR": directory}
         with (Path(directory) / "output").open("w+") as output:
             process = subprocess.Popen(
                 command,
@@ -80,9 +88,11 @@ def run(name: str, flags: list[str], limit: float) -> dict[str, Any]:
                 code = process.wait(limit)
                 ended = "ok" if code == 0 else f"exit code {code}"
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.wait()
                 ended = f"ended at its limit of {limit:.0f} s"
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             output.seek(0)
             last = output.read()[-1000:]
         results = json.loads(file.read_text()) if file.exists() else {}

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from bench.gpu.runs import Run, runs
@@ -31,9 +31,9 @@ def measure(section: Section) -> None:
     wanted = [r for r in runs(section.is_on_gpu) if not is_short or r.name in SMALL]
     try:
         with ThreadPoolExecutor(jobs) as pool:
-            outcomes = [pool.submit(outcome_of, section, scratch, run) for run in wanted]
-            for run, outcome in zip(wanted, outcomes, strict=True):
-                section.add(run.name, outcome.result())
+            runs_of = {pool.submit(outcome_of, section, scratch, run): run for run in wanted}
+            for outcome in as_completed(runs_of):  # a limit may end the section behind any of them
+                section.add(runs_of[outcome].name, outcome.result())
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
