@@ -9,18 +9,15 @@ Without a card, `--small` imitates it on a CPU, where the figures say nothing.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.bounded import run_bounded
 from bench.gpu.report import machine, table, write
-from bench.gpu.section import ROOT
 
 LIMITS = {
     "smoke": 170,
@@ -62,32 +59,13 @@ def main() -> None:
 def run(name: str, flags: list[str], limit: float) -> dict[str, Any]:
     """A section's results, and how it ended."""
     sys.stderr.write(f"{name}: at most {limit:.0f} s\n")
-    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as directory:
         file = Path(directory) / "results.json"
         command = [sys.executable, "-m", f"bench.gpu.{name}", str(file), *flags]
-        environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-        with (Path(directory) / "output").open("w+") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-            try:
-                code = process.wait(limit)
-                ended = "ok" if code == 0 else f"exit code {code}"
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.wait()
-                ended = f"ended at its limit of {limit:.0f} s"
-            output.seek(0)
-            last = output.read()[-1000:]
+        ended = run_bounded(command, limit, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
         results = json.loads(file.read_text()) if file.exists() else {}
-    found = {"ended": ended, "seconds": round(time.monotonic() - started, 1), "results": results}
-    return found if ended == "ok" else found | {"output": last}
+    found = {"ended": ended.how, "seconds": ended.seconds, "results": results}
+    return found if ended.how == "ok" else found | {"output": ended.output}
 
 
 if __name__ == "__main__":
