@@ -1,6 +1,6 @@
 """The cost of an APOLLO step, compared with torch's AdamW and the authors' `apollo_torch`.
 
-    python bench/apollo.py [--apollo-torch DIRECTORY] [--steps 20]
+    python -m bench.apollo [--apollo-torch DIRECTORY] [--steps 20]
 
 Time: all step the same matrices with the same gradients, interleaved in one process; medians.
 Bytes: the optimizer state of one process; and under ZeRO on 2 gloo ranks the state of a rank and
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bench.rows import Row, tell
 from harness.optim import Apollo, ApolloMini
 from harness.testing.pool import RankPool
 
@@ -54,6 +55,11 @@ def main() -> None:
             ratio = seconds / times["adamw foreach"]
             what = f"{count} x {shape[0]} x {shape[1]}, r {rank}"
             say(f"{what:>22} {name:>16} {seconds * 1e3:9.2f} {ratio:8.2f} {megabytes(state[name])}")
+        for other in times.keys() - {"apollo", "apollo-mini", "apollo_torch mini"}:
+            ours, theirs = times["apollo"] * 1e3, times[other] * 1e3
+            tell(Row(f"a step of APOLLO, {what}", ours, "ms", other, theirs))
+        adamw = state["adamw foreach"] / 1e6
+        tell(Row("its state", state["apollo"] / 1e6, "MB", "AdamW", adamw))
     say(f"\n{'ZeRO on 2 ranks':>22} {'optimizer':>16} {'state':>9} {'sent':>9} {'of grads':>9}")
     with RankPool(2) as pool:
         for stage in (1, 2, 3):

@@ -1,7 +1,7 @@
 """The state of APOLLO, Muon, SOAP and AdamW for LLaMA-shaped models, and what Muon and SOAP send:
 the tables of docs/apollo.md and docs/optimizers.md.
 
-    python bench/apollo_memory.py
+    python -m bench.apollo_memory
 
 Computed from shapes: nothing is allocated. Each number is that of the rank with the most, in MiB.
 """

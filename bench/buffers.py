@@ -1,6 +1,6 @@
 """The cost of broadcasting the buffers that training changes: engines.NAME.buffers = "sync".
 
-    python bench/buffers.py [--layers 53] [--steps 20] [--rounds 8]
+    python -m bench.buffers [--layers 53] [--steps 20] [--rounds 8]
 
 Two ranks train a net with a BatchNorm in every layer, three buffers each, under ZeRO 1, in
 alternating blocks of steps: with and without the broadcast. Prints the milliseconds of a step, by
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from bench.rows import tell_pair
 from harness.testing.pool import RankPool
 
 Figures = dict[str, list[tuple[float, float]]]
@@ -98,6 +99,8 @@ def main() -> None:
         each = ", ".join(f"{n} {statistics.median(s) * 1e3:.2f} ms" for n, s in seconds.items())
         low, high = min(ratios), max(ratios)
         ratio = f"{statistics.median(ratios):.3f} ({low:.3f} .. {high:.3f})"
+        ours, bare = ([1e3 * s for s in seconds[name]] for name in ("sync", "without"))
+        tell_pair(f"a step that broadcasts buffers, {clock} time", "ms", ours, "without", bare)
         sys.stdout.write(f"{clock}: {each}; sync / without {ratio}\n")
 
 

@@ -1,6 +1,6 @@
 """Host memory while a model is built for ZeRO stage 3: by the task, and by a function.
 
-    python bench/build_model.py [--ranks 2] [--width 2048] [--layers 24]
+    python -m bench.build_model [--ranks 2] [--width 2048] [--layers 24]
 
 Prints the peak resident memory of one rank, above what it was before, as the ratio to the bytes of
 the model's fp32 weights: with the model alone, and with its engine (bf16, AdamW).

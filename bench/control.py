@@ -1,6 +1,6 @@
 """The cost of live control per step without commands.
 
-    python bench/control.py [--steps 300] [--step-ms 20] [--rounds 3]
+    python -m bench.control [--steps 300] [--step-ms 20] [--rounds 3]
 
 Two and four ranks take steps of `--step-ms` (asleep, as while a GPU works). After each they poll
 for commands: by the bus, or by a blocking `broadcast_object_list`. Prints the time of a poll on the
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from bench.rows import Row, tell
 from harness.testing.pool import RankPool
 
 
@@ -70,6 +71,9 @@ def main() -> None:
             f"{args.step_ms:g} ms), broadcast_object_list {other * 1e6:.0f} us: "
             f"{other / bus:.1f} times as much\n"
         )
+        claim = f"live control on {ranks} ranks, a step without commands"
+        other_ms, note = other * 1e3, f"{bus / step_s:.1%} of a step of {args.step_ms:g} ms"
+        tell(Row(claim, bus * 1e3, "ms", "broadcast_object_list", other_ms, note=note))
 
 
 if __name__ == "__main__":

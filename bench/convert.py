@@ -1,6 +1,6 @@
 """Weights of a ZeRO checkpoint: `cp` of the bytes, DeepSpeed's zero_to_fp32, and `harness convert`.
 
-    python bench/convert.py [--gigabytes 2] [--ranks 2 4] [--stages 2 3] [--rounds 3]
+    python -m bench.convert [--gigabytes 2] [--ranks 2 4] [--stages 2 3] [--rounds 3]
                             [--directory DIR]
 
 Prints medians of interleaved rounds with a warm cache, each also as a ratio to `cp` of the same
@@ -22,6 +22,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from bench.rows import Row, tell, tell_pair
 
 ROOT = Path(__file__).parent.parent
 
@@ -185,6 +187,16 @@ def compare(directory: Path, stage: int, world: int, gigabytes: float, rounds: i
             f"{resident:7.0f} MiB [{anonymous:.0f}]  {synced}\n"
         )
     sys.stdout.flush()
+    for ours, other in (
+        ("harness", "cp, synced"),
+        ("harness, not synced", "zero_to_fp32"),
+        ("harness, not synced", "zero_to_fp32, safe"),
+    ):
+        each = [[run[0] for run in results[name]] for name in (ours, other)]
+        claim = f"convert, ZeRO {stage}, {world} ranks, {size / 1e9:.1f} GB"
+        tell_pair(claim + ours.removeprefix("harness"), "s", each[0], other, each[1])
+    peak = [max(run[1] for run in results[name]) for name in ("harness", "zero_to_fp32")]
+    tell(Row("its peak memory", peak[0], "MiB", "zero_to_fp32", peak[1]))
 
 
 def main() -> None:

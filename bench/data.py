@@ -1,6 +1,6 @@
 """What the order of the samples costs: memory and time per draw against the number of samples.
 
-    python bench/data.py [--draws 20000] [--lengths 1e5,1e7,1e9,1e10]
+    python -m bench.data [--draws 20000] [--lengths 1e5,1e7,1e9,1e10]
 
 For each length a fresh process draws from the middle of an epoch, as rank 3 of 8, and continues
 from a saved state. Prints the time to the first draw, the time per draw, and the growth of the
@@ -16,6 +16,8 @@ from itertools import islice
 from typing import Any
 
 import psutil
+
+from bench.rows import Row, tell
 
 MOST_STORED = 10**8
 """Samples up to which torch's sampler is tried: it keeps a list of them all."""
@@ -71,14 +73,18 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     sys.stdout.write(f"{'samples':>14} {'':8} {'first draw':>12} {'a draw':>10} {'memory':>11}\n")
     for length in (int(float(text)) for text in options.lengths.split(",")):
+        firsts: dict[str, float] = {}
         for name, make in (("harness", ours), ("torch", torchs)):
             if make is torchs and length > MOST_STORED:
                 continue
             with context.Pool(1) as pool:
                 first, each, memory = pool.apply(measure, (make, length, options.draws))
+            firsts[name] = first * 1e3
             sys.stdout.write(
                 f"{length:14,} {name:8} {first:10.4f} s {each:7.2f} us {memory:7.1f} MiB\n"
             )
+        claim = f"a resume in the middle of {length:,} samples, to the first draw"
+        tell(Row(claim, firsts["harness"], "ms", "torch's sampler", firsts.get("torch")))
 
 
 if __name__ == "__main__":

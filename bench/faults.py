@@ -1,6 +1,6 @@
 """How soon a job of two ranks notices that one of them fails, beside NVRx and torchft.
 
-    python bench/faults.py [--ways harness nvrx torchft] [--bound 15]
+    python -m bench.faults [--ways harness nvrx torchft] [--bound 15]
 
 The same steps of 50 ms with a sum over the ranks, on gloo, and the same fault in rank 1: an
 exception, SIGKILL, or a hang, which each of them takes for one after `--bound` seconds. Prints the

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from bench import waits
 from bench.convert import write_checkpoint_of
+from bench.rows import Row, tell
 
 NOISE = 0.05
 """Seconds that a process takes more or less from one round to the next."""
@@ -89,6 +90,11 @@ def exponent(sizes: tuple[int, ...], seconds: list[float], noise: float) -> floa
     return math.log(second / max(first, noise / 2)) / math.log(sizes[1] / sizes[0])
 
 
+def grows(power: float | None) -> str:
+    """For the table."""
+    return "constant" if power is None else f"grows as size ** {power:.2f}"
+
+
 def main() -> None:
     """Measures, and prints a line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -103,6 +109,7 @@ def main() -> None:
         seconds = [min(of_size) for of_size in zip(*rounds, strict=True)]
         found = exponent(growth.sizes, seconds, NOISE)
         text = ", ".join(f"{n}: {s:.3f}" for n, s in zip(growth.sizes, seconds, strict=True))
+        tell(Row(f"{growth.name} {growth.sizes}", seconds[-1], "s of CPU", note=grows(found)))
         power = "constant" if found is None else f"exponent {found:.2f}"
         sys.stdout.write(f"{growth.name:<48} {text}  {power}\n")
         sys.stdout.flush()

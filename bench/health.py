@@ -1,6 +1,6 @@
 """The cost of the watchdog, the phases and the ranks' times, per step.
 
-    python bench/health.py [--steps 200] [--step-ms 50] [--rounds 6]
+    python -m bench.health [--steps 200] [--step-ms 50] [--rounds 6]
 
 Two ranks take steps of `--step-ms` (asleep, as while a GPU works) of 8 micro-batches, with the
 step's vector, in alternating blocks: with what harness does for its health in a step, and without.
@@ -19,6 +19,7 @@ from tempfile import mkdtemp
 
 import psutil
 
+from bench.rows import Row, tell
 from harness.testing.pool import RankPool
 
 MICRO_BATCHES = 8
@@ -120,6 +121,9 @@ def main() -> None:
             f"step: {(full - bare) * 1e6:.0f} us, {(full - bare) / step_s:.3%} of "
             f"{args.step_ms:g} ms\n"
         )
+    added = 1e3 * (medians["with CPU"] - medians["without CPU"])
+    note = f"{added / args.step_ms:.2%} of {args.step_ms:g} ms, CPU time"
+    tell(Row("watchdog, phases and ranks' times, a step", added, "ms", note=note))
     sys.stdout.write(f"the watchdog's process takes {medians['share']:.2%} of a core\n")
 
 

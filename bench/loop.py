@@ -32,6 +32,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bench.rows import Row, tell
 from harness.testing.pool import RankPool
 
 MICRO_BATCH = 4
@@ -63,11 +64,18 @@ class Found:
         for ours, before, after in zip(self.ours, self.bare, self.bare[1:], strict=False):
             yield ours, (before + after) / 2
 
+    def center(self) -> float:
+        """The mean of the ratios."""
+        return statistics.fmean(ours / bare for ours, bare in self.around())
+
+    def error(self) -> float:
+        """Its standard error."""
+        ratios = [ours / bare for ours, bare in self.around()]
+        return statistics.stdev(ratios) / math.sqrt(len(ratios))
+
     def ratio(self) -> str:
         """Mean and standard error."""
-        ratios = [ours / bare for ours, bare in self.around()]
-        error = statistics.stdev(ratios) / math.sqrt(len(ratios))
-        return f"{statistics.fmean(ratios):.4f} +- {error:.4f}"
+        return f"{self.center():.4f} +- {self.error():.4f}"
 
     def added(self) -> float:
         """Seconds that harness adds to a step, as the median."""
@@ -266,6 +274,20 @@ def compare(pool: RankPool, setting: Setting, args: argparse.Namespace) -> None:
     per_rank = pool.run(measure, setting, args.block, args.rounds, args.profile)
     cpu, clock, profile = max(per_rank, key=lambda found: statistics.median(found[0].ours))
     ours, bare = statistics.median(cpu.ours), statistics.median(cpu.bare)
+    bare_ms, low, high = bare * 1e3, cpu.center() - cpu.error(), cpu.center() + cpu.error()
+    note = f"+{cpu.added() * 1e3:.2f} ms of CPU; spread: standard error"
+    tell(
+        Row(
+            f"a step, {describe(setting)}",
+            ours * 1e3,
+            "ms",
+            "a bare loop",
+            bare_ms,
+            low,
+            high,
+            note,
+        )
+    )
     sys.stdout.write(
         f"{describe(setting)}: harness {ours * 1e3:.3f} ms of CPU a step, bare {bare * 1e3:.3f}, "
         f"+{cpu.added() * 1e3:.3f} ms; x {cpu.ratio()}; on the clock x {clock.ratio()}\n{profile}"
@@ -291,6 +313,8 @@ def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
 
 def row(name: str, sizes: Sequence[int], seconds: Sequence[float]) -> None:
     """Prints milliseconds at each size, and the exponent."""
+    power = f"grows as size ** {exponent(sizes, seconds):.2f}"
+    tell(Row(f"{name}: {sizes}", seconds[-1] * 1e3, "ms of CPU", note=power))
     cells = " | ".join(f"{size}: {s * 1e3:.2f}" for size, s in zip(sizes, seconds, strict=True))
     sys.stdout.write(f"| {name} | {cells} | {exponent(sizes, seconds):.2f} |\n")
     sys.stdout.flush()

@@ -1,6 +1,6 @@
 """The cost of reported numbers: `--numbers` in each of `--micro-batches` of a step.
 
-    python bench/metrics.py [--numbers 100] [--micro-batches 32] [--steps 20] [--rounds 5]
+    python -m bench.metrics [--numbers 100] [--micro-batches 32] [--steps 20] [--rounds 5]
 
 Two ranks report tensors on their device, and take turns in blocks of steps with the step's vector,
 and with a float for every number (`float(tensor)`) and one `all_reduce` a step, as a plain loop
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from bench.rows import tell_pair
 from harness.testing.pool import RankPool
 
 
@@ -69,15 +70,18 @@ def main() -> None:
     args = parser.parse_args()
     with RankPool(2, timeout_s=600) as pool:
         per_rank = pool.run(measure, args.numbers, args.micro_batches, args.steps, args.rounds)
-    medians = {}
+    medians, blocks = {}, {}
     for name in ("vector", "floats"):
         slowest = [max(rounds) for rounds in zip(*(rank[name] for rank in per_rank), strict=True)]
         medians[name] = statistics.median(slowest)
+        blocks[name] = [1e3 * seconds for seconds in slowest]
         sys.stdout.write(
             f"{name}: {medians[name] * 1e3:.2f} ms a step "
             f"({min(slowest) * 1e3:.2f} to {max(slowest) * 1e3:.2f}), "
             f"{medians[name] / args.numbers / args.micro_batches * 1e6:.2f} us a number\n"
         )
+    claim = f"{args.numbers} numbers in {args.micro_batches} micro-batches, a step"
+    tell_pair(claim, "ms", blocks["vector"], "a float for each", blocks["floats"])
     sys.stdout.write(f"vector / floats: {medians['vector'] / medians['floats']:.2f}\n")
 
 

@@ -1,6 +1,6 @@
 """The cost of a Muon step, compared with torch's Muon and, under ZeRO, with DeepSpeed's.
 
-    python bench/muon.py [--rounds 7] [--sizes 256 512 1024]
+    python -m bench.muon [--rounds 7] [--sizes 256 512 1024]
 
 Alone: milliseconds of `step()` for matrices of one size, each optimizer in turn, the best of all
 rounds. torch.optim.Muon always iterates in bf16; ours in bf16 and in fp32, its default on CPUs.
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bench.rows import Row, tell
 from harness.optim import Muon
 from harness.testing.pool import RankPool
 
@@ -45,6 +46,7 @@ def main() -> None:
             f"| {shapes_text(size)} | {theirs:.1f} | {half:.1f} | {half / theirs:.2f} | "
             f"{single:.1f} |"
         )
+        tell(Row(f"a step of Muon, {shapes_text(size)}", half, "ms", "torch's", theirs))
     say("\n| matrices | ZeRO | DeepSpeed's | bf16 | ratio | fp32 | DeepSpeed's, MB | ours, MB |")
     say("|---|--:|--:|--:|--:|--:|--:|--:|")
     with RankPool(2, 1e5) as pool:
@@ -57,6 +59,7 @@ def main() -> None:
                     f"| {shapes_text(size)} | {stage} | {theirs:.1f} | {half:.1f} | "
                     f"{half / theirs:.2f} | {single:.1f} | {sent / 1e6:.2f} | {own / 1e6:.2f} |"
                 )
+                tell(Row(f"the same at ZeRO {stage}", half, "ms", "DeepSpeed's", theirs))
 
 
 def shapes_of(size: int) -> list[tuple[int, int]]:

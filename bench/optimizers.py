@@ -1,6 +1,6 @@
 """Held-out loss of the default task after the same tokens: AdamW, APOLLO, APOLLO-Mini, Muon, SOAP.
 
-    python bench/optimizers.py [--steps 400] [--ranks 2] [--rank 32] [--lrs 1e-3 2e-3 5e-3 1e-2]
+    python -m bench.optimizers [--steps 400] [--ranks 2] [--rank 32] [--lrs 1e-3 2e-3 5e-3 1e-2]
                                [--only muon soap]
 
 Every optimizer gets the same grid of learning rates, the same data, and no weight decay. Prints

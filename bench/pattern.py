@@ -1,6 +1,6 @@
 """The cost of a codebook pattern per batch, compared with a Python loop and a plain copy.
 
-    python bench/pattern.py [--codebooks 8] [--timesteps 1500] [--batch 8] [--vocabulary 128]
+    python -m bench.pattern [--codebooks 8] [--timesteps 1500] [--batch 8] [--vocabulary 128]
 
 Each builds a delayed sequence, reverts its tokens and reverts logits, in turn, in one process;
 medians. The loop copies one timestep of all samples at a time; a copy of the result is the lower
@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench.rows import tell_pair
 from harness.pattern import Pattern, delay
 
 ROUNDS = 9
@@ -59,6 +60,9 @@ def main() -> None:
                 started = time.perf_counter()
                 function()
                 seconds.append(time.perf_counter() - started)
+        milliseconds = [[1e3 * s for s in each] for each in times]
+        for against, other in zip(("a loop", "a copy"), milliseconds[1:], strict=True):
+            tell_pair(f"patterns: {name}", "ms", milliseconds[0], against, other)
         ours_s, loop_s, copy_s = map(statistics.median, times)
         figures = f"{ours_s * 1e3:9.3f} {loop_s * 1e3:9.3f} {copy_s * 1e3:9.3f}"
         write(f"{name:>14} {figures} {loop_s / ours_s:9.1f} {copy_s / ours_s:9.2f}")

@@ -3,7 +3,7 @@
 CPU time of `harness report`, beside that of `json.loads` of every line of metrics.jsonl alone,
 which whoever draws the curves by a script of their own spends before the first curve.
 
-    python bench/report.py --steps 100000
+    python -m bench.report --steps 100000
 """
 
 import argparse
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.rows import Row, tell
 from harness.report.build import write_report
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -63,6 +64,7 @@ def main() -> None:
 
         floor, _ = cpu_seconds(parse)
         cpu, wall = cpu_seconds(lambda: write_report([run], page, None, lambda _: None))
+        tell(Row(f"harness report of {steps:,} steps", cpu, "s of CPU", "json.loads alone", floor))
         sys.stdout.write(
             f"{steps:,} steps, {metrics.stat().st_size / 1e6:.0f} MB: {cpu:.2f} s of CPU time "
             f"({wall:.2f} s), {cpu / floor:.2f} of json.loads alone ({floor:.2f} s); "

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.rows import Row, tell
 from harness.config import Config
 from harness.testing.pool import RankPool
 
@@ -168,16 +169,25 @@ def main() -> None:
         for ranks, way in ((2, start), *((ranks, load) for ranks in args.ranks)):
             with RankPool(ranks, timeout_s=1200) as pool:
                 per_rank = pool.run(way, config, args.rounds)
+            medians: dict[str, float] = {}
             for name in per_rank[0]:
                 rounds = zip(*(rank[name] for rank in per_rank), strict=True)
                 worst = [tuple(map(max, zip(*round_, strict=True))) for round_ in rounds]
                 seconds, used, memory = (sorted(column) for column in zip(*worst, strict=True))
+                medians[name] = statistics.median(seconds)
                 sys.stdout.write(
                     f"  {ranks} ranks, {name:<28} {statistics.median(seconds):6.2f} s "
                     f"({seconds[0]:.2f} .. {seconds[-1]:.2f}), "
                     f"{statistics.median(used):.2f} s of CPU, +{memory[-1] / 1e6:,.0f} MB\n"
                 )
             sys.stdout.flush()
+            if way is start:
+                ours, theirs = (
+                    medians[f"then: {name}"]
+                    for name in ("resume, checked ahead", "load_checkpoint")
+                )
+                claim = f"a resume of {size / 1e9:.2f} GB, once engines are built"
+                tell(Row(claim, ours, "s", "load_checkpoint", theirs))
 
 
 if __name__ == "__main__":

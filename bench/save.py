@@ -1,6 +1,6 @@
 """Saving about 1 GB of state: `cp`, DeepSpeed's own save, ours, and ours in the background.
 
-    python bench/save.py [--ranks 2] [--width 9200] [--rounds 3] [--directory DIR]
+    python -m bench.save [--ranks 2] [--width 9200] [--rounds 3] [--directory DIR]
 
 Prints medians, also as ratios to `cp` of the same bytes in the same rounds. All but the background
 stall, which is the time that training is blocked, include writing everything to disk (fsync). The
@@ -19,6 +19,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from bench.rows import tell_pair
 from harness.config import Config
 from harness.config.sections import merge
 from harness.testing.pool import RankPool
@@ -193,6 +194,12 @@ def main() -> None:
         spread = f"{min(values):.2f} .. {max(values):.2f}"
         ratio = median / reference
         sys.stdout.write(f"{name:<20} {median:8.3f} s  {ratio:6.2f} x cp   ({spread})\n")
+    size_text = f"{size / 1e9:.2f} GB"
+    save, cp = seconds["harness"], seconds["cp"]
+    tell_pair(f"a save of {size_text}", "s", save, "cp, synced", cp)
+    tell_pair(f"a save of {size_text}", "s", save, "save_checkpoint", seconds["deepspeed"])
+    stall = seconds["background stall"]
+    tell_pair(f"what a background save of {size_text} stalls", "s", stall, "cp, synced", cp)
     middle, low, high = statistics.median(beside), min(beside), max(beside)
     name = "a step beside a save"
     sys.stdout.write(f"{name:<24} {middle:6.2f} x alone  ({low:.2f} .. {high:.2f})\n")

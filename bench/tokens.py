@@ -1,6 +1,6 @@
 """What a corpus of tokens costs, as ratios to what a user would write instead.
 
-    python bench/tokens.py [--mb 64] [--length 2048] [--rounds 7]
+    python -m bench.tokens [--mb 64] [--length 2048] [--rounds 7]
 
 - reading: tokens/s of a rank's loader over `TokenWindows`, of a plain loop over numpy's memmap (as
   in nanoGPT), and of `datasets` with the same windows as rows, if that is installed;
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.rows import Row, tell
 from harness.config.sections import DataConfig
 from harness.data.packing import Packed
 from harness.data.prepare import Options, batches_of, files_of, prepare, texts_of
@@ -83,6 +84,8 @@ def compare(what: str, ours: Callable[[], float], theirs: Callable[[], float], r
         f"{what}: {mine:,.2f} against {other:,.2f}, ratio {statistics.median(ratios):.3f} "
         f"({min(ratios):.3f} .. {max(ratios):.3f})\n"
     )
+    claim, _, against = what.partition(": harness against ")
+    tell(Row(claim, mine, "per s of CPU", against, other, min(ratios), max(ratios)))
 
 
 def trained_tokenizer(path: Path, files: list[Path]) -> None:

@@ -9,20 +9,16 @@ Without a card, `--small` imitates it on a CPU, where the figures say nothing.
 
 import argparse
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.bounded import run_bounded
 from bench.gpu.report import machine, table, write
-from bench.gpu.section import ROOT
 
 LIMITS = {
     "smoke": 170,
@@ -70,34 +66,14 @@ def run(words: list[str], limit: float) -> dict[str, Any]:
 
     Nothing is left of it: its processes are its process group, its files below one directory.
     """
-    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as directory:
         file = Path(directory) / "results.json"
         command = [sys.executable, "-m", *words, str(file)]
-        environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TMPDIR": directory}
-        with (Path(directory) / "output").open("w+") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-            try:
-                code = process.wait(limit)
-                ended = "ok" if code == 0 else f"exit code {code}"
-            except subprocess.TimeoutExpired:
-                ended = f"ended at its limit of {limit:.0f} s"
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            output.seek(0)
-            last = output.read()[-1000:]
+        environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TMPDIR": directory}
+        ended = run_bounded(command, limit, environment)
         results = json.loads(file.read_text()) if file.exists() else {}
-    found = {"ended": ended, "seconds": round(time.monotonic() - started, 1), "results": results}
-    return found if ended == "ok" else found | {"output": last}
+    found = {"ended": ended.how, "seconds": ended.seconds, "results": results}
+    return found if ended.how == "ok" else found | {"output": ended.output}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Activations in host memory: what bench/offload.py prints."""
+"""Activations in host memory: what bench.offload prints."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from bench.gpu.section import ROOT, Section, run_section
 
 def measure(section: Section) -> None:
     lengths = ["8192"] if section.quick else ["8192", "32768"]
-    command = [sys.executable, "bench/offload.py", "--model", "1b", "--lengths", *lengths]
+    command = [sys.executable, "-m", "bench.offload", "--model", "1b", "--lengths", *lengths]
     command += ["--rounds", "2", *(["--longest", "0"] if section.quick else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()

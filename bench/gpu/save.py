@@ -48,7 +48,7 @@ def copies(section: Section) -> dict[str, float]:
 
 
 def saves(section: Section, width: int) -> dict[str, Any]:
-    """Median seconds of every way of bench/save.py, on one rank."""
+    """Median seconds of every way of bench.save, on one rank."""
     directory = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
     try:
         seconds = save.measure(directory, width, 2 if section.quick or section.small else 3)
