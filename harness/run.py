@@ -35,7 +35,6 @@ from harness.data.step_batches import StepBatches
 from harness.data.task_loader import TaskLoader
 from harness.data.train_batches import (
     may_be_uneven,
-    mixture_weights,
     train_batches,
     train_lengths,
 )
@@ -204,8 +203,6 @@ def _restore(
     changes = ""
     if checkpoint is not None:
         changes = resume.restore(checkpoint, engines, batches, live, callbacks, may_change)
-        if mixture := mixture_weights(live.config.data):
-            batches.set_weights(mixture)
     return checkpoint, changes
 
 

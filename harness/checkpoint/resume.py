@@ -21,6 +21,7 @@ from harness.checkpoint.retention import clean
 from harness.checkpoint.save import rank_file
 from harness.control.live import LiveConfig
 from harness.data.step_batches import StepBatches
+from harness.data.train_batches import mixture_weights
 from harness.distributed.rng import set_rng_state
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, ConfigError, UnreadableCheckpoint
@@ -143,6 +144,8 @@ def restore(
         engines.set_total_steps(live.config.run.steps)
     position = state["batches"] | {"world_size": manifest.world_size}
     data = _restore_data(directory, batches, position, may_change)
+    if mixture := mixture_weights(live.config.data):  # those of the step, whatever came after it
+        batches.set_weights(mixture)
     with distributed.raise_on_all_ranks(f"cannot resume from {directory}"):
         if same_world:
             set_rng_state(state["rng"])

@@ -172,6 +172,23 @@ def test_a_run_changes_weights_and_resumes(pools: Pools, tmp_path: Path, weigh: 
     assert in_a[5] - in_a[2] > 16 > in_a[2], "of 24 draws each; 6 of the first are expected"
 
 
+def test_a_rollback_takes_a_later_change_of_weights_back(pools: Pools, tmp_path: Path) -> None:
+    """The steps that are taken again have the weights of the checkpoint, as after a resume."""
+    config = mixture_config(
+        tmp_path,
+        run={"steps": 6},
+        task={"args": {"nan_at": 5}},
+        data={"mix": {"b": {"weight": 1.0}}},
+        health={"nonfinite": "rollback"},
+    )
+    pools(2).run(commanded, config, "event save @2\nevent set data.mix.a.weight 0 @3\n")
+    sampler = MixtureSampler({"a": 20, "b": 50}, {"a": 1.0, "b": 1.0})
+    sampler.advance(24)
+    found = [record["epoch/a"] for record in records(config) if record["step"] >= 3]
+    assert found == [pytest.approx(sampler.passes()["a"])] * 4, "weight 0 is set at step 3 again"
+    assert "dropping the live change data.mix.a.weight = 0.0" in log_text(config)
+
+
 def test_a_resumed_run_on_other_ranks_draws_what_is_next(pools: Pools, tmp_path: Path) -> None:
     config = mixture_config(tmp_path, run={"steps": 3})
     pools(2).run(run_in_world, config)
