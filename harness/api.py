@@ -12,7 +12,7 @@ from harness import distributed, process_state
 from harness.config import Config
 from harness.config.load import Layer, name_of, read, resolve
 from harness.config.overrides import dotted_overrides
-from harness.config.sections import merge
+from harness.config.sections import expand_path, merge
 from harness.errors import ConfigError
 from harness.health.outcome import forget_of_environment
 from harness.launcher import environment, parent
@@ -76,7 +76,11 @@ def _config(config: AnyConfig, overrides: Mapping[str, Any]) -> tuple[Config, st
         paths = [config] if isinstance(config, str | Path) else config
         if not paths or not isinstance(paths, Sequence):
             raise ConfigError(f"config: found {config!r}, expected tables, a Config, or paths")
-        layers = [layer for path in paths for layer in read(Path(path).expanduser())]
+        try:
+            expanded = [Path(expand_path(str(path))) for path in paths]
+        except ValueError as error:
+            raise ConfigError(f"config: {error}") from None
+        layers = [layer for path in expanded for layer in read(path)]
         name, title = name_of(Path(paths[-1])), f"config {paths[-1]}"
     found = resolve(layers, title, Layer(overrides, "overrides"))
     if "stdin" not in found.control.model_fields_set:

@@ -152,6 +152,8 @@ def test_errors_have_the_text_of_the_command_line(tmp_path: Path) -> None:
         train(toml)
     assert "run.stepz: unknown key (did you mean 'steps'?)" in str(expected.value)
     assert str(found.value) == str(expected.value)
+    with pytest.raises(ConfigError, match=r"config: found '\$NO_SUCH/a.toml': the environment"):
+        train("$NO_SUCH/a.toml")
     with pytest.raises(ConfigError, match=r"task.path: missing, and no task is given"):
         train(tables(tmp_path))
     with pytest.raises(ConfigError, match=r"run.steps \(overrides\): found 0"):

@@ -49,7 +49,7 @@ class Callback:
 
     An exception on any rank ends the run on all of them. What is drawn from the random generators
     does not count for the run. What communicates, as a forward pass does at ZeRO stage 3, must be
-    done by all ranks alike.
+    done by all ranks alike, and not in `on_step`, which they do not call at the same time.
     """
 
     def on_start(self, run: CallbackRun) -> None:

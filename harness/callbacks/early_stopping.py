@@ -1,6 +1,7 @@
 """Ends a run whose evaluations no longer get better."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ class EarlyStopping(Callback):
             raise ConfigError(f"EarlyStopping: min_delta = {min_delta!r}: expected at least 0")
         self.patience, self.metric, self.min_delta = patience, metric, min_delta
         self._sign = 1 if mode == "min" else -1
-        self._best: float | None = None
+        self._best = math.nan  # none yet
         self._waited = 0
 
     def on_start(self, run: CallbackRun) -> None:
@@ -50,7 +51,8 @@ class EarlyStopping(Callback):
             hint = did_you_mean(self.metric, metrics)
             raise ConfigError(f"EarlyStopping: the evaluation has no {self.metric!r}{hint}")
         value = metrics[self.metric]
-        if self._best is None or self._sign * (self._best - value) > self.min_delta:
+        is_first = math.isnan(self._best) and not math.isnan(value)
+        if is_first or self._sign * (self._best - value) > self.min_delta:
             self._best, self._waited = value, 0
         else:
             self._waited += 1
@@ -59,7 +61,8 @@ class EarlyStopping(Callback):
     def _stop_if_over(self, run: CallbackRun) -> None:
         if self._waited >= self.patience:
             last = "last evaluation" if self._waited == 1 else f"last {self._waited} evaluations"
-            run.stop(f"{self.metric} was not better than {self._best:g} in the {last}")
+            what = "NaN" if math.isnan(self._best) else f"not better than {self._best:g}"
+            run.stop(f"{self.metric} was {what} in the {last}")
 
     def state_dict(self) -> dict[str, Any]:
         """The best value, and evaluations since."""
@@ -67,4 +70,5 @@ class EarlyStopping(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
-        self._best, self._waited = state["best"], state["waited"]
+        best, self._waited = state["best"], state["waited"]
+        self._best = math.nan if best is None else best  # in older checkpoints

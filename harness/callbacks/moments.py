@@ -9,6 +9,7 @@ from typing import Any
 
 from harness import distributed
 from harness.callbacks.callback import Callback, CallbackRun
+from harness.distributed.failures import raise_together
 from harness.distributed.rng import rng_state, set_rng_state
 from harness.errors import CheckpointError, HarnessError, TaskError
 from harness.utils import check_state
@@ -64,7 +65,7 @@ class Callbacks:
         same on every rank. Raises a callback's error on all ranks."""
         if not self._overriding(name):
             return []
-        with distributed.raise_on_all_ranks("callbacks"):
+        with raise_together("callbacks"):  # which may run the model, at ZeRO 3 on all ranks
             self._call(name, *args)
         commands, self._commands = self._commands, []
         return distributed.broadcast(commands)

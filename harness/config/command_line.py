@@ -50,7 +50,10 @@ def parse_args(argv: Sequence[str]) -> Config:
 
 
 def _path(text: str) -> Path:
-    return Path(expand_path(text))
+    try:
+        return Path(expand_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 @dataclass(frozen=True)

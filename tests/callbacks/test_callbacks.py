@@ -1,6 +1,7 @@
 """Callbacks and sinks of a task: their moments, commands, errors and states, on two ranks."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,55 @@ def test_an_error_on_one_rank_is_one_error_that_names_it(
     assert first == second
     assert first.startswith(f"rank 1: callback Failing.{moment}, step ")
     assert first.endswith("ValueError: it is unwell\n")
+
+
+def failing_beside_a_forward(config: Config) -> str:
+    """The error of a run whose callback fails on rank 1, while rank 0 gathers weights with it."""
+
+    class Sampling(Callback):
+        def on_eval(self, run: CallbackRun, metrics: Mapping[str, Any]) -> None:
+            if distributed.global_rank() == 1:
+                raise ValueError("it is unwell")
+            run.engines["net"](torch.zeros(4, 6), torch.zeros(4, dtype=torch.long))
+
+    try:
+        run_in_world(config, None, lambda config: tiny(config, callbacks=[Sampling()]))
+    except HarnessError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_fails_does_not_leave_others_waiting_in_a_forward(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    zero = {"stage3_param_persistence_threshold": 0}
+    engines = {"net": {"ds_overrides": {"zero_optimization": zero}}}
+    config = tiny_config(tmp_path, 3, trainer={"eval_every": 2}, engines=engines)
+    first, second = two_ranks.run(failing_beside_a_forward, config)
+    assert "rank 1" in first
+    assert second.startswith("callback Sampling.on_eval, step 0:")
+    assert second.endswith("ValueError: it is unwell\n")
+
+
+def test_an_evaluation_that_is_not_finite_is_never_better() -> None:
+    callback, run = EarlyStopping(patience=3), Stopped()
+    for value in (math.nan, 2.0, math.nan, 1.5, 1.6, math.nan, math.nan):
+        assert not run.reasons
+        callback.on_eval(run, {"eval/loss": value})  # type: ignore[arg-type]
+    assert run.reasons == ["eval/loss was not better than 1.5 in the last 3 evaluations"]
+    callback.load_state_dict({"best": None, "waited": 2})
+    callback.on_eval(run, {"eval/loss": math.nan})  # type: ignore[arg-type]
+    assert run.reasons[1] == "eval/loss was NaN in the last 3 evaluations"
+
+
+class Stopped:
+    """Stands for the run that a callback stops."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def stop(self, reason: str) -> None:
+        self.reasons.append(reason)
 
 
 @pytest.mark.parametrize(

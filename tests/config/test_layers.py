@@ -151,3 +151,11 @@ def test_events_are_read_and_written(folder: Path) -> None:
     assert parsed(config.run_dir / "config.toml") == config
     with pytest.raises(ConfigError, match=r"events.0: every = 0, at = 0: expected one of them"):
         parsed(folder / "base.toml", written(folder / "none.toml", '[[events]]\ncommand = "save"'))
+
+
+def test_a_path_with_an_unknown_variable_is_refused_by_its_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed(Path("$NO_SUCH/mine.toml"))
+    assert "the environment variable NO_SUCH is not set" in capsys.readouterr().err
