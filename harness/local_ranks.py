@@ -48,6 +48,7 @@ def launch(
     payload = _pickled((config, task, overrides))
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOADED)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no stacks of C++ when a rank is lost
     # This process hosts the store, so that no other one can take its port.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes: list[BaseProcess] = []

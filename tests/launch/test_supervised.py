@@ -102,6 +102,7 @@ def test_it_survives_ranks_launchers_and_signals(tmp_path: Path, launcher: str) 
         process.stdin.flush()
         assert process.wait(timeout=60) == 0
         assert not ranks_of(tmp_path)
+    assert "frame #" not in (tmp_path / "output").read_text()  # no stacks of C++
     assert log_of(tmp_path).count("supervisor WARNING restart ") == len(faults)
     steps = steps_of(tmp_path)
     assert steps == list(range(1, len(steps) + 1))

@@ -5,7 +5,7 @@ trained on once; nothing is left behind; and the ledger adds up. In two of three
 as well, wherever the other faults fall: by the step, which is skipped, or by a sample, whose step
 is rolled back; so it is in the run that they are compared with.
 
-    python -m tests.support.soak DIR FAULTS [SEED]
+    TORCH_CPP_LOG_LEVEL=ERROR python -m tests.support.soak DIR FAULTS [SEED]
 """
 
 import atexit
