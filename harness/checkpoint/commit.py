@@ -1,10 +1,13 @@
 """A checkpoint's files: staged, written, and committed on all disks or on none."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from harness import distributed
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.retention import delete_replaced, move_into_place, undo_move
@@ -35,6 +38,37 @@ def write_files(staged: Path, trees: FileTrees) -> dict[str, FileEntry]:
         entries[name] = write_file(tree, path)
         sync_directory(path.parent)
     return entries
+
+
+def all_written(
+    manifest: Manifest, target: Path, entries: Callable[[], dict[str, FileEntry]], finite: bool
+) -> Manifest:
+    """The manifest with the files that all ranks have written. Collective.
+
+    `entries`: writes this rank's, or waits for them. `finite`: whether the trained weights that
+    this rank keeps are. Raises CheckpointError, on all ranks, if one of them cannot write.
+    """
+    files: dict[str, FileEntry] = {}
+    failure = None
+    try:
+        files = entries()
+    except Exception as cause:  # any error: all ranks must learn of it
+        failure = f"rank {distributed.global_rank()}: {type(cause).__name__}: {cause}"
+    per_rank = distributed.all_gather((files, finite, failure))
+    if failures := [text for *_, text in per_rank if text]:
+        error = CheckpointError(f"cannot save {target}: " + "; ".join(failures))
+        error.on_all_ranks = True
+        raise error
+    return with_files(manifest, (part for *part, _ in per_rank))
+
+
+def with_files(manifest: Manifest, parts: Iterable[Sequence[Any]]) -> Manifest:
+    """The manifest of what all ranks have written. `parts`: entries, and `finite`, of each."""
+    files, finite = {}, True
+    for entries, is_finite in parts:
+        files |= entries
+        finite &= is_finite
+    return replace(manifest, files=files, finite=finite)
 
 
 def commit(

@@ -73,6 +73,12 @@ def list_checkpoints(directory: Path, disks: Disks) -> tuple[list[str], set[str]
     """The names of all checkpoints in `directory` on any disk, the newest first, those without a
     manifest included; and of those that are from the same save on every disk. Collective. Raises
     CheckpointError on all ranks."""
+    times, everywhere = list_saves(directory, disks)
+    return list(times), everywhere
+
+
+def list_saves(directory: Path, disks: Disks) -> tuple[dict[str, float], set[str]]:
+    """`list_checkpoints`, with when each was saved. Collective."""
     own: dict[str, tuple[bool, float]] = {}  # with a manifest, when: where one is, it tells
     doing = f"cannot list {directory}"
     with checkpoint_error_on_all_ranks(doing):
@@ -84,4 +90,5 @@ def list_checkpoints(directory: Path, disks: Disks) -> tuple[list[str], set[str]
     for times in per_disk:
         newest |= {name: max(at, newest.get(name, at)) for name, at in times.items()}
     names = sorted(newest, key=lambda name: (newest[name][1], name), reverse=True)
-    return names, {name for name in names if len({t.get(name) for t in per_disk}) == 1}
+    everywhere = {name for name in names if len({t.get(name) for t in per_disk}) == 1}
+    return {name: newest[name][1] for name in names}, everywhere

@@ -14,20 +14,27 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from harness import distributed
 from harness.callbacks.moments import Callbacks
-from harness.checkpoint.commit import commit, create_staging, write_files, write_latest
+from harness.checkpoint.commit import (
+    all_written,
+    commit,
+    create_staging,
+    with_files,
+    write_files,
+    write_latest,
+)
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copies
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest, step_directory
+from harness.checkpoint.memory import Memory
 from harness.checkpoint.retention import Removals, prune, remove_after
 from harness.checkpoint.snapshot import Snapshots, bytes_of, storage_sizes
 from harness.checkpoint.written import checkpoint_error, checkpoint_error_on_all_ranks
@@ -67,14 +74,6 @@ class _Pending:
     target: Path
     writing: Future[Entries]
 
-    def of(self, parts: Iterable[Sequence[Any]]) -> Manifest:
-        """The manifest of what all ranks have written. `parts`: entries, and `finite`, of each."""
-        files, finite = {}, True
-        for entries, is_finite in parts:
-            files |= entries
-            finite &= is_finite
-        return replace(self.manifest, files=files, finite=finite)
-
 
 class Saver:
     """Writes checkpoints of the engines and the data position into a directory.
@@ -92,10 +91,13 @@ class Saver:
         disks: Disks,
         callbacks: Callbacks,
         copies: Sequence[Copies] = (),
+        memory: Memory | None = None,
     ):
         """`disks`: of the run directory. `copies`: of the checkpoints, in other places.
+        `memory`: for `save_in_memory`.
 
-        Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved.
+        Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved; ConfigError
+        if the memory is too small.
         """
         self.directory = live.config.run_dir / "checkpoints"
         self.note = ""
@@ -122,6 +124,9 @@ class Saver:
         self._reserving: Future[None] | None = None
         self._removals = Removals()
         self._copies = copies
+        self._memory = memory
+        if memory is not None:
+            memory.check_room(sum(bytes_of(engine.collect()) for engine in engines.trained))
 
     @property
     def is_writing(self) -> bool:
@@ -159,6 +164,16 @@ class Saver:
         self._pending = _Pending(manifest, finite, staged, target, writing)
         return None if background else self.wait()
 
+    def save_in_memory(self) -> None:
+        """Keeps this step in memory; not while the one before is still being copied. Collective."""
+        if self._memory is None or self._memory.is_copying:
+            return
+        trees = self._collect()
+        manifest = distributed.broadcast(self._manifest({}, None))
+        self._saved_at = manifest.saved_at
+        finite = all(engine.weights_are_finite() for engine in self._engines.trained)
+        self._memory.save(manifest, trees, finite)
+
     def poll(self) -> SaveResult | None:
         """Commits the save in flight if all ranks have written it, and returns the result.
 
@@ -166,6 +181,8 @@ class Saver:
         """
         for copies in self._copies:
             copies.poll()
+        if self._memory is not None:
+            self._memory.poll()
         if self._reserving is None and self._live.config.checkpoint.background:
             self._reserve()
         if self._pending is None:
@@ -192,18 +209,8 @@ class Saver:
 
     def _commit(self, pending: _Pending) -> None:
         """Makes the staged files of all ranks a checkpoint. Raises CheckpointError on all ranks."""
-        entries: Entries = {}
-        failure = None
-        try:
-            entries = pending.writing.result()
-        except Exception as cause:  # any error: all ranks must learn of it
-            failure = f"rank {distributed.global_rank()}: {type(cause).__name__}: {cause}"
-        per_rank = distributed.all_gather((entries, pending.finite, failure))
-        if failures := [text for *_, text in per_rank if text]:
-            error = CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
-            error.on_all_ranks = True
-            raise error
-        manifest = pending.of(part for *part, _ in per_rank)
+        written = (pending.manifest, pending.target, pending.writing.result, pending.finite)
+        manifest = all_written(*written)
         commit(manifest, pending.staged, pending.target, self.disks.is_leader)
         log.info("saved %s", pending.target)
         if reason := manifest.fault:
@@ -236,10 +243,11 @@ class Saver:
         told = exchange(text)
         if told is not None and all(told):
             parts = [json.loads(part) for part in told]
-            manifest = pending.of(
+            files = (
                 ({path: FileEntry(**entry) for path, entry in entries.items()}, finite)
                 for entries, finite in parts
             )
+            manifest = with_files(pending.manifest, files)
             is_leader = self.disks.is_leader
             commit(manifest, pending.staged, pending.target, is_leader, checkpoint_error)
             log.info("saved %s", pending.target)
@@ -255,6 +263,8 @@ class Saver:
         saved_at = common_manifest(directory).saved_at
         for copies in self._copies:
             copies.forget_after(saved_at)
+        if self._memory is not None:
+            self._memory.clear()
 
     def finish_copies(self, should_abort: Callable[[], bool]) -> None:
         """Waits for all copies, as `Copies.finish` does. Collective."""
@@ -265,6 +275,8 @@ class Saver:
         """Ends the threads: abandons a save or a copy in flight, and finishes removals."""
         for copies in self._copies:
             copies.close()
+        if self._memory is not None:
+            self._memory.close()
         for thread in (self._thread, self._background):
             thread.shutdown(cancel_futures=True)
         self._removals.close()
