@@ -49,6 +49,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     distributed/       who this rank is, and the small messages between ranks
     launcher/          who this rank is in the environment of what launched it
     config/            the typed config, checked before torch is imported
+    memory_files.py    where a run keeps its newest state in host memory
     pattern.py         in which order a model sees the tokens of several codebooks
     logs.py            the log, on the terminal and in log.txt
     files.py           files by atomic rename, or a line at a time; locks

@@ -16,6 +16,7 @@ from harness.callbacks.moments import Callbacks
 from harness.checkpoint import init_weights, resume
 from harness.checkpoint.copies import Copies
 from harness.checkpoint.downloads import download
+from harness.checkpoint.memory import Memory, open_memory
 from harness.checkpoint.neighbours import Neighbours, forget_marks
 from harness.checkpoint.remote_store import Store, open_store
 from harness.checkpoint.save import Saver
@@ -49,6 +50,7 @@ from harness.health import oom, phases, watchdog
 from harness.health.goodput import Ledger
 from harness.health.outcome import Outcome
 from harness.logs import configure_logging, set_deepspeed_level
+from harness.memory_files import memory_directory
 from harness.metrics.closing import Closing
 from harness.metrics.progress import Progress
 from harness.metrics.recorder import Recorder, TaskSink
@@ -113,7 +115,8 @@ def run_in_world(
     signals = Signals()
     failures = Failures(config.run.timeout_s, phases.file, phases.read)
     with signals.installed(), failures, ExitStack() as stack:
-        ahead = VerifyAhead(config.run.resume, config.run_dir / "checkpoints")
+        in_memory = memory_directory(config.run_dir) / "checkpoints"
+        ahead = VerifyAhead(config.run.resume, config.run_dir / "checkpoints", in_memory)
         stack.callback(ahead.close)
         with oom.explained(config, is_building=True):
             task, batches = build_task(config, build)
@@ -126,13 +129,14 @@ def run_in_world(
         directory = stack.enter_context(RunDirectory(config))
         stack.enter_context(oom.explained(config))
         live, callbacks = LiveConfig(config), Callbacks(task.callbacks, bool(task.sinks))
+        memory = open_memory(config, directory.disks)
         checkpoint, changes = _restore(
-            *(config, directory, engines, batches, live, callbacks, store, ahead)
+            *(config, directory, engines, batches, live, callbacks, store, ahead, memory)
         )
         directory.record_start(engines.global_step)
         _log_start(live, engines)
         copies = _copies(live, directory, store)
-        saver = Saver(engines, batches, live, directory.disks, callbacks, copies)
+        saver = Saver(engines, batches, live, directory.disks, callbacks, copies, memory)
         stack.callback(saver.close)
         if checkpoint is not None and checkpoint.parent == directory.checkpoints:
             for each in copies:
@@ -155,6 +159,8 @@ def run_in_world(
             *(live, task, engines, batches, saver, bus, recorder, callbacks, progress, status)
         )
         code = trainer.train()
+        if memory is not None:
+            memory.remove()
         outcome = _outcome(trainer, code)
         outcome.write()
         if distributed.is_global_leader():
@@ -183,6 +189,7 @@ def _restore(
     callbacks: Callbacks,
     store: Store | None,
     ahead: VerifyAhead,
+    memory: Memory | None,
 ) -> tuple[Path | None, str]:
     """Loads the run's starting point: a checkpoint, `init_from`, or the task's weights. Collective.
 
@@ -192,7 +199,7 @@ def _restore(
     may_change = config.run.resume_changed == "fit"
     wanted = download(config.run.resume, store, directory.checkpoints, directory.disks)
     checkpoint = resume.choose_checkpoint(
-        wanted, directory.checkpoints, engines, directory.disks, ahead.verify, may_change
+        *(wanted, directory.checkpoints, engines, directory.disks, ahead.verify, may_change, memory)
     )
     weights = init_weights.find_weights(engines, config.engines, resumes=checkpoint is not None)
     directory.create()
@@ -201,6 +208,8 @@ def _restore(
     for name, loaded in weights.items():
         init_weights.load_weights(engines[name], loaded)
     changes = ""
+    if memory is not None:
+        memory.begin(directory.path, directory.disks, checkpoint)
     if checkpoint is not None:
         changes = resume.restore(checkpoint, engines, batches, live, callbacks, may_change)
     return checkpoint, changes

@@ -132,6 +132,8 @@ class Trainer:
             self.commands.handle()
             if self.is_due(self.live.config.trainer.save_every):
                 self.save()
+            if self.is_due(self.live.config.checkpoint.in_memory_every):
+                self.save_in_memory()
             if self.is_due(self.live.config.trainer.export_every):
                 self.try_to_export()
 
@@ -295,6 +297,12 @@ class Trainer:
             self._saving.append(ticket)
         self.finish_save(result)
         return None if result is None else f"saved {result.path}"
+
+    def save_in_memory(self) -> None:
+        """Keeps this step in host memory. Collective."""
+        with self.status.doing("save"):
+            self.drain()  # the counters must include this step
+            self.saver.save_in_memory()
 
     def finish_save(self, result: SaveResult | None) -> None:
         """Answers the commands that wait for a save, once it has ended. `result`: None if not yet.

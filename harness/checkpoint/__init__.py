@@ -10,6 +10,7 @@ Its files, from the top down:
     reshard.py           loads one on another number of ranks, ZeRO stage or other layout
     fit.py               what of one fits a model that has changed
     save.py              Saver: one atomic commit of all engines and ranks, also in the background
+    memory.py            the newest state in host memory
     commit.py            stages a checkpoint's files, and commits them on all disks or none
     uploads.py           a store as the place of copies
     neighbours.py        another node as the place of copies

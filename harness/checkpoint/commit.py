@@ -3,8 +3,12 @@
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from operator import or_
 from pathlib import Path
 
+from harness import distributed
+from harness.checkpoint.disks import Disks
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.retention import delete_replaced, move_into_place, undo_move
@@ -35,6 +39,37 @@ def write_files(staged: Path, trees: FileTrees) -> dict[str, FileEntry]:
         entries[name] = write_file(tree, path)
         sync_directory(path.parent)
     return entries
+
+
+def all_written(
+    manifest: Manifest,
+    target: Path,
+    written: Callable[[], dict[str, FileEntry]],
+    finite: bool,
+    disks: Disks,
+) -> Manifest:
+    """The manifest of what all ranks have written; on ranks that do not lead a disk without the
+    files of others. Collective.
+
+    `written`: writes this rank's files, or waits for them. `finite`: whether the trained weights
+    that this rank keeps are. Raises CheckpointError, on all ranks, if one of them cannot write.
+    """
+    entries: dict[str, FileEntry] = {}
+    failures: list[str] = []
+    try:
+        entries = written()
+    except Exception as cause:  # any error: all ranks must learn of it
+        failures = [f"rank {distributed.global_rank()}: {type(cause).__name__}: {cause}"]
+    failures, finite = distributed.all_reduce(
+        (failures, finite), lambda some, more: (some[0] + more[0], some[1] and more[1])
+    )
+    if failures:
+        error = CheckpointError(f"cannot save {target}: " + "; ".join(failures))
+        error.on_all_ranks = True
+        raise error
+    files = distributed.reduce(entries, or_) or entries
+    files = distributed.broadcast(files, ranks=disks.all_leaders)
+    return replace(manifest, files=files, finite=finite)
 
 
 def commit(

@@ -84,13 +84,20 @@ def list_checkpoints(directory: Path, disks: Disks) -> tuple[list[str], set[str]
     """The names of all checkpoints in `directory` on any disk, the newest first, those without a
     manifest included; and of those that are from the same save on every disk. Collective. Raises
     CheckpointError on all ranks."""
+    times, everywhere = list_saves(directory, disks)
+    return list(times), everywhere
+
+
+def list_saves(directory: Path, disks: Disks) -> tuple[dict[str, float], set[str]]:
+    """`list_checkpoints`, with when each was saved. Collective."""
     own: dict[str, tuple[bool, float]] = {}  # with a manifest, when: where one is, it tells
     doing = f"cannot list {directory}"
     with checkpoint_error_on_all_ranks(doing):
         if disks.is_leader:
             own = {p.name: (may_hold_manifest(p), saved_at(p)) for p in steps_in(directory)}
     newest, everywhere = distributed.all_reduce((own, set(own)) if disks.is_leader else None, _both)
-    return sorted(newest, key=lambda name: (newest[name][1], name), reverse=True), everywhere
+    names = sorted(newest, key=lambda name: (newest[name][1], name), reverse=True)
+    return {name: newest[name][1] for name in names}, everywhere
 
 
 def _both(some: _Found | None, more: _Found | None) -> _Found | None:

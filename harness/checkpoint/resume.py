@@ -11,10 +11,11 @@ from harness import distributed
 from harness.callbacks.moments import Callbacks
 from harness.checkpoint.compatible import changed_models, check_compatible
 from harness.checkpoint.completeness import Verify, common_manifest, verify_checkpoint
-from harness.checkpoint.disks import Disks, list_checkpoints
+from harness.checkpoint.disks import Disks, list_checkpoints, list_saves
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.fit import Fit
 from harness.checkpoint.manifest import digest, is_unreadable
+from harness.checkpoint.memory import Memory
 from harness.checkpoint.reshard import load_engines
 from harness.checkpoint.resume_source import find_source
 from harness.checkpoint.retention import clean
@@ -37,11 +38,13 @@ def choose_checkpoint(
     disks: Disks,
     verify: Verify = verify_file,
     may_change: bool = False,
+    memory: Memory | None = None,
 ) -> Path | None:
     """The checkpoint to resume from, verified; None to start from step 0. Collective.
 
     `wanted`: `run.resume` (`resume_source`). "latest" is the newest one in `parent` that is
-    complete over all `disks` together, with finite weights; others are logged and skipped.
+    complete over all `disks` together, or in `memory`, with finite weights; others are logged and
+    skipped.
     `verify`: checks a file. `may_change`: the models may be others than the saved ones. Raises, on
     all ranks, CheckpointError if there are checkpoints and none is, or the requested one is not
     complete; UnreadableCheckpoint if a newer one than those cannot be judged; ConfigError if it
@@ -53,11 +56,11 @@ def choose_checkpoint(
     with distributed.raise_on_all_ranks(f"cannot list {parent}"):
         if disks.is_leader:
             clean(parent, set(names) - everywhere - unreadable, unreadable)
-    names, _ = list_checkpoints(parent, disks)
+    saves, _ = list_saves(parent, disks)
     with distributed.raise_on_all_ranks(f"cannot start over in {parent}"):
-        if names and wanted == "none":
+        if saves and wanted == "none":
             raise ConfigError(
-                f"run.resume = 'none', but {parent} has {len(names)} checkpoints of an earlier "
+                f"run.resume = 'none', but {parent} has {len(saves)} checkpoints of an earlier "
                 "run: choose another run.name, or move that run away"
             )
     if wanted not in ("latest", "none"):
@@ -65,9 +68,13 @@ def choose_checkpoint(
         if not is_parent:
             check_compatible(parent, verify_checkpoint(parent, verify), engines, may_change)
             return parent
-        names, _ = list_checkpoints(parent, Disks(tuple(range(distributed.world_size()))))
+        saves, _ = list_saves(parent, Disks(tuple(range(distributed.world_size()))))
+    times = {parent / name: at for name, at in saves.items()}
+    if memory is not None and wanted == "latest":
+        kept, _ = list_saves(memory.directory, memory.disks)
+        times |= {memory.directory / name: at for name, at in kept.items()}
     failures = []
-    for directory in [parent / name for name in names]:
+    for directory in sorted(times, key=lambda path: (times[path], path), reverse=True):
         try:
             manifest = verify_checkpoint(directory, verify)
         except UnreadableCheckpoint as error:

@@ -17,18 +17,24 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from operator import or_
 from pathlib import Path
 
 from harness import distributed
 from harness.callbacks.moments import Callbacks
 from harness.checkpoint.best import BestLink
-from harness.checkpoint.commit import commit, create_staging, write_files, write_latest
+from harness.checkpoint.commit import (
+    all_written,
+    commit,
+    create_staging,
+    write_files,
+    write_latest,
+)
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copies
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest, step_directory
+from harness.checkpoint.memory import Memory
 from harness.checkpoint.retention import Removals, prune, remove_after
 from harness.checkpoint.snapshot import Snapshots, bytes_of, storage_sizes
 from harness.checkpoint.written import checkpoint_error, checkpoint_error_on_all_ranks
@@ -44,8 +50,6 @@ from harness.zero.layout import layout_digest
 
 log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)
-
-Entries = dict[str, FileEntry]
 
 STEP_BACK = 10
 """By how much the thread that writes in the background is nicer than the others (`man 7 sched`)."""
@@ -69,7 +73,7 @@ class _Pending:
     """Whether the trained weights that this rank keeps are finite."""
     staged: Path
     target: Path
-    writing: Future[Entries]
+    writing: Future[dict[str, FileEntry]]
 
 
 class Saver:
@@ -88,10 +92,13 @@ class Saver:
         disks: Disks,
         callbacks: Callbacks,
         copies: Sequence[Copies] = (),
+        memory: Memory | None = None,
     ):
         """`disks`: of the run directory. `copies`: of the checkpoints, in other places.
+        `memory`: for `save_in_memory`.
 
-        Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved.
+        Collective. Raises CheckpointError, on all ranks, if an engine cannot be saved; ConfigError
+        if the memory is too small.
         """
         self.directory = live.config.run_dir / "checkpoints"
         self.note = ""
@@ -119,6 +126,9 @@ class Saver:
         self._removals = Removals()
         self._copies = copies
         self._best = BestLink(self.directory)
+        self._memory = memory
+        if memory is not None:
+            memory.check_room(sum(bytes_of(engine.collect()) for engine in engines.trained))
 
     @property
     def is_writing(self) -> bool:
@@ -157,6 +167,16 @@ class Saver:
         self._pending = _Pending(manifest, finite, staged, target, writing)
         return None if background else self.wait()
 
+    def save_in_memory(self) -> None:
+        """Keeps this step in memory; not while the one before is still being copied. Collective."""
+        if self._memory is None or self._memory.is_copying:
+            return
+        trees = self._collect()
+        manifest = distributed.broadcast(self._manifest({}, None))
+        self._saved_at = manifest.saved_at
+        finite = all(engine.weights_are_finite() for engine in self._engines.trained)
+        self._memory.save(manifest, trees, finite)
+
     def poll(self) -> SaveResult | None:
         """Commits the save in flight if all ranks have written it, and returns the result.
 
@@ -164,6 +184,8 @@ class Saver:
         """
         for copies in self._copies:
             copies.poll()
+        if self._memory is not None:
+            self._memory.poll()
         if self._reserving is None and self._live.config.checkpoint.background:
             self._reserve()
         if self._pending is None:
@@ -190,7 +212,8 @@ class Saver:
 
     def _commit(self, pending: _Pending) -> None:
         """Makes the staged files of all ranks a checkpoint. Raises CheckpointError on all ranks."""
-        manifest = self._agreed(pending)
+        written = (pending.manifest, pending.target, pending.writing.result, pending.finite)
+        manifest = all_written(*written, self.disks)
         commit(manifest, pending.staged, pending.target, self.disks.is_leader)
         log.info("saved %s", pending.target)
         if reason := manifest.fault:
@@ -206,27 +229,6 @@ class Saver:
             prune(self.directory, settings, everywhere, needed, self._removals.add)
         if self.disks.is_leader:
             self._best.update(settings, pending.target, everywhere)
-
-    def _agreed(self, pending: _Pending) -> Manifest:
-        """The manifest of what all ranks have written; on ranks that do not lead a disk without the
-        files of others. Raises CheckpointError on all ranks, if one has failed. Collective."""
-        entries: Entries = {}
-        failures: list[str] = []
-        try:
-            entries = pending.writing.result()
-        except Exception as cause:  # any error: all ranks must learn of it
-            failures = [f"rank {distributed.global_rank()}: {type(cause).__name__}: {cause}"]
-        failures, finite = distributed.all_reduce(
-            (failures, pending.finite),
-            lambda some, more: (some[0] + more[0], some[1] and more[1]),
-        )
-        if failures:
-            error = CheckpointError(f"cannot save {pending.target}: " + "; ".join(failures))
-            error.on_all_ranks = True
-            raise error
-        files = distributed.reduce(entries, or_) or entries
-        files = distributed.broadcast(files, ranks=self.disks.all_leaders)
-        return replace(pending.manifest, files=files, finite=finite)
 
     def finish_apart(self, exchange: Callable[[str, bool], Sequence[str] | None]) -> None:
         """Commits the save in flight if all ranks have written it, where one of them has failed:
@@ -263,6 +265,8 @@ class Saver:
         saved_at = common_manifest(directory).saved_at
         for copies in self._copies:
             copies.forget_after(saved_at)
+        if self._memory is not None:
+            self._memory.clear()
 
     def finish_copies(self, should_abort: Callable[[], bool]) -> None:
         """Waits for all copies, as `Copies.finish` does. Collective."""
@@ -273,6 +277,8 @@ class Saver:
         """Ends the threads: abandons a save or a copy in flight, and finishes removals."""
         for copies in self._copies:
             copies.close()
+        if self._memory is not None:
+            self._memory.close()
         for thread in (self._thread, self._background):
             thread.shutdown(cancel_futures=True)
         self._removals.close()

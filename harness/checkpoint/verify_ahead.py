@@ -5,6 +5,7 @@ nor the device: a thread does it beside the model's construction. What it has no
 has changed since, is checked in its turn.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from harness.checkpoint.completeness import identity, needed_files
 from harness.checkpoint.files import FileEntry, verify_file
 from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.resume_source import locate
-from harness.convert.run_checkpoints import checkpoints_in
+from harness.convert.run_checkpoints import checkpoints_in, saved_at
 from harness.errors import CheckpointError
 
 _Checked = tuple[FileEntry, tuple[int, int]]
@@ -26,10 +27,11 @@ class VerifyAhead:
     which `choose_checkpoint` then knows better.
     """
 
-    def __init__(self, wanted: str, parent: Path):
-        """Starts it. `wanted`, `parent`: as for `choose_checkpoint`."""
+    def __init__(self, wanted: str, *parents: Path):
+        """Starts it. `wanted`: as for `choose_checkpoint`. `parents`: where this run's checkpoints
+        may be."""
         self._thread = ThreadPoolExecutor(1, "verify-ahead")
-        self._files = self._thread.submit(self._begin, wanted, parent)
+        self._files = self._thread.submit(self._begin, wanted, parents)
 
     def verify(self, path: Path, entry: FileEntry) -> None:
         """`verify_file`, at once if the thread has checked the file; waits for it if it is to."""
@@ -41,9 +43,9 @@ class VerifyAhead:
         """Nothing more is checked ahead."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, wanted: str, parent: Path) -> dict[Path, "Future[_Checked]"]:
+    def _begin(self, wanted: str, parents: Sequence[Path]) -> dict[Path, "Future[_Checked]"]:
         try:
-            directory = _probable(wanted, parent)
+            directory = _probable(wanted, parents)
             if directory is None:
                 return {}
             files, share = needed_files(read_manifest(directory))
@@ -55,15 +57,17 @@ class VerifyAhead:
         }
 
 
-def _probable(wanted: str, parent: Path) -> Path | None:
+def _probable(wanted: str, parents: Sequence[Path]) -> Path | None:
     """The checkpoint that a run probably resumes from, if any. Raises CheckpointError, OSError."""
     if wanted == "none":
         return None
     if wanted != "latest":
-        parent, is_parent = locate(wanted, parent)
+        parent, is_parent = locate(wanted, parents[0])
         if not is_parent:
             return parent
-    return next(iter(checkpoints_in(parent)), None)
+        parents = [parent]
+    newest = [path for parent in parents for path in checkpoints_in(parent)[:1]]
+    return max(newest, key=saved_at, default=None)
 
 
 def _verified(path: Path, entry: FileEntry) -> _Checked:

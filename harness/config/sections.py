@@ -222,6 +222,10 @@ class CheckpointConfig(Section):
     replicas: Literal[0, 1] = 0
     """Where each node has its own disk: copies of each rank's files on another node's disk, sent
     while training goes on. 1: a node that is lost takes no checkpoint along that is safe."""
+    in_memory_every: int = Field(default=0, ge=0)
+    """Steps between states that are kept in host memory (/dev/shm), the newest one of each rank and
+    of a rank of another node: what a run starts from again when its processes have died. 0: none.
+    """
     remote: str = Field(default="", pattern=r"^([\w+.-]+://.+)?$")
     """URL of a store of objects, or of what else fsspec reaches, like "s3://bucket/runs": every
     checkpoint is uploaded below it, to NAME of the run, while training goes on."""

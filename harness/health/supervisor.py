@@ -22,6 +22,7 @@ from harness.files import JsonLines
 from harness.health.attempt import Attempt, remove_leftovers
 from harness.health.oom import shrunk
 from harness.health.outcome import Outcome
+from harness.memory_files import memory_directory, remove_unused_memory
 
 MOST_SECONDS_OF_BACKOFF = 300.0
 MOST_WITHOUT_GAIN = 2
@@ -63,6 +64,8 @@ class Supervisor:
                     self.restarts += 1
             finally:
                 remove_leftovers(self.run_dir, began)
+                if self.run_dir is not None:
+                    remove_unused_memory(self.run_dir)
 
     def _try(self, scratch: Path) -> Outcome:
         """An attempt, from its start until none of its processes is left."""
@@ -154,9 +157,10 @@ class Supervisor:
                 lines.write(record, digits=13)
 
     def _saved_step(self) -> int:
-        """The step of the newest checkpoint on this machine; -1 if there is none."""
-        found = self.run_dir.glob("checkpoints/step-*/manifest.json") if self.run_dir else ()
-        names = [_COMMITTED.fullmatch(path.parent.name) for path in found]
+        """The step of the newest checkpoint on this machine or in its memory; -1: there is none."""
+        places = (self.run_dir, memory_directory(self.run_dir)) if self.run_dir else ()
+        found = (path.glob("checkpoints/step-*/manifest.json") for path in places)
+        names = [_COMMITTED.fullmatch(path.parent.name) for paths in found for path in paths]
         return max((int(name[1]) for name in names if name), default=-1)
 
     @contextlib.contextmanager

