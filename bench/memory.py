@@ -56,7 +56,7 @@ def measure(config: Config, rounds: int) -> Seconds:
     from harness.control.live import LiveConfig
     from harness.data.step_batches import StepBatches
     from harness.data.train_batches import train_batches
-    from harness.engine.engines import build_engines
+    from harness.engine.build import build_engines
     from harness.task import load_task
     from harness.utils import to_device
 

@@ -13,8 +13,9 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from harness import distributed, startup
 from harness.config import Config
 from harness.data.step_batches import StepBatches
+from harness.engine.build import build_engines
 from harness.engine.engine import Engine
-from harness.engine.engines import Engines, build_engines
+from harness.engine.engines import Engines
 from harness.epochs import with_steps
 from harness.errors import ConfigError, counted
 from harness.files import toml_text
