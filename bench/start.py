@@ -64,7 +64,8 @@ def bare() -> None:
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
 
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    ops: Any = deepspeed.ops
+    ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(15)))
     engine: Any = deepspeed.initialize(
         model=model,

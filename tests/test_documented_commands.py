@@ -39,8 +39,9 @@ SMALL = {
     "gan.toml": {"width": 16},
     "hf.toml": {"seq_len": 32},
     "distill.toml": {},
+    "my.toml": {},
 }
-"""Arguments of the example tasks, which then take two steps unless the command says otherwise."""
+"""Arguments of the tasks, which take two steps unless the command says otherwise."""
 
 
 def write_data(directory: Path) -> None:
@@ -179,7 +180,7 @@ def answers(run: Path) -> bool:
 @contextmanager
 def started(commands: str, directory: Path, output: IO[str]) -> Iterator[subprocess.Popen[str]]:
     """A shell with small tasks and a free port: other jobs run on this machine."""
-    given = [arguments for name, arguments in SMALL.items() if f"/{name}" in commands]
+    given = [arguments for name, arguments in SMALL.items() if name in commands]
     small = {"RUN__STEPS": 2} if given else {}
     small |= {f"TASK__ARGS__{key.upper()}": value for one in given for key, value in one.items()}
     port = free_port()
