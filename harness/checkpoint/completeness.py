@@ -11,7 +11,7 @@ from pathlib import Path
 from harness import distributed
 from harness.checkpoint.files import FileEntry, reading, verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
-from harness.convert.run_checkpoints import MANIFEST, no_manifest
+from harness.convert.run_checkpoints import MANIFEST, identity, no_manifest
 from harness.errors import CheckpointError, missing_files
 from harness.files import is_present
 
@@ -107,9 +107,3 @@ def _verify_copies(
         for name in others[sharing.index(rank) :: len(sharing)]:
             verify_file(directory / name, files[name])
     return distributed.all_reduce(set(others), or_)
-
-
-def identity(path: Path) -> tuple[int, int]:
-    """Equal where two ranks see one file, also over a network: inode and time of last change."""
-    status = path.stat()
-    return status.st_ino, status.st_ctime_ns

@@ -5,6 +5,7 @@ Imports little: `harness inspect` does not wait for what it does not use.
 
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,26 @@ def saved_at(directory: Path) -> float:
     """When a checkpoint was saved, in seconds since 1970, also if it is of a newer format; if its
     manifest is unreadable or gone, the modification time. Raises OSError."""
     try:
-        return float(json.loads((directory / MANIFEST).read_bytes())["saved_at"])
+        return _saved_at(directory / MANIFEST, identity(directory / MANIFEST))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
     try:
         return (directory / MANIFEST).stat().st_mtime
     except OSError:
         return directory.stat().st_mtime
+
+
+@lru_cache(4096)
+def _saved_at(manifest: Path, _: tuple[int, int]) -> float:
+    """Read once: with the files of ten thousand ranks it takes 0.1 s."""
+    return float(json.loads(manifest.read_bytes())["saved_at"])
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Equal where two ranks see one file, also over a network, and it has not changed in between:
+    inode and time of last change. Raises OSError."""
+    status = path.stat()
+    return status.st_ino, status.st_ctime_ns
 
 
 def no_manifest(directory: Path) -> str:
