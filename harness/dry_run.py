@@ -110,7 +110,9 @@ def _memory_lines(config: Config, task: Task) -> Iterator[str]:
         yield ""
         yield f"memory per rank of engine {name}, by ZeRO stage (this run: {engine.zero_stage})"
         try:
-            yield from _table(of_task(task, name, f"engine {name}"), setting_of(config, name))
+            yield from _table(
+                of_task(task, config, name, f"engine {name}"), setting_of(config, name)
+            )
         except ConfigError as error:
             yield f"  not known: {error}"
 
@@ -129,7 +131,7 @@ def _table(subject: Subject, setting: Setting) -> Iterator[str]:
             precision=setting.precision,
             micro_batch=setting.micro_batch,
         )
-        parts = memory_of(subject.model, own, activations).parts
+        parts = memory_of(subject.model, own, activations, subject.optimizer).parts
         shown = [readable(parts[name]) if parts[name] else "-" for name in PARTS]
         yield "  " + "".join(f"{text:>12}" for text in (str(stage), *shown))
     if activations is None:

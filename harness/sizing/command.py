@@ -105,10 +105,12 @@ def plan(
 
     @cache
     def memory(of: Setting) -> Any:
-        return memory_of(subject.model, of, activations(of.micro_batch, of.precision))
+        return memory_of(
+            subject.model, of, activations(of.micro_batch, of.precision), subject.optimizer
+        )
 
     needed = memory(setting)
-    sizes = sizes_of(groups_of(subject.model, setting.optimizer))
+    sizes = sizes_of(groups_of(subject.model, setting.optimizer, subject.optimizer))
     parameters = sum(sum(group.values()) for group in sizes)
     files = checkpoint_bytes(needed, sizes, setting)
     fits = None if limit is None else needed.device <= limit

@@ -55,9 +55,14 @@ class Memory:
         return sum(self.parts[name] for name in self.on_host)
 
 
-def groups_of(model: nn.Module, optimizer: str) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups. The model may be on the meta device."""
-    return build_optimizer(model, OptimizerConfig(name=optimizer)).param_groups
+def groups_of(
+    model: nn.Module, optimizer: str, config: OptimizerConfig | None = None
+) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups, with the options and groups of a run's `config` if it is
+    that of the same optimizer. The model may be on the meta device."""
+    if config is None or config.name != optimizer:
+        config = OptimizerConfig(name=optimizer)
+    return build_optimizer(model, config).param_groups
 
 
 def elements_per_rank(sizes: Sequence[Mapping[str, int]], stage: int, world: int) -> int:
@@ -121,9 +126,15 @@ def _largest_matrix(groups: Sequence[Mapping[str, Any]]) -> int:
     return max((matrices.state_bytes([one], 0, 1)[0] for one in shapes.values()), default=0)
 
 
-def memory_of(model: nn.Module, setting: Setting, activations: Activations | None) -> Memory:
-    """What a rank needs. `activations`: of one micro-batch, None where they are not known."""
-    groups = groups_of(model, setting.optimizer)
+def memory_of(
+    model: nn.Module,
+    setting: Setting,
+    activations: Activations | None,
+    config: OptimizerConfig | None = None,
+) -> Memory:
+    """What a rank needs. `activations`: of one micro-batch, None where they are not known.
+    `config`: of the optimizer, as in `groups_of`."""
+    groups = groups_of(model, setting.optimizer, config)
     sizes = sizes_of(groups)
     parts = model_parts(sizes, setting) | {"optimizer": optimizer_bytes(groups, setting)}
     parts["weights"] += fixed_bytes(model, setting)

@@ -11,8 +11,10 @@ from torch import nn
 
 from harness.config import Config
 from harness.config.deepspeed_rules import half_precision, value_at
+from harness.config.engine_sections import OptimizerConfig
 from harness.config.load import load
 from harness.engine.attributes import Submodules
+from harness.engine.lora import adapt
 from harness.errors import ConfigError, did_you_mean
 from harness.huggingface.models import describe
 from harness.sizing.activations import Activations, call, trace
@@ -20,6 +22,7 @@ from harness.sizing.llama import Llama
 from harness.sizing.setting import OPTIMIZERS, Setting
 from harness.task import Task, load_task
 from harness.utils import import_path
+from harness.wrapper import freeze
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Subject:
     model: nn.Module
     batch: Callable[[Setting], Any]
     forward: Callable[[nn.Module, Any], Any] = call
+    optimizer: OptimizerConfig | None = None
+    """Of a run: with its options and groups."""
 
     def activations(self, setting: Setting) -> Activations:
         """Of one micro-batch. Raises ConfigError if the forward fails."""
@@ -93,11 +98,13 @@ def from_task(path: Path, engine: str | None, overrides: dict[str, Any]) -> tupl
         hint = did_you_mean(name, trained)
         raise ConfigError(f"{path}: no trained engine {name!r}{hint}; it has {', '.join(trained)}")
     setting = replace(setting_of(config, name), **overrides)
-    return of_task(load_task(config), name, f"{path}, engine {name}"), setting
+    return of_task(load_task(config), config, name, f"{path}, engine {name}"), setting
 
 
-def of_task(task: Task, name: str, title: str) -> Subject:
-    """A model of a task, which is left as it is. Raises ConfigError."""
+def of_task(task: Task, config: Config, name: str, title: str) -> Subject:
+    """The model of an engine, with its adapters and what is frozen; the task's is left as it is.
+    Raises ConfigError."""
+    engine = config.engines[name]
     built = task.models[name]
     model = _on_meta(built) if isinstance(built, nn.Module) else _built(built, title)
 
@@ -107,8 +114,12 @@ def of_task(task: Task, name: str, title: str) -> Subject:
             raise ConfigError("train_data is not a map-style dataset")
         return task.collate([data[index] for index in range(setting.micro_batch)])
 
-    meta = _checked(model, title).to("meta")
-    return Subject(title, meta, batch, lambda m, b: task.feeder(_Fed(name, m), b))
+    meta = _checked(model, title)
+    if engine.lora is not None:
+        adapt(meta, engine.lora)
+    freeze(meta, engine.frozen)
+    meta = _checked(meta, title).to("meta")
+    return Subject(title, meta, batch, lambda m, b: task.feeder(_Fed(name, m), b), engine.optimizer)
 
 
 def _on_meta(model: nn.Module) -> nn.Module:

@@ -130,7 +130,8 @@ def test_null_unsets_a_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     words = ("--run.seed=null", "--engines.Net.optimizer.betas=null", "--run.epochs=null")
     config = parsed(base, words=words)
     assert (config.run.seed, config.run.steps) == (0, 7)
-    assert config.engines["Net"].optimizer.args == {}
+    optimizer = config.engines["Net"].optimizer
+    assert optimizer is not None and optimizer.args == {}
     monkeypatch.setenv("HARNESS__RUN__STEPS", "null")
     assert parsed(base).run.steps == 1000
     assert parsed(base, words=("--run.steps=3",)).run.steps == 3

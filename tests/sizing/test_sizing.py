@@ -233,3 +233,20 @@ def test_a_module_in_the_working_directory_is_found(
     words = ["plan", "of_the_reader:build", "--no-activations"]
     run_plan(command_line().parse_args(words), printed.append)
     assert printed[0].startswith("of_the_reader:build: ")
+
+
+def test_options_groups_and_what_is_frozen_are_read(tmp_path: Path) -> None:
+    def planned(engine: str) -> dict[str, int]:
+        path = tmp_path / "mine.toml"
+        path.write_text(
+            f'extends = "{Path.cwd()}/launch/tasks/byte_lm.toml"\n[engines.lm]\n{engine}'
+        )
+        subject, setting = from_task(path, None, {})
+        return dict(memory_of(subject.model, setting, None, subject.optimizer).parts)
+
+    plain = planned("")
+    frozen = planned('frozen = ["blocks"]')
+    assert frozen["optimizer"] < plain["optimizer"] / 10
+    assert frozen["weights"] == plain["weights"]
+    ranks = [planned(f'optimizer = {{ name = "apollo", rank = {r} }}') for r in (1, 32)]
+    assert ranks[0]["optimizer"] < ranks[1]["optimizer"] < plain["optimizer"]
