@@ -51,9 +51,9 @@ def main() -> None:
     say(f"\n{'matrices':>22} {'optimizer':>16} {'ms/step':>9} {'/ AdamW':>8} {'state':>9}")
     for shape, count, rank in SIZES:
         times, state = in_turn(shape, count, optimizers(rank, official), options.steps)
+        what = f"{count} x {shape[0]} x {shape[1]}, r {rank}"
         for name, seconds in times.items():
             ratio = seconds / times["adamw foreach"]
-            what = f"{count} x {shape[0]} x {shape[1]}, r {rank}"
             say(f"{what:>22} {name:>16} {seconds * 1e3:9.2f} {ratio:8.2f} {megabytes(state[name])}")
         for other in times.keys() - {"apollo", "apollo-mini", "apollo_torch mini"}:
             ours, theirs = times["apollo"] * 1e3, times[other] * 1e3

@@ -25,7 +25,7 @@ def measure(steps: int, step_s: float, rounds: int) -> dict[str, float]:
     from harness.control.grammar import Grammar
     from harness.control.signals import Signals
 
-    bus = Bus(Grammar(["net"], {}), Signals(), str, None)
+    bus = Bus(Grammar(["net"], {}), Signals(), lambda query: (str(query), None), None)
     vector = distributed.StepVector()
     vector.add(bus)
 

@@ -95,7 +95,8 @@ def list_saves(directory: Path, disks: Disks) -> tuple[dict[str, float], set[str
     with checkpoint_error_on_all_ranks(doing):
         if disks.is_leader:
             own = {p.name: (may_hold_manifest(p), saved_at(p)) for p in steps_in(directory)}
-    newest, everywhere = distributed.all_reduce((own, set(own)) if disks.is_leader else None, _both)
+    found = distributed.all_reduce((own, set(own)) if disks.is_leader else None, _both)
+    newest, everywhere = found or ({}, set())
     names = sorted(newest, key=lambda name: (newest[name][1], name), reverse=True)
     return {name: newest[name][1] for name in names}, everywhere
 

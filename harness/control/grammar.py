@@ -20,7 +20,7 @@ from harness.control.commands import (
 from harness.control.live import live_keys, parse_value
 from harness.errors import CommandError, ConfigError, did_you_mean
 
-SYNONYMS: Mapping[str, str] = dict.fromkeys(("exit", "stop", "end", "kill", "q"), "quit")
+SYNONYMS: Mapping[str, str] = dict.fromkeys(["exit", "stop", "end", "kill", "q"], "quit")
 """What other programs call a command of ours."""
 MAX_QUOTED = 80  # characters of an invalid line that the answer repeats
 

@@ -100,7 +100,7 @@ class Failures:
         }
         # After this, each rank may end: the others have found it.
         self._prefix = f"harness/failures/{broadcast(uuid.uuid4().hex)}"
-        self._store: PrefixStore | None = None
+        self._store: Any = None
         self._told = False
         self._places_met = 0
         self._is_alone = False

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import (
@@ -87,7 +88,7 @@ class SharedNumbers:
 
     def _fill(self, texts: list[bytes], timeout_s: float) -> None:
         with suppress(DistError):  # not all in time, or the store is gone with its rank
-            store = PrefixStore(self._prefix, dist.distributed_c10d._get_default_store())
+            store: Any = PrefixStore(self._prefix, dist.distributed_c10d._get_default_store())
             near = [rank for rank, text in enumerate(texts) if text]
             store.multi_set([str(rank) for rank in near], [texts[rank] for rank in near])
             missing = [rank for rank, text in enumerate(texts) if not text]

@@ -102,7 +102,7 @@ def test_a_run_names_what_it_passes_over_and_keeps_what_has_no_manifest(
     assert text.index("skipped: ") < text.index("resumed from")
     assert f"resumed from {parent / 'step-00000002'}" in text
     steps = {f"step-0000000{step}" for step in (2, 4, 6, 8)}
-    assert names(parent) == {*steps, "latest", f"step-00000006{KEPT}"}
+    assert names(parent) == {*steps, "latest", "best", f"step-00000006{KEPT}"}
     assert (parent / f"step-00000006{KEPT}/rank-00001.pt").read_bytes() == rank_file
     assert "is replaced; the old one is kept as" in text
     for step in steps:

@@ -132,7 +132,7 @@ def test_mosaicml_streaming(tmp_path: Path, kind: str, workers: int, shuffle: bo
             return data
         return streaming.StreamingDataLoader(data, 2, num_workers=workers, collate_fn=ids)
 
-    keys = {} if kind == "loader" else {"workers": workers}
+    keys: Any = {} if kind == "loader" else {"workers": workers}
     assert each_once_a_pass(resumed_equals_uninterrupted(make, ids, **keys))
 
 
@@ -153,7 +153,7 @@ def test_litdata(tmp_path: Path, kind: str, workers: int, shuffle: bool) -> None
         keys: Any = {"num_workers": workers, "collate_fn": ids}
         return litdata.StreamingDataLoader(data, batch_size=2, **keys)
 
-    keys = {} if kind == "loader" else {"workers": workers}
+    keys: Any = {} if kind == "loader" else {"workers": workers}
     # An iterator of litdata 0.2.76 that is left in the middle, in the rank's own process, sometimes
     # closes the file that the next one has opened.
     found = resumed_equals_uninterrupted(make, ids, returns=workers > 0, **keys)

@@ -136,7 +136,7 @@ def test_models_that_do_not_fit_are_explained(two_ranks: RankPool, tmp_path: Pat
     agreed = two_ranks.run(*args, "torch.nn.Linear.__init__", [1])  # in the task
     for text in agreed:
         assert text.startswith("oom 75 of rank 1: rank 1: task ")
-    alone = two_ranks.run(*args, "harness.engine.engines.Engine", [0, 1])
+    alone = two_ranks.run(*args, "harness.engine.build.Engine", [0, 1])
     for rank, text in enumerate(alone):
         assert text.startswith(f"oom 75 of rank {rank}: out of memory on rank {rank}, in "), text
         assert "host: this rank" in text

@@ -49,7 +49,7 @@ class World:
         world = SimpleNamespace(
             global_rank=lambda: self.rank,
             world_size=lambda: size,
-            all_gather=lambda host: [f"node{rank}" for rank in range(size)],
+            gather=lambda host: [f"node{rank}" for rank in range(size)],
         )
         monkeypatch.setattr(stragglers, "distributed", world)
         monkeypatch.setattr(stragglers, "_totals", lambda: self.totals[self.rank])

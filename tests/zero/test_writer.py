@@ -9,7 +9,7 @@ import torch
 from harness import io
 from harness.convert.convert import Options, convert
 from harness.convert.resolve_source import resolve_source
-from harness.errors import HarnessError
+from harness.errors import HarnessError, counted
 from harness.run import run_in_world
 from harness.zero.reader import SavedEngine
 from tests.support.helpers import Pools, assert_equal, assert_same_optimizer, tiny_config
@@ -53,7 +53,7 @@ def test_plain_deepspeed_resumes(
     lines: list[str] = []
     options = Options(to_zero=stage, ranks=ranks, round_robin=round_robin)
     convert(first, resharded, options, lines.append)
-    assert f"global_step3 for {ranks} ranks at ZeRO {stage}" in lines[1]
+    assert f"global_step3 for {counted(ranks, 'rank')} at ZeRO {stage}" in lines[1]
     pools(ranks).run(train, now, 0, resharded, last)
     assert_same_optimizer(saved(last), saved(first))
     keys = [set(saved(last).state_keys(name)) for name in saved(last).shapes]

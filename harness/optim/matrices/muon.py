@@ -147,7 +147,7 @@ class Muon(MatrixOptimizer):
         super().__init__(params, defaults, DTYPES.get(ns_dtype), adam_lr)
 
     def _rules(self, group: ParamGroup) -> Rules:
-        return super()._rules(group) | {
+        return dict(super()._rules(group)) | {
             "momentum": lambda momentum: 0 <= momentum < 1,
             "nesterov": is_bool,
             "ns_steps": lambda steps: is_positive_int(steps) and steps < 100,

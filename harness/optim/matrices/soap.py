@@ -221,7 +221,7 @@ class Soap(MatrixOptimizer):
         return state
 
     def _rules(self, group: ParamGroup) -> Rules:
-        return super()._rules(group) | {
+        return dict(super()._rules(group)) | {
             "shampoo_beta": lambda beta: beta is None or 0 <= beta < 1,
             "precondition_frequency": is_positive_int,
             "max_precond_dim": lambda longest: type(longest) is int and longest >= 0,
