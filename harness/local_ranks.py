@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from harness.api import AnyConfig, AnyTask, train
@@ -23,7 +24,7 @@ from harness.result import Result
 from harness.zero.initialize import SLOW_IMPORTS
 
 PRELOADED = ["harness.run", *SLOW_IMPORTS]
-"""Imported once, by the process that the ranks are forked from."""
+"""Imported once without GPUs, by the process that the ranks are forked from."""
 GRACE_S = 60.0
 """How long the others may take to end, once a rank has failed."""
 _NAME = "harness-rank-"
@@ -47,7 +48,7 @@ def launch(
         raise ConfigError(f"ranks = {ranks}: expected at least 1")
     payload = _pickled((config, task, overrides))
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(PRELOADED)
+    server.set_forkserver_preload(preloaded())
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no stacks of C++ when a rank is lost
     # This process hosts the store, so that no other one can take its port.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -70,6 +71,13 @@ def launch(
             process.join()
             pipe.close()
         del store  # which an error's traceback would keep open
+
+
+def preloaded() -> list[str]:
+    """What the ranks' parent imports for them: nothing if that may ask for GPUs, as DeepSpeed does.
+    A process that is forked after CUDA was asked cannot use it."""
+    asks = torch.backends.cuda.is_built() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    return [] if asks else PRELOADED
 
 
 def _pickled(payload: tuple[AnyConfig, AnyTask, Mapping[str, Any] | None]) -> bytes:

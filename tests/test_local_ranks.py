@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import harness
 from harness import local_ranks
@@ -23,6 +24,51 @@ def test_ranks_train_together(tmp_path: Path) -> None:
     config = test_api.tables(tmp_path, stage=2)
     result = harness.launch(test_api.build, ranks=2, config=config)
     assert result.metrics["samples"] == 4 * 2 * 4 and result.ended == "complete"
+
+
+ASKING = """
+import importlib, torch
+
+def is_available():
+    print("asked for GPUs")
+    return False
+
+torch.cuda.device_count = lambda: 1
+torch.cuda.is_available = is_available
+torch.backends.cuda.is_built = lambda: True
+from harness.local_ranks import preloaded
+for name in preloaded():
+    importlib.import_module(name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accelerator", [None, "cpu"])
+def test_the_parent_of_the_ranks_does_not_ask_for_gpus(accelerator: str | None) -> None:
+    """It would be "Cannot re-initialize CUDA in forked subprocess" in every rank."""
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+    environment |= {"DS_ACCELERATOR": accelerator} if accelerator else {}
+    command = [sys.executable, "-c", ASKING]
+    asked = subprocess.check_output(command, env=environment, text=True)
+    assert not asked
+
+
+def test_with_a_torch_for_gpus_nothing_is_imported_for_the_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert local_ranks.preloaded() == []
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert local_ranks.preloaded() == local_ranks.PRELOADED
+
+
+@pytest.mark.slow
+def test_ranks_train_without_anything_imported_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.local_ranks.preloaded", list)
+    test_ranks_train_together(tmp_path)
 
 
 @pytest.mark.slow
