@@ -36,12 +36,13 @@ def one_run() -> Iterator[None]:
 @contextmanager
 def restored() -> Iterator[None]:
     """After the context, as before it: environment variables, random generators, the log's
-    handlers, warnings' filters, torch's threads, `sys.excepthook`, which torch wraps for each
-    process group, and where modules are imported from.
+    handlers, warnings' filters, torch's threads and GPU, `sys.excepthook`, which torch wraps for
+    each process group, and where modules are imported from.
 
     A task's modules are imported again by the next run. Memory of the run is freed.
     """
     environment, generators = dict(os.environ), rng_state()
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     threads, path, modules = torch.get_num_threads(), list(sys.path), set(sys.modules)
     logger = logging.getLogger("harness")
     log = logger.level, logger.propagate, list(logger.handlers)
@@ -55,6 +56,8 @@ def restored() -> Iterator[None]:
         logger.setLevel(log[0])
         logger.propagate, logger.handlers = log[1:]
         torch.set_num_threads(threads)
+        if gpu is not None:
+            torch.cuda.set_device(gpu)  # whose generator was kept
         set_rng_state(generators)
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]

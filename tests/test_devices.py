@@ -12,6 +12,7 @@ from harness.checkpoint.save import step_back
 from harness.checkpoint.snapshot import Snapshots
 from harness.errors import ConfigError
 from harness.offload.backends import CpuBackend, CudaBackend, default_backend
+from harness.process_state import restored
 
 
 @pytest.fixture
@@ -53,6 +54,29 @@ def test_a_thread_uses_the_gpu_of_its_rank(gpu: pytest.MonkeyPatch, begin: Any) 
     with ThreadPoolExecutor(1, "save", initializer=begin) as thread:
         thread.submit(int).result()
     assert used == [("save_0", torch.device("cuda", 3))]
+
+
+def test_after_a_run_the_gpu_and_its_generator_are_those_of_before(
+    gpu: pytest.MonkeyPatch,
+) -> None:
+    current, generators = [2], {2: "before", 5: "other"}
+
+    def set_device(device: int) -> None:
+        current[0] = device
+
+    def set_state(state: str) -> None:
+        generators[current[0]] = state
+
+    gpu.setattr(torch.cuda, "is_initialized", lambda: True)
+    gpu.setattr(torch.cuda, "current_device", lambda: current[0])
+    gpu.setattr(torch.cuda, "set_device", set_device)
+    gpu.setattr(torch.cuda, "get_rng_state", lambda: generators[current[0]])
+    gpu.setattr(torch.cuda, "set_rng_state", set_state)
+    gpu.setattr(torch.cuda, "empty_cache", lambda: None)
+    with restored():
+        torch.cuda.set_device(5)
+        generators.update({2: "changed", 5: "of the run"})
+    assert current == [2] and generators == {2: "before", 5: "of the run"}
 
 
 class Runtime:
