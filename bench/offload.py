@@ -32,6 +32,8 @@ from harness import offload
 
 SHAPES = {"1b": (2048, 16, 16), "7b": (4096, 32, 32)}
 """Width, layers, heads."""
+DEVICE = "cuda"
+"""Of the GPU part."""
 
 say = sys.stdout.write
 
@@ -91,7 +93,7 @@ class Blocks(nn.Module):
 
         super().__init__()
         args = ByteLMArgs(dim=width, layers=layers, heads=heads)
-        with torch.device("cuda"):
+        with torch.device(DEVICE):
             self.blocks = nn.ModuleList(Block(args).to(torch.bfloat16) for _ in range(layers))
         self.width, self.head_size = width, width // heads
         self.call: Callable[..., Tensor] = lambda block, *inputs: block(*inputs)
@@ -106,6 +108,16 @@ class Blocks(nn.Module):
 
 
 @contextmanager
+def called_by(model: Blocks, call: Callable[..., Any]) -> Iterator[None]:
+    """How the blocks are called within the context; also if a step does not fit."""
+    original, model.call = model.call, call
+    try:
+        yield
+    finally:
+        model.call = original
+
+
+@contextmanager
 def plain(model: Blocks) -> Iterator[AbstractContextManager[Any]]:
     """Everything that autograd saves stays on the device."""
     yield nullcontext()
@@ -114,9 +126,8 @@ def plain(model: Blocks) -> Iterator[AbstractContextManager[Any]]:
 @contextmanager
 def checkpointed(model: Blocks) -> Iterator[AbstractContextManager[Any]]:
     """torch's checkpointing."""
-    original, model.call = model.call, partial(checkpoint, use_reentrant=False)
-    yield nullcontext()
-    model.call = original
+    with called_by(model, partial(checkpoint, use_reentrant=False)):
+        yield nullcontext()
 
 
 @contextmanager
@@ -139,9 +150,8 @@ def deepspeed_offload(model: Blocks) -> Iterator[AbstractContextManager[Any]]:
         context.mark(x)  # as it does itself in blocks of transformers
         return checkpoint(block, x, *angles, use_reentrant=False)
 
-    original, model.call = model.call, call
-    yield context
-    model.call = original
+    with called_by(model, call):
+        yield context
 
 
 @contextmanager
@@ -150,17 +160,19 @@ def offloaded(
 ) -> Iterator[AbstractContextManager[Any]]:
     """This package."""
     plan = offload.attach(model, fraction="all", **settings)
-    yield nullcontext()
-    torch.cuda.synchronize()
-    stats(plan.stats())
-    plan.detach()
+    try:
+        yield nullcontext()
+        torch.cuda.synchronize()
+        stats(plan.stats())
+    finally:
+        plan.detach()
 
 
 def step(model: Blocks, context: AbstractContextManager[Any], length: int) -> float:
     """Seconds of a forward and a backward."""
     torch.cuda.synchronize()
     started = time.perf_counter()
-    x = torch.randn(1, length, model.width, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1, length, model.width, device=DEVICE, dtype=torch.bfloat16)
     with context:
         model(x).square().mean().backward()
     model.zero_grad()
