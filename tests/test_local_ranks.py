@@ -16,7 +16,6 @@ import torch
 import harness
 from harness import local_ranks
 from harness.errors import ConfigError, LostRank, TaskError
-from harness.local_ranks import PRELOADED, preloaded
 from tests import test_api
 from tests.support.helpers import ROOT
 
@@ -59,9 +58,9 @@ def test_with_a_torch_for_gpus_nothing_is_imported_for_the_ranks(
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    assert preloaded() == []
+    assert local_ranks.preloaded() == []
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert preloaded() == PRELOADED
+    assert local_ranks.preloaded() == local_ranks.PRELOADED
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import platform
 import re
 import socket
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +19,7 @@ from harness import __version__
 PACKAGES = ("torch", "deepspeed", "numpy", "triton", "apollo-torch", "peft")
 PATH = re.compile(r"(?<![\w.])/(?:[\w.+@-]+/)+")
 """The directories of an absolute path."""
+ADDRESS = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}\b")
 
 
 def machine() -> dict[str, Any]:
@@ -48,17 +50,26 @@ def _commit() -> str:
 
 
 def without_names(value: Any) -> Any:
-    """A result without directories, host name and user."""
+    """A result without directories, host names, addresses and user."""
     if isinstance(value, dict):
         return {without_names(key): without_names(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_names(item) for item in value]
     if not isinstance(value, str):
         return value
-    text = PATH.sub("", value)
-    for name, stand_in in ((socket.gethostname(), "HOST"), (getpass.getuser(), "USER")):
-        text = re.sub(rf"\b{re.escape(name)}\b", stand_in, text)
+    text = ADDRESS.sub("ADDRESS", PATH.sub("", value))
+    host = re.escape(socket.gethostname().partition(".")[0])
+    text = re.sub(rf"\b{host}\b(\.[a-zA-Z][\w-]*)*", "HOST", text)
+    if user := _user():
+        text = re.sub(rf"\b{re.escape(user)}\b", "USER", text)
     return text
+
+
+def _user() -> str:
+    """Empty in a container whose user has no name."""
+    with suppress(KeyError, OSError):
+        return getpass.getuser()
+    return ""
 
 
 def write(report: dict[str, Any], file: Path) -> None:
