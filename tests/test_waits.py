@@ -12,6 +12,7 @@ import torch
 
 from harness import devices, distributed
 from harness.config import Config
+from harness.engine.models import engine_settings
 from harness.optim import Apollo
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
@@ -131,6 +132,15 @@ def test_on_a_gpu_waits_are_counted_by_torchs_warnings(monkeypatch: pytest.Monke
         read_on_device()
         warnings.warn("another one", stacklevel=2)
     assert list(waits.values()) == [2] and len(shown) == 1
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_deepspeeds_timer_which_waits_twice_a_step_is_off(tmp_path: Path, asked: bool) -> None:
+    engine = config_of(tmp_path, 2, "bf16").engines["lm"]
+    if asked:
+        timers = {"timers": {"throughput": {"enabled": True}}}
+        engine = engine.model_copy(update={"ds_overrides": engine.ds_overrides | timers})
+    assert engine_settings(engine, 1)["timers"]["throughput"]["enabled"] is asked
 
 
 CASES = [(0, "fp32"), (1, "bf16"), (3, "bf16")]
