@@ -31,6 +31,8 @@ CHUNK = 1 << 20
 LONGEST_LINE = 100_000
 SECONDS_OF_SILENCE = 60.0
 """After which a connection counts as lost."""
+SLOWEST_DISK = 20e6
+"""Bytes per s: how long an answer may take, for which the receiver reads and syncs the file."""
 SEND, HAVE = "send", "have"
 """What a receiver answers to a request, if nothing is wrong."""
 
@@ -141,6 +143,7 @@ def send(
         try:
             with socket.create_connection(to, SECONDS_OF_SILENCE) as connection:
                 close_in_forks(connection.fileno())
+                connection.settimeout(SECONDS_OF_SILENCE + manifest.files[file].size / SLOWEST_DISK)
                 request = {"name": source.name, "saved_at": manifest.saved_at, "file": file}
                 _tell(connection, f"{token}\n{json.dumps(request)}")
                 with connection.makefile("rb") as stream:

@@ -19,7 +19,8 @@ import pytest
 
 from harness.distributed.network import bounded, choose_interface
 from harness.errors import LostRank
-from tests.support.helpers import ROOT
+from harness.io import load
+from tests.support.helpers import ROOT, assert_equal
 from tests.support.jobs import log_of, steps_of, until, written_config
 from tests.support.nodes import Node, Pair, environment, two_nodes, why_not
 
@@ -205,3 +206,75 @@ def test_what_has_no_timeout_ends_the_process() -> None:
         process.start()
     process.join(timeout=30)
     assert process.exitcode == LostRank.code
+
+
+# Each node its own disk, of which a neighbour has copies
+
+
+def on_own_disk(node: Node, directory: Path) -> None:
+    """Gives a node an empty disk for the run directory, which nobody else sees."""
+    runs = directory / "runs"
+    runs.mkdir(exist_ok=True)
+    subprocess.run(node.command(Path("/"), "umount", "-l", runs), capture_output=True)
+    node.run("mount", "-t", "tmpfs", "tmpfs", str(runs))
+
+
+def start_on(nodes: Sequence[Node], directory: Path, *words: str) -> list["subprocess.Popen[str]"]:
+    """Starts a rank of the run on each of these nodes, without a launcher."""
+    words = ("--trainer.save_every=5", "--checkpoint.replicas=1", *words)
+    world = [f"WORLD_SIZE={len(nodes)}", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1"]
+    world += ["MASTER_ADDR=node1", "MASTER_PORT=29500"]
+    return [
+        start(node, directory, ["env", *world, f"RANK={rank}", sys.executable], *words)
+        for rank, node in enumerate(nodes)
+    ]
+
+
+def log_on(node: Node, directory: Path) -> str:
+    words = node.command(Path("/"), "cat", directory / "runs/tiny/log.txt")
+    return subprocess.run(words, capture_output=True, text=True).stdout
+
+
+def completed(jobs: Sequence["subprocess.Popen[str]"], node: Node, directory: Path) -> str:
+    """The log of a run, once it is complete. Its disk is copied to `results`."""
+    codes = [job.wait(timeout=600) for job in jobs]
+    assert set(codes) == {0}, (directory / f"{node.name}.output").read_text()
+    shutil.rmtree(directory / "results", ignore_errors=True)
+    node.run("cp", "-r", str(directory / "runs/tiny"), str(directory / "results"))
+    return log_on(node, directory)
+
+
+@needs("env")
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_node_is_destroyed_with_its_disk(pair: Pair, tmp_path: Path) -> None:
+    """The run goes on with a fresh one, to the bit; and on the one that is left."""
+    nodes = (pair.first, pair.second)
+    for node in nodes:
+        on_own_disk(node, tmp_path)
+    jobs = start_on(nodes, tmp_path, "--run.steps=1000000")
+    until(lambda: log_on(pair.first, tmp_path).count("is safe on two nodes") > 1, jobs[0], 600)
+    for process in pair.second.processes():
+        process.kill()
+    safe = re.findall(r"step-0*(\d+) is safe on two nodes", log_on(pair.first, tmp_path))
+    on_own_disk(pair.second, tmp_path)
+    assert jobs[0].wait(timeout=200) != 0
+    pair.first.run("cp", "-r", str(tmp_path / "runs/tiny"), str(tmp_path / "left"))
+
+    steps = f"--run.steps={int(safe[-1]) + 50}"
+    log = completed(start_on(nodes, tmp_path, steps), pair.first, tmp_path)
+    resumed = re.findall(r"resumed from .*/step-0*(\d+)\n", log)
+    assert int(resumed[-1]) >= int(safe[-1])
+    weights = load(tmp_path / f"results/exports/step-{int(safe[-1]) + 50:08d}/net.sft")
+
+    on_own_disk(pair.first, tmp_path)
+    pair.first.run("cp", "-r", str(tmp_path / "left"), str(tmp_path / "runs/tiny"))
+    log = completed(start_on(nodes[:1], tmp_path, steps), pair.first, tmp_path)
+    assert re.findall(r"resumed from .*/step-0*(\d+)\n", log)[-1] == resumed[-1]
+    assert "on 1 rank (cpu), rank 0 on node1" in log
+
+    for node in nodes:
+        on_own_disk(node, tmp_path)
+    completed(start_on(nodes, tmp_path, steps), pair.first, tmp_path)
+    reference = tmp_path / f"results/exports/step-{int(safe[-1]) + 50:08d}/net.sft"
+    assert_equal(weights, load(reference))
