@@ -9,10 +9,10 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
+from operator import or_
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from harness import distributed
 from harness.checkpoint.completeness import common_manifest
@@ -102,7 +102,7 @@ def forget_marks(parent: Path, disks: Disks) -> None:
     with checkpoint_error_on_all_ranks(f"cannot list {parent}"):
         if disks.is_leader:
             marked = [p.name for p in checkpoints_in(parent) if (p / SAFE).exists()]
-    names = sorted(set().union(*distributed.all_gather(marked)))
+    names = sorted(distributed.all_reduce(set(marked), or_))
     for directory in [parent / name for name in names]:
         try:
             is_safe = min(_counts(directory, common_manifest(directory), disks)) > 1
@@ -118,5 +118,5 @@ def _counts(directory: Path, manifest: Manifest, disks: Disks) -> list[int]:
     files = manifest.files.items()
     has = [disks.is_leader and entry.is_at(directory / name) for name, entry in files]
     counts = torch.tensor(has, dtype=torch.int32)
-    dist.all_reduce(counts, group=distributed.control_group())
+    distributed.all_reduce_sum(counts)
     return counts.tolist()

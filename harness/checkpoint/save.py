@@ -147,8 +147,6 @@ class Saver:
         target = step_directory(self.directory, self._engines.global_step, pinned)
         staged = target.with_name(f"{target.name}.tmp")
         needed = self.disks.sum(sum(map(bytes_of, trees.values())))
-        now = max(time.time(), self._saved_at + 1e-3)  # a clock may be set back
-        self._saved_at, metrics = distributed.broadcast((now, metrics))
         manifest = self._manifest(metrics, pinned)
         background = self._live.config.checkpoint.background
         try:
@@ -172,8 +170,7 @@ class Saver:
         if self._memory is None or self._memory.is_copying:
             return
         trees = self._collect()
-        manifest = distributed.broadcast(self._manifest({}, None))
-        self._saved_at = manifest.saved_at
+        manifest = self._manifest({}, None)
         finite = all(engine.weights_are_finite() for engine in self._engines.trained)
         self._memory.save(manifest, trees, finite)
 
@@ -320,6 +317,9 @@ class Saver:
         return trees
 
     def _manifest(self, metrics: dict[str, float], pinned: str | None) -> Manifest:
+        """Without files, the same on every rank. Collective."""
+        now = max(time.time(), self._saved_at + 1e-3)  # a clock may be set back
+        self._saved_at, metrics = distributed.broadcast((now, metrics))
         return Manifest(
             step=self._engines.global_step,
             world_size=distributed.world_size(),

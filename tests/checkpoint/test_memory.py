@@ -12,6 +12,7 @@ import pytest
 from harness import memory_files
 from harness.checkpoint.memory import Memory
 from harness.config import Config
+from harness.convert.run_checkpoints import saved_at
 from harness.run import run_in_world
 from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool
@@ -100,6 +101,9 @@ def test_a_dead_process(pools: Pools, tmp_path: Path, stage: int, hosts: str) ->
         run_pool(pools(2), hosts, tmp_path, killed_in, "forward", details, remembering(stage))
     step = {"aa": 5, "ab": 4}[hosts]  # the last one's copies
     assert f"step-{step:08d}" in kept(tmp_path)
+    on_disk = run_on(tmp_path).run_dir.glob("checkpoints/step-*")
+    saves = [*tmp_path.glob("a/shm/*/checkpoints/step-*"), *on_disk]
+    assert len(set(map(saved_at, saves))) == len(saves)  # the newest one is told by its time
     if hosts == "ab":
         (tmp_path / "b").rename(tmp_path / "lost")
     run_pool(pools(2), hosts, tmp_path, run_in_world, remembering(stage))
