@@ -110,7 +110,8 @@ def _answers(pipes: Sequence[Connection], processes: Sequence[BaseProcess]) -> l
         try:
             waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in answers}
             ready = wait(list(waiting), deadline and max(0.0, deadline - time.monotonic()))
-            for rank in sorted(waiting[pipe] for pipe in ready):  # pyright: ignore
+            # `wait` is typed for sockets and numbers as well; it returns some of what it was given.
+            for rank in sorted(waiting[pipe] for pipe in ready):  # pyright: ignore[reportArgumentType]
                 answers[rank] = _answer(pipes[rank], rank, processes[rank])
                 if isinstance(answers[rank], Exception):
                     deadline = deadline or time.monotonic() + GRACE_S

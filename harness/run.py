@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import getdoc
 from pathlib import Path
-from typing import Any
 
 from harness import distributed, startup
 from harness.callbacks.moments import Callbacks
@@ -53,7 +52,7 @@ from harness.logs import configure_logging, set_deepspeed_level
 from harness.memory_files import memory_directory
 from harness.metrics.closing import Closing
 from harness.metrics.progress import Progress
-from harness.metrics.recorder import Recorder, TaskSink
+from harness.metrics.recorder import Recorder, open_task_sink
 from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
 from harness.metrics.status import Status
 from harness.metrics.tracker_sink import open_trackers
@@ -342,19 +341,14 @@ def _open_task_sinks(
     sinks: list[Sink] = []
     with distributed.raise_on_all_ranks("Task.sinks"):
         for sink in task.sinks if distributed.is_global_leader() else ():
-            opened = TaskSink(_made(sink, config), callbacks.fail)
+            opened = open_task_sink(sink, config, callbacks.fail)
             sinks.append(stack.enter_context(opened))
     return sinks
 
 
-def _made(sink: Any, config: Config) -> Sink:
-    """A sink, or what a function or a class of sinks returns."""
-    if isinstance(sink, type) or not isinstance(sink, Sink):
-        return sink(config)
-    return sink
-
-
 def _log_start(live: LiveConfig, engines: Engines) -> None:
+    for event in live.events.beyond(live.config.run.steps):
+        log_warning("%s: the run ends before it, at step %d", event, live.config.run.steps)
     for name, engine in engines.items():
         parameters = sum(map(full_numel, engine.module.parameters()))
         log.info(

@@ -44,13 +44,17 @@ def environment_overrides(environ: Mapping[str, str], tables: Mapping[str, Any])
     """The settings in variables like `HARNESS__RUN__STEPS`, as nested tables.
 
     Names are in lower case, except for those that `tables`, read from files, has in another one.
+    Raises ConfigError for a variable that names no key.
     """
     overrides: dict[str, Any] = {}
     for name in sorted(environ):
         if not name.startswith(VARIABLE):
             continue
         path, table = [], tables
-        for part in name.removeprefix(VARIABLE).split("__"):
+        parts = name.removeprefix(VARIABLE).split("__")
+        if not all(parts):
+            raise ConfigError(f"environment: {name} names no key: expected {VARIABLE}SECTION__KEY")
+        for part in parts:
             known = (key for key in table if key.lower() == part.lower())
             path.append(next(known, part.lower()))
             inner = table.get(path[-1])

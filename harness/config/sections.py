@@ -28,12 +28,14 @@ LIVE: dict[str, Any] = {"live": True}
 def expand_path(path: Any) -> Any:
     """A path with `~`, `$NAME` and `${NAME}` replaced, as a shell does it.
 
-    Raises ValueError if there is no such user, or the variable is not set.
+    Raises ValueError if there is no such user, the variable is not set, or a brace is not closed.
     """
     if not isinstance(path, str):
         return path
-    for match in re.finditer(r"\$(?:(\w+)|\{(\w+)\})", path):
+    for match in re.finditer(r"\$(?:(\w+)|\{(\w+)\}|\{)", path):
         name = match[1] or match[2]
+        if name is None:
+            raise ValueError(f"found {path!r}: expected ${{NAME}} at {path[match.start() :]!r}")
         if name not in os.environ:
             raise ValueError(f"found {path!r}: the environment variable {name} is not set")
     expanded = os.path.expandvars(path)

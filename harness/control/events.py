@@ -79,6 +79,10 @@ class Events:
                 continue
             self.add(command, step, at=at, every=every).is_configured = True
 
+    def beyond(self, last_step: int) -> list[Event]:
+        """Those that a run of so many steps does not reach."""
+        return [event for event in self if (event.at or event.every or 0) > last_step]
+
     def clear(self, id: int | None = None) -> list[Event]:
         """Removes one event (None: all), and returns the removed ones."""
         removed = [event for event in self if id in (None, event.id)]

@@ -19,7 +19,7 @@ from harness.engine.edits import Edits
 from harness.engine.ema import Ema, remove_average
 from harness.engine.explained import explained
 from harness.engine.kept_buffers import KeptBuffers
-from harness.engine.lora import adapt
+from harness.engine.lora import adapt, check_alpha
 from harness.engine.models import engine_settings, settings_named
 from harness.engine.overrides import Overrides
 from harness.engine.turns import Peers, Turn, zero_gradients
@@ -378,8 +378,7 @@ class Engine:
         self.edits.forget()
         if self.role == "teacher":
             return
-        saved_alpha = state.get("lora_alpha", self._lora_alpha)
-        self._check_unchanged("lora.alpha", self._lora_alpha, saved_alpha)
+        check_alpha(self.name, self._lora_alpha, state.get("lora_alpha", self._lora_alpha))
         if self._ema is None:
             remove_average(self.ds)
         for group, chosen in zip(self.ds.optimizer.param_groups, self._chosen, strict=True):

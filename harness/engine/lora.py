@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.config.engine_sections import LoraConfig
-from harness.errors import ConfigError
+from harness.errors import CheckpointError, ConfigError
 from harness.io import save
 from harness.wrapper import disable_encoder_fast_path
 
@@ -61,6 +61,17 @@ def adapt(model: nn.Module, settings: LoraConfig) -> list[str]:
             raise ConfigError(f"lora.targets: {name!r} {reason}")
     disable_encoder_fast_path(model)
     return list(layers)
+
+
+def check_alpha(engine: str, alpha: float | None, saved: float | None) -> None:
+    """Raises CheckpointError if the adapters of a checkpoint were trained with another alpha."""
+    if alpha != saved:
+        raise CheckpointError(
+            f"engine {engine!r}: lora.alpha is {alpha} in the config, and {saved} in the "
+            "checkpoint, whose adapters were trained with it: restore the old value, or set "
+            "run.resume_changed = 'fit' to continue with the new one, or start a new run under "
+            "another run.name"
+        )
 
 
 def _kept(model: nn.Module, earlier: Any, wanted: Any) -> list[str]:

@@ -1,9 +1,11 @@
 """Where the records of a run go: its sinks."""
 
 import logging
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
+from harness.config import Config
 from harness.errors import HarnessError, TaskError
 from harness.metrics.sinks import EVENT, Sink
 
@@ -24,6 +26,20 @@ class Recorder:
     def event(self, step: int, event: str, text: object) -> None:
         """That something happened after a step, to every sink."""
         self.write({"step": step, EVENT: event, "text": str(text)})
+
+
+def open_task_sink(sink: Any, config: Config, fail: Callable[[HarnessError], None]) -> "TaskSink":
+    """A sink of the task's: itself, or what a function or a class of sinks returns. `fail` is told
+    of its errors. Raises TaskError, which names it, if it cannot be opened."""
+    if not isinstance(sink, type) and isinstance(sink, Sink):
+        return TaskSink(sink, fail)
+    try:
+        return TaskSink(sink(config), fail)
+    except HarnessError:
+        raise
+    except Exception as error:
+        name = getattr(sink, "__name__", type(sink).__name__)
+        raise TaskError(f"sink {name}, at the start:\n{traceback.format_exc()}") from error
 
 
 class TaskSink:

@@ -275,6 +275,13 @@ class Listing:
         self.is_closed = True
 
 
+class Unopened(Listing):
+    """A sink that cannot be opened."""
+
+    def __init__(self, config: Config) -> None:
+        raise OSError("no connection")
+
+
 def listed(config: Config) -> tuple[bool, list[Any], list[Any]]:
     """What two sinks are given: one that is made of its class, one that is."""
     made, given = [], Listing()
@@ -300,8 +307,9 @@ def test_sinks_are_given_all_records_on_rank_0(two_ranks: RankPool, tmp_path: Pa
 
 
 def failing_sink(config: Config, step: int | str) -> str:
+    sink = Unopened if step == "start" else Listing(step)
     try:
-        run_in_world(config, None, lambda config: tiny(config, sinks=[Listing(step)]))
+        run_in_world(config, None, lambda config: tiny(config, sinks=[sink]))
     except TaskError as error:
         return str(error)
     return ""
@@ -318,3 +326,10 @@ def test_a_sink_that_fails_ends_the_run_on_all_ranks(
 def test_a_sink_that_cannot_be_closed_is_named(two_ranks: RankPool, tmp_path: Path) -> None:
     errors = two_ranks.run(failing_sink, tiny_config(tmp_path, run={"steps": 1}), "close")
     assert errors == ["sink Listing, close: OSError: no connection", ""]
+
+
+def test_a_sink_that_cannot_be_opened_is_named(two_ranks: RankPool, tmp_path: Path) -> None:
+    errors = two_ranks.run(failing_sink, tiny_config(tmp_path), "start")
+    assert len(set(errors)) == 1
+    assert errors[0].startswith("rank 0: sink Unopened, at the start:\nTraceback")
+    assert errors[0].endswith("OSError: no connection\n")

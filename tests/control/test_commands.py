@@ -291,3 +291,12 @@ def test_events_of_the_config_survive_a_resume_once() -> None:
     events.clear(1)
     resumed.load_state_dict(events.state_dict(), 4)
     assert [event.command for event in resumed] == ["save"]
+
+
+def test_events_that_the_run_does_not_reach_are_known() -> None:
+    tables = [{"command": "save", key: step} for key in ("at", "every") for step in (6, 7)]
+    events = configured(*tables)
+    assert [str(event) for event in events.beyond(6)] == [
+        "event 2: save@7 (config)",
+        "event 4: save every 7 (config)",
+    ]

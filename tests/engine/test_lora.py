@@ -141,6 +141,7 @@ def test_a_checkpoint_of_other_adapters_is_refused(
     assert "'first.lora_A.default.weight' has the shape (4, 6) in this run, and (3, 6)" in error
     (error, _) = two_ranks.run(error_of, config_of(tmp_path, 2, lora=LORA | {"alpha": 24}))
     assert "engine 'net': lora.alpha is 24.0 in the config, and 12.0 in the checkpoint" in error
+    assert "or set run.resume_changed = 'fit' to continue with the new one" in error
 
 
 class Mixed(nn.Module):
