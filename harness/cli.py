@@ -97,16 +97,16 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `harness inspect`."""
-    parser.add_argument("path", type=Path, help="run directory, checkpoint, .sft or .pt")
+    parser.add_argument("path", help="run directory, checkpoint, .sft or .pt; or a store's URL")
     parser.add_argument("--verify", action="store_true", help="read all data, and check every CRC")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
     """Prints what a path contains."""
-    from harness.checkpoint.inspect import describe_path
+    from harness.checkpoint.inspect import describe
 
     try:
-        sys.stdout.writelines(f"{line}\n" for line in describe_path(args.path, args.verify))
+        sys.stdout.writelines(f"{line}\n" for line in describe(args.path, args.verify))
     finally:
         sys.stdout.flush()  # before the error, if there is one
     return 0

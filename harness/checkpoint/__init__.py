@@ -16,9 +16,9 @@ Its files, from the top down:
     neighbours.py        another node as the place of copies
     transfer.py          files of checkpoints from one node to another
     copies.py            committed checkpoints in another place as well, behind the training
+    inspect.py           what a run or a checkpoint holds
     remote_store.py      a run's checkpoints in an object store, by fsspec
     export.py            plain weights
-    inspect.py           what a run or a checkpoint holds
     describe_weights.py  what an .sft, a .pt or an engine's files hold
     copy_missing.py      copies files to the nodes that read them
     compatible.py        whether one fits the run: engines, optimizers, models

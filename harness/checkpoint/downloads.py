@@ -16,7 +16,7 @@ from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
-from harness.checkpoint.remote_store import PARALLEL_FILES, Store, local_name
+from harness.checkpoint.remote_store import PARALLEL_FILES, Store, local_name, split_url
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import MANIFEST
 from harness.errors import CheckpointError
@@ -43,9 +43,7 @@ def download(wanted: str, store: Store | None, parent: Path, disks: Disks) -> st
 
 def _download_requested(url: str, parent: Path, disks: Disks) -> Path:
     """The checkpoint at a URL, or the newest good one below it."""
-    base, _, last = url.rstrip("/").rpartition("/")
-    if not last.startswith("step-"):
-        base, last = url, ""
+    base, last = split_url(url)
     with distributed.raise_on_all_ranks(f"run.resume = {url!r}"):
         store = Store(base)
         known = store.checkpoints(not last) if distributed.is_global_leader() else {}

@@ -12,6 +12,15 @@ from harness.errors import CheckpointError, UnreadableCheckpoint, counted, missi
 from harness.health import goodput
 
 
+def describe(what: str, verify: bool = False) -> Iterator[str]:
+    """`describe_path`, or of a URL `describe_url`."""
+    if "://" not in what:
+        return describe_path(Path(what), verify)
+    if verify:
+        raise CheckpointError(f"{what}: --verify reads files of a disk: download the checkpoint")
+    return describe_url(what)
+
+
 def describe_path(path: Path, verify: bool = False) -> Iterator[str]:
     """Lines that describe a run directory with its ledger, a checkpoint, a file of weights, or what
     `resolve_source` takes of another directory.
@@ -48,22 +57,55 @@ def _describe_run(path: Path, directories: list[Path], verify: bool) -> Iterator
         raise CheckpointError(f"{path}: {'; '.join(reports)}")
 
 
-def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
+def describe_url(url: str) -> Iterator[str]:
+    """Lines that describe the checkpoints below a URL, or the one at it. Of each file the size is
+    looked at, and nothing else is read. Raises CheckpointError as `describe_path`."""
+    from harness.checkpoint.remote_store import Store, split_url  # imports fsspec
+
+    base, wanted = split_url(url)
+    store, broken = Store(base), []
+    found = store.checkpoints()
+    if not found or (wanted and wanted not in found):
+        there = ", ".join(found) or "none"
+        raise CheckpointError(f"{url}: expected a checkpoint, or a run's; found there: {there}")
+    for name in [wanted] if wanted else found:
+        manifest = found[name]
+        yield from _describe_manifest(f"{store.url}/{name}", manifest)
+        files = manifest.files.items()
+        missing = [file for file, entry in files if not store.has(name, file, entry.size)]
+        for file, entry in files:
+            note = "  missing, or of another size" if file in missing else ""
+            yield f"  {bytes_text(entry.size)}  {file}{note}"
+        total = bytes_text(sum(entry.size for _, entry in files))
+        yield f"  {total}  in total, sizes checked{': complete' if not missing else ''}"
+        broken += [name] if missing else []
+    if broken:
+        raise CheckpointError(f"{url}: damaged or incomplete in the store: {', '.join(broken)}")
+
+
+def _describe_manifest(
+    path: Path | str, manifest: Manifest, is_best: bool = False, is_safe: bool = False
+) -> Iterator[str]:
     saved_at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.saved_at))
     pinned = f", pinned as {manifest.pinned}" if manifest.pinned else ""
-    if (best := linked_in(path.parent)) is not None and path.name in (BEST, best.name):
-        pinned += ", the best"
+    best = ", the best" if is_best else ""
     ranks = counted(manifest.world_size, "rank")
-    yield f"{path}: step {manifest.step}, {ranks}, saved {saved_at}{pinned}"
+    yield f"{path}: step {manifest.step}, {ranks}, saved {saved_at}{pinned}{best}"
     yield "  " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     for name, engine in manifest.engines.items():
         kind = f"{engine.dtype}, optimizer {engine.optimizer}"
         yield f"  engine {name}: ZeRO stage {engine.zero_stage}, {kind}"
-    safe = "safe: every file is on two nodes" if is_safe(path, manifest) else ""
+    safe = "safe: every file is on two nodes" if is_safe else ""
     for text in filter(None, (manifest.fault, manifest.note, safe)):
         yield f"  {text}"
     for name, value in manifest.metrics.items():
         yield f"  {name} {value:.6g}"
+
+
+def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
+    best = linked_in(path.parent)
+    is_best = best is not None and path.name in (BEST, best.name)
+    yield from _describe_manifest(path, manifest, is_best, is_safe(path, manifest))
     files = {name: path / name for name in manifest.files}
     missing = {n: manifest.writer(n) for n, file in files.items() if not file.is_file()}
     for name, entry in manifest.files.items():

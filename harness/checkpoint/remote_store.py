@@ -238,6 +238,12 @@ def open_store(config: Config) -> Store | None:
         raise ConfigError(f"checkpoint.remote: {error}") from None
 
 
+def split_url(url: str) -> tuple[str, str]:
+    """The URL of a run's checkpoints, and the name of the one that was named, if one was."""
+    base, _, last = url.rstrip("/").rpartition("/")
+    return (base, last) if last.startswith("step-") else (url, "")
+
+
 def remote_name(directory: Path, manifest: Manifest) -> str:
     """The name of a checkpoint in a store: that of its directory, and when it was saved, in ms."""
     return f"{directory.name}.{manifest.saved_at * 1e3:.0f}"

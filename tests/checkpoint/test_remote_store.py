@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from harness.checkpoint.files import FileEntry, Stopped
+from harness.checkpoint.inspect import describe
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.remote_store import CHUNK, Store, local_name, remote_name
 from harness.errors import CheckpointError
@@ -140,3 +141,31 @@ def test_a_store_that_does_not_answer_is_named(
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(CheckpointError, match=r"s3://bucket/.*127.0.0.1:9"):
         Store(s3).checkpoints()
+
+
+def test_inspect_reads_manifests_only(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/store")
+    content = tmp_path / "x.pt"
+    content.write_bytes(bytes(5))
+    files = {"net/x.pt": FileEntry(size=5, digest="", rank=0)}
+    for step in (1, 2):
+        manifest = manifest_of(step, files)
+        name = remote_name(Path(f"step-{step:08d}"), manifest)
+        store.upload(content, name, "net/x.pt", never)
+        store.write_manifest(name, manifest)
+    newest, older = store.checkpoints()
+    lines = list(describe(store.url))
+    assert [line for line in lines if "step-" in line] == [
+        line for name in (newest, older) for line in describe(f"{store.url}/{name}")
+        if "step-" in line
+    ]  # fmt: skip
+    assert lines[0].startswith(f"{store.url}/{newest}: step 2, 1 rank, saved ")
+    assert sum(line.endswith("in total, sizes checked: complete") for line in lines) == 2
+    (tmp_path / "store" / newest / "net/x.pt").write_bytes(bytes(4))
+    with pytest.raises(CheckpointError, match=f"incomplete in the store: {newest}"):
+        list(describe(store.url))
+    for url in (f"{store.url}/step-00000009.1", f"file://{tmp_path}/nothing"):
+        with pytest.raises(CheckpointError, match="expected a checkpoint, or a run's; found there"):
+            list(describe(url))
+    with pytest.raises(CheckpointError, match="--verify reads files of a disk"):
+        describe(store.url, verify=True)
