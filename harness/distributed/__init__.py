@@ -5,6 +5,7 @@ Its files, from the top down:
     joining.py         joining and leaving the world
     step_vector.py     the one vector that the ranks sum in each step
     failures.py        how ranks fail, told to each other; the error when a rank is lost
+    failure.py         how a rank fails or is lost, in words
     shared_numbers.py  what each rank has noted down, even if it has died
     meeting.py         what ranks tell through the store, without a collective
     tensors.py         rank 0's tensors on every rank

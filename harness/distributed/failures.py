@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
@@ -31,11 +31,12 @@ from torch.distributed import (
 
 from harness.distributed.abort import abort_collectives
 from harness.distributed.collectives import all_gather, broadcast, raise_on_all_ranks
+from harness.distributed.failure import Failure, at, lost_rank, unknown_end
 from harness.distributed.meeting import answer, arrive, meet
 from harness.distributed.network import is_lost_rank, local_cause
 from harness.distributed.peers import Place
 from harness.distributed.world import global_rank, world_size
-from harness.errors import LostRank, first_few, is_on_all_ranks, no_exit, summary
+from harness.errors import LostRank, is_on_all_ranks, no_exit, summary
 
 log = logging.getLogger(__name__)
 
@@ -55,23 +56,6 @@ SECONDS_TO_NOTICE = 2.0
 """What a rank has to find out by itself that another one has failed, before it is made to."""
 SECONDS_TO_LEAVE = 12.0
 """What it has to end after that, before its process is ended."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """How one rank fails."""
-
-    rank: int
-    host: str
-    reason: str = ""
-    """Empty if it only fails because another one does."""
-    step: int | None = None
-    phase: str | None = None
-
-    def __str__(self) -> str:
-        """`rank 1 on node7 has failed in step 6, phase forward: ValueError: ...`."""
-        place = "" if self.step is None else f" in {_at(self.step, self.phase)}"
-        return f"rank {self.rank} on {self.host} has failed{place}: {self.reason}"
 
 
 class Failures:
@@ -231,7 +215,7 @@ class Failures:
         """The error of a rank that has lost others, which names them. Blocks until they have told
         why, for seconds at most. `reason`: as this rank knows it."""
         if self._store is None:
-            return _lost_rank([], reason, self._what_happened())
+            return lost_rank([], reason, self._what_happened())
         self.tell("")
         told: set[int] = set()
         first = answer(lambda: self._ask_all(told), SECONDS_TO_ANSWER + 1)
@@ -242,7 +226,7 @@ class Failures:
             return error
         silent = [rank for rank in range(world_size()) if rank not in told]
         lost = sorted(self._ended) or [rank for rank in silent if rank != global_rank()]
-        error = _lost_rank([self._describe(rank) for rank in lost], reason, self._what_happened())
+        error = lost_rank([self._describe(rank) for rank in lost], reason, self._what_happened())
         if lost:
             error.rank, error.host = lost[0], self._places[lost[0]].host
             error.step, error.phase = self._last_of(lost[0]) or (None, None)
@@ -250,7 +234,7 @@ class Failures:
 
     def _describe(self, rank: int) -> str:
         last = self._last_of(rank)
-        was = f", which was in {_at(*last)}" if last else ""
+        was = f", which was in {at(*last)}" if last else ""
         return f"rank {rank} on {self._places[rank].host}{was}"
 
     def _last_of(self, rank: int) -> tuple[int, str] | None:
@@ -261,7 +245,7 @@ class Failures:
     def _what_happened(self) -> str:
         if self._ended:
             return "its process was killed, perhaps for lack of memory, or has crashed"
-        return _unknown_end(self.timeout_s)
+        return unknown_end(self.timeout_s)
 
     def _ask_all(self, told: set[int]) -> Failure | None:
         """The first failure, if one is told before all ranks have told that they end. `told`: is
@@ -363,27 +347,8 @@ def raise_lost_rank(timeout_s: float) -> Iterator[None]:
         reason = str(error).rpartition("/gloo/")[2].partition("] ")[2] or str(error)
         reason = reason.partition(" This is typically")[0].rstrip(".")
         if _current is None:
-            raise _lost_rank([], reason, _unknown_end(timeout_s)) from error
+            raise lost_rank([], reason, unknown_end(timeout_s)) from error
         raise _current.lost_rank(reason) from error
-
-
-def _unknown_end(timeout_s: float) -> str:
-    return (
-        "its process has ended, its node or the network is down, or it has hung for "
-        f"run.timeout_s = {timeout_s:g} s"
-    )
-
-
-def _lost_rank(names: Sequence[str], reason: str, what_happened: str) -> LostRank:
-    return LostRank(
-        f"{socket.gethostname()} has lost {first_few(names) or 'another rank'}: {reason}: "
-        f"{what_happened}: see its own output. Start the run again, on these or the remaining "
-        "nodes: it resumes from its newest checkpoint"
-    )
-
-
-def _at(step: int, phase: str | None) -> str:
-    return f"step {step}, phase {phase}" if phase else f"step {step}"
 
 
 def _told(rank: int) -> str:
