@@ -23,8 +23,9 @@ import pytest
 from harness import train
 from harness.control.client import Client, NoAnswer
 from harness.distributed import free_port
+from harness.testing.pool import RankPool
 from tests.support import hf_folders
-from tests.support.helpers import ROOT, Pools
+from tests.support.helpers import ROOT
 from tests.support.pages import PAGES, Block, blocks_of, examples, files_of
 from tests.support.run_directories import write_run
 
@@ -107,8 +108,9 @@ def test_what_cannot_run_is_listed(block: Block) -> None:
     pytest.skip(block.not_run)
 
 
-def test_the_readmes_forms_of_a_run_train(pools: Pools, tmp_path: Path) -> None:
-    losses = pools(1).run(both_forms, tmp_path)[0]
+def test_the_readmes_forms_of_a_run_train(tmp_path: Path) -> None:
+    with RankPool(1) as rank:  # of its own, as `train` leaves the world
+        losses = rank.run(both_forms, tmp_path)[0]
     assert all(loss > 0 for loss in losses)
 
 
