@@ -48,6 +48,8 @@ SECONDS_TO_FAIL_ALIKE = 2.0
 """How long rank 0, which fails alone, waits for others that fail in the same way."""
 FAILED = "failed"
 """The key that has the failure of the first rank that has failed alone."""
+ENDING = "ending"
+"""The key that is set once a rank has failed alone, or has lost another one: all end."""
 TOLD = "told"
 """The key that has the ranks that end, in whichever way."""
 
@@ -89,6 +91,8 @@ class Failures:
         self._places_met = 0
         self._is_alone = False
         """Whether others have not come to a place where this rank has failed."""
+        self._lost: set[int] = set()
+        """The ranks that this one has lost."""
         self._ended: set[int] = set()
         """The ranks of this node whose processes have ended without a word."""
         self._left = threading.Event()
@@ -116,7 +120,8 @@ class Failures:
         _current = None
         fails_alone = error is not None and not (is_on_all_ranks(error) or is_lost_rank(error))
         self.tell(summary(error) if error is not None and fails_alone else "")
-        self._leave_store(waits=fails_alone and global_rank() == 0)
+        waits = fails_alone or bool(self._lost)
+        self._leave_store(waits=waits and global_rank() == 0)
         self._left.set()
         os.close(self._waking)
         if self._store is not None:
@@ -142,7 +147,7 @@ class Failures:
             processes.register(descriptor, select.POLLIN)
         while time.monotonic() < end:
             ended = {self._processes[descriptor] for descriptor, _ in processes.poll(0)}
-            left = [f"left/{rank}" for rank in set(range(world_size())) - ended]
+            left = [f"left/{rank}" for rank in set(range(world_size())) - ended - self._lost]
             if answer(partial(store.check, left), SECONDS_TO_ANSWER) is not False:
                 return True
             time.sleep(0.1)
@@ -204,19 +209,20 @@ class Failures:
         failure = Failure(global_rank(), socket.gethostname(), reason, step, phase)
 
         def do() -> None:
-            store.set(_told(global_rank()), "1")
-            store.append(TOLD, f"{global_rank()} ")
+            _tell_end(store)
             if reason:
                 store.compare_set(FAILED, "", json.dumps(asdict(failure)))
+                store.set(ENDING, "1")
 
         answer(do, SECONDS_TO_ANSWER)
 
     def lost_rank(self, reason: str) -> LostRank:
         """The error of a rank that has lost others, which names them. Blocks until they have told
         why, for seconds at most. `reason`: as this rank knows it."""
-        if self._store is None:
+        if (store := self._store) is None:
             return lost_rank([], reason, self._what_happened())
         self.tell("")
+        answer(lambda: store.set(ENDING, "1"), SECONDS_TO_ANSWER)
         told: set[int] = set()
         first = answer(lambda: self._ask_all(told), SECONDS_TO_ANSWER + 1)
         if first is not None:
@@ -224,8 +230,10 @@ class Failures:
             error.rank, error.host = first.rank, first.host
             error.step, error.phase = first.step, first.phase
             return error
-        silent = [rank for rank in range(world_size()) if rank not in told]
-        lost = sorted(self._ended) or [rank for rank in silent if rank != global_rank()]
+        lost = sorted(self._ended or set(range(world_size())) - told - {global_rank()})
+        if not (told or self._ended):  # the store is gone, and is on the node of rank 0
+            lost = [0] if global_rank() else []
+        self._lost |= set(lost)
         error = lost_rank([self._describe(rank) for rank in lost], reason, self._what_happened())
         if lost:
             error.rank, error.host = lost[0], self._places[lost[0]].host
@@ -280,11 +288,19 @@ class Failures:
             os._exit(LostRank.code)
 
     def _wait(self, poll: "select.poll") -> bool:
-        """Waits until another rank has failed, or this one leaves; whether one has failed."""
-        assert self._store is not None
+        """Waits until another rank has failed, or this one leaves; whether one has failed.
+
+        If one is lost, only those that exchange messages with it find out. So they are told, and
+        this rank tells at once that it ends: those that do not are the lost ones.
+        """
+        store = self._store
+        assert store is not None
         while self._look(poll):
-            self._ended -= {rank for rank in self._ended if self._store.check([_told(rank)])}
-            if self._ended or self._store.check([FAILED]):
+            self._ended -= {rank for rank in self._ended if store.check([_told(rank)])}
+            if self._ended:
+                store.set(ENDING, "1")
+            if self._ended or store.check([ENDING]):
+                _tell_end(store)
                 return True
         return False
 
@@ -349,6 +365,11 @@ def raise_lost_rank(timeout_s: float) -> Iterator[None]:
         if _current is None:
             raise lost_rank([], reason, unknown_end(timeout_s)) from error
         raise _current.lost_rank(reason) from error
+
+
+def _tell_end(store: PrefixStore) -> None:
+    store.set(_told(global_rank()), "1")
+    store.append(TOLD, f"{global_rank()} ")
 
 
 def _told(rank: int) -> str:

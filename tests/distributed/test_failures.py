@@ -145,6 +145,23 @@ def test_a_rank_that_dies_is_named(three_ranks: RankPool, tmp_path: Path) -> Non
         assert "its process was killed" in found["error"]
 
 
+def write_what_others_raise_afar(directory: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harness.distributed.peers.Place.is_near", False)
+        patch.setattr("harness.distributed.failures.SECONDS_TO_ANSWER", 1.5)
+        write_what_others_raise(directory)
+
+
+def test_a_rank_that_dies_on_another_node_is_named(three_ranks: RankPool, tmp_path: Path) -> None:
+    """Also by rank 1, which exchanges messages with rank 0 only, and whom rank 0 must not name."""
+    with pytest.raises(RankError, match="rank 2: died with exit code 7"):
+        three_ranks.run(write_what_others_raise_afar, tmp_path)
+    for rank in range(2):
+        found = json.loads((tmp_path / str(rank)).read_text())
+        assert found["place"] == [2, True, None, None], found
+        assert f" has lost rank 2 on {socket.gethostname()}: " in found["error"]
+
+
 def abort_what_waits() -> str:
     """The collective of rank 0, for which nobody else comes, is aborted by another thread."""
     group = dist.new_group(backend="gloo")
