@@ -10,16 +10,18 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from harness.convert import plan as planning
-from harness.convert.copy import OnProgress, copy, default_workers
+from harness.convert.copy import OnProgress, check_copy, copy, default_workers
 from harness.convert.plan import ConversionPlan, PlannedTensor
 from harness.convert.resolve_source import LATEST, read_file, resolve_source
-from harness.convert.verify import check_masters, check_output, check_sources
+from harness.convert.verify import check_masters, check_sources
 from harness.errors import FormatError, HarnessError, counted, first_few
 from harness.files import staging_path, sync_directory, write_atomically
 from harness.formats import (
@@ -95,11 +97,10 @@ def convert(src: Path, dst: Path, options: Options, print_line: PrintLine) -> No
     if options.dry_run:
         planning.print_plan(plan, print_line)
         return
-    if options.verify:
-        _verify_source(source, plan)
     started = time.perf_counter()
     with _progress_bar(plan.nbytes, "converting") as progress:
-        overflows = _write(plan, metadata, dst, options, progress)
+        verify_source = cache(lambda: _verify_source(source, plan))  # once, also for many shards
+        overflows = _write(plan, metadata, dst, options, progress, verify_source)
     seconds = time.perf_counter() - started
     if overflows:
         print_line(
@@ -224,10 +225,12 @@ def _write(
     dst: Path,
     options: Options,
     progress: OnProgress,
+    verify_source: Callable[[], object],
 ) -> set[str]:
     """The names of tensors of which a finite number has become infinite."""
+    how = (options, progress, verify_source)
     if options.shard_size is None:
-        return _write_file(plan.tensors, dst, plan.aliases, metadata, options, progress)
+        return _write_file(plan.tensors, dst, plan.aliases, metadata, *how)
     overflows: set[str] = set()
     sizes = {name: planned.nbytes for name, planned in plan.tensors.items()}
     shards = shard_index.split(sizes, options.shard_size)
@@ -235,7 +238,7 @@ def _write(
         for number, names in enumerate(shards):
             path = staged / shard_index.shard_name(number, len(shards))
             tensors = {name: plan.tensors[name] for name in names}
-            overflows |= _write_file(tensors, path, {}, metadata, options, progress)
+            overflows |= _write_file(tensors, path, {}, metadata, *how)
         structure = tied_weights.to_metadata(plan.tensors, plan.aliases)
         total: dict[str, Any] = {"total_size": plan.nbytes}
         shard_index.write_index(staged, shards, total | metadata | structure)
@@ -249,24 +252,28 @@ def _write_file(
     metadata: dict[str, str],
     options: Options,
     progress: OnProgress,
+    verify_source: Callable[[], object],
 ) -> set[str]:
     overflows: set[str] = set()
     workers = options.workers or default_workers()
     is_pt = path.suffix in suffixes.PT
-    with_crc = is_pt or options.verify
 
     def fill(writer: TensorWriter) -> None:
         target = writer.fileno()
         written = copy(
-            *(tensors, writer.tensors, target, workers, progress, with_crc),
+            *(tensors, writer.tensors, target, workers, progress),
+            with_crc=is_pt,
             by_tensor=is_pt,
             overflows=overflows,
         )
         if is_pt:
             writer.crcs |= {part.name: part.crc for part in written}
         if options.verify:
-            os.fsync(target)
-            check_output(target, path, written)
+            with ThreadPoolExecutor(1, thread_name_prefix="sync") as pool:
+                synced = pool.submit(os.fsync, target)
+                verify_source()  # meanwhile: the disk is busy, the processors are not
+            synced.result()
+            check_copy(tensors, writer.tensors, target, workers, path)
 
     described = {name: (planned.dtype, planned.shape) for name, planned in tensors.items()}
     if is_pt:

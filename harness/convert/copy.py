@@ -9,7 +9,7 @@ import os
 import resource
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.convert.plan import PlannedTensor
+from harness.errors import FormatError
 from harness.formats.dtypes import SIZES
 from harness.formats.raw_io import read_into, write_at
 from harness.formats.stored_tensor import StoredTensor
@@ -144,16 +145,46 @@ def copy(
     has become infinite. Raises FormatError or OSError if a read or write fails; the threads then
     end before their next buffer, as on an interrupt.
     """
-    stop = threading.Event()
     found = set() if overflows is None else overflows
+
+    def copier(files: SourceFiles, stop: threading.Event) -> "_Copier":
+        return _Copier(files, target, progress, with_crc, stop, found)
+
+    return _run(copier, split_into_tasks(tensors, entries, by_tensor), workers)
+
+
+def check_copy(
+    tensors: Mapping[str, PlannedTensor],
+    entries: Mapping[str, TensorEntry],
+    target: int,
+    workers: int,
+    path: Path,
+) -> None:
+    """Reads back from the disk what `copy` has written to `target`, a synced descriptor, and
+    compares each byte with what it would write again.
+
+    Raises FormatError, which names `path`, if one differs; otherwise as `copy`.
+    """
+    with Path(f"/proc/self/fd/{target}").open("rb") as file:
+        descriptor = file.fileno()
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+        def comparer(files: SourceFiles, stop: threading.Event) -> "_Copier":
+            return _Comparer(files, descriptor, stop, path)
+
+        _run(comparer, split_into_tasks(tensors, entries, by_tensor=False), workers)
+
+
+def _run(
+    copier: Callable[[SourceFiles, threading.Event], "_Copier"],
+    tasks: Iterable[list[Chunk]],
+    workers: int,
+) -> list[Written]:
+    """Executes each task with a copier of its own."""
+    stop = threading.Event()
     with SourceFiles() as files, ThreadPoolExecutor(workers, thread_name_prefix="copy") as pool:
-
-        def run(task: list[Chunk]) -> Written:
-            return _Copier(files, target, progress, with_crc, stop, found).run(task)
-
         try:
-            tasks = split_into_tasks(tensors, entries, by_tensor)
-            futures = [pool.submit(run, task) for task in tasks]
+            futures = [pool.submit(copier(files, stop).run, task) for task in tasks]
             wait(futures, return_when=FIRST_EXCEPTION)
             return [future.result() for future in futures if future.done()]
         finally:
@@ -266,3 +297,27 @@ class _Copier:
         write_at(self.target, content, self.position)
         self.position += len(content)
         self.progress(len(content))
+
+
+class _Comparer(_Copier):
+    """Compares with what is in the file, instead of writing to it."""
+
+    def __init__(self, files: SourceFiles, target: int, stop: threading.Event, path: Path):
+        super().__init__(files, target, lambda _: None, False, stop, set())
+        self.path = path
+        self.name = ""  # of the first tensor of the task
+        self.found = bytearray()
+
+    def run(self, task: list[Chunk]) -> Written:
+        self.name = task[0].name
+        return super().run(task)
+
+    def write(self, content: memoryview) -> None:
+        if self.stop.is_set():
+            raise InterruptedError("stopped")
+        if len(self.found) != len(content):
+            self.found = bytearray(len(content))
+        read_into(self.target, memoryview(self.found), self.position, self.path)
+        if self.found != content:  # a memcmp, which of two memoryviews it is not
+            raise FormatError(f"{self.path}: {self.name!r} read back differs from what was written")
+        self.position += len(content)

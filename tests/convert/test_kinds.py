@@ -533,3 +533,33 @@ def test_what_overflows_is_named(tmp_path: Path) -> None:
     for dtype in ("fp32", "bf16"):
         _, lines = taken(tmp_path / "x.sft", dtype=dtype)
         assert any(f"too large for {dtype}, and became infinite: 'd'" in line for line in lines)
+
+
+@pytest.mark.parametrize("where", ["begin", "end"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("o.sft", {}), ("o.pt", {}), ("o.sft", {"dtype": "bf16"}), ("o", {"shard_size": 80_000})],
+)
+def test_a_byte_that_reads_back_differently_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], where: str
+) -> None:
+    """With --verify, in any of the threads' parts; nothing is left behind."""
+    save_file({f"w{n}": torch.randn(100, 100 + n) for n in range(3)}, tmp_path / "x.safetensors")
+    sync = os.fsync
+
+    def damage(file: int) -> None:
+        sync(file)
+        with Path(f"/proc/self/fd/{file}").open("r+b", buffering=0) as opened:
+            size = opened.seek(0, os.SEEK_END)
+            at = opened.seek(size // 2 if where == "begin" else size - 2000)
+            byte = opened.read(1)[0]
+            os.pwrite(opened.fileno(), bytes([byte ^ 1]), at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.convert.convert.os.fsync", damage)
+        with pytest.raises(HarnessError, match=r"'w[0-2]' read back differs from what was written"):
+            convert(
+                tmp_path / "x.safetensors", tmp_path / name, Options(verify=True, **options), print
+            )
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    convert(tmp_path / "x.safetensors", tmp_path / name, Options(verify=True, **options), print)
