@@ -65,7 +65,7 @@ def _run(run: RunFiles, most_marks: int) -> dict[str, Any]:
 def _most_important(marks: list[Mark], most: int) -> list[Mark]:
     frequent = [mark for mark in marks if mark.kind in _FREQUENT]
     room = max(0, most - (len(marks) - len(frequent)))
-    every = math.ceil(len(frequent) / room) if room else len(frequent) + 1
+    every = max(1, math.ceil(len(frequent) / room)) if room else 1
     kept = {id(mark) for mark in frequent[::every]} if room else set()
     return [m for m in marks if m.kind not in _FREQUENT or id(m) in kept][:most]
 

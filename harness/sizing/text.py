@@ -18,7 +18,7 @@ LABELS = {
 def lines_of(plan: Mapping[str, Any]) -> Iterator[str]:
     """What `command.plan` returns, for people."""
     setting = plan["setting"]
-    yield from wrap(f"{plan['model']}: {plan['parameters'] / 1e9:,.3f}e9 parameters", WIDTH)
+    yield from wrap(f"{plan['model']}: {plan['parameters']:,} parameters", WIDTH)
     of = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in asdict(setting).items())
     yield from wrap(of, WIDTH)
     yield ""

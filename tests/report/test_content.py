@@ -110,6 +110,14 @@ def test_a_run_of_an_older_version_and_one_without_a_step(tmp_path: Path) -> Non
     assert content_of([RunFiles(path)])["charts"] == []
 
 
+def test_a_run_without_evaluations_saves_and_warnings(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "short", steps=50)
+    (path / "log.txt").unlink()
+    (summary,) = content_of([RunFiles(path)])["runs"]
+    assert {mark[2] for mark in summary["marks"]} == {"command", "restart", "end"}
+    assert summary["marks_left_out"] == 0
+
+
 def test_what_is_not_a_run_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match="is not a run directory: expected config"):
         RunFiles(tmp_path)

@@ -166,6 +166,12 @@ def test_lines_have_80_columns(ranks: int) -> None:
     assert found["fits"] is False
 
 
+def test_parameters_of_a_small_model_are_counted() -> None:
+    subject = from_sizes(SIZES)
+    count = sum(parameter.numel() for parameter in subject.model.parameters())
+    assert next(iter(lines_of(plan(subject, Setting())))) == f"LLaMA shape: {count:,} parameters"
+
+
 def with_inputs() -> Any:
     return torch.nn.Linear(4, 2), (torch.zeros(3, 4),)
 
