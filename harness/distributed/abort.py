@@ -18,6 +18,11 @@ def abort_collectives() -> None:
     """
     if device().type == "cuda" and dist.is_initialized():
         dist.distributed_c10d._abort_process_group()
+    shut_sockets()
+
+
+def shut_sockets() -> None:
+    """Of gloo: what waits for a message fails, on this rank and on the other one."""
     store = int(os.environ["MASTER_PORT"])  # its connections are needed to find out what happened
     for descriptor in open_descriptors():
         with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as shared:

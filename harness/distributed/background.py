@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from torch import Tensor
 
 from harness.distributed import tree
+from harness.distributed.abort import shut_sockets
 from harness.distributed.world import global_rank, next_tag, world_size
 
 SECONDS_TO_END = 1.0
@@ -33,6 +34,10 @@ class _Thread:
     def close(self) -> None:
         self._jobs.put(None)
         self._thread.join(SECONDS_TO_END)
+        if self._thread.is_alive():
+            # It must not wake up as the interpreter ends: that would abort the process.
+            shut_sockets()
+            self._thread.join(SECONDS_TO_END)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
