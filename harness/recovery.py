@@ -32,6 +32,9 @@ from harness.metrics.status import Status
 log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)
 
+FITTED = "fitted"
+"""The name of the starting point of a run that has resumed with another model, or other data."""
+
 
 class RecoveringRun(Protocol):
     """What recovers: a `trainer.Trainer`."""
@@ -50,7 +53,7 @@ class RecoveringRun(Protocol):
 
     def drain(self) -> None: ...
 
-    def save(self) -> str | None: ...
+    def save(self, name: str | None = None) -> str | None: ...
 
     def finish_save(self, result: SaveResult | None) -> None: ...
 
@@ -58,12 +61,15 @@ class RecoveringRun(Protocol):
 
 
 def prepare(run: RecoveringRun) -> None:
-    """Saves the starting point, if a rollback would have nothing to return to. Collective."""
+    """Saves the starting point, if a rollback would have nothing to return to: no checkpoint, or
+    none of this model and this data. Collective."""
     settings = run.live.config.health
-    if "rollback" in (settings.nonfinite, settings.spike):
-        step = run.engines.global_step
-        if last_good(run.saver.directory, run.saver.disks, step + 1) is None:
-            run.save()
+    if "rollback" not in (settings.nonfinite, settings.spike):
+        return
+    if run.saver.begins_changed:
+        run.save(FITTED)  # beside the checkpoint of before, which stays
+    elif last_good(run.saver.directory, run.saver.disks, run.engines.global_step + 1) is None:
+        run.save()
 
 
 def begin_step(run: RecoveringRun, batches: Iterator[Any], terms: Terms | None) -> Iterator[Any]:

@@ -137,6 +137,7 @@ def run_in_world(
         copies = _copies(live, directory, store)
         saver = Saver(engines, batches, live, directory.disks, callbacks, copies, memory)
         stack.callback(saver.close)
+        saver.begins_changed = bool(changes)
         if checkpoint is not None and checkpoint.parent == directory.checkpoints:
             for each in copies:
                 each.add_existing(checkpoint)

@@ -103,6 +103,8 @@ class Saver:
         self.directory = live.config.run_dir / "checkpoints"
         self.note = ""
         """Of the checkpoints from now on: `Manifest.note`."""
+        self.begins_changed = False
+        """Whether the run has resumed with another model, or other data, than was saved."""
         self.disks = disks
         """Of the run directory."""
         self._hosts = distributed.all_gather(socket.gethostname())

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import distributed
+from harness import Callback, distributed
 from harness.checkpoint import resume
 from harness.checkpoint.commit import write_files
 from harness.config import Config
@@ -161,6 +162,44 @@ def test_what_does_not_fit_is_refused_with_a_hint_or_listed(pools: Pools, tmp_pa
     # It is then a checkpoint like any other.
     again = config_of(tmp_path, 0, after, STEPS + 1, ranks=1)
     assert pools(1).run(error_of, again) == [""]
+
+
+def unwell_once(config: Config) -> list[tuple[int, float]]:
+    """A run whose loss is once not a number, at step 8: the losses as they are known, by step."""
+    known: list[tuple[int, float]] = []
+    fed: list[int] = []
+
+    class Known(Callback):
+        def on_step(self, run: Any, metrics: Any) -> None:
+            known.append((metrics["step"], metrics["loss"]))
+
+    def feed(engine: Any, batch: Any) -> tuple[Tensor, Any]:
+        engine(*batch)
+        fed.append(engine.counters.global_step + 1)
+        is_bad = fed[-1] == 8 and fed.count(8) == 1
+        return engine.module.loss * (torch.nan if is_bad else 1.0), {}
+
+    def unwell(given: Config) -> Any:
+        return replace(build(given), feeder=feed, callbacks=[Known()])
+
+    assert run_in_world(config, build=unwell) == 0
+    return known
+
+
+def test_a_rollback_after_a_change_returns_to_the_new_model(pools: Pools, tmp_path: Path) -> None:
+    """All that has changed since the resume is restored, too: the new layer and head."""
+    pools(1).run(run_in_world, config_of(tmp_path, 0, ranks=1))
+    config = fit(tmp_path, 0, {"layers": 2, "classes": 5, "samples": 128}, ranks=1)
+    health = config.health.model_copy(update={"nonfinite": "rollback"})
+    (known,) = pools(1).run(unwell_once, config.model_copy(update={"health": health}))
+    before, again = known[:-4], known[-4:]
+    assert [step for step, _ in again] == [5, 6, 7, 8]
+    assert before and before == again[: len(before)]
+    assert {"step-00000004", "step-00000004-fitted"} <= set(saved_names(config))
+
+
+def saved_names(config: Config) -> list[str]:
+    return [path.name for path in (config.run_dir / "checkpoints").iterdir()]
 
 
 def test_no_sample_of_data_that_grew_is_lost(pools: Pools, tmp_path: Path) -> None:
