@@ -35,7 +35,7 @@ def cast(
 
 def is_same(one: memoryview, other: memoryview, dtype: str) -> bool:
     """Whether two arrays of numbers are equal, where NaN equals NaN."""
-    if np.array_equal(*(np.frombuffer(data, np.uint8) for data in (one, other))):
+    if np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)):
         return True  # memoryviews would be compared byte by byte, 50 times slower
     wide = (np.frombuffer(cast(data, dtype, "float64"), np.float64) for data in (one, other))
     return np.array_equal(*wide, equal_nan=True)
