@@ -19,29 +19,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench import resume
 from harness.config import Config
 from harness.config.sections import merge
 from harness.testing.pool import RankPool
 
-ROOT = Path(__file__).parent.parent
 Seconds = dict[str, list[float]]
 
 
 def config_of(directory: Path, stage: int, width: int) -> Config:
-    """A run of the tiny task, of a width."""
-    table = {
-        "run": {"name": "bench", "dir": directory},
-        "task": {"path": str(ROOT / "tests/tasks/tiny_task.py"), "args": {"width": width}},
-        "engines": {
-            "net": {
-                "ds_config": ROOT / f"ds_configs/zero{stage}.json",
-                "optimizer": {"name": "adamw"},
-            }
-        },
-        "data": {"micro_batch_size": 1},
-        "checkpoint": {"in_memory_every": 1, "keep_last": 1},
-    }
-    return Config.model_validate(table)
+    """The run of `bench.resume`, which keeps each step in memory."""
+    config = resume.config_of(directory, stage, width)
+    kept = config.checkpoint.model_copy(update={"in_memory_every": 1, "keep_last": 1})
+    return config.model_copy(update={"checkpoint": kept})
 
 
 def measure(config: Config, rounds: int) -> Seconds:
