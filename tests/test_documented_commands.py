@@ -108,6 +108,7 @@ def test_what_cannot_run_is_listed(block: Block) -> None:
     pytest.skip(block.not_run)
 
 
+@pytest.mark.slow
 def test_the_readmes_forms_of_a_run_train(tmp_path: Path) -> None:
     with RankPool(1) as rank:  # of its own, as `train` leaves the world
         losses = rank.run(both_forms, tmp_path)[0]

@@ -367,7 +367,7 @@ def raise_lost_rank(timeout_s: float) -> Iterator[None]:
         raise _current.lost_rank(reason) from error
 
 
-def _tell_end(store: PrefixStore) -> None:
+def _tell_end(store: Any) -> None:
     store.set(_told(global_rank()), "1")
     store.append(TOLD, f"{global_rank()} ")
 

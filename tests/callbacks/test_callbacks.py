@@ -129,6 +129,7 @@ def failing_beside_a_forward(config: Config) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_does_not_leave_others_waiting_in_a_forward(tmp_path: Path) -> None:
     zero = {"stage3_param_persistence_threshold": 0}
     engines = {"net": {"ds_overrides": {"zero_optimization": zero}}}

@@ -119,21 +119,17 @@ def test_a_dead_process(pools: Pools, tmp_path: Path, stage: int, hosts: str) ->
     ("phase", "hosts", "rank"),
     [
         ("rename", "ab", 1),
-        *(
-            pytest.param(*row, marks=pytest.mark.slow)
-            for row in [
-                ("rename", "ab", 0),
-                ("file", "aa", 1),
-                ("manifest", "aa", 0),
-                ("manifest", "ab", 1),
-                ("rename", "aa", 0),
-                ("latest", "ab", 1),
-                ("receive", "ab", 0),
-                ("safe", "ab", 1),
-            ]
-        ),
+        ("rename", "ab", 0),
+        ("file", "aa", 1),
+        ("manifest", "aa", 0),
+        ("manifest", "ab", 1),
+        ("rename", "aa", 0),
+        ("latest", "ab", 1),
+        ("receive", "ab", 0),
+        ("safe", "ab", 1),
     ],
 )
+@pytest.mark.slow
 def test_a_kill_while_it_is_written(
     pools: Pools, tmp_path: Path, uninterrupted: Path, phase: str, hosts: str, rank: int
 ) -> None:

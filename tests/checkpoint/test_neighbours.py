@@ -95,14 +95,9 @@ PHASES = ["copy", "receive", "received", "safe"]
 
 @pytest.mark.parametrize(
     ("phase", "rank"),
-    [
-        (phase, rank)
-        if (phase, rank) == ("receive", 1)
-        else pytest.param(phase, rank, marks=pytest.mark.slow)
-        for phase in PHASES
-        for rank in (0, 1)
-    ],
+    [(phase, rank) for phase in PHASES for rank in (0, 1)],
 )
+@pytest.mark.slow
 def test_a_kill_while_copying(pools: Pools, tmp_path: Path, phase: str, rank: int) -> None:
     """And then a node is lost: what claims to be safe has all its files on the other one."""
     pools(2).run(on, "ab", tmp_path, run_in_world, replicated(steps=4))

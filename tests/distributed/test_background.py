@@ -12,6 +12,10 @@ from harness.distributed.forks import close_in_forks
 def test_the_thread_ends_though_its_exchange_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that leaves while another one does not come to an exchange: woken by the end of that
     one as the interpreter ends, a thread within gloo aborted the process, with code -6."""
+
+    def receive() -> None:
+        waiting.recv(1)
+
     monkeypatch.setattr(background, "SECONDS_TO_END", 0.2)
     monkeypatch.setenv("MASTER_PORT", "1")
     with (
@@ -21,7 +25,7 @@ def test_the_thread_ends_though_its_exchange_does_not(monkeypatch: pytest.Monkey
     ):
         close_in_forks(waiting.fileno())
         thread = background._Thread()
-        thread.submit(lambda: waiting.recv(1) and None)
+        thread.submit(receive)
         monkeypatch.setattr(background, "_thread", thread)
         background.close()
         assert "exchanges" not in [thread.name for thread in threading.enumerate()]

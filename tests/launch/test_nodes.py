@@ -86,6 +86,7 @@ def losses_in(directory: Path) -> list[str]:
 
 
 @needs("pdsh")
+@pytest.mark.slow
 def test_after_a_cut_cable_and_a_lost_node_the_run_resumes(pair: Pair, tmp_path: Path) -> None:
     """Twice on both nodes, then on the one that is left."""
     job = start(pair.first, tmp_path, over_pdsh(tmp_path), *ENDLESS)
@@ -116,8 +117,9 @@ def test_after_a_cut_cable_and_a_lost_node_the_run_resumes(pair: Pair, tmp_path:
 
 
 @needs("pdsh")
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_deepspeed_is_stopped(pair: Pair, tmp_path: Path, number: signal.Signals) -> None:
     """By Ctrl-C, which every process in the foreground receives, or by one SIGTERM."""
     job = start(pair.first, tmp_path, over_pdsh(tmp_path), *ENDLESS)
