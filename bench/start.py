@@ -93,6 +93,7 @@ def seconds(command: list[str]) -> tuple[float, float]:
     single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = os.environ | single | address | {"DS_ACCELERATOR": "cpu"}
+    environment["PYTHONPATH"] = str(ROOT)  # the task is this module
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment
     )
