@@ -40,14 +40,14 @@ class Section:
 
 
 SECTIONS = {
-    "loop": Section(40, "--rounds 5"),
+    "loop": Section(30, "--rounds 5"),
     "start": Section(50, "--rounds 2"),
     "control": Section(40, "--steps 100 --rounds 2"),
     "save": Section(40, "--width 4600 --rounds 2"),
-    "resume": Section(40, "--ranks --width 4600 --rounds 2"),
+    "resume": Section(35, "--ranks --width 4600 --rounds 2"),
     "convert": Section(75, "--gigabytes 0.4 --ranks 2 --rounds 1"),
     "apollo": Section(40, "--steps 5"),
-    "muon": Section(40, "--rounds 3 --sizes 256"),
+    "muon": Section(30, "--rounds 3 --sizes 256"),
     "offload": Section(15, "--rounds 60"),
     "data": Section(25, "--draws 5000"),
     "tokens": Section(30, "--mb 3 --rounds 3"),
@@ -57,8 +57,8 @@ SECTIONS = {
     "health": Section(25, "--steps 60 --rounds 2"),
     "pattern": Section(10, ""),
     "report": Section(15, "--steps 30000"),
-    "growth": Section(30, "--rounds 1 --only checkpoints"),
-    "growth-of-steps": Section(40, "--rounds 2 --block 4", "loop", "--grow"),
+    "growth": Section(20, "--rounds 1 --only checkpoints"),
+    "growth-of-steps": Section(75, "--rounds 2 --block 4", "loop", "--grow"),
 }
 """In the order in which they run."""
 
