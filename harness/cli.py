@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness import __version__
-from harness.byte_sizes import size
 from harness.convert.command import add_convert_arguments, run_convert
 from harness.errors import ConfigError, HarnessError
 from harness.sizing.command import add_plan_arguments, run_plan
@@ -260,7 +259,7 @@ COMMANDS = {
     ),
     "plan": Subcommand(
         "what a run would need: memory, traffic, checkpoints",
-        lambda parser: add_plan_arguments(parser, size),
+        add_plan_arguments,
         lambda args: run_plan(args, print_line),
         description="Computes from shapes, without a GPU, what a model needs per rank.",
         epilog="exit code: 0 done (or it fits), 1 it does not fit in --memory, 2 a mistake",

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def tried(config: Config) -> Iterator[str]:
         task, batches = build_task(config, None)
         stack.callback(batches.close)
         config = with_steps(config, task)
-        memory = list(_memory_lines(config, task)) if distributed.is_global_leader() else []
+        with distributed.raise_on_all_ranks("memory by ZeRO stage"):
+            memory = list(_memory_lines(config, task)) if distributed.is_global_leader() else []
         engines = build_engines(task, config)
         stack.callback(engines.close)
         use_attention_backend(config, engines, stack)
@@ -161,15 +163,21 @@ def _step_lines(task: Task, engines: Engines, batches: StepBatches) -> Iterator[
     engines.end_step()
     norms = {name: float(value) for name, value in engines.step_metrics().items()}
     yield f"forward, backward and optimizer: {time.perf_counter() - began:.3g} s (the first time)"
-    for name in reports[0]:
-        values = [float(report[name]) for report in reports if name in report]
-        means = distributed.all_gather(sum(values) / len(values))
-        yield f"  {name} {sum(means) / len(means):.6g}"
+    own: dict[str, list[float]] = {}
+    for report in reports:
+        for name, value in report.items():
+            own.setdefault(name, []).append(float(value))
+    for name, values in distributed.all_reduce(own, _both).items():  # not all ranks report all
+        yield f"  {name} {fmean(values):.6g}"
     for name, value in norms.items():
         yield f"  {name} {value:.6g}"
     if distributed.device().type == "cuda":
         peaks = distributed.all_gather(torch.cuda.max_memory_allocated())
         yield f"  device memory at its peak {readable(max(peaks))}"
+
+
+def _both(some: dict[str, list[float]], more: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {name: some.get(name, []) + more.get(name, []) for name in some | more}
 
 
 def _batch_lines(batch: Any) -> Iterator[str]:

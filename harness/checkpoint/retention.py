@@ -81,8 +81,7 @@ def prune(
     try:
         for path in checkpoints_in(directory):
             try:
-                with reading(path / MANIFEST):
-                    manifests[path] = _of_save(path, identity(path / MANIFEST))
+                manifests[path] = manifest_without_files(path)
             except CheckpointError as error:
                 log.warning("unreadable checkpoint is not removed: %s", error)
     except OSError as error:
@@ -101,10 +100,18 @@ def prune(
             log.warning("cannot remove %s: %s", path, error)
 
 
+def manifest_without_files(path: Path) -> Manifest:
+    """The manifest of a checkpoint, without files and hosts. Raises as `read_manifest`.
+
+    It is read once, since with the files of ten thousand ranks that takes 0.2 s, and at every save
+    those of all checkpoints are looked at.
+    """
+    with reading(path / MANIFEST):
+        return _without_files(path, identity(path / MANIFEST))
+
+
 @lru_cache(4096)
-def _of_save(path: Path, _: tuple[int, int]) -> Manifest:
-    """A manifest without the files: read once, since with those of ten thousand ranks it takes
-    0.2 s, and at every save all are looked at."""
+def _without_files(path: Path, _: tuple[int, int]) -> Manifest:
     return replace(read_manifest(path), files={}, hosts=[])
 
 

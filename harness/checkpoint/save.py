@@ -21,7 +21,7 @@ from pathlib import Path
 
 from harness import distributed
 from harness.callbacks.moments import Callbacks
-from harness.checkpoint.best import BestLink
+from harness.checkpoint.best import link_best
 from harness.checkpoint.commit import (
     all_written,
     commit,
@@ -127,7 +127,6 @@ class Saver:
         self._reserving: Future[None] | None = None
         self._removals = Removals()
         self._copies = copies
-        self._best = BestLink(self.directory)
         self._memory = memory
         if memory is not None:
             memory.check_room(sum(bytes_of(engine.collect()) for engine in engines.trained))
@@ -227,7 +226,7 @@ class Saver:
             needed = set[Path]().union(*(copies.needs for copies in self._copies))
             prune(self.directory, settings, everywhere, needed, self._removals.add)
         if self.disks.is_leader:
-            self._best.update(settings, pending.target, everywhere)
+            link_best(self.directory, settings, everywhere)
 
     def finish_apart(self, exchange: Callable[[str, bool], Sequence[str] | None]) -> None:
         """Commits the save in flight if all ranks have written it, where one of them has failed:
@@ -260,7 +259,7 @@ class Saver:
                 self._removals.wait()
                 remove_after(directory)
                 write_latest(directory)
-                self._best.update(self._live.config.checkpoint)
+                link_best(self.directory, self._live.config.checkpoint)
         saved_at = common_manifest(directory).saved_at
         for copies in self._copies:
             copies.forget_after(saved_at)

@@ -14,6 +14,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
@@ -85,7 +86,12 @@ class Receiver:
             _tell(connection, answer)
 
     def _take(
-        self, stream: IO[bytes], connection: socket.socket, name: str, saved_at: float, file: str
+        self,
+        stream: BufferedReader,
+        connection: socket.socket,
+        name: str,
+        saved_at: float,
+        file: str,
     ) -> None:
         """Receives a file. Raises CheckpointError, OSError."""
         directory = self._parent / name
@@ -97,7 +103,11 @@ class Receiver:
 
 
 def receive(
-    stream: IO[bytes], manifest: Manifest, directory: Path, file: str, begin: Callable[[], None]
+    stream: BufferedReader,
+    manifest: Manifest,
+    directory: Path,
+    file: str,
+    begin: Callable[[], None],
 ) -> None:
     """Reads a file of a checkpoint from a stream, unless it is there. `begin`: called before the
     first byte is read. Raises CheckpointError if it is not the file that was saved; OSError."""
@@ -113,7 +123,7 @@ def receive(
         with staged.open("wb") as target:
             begin()
             while left:
-                count = stream.readinto(buffer[: min(CHUNK, left)])  # type: ignore[attr-defined]
+                count = stream.readinto(buffer[: min(CHUNK, left)])
                 if not count:
                     raise CheckpointError(f"{path}: the sender has ended {left} bytes too early")
                 target.write(buffer[:count])

@@ -58,7 +58,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "newest",
     )
     add("--engine", metavar="NAME", help="engine to convert, if the checkpoint has several")
-    add_zero_arguments(parser)
+    _add_zero_arguments(parser)
     for option, action in (("include", "keep only"), ("exclude", "skip")):
         add(
             f"--{option}",
@@ -84,7 +84,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_zero_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_zero_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `harness convert` that write a checkpoint."""
     parser.add_argument(
         "--to-zero",

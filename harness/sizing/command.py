@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.byte_sizes import size
 from harness.errors import ConfigError
 from harness.sizing.setting import OFFLOADS, OPTIMIZERS, PRECISIONS, Setting
 from harness.sizing.text import as_json, lines_of
@@ -26,8 +27,8 @@ SETTINGS = {
 MOST_CHANGES = 5
 
 
-def add_plan_arguments(parser: argparse.ArgumentParser, size: Callable[[str], int]) -> None:
-    """Arguments of `harness plan`. `size` parses a size in bytes."""
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `harness plan`."""
     add: Any = parser.add_argument
     add(
         "model",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.best import BestLink
+from harness.checkpoint.best import link_best
 from harness.checkpoint.inspect import describe_path
 from harness.checkpoint.retention import prune, remove
 from harness.cli import main
@@ -19,34 +19,36 @@ from tests.support.helpers import assert_equal, tiny_config
 
 def test_the_link_follows_what_the_config_calls_best(tmp_path: Path) -> None:
     lowest, highest = CheckpointConfig(), CheckpointConfig(best_mode="max", keep_last=1)
-    link = BestLink(tmp_path)
     found = []
     for step, loss in enumerate((None, 3.0, 1.0, NAN, 2.0), start=1):
-        link.update(lowest, make(tmp_path, step, loss))
+        make(tmp_path, step, loss)
+        link_best(tmp_path, lowest)
         found.append(linked_in(tmp_path))
     steps = [path and int(path.name.removeprefix("step-")) for path in found]
     assert steps == [None, 2, 3, 3, 3]
     make(tmp_path, 6, 0.5, finite=False)
-    BestLink(tmp_path).update(lowest)
+    link_best(tmp_path, lowest)
     assert (tmp_path / "best").readlink() == Path("step-00000003")
-    link.update(highest)
+    link_best(tmp_path, highest)
     assert (tmp_path / "best").resolve() == tmp_path / "step-00000002"
     prune(tmp_path, highest)  # of those that are left
-    link.update(highest)
+    link_best(tmp_path, highest)
     assert (tmp_path / "best").readlink() == Path("step-00000005")
     for path in checkpoints_in(tmp_path):
         remove(path)
-    link.update(highest)
+    link_best(tmp_path, highest)
     assert not (tmp_path / "best").is_symlink()
     assert not list(tmp_path.glob(".*"))
 
 
 def test_a_step_that_is_saved_again_is_judged_again(tmp_path: Path) -> None:
-    link = BestLink(tmp_path)
-    link.update(CheckpointConfig(), make(tmp_path, 1, 1.0))
-    link.update(CheckpointConfig(), make(tmp_path, 2, 2.0))
+    make(tmp_path, 1, 1.0)
+    link_best(tmp_path, CheckpointConfig())
+    make(tmp_path, 2, 2.0)
+    link_best(tmp_path, CheckpointConfig())
     remove(tmp_path / "step-00000001")
-    link.update(CheckpointConfig(), make(tmp_path, 1, 3.0))
+    make(tmp_path, 1, 3.0)
+    link_best(tmp_path, CheckpointConfig())
     assert linked_in(tmp_path) == tmp_path / "step-00000002"
 
 
