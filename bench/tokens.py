@@ -3,7 +3,8 @@
     python -m bench.tokens [--mb 64] [--length 2048] [--rounds 7]
 
 - reading: tokens/s of a rank's loader over `TokenWindows`, of a plain loop over numpy's memmap (as
-  in nanoGPT), and of `datasets` with the same windows as rows, if that is installed;
+  in nanoGPT), and, if they are installed, of `datasets` and of MosaicML's `streaming` with the same
+  windows as rows, uncompressed and shuffled;
 - preparing: MB/s of `harness data prepare`, and of the package `tokenizers` alone, which encodes
   the same texts and keeps nothing;
 - packing: the share of the windows that is not padding.
@@ -14,6 +15,7 @@ this process has used, so that other processes matter little.
 """
 
 import argparse
+import functools
 import importlib
 import statistics
 import sys
@@ -56,19 +58,47 @@ def numpy_batches(corpus: TokenFile, length: int) -> Iterator[torch.Tensor]:
         yield torch.stack([torch.from_numpy(window) for window in windows])
 
 
-def datasets_batches(corpus: TokenFile, length: int) -> Iterator[torch.Tensor]:
+def datasets_batches(corpus: TokenFile, length: int, folder: Path) -> Iterator[torch.Tensor]:
     """Rows of Arrow, formatted as torch's, in a DataLoader."""
     datasets = importlib.import_module("datasets")
-    count = (len(corpus) - 1) // length
-    rows = [corpus.tokens[k * length : (k + 1) * length + 1].astype(np.int64) for k in range(count)]
-    data: Any = datasets.Dataset.from_dict({"tokens": rows}).with_format("torch")
+    if not folder.exists():
+        starts = range(0, len(corpus) - length, length)
+        rows = [corpus.tokens[start : start + length + 1].astype(np.int64) for start in starts]
+        datasets.Dataset.from_dict({"tokens": rows}).save_to_disk(folder)
+    data: Any = datasets.load_from_disk(folder).with_format("torch")
     while True:
         loader = torch.utils.data.DataLoader(data, SIZE, shuffle=True, drop_last=True)
         for batch in loader:
             yield batch["tokens"]
 
 
+def streaming_batches(corpus: TokenFile, length: int, folder: Path) -> Iterator[torch.Tensor]:
+    """Samples of MosaicML's shards, in its DataLoader, without workers as the others are."""
+    while True:
+        yield from streaming_loader(corpus, length, folder)
+
+
+@functools.cache
+def streaming_loader(corpus: TokenFile, length: int, folder: Path) -> Any:
+    """Made once: each dataset keeps threads that go on polling."""
+    streaming = importlib.import_module("streaming")
+    columns = {"tokens": f"ndarray:{corpus.tokens.dtype.name}:{length + 1}"}
+    with streaming.MDSWriter(out=str(folder), columns=columns) as writer:
+        for start in range(0, len(corpus) - length, length):
+            writer.write({"tokens": corpus.tokens[start : start + length + 1]})
+    data = streaming.StreamingDataset(local=str(folder), shuffle=True, batch_size=SIZE)
+
+    def joined(samples: list[dict[str, np.ndarray]]) -> torch.Tensor:
+        return torch.stack(
+            [torch.from_numpy(sample["tokens"].astype(np.int64)) for sample in samples]
+        )
+
+    return streaming.StreamingDataLoader(data, batch_size=SIZE, drop_last=True, collate_fn=joined)
+
+
 def seconds(batches: Iterator[torch.Tensor]) -> float:
+    """Of `BATCHES`, after a first one."""
+    next(batches)
     began = time.process_time()
     for _ in islice(batches, BATCHES):
         pass
@@ -132,7 +162,7 @@ def main() -> None:
         trained_tokenizer(tokenizer, files_of(folder))
         compare_preparing(folder, tokenizer, directory / "corpus", min(options.rounds, 3))
         corpus = TokenFile(directory / "corpus")
-        compare_reading(corpus, options.length, options.rounds)
+        compare_reading(corpus, options.length, options.rounds, directory)
     lengths = np.random.default_rng(0).lognormal(5.0, 1.0, 3000).clip(1, 1024).astype(int)
     documents = [torch.zeros(length, dtype=torch.int64) for length in lengths]
     for method in ("first_fit", "greedy", "concatenate"):
@@ -171,26 +201,26 @@ def compare_preparing(folder: Path, tokenizer: Path, corpus: Path, rounds: int) 
     compare("preparing, MB/s: harness against tokenizers alone", ours, theirs, rounds)
 
 
-def compare_reading(corpus: TokenFile, length: int, rounds: int) -> None:
-    ours = harness_batches(corpus, length)
+def compare_reading(corpus: TokenFile, length: int, rounds: int, folder: Path) -> None:
+    rows, shards = folder / "rows", folder / "shards"
     others: dict[str, Callable[[], Iterator[torch.Tensor]]] = {
         "a numpy memmap": lambda: numpy_batches(corpus, length)
     }
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        sys.stdout.write("datasets is not installed: not compared\n")
-    else:
-        others[f"datasets {datasets.__version__}"] = lambda: datasets_batches(corpus, length)
+    known: dict[str, tuple[str, Callable[[], Iterator[torch.Tensor]]]] = {
+        "datasets": ("datasets", lambda: datasets_batches(corpus, length, rows)),
+        "streaming": ("mosaicml-streaming", lambda: streaming_batches(corpus, length, shards)),
+    }
+    for module, (package, make) in known.items():
+        try:
+            others[f"{package} {importlib.import_module(module).__version__}"] = make
+        except ImportError:
+            sys.stdout.write(f"{package} is not installed: not compared\n")
     tokens = BATCHES * SIZE * length / 1e6
     for name, make in others.items():
-        theirs = make()
-        for batches in (ours, theirs):
-            next(batches)
         compare(
             f"reading, million tokens/s: harness against {name}",
-            lambda: tokens / seconds(ours),
-            lambda theirs=theirs: tokens / seconds(theirs),
+            lambda: tokens / seconds(harness_batches(corpus, length)),
+            lambda make=make: tokens / seconds(make()),
             rounds,
         )
 

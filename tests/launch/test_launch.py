@@ -126,7 +126,7 @@ def ctl_line(directory: Path, command: str, result: str) -> str:
         pytest.param("deepspeed", the_launcher, marks=pytest.mark.slow),
         pytest.param("torchrun", the_command, marks=pytest.mark.slow),
         pytest.param("torchrun", launcher_is_killed, marks=pytest.mark.slow),
-        ("python", process_group),
+        pytest.param("python", process_group, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_the_job_with_a_checkpoint(
@@ -154,6 +154,7 @@ def test_a_second_signal_ends_a_hanging_rank(tmp_path: Path) -> None:
         process.kill()
 
 
+@pytest.mark.slow
 def test_without_stdin_it_trains_and_then_resumes_on_more_ranks(tmp_path: Path) -> None:
     assert start("python", tmp_path).returncode == 0
     ended = Outcome.read(tmp_path / "runs/tiny/ended.json")

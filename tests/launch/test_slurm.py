@@ -89,6 +89,7 @@ def is_training(directory: Path) -> bool:
     return answers(directory) and bool(steps_of(directory))
 
 
+@pytest.mark.slow
 def test_a_job_near_its_time_limit_saves_and_resumes_by_itself(
     slurm: Cluster, tmp_path: Path
 ) -> None:
