@@ -6,6 +6,7 @@
 A function is named by its module, which the workers import; arguments and results are pickled.
 """
 
+import atexit
 import faulthandler
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ class RankPool:
     """`world_size` processes in one gloo world, on this machine's CPUs.
 
     After a failure the ranks' state is unknown: they are killed, and started again when needed.
+    Ranks of a pool that is never closed end with this process.
     """
 
     def __init__(self, world_size: int, timeout_s: float = 60.0):
@@ -80,6 +82,7 @@ class RankPool:
 
     def close(self) -> None:
         """Kills the processes."""
+        atexit.unregister(self.close)
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -95,6 +98,7 @@ class RankPool:
         self.close()
 
     def _start(self) -> None:
+        atexit.register(self.close)  # as this process would wait for them, for ever
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["harness.testing.preload"])
         # The pool hosts the store itself, so no other process can take its port.

@@ -1,7 +1,10 @@
 """Ranks agree and fail together; the pool that tests them reports failures."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,3 +117,19 @@ def test_the_pool_bounds_the_time_of_a_run() -> None:
     pool = RankPool(2, timeout_s=1)
     with pool, pytest.raises(RankError, match="rank 1: did not finish in time"):
         pool.run(hang_on_one)
+
+
+@pytest.mark.slow
+def test_a_pool_that_is_never_closed_ends_with_the_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    lines = ("pool = RankPool(2)", "print(pool.run(global_rank))")
+    imports = (
+        "from harness.distributed import global_rank\nfrom harness.testing.pool import RankPool"
+    )
+    script.write_text(
+        f"{imports}\nif __name__ == '__main__':\n" + "".join(f"    {x}\n" for x in lines)
+    )
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[0, 1]\n"
