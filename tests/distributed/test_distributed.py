@@ -119,16 +119,20 @@ def test_the_pool_bounds_the_time_of_a_run() -> None:
         pool.run(hang_on_one)
 
 
+UNCLOSED = """
+from harness.distributed import global_rank
+from harness.testing.pool import RankPool
+
+if __name__ == "__main__":
+    pool = RankPool(2)
+    print(pool.run(global_rank))
+"""
+
+
 @pytest.mark.slow
 def test_a_pool_that_is_never_closed_ends_with_the_process(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    lines = ("pool = RankPool(2)", "print(pool.run(global_rank))")
-    imports = (
-        "from harness.distributed import global_rank\nfrom harness.testing.pool import RankPool"
-    )
-    script.write_text(
-        f"{imports}\nif __name__ == '__main__':\n" + "".join(f"    {x}\n" for x in lines)
-    )
+    script.write_text(UNCLOSED)
     done = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, timeout=60, check=True
     )
