@@ -18,6 +18,8 @@ The rooms, from the top floor down: imports point down this list, and down the l
     process_state.py   what a run changes in its process, and how it was before
     result.py          what a run has left behind
     run.py             a run from its config to its end, as named steps
+    run_control.py     how a run takes commands: which there are, the bus, its fronts
+    run_sinks.py       what a run reports to: ledger, metric files, trackers
     startup.py         what is checked before a run starts: the machine, the ranks' software
     run_directory.py   runs/NAME/: its lock, its log, its resolved config
     provenance.py      what a run was started from: commit, versions, command line

@@ -6,8 +6,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from inspect import getdoc
 from pathlib import Path
 
 from harness import distributed, startup
@@ -22,14 +20,9 @@ from harness.checkpoint.save import Saver
 from harness.checkpoint.uploads import Uploads
 from harness.checkpoint.verify_ahead import VerifyAhead
 from harness.config import Config
-from harness.control.audit import Audit
-from harness.control.bus import Bus
 from harness.control.commands import Interrupt
-from harness.control.grammar import Grammar
-from harness.control.live import LiveConfig, live_keys
+from harness.control.live import LiveConfig
 from harness.control.signals import Signals
-from harness.control.socket import SocketFront
-from harness.control.stdin import StdinFront
 from harness.convert.run_checkpoints import linked_in
 from harness.data.step_batches import StepBatches
 from harness.data.task_loader import TaskLoader
@@ -42,21 +35,19 @@ from harness.distributed.failures import Failures, raise_lost_rank
 from harness.engine.build import build_engines
 from harness.engine.engines import Engines
 from harness.epochs import with_steps
-from harness.errors import CommandError, ConfigError, TaskError, counted
+from harness.errors import TaskError, counted
 from harness.evaluate import check_best_metric
-from harness.execute import answer
 from harness.health import oom, phases, watchdog
-from harness.health.goodput import Ledger
 from harness.health.outcome import Outcome
 from harness.logs import configure_logging, set_deepspeed_level
 from harness.memory_files import memory_directory
 from harness.metrics.closing import Closing
 from harness.metrics.progress import Progress
-from harness.metrics.recorder import Recorder, open_task_sink
-from harness.metrics.sinks import JsonlSink, Sink, TensorBoardSink
+from harness.metrics.recorder import Recorder
 from harness.metrics.status import Status
-from harness.metrics.tracker_sink import open_trackers
+from harness.run_control import find_commands, open_control
 from harness.run_directory import RunDirectory
+from harness.run_sinks import open_sinks, open_task_sinks
 from harness.task import Task, check_eval_data, load_task
 from harness.trainer import Trainer
 from harness.wrapper import attention_backend
@@ -124,7 +115,7 @@ def run_in_world(
             engines = build_engines(task, config)
         stack.callback(engines.close)
         use_attention_backend(config, engines, stack)
-        grammar = _grammar(task, engines, config)
+        grammar = find_commands(task, engines, config)
         directory = stack.enter_context(RunDirectory(config))
         stack.enter_context(oom.explained(config))
         live, callbacks = LiveConfig(config), Callbacks(task.callbacks, bool(task.sinks))
@@ -143,15 +134,15 @@ def run_in_world(
                 each.add_existing(checkpoint)
         step, steps = engines.global_step, live.config.run.steps
         status = Status(step, steps)
-        sinks = _open_sinks(config, step if checkpoint else -1, status, began, stack)
+        sinks = open_sinks(config, step if checkpoint else -1, status, began, stack)
         closing = Closing(config, step)
         if distributed.is_global_leader():
             sinks.append(closing)
-        sinks += _open_task_sinks(task, config, callbacks, stack)
+        sinks += open_task_sinks(task, config, callbacks, stack)
         is_shown = config.metrics.progress and distributed.is_global_leader()
         progress = Progress(step, steps, is_shown)
         stack.callback(progress.close)
-        bus = _build_control(grammar, engines, live, signals, status, stack)
+        bus = open_control(grammar, engines, live, signals, status, stack)
         recorder = Recorder(sinks)
         if changes:
             recorder.event(step, "resume", f"from {checkpoint}\n{changes}")
@@ -260,91 +251,6 @@ def use_attention_backend(config: Config, engines: Engines, stack: ExitStack) ->
         dtypes = {engine.dtype for engine in engines.values()}
         backend = config.optimizations.attention
         stack.enter_context(attention_backend(backend, dtypes, distributed.device()))
-
-
-def _grammar(task: Task, engines: Engines, config: Config) -> Grammar:
-    """The commands of this run. Collective. Raises ConfigError, on all ranks, if the config has an
-    event that is not one of them."""
-    helps = {name: getdoc(function) or "" for name, function in task.commands.items()}
-    names = [engine.name for engine in engines.trained]
-    grammar = Grammar(names, helps, engines.groups(), live_keys(config))
-    with distributed.raise_on_all_ranks("events"):
-        for number, event in enumerate(config.events):
-            try:
-                grammar.check_event(event.command)
-            except CommandError as error:
-                raise ConfigError(f"events.{number}.command: {error}") from None
-    return grammar
-
-
-def _build_control(
-    grammar: Grammar,
-    engines: Engines,
-    live: LiveConfig,
-    signals: Signals,
-    status: Status,
-    stack: ExitStack,
-) -> Bus:
-    """The bus, and on rank 0 its audit log and its fronts. Collective."""
-    config = live.config
-    audit = None
-    with distributed.raise_on_all_ranks(f"run directory {config.run_dir}"):
-        if distributed.is_global_leader():
-            audit = Audit(config.run_dir / "commands.jsonl")
-            stack.callback(audit.close)
-    answer_query = partial(answer, status=status, live=live, engines=engines, grammar=grammar)
-    bus = Bus(grammar, signals, answer_query, audit)
-    if distributed.is_global_leader():
-        _open_fronts(config, bus, stack)
-    return bus
-
-
-def _open_fronts(config: Config, bus: Bus, stack: ExitStack) -> None:
-    """Opens the sources of commands; the bus answers pending commands before they close."""
-    if config.control.socket:
-        try:
-            stack.callback(SocketFront(bus, config.run_dir).close)
-        except OSError as error:  # e.g. a file system without sockets: train anyway
-            log.warning(
-                "`harness ctl` is not available: cannot create a socket in %s: %s",
-                config.run_dir,
-                error,
-            )
-    stack.callback(bus.close)
-    if config.control.stdin:
-        stack.callback(StdinFront(bus).close)
-
-
-def _open_sinks(
-    config: Config, step: int, status: Status, began: float, stack: ExitStack
-) -> list[Sink]:
-    """The ledger, and the metric sinks, truncated after `step`, on rank 0; elsewhere none.
-    Collective."""
-    sinks: list[Sink] = []
-    with distributed.raise_on_all_ranks(f"run directory {config.run_dir}"):
-        if distributed.is_global_leader():
-            ledger = Ledger(config.run_dir, status.step, began)
-            status.on_activity = ledger.enter
-            sinks.append(ledger)
-            sinks.append(JsonlSink(config.run_dir / "metrics.jsonl", step))
-            if config.metrics.tensorboard:
-                sinks.append(TensorBoardSink(config.run_dir / "tensorboard", step))
-            sinks += open_trackers(config, max(step, 0))
-    for sink in sinks:
-        stack.callback(sink.close)
-    return sinks
-
-
-def _open_task_sinks(
-    task: Task, config: Config, callbacks: Callbacks, stack: ExitStack
-) -> list[Sink]:
-    """The task's own sinks, on rank 0. Collective. Raises TaskError on all ranks."""
-    sinks: list[Sink] = []
-    with distributed.raise_on_all_ranks("Task.sinks"):
-        for sink in task.sinks if distributed.is_global_leader() else ():
-            opened = open_task_sink(sink, config, callbacks.fail)
-            sinks.append(stack.enter_context(opened))
-    return sinks
 
 
 def _log_start(live: LiveConfig, engines: Engines) -> None:
