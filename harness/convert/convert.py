@@ -8,12 +8,12 @@ import errno
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,11 @@ def convert(src: Path, dst: Path, options: Options, print_line: PrintLine) -> No
         planning.print_plan(plan, print_line)
         return
     started = time.perf_counter()
-    with _progress_bar(plan.nbytes, "converting") as progress:
-        verify_source = cache(lambda: _verify_source(source, plan))  # once, also for many shards
-        overflows = _write(plan, metadata, dst, options, progress, verify_source)
+    with (
+        _verifying(source, plan, options) as verified,
+        _progress_bar(plan.nbytes, "converting") as progress,
+    ):
+        overflows = _write(plan, metadata, dst, options, progress, verified)
     seconds = time.perf_counter() - started
     if overflows:
         print_line(
@@ -155,12 +157,31 @@ def _make_plan(source: SavedEngine | Path, options: Options) -> ConversionPlan |
     return planning.plan_file(content, DTYPES[options.dtype or "keep"])
 
 
-def _verify_source(source: SavedEngine | Path, plan: ConversionPlan) -> None:
+@contextmanager
+def _verifying(
+    source: SavedEngine | Path, plan: ConversionPlan, options: Options
+) -> Iterator[Callable[[], object]]:
+    """With `--verify` the sources are checked beside what happens in the context, which waits for
+    the disk most of the time. Yields a function that waits for the end of the check, and raises
+    what it has found."""
+    if not options.verify:
+        yield lambda: None
+        return
+    stop = threading.Event()
+    with ThreadPoolExecutor(1, thread_name_prefix="verify") as pool:
+        check = pool.submit(_verify_source, source, plan, stop)
+        try:
+            yield check.result
+        finally:
+            stop.set()
+
+
+def _verify_source(source: SavedEngine | Path, plan: ConversionPlan, stop: threading.Event) -> None:
     if isinstance(source, SavedEngine):
-        check_masters(source)
+        check_masters(source, stop)
     total = sum({range_: range_.size for range_ in plan.ranges()}.values())
     with _progress_bar(total, "checking") as progress:
-        check_sources(plan.ranges(), progress)
+        check_sources(plan.ranges(), progress, stop)
 
 
 def _convert_structure(src: Path, dst: Path, options: Options, print_line: PrintLine) -> None:
@@ -225,10 +246,10 @@ def _write(
     dst: Path,
     options: Options,
     progress: OnProgress,
-    verify_source: Callable[[], object],
+    verified: Callable[[], object],
 ) -> set[str]:
     """The names of tensors of which a finite number has become infinite."""
-    how = (options, progress, verify_source)
+    how = (options, progress, verified)
     if options.shard_size is None:
         return _write_file(plan.tensors, dst, plan.aliases, metadata, *how)
     overflows: set[str] = set()
@@ -252,7 +273,7 @@ def _write_file(
     metadata: dict[str, str],
     options: Options,
     progress: OnProgress,
-    verify_source: Callable[[], object],
+    verified: Callable[[], object],
 ) -> set[str]:
     overflows: set[str] = set()
     workers = options.workers or default_workers()
@@ -269,11 +290,9 @@ def _write_file(
         if is_pt:
             writer.crcs |= {part.name: part.crc for part in written}
         if options.verify:
-            with ThreadPoolExecutor(1, thread_name_prefix="sync") as pool:
-                synced = pool.submit(os.fsync, target)
-                verify_source()  # meanwhile: the disk is busy, the processors are not
-            synced.result()
+            os.fsync(target)
             check_copy(tensors, writer.tensors, target, workers, path)
+            verified()
 
     described = {name: (planned.dtype, planned.shape) for name, planned in tensors.items()}
     if is_pt:

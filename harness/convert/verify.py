@@ -2,6 +2,7 @@
 checkpoint. `copy.check_copy` reads the output back."""
 
 import bisect
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ _CAST_SIZE = 128 << 10
 """Bytes that are cast at once. The memory of larger arrays goes back to the system each time."""
 
 
-def check_sources(ranges: Iterable[ByteRange], progress: OnProgress) -> None:
+def check_sources(ranges: Iterable[ByteRange], progress: OnProgress, stop: threading.Event) -> None:
     """Reads every record that is copied from. Raises FormatError for a wrong CRC.
 
     Only `.pt` files have CRCs, since torch 1.6.
@@ -42,10 +43,10 @@ def check_sources(ranges: Iterable[ByteRange], progress: OnProgress) -> None:
             first = bisect.bisect_left(starts, record.start)
             if first < len(starts) and starts[first] < record.start + record.size:
                 records.append(record)
-    _check_all(verify, records)
+    _check_all(verify, records, stop)
 
 
-def check_masters(saved: SavedEngine) -> None:
+def check_masters(saved: SavedEngine, stop: threading.Event) -> None:
     """Checks that the weights of all trained parameters, under each of their names, are the rounded
     masters; at stage 3 only those that the model keeps complete.
 
@@ -69,7 +70,7 @@ def check_masters(saved: SavedEngine) -> None:
             )
 
     with SourceFiles() as files:
-        _check_all(check, pairs)
+        _check_all(check, pairs, stop)
 
 
 def _is_rounded(files: SourceFiles, weight: StoredTensor, master: StoredTensor) -> bool:
@@ -83,11 +84,17 @@ def _is_rounded(files: SourceFiles, weight: StoredTensor, master: StoredTensor) 
     )
 
 
-def _check_all(check: Callable[[T], None], items: Iterable[T]) -> None:
+def _check_all(check: Callable[[T], None], items: Iterable[T], stop: threading.Event) -> None:
     """Calls `check` for each item, with several threads. Raises the error of the first one that
-    has failed, in their order; those that have not begun are then left out."""
+    has failed, in their order; those that have not begun are then left out, as after `stop`."""
+
+    def check_unless_stopped(item: T) -> None:
+        if stop.is_set():
+            raise InterruptedError("stopped")
+        check(item)
+
     with ThreadPoolExecutor(default_workers(), thread_name_prefix="check") as pool:
-        futures = [pool.submit(check, item) for item in items]
+        futures = [pool.submit(check_unless_stopped, item) for item in items]
         try:
             for future in futures:
                 future.result()
