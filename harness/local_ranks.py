@@ -32,7 +32,11 @@ _NAME = "harness-rank-"
 
 
 def launch(
-    task: AnyTask, *, ranks: int, config: AnyConfig, overrides: Mapping[str, Any] | None = None
+    task: AnyTask | None = None,
+    *,
+    ranks: int,
+    config: AnyConfig,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Result:
     """`harness.train` on `ranks` processes of this machine, one for each GPU or, without GPUs, on
     its CPUs. Returns when all have ended.
@@ -80,7 +84,7 @@ def preloaded() -> list[str]:
     return [] if asks else PRELOADED
 
 
-def _pickled(payload: tuple[AnyConfig, AnyTask, Mapping[str, Any] | None]) -> bytes:
+def _pickled(payload: tuple[AnyConfig, AnyTask | None, Mapping[str, Any] | None]) -> bytes:
     """Raises ConfigError if the task cannot be sent to another process."""
     if find_spec("cloudpickle"):
         import cloudpickle

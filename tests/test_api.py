@@ -21,7 +21,6 @@ from torch import nn
 
 from harness import Config, Result, Task, command, launch, train
 from harness.config.command_line import parse_args
-from harness.control.wire import SOCKET
 from harness.errors import CommandError, ConfigError, HarnessError, TaskError
 from tests.support.helpers import ROOT
 
@@ -198,10 +197,8 @@ def test_a_run_in_a_thread_takes_commands(tmp_path: Path) -> None:
     results: list[Result] = []
     thread = threading.Thread(target=lambda: results.append(train(config, build)), daemon=True)
     thread.start()
-    while not (tmp_path / "live" / SOCKET).exists():
-        thread.join(0.05)
     with pytest.raises(CommandError, match=r"'lr fast': rejected: .* a learning rate is"):
-        command(tmp_path / "live", "lr fast")
+        command(tmp_path / "live", "lr fast", wait_s=60)  # it has not started yet
     with pytest.raises(HarnessError, match="another run is in progress in this process: wait"):
         train(tables(tmp_path, name="second"), build)
     answers = [command(tmp_path / "live", line) for line in ("lr 0.5", "quit")]

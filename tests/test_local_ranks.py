@@ -73,10 +73,9 @@ def test_ranks_train_without_anything_imported_for_them(
 
 @pytest.mark.slow
 def test_an_error_of_all_ranks_is_raised_once(tmp_path: Path) -> None:
-    config = test_api.tables(tmp_path, stage=2)
-    task, wrong = ROOT / "tests/tasks/tiny_task.py", {"task.args": {"raise": True}}
+    task = {"task": {"path": str(ROOT / "tests/tasks/tiny_task.py"), "args": {"raise": True}}}
     with pytest.raises(TaskError, match="RuntimeError: the task is unwell"):
-        harness.launch(task, ranks=2, config=config, overrides=wrong)
+        harness.launch(ranks=2, config=test_api.tables(tmp_path, stage=2) | task)
 
 
 def test_a_task_that_cannot_be_sent_is_refused(

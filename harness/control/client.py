@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,17 +87,30 @@ def _why_not(run_dir: Path, error: OSError) -> str:
     )
 
 
-def command(run_dir: str | Path, text: str) -> str:
+def command(run_dir: str | Path, text: str, wait_s: float = 0.0) -> str:
     """Sends a command to a running job, of this process or another one, and returns its result,
-    like "net: lr 0.0005". Blocks until it is executed.
+    like "net: lr 0.0005". Blocks until it is executed. A job that has only just been started may
+    take up to `wait_s` seconds until it listens.
 
     Raises CommandError if it is rejected or fails, NoAnswer if no job is running.
     """
-    with contextlib.closing(Client(Path(run_dir))) as client:
+    with contextlib.closing(_connected(Path(run_dir), wait_s)) as client:
         *_, answer = client.send(text)
     if answer.state != "done":
         raise CommandError(f"{text!r}: {answer.state}: {answer.result}")
     return answer.result
+
+
+def _connected(run_dir: Path, wait_s: float) -> Client:
+    """A connection, once a job listens. Raises NoAnswer if none does after `wait_s` seconds."""
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            return Client(run_dir)
+        except NoAnswer:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.1)
 
 
 def send_command(run_dir: Path, command: str, as_json: bool) -> int:
