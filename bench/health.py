@@ -33,6 +33,8 @@ def measure(steps: int, step_s: float, rounds: int, directory: Path) -> dict[str
     from harness.distributed import StepVector
     from harness.health import phases, watchdog
     from harness.health.stragglers import Pace
+    from harness.metrics.by_rank import ByRank
+    from harness.metrics.step_clock import StepClock
 
     root = Path(__file__).parents[1]
     config = Config.model_validate(
@@ -57,16 +59,31 @@ def measure(steps: int, step_s: float, rounds: int, directory: Path) -> dict[str
         def receive(self, sums: Sequence[float]) -> None:
             pass
 
-    bare, full, pace = StepVector(), StepVector(), Pace(lambda text: None)
+    class RanksTimes:
+        """The ranks' times in the vector, and what is judged by them."""
+
+        def __init__(self) -> None:
+            self.by_rank, self.pace, self.clock = ByRank(), Pace(lambda text: None), StepClock()
+
+        def contribute(self) -> Sequence[float]:
+            self.clock.stop()
+            return self.by_rank.tell(self.clock, {"host_memory_bytes": 0})
+
+        def receive(self, sums: Sequence[float]) -> None:
+            self.by_rank.hear(sums)
+            self.pace.judge(step, self.by_rank.times)
+
+    bare, full, of_ranks = StepVector(), StepVector(), RanksTimes()
     for vector in (bare, full):
         vector.add(Others())
-    full.add(pace)
+    full.add(of_ranks)
     step = 0
 
     def with_health() -> None:
         nonlocal step
         step += 1
         phases.at_step(step)
+        of_ranks.clock = StepClock()
         for _ in range(MICRO_BATCHES):
             phases.enter("data")
             phases.enter("step")
@@ -74,7 +91,6 @@ def measure(steps: int, step_s: float, rounds: int, directory: Path) -> dict[str
             phases.enter("backward")
             phases.enter("step")
         full.exchange()
-        pace.of_step(step - 1)
 
     ways = {"with": with_health, "without": bare.exchange}
     seconds: dict[str, list[float]] = {f"{name}{cpu}": [] for name in ways for cpu in ("", " CPU")}

@@ -32,6 +32,7 @@ def measure(numbers: int, micro_batches: int, steps: int, rounds: int) -> dict[s
     vector.add(meter)
 
     def with_vector() -> None:
+        meter.begin()
         for report in reports:
             meter.add(report)
         meter.push({}, ["net"], 1, 1)

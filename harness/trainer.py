@@ -71,7 +71,7 @@ class Trainer:
         self.traces = Traces(bus, live.config.run_dir / "traces")
         self.vector = StepVector()
         self.pace = Pace(status.note)
-        for part in (bus, self.meter, batches, engines.gradient_check, engines.skips, self.pace):
+        for part in (bus, self.meter, batches, engines.gradient_check, engines.skips):
             self.vector.add(part)
         if callbacks.is_used:
             self.vector.add(callbacks)
@@ -175,8 +175,8 @@ class Trainer:
             **self.batches.metrics(),
             **self.engines.rates(),
         }
-        self.meter.push(local, [engine.name for engine in due], samples, tokens)
         self.batches.prefetch(self.engines.global_step + 2, size)
+        self.meter.push(local, [engine.name for engine in due], samples, tokens)
         self.vector.exchange()
         self.report(self.meter.take())
         self.status.stepped(self.engines.global_step)
@@ -387,8 +387,8 @@ class Trainer:
         for numbers in done:
             self.engines.count(numbers.local["step"], numbers.samples, numbers.tokens)
             counters = max((e.counters for e in self.engines.trained), key=lambda c: c.samples)
-            record = numbers.local | numbers.means | self.pace.of_step(numbers.local["step"])
-            record |= find_spikes(self, numbers)
+            self.pace.judge(numbers.local["step"], numbers.times)
+            record = numbers.local | numbers.means | find_spikes(self, numbers)
             record |= {"samples": counters.samples, "tokens": counters.tokens}
             record |= numbers.speed(record["step_time_s"])
             due = self.engines.due(numbers.local["step"])

@@ -4,6 +4,7 @@ Its files, from the top down:
 
     joining.py         joining and leaving the world
     step_vector.py     the one vector that the ranks sum in each step
+    rank_numbers.py    in such a vector, a few numbers of each rank
     failures.py        how ranks fail, told to each other; the error when a rank is lost
     failure.py         how a rank fails or is lost, in words
     shared_numbers.py  what each rank has noted down, even if it has died
@@ -12,6 +13,7 @@ Its files, from the top down:
     collectives.py     all-reduce, broadcast, gather; raising on all ranks together
     background.py      all-reduces that training does not wait for
     tree.py            values up a tree of the ranks, and down again
+    waiting.py         how long this rank has waited for the others
     peers.py           where the other ranks run
     abort.py           aborts the collectives of this rank
     rng.py             the random generators of a rank

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from harness.distributed import tree
 from harness.distributed.abort import shut_sockets
+from harness.distributed.waiting import in_collective
 from harness.distributed.world import global_rank, next_tag, world_size
 
 SECONDS_TO_END = 1.0
@@ -77,7 +78,8 @@ class AllReduce:
         tensor, self._tensor = self._tensor, None
         working, self._working = self._working, None
         if working is not None:
-            working.result()
+            with in_collective:
+                working.result()
         return tensor
 
 

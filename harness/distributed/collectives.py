@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.distributed import tree
 from harness.distributed.background import AllReduce
 from harness.distributed.forks import sockets_close_in_forks
+from harness.distributed.waiting import in_collective
 from harness.distributed.world import global_rank, next_tag, world_size
 from harness.errors import HarnessError, OutOfMemory, TaskError, kind_of, no_exit
 
@@ -104,9 +105,10 @@ def _exchange(ranks: Ranks | None = None, root: int = 0) -> Iterator[tuple[tree.
     """This rank's place and tag in an exchange among `ranks`, by default all."""
     tag = next_tag()
     if ranks is None and root == 0:  # connected since `init`
-        yield tree.place_of(global_rank(), range(world_size()), 0), tag
+        with in_collective:
+            yield tree.place_of(global_rank(), range(world_size()), 0), tag
     elif global_rank() in (ranks := ranks or range(world_size())):
-        with sockets_close_in_forks():
+        with in_collective, sockets_close_in_forks():
             yield tree.place_of(global_rank(), ranks, root), tag
     else:
         yield tree.Place(None, ()), tag

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from harness.distributed.waiting import in_collective
 from harness.distributed.world import device, is_global_leader
 
 
@@ -23,7 +24,8 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
     ordered = [groups[key] for key in sorted(groups, key=lambda key: key[0])]  # aligned parts
     flats = [_flatten_dense_tensors(group).view(torch.uint8).to(device()) for group in ordered]
     flat = torch.cat(flats)
-    dist.broadcast(flat, src=0)
+    with in_collective:
+        dist.broadcast(flat, src=0)
     if is_global_leader():
         return
     for group, part in zip(ordered, flat.split([f.numel() for f in flats]), strict=True):

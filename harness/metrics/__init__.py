@@ -4,6 +4,7 @@ Sinks, progress and status are on rank 0 only; every rank has a meter and writes
 
     flops.py       the share of the devices' peak that the model's arithmetic is
     meters.py      metrics of each step, averaged over the ranks in the background
+    by_rank.py     how much the ranks differ, and which is the slowest
     step_clock.py  how long a step and its phases take, without waiting for them
     memory.py      the memory of this rank and of its device
     recorder.py    where the records of a run go: its sinks

@@ -17,6 +17,8 @@ class MemoryMeter:
     def __init__(self) -> None:
         self._process = psutil.Process()
         self._next = 0.0
+        self.last: dict[str, int] = {}
+        """The newest sample."""
 
     def sample(self) -> dict[str, int]:
         """Bytes, as `host_memory_bytes` (resident) and on a GPU `device_memory_bytes`,
@@ -30,4 +32,5 @@ class MemoryMeter:
             found["device_memory_bytes"] = torch.cuda.memory_allocated(device)
             found["device_memory_reserved_bytes"] = torch.cuda.memory_reserved(device)
             found["device_memory_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        self.last = found
         return found

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from harness import devices, distributed
+from harness.health.stragglers import Times
+from harness.metrics.by_rank import ByRank
 from harness.metrics.memory import MemoryMeter
-from harness.metrics.step_clock import StepClock
+from harness.metrics.step_clock import NAMES, StepClock
 
 Stats = Mapping[str, torch.Tensor | float]
 """Metrics of one micro-batch, by name."""
@@ -29,6 +31,8 @@ class StepNumbers:
     """Samples of the step, over all ranks."""
     tokens: int
     """Tokens of the step, over all ranks."""
+    times: Sequence[Times] = ()
+    """`ByRank.times` of the step."""
 
     def speed(self, seconds: float) -> dict[str, float]:
         """Samples and tokens per second, of a step of so many seconds."""
@@ -112,6 +116,8 @@ class _Pending:
 
     local: dict[str, Any]
     clock: StepClock
+    memory: dict[str, int]
+    """The newest sample."""
     names: list[str]
     sums: _Sums
     tail: list[int]
@@ -126,7 +132,8 @@ class _Pending:
 
     def own(self) -> dict[str, Any]:
         """`local`, and how long the step and its phases took. Call `totals` first."""
-        return self.local | {"step_time_s": self.clock.seconds()} | self.clock.by_phase()
+        by_phase = {f"{NAMES[phase]}_s": took for phase, took in self.clock.by_phase.items()}
+        return self.local | {"step_time_s": self.clock.seconds()} | by_phase
 
 
 class StepMeter:
@@ -144,6 +151,7 @@ class StepMeter:
         self._sums = _Sums()
         self._clock = StepClock()
         self._memory = MemoryMeter()
+        self._by_rank = ByRank()
         self._pushed: _Pending | None = None
         self._copying: _Pending | None = None
         self._summing: _Pending | None = None
@@ -181,7 +189,8 @@ class StepMeter:
             copied = torch.cuda.Event()
             copied.record()
         tail = [samples, tokens, len(self._new_names)]
-        self._pushed = _Pending(local, self._clock, self._names, sums, tail, copied)
+        kept = self._clock, self._memory.last
+        self._pushed = _Pending(local, *kept, self._names, sums, tail, copied)
 
     def take(self) -> list[StepNumbers]:
         """The steps completed since the last call."""
@@ -198,7 +207,7 @@ class StepMeter:
         return own
 
     def contribute(self) -> Sequence[float]:
-        """Sums by name, weights by name, samples, tokens, number of new names."""
+        """Sums by name, weights by name, samples, tokens, number of new names, `ByRank.tell`."""
         self._summing, self._copying, self._pushed = self._copying, self._pushed, None
         if self._summing is None:
             return ()
@@ -208,6 +217,7 @@ class StepMeter:
             *(sums.get(name, 0.0) for name in names),
             *(weights.get(name, 0.0) for name in names),
             *self._summing.tail,
+            *self._by_rank.tell(self._summing.clock, self._summing.memory),
         ]
 
     def receive(self, sums: Sequence[float]) -> None:
@@ -218,10 +228,12 @@ class StepMeter:
         size = len(pending.names)
         pairs = zip(pending.names, sums[:size], sums[size : 2 * size], strict=True)
         means = {name: total / weight for name, total, weight in pairs if weight}
-        samples, tokens, new_names = map(int, sums[2 * size :])
+        samples, tokens, new_names = map(int, sums[2 * size : 2 * size + 3])
+        local = pending.own() | self._by_rank.hear(sums[2 * size + 3 :])
         if new_names:
             self._exchange_names()
-        self._completed.append(StepNumbers(pending.own(), means, samples, tokens))
+        times = self._by_rank.times
+        self._completed.append(StepNumbers(local, means, samples, tokens, times))
 
     def _exchange_names(self) -> None:
         new = distributed.all_reduce(self._new_names, or_)

@@ -99,13 +99,12 @@ def _all(runs: Sequence[RunFiles]) -> Iterator[Chart]:
     histogram.by_step = False
     histogram.note = "by their seconds; those beyond the 99.5th percentile are in the last bar"
     yield histogram
-    yield Chart("ranks", "What ranks do alone: data and forward", "Machine", _ranks(runs), "s")
-    memory = [name for name in names if name.endswith("memory_bytes")]
-    memory += [name for name in names if name.startswith("device_memory_")]
-    curves = _lines(runs, list(dict.fromkeys(memory)), 1 / GIB)
-    for curve in curves:
-        curve.label = curve.label.removesuffix("_bytes").replace("_memory", "").replace("_", " ")
-    yield Chart("memory", "Memory of rank 0", "Machine", curves, "GiB")
+    yield Chart("ranks", "What ranks do alone", "Machine", _ranks(runs), "s")
+    memory = [name for name in names if "_memory_" in name and name.endswith("_bytes")]
+    of_ranks = [name for name in memory if name.split("_")[-2] in ("min", "mean", "max")]
+    own = [name for name in memory if name not in of_ranks]
+    yield Chart("memory", "Memory of rank 0", "Machine", _memory(runs, own), "GiB")
+    yield Chart("ranks_memory", "Memory of all ranks", "Machine", _memory(runs, of_ranks), "GiB")
     for name in _others(runs, names):
         yield _smoothed(runs, name, name, "Other metrics")
 
@@ -122,7 +121,7 @@ def _others(runs: Sequence[RunFiles], names: list[str]) -> Iterator[str]:
     for name in names:
         parts = name.split("/")
         has_chart = parts[-1] in shown or "lr" in parts or "epoch" in parts
-        if has_chart or name.endswith(("_per_s", "_bytes")) or "_time_" in name:
+        if has_chart or name.endswith(("_per_s", "_bytes", "_rank")) or "_time_" in name:
             continue
         if _varies(runs, name):
             yield name
@@ -165,6 +164,13 @@ def _lines(runs: Sequence[RunFiles], names: Sequence[str], factor: float = 1.0) 
         for name in names
         if np.isfinite(run.metrics.steps[name]).any()
     ]
+
+
+def _memory(runs: Sequence[RunFiles], names: Sequence[str]) -> list[Curve]:
+    curves = _lines(runs, names, 1 / GIB)
+    for curve in curves:
+        curve.label = curve.label.removesuffix("_bytes").replace("_memory", "").replace("_", " ")
+    return curves
 
 
 def _evaluated(runs: Sequence[RunFiles], name: str) -> list[Curve]:

@@ -1,22 +1,29 @@
 """The files of a run directory, as far as they have been written."""
 
 import json
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, compress
+from operator import not_
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json
 
 from harness.errors import HarnessError
 from harness.health import goodput
 from harness.health.outcome import FILE as ENDED
 from harness.health.outcome import Outcome
 
-LINES_AT_ONCE = 4_000
-"""Records of metrics.jsonl that are in memory as dicts."""
+BYTES_AT_ONCE = 1 << 22
+"""Of metrics.jsonl, whose records are in memory as dicts."""
+
+
+_EVALUATED = re.compile("eval/")
 
 
 class Columns:
@@ -26,16 +33,16 @@ class Columns:
         self._chunks: list[tuple[int, dict[str, np.ndarray]]] = []
         self._joined: dict[str, np.ndarray] = {}
 
-    def add(self, records: list[dict[str, Any]]) -> None:
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Appends records, whose values are numbers, or text like "nan"."""
         if not records:
             return
-        rows: dict[tuple[str, ...], list[int]] = {}  # of the records that have the same names
-        for row, record in enumerate(records):
-            rows.setdefault(tuple(record), []).append(row)
+        rows: dict[tuple[str, ...], list[int]] = defaultdict(list)  # that have the same names
+        for row, names in enumerate(map(tuple, records)):
+            rows[names].append(row)
         chunk: dict[str, np.ndarray] = {}
         for names, some in rows.items():
-            values = _matrix([list(records[row].values()) for row in some])
+            values = _matrix([records[row].values() for row in some], len(names))
             for name, column in zip(names, values.T, strict=True):
                 whole = chunk.setdefault(name, np.full(len(records), np.nan))
                 whole[some] = column
@@ -56,11 +63,12 @@ class Columns:
         return self._joined[name]
 
 
-def _matrix(rows: list[list[Any]]) -> np.ndarray:
-    try:
-        return np.array(rows, dtype=np.float64)  # also of text like "nan"
+def _matrix(rows: Sequence[Iterable[Any]], width: int) -> np.ndarray:
+    try:  # also of text like "nan"
+        flat = np.fromiter(chain.from_iterable(rows), np.float64, len(rows) * width)
     except (TypeError, ValueError):  # other text, or lists, of a task
-        return np.array([[_number(value) for value in row] for row in rows])
+        flat = np.array([_number(value) for row in rows for value in row])
+    return flat.reshape(len(rows), width)
 
 
 def _number(value: Any) -> float:
@@ -90,27 +98,26 @@ class Metrics:
                 self.steps, self.evaluations, self._offset = Columns(), Columns(), 0
             self._inode = inode
             file.seek(self._offset)
-            while lines := list(islice(file, LINES_AT_ONCE)):
-                if not lines[-1].endswith(b"\n"):
-                    lines.pop()  # being written
-                self._offset += sum(map(len, lines))
-                self._add(lines)
-                if not lines:
-                    break
+            while block := file.read(BYTES_AT_ONCE):
+                block += file.readline()
+                block = block[: block.rfind(b"\n") + 1]  # without a line that is being written
+                self._offset += len(block)
+                self._add(parsed(block, "step"))
 
-    def _add(self, lines: list[bytes]) -> None:
-        of_steps = [line for line in lines if b'"eval/' not in line]
-        of_evaluations = [line for line in lines if b'"eval/' in line]
-        self.steps.add(parsed(of_steps, "step"))
-        self.evaluations.add(parsed(of_evaluations, "step"))
+    def _add(self, records: Sequence[dict[str, Any]]) -> None:
+        names = list(map(tuple, records))
+        are_of = {some: any(map(_EVALUATED.match, some)) for some in set(names)}
+        is_evaluation = [are_of[some] for some in names]
+        self.evaluations.add(list(compress(records, is_evaluation)))
+        self.steps.add(list(compress(records, map(not_, is_evaluation))))
 
 
-def parsed(lines: list[bytes], needs: str) -> list[dict[str, Any]]:
+def parsed(lines: bytes, needs: str) -> list[dict[str, Any]]:
     """The JSON objects of lines that have a key, without those that a crash has cut short."""
-    try:  # at once: half of the time
-        records = json.loads(b"[" + b",".join(lines) + b"]")
+    try:  # at once, and by a parser that is three times as fast as the standard library's
+        records = from_json(b"[" + lines.rstrip().replace(b"\n", b",") + b"]")
     except ValueError:
-        records = [_json(line) for line in lines]
+        records = [_json(line) for line in lines.splitlines()]
     return [record for record in records if isinstance(record, dict) and needs in record]
 
 
@@ -143,8 +150,7 @@ class RunFiles:
             self.config: dict[str, Any] = tomllib.loads(self.config_text)
         except tomllib.TOMLDecodeError as error:
             raise HarnessError(f"{self.path / 'config.toml'}: {error}") from None
-        commands = _text(self.path / "commands.jsonl").encode().splitlines()
-        self.commands = parsed(commands, "time")
+        self.commands = parsed(_text(self.path / "commands.jsonl").encode(), "time")
         self.log = _text(self.path / "log.txt").splitlines()
         self.outcome = Outcome.read(self.path / ENDED)
         self.starts = [r for r in goodput.read(self.path / goodput.FILE) if "starting" in r]

@@ -34,8 +34,9 @@ class Summary:
     """Where the time has gone."""
     phases: list[Share] = field(default_factory=list)
     """What a step spends its time on, on average."""
-    slowest: list[tuple[int, float]] = field(default_factory=list)
-    """The ranks that were the slowest most often, and in which part of the steps."""
+    slowest: list[tuple[int, float, str]] = field(default_factory=list)
+    """The ranks that were the slowest most often: in which part of the steps, and in which phase
+    they were most often slower than the others, empty if in none."""
 
 
 def summarize(run: RunFiles) -> Summary:
@@ -101,11 +102,17 @@ def _phases(run: RunFiles) -> list[Share]:
     return [Share(label, seconds) for label, seconds in means.items()]
 
 
-def _slowest(run: RunFiles) -> list[tuple[int, float]]:
-    ranks = run.metrics.steps["slowest_rank"]
+def _slowest(run: RunFiles) -> list[tuple[int, float, str]]:
+    steps = run.metrics.steps
+    ranks = steps["slowest_rank"]
     ranks = ranks[np.isfinite(ranks)].astype(int)
-    counts = Counter(ranks.tolist()).most_common(8)
-    return [(rank, count / len(ranks)) for rank, count in counts]
+    of_phases = {label: steps[f"own_{name[:-2]}_max_rank"] for name, label in PHASES.items()}
+    found = []
+    for rank, count in Counter(ranks.tolist()).most_common(8):
+        slower = {label: int((slowest == rank).sum()) for label, slowest in of_phases.items()}
+        phase = max(slower, key=lambda label: slower[label])
+        found.append((rank, count / len(ranks), phase if slower[phase] else ""))
+    return found
 
 
 def _mean(values: np.ndarray) -> float:

@@ -145,13 +145,6 @@ def explain(error: RuntimeError, engine: str, ds: Any) -> None:
         )
 
 
-class Fetching:
-    """How long forwards have fetched weights, and waited for other ranks with that, in seconds, of
-    all engines of this process."""
-
-    seconds = 0.0
-
-
 class Backward:
     """Whether the backward of a loss is running, of any engine."""
 

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.torch_version import TorchVersion
 
+from harness.distributed.waiting import waits
 from harness.errors import TaskError
 from harness.zero import fetches
 from harness.zero.norms import StepNorm, patch_norms
@@ -32,6 +32,7 @@ def apply_patches() -> None:
     _let_timers_start_twice()
     _stay_at_the_smallest_scale()
     _find_duplicates_at_once()
+    _time_collectives()
     patch_norms()
 
 
@@ -45,6 +46,17 @@ def _let_timers_start_twice() -> None:
     timer = importlib.import_module("deepspeed.utils.timer").SynchronizedWallClockTimer.Timer
     start = timer.start
     timer.start = lambda self: None if self.started_ else start(self)
+
+
+def _time_collectives() -> None:
+    """How long a rank waits for the others in its backward, and in its optimizer's step."""
+    backend: Any = importlib.import_module("deepspeed.comm.torch").TorchBackend
+    for name in (
+        *("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "broadcast"),
+        *("reduce_scatter_tensor", "all_gather", "all_gather_into_tensor", "all_gather_coalesced"),
+        *("all_to_all", "all_to_all_single", "barrier"),
+    ):
+        setattr(backend, name, waits(getattr(backend, name)))
 
 
 def _stay_at_the_smallest_scale() -> None:
@@ -214,7 +226,7 @@ def _patch_fetches() -> None:
     there is no element to gather, and then misses the parameter. And a loss can be of a gradient:
     see `fetches.in_backward`."""
     module: Any = importlib.import_module(f"{RUNTIME}.zero.partitioned_param_coordinator")
-    fetch = module.PartitionedParameterCoordinator._fetch_sub_module_impl
+    fetch = waits(module.PartitionedParameterCoordinator._fetch_sub_module_impl)
 
     def fetch_sub_module(self: Any, submodule: Any, forward: bool, is_leaf: bool) -> None:
         if not forward and not fetches.Backward.is_running:
@@ -223,10 +235,7 @@ def _patch_fetches() -> None:
             if not parameter.ds_numel:
                 parameter.data = parameter.data.new_empty(parameter.ds_shape)
                 parameter.ds_status = module.ZeroParamStatus.AVAILABLE
-        started = perf_counter()
         fetch(self, submodule, forward, is_leaf)
-        if forward:
-            fetches.Fetching.seconds += perf_counter() - started
 
     module.PartitionedParameterCoordinator._fetch_sub_module_impl = fetch_sub_module
     module.PartitionedParameterCoordinator.is_differentiated = False

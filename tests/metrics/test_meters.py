@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from harness import distributed
+from harness.distributed import waiting
+from harness.distributed.waiting import waits
 from harness.health import phases
+from harness.metrics import step_clock
 from harness.metrics.meters import StepMeter
 from harness.metrics.step_clock import StepClock
 from tests.support.fake_cuda import Launches, fake_cuda
@@ -61,19 +64,31 @@ def test_a_step_lasts_as_long_as_the_device_takes(monkeypatch: pytest.MonkeyPatc
     for phase in ("data", "forward", "backward", "step", "data", "forward", "backward", "step"):
         phases.enter(phase)
         device_ms[0] += 10 * len(phase)
+        if phase == "backward":
+            waits(device_ms.copy)()  # a collective is enqueued
     clock.stop()
     phases.enter("save")  # after the step
     device_ms[0] += 1000
     assert clock.seconds() == 0.46
-    assert clock.by_phase() == {
-        "data_time_s": 0.08,
-        "forward_time_s": 0.14,
-        "backward_time_s": 0.16,
-        "optimizer_time_s": 0.08,
-    }
+    assert clock.by_phase == {"step": 0.08, "data": 0.08, "forward": 0.14, "backward": 0.16}
+    assert clock.alone() == [0.08, 0.14, 0.16, 0.08]
+    assert clock.waits_unseen() == {"backward"}
 
 
-def test_on_a_cpu_a_step_lasts_as_long_as_its_calls() -> None:
+def test_on_a_cpu_a_step_lasts_as_long_as_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    for module in (step_clock.time, waiting):
+        monkeypatch.setattr(module, "perf_counter", lambda: now[0])
     clock = StepClock()
+    for phase in ("data", "forward", "backward", "step"):
+        phases.enter(phase)
+        now[0] += 1
+        if phase in ("backward", "step"):
+            reduce = waits(lambda: now.insert(0, now[0] + 4))
+            waits(reduce)()  # one in the other is counted once
     clock.stop()
-    assert 0 <= clock.seconds() < 60
+    now[0] += 1
+    assert clock.seconds() == 12
+    assert clock.by_phase == {"step": 5, "data": 1, "forward": 1, "backward": 5}
+    assert clock.alone() == [1, 1, 1, 1]
+    assert clock.waits_unseen() == ()

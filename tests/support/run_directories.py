@@ -66,6 +66,8 @@ def records(first: int, last: int, lr: float = 0.001) -> list[dict[str, Any]]:
             "backward_time_s": 0.04,
             "optimizer_time_s": 0.02,
             "slowest_rank": step % 4 // 3,
+            **({"own_backward_time_max_rank": 1} if step % 4 == 3 else {}),
+            **({"host_memory_bytes": 2**30, "host_memory_max_bytes": 2**31} if step == 9 else {}),
             "loss": loss if step != 333 else "nan",
             "grad_norm": 2.0 if step % 2 else 1.0,
             "samples": 8 * step,

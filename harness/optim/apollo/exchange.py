@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from harness.distributed.waiting import in_collective
 from harness.optim.sharded.tensor_groups import TensorGroup, common_shard
 
 
@@ -24,7 +25,8 @@ class Exchange:
         if self._world > 1:
             outgoing = outgoing.to(self._shard.device)
             incoming = torch.empty_like(outgoing[0])
-            dist.reduce_scatter_tensor(incoming, outgoing.flatten(), group=self._shard.group)
+            with in_collective:
+                dist.reduce_scatter_tensor(incoming, outgoing.flatten(), group=self._shard.group)
             incoming = incoming.to(sent[0].device)
         return list(incoming.split([tensor.shape[1] for tensor in sent]))
 
@@ -32,5 +34,6 @@ class Exchange:
         """For each tensor (any,), the tensors of all ranks: (W, any)."""
         outgoing = torch.cat(list(sent)).to(self._shard.device)
         incoming = outgoing.new_empty(self._world, len(outgoing))
-        dist.all_gather_into_tensor(incoming.view(-1), outgoing, group=self._shard.group)
+        with in_collective:
+            dist.all_gather_into_tensor(incoming.view(-1), outgoing, group=self._shard.group)
         return list(incoming.to(sent[0].device).split([len(tensor) for tensor in sent], dim=1))

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from harness.distributed.waiting import in_collective
 from harness.optim.apollo.channels import ChannelPlan
 from harness.zero.shards import Shard
 
@@ -65,5 +66,6 @@ def _exchanged(collective: Any, tensor: Tensor, solver: int, shard: Shard) -> Te
     if shard.group is None:
         return tensor
     exchanged = tensor.to(shard.device).contiguous()  # LAPACK's results are column-major
-    collective(exchanged, dist.get_global_rank(shard.group, solver), group=shard.group)
+    with in_collective:
+        collective(exchanged, dist.get_global_rank(shard.group, solver), group=shard.group)
     return exchanged.to(tensor.device)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from harness.distributed.waiting import in_collective
 from harness.optim.matrices.plan import OwnerPlan
 from harness.zero.shards import Shard
 
@@ -65,13 +66,11 @@ class Exchange:
         if parts:
             outgoing = torch.cat([part.to(self._dtype) for part in parts]).to(self._device)
         incoming = outgoing.new_empty(sum(route.in_sizes) + extra * self._world)
-        dist.all_to_all_single(
-            incoming,
-            outgoing,
-            [size + extra for size in route.in_sizes],
-            [size + extra for size in route.out_sizes],
-            group=self._shard.group,
-        )
+        in_sizes = [size + extra for size in route.in_sizes]
+        out_sizes = [size + extra for size in route.out_sizes]
+        with in_collective:
+            group = self._shard.group
+            dist.all_to_all_single(incoming, outgoing, in_sizes, out_sizes, group=group)
         lengths = [n for of_rank in route.in_lengths for n in (*[1] * extra, *of_rank)]
         chunks = iter(incoming.split(lengths))
         headers: list[Tensor] = []

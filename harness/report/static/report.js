@@ -61,9 +61,10 @@ function slowest() {
   const runs = content.runs.filter((run) => run.slowest.length > 1);
   if (!runs.length) return [];
   const parts = runs.map((run) => {
-    const colors = {}, shares = run.slowest.map(([rank, share], i) => {
-      colors[`rank ${rank}`] = `c${i % 8}`;
-      return { label: `rank ${rank}`, seconds: share };
+    const colors = {}, shares = run.slowest.map(([rank, share, phase], i) => {
+      const label = `rank ${rank}${phase && `, mostly in ${phase}`}`;
+      colors[label] = `c${i % 8}`;
+      return { label, seconds: share };
     });
     return node("div", {}, ...(content.runs.length > 1 ? [node("p", { class: "note" }, run.name)] : []), ...bar(shares, colors, () => ""));
   });
