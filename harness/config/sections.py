@@ -20,6 +20,7 @@ from pydantic import (
 
 from harness.config.old_names import current_import_path
 from harness.errors import compile_pattern
+from harness.remote_path import as_path
 
 LIVE: dict[str, Any] = {"live": True}
 """Marks a key that `set KEY VALUE` can change during a run."""
@@ -49,6 +50,15 @@ def expand_path(path: Any) -> Any:
 
 UserPath = Annotated[Path, BeforeValidator(expand_path)]
 """A path as users write it."""
+
+
+def _path_or_url(value: Any) -> Any:
+    value = expand_path(value)
+    return as_path(value) if isinstance(value, str) else value
+
+
+PathOrUrl = Annotated[Path, BeforeValidator(_path_or_url)]
+"""The same, or the URL of a store."""
 
 
 def _step_or_path(value: Any) -> Any:
