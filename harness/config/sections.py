@@ -242,7 +242,7 @@ class CheckpointConfig(Section):
     """URL of a store of objects, or of what else fsspec reaches, like "s3://bucket/runs": every
     checkpoint is uploaded below it, to NAME of the run, while training goes on."""
     remote_mb_per_s: float = Field(default=0.0, ge=0)
-    """Limit of what each rank uploads, in MB per second; 0: none."""
+    """Limit of what each rank uploads and downloads, in MB (1e6 bytes) per second; 0: none."""
 
     @model_validator(mode="after")
     def _fits_keep_last(self) -> "CheckpointConfig":

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from harness.checkpoint import remote_store
 from harness.checkpoint.files import FileEntry, Stopped
 from harness.checkpoint.inspect import describe
 from harness.checkpoint.manifest import Manifest
@@ -107,6 +108,42 @@ def test_a_store_that_does_not_answer_is_named(
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(CheckpointError, match=r"s3://bucket/.*127.0.0.1:9"):
         Store(s3).checkpoints()
+
+
+class Clock:
+    """Time that passes where somebody sleeps."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.now = 0.0
+        patch.setattr(remote_store, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_limit_spreads_the_bytes_of_all_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uploads and downloads together, 1 MB a second."""
+    source = tmp_path / "x.pt"
+    source.write_bytes(bytes(SIZE))
+    clock, store = Clock(monkeypatch), Store(f"memory://{tmp_path}", mb_per_s=1)
+    store.upload(source, "step-1.1", "a.pt", never)
+    assert clock.now == pytest.approx(2 * CHUNK / 1e6, abs=0.2)  # the last 5 bytes may go then
+    store.upload(source, "step-1.1", "b.pt", never)
+    store.download("step-1.1", "a.pt", tmp_path / "back.pt")
+    assert clock.now == pytest.approx((2 * SIZE + 2 * CHUNK) / 1e6, abs=0.2)
+    ends = clock.now + 3
+    with pytest.raises(Stopped):
+        store.upload(source, "step-1.1", "c.pt", lambda: clock.now > ends)
+    assert clock.now < ends + 1
+    free = Store(f"memory://{tmp_path}")
+    before = clock.now
+    free.upload(source, "step-1.1", "d.pt", never)
+    assert clock.now == before
 
 
 def test_inspect_reads_manifests_only(tmp_path: Path) -> None:
