@@ -55,6 +55,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     pattern.py         in which order a model sees the tokens of several codebooks
     logs.py            the log, on the terminal and in log.txt
     files.py           files by atomic rename, or a line at a time; locks
+    remote_path.py     files of a store, as paths that are read by ranges
     devices.py         what this process computes on, and what suits that device
     utils.py           small helpers that need no file of their own
     byte_sizes.py      sizes in bytes, as one types them

@@ -15,6 +15,7 @@ from harness import distributed
 from harness.config.engine_sections import EngineConfig
 from harness.convert import plan
 from harness.convert.resolve_source import read_file, resolve_source
+from harness.convert.run_checkpoints import is_step
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.engine.lora import base_weights
@@ -145,7 +146,7 @@ def read_weights(path: Path, engine: str) -> dict[str, StoredTensor]:
     """All weights at `path` by name; of several engines, those of this one. Raises CheckpointError
     or FormatError."""
     for name in (f"{engine}.sft", f"{engine}.pt", engine):
-        if (path / name).exists():
+        if not is_step(path) and (path / name).exists():
             path = path / name
             break
 

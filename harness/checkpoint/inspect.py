@@ -10,6 +10,8 @@ from harness.checkpoint.manifest import Manifest, is_safe, read_manifest
 from harness.convert.run_checkpoints import BEST, MANIFEST, linked_in, may_hold_manifest, steps_in
 from harness.errors import CheckpointError, UnreadableCheckpoint, counted, missing_files
 from harness.health import goodput
+from harness.remote_path import as_path
+from harness.zero.reader import is_engine
 
 
 def describe(what: str, verify: bool = False) -> Iterator[str]:
@@ -59,11 +61,18 @@ def _describe_run(path: Path, directories: list[Path], verify: bool) -> Iterator
 
 def describe_url(url: str) -> Iterator[str]:
     """Lines that describe the checkpoints below a URL, or the one at it. Of each file the size is
-    looked at, and nothing else is read. Raises CheckpointError as `describe_path`."""
+    looked at, and nothing else is read. Or those of a file of weights, or of an engine's files.
+    Raises CheckpointError as `describe_path`."""
     from harness.checkpoint.remote_store import Store, split_url  # imports fsspec
 
     base, wanted = split_url(url)
     store, broken = Store(base), []
+    path = as_path(url)
+    if path.is_file() or is_engine(path):
+        from harness.checkpoint.describe_weights import describe_weights
+
+        yield from describe_weights(path)
+        return
     found = store.checkpoints()
     if not found or (wanted and wanted not in found):
         there = ", ".join(found) or "none"

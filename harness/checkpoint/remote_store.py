@@ -31,6 +31,7 @@ CHUNK = 8 << 20
 MOST_PARTS = 9_000  # S3 allows 10,000 of one object
 OBJECT_STORES = {"s3", "gs", "abfs", "oci", "oss", "r2"}
 """They have no directories: making one might make a bucket."""
+SECONDS_BETWEEN_LOOKS = 0.1  # of a thread that waits for the limit of bandwidth
 PARALLEL_FILES = 4  # of a rank: its memory is a few chunks each
 
 
@@ -138,7 +139,7 @@ class Store:
         while chunk := read(CHUNK):
             if should_stop():
                 raise Stopped
-            self._pace.wait(len(chunk))
+            self._pace.wait(len(chunk), should_stop)
             write(chunk)
 
     def _reader(self, source: Any, what: str) -> Callable[[int], bytes]:
@@ -170,7 +171,8 @@ class Store:
         except BaseException:
             with suppress(Exception):  # it is the first error that counts
                 target.discard()
-            target.closed = True  # else fsspec's would be completed when it is collected
+            with suppress(AttributeError):  # of one in memory
+                target.closed = True  # else fsspec's would be completed when it is collected
             raise
 
     def _open(self, path: str, block: int) -> Any:
@@ -210,21 +212,25 @@ class _LocalFile:
 
 
 class _Pace:
-    """Spreads bytes over time, for all threads of this process together."""
+    """Spreads bytes over time, for all threads of this process together. A thread that waits is
+    done at once when it should stop: a chunk may take minutes."""
 
     def __init__(self, bytes_per_s: float):
         self._rate = bytes_per_s
         self._free_at = 0.0
         self._lock = threading.Lock()
 
-    def wait(self, count: int) -> None:
+    def wait(self, count: int, should_stop: Callable[[], bool]) -> None:
+        """Returns when so many bytes may be sent. Raises Stopped."""
         if not self._rate:
             return
         with self._lock:
-            now = time.monotonic()
-            start = max(now, self._free_at)
+            start = max(time.monotonic(), self._free_at)
             self._free_at = start + count / self._rate
-        time.sleep(start - now)
+        while (left := start - time.monotonic()) > 0:
+            if should_stop():
+                raise Stopped
+            time.sleep(min(left, SECONDS_BETWEEN_LOOKS))
 
 
 def open_store(config: Config) -> Store | None:

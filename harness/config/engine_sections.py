@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from harness.config import deepspeed_rules as rules
-from harness.config.sections import Section, UserPath, check_pattern, importable, merge
+from harness.config.sections import PathOrUrl, Section, UserPath, check_pattern, importable, merge
 
 
 class NamedConfig(BaseModel):
@@ -185,9 +185,10 @@ class EngineConfig(Section):
     of modules (all their parameters), like "blocks\\.[0-3]"."""
     lora: LoraConfig | None = None
     """Train low-rank adapters only."""
-    init_from: UserPath | None = None
+    init_from: PathOrUrl | None = None
     """Initial weights, instead of the task's: a .sft or .pt, a Hugging Face folder, an export or a
-    checkpoint. Ignored when a run resumes, except for a teacher."""
+    checkpoint, also by a URL like "s3://bucket/runs/NAME". Ignored when a run resumes, except for a
+    teacher."""
     train_every: int = Field(default=1, ge=1)
     """Train only at every N-th step of the run."""
     unused_parameters: Literal["error", "zeros"] = "error"

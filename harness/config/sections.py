@@ -20,6 +20,7 @@ from pydantic import (
 
 from harness.config.old_names import current_import_path
 from harness.errors import compile_pattern
+from harness.remote_path import as_path
 
 LIVE: dict[str, Any] = {"live": True}
 """Marks a key that `set KEY VALUE` can change during a run."""
@@ -49,6 +50,15 @@ def expand_path(path: Any) -> Any:
 
 UserPath = Annotated[Path, BeforeValidator(expand_path)]
 """A path as users write it."""
+
+
+def _path_or_url(value: Any) -> Any:
+    value = expand_path(value)
+    return as_path(value) if isinstance(value, str) else value
+
+
+PathOrUrl = Annotated[Path, BeforeValidator(_path_or_url)]
+"""The same, or the URL of a store."""
 
 
 def _step_or_path(value: Any) -> Any:
@@ -232,7 +242,7 @@ class CheckpointConfig(Section):
     """URL of a store of objects, or of what else fsspec reaches, like "s3://bucket/runs": every
     checkpoint is uploaded below it, to NAME of the run, while training goes on."""
     remote_mb_per_s: float = Field(default=0.0, ge=0)
-    """Limit of what each rank uploads, in MB per second; 0: none."""
+    """Limit of what each rank uploads and downloads, in MB (1e6 bytes) per second; 0: none."""
 
     @model_validator(mode="after")
     def _fits_keep_last(self) -> "CheckpointConfig":

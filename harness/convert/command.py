@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.byte_sizes import size
 from harness.convert.run_checkpoints import best_in
+from harness.remote_path import as_path
 
 PrintLine = Callable[[str], object]
 
@@ -20,12 +21,12 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "src",
         metavar="SRC",
-        type=Path,
+        type=_path,
         help="run directory, checkpoint directory (also of plain DeepSpeed, Accelerate, the HF "
         "Trainer) or one of its tags, folder of Hugging Face shards, .sft or .pt "
-        "(.pth, .bin, .ckpt), by its content",
+        "(.pth, .bin, .ckpt), by its content; on a disk, or a URL of a store",
     )
-    add("dst", metavar="DST", type=Path, help=".sft, .safetensors, .pt, .pth, .bin or .ckpt")
+    add("dst", metavar="DST", type=_path, help=".sft, .safetensors, .pt, .pth, .bin or .ckpt")
     add(
         "--shard-size",
         metavar="SIZE",
@@ -82,6 +83,13 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="check the CRCs of what is read and the layout (ZeRO 1 and 2 at 16 bits: weights must "
         "be the rounded masters), and read back what was written",
     )
+
+
+def _path(text: str) -> Path:
+    try:
+        return as_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_zero_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from harness.formats import (
     tied_weights,
 )
 from harness.formats.tensor_writer import TensorWriter
+from harness.remote_path import THREADS, is_remote
 from harness.zero.reader import SavedEngine
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "keep": "keep"}
@@ -63,7 +64,7 @@ class Options:
     round_robin: bool | None = None
     """round_robin_gradients of the engine that will load it; None: false."""
     workers: int = 0
-    """Threads; 0: as many as processors, at most 4."""
+    """Threads; 0: as many as processors, at most 4, or as a store is asked at a time."""
     key: str | None = None
     """The part of a `.pt` that holds the weights, its keys joined with dots."""
 
@@ -75,6 +76,9 @@ def convert(src: Path, dst: Path, options: Options, print_line: PrintLine) -> No
     possible, OSError if files cannot be read or written; `dst` is then unchanged.
     """
     _check_destination(dst, options)
+    if not options.workers:
+        workers = THREADS if is_remote([src]) else default_workers()
+        options = replace(options, workers=workers)
     source = resolve_source(src, options.engine, on_note=lambda text: print_line(f"note: {text}"))
     if options.to_zero is not None:
         _write_zero_checkpoint(source, dst, options, print_line)
@@ -134,6 +138,8 @@ def _check_destination(dst: Path, options: Options) -> None:
         )
     elif dst.is_dir():
         raise HarnessError(f"{dst}: a directory, expected the path of a file to write")
+    if is_remote([dst]):
+        raise HarnessError(f"{dst}: a conversion writes to a disk, not to a store")
     if not dst.absolute().parent.is_dir():
         raise HarnessError(f"{dst.parent}: no such directory")
 
@@ -188,8 +194,10 @@ def _convert_structure(src: Path, dst: Path, options: Options, print_line: Print
     """Converts a file of another structure than flat tensors, through `harness.io`."""
     unsupported = (options.dtype, options.include, options.exclude, options.rename, options.dry_run)
     keys = first_few([f"--key {key!r}" for key in tensor_file.parts(src)])
+    part = f"; for a part of it, use {keys}" if keys else ""
+    if is_remote([src]):
+        raise HarnessError(f"{src} is not a flat dict of tensors: download it first{part}")
     if any(unsupported) or options.verify:
-        part = f"; for a part of it, use {keys}" if keys else ""
         raise HarnessError(
             f"{src} is not a flat dict of tensors: --dtype, --include, --exclude, --rename, "
             f"--dry-run and --verify are not supported{part}"
@@ -276,13 +284,12 @@ def _write_file(
     verified: Callable[[], object],
 ) -> set[str]:
     overflows: set[str] = set()
-    workers = options.workers or default_workers()
     is_pt = path.suffix in suffixes.PT
 
     def fill(writer: TensorWriter) -> None:
         target = writer.fileno()
         written = copy(
-            *(tensors, writer.tensors, target, workers, progress),
+            *(tensors, writer.tensors, target, options.workers, progress),
             with_crc=is_pt,
             by_tensor=is_pt,
             overflows=overflows,
@@ -291,7 +298,7 @@ def _write_file(
             writer.crcs |= {part.name: part.crc for part in written}
         if options.verify:
             os.fsync(target)
-            check_copy(tensors, writer.tensors, target, workers, path)
+            check_copy(tensors, writer.tensors, target, options.workers, path)
             verified()
 
     described = {name: (planned.dtype, planned.shape) for name, planned in tensors.items()}

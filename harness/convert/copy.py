@@ -19,12 +19,13 @@ from typing import NamedTuple
 from harness.convert.plan import PlannedTensor
 from harness.errors import FormatError
 from harness.formats.dtypes import SIZES
-from harness.formats.raw_io import read_into, write_at
+from harness.formats.raw_io import OpenFile, read_into, write_at
 from harness.formats.stored_tensor import StoredTensor
 from harness.formats.tensor_writer import TensorEntry
+from harness.remote_path import READ_SIZE, is_remote
 
 BUFFER_SIZE = 512 << 10
-"""Bytes per thread."""
+"""Bytes per thread; READ_SIZE if they come from a store."""
 TASK_SIZE = 16 << 20
 """Bytes of output per task of a thread."""
 _PAGE = 4096
@@ -68,7 +69,7 @@ class SourceFiles:
 
     def __enter__(self) -> "SourceFiles":
         self._stack = ExitStack()
-        self._descriptors: dict[Path, int] = {}
+        self._files: dict[Path, OpenFile] = {}
         self._lock = threading.Lock()
         _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
@@ -80,10 +81,9 @@ class SourceFiles:
     def read(self, path: Path, view: memoryview, start: int) -> None:
         """Fills the view with the bytes of a file, from `start` on. Raises as `read_into` does."""
         with self._lock:
-            if path not in self._descriptors:
-                file = self._stack.enter_context(path.open("rb"))
-                self._descriptors[path] = file.fileno()
-        read_into(self._descriptors[path], view, start, path)
+            if path not in self._files:
+                self._files[path] = self._stack.enter_context(path.open("rb"))
+        read_into(self._files[path], view, start, path)
 
     def read_elements(
         self, source: StoredTensor, first: int, size: int, buffer: memoryview
@@ -166,11 +166,10 @@ def check_copy(
     Raises FormatError, which names `path`, if one differs; otherwise as `copy`.
     """
     with Path(f"/proc/self/fd/{target}").open("rb") as file:
-        descriptor = file.fileno()
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
         def comparer(files: SourceFiles, stop: threading.Event) -> "_Copier":
-            return _Comparer(files, descriptor, stop, path)
+            return _Comparer(files, file, stop, path)
 
         _run(comparer, split_into_tasks(tensors, entries, by_tensor=False), workers)
 
@@ -233,13 +232,16 @@ class _Copier:
         self.with_crc = with_crc
         self.stop = stop
         self.overflows = overflows
-        self.buffer = memoryview(bytearray(BUFFER_SIZE))
+        self.size = BUFFER_SIZE  # of the buffer
         self.filled = 0  # bytes of the buffer
         self.position = 0  # of the buffer in the file
         self.crc = 0
 
     def run(self, task: list[Chunk]) -> Written:
         self.position = task[0].start
+        if is_remote(range_.path for range_ in task[0].planned.source.ranges[:1]):
+            self.size = READ_SIZE
+        self.buffer = memoryview(bytearray(self.size))
         for chunk in task:
             source = chunk.planned.source
             if source.strided is not None:
@@ -257,7 +259,7 @@ class _Copier:
     def gather(self, chunk: Chunk) -> None:
         done = 0
         while done < chunk.size:
-            space = BUFFER_SIZE - self.position % _PAGE - self.filled
+            space = self.size - self.position % _PAGE - self.filled
             size = min(space, chunk.size - done)
             view = self.buffer[self.filled : self.filled + size]
             self.files.read_elements(chunk.planned.source, chunk.first + done, size, view)
@@ -271,7 +273,7 @@ class _Copier:
         width, target_width = source.itemsize, SIZES[chunk.planned.dtype]
         first, remaining = chunk.first // target_width, chunk.size // target_width
         while remaining:
-            count = min(remaining, BUFFER_SIZE // width)
+            count = min(remaining, self.size // width)
             view = self.buffer[: count * width]
             self.files.read_elements(source, first * width, count * width, view)
             self.write(self.cast(chunk, view))
@@ -302,8 +304,9 @@ class _Copier:
 class _Comparer(_Copier):
     """Compares with what is in the file, instead of writing to it."""
 
-    def __init__(self, files: SourceFiles, target: int, stop: threading.Event, path: Path):
-        super().__init__(files, target, lambda _: None, False, stop, set())
+    def __init__(self, files: SourceFiles, written: OpenFile, stop: threading.Event, path: Path):
+        super().__init__(files, written.fileno(), lambda _: None, False, stop, set())
+        self.written = written
         self.path = path
         self.name = ""  # of the first tensor of the task
         self.found = bytearray()
@@ -317,7 +320,7 @@ class _Comparer(_Copier):
             raise InterruptedError("stopped")
         if len(self.found) != len(content):
             self.found = bytearray(len(content))
-        read_into(self.target, memoryview(self.found), self.position, self.path)
+        read_into(self.written, memoryview(self.found), self.position, self.path)
         if self.found != content:  # a memcmp, which of two memoryviews it is not
             raise FormatError(f"{self.path}: {self.name!r} read back differs from what was written")
         self.position += len(content)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from harness.convert.run_checkpoints import MANIFEST, is_step, named_in
 from harness.errors import CheckpointError, first_few
 from harness.formats import shard_index, suffixes
 from harness.zero.reader import is_engine
@@ -49,6 +50,8 @@ def explain(path: Path) -> str:
         return _UNIVERSAL
     if any(_PIPELINE.fullmatch(found.name) for found in path.glob("layer_*")):
         return _PIPELINED
+    if is_step(path) or named_in(path):
+        return _UNFINISHED
     if tags := sorted(found.name for found in path.iterdir() if is_engine(found)):
         return (
             "has no `latest`, which names the newest checkpoint and is written last: give one of "
@@ -71,6 +74,9 @@ def explain(path: Path) -> str:
     )
 
 
+_UNFINISHED = (
+    f"a checkpoint, or a run's, without {MANIFEST}, which is written last: it is not complete"
+)
 _UNIVERSAL = (
     "a universal checkpoint of DeepSpeed (zero/), in pieces by parameter: convert the checkpoint "
     "that it was made from"

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from harness.errors import (
 )
 from harness.files import is_present
 from harness.formats import zips
+from harness.remote_path import is_remote, map_reads
 from harness.zero.reader import SavedEngine
 
 OnText = Callable[[str], object]
@@ -59,8 +61,11 @@ class RunCheckpoint:
             if absent:
                 writers = {name: self._writers[name] for name in absent}
                 raise CheckpointError(missing_files(self.path, writers, [socket.gethostname()]))
-            for name, entry in files.items():
-                zips.check(self.path / name, entry["size"], entry["digest"])
+
+            def check(name: str) -> None:
+                zips.check(self.path / name, files[name]["size"], files[name]["digest"])
+
+            deque(map_reads(check, files, is_remote([self.path])), 0)
         except FormatError as error:
             raise CheckpointError(str(error)) from None
         except OSError as error:

@@ -12,6 +12,7 @@ from typing import Any
 from harness import __version__
 from harness.errors import CheckpointError, UnreadableCheckpoint
 from harness.files import is_present
+from harness.remote_path import is_remote
 
 MANIFEST = "manifest.json"
 FORMAT = 4
@@ -23,6 +24,8 @@ KEPT = ".kept"
 to the user."""
 
 _STEP = re.compile(r"step-\d{8,}(-[\w.-]+)?")
+_STORED_STEP = re.compile(rf"{_STEP.pattern}(\.\d+)?")
+"""In a store: also with the time of the save."""
 
 
 def checkpoints_in(parent: Path) -> list[Path]:
@@ -44,8 +47,14 @@ def named_in(parent: Path) -> list[Path]:
     return [
         path
         for path in entries
-        if _STEP.fullmatch(path.name) and path.suffix not in (".tmp", KEPT) and path.is_dir()
+        if is_step(path) and path.suffix not in (".tmp", KEPT) and path.is_dir()
     ]
+
+
+def is_step(path: Path) -> bool:
+    """Whether a path has the name of a checkpoint."""
+    pattern = _STORED_STEP if is_remote([path]) else _STEP
+    return pattern.fullmatch(path.name) is not None
 
 
 def best_in(path: Path) -> Path:

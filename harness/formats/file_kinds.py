@@ -78,7 +78,7 @@ def refuse_foreign_zip(path: Path) -> None:
         if file.read(len(_ZIP)) != _ZIP:
             return
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):
         raise FormatError(

@@ -5,7 +5,6 @@ object, and the keys of its storages; then each storage, its number of elements 
 bytes. There are no CRCs. The format: `_legacy_save` in torch/serialization.py.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from harness.errors import FormatError
 from harness.formats import unpickler
 from harness.formats.dtypes import SIZES, STORAGE_DTYPES
 from harness.formats.pickled import Global, PickleError
+from harness.formats.raw_io import OpenFile, read_at, size_of
 from harness.formats.zips import Record
 
 MAX_PICKLE = 256 << 20
@@ -38,15 +38,15 @@ def read(path: Path) -> tuple[bytes, dict[str, Record]]:
     Raises FormatError if it is damaged, OSError if it cannot be read.
     """
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(MAX_PICKLE)
+        size = size_of(file)
+        head = read_at(file, 0, min(size, MAX_PICKLE))
         try:
-            return _read(path, head, file.fileno(), size)
+            return _read(path, head, file, size)
         except PickleError as error:
             raise FormatError(f"{path}: cannot be read: {error}") from None
 
 
-def _read(path: Path, head: bytes, descriptor: int, size: int) -> tuple[bytes, dict[str, Record]]:
+def _read(path: Path, head: bytes, file: OpenFile, size: int) -> tuple[bytes, dict[str, Record]]:
     widths: dict[str, int] = {}
 
     def find_storage(reference: Any) -> Any:
@@ -81,7 +81,7 @@ def _read(path: Path, head: bytes, descriptor: int, size: int) -> tuple[bytes, d
         raise PickleError("malformed: the keys of the tensor data")
     records: dict[str, Record] = {}
     for key in keys:
-        count = int.from_bytes(os.pread(descriptor, 8, end), "little")
+        count = int.from_bytes(read_at(file, end, 8), "little")
         length = count * widths.get(key, 1)
         if key in records or end + 8 + length > size:
             raise PickleError(f"the tensor data {key!r:.40} is truncated, or there twice")

@@ -10,16 +10,16 @@ although one of them is 0, fields that are not in the format, strings that are n
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from harness.errors import FormatError
 from harness.files import reserve, write_atomically
 from harness.formats import file_kinds
+from harness.formats.raw_io import OpenFile, read_at, size_of
 from harness.formats.tensor_writer import TensorEntry, TensorWriter
 
 BITS = {
@@ -74,10 +74,10 @@ def read_header(path: Path) -> Header:
         return header_of(file, path)
 
 
-def header_of(file: BinaryIO, path: Path) -> Header:
+def header_of(file: OpenFile, path: Path) -> Header:
     """`read_header` of an open file at its beginning; `path` is for errors."""
-    available = os.fstat(file.fileno()).st_size - 8
-    size = int.from_bytes(file.read(8), "little")
+    available = size_of(file) - 8
+    size = int.from_bytes(read_at(file, 0, 8), "little")
     try:
         if available < 0:
             raise ValueError("fewer than 8 bytes")
@@ -87,7 +87,7 @@ def header_of(file: BinaryIO, path: Path) -> Header:
             )
         if size > MAX_HEADER:
             raise ValueError(f"its header has {size} bytes, expected at most {MAX_HEADER}")
-        header = _Parser(file.read(size).decode(), 8 + size).header()
+        header = _Parser(read_at(file, 8, size).decode(), 8 + size).header()
         _check_contiguous(header.tensors, 8 + size, 8 + available)
     except ValueError as error:  # also of bad UTF-8 and bad JSON
         if file_kinds.format_of(path) != file_kinds.SAFETENSORS:

@@ -6,16 +6,17 @@ The format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.
 """
 
 import hashlib
-import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from harness.errors import FormatError
-from harness.formats.raw_io import read_crc, read_into
+from harness.formats.raw_io import OpenFile, read_at, read_crc, read_into, size_of
+from harness.remote_path import RemoteFile, map_reads
 
 MAX_DIRECTORY = 64 << 20
 """Bytes; torch needs less than 100 per record."""
@@ -63,14 +64,14 @@ class Record(NamedTuple):
         """Its bytes. Raises FormatError if their CRC is wrong."""
         with self.path.open("rb") as file:
             data = bytearray(self.size)
-            read_into(file.fileno(), memoryview(data), self.start, self.path)
+            read_into(file, memoryview(data), self.start, self.path)
         self.check_crc(zlib.crc32(data))
         return bytes(data)
 
     def verify(self) -> None:
         """Reads it in chunks. Raises FormatError if the CRC is wrong."""
         with self.path.open("rb") as file:
-            self.check_crc(read_crc(file.fileno(), self.start, self.size, self.path))
+            self.check_crc(read_crc(file, self.start, self.size, self.path))
 
     def check_crc(self, crc: int) -> None:
         """Raises FormatError unless its CRC is `crc`."""
@@ -85,8 +86,11 @@ def records(path: Path) -> dict[str, Record]:
     different names. Raises OSError if the file cannot be read.
     """
     with path.open("rb", buffering=0) as opened:
-        file = _Pages(opened.fileno())
-        found = list(_entries(path, file, *_directory(path, file)))
+        file = _Pages(opened)
+        limit, length, count = _directory(path, file)
+        entries = list(_entries(path, file, limit, length, count))
+        file.load([header for _, header, _, _ in entries])
+        found = list(_located(path, file, limit, entries))
     by_name = {record.name: record for record in found}
     if len(by_name) < len(found):
         name = next(record.name for record in found if by_name[record.name] is not record)
@@ -175,9 +179,8 @@ class _Pages:
 
     PAGE = 4096
 
-    def __init__(self, file: int):
-        """`file`: a descriptor."""
-        self.size = os.fstat(file).st_size
+    def __init__(self, file: OpenFile):
+        self.size = size_of(file)
         self._file = file
         self._start, self._page = 0, b""
 
@@ -185,9 +188,20 @@ class _Pages:
         """`size` bytes from byte `start` on, or fewer at the end of the file."""
         at = start - self._start
         if at < 0 or at + size > len(self._page):
-            self._page = os.pread(self._file, max(size, self.PAGE), start)
+            self._page = read_at(self._file, start, max(size, self.PAGE))
             self._start, at = start, 0
         return self._page[at : at + size]
+
+    def load(self, headers: Sequence[int]) -> None:
+        """Asks a store for many pages at a time, which are then kept. `headers`: where they are
+        read from."""
+        if not isinstance(self._file, RemoteFile):
+            return
+        starts = list(headers[:1])
+        for header in headers:
+            if not starts[-1] <= header <= starts[-1] + self.PAGE - _LOCAL.size:
+                starts.append(header)
+        deque(map_reads(lambda start: read_at(self._file, start, self.PAGE), starts, True), 0)
 
 
 def _directory(path: Path, file: _Pages) -> tuple[int, int, int]:
@@ -223,11 +237,15 @@ def _directory(path: Path, file: _Pages) -> tuple[int, int, int]:
     return start, length, count
 
 
-def _entries(path: Path, file: _Pages, limit: int, length: int, count: int) -> Iterator[Record]:
-    """The records of the directory's entries. `limit`: where the directory begins."""
+_Entry = tuple[str, int, int, int]
+"""Name, offset of the local header, size, CRC."""
+
+
+def _entries(path: Path, file: _Pages, limit: int, length: int, count: int) -> Iterator[_Entry]:
+    """The directory's entries. `limit`: where it begins."""
     data, position = file.read(limit, length), 0
     length = len(data)  # less if the file has just been cut
-    unpack, unpack_local, read = _ENTRY.unpack_from, _LOCAL_LENGTHS.unpack, file.read
+    unpack = _ENTRY.unpack_from
     for _ in range(count):
         name_start = position + _ENTRY.size
         if name_start > length:
@@ -249,18 +267,26 @@ def _entries(path: Path, file: _Pages, limit: int, length: int, count: int) -> I
             raise FormatError(f"{path}: record {name!r} is compressed, which torch does not do")
         if flags & _UNKNOWN_FLAGS:
             raise FormatError(f"{path}: record {name!r} is encrypted or patched")
-        start = header + _LOCAL.size
-        local = read(header, _LOCAL.size) if start <= limit else b""
-        if not local.startswith(_LOCAL_MAGIC) or len(local) < _LOCAL.size:
+        if header + _LOCAL.size > limit:
             raise FormatError(f"{path}: damaged: record {name!r} is not where it should be")
-        _, local_name, local_extra = unpack_local(local)
-        start += local_name + local_extra
-        if start + size > limit:
-            raise FormatError(f"{path}: damaged: record {name!r} extends past the end of the data")
-        yield Record(path, name, start, size, crc)
+        yield name, header, size, crc
     if position != length:
         excess = length - position
         raise FormatError(f"{path}: damaged: {excess} extra bytes in the zip directory")
+
+
+def _located(path: Path, file: _Pages, limit: int, entries: Iterable[_Entry]) -> Iterator[Record]:
+    """The records of entries, by their local headers."""
+    unpack, read = _LOCAL_LENGTHS.unpack, file.read
+    for name, header, size, crc in entries:
+        local = read(header, _LOCAL.size)
+        if not local.startswith(_LOCAL_MAGIC) or len(local) < _LOCAL.size:
+            raise FormatError(f"{path}: damaged: record {name!r} is not where it should be")
+        _, local_name, local_extra = unpack(local)
+        start = header + _LOCAL.size + local_name + local_extra
+        if start + size > limit:
+            raise FormatError(f"{path}: damaged: record {name!r} extends past the end of the data")
+        yield Record(path, name, start, size, crc)
 
 
 def _wide_sizes(path: Path, extra: bytes, *values: int) -> list[int]:

@@ -39,5 +39,5 @@ class ByteFile:
             if start + size <= len(self._map):
                 return torch.frombuffer(self._map, dtype=torch.uint8, count=size, offset=start)
         content = torch.empty(size, dtype=torch.uint8)
-        read_into(self.file.fileno(), content.numpy().data, start, self.path)
+        read_into(self.file, content.numpy().data, start, self.path)
         return content

@@ -73,7 +73,7 @@ def _fill(flat: torch.Tensor, tensor: StoredTensor, start: int) -> torch.Tensor:
         view = flat.view(torch.uint8).numpy().data
         for range_ in tensor.cut(start * tensor.itemsize, len(view)):
             with range_.path.open("rb") as file:
-                read_into(file.fileno(), view[: range_.size], range_.start, range_.path)
+                read_into(file, view[: range_.size], range_.start, range_.path)
             view = view[range_.size :]
     return flat
 

@@ -15,6 +15,7 @@ from harness.formats.pickled import UnsupportedTensor, describe
 from harness.formats.pt_reader import Shape, TensorRef
 from harness.formats.stored_tensor import ByteRange, StoredTensor
 from harness.formats.tensor_file import is_extra_state
+from harness.remote_path import is_remote, map_reads
 from harness.zero.layout import (
     PARAMETER_NAMES,
     Flat,
@@ -323,21 +324,22 @@ class SavedEngine:
 
     def _read_ranks(self, pattern: re.Pattern[str]) -> dict[int, Tree]:
         """The trees of one kind of file by rank."""
-        trees: dict[int, Tree] = {}
+        paths: dict[Path, int] = {}
         for path in sorted(self.directory.iterdir()):
-            match = pattern.fullmatch(path.name)
-            if match is None:
-                continue
-            if int(match[2]):
+            if (match := pattern.fullmatch(path.name)) and int(match[2]):
                 raise CheckpointError(
                     f"{path}: tensor and pipeline parallelism (mp_rank > 0) are not supported"
                 )
-            tree = pt_reader.read(path)
+            if match:
+                paths[path] = int(match[1] or 0)
+        read = map_reads(pt_reader.read, paths, is_remote(paths))
+        trees: dict[int, Tree] = {}
+        for (path, rank), tree in zip(paths.items(), read, strict=True):
             if not isinstance(tree, dict):
                 raise CheckpointError(
                     f"{path}: not a file of a DeepSpeed checkpoint: it holds {describe(tree)}"
                 )
-            trees[int(match[1] or 0)] = tree
+            trees[rank] = tree
         return trees
 
     def _read_experts(self) -> None:

@@ -42,7 +42,11 @@ TWO_GROUPS = {"name": "tests.tasks.reshard_task:TwoGroups", "lr": 0.0, "weight_d
 
 
 def config_of(
-    directory: Path, stage: int, given: Path, engine: dict[str, Any] | None = None, **overrides: Any
+    directory: Path,
+    stage: int,
+    given: Path | str,
+    engine: dict[str, Any] | None = None,
+    **overrides: Any,
 ) -> Config:
     """A run of one step that changes no weight, and exports what it started from."""
     table = {
@@ -137,11 +141,11 @@ def test_a_rank_reads_only_what_it_keeps(
     assert max(counts) < 1.1 * sum(counts) / 2
 
 
-@pytest.mark.parametrize("kind", ["pt", "shards", "single", "export", "run", "bf16"])
+@pytest.mark.parametrize("kind", ["pt", "shards", "single", "export", "run", "store", "bf16"])
 def test_weights_may_be_in_any_kind_of_file(
     two_ranks: RankPool, tmp_path: Path, weights: dict[str, Tensor], given: Path, kind: str
 ) -> None:
-    source = tmp_path / kind
+    source: Path | str = tmp_path / kind
     match kind:
         case "pt":
             source = tmp_path / "given.pt"
@@ -155,10 +159,15 @@ def test_weights_may_be_in_any_kind_of_file(
         case "export":
             source.mkdir()
             shutil.copy(given, source / "net.sft")
-        case "run":
-            first = config_of(tmp_path, 2, given, {"ds_overrides": BF16}, run={"name": "first"})
+        case "run" | "store":
+            remote = {"remote": f"file://{tmp_path}/store" if kind == "store" else ""}
+            first = config_of(
+                *(tmp_path, 2, given, {"ds_overrides": BF16}),
+                run={"name": "first"},
+                checkpoint=remote,
+            )
             two_ranks.run(run_in_world, first)
-            source = first.run_dir
+            source = f"{remote['remote']}/first" if kind == "store" else first.run_dir
             for name in ("frozen.weight", "frozen.bias"):  # which have no masters
                 weights[name] = weights[name].bfloat16().float()
         case "bf16":

@@ -1,21 +1,21 @@
 """A store of checkpoints, by itself: what appears, when, and what is told when it fails."""
 
 import math
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from harness.checkpoint import remote_store
 from harness.checkpoint.files import FileEntry, Stopped
 from harness.checkpoint.inspect import describe
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.remote_store import CHUNK, Store, local_name, remote_name
 from harness.errors import CheckpointError
+from harness.io import save
 
 SIZE = 2 * CHUNK + 5
 
@@ -31,39 +31,6 @@ def manifest_of(step: int, files: dict[str, FileEntry], pinned: str | None = Non
     """Saved `step` seconds after 1970 began."""
     fields: dict[str, Any] = {"hosts": ["a"], "config_digest": "", "engines": {}, "world_size": 1}
     return Manifest(step=step, files=files, saved_at=float(step), pinned=pinned, **fields)
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    """The URL of a real S3 server on this machine, with a bucket."""
-    pytest.importorskip("moto.server")
-    s3fs = pytest.importorskip("s3fs")
-    command = [sys.executable, "-m", "moto.server", "--port", "0"]
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server,
-    ):
-        assert server.stderr is not None
-        url = next(line.split()[-1] for line in server.stderr if "Running on http://" in line)
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "none")
-        patch.setenv("AWS_ENDPOINT_URL", url)
-        s3fs.S3FileSystem().mkdir("bucket")
-        yield url
-        s3fs.S3FileSystem.clear_instance_cache()
-        server.kill()
-
-
-@pytest.fixture
-def s3(s3_server: str, tmp_path: Path) -> str:
-    return f"s3://bucket{tmp_path}"
-
-
-@pytest.fixture(params=["memory", "file", "s3"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "s3":
-        return request.getfixturevalue("s3")
-    return f"{request.param}://{tmp_path}/runs"
 
 
 def test_only_a_manifest_makes_a_checkpoint(url: str, tmp_path: Path) -> None:
@@ -143,6 +110,42 @@ def test_a_store_that_does_not_answer_is_named(
         Store(s3).checkpoints()
 
 
+class Clock:
+    """Time that passes where somebody sleeps."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.now = 0.0
+        patch.setattr(remote_store, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_limit_spreads_the_bytes_of_all_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uploads and downloads together, 1 MB a second."""
+    source = tmp_path / "x.pt"
+    source.write_bytes(bytes(SIZE))
+    clock, store = Clock(monkeypatch), Store(f"memory://{tmp_path}", mb_per_s=1)
+    store.upload(source, "step-1.1", "a.pt", never)
+    assert clock.now == pytest.approx(2 * CHUNK / 1e6, abs=0.2)  # the last 5 bytes may go then
+    store.upload(source, "step-1.1", "b.pt", never)
+    store.download("step-1.1", "a.pt", tmp_path / "back.pt")
+    assert clock.now == pytest.approx((2 * SIZE + 2 * CHUNK) / 1e6, abs=0.2)
+    ends = clock.now + 3
+    with pytest.raises(Stopped):
+        store.upload(source, "step-1.1", "c.pt", lambda: clock.now > ends)
+    assert clock.now < ends + 1
+    free = Store(f"memory://{tmp_path}")
+    before = clock.now
+    free.upload(source, "step-1.1", "d.pt", never)
+    assert clock.now == before
+
+
 def test_inspect_reads_manifests_only(tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}/store")
     content = tmp_path / "x.pt"
@@ -161,6 +164,12 @@ def test_inspect_reads_manifests_only(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert lines[0].startswith(f"{store.url}/{newest}: step 2, 1 rank, saved ")
     assert sum(line.endswith("in total, sizes checked: complete") for line in lines) == 2
+    (tmp_path / "store/net").mkdir()
+    for file in ("net/mp_rank_00_model_states.pt", "x.sft"):  # weights are described as well
+        save({"a": torch.ones(2)}, tmp_path / "store" / file)
+    with pytest.raises(CheckpointError, match=r"file://.*/store/net: not a DeepSpeed checkpoint"):
+        list(describe(f"file://{tmp_path}/store/net"))
+    assert "a  F32" in "".join(describe(f"file://{tmp_path}/store/x.sft"))
     (tmp_path / "store" / newest / "net/x.pt").write_bytes(bytes(4))
     with pytest.raises(CheckpointError, match=f"incomplete in the store: {newest}"):
         list(describe(store.url))
