@@ -10,7 +10,6 @@ import os
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -186,6 +185,8 @@ def map_reads(function: Callable[[T], U], items: Iterable[T], remote: bool) -> I
     if not remote:
         yield from map(function, items)
         return
+    from concurrent.futures import ThreadPoolExecutor  # late: 10 ms of every `harness inspect`
+
     with ThreadPoolExecutor(THREADS, thread_name_prefix="read") as pool:
         yield from pool.map(function, items)
 

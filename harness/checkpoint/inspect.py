@@ -11,7 +11,6 @@ from harness.convert.run_checkpoints import BEST, MANIFEST, linked_in, may_hold_
 from harness.errors import CheckpointError, UnreadableCheckpoint, counted, missing_files
 from harness.health import goodput
 from harness.remote_path import as_path
-from harness.zero.reader import is_engine
 
 
 def describe(what: str, verify: bool = False) -> Iterator[str]:
@@ -64,6 +63,7 @@ def describe_url(url: str) -> Iterator[str]:
     looked at, and nothing else is read. Or those of a file of weights, or of an engine's files.
     Raises CheckpointError as `describe_path`."""
     from harness.checkpoint.remote_store import Store, split_url  # imports fsspec
+    from harness.zero.reader import is_engine  # late: a run's directory needs no reader of files
 
     base, wanted = split_url(url)
     store, broken = Store(base), []

@@ -88,8 +88,10 @@ def records(path: Path) -> dict[str, Record]:
     with path.open("rb", buffering=0) as opened:
         file = _Pages(opened)
         limit, length, count = _directory(path, file)
-        entries = list(_entries(path, file, limit, length, count))
-        file.load([header for _, header, _, _ in entries])
+        entries = _entries(path, file, limit, length, count)
+        if isinstance(opened, RemoteFile):
+            entries = list(entries)
+            file.load([header for _, header, _, _ in entries])
         found = list(_located(path, file, limit, entries))
     by_name = {record.name: record for record in found}
     if len(by_name) < len(found):
@@ -193,10 +195,8 @@ class _Pages:
         return self._page[at : at + size]
 
     def load(self, headers: Sequence[int]) -> None:
-        """Asks a store for many pages at a time, which are then kept. `headers`: where they are
-        read from."""
-        if not isinstance(self._file, RemoteFile):
-            return
+        """Asks a store for many pages at a time, which it keeps. `headers`: where they are read
+        from."""
         starts = list(headers[:1])
         for header in headers:
             if not starts[-1] <= header <= starts[-1] + self.PAGE - _LOCAL.size:
