@@ -192,21 +192,16 @@ def _answer(pipe: Connection, rank: int, process: BaseProcess) -> Answer:
         return pickle.loads(pipe.recv_bytes())
     except (EOFError, ConnectionError):
         process.join()
-        number = _signal_of(process.exitcode or 0)
+        code = process.exitcode or 0
+        number = -code if code < 0 else code - 128
         if number in STOPPING:
-            return number
+            return signal.Signals(number)
         if process.exitcode == os.EX_USAGE:
             return ConfigError(
                 "the script calls harness.launch when it is imported, as the ranks do: put the "
                 'call below `if __name__ == "__main__":`'
             )
         return LostRank(f"rank {rank} died with exit code {process.exitcode}: see its own output")
-
-
-def _signal_of(code: int) -> signal.Signals | None:
-    """The signal of which a process with this exit code has died."""
-    number = -code if code < 0 else code - 128
-    return signal.Signals(number) if number in signal.valid_signals() else None
 
 
 def _outcome(answers: Sequence[Answer]) -> Result:
