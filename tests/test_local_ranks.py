@@ -3,10 +3,12 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 
 import harness
 from harness import local_ranks
-from harness.errors import ConfigError, LostRank, TaskError
+from harness.errors import ConfigError, HarnessError, LostRank, TaskError
 from tests import test_api
 from tests.support.helpers import ROOT
 
@@ -58,7 +60,7 @@ def test_with_a_torch_for_gpus_nothing_is_imported_for_the_ranks(
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    assert local_ranks.preloaded() == []
+    assert local_ranks.preloaded() == ["harness.launcher.fork_server"]
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert local_ranks.preloaded() == local_ranks.PRELOADED
 
@@ -90,18 +92,19 @@ def answers_of(*ranks: Callable[[Any], None]) -> list[Any]:
     """What `launch` is answered by processes that are given their pipes."""
     context = multiprocessing.get_context("fork")
     pipes, processes = [], []
-    for rank in ranks:
-        pipe, theirs = context.Pipe()
-        processes.append(context.Process(target=rank, args=(theirs,)))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(pipe)
-    try:
-        return local_ranks._answers(pipes, processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+    with local_ranks._stops() as stops:
+        for rank in ranks:
+            pipe, theirs = context.Pipe()
+            processes.append(context.Process(target=rank, args=(theirs,)))
+            processes[-1].start()
+            theirs.close()
+            pipes.append(pipe)
+        try:
+            return local_ranks._answers(pipes, processes, stops)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
 
 def test_a_rank_that_hangs_after_another_has_failed_is_not_waited_for(
@@ -112,6 +115,71 @@ def test_a_rank_that_hangs_after_another_has_failed_is_not_waited_for(
     first, second = answers_of(lambda pipe: pipe.send_bytes(failing), lambda _: time.sleep(60))
     assert isinstance(first, TaskError) and isinstance(second, LostRank)
     assert str(second).startswith("rank 1 has not ended 0 s after another one had failed")
+
+
+def test_a_signal_is_passed_on_to_the_ranks_and_raised_when_they_have_ended() -> None:
+    def first(pipe: Any) -> None:
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with pytest.raises(local_ranks._Stopped) as stopped:
+        answers_of(first, lambda _: time.sleep(60))
+    assert stopped.value.number is signal.SIGTERM
+
+
+def test_ranks_that_a_signal_has_ended_are_not_lost() -> None:
+    answers = answers_of(
+        lambda _: os.kill(os.getpid(), signal.SIGHUP), lambda _: os._exit(128 + signal.SIGHUP)
+    )
+    with pytest.raises(HarnessError, match="the ranks were ended by SIGHUP"):
+        local_ranks._outcome(answers)
+
+
+SCRIPT = """
+import os, harness
+from tests.test_api import build, tables
+if __name__ == "__main__":
+    environment = dict(os.environ)
+    config = tables("runs", stage=2, name="stopped", steps=10**6)
+    try:
+        harness.launch(build, ranks=2, config=config)
+    finally:
+        print(dict(os.environ) == environment)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_a_script_that_is_ended_by_a_signal_has_saved(
+    tmp_path: Path, send: Callable[[int, int], None], number: signal.Signals
+) -> None:
+    """Sent to the script, or to its ranks as well, as a terminal does."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    with subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as script:
+        try:
+            harness.command(tmp_path / "runs/stopped", "status", wait_s=200)
+            send(script.pid, number)
+            output = script.communicate(timeout=60)[0]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
+    assert script.returncode == -number
+    assert list((tmp_path / "runs/stopped/checkpoints").glob("step-*"))
+    if number is signal.SIGINT:  # one, of Python, for a KeyboardInterrupt that nobody catches
+        assert output.count("Traceback") == 1 and output.endswith("\nKeyboardInterrupt\n")
+        assert "True\nTraceback" in output
+    else:
+        assert "Traceback" not in output
 
 
 def test_a_rank_that_starts_ranks_as_it_imports_its_script_says_so() -> None:

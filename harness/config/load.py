@@ -147,6 +147,8 @@ def _explain(mistake: dict[str, Any], layers: Sequence[Layer], title: str) -> st
         case _:
             value = mistake["input"]
             reason = mistake["msg"][0].lower() + mistake["msg"][1:]
+            if mistake["type"] in ("model_type", "dict_type"):  # pydantic names its classes
+                reason = "input should be a table"
             return f"{key}{origin}: found {value!r} ({type(value).__name__}): {reason}"
 
 

@@ -68,6 +68,7 @@ def test_the_run_is_named_after_the_file(toml: Path) -> None:
         ("--run.steps=many", "run.steps (command line): found 'many' (str): input should be a"),
         ("--run.steps=true", "run.steps (command line): expected a number, found true"),
         ("--run.epochs=true", "run.epochs (command line): expected a number, found true"),
+        ("--task.args=7", "task.args (command line): found 7 (int): input should be a table"),
         ("--run.steps=0", "run.steps (command line): found 0 (int): input should be greater"),
         ("--run.name=a/b", "run.name (command line): found 'a/b'"),
         ("--task.path=no.py", "task.path (command line): no such file: "),

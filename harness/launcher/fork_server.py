@@ -1,0 +1,22 @@
+"""How the processes of `harness.launch` take a signal until their run handles it.
+
+The process that they are forked from imports this before all else, and is itself unmoved: a signal
+to all processes, as of Ctrl-C or of a terminal that is closed, is for the ranks, which end with it.
+A rank whose run has not begun, or has ended, has nothing to save and ends without a word.
+"""
+
+import os
+import signal
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no stacks of C++ when a rank is lost
+_SERVER = os.getpid()
+
+
+def _end(number: int, frame: object) -> None:
+    if os.getpid() != _SERVER:
+        os._exit(128 + number)
+
+
+for _number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is not signal.SIG_IGN:
+        signal.signal(_number, _end)
