@@ -39,7 +39,10 @@ class Mark:
 def marks_of(run: RunFiles) -> list[Mark]:
     """All marks of a run in the order of their times."""
     found = [*_of_commands(run), *_of_log(run), *_of_evaluations(run), *_of_end(run)]
-    placed = [_placed(mark, run) for mark in found]
+    steps, times = run.metrics.steps["step"], run.metrics.steps["time"]
+    known = np.isfinite(times)
+    steps, times = steps[known], times[known]
+    placed = [_placed(mark, steps, times) for mark in found] if len(steps) else found
     return sorted(placed, key=lambda mark: (mark.time or 0.0, mark.step or 0.0))
 
 
@@ -87,13 +90,8 @@ def _of_end(run: RunFiles) -> Iterator[Mark]:
         yield Mark(outcome.time, outcome.step, "end", f"{outcome.kind}: {outcome.reason}")
 
 
-def _placed(mark: Mark, run: RunFiles) -> Mark:
-    """With its step from its time, or its time from its step, where it lacks one."""
-    steps, times = run.metrics.steps["step"], run.metrics.steps["time"]
-    known = np.isfinite(times)
-    steps, times = steps[known], times[known]
-    if not len(steps):
-        return mark
+def _placed(mark: Mark, steps: np.ndarray, times: np.ndarray) -> Mark:
+    """With its step from its time, or its time from its step, where it lacks one: both (N,)."""
     if mark.step is None and mark.time is not None:
         row = np.searchsorted(times, mark.time, side="right") - 1
         step = float(steps[row]) if row >= 0 else float(steps[0]) - 1

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from harness.errors import HarnessError
+from harness.report import run_files
 from harness.report.content import content_of
 from harness.report.marks import marks_of
 from harness.report.run_files import RunFiles
@@ -98,6 +99,37 @@ def test_a_run_is_read_on_and_again_after_a_resume(tmp_path: Path) -> None:
     run.refresh()
     assert run.metrics.steps["step"][-1] == 120
     assert content_of([run])["runs"][0]["state"] == "running"
+
+
+@pytest.mark.parametrize("size", [1, 60, 1 << 22])
+def test_lines_are_whole_wherever_a_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """And a line that is no JSON, or none that is read fast, costs no other one."""
+    monkeypatch.setattr(run_files, "BYTES_AT_ONCE", size)
+    lines = [
+        '{"step": 1, "loss": "nan", "big": 12345678901234567890123}',
+        '{"step": 2, "lo{"step": 3, "loss": 1}',
+        '{"step": 4, "loss": Infinity, "text": "\\ud800", "list": [1, 2], "none": null}',
+        "",
+        '{"step": 5, "eval/loss": 0.1, "loss": 7}',
+        '{"step": 6, "loss": 0.1, "ok": true}',
+        '{"step": 7, "loss": 1',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    metrics = RunFiles(tmp_path).metrics
+    steps, nan = metrics.steps, np.nan
+    assert steps["step"].tolist() == [1, 4, 6]
+    for name, expected in {
+        "loss": [nan, np.inf, 0.1],
+        "big": [12345678901234567890123.0, nan, nan],
+        "text": [nan] * 3,
+        "list": [nan] * 3,
+        "none": [nan] * 3,
+        "ok": [nan, nan, 1],
+    }.items():
+        assert np.array_equal(steps[name], expected, equal_nan=True), name
+    assert metrics.evaluations["loss"].tolist() == [7]
 
 
 def test_a_run_of_an_older_version_and_one_without_a_step(tmp_path: Path) -> None:
