@@ -22,7 +22,7 @@ from harness.errors import ConfigError, counted
 from harness.files import toml_text
 from harness.logs import configure_logging, set_deepspeed_level
 from harness.run import build_task, joined_world, use_attention_backend
-from harness.sizing.memory import memory_of
+from harness.sizing.memory import Footprint
 from harness.sizing.setting import Setting
 from harness.sizing.sources import Subject, of_task, setting_of
 from harness.sizing.text import readable
@@ -124,6 +124,7 @@ def _table(subject: Subject, setting: Setting) -> Iterator[str]:
         activations = subject.activations(setting)
     except ConfigError:
         activations = None
+    footprint = Footprint(subject.model, subject.optimizer)
     yield "  " + "".join(f"{name:>12}" for name in ("stage", *PARTS))
     for stage in STAGES:
         own = Setting(
@@ -133,7 +134,7 @@ def _table(subject: Subject, setting: Setting) -> Iterator[str]:
             precision=setting.precision,
             micro_batch=setting.micro_batch,
         )
-        parts = memory_of(subject.model, own, activations, subject.optimizer).parts
+        parts = footprint.memory(own, activations).parts
         shown = [readable(parts[name]) if parts[name] else "-" for name in PARTS]
         yield "  " + "".join(f"{text:>12}" for text in (str(stage), *shown))
     if activations is None:

@@ -96,23 +96,21 @@ def plan(
     """What a setting needs; with a `limit` in bytes also whether it fits, and what would.
     `disk`: MB/s. All sizes in bytes."""
     from harness.sizing.changes import changes_that_fit
-    from harness.sizing.memory import checkpoint_bytes, groups_of, memory_of, sizes_of
+    from harness.sizing.memory import Footprint, checkpoint_bytes
     from harness.sizing.traffic import traffic_of
+
+    footprint = Footprint(subject.model, subject.optimizer)
 
     @cache
     def activations(micro_batch: int, precision: str) -> Any:
         traced = Setting(micro_batch=micro_batch, precision=precision, seq_len=setting.seq_len)
         return subject.activations(traced) if traces else None
 
-    @cache
     def memory(of: Setting) -> Any:
-        return memory_of(
-            subject.model, of, activations(of.micro_batch, of.precision), subject.optimizer
-        )
+        return footprint.memory(of, activations(of.micro_batch, of.precision))
 
-    needed = memory(setting)
-    sizes = sizes_of(groups_of(subject.model, setting.optimizer, subject.optimizer))
-    parameters = sum(sum(group.values()) for group in sizes)
+    needed, sizes = memory(setting), footprint.sizes(setting)
+    optimizer = footprint.optimizer(setting.optimizer)
     files = checkpoint_bytes(needed, sizes, setting)
     fits = None if limit is None else needed.device <= limit
     changes = []
@@ -120,14 +118,14 @@ def plan(
         changes = changes_that_fit(setting, lambda of: memory(of).device, limit)[:MOST_CHANGES]
     return {
         "model": subject.title,
-        "parameters": parameters,
+        "parameters": sum(sum(group.values()) for group in sizes),
         "setting": setting,
         "traced": traces,
         "memory": dict(needed.parts),
         "on_host": needed.on_host,
         "device_bytes": needed.device,
         "host_bytes": needed.host,
-        "sent": traffic_of(parameters, setting),
+        "sent": traffic_of(optimizer, setting),
         "checkpoint_bytes": files,
         "save_s": files / (disk * 1e6),
         "limit": limit,

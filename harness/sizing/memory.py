@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from harness.config.engine_sections import OptimizerConfig
 from harness.optim.apollo import memory as apollo
@@ -24,6 +25,8 @@ BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size, in elements: allocated whatever the model's size."""
 LIVE = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters, in elements."""
+PARTITIONED = {1: 1, 2: 1}
+"""ZeRO stages 1 and 2 have one layout."""
 ON_HOST = {
     "none": (),
     "optimizer": ("masters", "optimizer"),
@@ -55,16 +58,6 @@ class Memory:
         return sum(self.parts[name] for name in self.on_host)
 
 
-def groups_of(
-    model: nn.Module, optimizer: str, config: OptimizerConfig | None = None
-) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups, with the options and groups of a run's `config` if it is
-    that of the same optimizer. The model may be on the meta device."""
-    if config is None or config.name != optimizer:
-        config = OptimizerConfig(name=optimizer)
-    return build_optimizer(model, config).param_groups
-
-
 def elements_per_rank(sizes: Sequence[Mapping[str, int]], stage: int, world: int) -> int:
     """Elements that a rank steps, padding included. `sizes`: parameters by name, per group."""
     if stage == 0:
@@ -72,11 +65,6 @@ def elements_per_rank(sizes: Sequence[Mapping[str, int]], stage: int, world: int
     if stage == 3:
         return sum(shards_numel(sizes=group, world=world) for group in sizes)
     return sum(partition_size(numel=sum(group.values()), world=world) for group in sizes)
-
-
-def sizes_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, int]]:
-    """Elements of each parameter, per group."""
-    return [{str(n): p.numel() for n, p in enumerate(group["params"])} for group in groups]
 
 
 def model_parts(sizes: Sequence[Mapping[str, int]], setting: Setting) -> dict[str, int]:
@@ -104,19 +92,6 @@ def adamw_bytes(sizes: Sequence[Mapping[str, int]], setting: Setting) -> int:
     return 2 * 4 * elements_per_rank(sizes, setting.stage, setting.ranks)
 
 
-def optimizer_bytes(groups: Sequence[Mapping[str, Any]], setting: Setting) -> int:
-    """Bytes of the optimizer's state."""
-    if setting.optimizer == "adamw":
-        return adamw_bytes(sizes_of(groups), setting)
-    state_bytes = (apollo if setting.optimizer.startswith("apollo") else matrices).state_bytes
-    world = min(setting.ranks, EXACT_RANKS)
-    most = max(state_bytes(groups, setting.stage, world))
-    if setting.stage == 0 or world == setting.ranks:
-        return most
-    share = most * world // setting.ranks
-    return max(share, _largest_matrix(groups)) if setting.optimizer == "soap" else share
-
-
 def _largest_matrix(groups: Sequence[Mapping[str, Any]]) -> int:
     """Bytes of SOAP's state for the largest matrix, all of which its owner has."""
     shapes = {}  # one parameter of each shape
@@ -126,28 +101,61 @@ def _largest_matrix(groups: Sequence[Mapping[str, Any]]) -> int:
     return max((matrices.state_bytes([one], 0, 1)[0] for one in shapes.values()), default=0)
 
 
-def memory_of(
-    model: nn.Module,
-    setting: Setting,
-    activations: Activations | None,
-    config: OptimizerConfig | None = None,
-) -> Memory:
-    """What a rank needs. `activations`: of one micro-batch, None where they are not known.
-    `config`: of the optimizer, as in `groups_of`."""
-    groups = groups_of(model, setting.optimizer, config)
-    sizes = sizes_of(groups)
-    parts = model_parts(sizes, setting) | {"optimizer": optimizer_bytes(groups, setting)}
-    parts["weights"] += fixed_bytes(model, setting)
-    kept = activations and (
-        activations.checkpointed if setting.checkpointing else activations.total
-    )
-    parts["activations"] = kept or 0
-    parts["buckets"] = BUCKET * setting.itemsize if setting.stage else 0
-    total = elements_per_rank(sizes, 0, 1)
-    parts["gathered"] = setting.itemsize * min(total, LIVE) if setting.stage == 3 else 0
-    is_copied = setting.has_masters and setting.precision != "fp32" and setting.offload == "none"
-    parts["step"] = parts["masters"] if is_copied else 0
-    return Memory(parts, ON_HOST[setting.offload])
+class Footprint:
+    """The memory of a model under any setting; what settings have in common is computed once."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig | None = None):
+        """`config`: of a run's optimizer, whose options and groups are used for that optimizer. The
+        model may be on the meta device."""
+        self._model, self._config = model, config
+        self._optimizers: dict[str, Optimizer] = {}
+        self._states: dict[tuple[str, int, int], int] = {}  # optimizer, layout, ranks
+
+    def optimizer(self, name: str) -> Optimizer:
+        """The optimizer of this name, for the model's parameters."""
+        if name not in self._optimizers:
+            is_own = self._config is not None and self._config.name == name
+            config = self._config if is_own else OptimizerConfig(name=name)
+            self._optimizers[name] = build_optimizer(self._model, config)
+        return self._optimizers[name]
+
+    def sizes(self, setting: Setting) -> list[dict[str, int]]:
+        """Elements of each parameter, per group of the optimizer."""
+        groups = self.optimizer(setting.optimizer).param_groups
+        return [{str(n): p.numel() for n, p in enumerate(group["params"])} for group in groups]
+
+    def memory(self, setting: Setting, activations: Activations | None) -> Memory:
+        """What a rank needs. `activations`: of one micro-batch, None where they are not known."""
+        sizes = self.sizes(setting)
+        parts = model_parts(sizes, setting) | {"optimizer": self._optimizer_bytes(setting)}
+        parts["weights"] += fixed_bytes(self._model, setting)
+        kept = activations and (
+            activations.checkpointed if setting.checkpointing else activations.total
+        )
+        parts["activations"] = kept or 0
+        parts["buckets"] = BUCKET * setting.itemsize if setting.stage else 0
+        total = elements_per_rank(sizes, 0, 1)
+        parts["gathered"] = setting.itemsize * min(total, LIVE) if setting.stage == 3 else 0
+        is_copied = (
+            setting.has_masters and setting.precision != "fp32" and setting.offload == "none"
+        )
+        parts["step"] = parts["masters"] if is_copied else 0
+        return Memory(parts, ON_HOST[setting.offload])
+
+    def _optimizer_bytes(self, setting: Setting) -> int:
+        """Of its state."""
+        name, world = setting.optimizer, min(setting.ranks, EXACT_RANKS)
+        if name == "adamw":
+            return adamw_bytes(self.sizes(setting), setting)
+        key = name, PARTITIONED.get(setting.stage, setting.stage), world
+        groups = self.optimizer(name).param_groups
+        if key not in self._states:
+            room = apollo if name.startswith("apollo") else matrices
+            self._states[key] = max(room.state_bytes(groups, *key[1:]))
+        if setting.stage == 0 or world == setting.ranks:
+            return self._states[key]
+        share = self._states[key] * world // setting.ranks
+        return max(share, _largest_matrix(groups)) if name == "soap" else share
 
 
 def checkpoint_bytes(memory: Memory, sizes: Sequence[Mapping[str, int]], setting: Setting) -> int:

@@ -19,20 +19,24 @@ from harness.sizing.activations import DTYPES, Saved, trace
 from harness.sizing.changes import changes_that_fit
 from harness.sizing.command import plan, run_plan
 from harness.sizing.llama import Llama
-from harness.sizing.memory import adamw_bytes, groups_of, memory_of, model_parts
+from harness.sizing.memory import Footprint, adamw_bytes, model_parts
 from harness.sizing.setting import OPTIMIZERS, Setting
 from harness.sizing.sources import from_folder, from_import_path, from_sizes, from_task
 from harness.sizing.text import lines_of
-from harness.sizing.traffic import traffic_of
+from harness.sizing.traffic import ring_traffic, traffic_of
 from harness.testing.pool import RankPool
 from tests.support.given_gradients import engine_of
 from tests.support.quick import quick
+from tests.support.sent import Sent
 
-SIZES = {"layers": 2, "hidden": 64, "heads": 4, "ffn": 160, "vocabulary": 256}
+SIZES = {"layers": 3, "hidden": 64, "heads": 4, "ffn": 160, "vocabulary": 256}
 
 
 WIDE = SIZES | {"layers": 1, "hidden": 320, "ffn": 384}
 """Wider than APOLLO's rank, which is 256 by default: in a narrower model it would be AdamW."""
+
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
 
 
 def small(optimizer: str = "adamw") -> torch.nn.Module:
@@ -47,14 +51,18 @@ def storage_bytes(tensors: Any) -> int:
 
 
 def measured_and_planned(name: str, stage: int, precision: str) -> tuple[dict[str, int], ...]:
-    """This rank's bytes after a step: weights, masters and state."""
+    """This rank's bytes after two steps, weights, masters and state, and those sent in the second,
+    by collective; and what is planned for them."""
     torch.manual_seed(0)
     model = small(name)
-    optimizer = build_optimizer(model, OptimizerConfig(name=name))
+    config = OptimizerConfig(name=name, **({"ns_dtype": "bf16"} if name == "muon" else {}))
+    optimizer = build_optimizer(model, config)
     engine = engine_of(model, optimizer, stage, precision, {})
     ids = torch.zeros(1, 16, dtype=torch.long)
-    engine.backward(engine(ids, ids))
-    engine.step()
+    for _ in range(2):  # stage 3 keeps parameters from the second step on
+        with Sent() as sent:
+            engine.backward(engine(ids, ids))
+            engine.step()
     own = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
     own_ids = {id(p) for p in engine.module.parameters()}
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
@@ -69,7 +77,11 @@ def measured_and_planned(name: str, stage: int, precision: str) -> tuple[dict[st
     setting = Setting(
         ranks=distributed.world_size(), stage=stage, optimizer=name, precision=precision
     )
-    return measured, dict(memory_of(small(name).to("meta"), setting, None).parts)
+    footprint = Footprint(small(name).to("meta"), config)
+    planned = dict(footprint.memory(setting, None).parts)
+    for collective, size in traffic_of(footprint.optimizer(name), setting).items():
+        planned[collective.split()[0]] = size
+    return measured | sent.bytes, planned
 
 
 @pytest.mark.parametrize(
@@ -82,13 +94,16 @@ def measured_and_planned(name: str, stage: int, precision: str) -> tuple[dict[st
         ("soap", 3, "bf16"),
     ),
 )
-def test_weights_masters_and_state_take_what_is_planned(
+def test_a_rank_needs_and_sends_what_is_planned(
     two_ranks: RankPool, name: str, stage: int, precision: str
 ) -> None:
     ranks = two_ranks.run(measured_and_planned, name, stage, precision)
     for part in ("weights", "masters", "optimizer"):
         most = max(measured[part] for measured, _ in ranks)
         assert ranks[0][1][part] == pytest.approx(most, rel=0.03, abs=64), part
+    for collective in COLLECTIVES if "apollo" not in name else ():
+        most = max(measured.get(collective, 0) for measured, _ in ranks)
+        assert ranks[0][1].get(collective, 0) == pytest.approx(most, rel=1e-3, abs=64), collective
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -116,7 +131,7 @@ def test_model_states_of_the_zero_paper(stage: int, gigabytes: float) -> None:
 def test_what_is_not_trained_takes_memory() -> None:
     def weights(model: torch.nn.Module, stage: int) -> int:
         setting = Setting(ranks=2, stage=stage, precision="bf16")
-        return memory_of(model, setting, None).parts["weights"]
+        return Footprint(model).memory(setting, None).parts["weights"]
 
     layers = [torch.nn.Linear(6, 6, bias=False), torch.nn.Linear(6, 6, bias=False)]
     trained = torch.nn.Sequential(*layers)
@@ -128,7 +143,8 @@ def test_what_is_not_trained_takes_memory() -> None:
 
 
 def test_parameters_of_published_llamas() -> None:
-    """6,738,415,616 (Llama 2 7B) and 68,976,648,192 (70B): the weights on Hugging Face's hub."""
+    """Of Llama 2: 6,738,415,616 for 7B, as keras-hub's llama_presets.py has it, and 68,976,648,192
+    for 70B, as in the table of together's finetune.py."""
     seven = {"layers": 32, "hidden": 4096, "heads": 32, "ffn": 11008, "vocabulary": 32000}
     seventy = seven | {"layers": 80, "hidden": 8192, "heads": 64, "ffn": 28672, "kv_heads": 8}
     for sizes, published in ((seven, 6_738_415_616), (seventy, 68_976_648_192)):
@@ -138,17 +154,32 @@ def test_parameters_of_published_llamas() -> None:
 
 def test_what_a_ring_sends() -> None:
     """Section 7 of arXiv 1910.02054: stages 0 to 2 send twice the parameters, stage 3 thrice.
-    DeepSpeed's stages 1 and 2 all-reduce, and so send thrice too."""
-    sent = [sum(traffic_of(1000, Setting(ranks=4, stage=s)).values()) for s in range(4)]
-    assert sent == [3000, 4500, 4500, 4500]
-    assert traffic_of(1000, Setting(ranks=1)) == {"all-reduce gradients": 0}
+    DeepSpeed's stages 1 and 2 all-reduce, and so send thrice too; its stage 3 keeps the last
+    half a billion."""
+    size = 10**10
+    sent = [sum(ring_traffic(size, Setting(ranks=1000, stage=s)).values()) / size for s in range(4)]
+    assert sent == pytest.approx([4, 6, 6, 5.9], rel=0.01)
+    assert ring_traffic(1000, Setting(ranks=1)) == {"all-reduce gradients": 0}
+
+
+def test_matrices_are_exchanged_where_they_are_cut() -> None:
+    footprint = Footprint(from_sizes(SIZES).model)
+
+    def exchanged(ranks: int, stage: int, optimizer: str) -> int:
+        setting = Setting(ranks=ranks, stage=stage, optimizer=optimizer)
+        return traffic_of(footprint.optimizer(optimizer), setting)["all-to-all matrices"]
+
+    assert exchanged(8, 0, "soap") == exchanged(1, 3, "soap") == 0
+    assert exchanged(8, 3, "soap") == 2 * exchanged(8, 3, "muon") > 0
+    assert exchanged(1000, 3, "muon") == 2 * 64 * 160  # an owner sends a matrix to its holders
 
 
 def test_changes_fit_and_are_ranked() -> None:
     subject = from_sizes(SIZES)
+    footprint = Footprint(subject.model)
 
     def needs(setting: Setting) -> int:
-        return memory_of(subject.model, setting, subject.activations(setting)).device
+        return footprint.memory(setting, subject.activations(setting)).device
 
     setting = Setting(micro_batch=8, ranks=2)
     limit = needs(setting) * 2 // 3
@@ -181,14 +212,14 @@ def test_a_model_by_import_path_and_of_a_task() -> None:
     assert subject.activations(Setting(precision="fp32")).total == 3 * 4 * 4
     subject, setting = from_task(Path("launch/tasks/byte_lm.toml"), None, {"ranks": 2})
     assert (setting.stage, setting.precision, setting.micro_batch) == (2, "fp32", 8)
-    assert len(groups_of(subject.model, "adamw")) == 1
+    assert len(Footprint(subject.model).sizes(setting)) == 1
 
 
 def test_a_model_of_a_hugging_face_config(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 256}
     config |= {"hidden_size": 64, "intermediate_size": 160}
-    config |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    config |= {"num_hidden_layers": 3, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = plan(from_folder(tmp_path), Setting(seq_len=32))
     assert found["parameters"] == sum(p.numel() for p in small().parameters())
@@ -241,18 +272,38 @@ def test_a_module_in_the_working_directory_is_found(
     assert printed[0].startswith("of_the_reader:build: ")
 
 
-def test_options_groups_and_what_is_frozen_are_read(tmp_path: Path) -> None:
-    def planned(engine: str) -> dict[str, int]:
-        path = tmp_path / "mine.toml"
-        path.write_text(
-            f'extends = "{Path.cwd()}/launch/tasks/byte_lm.toml"\n[engines.lm]\n{engine}'
-        )
-        subject, setting = from_task(path, None, {})
-        return dict(memory_of(subject.model, setting, None, subject.optimizer).parts)
+def planned_of(directory: Path, engine: str) -> dict[str, int]:
+    """Bytes of the parts of the default task with other keys of its engine."""
+    path = directory / "mine.toml"
+    task = Path.cwd() / "launch/tasks/byte_lm.toml"
+    path.write_text(f'extends = "{task}"\n[engines.lm]\n{engine}')
+    subject, setting = from_task(path, None, {})
+    return dict(Footprint(subject.model, subject.optimizer).memory(setting, None).parts)
 
-    plain = planned("")
-    frozen = planned('frozen = ["blocks"]')
+
+def test_options_groups_and_what_is_frozen_are_read(tmp_path: Path) -> None:
+    plain = planned_of(tmp_path, "")
+    frozen = planned_of(tmp_path, 'frozen = ["blocks"]')
     assert frozen["optimizer"] < plain["optimizer"] / 10
     assert frozen["weights"] == plain["weights"]
-    ranks = [planned(f'optimizer = {{ name = "apollo", rank = {r} }}') for r in (1, 32)]
-    assert ranks[0]["optimizer"] < ranks[1]["optimizer"] < plain["optimizer"]
+    apollo = [
+        planned_of(tmp_path, f'optimizer = {{ name = "apollo", rank = {r} }}') for r in (1, 32)
+    ]
+    assert apollo[0]["optimizer"] < apollo[1]["optimizer"] < plain["optimizer"]
+    dense = '[{ name = "all", match = ".*", dense = true }]'
+    muon = [
+        planned_of(tmp_path, f'optimizer = {{ name = "muon", groups = {groups} }}')
+        for groups in ("[]", dense)
+    ]
+    assert muon[0]["optimizer"] < 0.6 * plain["optimizer"]
+    assert muon[1]["optimizer"] == pytest.approx(plain["optimizer"], abs=16)
+
+
+@pytest.mark.slow  # imports peft
+def test_adapters_are_read(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    plain = planned_of(tmp_path, "")
+    adapted = planned_of(tmp_path, "lora = { targets = '.*\\.down', rank = 4 }")
+    assert (added := adapted["weights"] - plain["weights"]) > 0
+    assert adapted["masters"] == added
+    assert adapted["optimizer"] == 2 * added

@@ -131,13 +131,14 @@ class ChannelPlan:
         """For each matrix, the ranks that have elements of it."""
         self.is_cut = False
         """Whether several ranks have elements of one matrix, even of different channels."""
-        spans: list[tuple[int, int, int, Segment]] = []  # matrix, start, stop, and its segment
+        self._spans: list[tuple[int, int, int, Segment]] = []
+        """Of each matrix that this rank may have elements of: its number, start, stop, segment."""
         for flat, shard in enumerate(shards):
             assert len(shards) == 1 or len(shard.segments) == 1
             for number, segment in enumerate(shard.own):
                 for matrix in matrices[segment.name]:
                     by_rank = [_span(matrix, segments[number]) for segments in shard.segments]
-                    spans.append((len(self.matrices), *by_rank[self.rank], segment))
+                    self._spans.append((len(self.matrices), *by_rank[self.rank], segment))
                     self._assign(matrix, by_rank)
                     self.matrices.append(matrix)
                     self.flat_of_matrix.append(flat)
@@ -147,9 +148,7 @@ class ChannelPlan:
         self.rows = self.local_rows + self.chunk
         """Rows of state on this rank."""
         self.slots = self.local_rows + self.chunk * self.world
-        self.matrix_of_slot = self._matrix_of_slot()
         self.rows_of_flat = self._rows_of_flat(len(shards))
-        self.tiles = [tile for span in spans for tile in self._tiles(*span)]
 
     def owned(self) -> Iterator[tuple[int, ChannelRange]]:
         """The channels whose state is on this rank: (first row of state, range)."""
@@ -164,6 +163,20 @@ class ChannelPlan:
                 channel = channels.channel + begin - slot
                 yield row + begin - first, ChannelRange(channels.matrix, channel, end - begin)
             slot += channels.count
+
+    @cached_property
+    def tiles(self) -> list[Tile]:
+        """What this rank has of the matrices, as rectangles."""
+        return [tile for span in self._spans for tile in self._tiles(*span)]
+
+    @cached_property
+    def matrix_of_slot(self) -> torch.Tensor:
+        """The matrix of each slot, or the number of matrices for an empty slot: int64 (slots,)."""
+        ranges = [*self.local, *self.shared]
+        counts = [channels.count for channels in ranges]
+        matrices = torch.tensor([*(channels.matrix for channels in ranges), len(self.matrices)])
+        empty = self.slots - sum(counts)
+        return matrices.repeat_interleave(torch.tensor([*counts, empty]), output_size=self.slots)
 
     @cached_property
     def matrices_of_flat(self) -> list[list[int]]:
@@ -238,14 +251,6 @@ class ChannelPlan:
                     return slot + ahead
                 slot += channels.count
         raise AssertionError(f"{self.matrices[matrix]} has no slot for channel {channel}")
-
-    def _matrix_of_slot(self) -> torch.Tensor:
-        """The matrix of each slot, or the number of matrices for an empty slot: int64 (slots,)."""
-        ranges = [*self.local, *self.shared]
-        counts = [channels.count for channels in ranges]
-        matrices = torch.tensor([*(channels.matrix for channels in ranges), len(self.matrices)])
-        empty = self.slots - sum(counts)
-        return matrices.repeat_interleave(torch.tensor([*counts, empty]), output_size=self.slots)
 
     def _rows_of_flat(self, flats: int) -> list[int]:
         rows = [0] * flats

@@ -11,7 +11,7 @@ def state_bytes(groups: Sequence[Mapping[str, Any]], stage: int, world: int) -> 
     """Bytes of optimizer state per rank for the groups that `apollo_param_groups` returns.
 
     Exact for DeepSpeed's default layout (at stage 3 except for the padding of several sub-groups).
-    Parameters may be on the meta device; one integer per channel is allocated.
+    Parameters may be on the meta device.
     """
     total = [0] * world
     for group in groups:

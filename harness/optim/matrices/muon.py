@@ -154,7 +154,7 @@ class Muon(MatrixOptimizer):
             "adjust_lr": lambda rule: rule in ("original", "match_rms_adamw"),
         }
 
-    def _dtype_on(self, device: torch.device) -> torch.dtype:
+    def dtype_on(self, device: torch.device) -> torch.dtype:
         return self._dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 

@@ -118,13 +118,13 @@ class MatrixOptimizer(ShardedOptimizer):
             for name in param_group["param_names"]
         }
         group = self.GROUP(flats, shards, matrices, load, torch.float32)
-        group.dtype = self._dtype_on(group.compute_device)
+        group.dtype = self.dtype_on(group.compute_device)
         group.settings = param_group
         return group
 
     @abstractmethod
-    def _dtype_on(self, device: torch.device) -> torch.dtype:
-        """The dtype of the computation."""
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """The dtype in which matrices are computed, and sent."""
 
     def _step(self, groups: Sequence[TensorGroup]) -> None:
         of_matrices = [group for group in groups if isinstance(group, MatrixGroup)]
@@ -160,7 +160,7 @@ class MatrixOptimizer(ShardedOptimizer):
             shard = common_shard(groups)
             device = shard.device if shard.group is not None else groups[0].device
             assert device is not None
-            exchange = Exchange(plans, shard, device, self._dtype_on(device))
+            exchange = Exchange(plans, shard, device, self.dtype_on(device))
             self._exchanges[key] = list(groups), exchange
         return self._exchanges[key][1]
 

@@ -227,7 +227,7 @@ class Soap(MatrixOptimizer):
             "max_precond_dim": lambda longest: type(longest) is int and longest >= 0,
         }
 
-    def _dtype_on(self, device: torch.device) -> torch.dtype:
+    def dtype_on(self, device: torch.device) -> torch.dtype:
         return torch.float32
 
 
