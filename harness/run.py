@@ -13,6 +13,7 @@ from harness.callbacks.moments import Callbacks
 from harness.checkpoint import init_weights, resume
 from harness.checkpoint.copies import Copies
 from harness.checkpoint.downloads import download
+from harness.checkpoint.dropped import read_dropped, remove_dropped
 from harness.checkpoint.memory import Memory, open_memory
 from harness.checkpoint.neighbours import Neighbours, forget_marks
 from harness.checkpoint.remote_store import Store, open_store
@@ -188,7 +189,11 @@ def _restore(
     it was kept, if not all.
     """
     may_change = config.run.resume_changed == "fit"
-    wanted = download(config.run.resume, store, directory.checkpoints, directory.disks)
+    dropped = read_dropped(directory.checkpoints, directory.disks)
+    remove_dropped(directory.checkpoints, dropped, directory.disks)
+    if memory is not None:
+        memory.forget(dropped)
+    wanted = download(config.run.resume, store, directory.checkpoints, directory.disks, dropped)
     checkpoint = resume.choose_checkpoint(
         *(wanted, directory.checkpoints, engines, directory.disks, ahead.verify, may_change, memory)
     )
@@ -216,6 +221,9 @@ def _copies(live: LiveConfig, directory: RunDirectory, store: Store | None) -> l
         log_warning("checkpoint.replicas: there are none, as all ranks share a disk")
     if store is not None:
         copies.append(Copies(Uploads(store, lambda: live.config.checkpoint)))
+    dropped = read_dropped(directory.checkpoints, directory.disks)
+    for each in copies:
+        each.forget(dropped)
     return copies
 
 

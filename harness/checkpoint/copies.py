@@ -17,6 +17,7 @@ from typing import Protocol
 
 from harness import distributed
 from harness.checkpoint.completeness import common_manifest
+from harness.checkpoint.dropped import Dropped, is_dropped
 from harness.checkpoint.files import Stopped
 from harness.checkpoint.manifest import Manifest
 from harness.errors import CheckpointError
@@ -43,10 +44,6 @@ class Copy:
     """Those that this rank copies."""
     is_dropped: threading.Event = field(default_factory=threading.Event)
 
-    def stays(self, saved_at: float) -> bool:
-        """Whether it outlives a return to the checkpoint of that time."""
-        return self.manifest.pinned is not None or self.manifest.saved_at <= saved_at
-
 
 class Place(Protocol):
     """Where checkpoints are copied to. Its methods are called in threads of each rank, unless they
@@ -69,8 +66,8 @@ class Place(Protocol):
         """Makes the files a checkpoint there, once all ranks have copied theirs."""
         ...
 
-    def forget_after(self, saved_at: float) -> None:
-        """Removes the checkpoints there that are newer and not pinned."""
+    def forget(self, dropped: Sequence[Dropped]) -> None:
+        """Removes the checkpoints there that a rollback has dropped."""
         ...
 
     def close(self) -> None:
@@ -121,14 +118,15 @@ class Copies:
         manifest = common_manifest(directory)
         self._queue.append(Copy(directory, manifest, self._place.share(directory, manifest)))
 
-    def forget_after(self, saved_at: float) -> None:
-        """Drops the later checkpoints, unless they are pinned, as the run has returned to the one
-        of that time: a resume must not continue from them. Every rank calls it."""
-        self._queue = [copy for copy in self._queue if copy.stays(saved_at)]
-        if self._current is not None and not self._current.stays(saved_at):
+    def forget(self, dropped: Sequence[Dropped]) -> None:
+        """Drops what a rollback has dropped, of this start of the run or an earlier one: a resume
+        must not continue from it. Every rank calls it."""
+        self._queue = [copy for copy in self._queue if not is_dropped(copy.manifest, dropped)]
+        if self._current is not None and is_dropped(self._current.manifest, dropped):
             self._drop_current()
-        remove = partial(self._place.forget_after, saved_at)
-        self._removing = self._thread.submit(self._repeat, remove)
+        if dropped:
+            remove = partial(self._place.forget, dropped)
+            self._removing = self._thread.submit(self._repeat, remove)
 
     def poll(self) -> None:
         """Continues. Every rank calls this once per step; it waits for nothing."""

@@ -6,6 +6,7 @@ same. What several ranks read is then sent between them, as in any resume.
 """
 
 import logging
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import or_
 from pathlib import Path
@@ -14,6 +15,7 @@ from harness import distributed
 from harness.checkpoint.commit import commit, create_staging
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.disks import Disks, list_checkpoints
+from harness.checkpoint.dropped import Dropped, is_dropped
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
 from harness.checkpoint.remote_store import PARALLEL_FILES, Store, local_name, split_url
@@ -27,17 +29,20 @@ log_info = distributed.global_leader_only(log.info)
 log_warning = distributed.global_leader_only(log.warning)
 
 
-def download(wanted: str, store: Store | None, parent: Path, disks: Disks) -> str:
+def download(
+    wanted: str, store: Store | None, parent: Path, disks: Disks, dropped: Sequence[Dropped] = ()
+) -> str:
     """Downloads what `run.resume` names, if it is in a store. Returns what to resume from then.
 
     `store`: of this run, if it has one: with "latest", its newest good checkpoint is downloaded,
-    unless the disks together hold it or a newer one. `parent`: where the run's checkpoints are.
+    unless the disks together hold it or a newer one, or a rollback has `dropped` it. `parent`:
+    where the run's checkpoints are.
     Collective. Raises CheckpointError on all ranks.
     """
     if "://" in wanted:
         return str(_download_requested(wanted, parent, disks))
     if wanted == "latest" and store is not None:
-        _download_newest(store, parent, disks)
+        _download_newest(store, parent, disks, dropped)
     return wanted
 
 
@@ -57,7 +62,7 @@ def _download_requested(url: str, parent: Path, disks: Disks) -> Path:
     return _download(store, name, manifest, parent, disks)
 
 
-def _download_newest(store: Store, parent: Path, disks: Disks) -> None:
+def _download_newest(store: Store, parent: Path, disks: Disks, dropped: Sequence[Dropped]) -> None:
     known: dict[str, Manifest] = {}
     failure = ""
     if distributed.is_global_leader():
@@ -65,7 +70,8 @@ def _download_newest(store: Store, parent: Path, disks: Disks) -> None:
             known = store.checkpoints(all_readable=True)
         except CheckpointError as error:
             failure = str(error)
-    name = next((name for name, manifest in known.items() if not manifest.fault), "")
+    good = (n for n, m in known.items() if not m.fault and not is_dropped(m, dropped))
+    name = next(good, "")
     name, manifest, failure = distributed.broadcast((name, known.get(name), failure))
     on_disk = _newest_complete(parent, disks)
     with distributed.raise_on_all_ranks("checkpoint.remote"):

@@ -9,15 +9,16 @@ import logging
 import secrets
 import shutil
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from math import inf
 from pathlib import Path
 
 from harness import distributed, memory_files
 from harness.checkpoint.commit import all_written, commit, create_staging, write_files
 from harness.checkpoint.copies import Copies, Copy
 from harness.checkpoint.disks import Disks, find_disks
+from harness.checkpoint.dropped import Dropped, remove_dropped
 from harness.checkpoint.manifest import Manifest, step_directory
 from harness.checkpoint.neighbours import Neighbours
 from harness.checkpoint.retention import clean, remove
@@ -128,13 +129,11 @@ class Memory:
         if self._copies is not None:
             self._copies.poll()
 
-    def clear(self) -> None:
-        """Removes what is kept, as the run has returned to an earlier step. Collective."""
+    def forget(self, dropped: Sequence[Dropped]) -> None:
+        """Removes what a rollback has dropped. Collective. Raises CheckpointError on all ranks."""
         if self._copies is not None:
-            self._copies.forget_after(-inf)
-        with checkpoint_error_on_all_ranks(f"cannot clear {self.directory}"):
-            if self.disks.is_leader:
-                _keep_only(self.directory, None)
+            self._copies.forget(dropped)
+        remove_dropped(self.directory, dropped, self.disks)
 
     def remove(self) -> None:
         """Frees the memory, at the end of the run. Every rank calls it."""

@@ -18,6 +18,7 @@ from harness import distributed
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copy
 from harness.checkpoint.disks import Disks
+from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.manifest import SAFE, Manifest, mark_safe, unmark_safe
 from harness.checkpoint.transfer import Receiver, send
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
@@ -69,7 +70,7 @@ class Neighbours:
             except OSError as error:
                 raise CheckpointError(f"cannot mark {copy.directory} as safe: {error}") from None
 
-    def forget_after(self, saved_at: float) -> None:
+    def forget(self, dropped: Sequence[Dropped]) -> None:
         """Nothing: copies are removed with the checkpoint that they are in."""
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count, islice
@@ -144,16 +143,6 @@ def remove(path: Path, delete: Callable[[Path], object] = shutil.rmtree) -> None
     renamed = path.with_name(f"{path.name}{PRUNED}")
     path.rename(renamed)
     delete(renamed)
-
-
-def remove_after(directory: Path) -> None:
-    """Removes the checkpoints next to `directory` that are newer and not pinned. Raises OSError."""
-    for path in checkpoints_in(directory.parent):
-        if path == directory:
-            return
-        with suppress(CheckpointError):  # one that cannot be judged stays
-            if not read_manifest(path).pinned:
-                remove(path)
 
 
 def move_into_place(staged: Path, target: Path) -> None:

@@ -32,10 +32,11 @@ from harness.checkpoint.commit import (
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copies
 from harness.checkpoint.disks import Disks, list_checkpoints
+from harness.checkpoint.dropped import Dropped, read_dropped, remove_dropped, write_down
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest, step_directory
 from harness.checkpoint.memory import Memory
-from harness.checkpoint.retention import Removals, prune, remove_after
+from harness.checkpoint.retention import Removals, prune
 from harness.checkpoint.snapshot import Snapshots, bytes_of, storage_sizes
 from harness.checkpoint.written import checkpoint_error, checkpoint_error_on_all_ranks
 from harness.control.live import LiveConfig
@@ -119,6 +120,8 @@ class Saver:
         with checkpoint_error_on_all_ranks(doing):
             if distributed.is_global_leader():
                 self._saved_at = max(map(saved_at, checkpoints_in(self.directory)), default=0.0)
+        for each in read_dropped(self.directory, disks):  # a new save must not look like one
+            self._saved_at = max(self._saved_at, each.until)
         self._pending: _Pending | None = None
         self._all_written = distributed.AsyncAllReduceMax()
         self._snapshots = Snapshots()
@@ -254,17 +257,21 @@ class Saver:
     def forget_after(self, directory: Path) -> None:
         """Removes the checkpoints that were saved after one of them, unless they are pinned, since
         the run has returned to it. Collective. Raises CheckpointError on all ranks."""
-        with checkpoint_error_on_all_ranks(f"cannot remove the checkpoints after {directory}"):
+        newest = distributed.broadcast(self._saved_at)
+        span = Dropped(common_manifest(directory).saved_at, newest)
+        dropped = write_down(self.directory, span, self.disks)
+        with checkpoint_error_on_all_ranks(f"cannot return to {directory}"):
             if self.disks.is_leader:
                 self._removals.wait()
-                remove_after(directory)
+        remove_dropped(self.directory, dropped, self.disks)
+        with checkpoint_error_on_all_ranks(f"cannot return to {directory}"):
+            if self.disks.is_leader:
                 write_latest(directory)
                 link_best(self.directory, self._live.config.checkpoint)
-        saved_at = common_manifest(directory).saved_at
         for copies in self._copies:
-            copies.forget_after(saved_at)
+            copies.forget(dropped)
         if self._memory is not None:
-            self._memory.clear()
+            self._memory.forget(dropped)
 
     def finish_copies(self, should_abort: Callable[[], bool]) -> None:
         """Waits for all copies, as `Copies.finish` does. Collective."""

@@ -4,12 +4,13 @@ Rank 0 writes the manifest, which makes the uploaded files a checkpoint, and app
 retention there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import or_
 from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.copies import Copy
+from harness.checkpoint.dropped import Dropped, is_dropped
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.remote_store import PARALLEL_FILES, Store, remote_name
 from harness.checkpoint.retention import to_keep
@@ -54,11 +55,11 @@ class Uploads:
             self._store.write_manifest(name, copy.manifest)
             self._prune()
 
-    def forget_after(self, saved_at: float) -> None:
-        """Removes the checkpoints that are newer and not pinned."""
+    def forget(self, dropped: Sequence[Dropped]) -> None:
+        """Removes the checkpoints that a rollback has dropped."""
         if distributed.is_global_leader():
             for name, manifest in self._store.checkpoints().items():
-                if manifest.saved_at > saved_at and not manifest.pinned:
+                if is_dropped(manifest, dropped):
                     self._store.remove(name)
 
     def close(self) -> None:

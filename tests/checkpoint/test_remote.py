@@ -10,6 +10,7 @@ import pytest
 
 from harness.checkpoint import copies
 from harness.checkpoint.copies import Copies
+from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.remote_store import Store
 from harness.checkpoint.uploads import Uploads
@@ -194,7 +195,7 @@ def return_to_the_first(root: Path) -> list[str]:
         ours.finish(lambda: False)
     assert [manifest.step for manifest in store.checkpoints().values()] == [3, 2, 1]
     ours.add(root / "step-00000004", manifest_of(4, {}))
-    ours.forget_after(1.0)
+    ours.forget([Dropped(1.0, 4.0)])
     ours.finish(lambda: False)
     ours.close()
     with pytest.raises(UnreadableCheckpoint):

@@ -1,0 +1,80 @@
+"""What rollbacks have dropped: checkpoints that no start resumes from, wherever they still are.
+
+A rollback first writes down which saves it drops, then removes them: from the disks, from a store,
+from memory. If it is killed in between, or the store is down until the run is killed, the next
+start neither takes them nor forgets to remove them.
+"""
+
+import json
+from collections.abc import Sequence
+from operator import or_
+from pathlib import Path
+from typing import NamedTuple
+
+from harness import distributed
+from harness.checkpoint import retention
+from harness.checkpoint.disks import Disks
+from harness.checkpoint.manifest import Manifest, read_manifest
+from harness.checkpoint.written import checkpoint_error_on_all_ranks
+from harness.convert.run_checkpoints import checkpoints_in
+from harness.errors import CheckpointError
+from harness.files import json_write
+
+FILE = "dropped.json"
+"""Next to the checkpoints of a run."""
+
+
+class Dropped(NamedTuple):
+    """The saves of a run after one time, up to another: seconds since 1970, as of `saved_at`."""
+
+    after: float
+    until: float
+
+    def has(self, manifest: Manifest) -> bool:
+        """Whether it drops a checkpoint. Pinned ones stay."""
+        return manifest.pinned is None and self.after < manifest.saved_at <= self.until
+
+
+def is_dropped(manifest: Manifest, dropped: Sequence[Dropped]) -> bool:
+    """Whether one of them drops a checkpoint."""
+    return any(each.has(manifest) for each in dropped)
+
+
+def read_dropped(parent: Path, disks: Disks) -> list[Dropped]:
+    """What was written down next to the checkpoints, on any of the disks. Collective. Raises
+    CheckpointError on all ranks."""
+    known: set[tuple[float, float]] = set()
+    with checkpoint_error_on_all_ranks(f"cannot read {parent / FILE}"):
+        if disks.is_leader and (parent / FILE).exists():
+            try:
+                known = {(float(after), float(until)) for after, until in _read(parent)}
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(f"{parent / FILE} is damaged: {error}") from None
+    return [Dropped(*each) for each in sorted(distributed.all_reduce(known, or_))]
+
+
+def write_down(parent: Path, dropped: Dropped, disks: Disks) -> list[Dropped]:
+    """Adds to what is written down, on each disk. Returns all. Collective. Raises CheckpointError
+    on all ranks."""
+    every = sorted({*read_dropped(parent, disks), dropped})
+    with checkpoint_error_on_all_ranks(f"cannot write {parent / FILE}"):
+        if disks.is_leader:
+            json_write(every, parent / FILE)
+    return every
+
+
+def remove_dropped(parent: Path, dropped: Sequence[Dropped], disks: Disks) -> None:
+    """Removes from a directory what is dropped; what cannot be judged stays. Collective. Raises
+    CheckpointError on all ranks."""
+    with checkpoint_error_on_all_ranks(f"cannot remove what a rollback has dropped in {parent}"):
+        for path in checkpoints_in(parent) if dropped and disks.is_leader else ():
+            try:
+                manifest = read_manifest(path)
+            except CheckpointError:
+                continue
+            if is_dropped(manifest, dropped):
+                retention.remove(path)
+
+
+def _read(parent: Path) -> list[list[float]]:
+    return json.loads((parent / FILE).read_bytes())
