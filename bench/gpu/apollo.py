@@ -45,7 +45,9 @@ def measure(section: Section) -> None:
     for name, (shapes, rank) in (SMALL if section.small else SIZES).items():
         times: dict[str, Any] = {}
         makers = optimizers(rank, official)
-        makers |= {"muon": Muon, "torch's muon": torch.optim.Muon}
+        makers["muon"] = Muon
+        if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+            makers["torch's muon"] = torch.optim.Muon
         if has_kernels:
             makers["apollo fused"] = partial(Apollo, rank=rank, fused=True)
         for way, make in makers.items():

@@ -35,6 +35,7 @@ from harness.distributed.failure import Failure, at, lost_rank, unknown_end
 from harness.distributed.meeting import answer, arrive, meet
 from harness.distributed.network import is_lost_rank, local_cause
 from harness.distributed.peers import Place
+from harness.distributed.rendezvous import own_connection
 from harness.distributed.world import global_rank, world_size
 from harness.errors import LostRank, is_on_all_ranks, no_exit, summary
 
@@ -103,9 +104,7 @@ class Failures:
         global _current
         _current = self
         if world_size() > 1:
-            # A connection of its own: a call that waits would block others of the same connection.
-            default: Any = dist.distributed_c10d._get_default_store()
-            store = default.clone()
+            store = own_connection(dist.distributed_c10d._get_default_store())
             self._store = PrefixStore(self._prefix, store)
             self._thread.start()
         return self

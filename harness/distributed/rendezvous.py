@@ -9,6 +9,7 @@ from typing import Any
 from torch.distributed import (
     PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
     Store,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
@@ -36,3 +37,14 @@ def _join(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Store, int, 
 
 
 register_rendezvous_handler("harness", _join)
+
+
+def own_connection(store: Any) -> Store:
+    """The same store by a connection of its own: a call that waits would block others of the same
+    connection. Before torch 2.8 its keys are without the prefixes of `store`'s."""
+    if hasattr(store, "clone"):
+        return store.clone()
+    whole = getattr(store, "_underlying_non_prefix_store", store)
+    if not isinstance(whole, TCPStore):  # those of files have no connection
+        return whole
+    return TCPStore(whole.host, whole.port, is_master=False, timeout=whole.timeout)

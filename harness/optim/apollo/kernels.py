@@ -22,8 +22,6 @@ from harness.optim.apollo.philox import Key
 
 COUNTERS, ELEMENTS = 256, 4096
 """Per program: of random numbers, and of a tile."""
-IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether Triton's interpreter runs the kernels, on a CPU."""
 
 
 @triton.jit
@@ -84,6 +82,10 @@ def _update(tiles, addresses, steps, decay, is_finite, DECAYS: tl.constexpr, SIZ
     if DECAYS:
         w = w - w * tl.load(decay)
     tl.store(weight + at, w - g * step, mask=mask)
+
+
+IS_INTERPRETED = not isinstance(_update, triton.JITFunction)
+"""Whether Triton's interpreter runs the kernels, on a CPU."""
 
 
 def gaussian(
