@@ -6,6 +6,7 @@ what it does not take is lost to it, and is in metrics.jsonl.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import Config
+from harness.health import phases
 from harness.metrics.sinks import EVENT
 from harness.metrics.trackers import TRACKERS, TrackedRun, Tracker
 
@@ -24,6 +26,8 @@ SECONDS_BETWEEN_SENDS = 1.0
 """So that the thread seldom takes the interpreter from the loop."""
 SECONDS_BETWEEN_TRIES = 30.0
 """To open a run of a tracker."""
+SECONDS_TO_ANSWER = 30.0
+"""Of a call of a tracker, after which it is told of; the call itself may try again for longer."""
 SECONDS_TO_END = 30.0
 """For what is left in the queue when the run ends."""
 
@@ -58,12 +62,16 @@ class TrackerSink:
         self._queue: deque[dict[str, Any]] = deque()
         self._lost = 0
         self._is_open = self._has_failed = False
+        self._called: float | None = None  # when, if a call is not answered yet
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._send_all, name=name, daemon=True)
         self._thread.start()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Puts a record into the queue; if it is full, the record is lost."""
+        called = self._called
+        if called is not None and time.monotonic() > called + SECONDS_TO_ANSWER:
+            self._tell(f"it has not answered for {SECONDS_TO_ANSWER:.0f} s")
         if len(self._queue) < CAPACITY or record.get(EVENT) == "rollback":
             self._queue.append(dict(record))
         else:
@@ -71,9 +79,13 @@ class TrackerSink:
             self._tell("it does not keep up, or does not answer")
 
     def close(self) -> None:
-        """Waits until the queue is empty, for `SECONDS_TO_END` at most."""
+        """Waits until the queue is empty, for `SECONDS_TO_END` at most: no hang, which would be
+        told of after `run.timeout_s`."""
         self._closing.set()
-        self._thread.join(SECONDS_TO_END)
+        end = time.monotonic() + SECONDS_TO_END
+        while self._thread.is_alive() and (left := end - time.monotonic()) > 0:
+            self._thread.join(min(left, 1.0))
+            phases.beat()
         if self._thread.is_alive():
             self._tell(f"it has not ended within {SECONDS_TO_END:.0f} s")
         if lost := self._lost + len(self._queue):
@@ -142,12 +154,15 @@ class TrackerSink:
 
     def _try(self, call: Callable[[], None], records: int = 0) -> bool:
         """Whether a call was successful; if not, so many records are lost."""
+        self._called = time.monotonic()
         try:
             call()
         except Exception as error:
             self._lost += records
             self._tell(f"{type(error).__name__}: {error}")
             return False
+        finally:
+            self._called = None
         return True
 
 

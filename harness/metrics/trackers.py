@@ -176,7 +176,7 @@ class TrackioTracker:
         self._run.log({f"event/{event}": text}, step=step)
 
     def log_folder(self, path: Path) -> None:
-        self._run.log_artifact(str(path), name=path.name, type="model")
+        self._run.log_artifact(str(path), name=f"{self._run.group}-{path.name}", type="model")
 
     def close(self) -> None:
         self._run.finish()

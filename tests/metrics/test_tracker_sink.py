@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.health import phases
 from harness.metrics import tracker_sink
 from harness.metrics.tracker_sink import TrackerSink
 from harness.metrics.trackers import TrackedRun
@@ -111,10 +112,33 @@ def test_a_tracker_that_hangs_costs_neither_memory_nor_the_end(
     monkeypatch.setattr(tracker, "open", lambda run: released.wait())
     sink = TrackerSink("memory", tracker, RUN)
     write_steps(sink, 1, 12)
+    beats = phases.now().count
     sink.close()
+    assert phases.now().count > beats, "the watchdog takes the end for a hang"
     assert caplog.text.count("it does not keep up, or does not answer") == 1
     assert "memory has not got 12 records" in caplog.text
     released.set()
+
+
+def test_a_call_that_is_tried_again_for_long_is_told_of_while_the_run_goes_on(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracker_sink, "SECONDS_TO_ANSWER", 0.0)
+    tracker, called, released = Memory(), threading.Event(), threading.Event()
+
+    def log(records: object) -> None:
+        called.set()
+        released.wait()
+
+    monkeypatch.setattr(tracker, "log", log)
+    sink = TrackerSink("memory", tracker, RUN)
+    write_steps(sink, 1, 1)
+    called.wait()
+    write_steps(sink, 2, 3)
+    assert caplog.text.count("memory: it has not answered for 0 s. The run goes on") == 1
+    released.set()
+    sink.close()
+    assert "has not got" not in caplog.text
 
 
 @pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("mlflow", "mlflow-skinny")])

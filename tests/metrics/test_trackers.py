@@ -1,5 +1,8 @@
 """The trackers themselves, read back from the files that they write."""
 
+import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,34 @@ def test_wandb(
             (str(steps[-1]), "0.5")
         ]
         assert sum("event/export" in row for row in history) == 1
+    assert "has not got" not in caplog.text
+
+
+def test_trackio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio", reason="needs trackio")
+    crash_and_resume("trackio", tmp_path)
+    with closing(sqlite3.connect(tmp_path / "trackio/project.db")) as database:
+        rows = database.execute(
+            "select run_name, step, metrics from metrics order by id"
+        ).fetchall()
+        configs = dict(database.execute("select run_name, config from configs").fetchall())
+        artifacts = database.execute(
+            "select name, producer_run_name from artifacts join artifact_versions on "
+            "artifacts.id = artifact_id"
+        ).fetchall()
+    names = {name.rpartition("-")[0]: name for name in configs}
+    assert sorted(names) == ["tiny", "tiny-from-10"]
+    for name, steps in (("tiny", range(1, 16)), ("tiny-from-10", range(11, 21))):
+        logged = [(step, json.loads(text)) for run, step, text in rows if run == names[name]]
+        assert [(s, m["loss"]) for s, m in logged if "loss" in m] == [(s, 1 / s) for s in steps]
+        assert [(s, m["eval/loss"]) for s, m in logged if "eval/loss" in m] == [(steps[-1], 0.5)]
+        assert [s for s, metrics in logged if "event/export" in metrics] == [steps[-1]]
+        config = json.loads(configs[names[name]])
+        assert (config["run"], config["_Group"]) == ({"steps": 20}, "tiny")
+        assert (f"tiny-step-{steps[-1]}", names[name]) in artifacts
     assert "has not got" not in caplog.text
 
 
