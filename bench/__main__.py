@@ -52,6 +52,7 @@ SECTIONS = {
     "data": Section(25, "--draws 5000"),
     "tokens": Section(30, "--mb 3 --rounds 3"),
     "metrics": Section(15, "--rounds 3"),
+    "trackers": Section(40, "--steps 50 --rounds 2"),
     "buffers": Section(15, "--width 8 --layers 20 --steps 5 --rounds 4"),
     "gradients": Section(15, "--parameters 300 --stages 2 --rounds 6"),
     "health": Section(25, "--steps 60 --rounds 2"),
