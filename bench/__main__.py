@@ -59,7 +59,7 @@ SECTIONS = {
     "pattern": Section(10, ""),
     "report": Section(15, "--steps 30000"),
     "growth": Section(20, "--rounds 1 --only checkpoints"),
-    "growth-of-steps": Section(75, "--rounds 2 --block 4", "loop", "--grow"),
+    "growth-of-steps": Section(40, "--rounds 2 --block 4 --smaller 10", "loop", "--grow"),
 }
 """In the order in which they run."""
 

@@ -59,7 +59,7 @@ def main() -> None:
             ours, theirs = times["apollo"] * 1e3, times[other] * 1e3
             tell(Row(f"a step of APOLLO, {what}", ours, "ms", other, theirs))
         adamw = state["adamw foreach"] / 1e6
-        tell(Row("its state", state["apollo"] / 1e6, "MB", "AdamW", adamw))
+        tell(Row(f"state of APOLLO, {what}", state["apollo"] / 1e6, "MB", "AdamW", adamw))
     say(f"\n{'ZeRO on 2 ranks':>22} {'optimizer':>16} {'state':>9} {'sent':>9} {'of grads':>9}")
     with RankPool(2) as pool:
         for stage in (1, 2, 3):

@@ -12,10 +12,11 @@ with its standard error, by CPU time and on the clock. `--modules`: so many modu
 parameters besides. `--profile`: so many functions of harness's with their CPU time, which makes
 Python slower.
 
-    python -m bench.loop --grow [--stage 1] [--rounds 10]
+    python -m bench.loop --grow [--stage 1] [--rounds 10] [--smaller 1]
 
 What harness adds to a step, and how long it takes to build the engines, against parameters,
-engines, micro-batches and reported numbers, each with the exponent of its growth.
+engines, micro-batches and reported numbers, each with the exponent of its growth; none where the
+noise is larger than what is added. `--smaller`: so many times fewer parameters.
 """
 
 import argparse
@@ -304,25 +305,29 @@ SERIES: dict[str, tuple[Sequence[int], str]] = {
 """What grows, its sizes, and what of."""
 
 
-def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """The slope of the line through the logarithms, by least squares."""
-    x = [math.log(size) for size in sizes]
-    y = [math.log(max(second, 1e-6)) for second in seconds]
+def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float | None:
+    """The slope of the line through the logarithms, by least squares; None if a difference is below
+    the noise, and so not positive."""
+    if min(seconds) <= 0:
+        return None
+    x, y = ([math.log(value) for value in values] for values in (sizes, seconds))
     return statistics.linear_regression(x, y).slope
 
 
 def row(name: str, sizes: Sequence[int], seconds: Sequence[float]) -> None:
     """Prints milliseconds at each size, and the exponent."""
-    power = f"grows as size ** {exponent(sizes, seconds):.2f}"
+    found = exponent(sizes, seconds)
+    power = "in the noise" if found is None else f"grows as size ** {found:.2f}"
     tell(Row(f"{name}: {sizes}", seconds[-1] * 1e3, "ms of CPU", note=power))
     cells = " | ".join(f"{size}: {s * 1e3:.2f}" for size, s in zip(sizes, seconds, strict=True))
-    sys.stdout.write(f"| {name} | {cells} | {exponent(sizes, seconds):.2f} |\n")
+    sys.stdout.write(f"| {name} | {cells} | {power} |\n")
     sys.stdout.flush()
 
 
 def grow(pool: RankPool, args: argparse.Namespace) -> None:
     """Prints the table of what grows."""
     for name, (sizes, of) in SERIES.items():
+        sizes = [n // args.smaller if name == "parameters" else n for n in sizes]
         settings = [replace(Setting(stage=args.stage), **{name: size}) for size in sizes]
         added, whole = [], []
         for size, setting in zip(sizes, settings, strict=True):
@@ -349,6 +354,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--profile", type=int, default=0)
     parser.add_argument("--grow", action="store_true")
+    parser.add_argument("--smaller", type=int, default=1, help="--grow: divides parameters")
     args = parser.parse_args()
     with RankPool(args.ranks, timeout_s=3600) as pool:
         if args.grow:

@@ -37,8 +37,12 @@ class Row:
 
 
 def tell(row: Row) -> None:
-    """Adds a row to the table, if there is one."""
+    """Adds a row to the table, if there is one. Raises ValueError for a claim that it has already,
+    of the same unit and comparison: it would not say what it is of."""
     if name := os.environ.get(FILE):
+        key = row.claim, row.unit, row.against
+        if key in {(other.claim, other.unit, other.against) for other in read_rows(Path(name))}:
+            raise ValueError(f"two rows of the same name: {key}")
         with Path(name).open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
 

@@ -98,12 +98,14 @@ def _loss_of(output: Any) -> dict[str, torch.Tensor]:
 
 
 def count_batch(batch: Any) -> tuple[int, int]:
-    """`(samples, tokens)` of a batch, from its first tensor's shape, [samples, tokens, ...]."""
+    """`(samples, tokens)` of a batch, from its first tensor: [samples, tokens] or [samples, tokens,
+    any] of integers, or [samples, tokens, features]. Any other has no tokens: images, numbers."""
     leaves = [leaf for leaf in tensor_leaves(batch) if leaf.ndim]
     if not leaves:
-        return 1, 1
-    shape = leaves[0].shape
-    return shape[0], shape[0] * (shape[1] if len(shape) > 1 else 1)
+        return 1, 0
+    first = leaves[0]
+    has_tokens = first.ndim == 3 or (first.ndim == 2 and not first.is_floating_point())
+    return first.shape[0], first.shape[0] * first.shape[1] if has_tokens else 0
 
 
 @dataclass(kw_only=True)

@@ -151,10 +151,10 @@ def test_a_record_has_every_number(two_ranks: RankPool, tmp_path: Path) -> None:
     two_ranks.run(run_in_world, config)
     for step, record in enumerate(records(config), start=1):
         assert record["step"] == step
-        assert record["samples"] == record["tokens"] / 6 == 8 * step
+        assert (record["samples"], record["tokens"]) == (8 * step, 0)
         assert record["lr"] == 1e-2 and record["loss_scale"] == 1
         assert record["grad_norm"] > 0 and 0 <= record["accuracy"] <= 1
-        assert record["tokens_per_s"] == pytest.approx(48 / record["step_time_s"])
+        assert record["tokens_per_s"] == 0  # rows of numbers
         assert record["samples_per_s"] == pytest.approx(8 / record["step_time_s"])
         phases = [record[f"{of}_time_s"] for of in ("data", "forward", "backward", "optimizer")]
         assert min(phases) > 0 and sum(phases) == pytest.approx(record["step_time_s"])

@@ -70,13 +70,21 @@ def test_every_kind_of_batch_is_moved_and_counted(batch: Any) -> None:
     assert [leaf.device.type for leaf in tensor_leaves(batch)] == ["cpu", "cpu"]  # not in place
     assert getattr(moved["batch"][0], "encodings", "kept") == "kept"
     assert getattr(moved["batch"][0], "name", "a") == "a"
-    assert count_batch(nested) == (4, 12)
+    assert count_batch(nested) == (4, 0)
 
 
 def test_a_batch_without_tensors_is_one_sample() -> None:
     for batch in (None, "text", {"text": None}):
         assert to_device(batch, torch.device("cpu")) == batch
-        assert count_batch(batch) == (1, 1)
+        assert count_batch(batch) == (1, 0)
+
+
+def test_only_integers_and_sequences_of_vectors_are_tokens() -> None:
+    ids = torch.ones(4, 7, dtype=torch.long)
+    assert count_batch({"ids": ids, "x": X}) == (4, 28)
+    assert count_batch([torch.ones(4, 7, 3), Y]) == (4, 28)
+    for batch in (torch.ones(4, 3, 8, 8), ids.view(4, 7, 1, 1), X, Y):
+        assert count_batch([batch]) == (4, 0)
 
 
 class Fed:

@@ -61,7 +61,6 @@ def build(config: Config) -> Task:
         train_data=train,
         eval_data=held_out,
         feeder=partial(feed, args),
-        count=lambda batch: (len(batch[0]), len(batch[0])),
     )
 
 

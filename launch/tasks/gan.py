@@ -51,7 +51,6 @@ def build(config: Config) -> Task:
         eval_data=held_out,
         feeder=partial(feed, args.noise),
         evaluate=partial(evaluate, args.noise, spread(held_out.images_NP)),
-        count=lambda batch: (len(batch[0]), len(batch[0])),
         commands={"sample": partial(sample, args.noise)},
     )
 

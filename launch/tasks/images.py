@@ -62,7 +62,6 @@ def build(config: Config) -> Task:
         train_data=Images(train, args),
         eval_data=Images(held_out),
         feeder=feed,
-        count=lambda batch: (len(batch[0]), len(batch[0])),
     )
 
 

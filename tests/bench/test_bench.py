@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as bench
+from bench import loop
 from bench.bounded import ROOT, Ended, run_bounded
 from bench.rows import FILE, Row, line_of, read_rows, tell, tell_pair
 
@@ -42,10 +43,18 @@ def test_rows_are_kept_only_for_the_table(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv(FILE, str(file))
     tell_pair("a save", "s", [1.0, 3.0], "cp", [2.0, 2.0])
     tell(Row("added", 0.5, "ms", note="1 %"))
+    with pytest.raises(ValueError, match="two rows of the same name"):
+        tell(Row("added", 0.7, "ms"))
     rows = read_rows(file)
     assert rows == [Row("a save", 2, "s", "cp", 2, 0.5, 1.5), Row("added", 0.5, "ms", note="1 %")]
     assert line_of(rows[0]) == "| a save | 2 s | cp | 2 | 1 | 0.5 .. 1.5 |  |"
     assert line_of(rows[1]) == "| added | 0.5 ms |  |  |  |  | 1 % |"
+
+
+def test_growth_below_the_noise_has_no_exponent() -> None:
+    sizes = 1, 10, 100
+    assert loop.exponent(sizes, [2.0, 20.0, 200.0]) == pytest.approx(1)
+    assert loop.exponent(sizes, [2.0, -0.1, 200.0]) is None
 
 
 def test_a_section_that_fails_is_told_and_the_others_follow(
