@@ -45,6 +45,8 @@ SECTIONS = {
     "control": Section(40, "--steps 100 --rounds 2"),
     "save": Section(40, "--width 4600 --rounds 2"),
     "resume": Section(35, "--ranks --width 4600 --rounds 2"),
+    "memory": Section(40, "--width 4200 --rounds 2"),
+    "upload": Section(60, "--width 1800 --rounds 2"),
     "convert": Section(75, "--gigabytes 0.4 --ranks 2 --rounds 1"),
     "apollo": Section(40, "--steps 5"),
     "muon": Section(30, "--rounds 3 --sizes 256"),

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import resume
+from bench.rows import tell_pair
 from harness.config import Config
 from harness.config.sections import merge
 from harness.testing.pool import RankPool
@@ -132,6 +133,11 @@ def main() -> None:
         spread = f"{min(values):.2f} .. {max(values):.2f}"
         middle = statistics.median(values)
         sys.stdout.write(f"{name:<26} {middle:7.2f} s  {ratio:5.2f} x the disk   ({spread})\n")
+    text = f"{size / 1e9:.2f} GB"
+    on_disk, cold = seconds["save on the disk"], seconds["load from the disk, cold"]
+    tell_pair(f"keeping {text} in memory", "s", seconds["keep in memory"], "a synced save", on_disk)
+    loads = seconds["load from memory"]
+    tell_pair(f"a start from {text} in memory", "s", loads, "from the disk, cold", cold)
 
 
 if __name__ == "__main__":

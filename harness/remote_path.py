@@ -211,7 +211,13 @@ def _file_system(root: str, _: int) -> Any:
 def _fetch(path: RemotePath, version: str, start: int, end: int) -> bytes:
     with _explained(path):
         files, name = _open_store(str(path))
-        return files.cat_file(name, start=start, end=end)
+        content = files.cat_file(name, start=start, end=end)
+        if len(content) != end - start:  # all of the file, from some servers of HTTP
+            raise ValueError(
+                f"asked for {end - start} bytes from byte {start} on, it sent {len(content)}: it "
+                "has changed, or its server sends no ranges: download it"
+            )
+        return content
 
 
 _fetch_small = lru_cache(4096)(_fetch)

@@ -46,7 +46,7 @@ class Store:
         from fsspec.core import url_to_fs  # a dependency of torch
 
         self.url = url.rstrip("/")
-        self._pace = _Pace(mb_per_s * 1e6)
+        self._pace = Pace(mb_per_s * 1e6)
         try:
             self._files, self._root = url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
@@ -211,7 +211,7 @@ class _LocalFile:
         self._staged.unlink(missing_ok=True)
 
 
-class _Pace:
+class Pace:
     """Spreads bytes over time, for all threads of this process together. A thread that waits is
     done at once when it should stop: a chunk may take minutes."""
 

@@ -34,7 +34,7 @@ import torch
 from harness import distributed, execute
 from harness.checkpoint import commit, export, manifest, neighbours, retention, save, transfer
 from harness.checkpoint.neighbours import Neighbours
-from harness.checkpoint.remote_store import Store
+from harness.checkpoint.remote_store import Pace, Store
 from harness.data.fetch import Fetch
 from harness.engine import engine, engines
 from harness.health import phases
@@ -63,7 +63,10 @@ PHASES: dict[str, tuple[Any, str]] = {
     "pruning": (retention.shutil, "rmtree"),
     # of an upload:
     "upload": (Store, "upload"),
+    "part": (Pace, "wait"),  # of a file
     "uploaded": (Store, "write_manifest"),
+    "forget": (Store, "remove"),
+    "download": (Store, "download"),
     # of a copy on another node:
     "copy": (Neighbours, "copy_file"),
     "receive": (transfer, "receive"),

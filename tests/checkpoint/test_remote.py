@@ -165,19 +165,44 @@ def test_a_run_does_not_start_over_without_knowing(two_ranks: RankPool, tmp_path
     assert "the store is down: resuming from the disk" in log_of(tmp_path)
 
 
-def killed_while(phase: str, config: Config) -> None:
-    with fail_at(phase, rank=1 if phase == "upload" else 0, kind="kill"):
+def killed_while(phase: str, rank: int, config: Config) -> None:
+    with fail_at(phase, rank=rank, kind="kill"):
         run_in_world(config)
 
 
-@pytest.mark.parametrize("phase", ["upload", "uploaded"])
-def test_a_kill_while_uploading(pools: Pools, tmp_path: Path, phase: str) -> None:
-    config = remote_config(tmp_path)
+@pytest.mark.parametrize(
+    ("phase", "rank"),
+    [
+        ("upload", 1),
+        *(
+            pytest.param(phase, rank, marks=pytest.mark.slow)
+            for phase, rank in [("part", 0), ("part", 1), ("uploaded", 0), ("forget", 0)]
+        ),
+    ],
+)
+def test_a_kill_while_uploading(pools: Pools, tmp_path: Path, phase: str, rank: int) -> None:
+    """What has a manifest in the store is complete, and the next start uploads what is not."""
+    config = remote_config(tmp_path, checkpoint={"keep_last": 1})
     with pytest.raises(RankError):
-        pools(2).run(on, "ab", tmp_path, killed_while, phase, config)
-    assert stored(tmp_path) == {}
+        pools(2).run(on, "ab", tmp_path, killed_while, phase, rank, config)
+    assert bool(stored(tmp_path)) == (phase == "forget")
     pools(2).run(on, "ab", tmp_path, run_in_world, config)
+    assert list(stored(tmp_path)) == [6]
+    assert len(list((tmp_path / "store/tiny").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["download", "part"])
+def test_a_kill_while_downloading(pools: Pools, tmp_path: Path, phase: str) -> None:
+    half, whole = (remote_config(tmp_path, run={"steps": steps}) for steps in (4, 6))
+    pools(2).run(on, "ab", tmp_path, run_in_world, half)
+    (tmp_path / "b").rename(tmp_path / "lost")
+    with pytest.raises(RankError):
+        pools(2).run(on, "ab", tmp_path, killed_while, phase, 1, whole)
+    pools(2).run(on, "ab", tmp_path, run_in_world, whole)
+    assert "resumed from runs/tiny/checkpoints/step-00000004" in log_of(tmp_path)
     assert 6 in stored(tmp_path)
+    assert not list((tmp_path / "b").rglob("*.tmp"))
 
 
 def return_to_the_first(root: Path) -> list[str]:

@@ -174,6 +174,19 @@ def test_a_store_that_refuses_is_named(
         as_path("nope://a")
 
 
+def test_a_server_without_ranges_is_refused(tmp_path: Path) -> None:
+    """It sends all of the file."""
+    io.save({"a": torch.ones(10_000)}, tmp_path / "x.sft")
+    url = f"memory://{tmp_path}/x.sft"
+    put(tmp_path / "x.sft", url)
+    source, (files, path) = as_path(url), url_to_fs(url, use_listings_cache=False)
+    with pytest.MonkeyPatch.context() as patch:
+        content = files.cat_file(path)
+        patch.setattr(files, "cat_file", lambda *_, **__: content)
+        with pytest.raises(HarnessError, match="its server sends no ranges: download it"):
+            convert(source, tmp_path / "y.sft", Options(), print)
+
+
 def test_the_config_takes_a_url(tmp_path: Path) -> None:
     engine: dict[str, Any] = {"init_from": "memory://b/run"}
     config = tiny_config(tmp_path, engines={"net": engine})
