@@ -118,12 +118,35 @@ def test_a_rank_that_hangs_after_another_has_failed_is_not_waited_for(
 
 
 def test_a_signal_is_passed_on_to_the_ranks_and_raised_when_they_have_ended() -> None:
+    begun = multiprocessing.get_context("fork").Barrier(2)  # Python drops signals as it forks
+
     def first(pipe: Any) -> None:
+        begun.wait()
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(60)
 
+    def second(pipe: Any) -> None:
+        begun.wait()
+        time.sleep(60)
+
     with pytest.raises(local_ranks._Stopped) as stopped:
-        answers_of(first, lambda _: time.sleep(60))
+        answers_of(first, second)
+    assert stopped.value.number is signal.SIGTERM
+
+
+def test_a_second_signal_does_not_wait_for_ranks_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_ranks, "SECONDS_OF_ONE_STOP", 0.0)
+
+    def hanging(pipe: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(0.2)
+        os.kill(os.getppid(), signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        time.sleep(60)
+
+    with pytest.raises(local_ranks._Stopped) as stopped:
+        answers_of(hanging)
     assert stopped.value.number is signal.SIGTERM
 
 
