@@ -1,5 +1,6 @@
 """`harness.launch`: ranks on this machine, and how they end."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 import harness
-from harness import local_ranks
+from harness import Callback, Config, EarlyStopping, Task, local_ranks
+from harness.callbacks import CallbackRun
 from harness.errors import ConfigError, HarnessError, LostRank, TaskError
 from tests import test_api
 from tests.support.helpers import ROOT
@@ -86,6 +88,40 @@ def test_a_task_that_cannot_be_sent_is_refused(
     monkeypatch.setattr("harness.local_ranks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="put it into a file, or pip install cloudpickle"):
         harness.launch(lambda config: test_api.build(), ranks=2, config=test_api.tables(tmp_path))
+
+
+class Kill(Callback):
+    """Kills rank 1 once, when step 10 is saved."""
+
+    def on_step(self, run: CallbackRun, metrics: Mapping[str, Any]) -> None:
+        marker, latest = run.config.run_dir / "killed", run.config.run_dir / "checkpoints/latest"
+        saved = latest.exists() and latest.read_text().strip() == "step-00000010"
+        if not run.is_leader and saved and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def build_killed(config: Config) -> Task:
+    task = test_api.build(config)
+    task.callbacks = [EarlyStopping(patience=3, min_delta=1e9), Kill()]
+    return task
+
+
+@pytest.mark.slow
+def test_events_and_patience_go_on_after_a_kill(tmp_path: Path) -> None:
+    events = [{"command": "lr x0.5", "every": 5}, {"command": "export", "at": 10}]
+    config = test_api.tables(tmp_path, stage=2, name="killed", steps=40) | {
+        "events": events,
+        "trainer": {"save_every": 5, "eval_every": 5},
+    }
+    with pytest.raises(LostRank, match="rank 1"):
+        harness.launch(build_killed, ranks=2, config=config)
+    result = harness.launch(build_killed, ranks=2, config=config)
+    assert result.ended == "quit" and result.metrics["step"] == 15  # not better than at step 0
+    commands = map(json.loads, (tmp_path / "killed/commands.jsonl").open())
+    executed = [(each["step"], each["text"]) for each in commands if each["state"] == "done"]
+    halved = [(step, "lr x0.5") for step in (5, 10, 15)]
+    assert sorted(executed) == sorted([*halved, (10, "export"), (15, "quit")])
 
 
 def answers_of(*ranks: Callable[[Any], None]) -> list[Any]:
