@@ -31,8 +31,8 @@ class Section:
 
     limit: int
     """Seconds with --quick; else ten times as many."""
-    quick: str
-    """Its options with --quick; else it has none."""
+    quick: str | None
+    """Its options with --quick, None if it is then left out; else it has none."""
     module: str = ""
     """Default: the section's name."""
     always: str = ""
@@ -54,7 +54,7 @@ SECTIONS = {
     "data": Section(25, "--draws 5000"),
     "tokens": Section(30, "--mb 3 --rounds 3"),
     "metrics": Section(15, "--rounds 3"),
-    "trackers": Section(25, "--steps 50 --rounds 2"),
+    "trackers": Section(30, None),
     "buffers": Section(15, "--width 8 --layers 20 --steps 5 --rounds 4"),
     "gradients": Section(15, "--parameters 300 --stages 2 --rounds 6"),
     "health": Section(25, "--steps 60 --rounds 2"),
@@ -81,7 +81,8 @@ def main() -> None:
     found: dict[str, Any] = {"machine": machine(), "sections": {}}
     say(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
     say(f"\n{HEAD}")
-    for name in args.sections or SECTIONS:
+    left_out = {name for name, of in SECTIONS.items() if args.quick and of.quick is None}
+    for name in args.sections or [name for name in SECTIONS if name not in left_out]:
         if name not in args.skip:
             ended, rows = run(name, args.quick)
             found["sections"][name] = report(name, ended, rows)
@@ -93,7 +94,7 @@ def main() -> None:
 def run(name: str, quick: bool) -> tuple[Ended, list[Row]]:
     """Runs a section: how it has ended, and what it has found until then."""
     section = SECTIONS[name]
-    words = f"{section.always} {section.quick if quick else ''}".split()
+    words = f"{section.always} {section.quick or '' if quick else ''}".split()
     command = [sys.executable, "-m", f"bench.{section.module or name}", *words]
     limit = section.limit if quick else 10 * section.limit
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
