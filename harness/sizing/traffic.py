@@ -3,13 +3,16 @@
 import torch
 from torch.optim import Optimizer
 
-from harness.optim.matrices import memory
+from harness.optim.apollo import memory as apollo
+from harness.optim.apollo.optimizer import Apollo
+from harness.optim.matrices import memory as matrices
 from harness.optim.matrices.optimizer import MatrixOptimizer
 from harness.sizing.setting import Setting
 
 EXACT_RANKS = 256
-"""Up to so many ranks the exchange of Muon and SOAP is computed from who owns which matrix; above,
-it is estimated as that on this many ranks, divided, and at least the largest matrix."""
+"""Up to so many ranks what optimizers exchange is computed from who has which part of a matrix. On
+more it is estimated: for APOLLO the same as on this many; for Muon and SOAP that, divided, and at
+least the largest matrix."""
 
 
 REUSE = 1_000_000_000
@@ -20,13 +23,16 @@ kept, so backward needs no second gather for those of the last half of it."""
 def traffic_of(optimizer: Optimizer, setting: Setting) -> dict[str, int]:
     """Bytes that each rank sends in a step of an optimizer, by collective.
 
-    Of the all-to-alls of Muon and SOAP, those of the rank that sends the most. What APOLLO sends of
-    sketches is not in it.
+    Of the all-to-alls of Muon and SOAP, those of the rank that sends the most.
     """
     parameters = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     sent = ring_traffic(parameters, setting)
     if isinstance(optimizer, MatrixOptimizer):
         sent["all-to-all matrices"] = _of_matrices(optimizer, setting)
+    if isinstance(optimizer, Apollo):
+        world = min(setting.ranks, EXACT_RANKS)
+        sketches, scales = apollo.sent_bytes(optimizer.param_groups, setting.stage, world)
+        sent |= {"reduce-scatter sketches": sketches, "all-gather scales": scales}
     return sent
 
 
@@ -61,7 +67,7 @@ def _of_matrices(optimizer: MatrixOptimizer, setting: Setting) -> int:
     """Pieces of matrices to their owners and back, in the dtype of a GPU's computation."""
     itemsize = optimizer.dtype_on(torch.device("cuda")).itemsize
     groups, world = optimizer.param_groups, min(setting.ranks, EXACT_RANKS)
-    most = max(memory.sent_bytes(groups, setting.stage, world, itemsize))
+    most = max(matrices.sent_bytes(groups, setting.stage, world, itemsize))
     if world == setting.ranks:
         return most
-    return max(most * world // setting.ranks, itemsize * memory.largest_matrix(groups))
+    return max(most * world // setting.ranks, itemsize * matrices.largest_matrix(groups))

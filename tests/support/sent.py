@@ -29,7 +29,7 @@ class Sent(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func.namespace == "c10d":
-            name = func.overloadpacket.__name__
+            name = str(func.overloadpacket.__name__)
             self.bytes[KINDS.get(name, name)] += sent_bytes(name, args)
         return func(*args, **(kwargs or {}))
 
