@@ -21,9 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hides the GPUs, also from subprocesses, from all tests but those of `-m gpu`."""
+    """Hides the GPUs, also from subprocesses, from all tests but those of `-m gpu`.
+
+    By both: DeepSpeed's launcher gives its ranks another CUDA_VISIBLE_DEVICES, also on CPUs.
+    """
     if config.getoption("markexpr") != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -32,6 +32,13 @@ def test_with_ds_accelerator_cpu_a_gpu_is_left_alone(gpu: pytest.MonkeyPatch) ->
     assert isinstance(default_backend(), CpuBackend)
 
 
+def test_the_suite_computes_on_cpus_on_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also below DeepSpeed's launcher, which sets CUDA_VISIBLE_DEVICES anew."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert distributed.device().type == "cpu"
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_more_ranks_than_gpus_are_refused_on_every_rank(gpu: pytest.MonkeyPatch, rank: int) -> None:
     for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
 import harness
+from harness import provenance
+from harness.checkpoint import manifest
 from tests.support.helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -20,6 +22,22 @@ COPIED = ("launch", "ds_configs")
 def test_the_distribution_name_differs_from_the_one_on_the_index() -> None:
     assert PROJECT["project"]["name"] == "deepspeed-harness"
     assert version("deepspeed-harness") == PROJECT["project"]["version"] == harness.__version__
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A save, and the record of a start, have it: `PYTHONPATH=. python launch/train.py`."""
+
+    def of_others(name: str) -> str:
+        if "harness" in name:
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", of_others)
+    monkeypatch.setattr(provenance, "version", of_others)
+    assert provenance.versions()["harness"] == harness.__version__
+    assert manifest._versions()["harness"] == harness.__version__
 
 
 def test_the_distribution_contains_launch_and_ds_configs() -> None:

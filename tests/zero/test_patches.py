@@ -161,6 +161,17 @@ def duplicates_found() -> list[str]:
     return [*found, str(Optimizer.reads)]
 
 
+def known_ops() -> dict[str, bool]:
+    import deepspeed
+
+    return vars(deepspeed.ops).get("__compatible_ops__", {})
+
+
+def test_no_compiler_is_asked_at_a_start(two_ranks: RankPool) -> None:
+    """DeepSpeed would run compilers for all of its ops."""
+    assert two_ranks.run(known_ops) == [{"deepspeed_shm_comm": False}] * 2
+
+
 def duplicates_are_ours(version: str) -> bool:
     import deepspeed
     from deepspeed.runtime.engine import DeepSpeedEngine

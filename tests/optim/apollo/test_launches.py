@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness import devices
 from harness.optim import Apollo, ApolloMini, apollo_param_groups
@@ -107,3 +107,22 @@ def test_pieces_for_a_gpu_give_the_same_weights(
         ends.append([parameter.detach() for parameter in parameters])
     for one, other in zip(*ends, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-6)
+
+
+def test_channels_are_summed_in_one_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has one thread for a segment of several columns; the sums are the same to the bit."""
+    plain, shapes = torch.segment_reduce, []
+
+    def reduce(data: Tensor, *words: Any, lengths: Tensor, **settings: Any) -> Tensor:
+        sums = plain(data, *words, lengths=lengths, **settings)
+        columns, of_column = data.view(3, -1).T.contiguous(), lengths.view(3, -1)[0]
+        assert torch.equal(plain(columns, *words, lengths=of_column, **settings).T.flatten(), sums)
+        shapes.append(data.dim())
+        return sums
+
+    monkeypatch.setattr(torch, "segment_reduce", reduce)
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((96, 64), (64, 96), (70, 90))]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    Apollo(parameters, rank=4).step()
+    assert shapes == [1]
