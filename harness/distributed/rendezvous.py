@@ -47,4 +47,6 @@ def own_connection(store: Any) -> Store:
     whole = getattr(store, "_underlying_non_prefix_store", store)
     if not isinstance(whole, TCPStore):  # those of files have no connection
         return whole
-    return TCPStore(whole.host, whole.port, is_master=False, timeout=whole.timeout)
+    own = TCPStore(whole.host, whole.port, is_master=False)
+    own.set_timeout(whole.timeout)  # pyright: ignore[reportAttributeAccessIssue]
+    return own
