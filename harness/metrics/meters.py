@@ -203,7 +203,8 @@ class StepMeter:
         for pending in filter(None, (self._summing, self._copying, self._pushed)):
             sums, weights = pending.totals()
             means = {name: sums[name] / weight for name, weight in weights.items() if weight}
-            own.append(StepNumbers(pending.own(), means, *pending.tail[:2]))
+            samples, tokens, _ = pending.tail
+            own.append(StepNumbers(pending.own(), means, samples, tokens))
         return own
 
     def contribute(self) -> Sequence[float]:
