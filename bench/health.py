@@ -83,7 +83,6 @@ def measure(steps: int, step_s: float, rounds: int, directory: Path) -> dict[str
         nonlocal step
         step += 1
         phases.at_step(step)
-        of_ranks.clock = StepClock()
         for _ in range(MICRO_BATCHES):
             phases.enter("data")
             phases.enter("step")
@@ -91,6 +90,7 @@ def measure(steps: int, step_s: float, rounds: int, directory: Path) -> dict[str
             phases.enter("backward")
             phases.enter("step")
         full.exchange()
+        of_ranks.clock = StepClock()  # of the next step, with its sleep
 
     ways = {"with": with_health, "without": bare.exchange}
     seconds: dict[str, list[float]] = {f"{name}{cpu}": [] for name in ways for cpu in ("", " CPU")}

@@ -104,19 +104,16 @@ class Pace:
 
 def late_rank(times: Sequence[Times]) -> Late | None:
     """The slowest of two or more ranks, if it has kept the others waiting."""
-    rank = slowest_rank(times)
+    own, least = [of_rank.own for of_rank in times], SHARE * times[0].step  # all steps are as long
+    if max(own) - min(own) <= least:
+        return None
+    rank = own.index(max(own))
     others = [of_rank for other, of_rank in enumerate(times) if other != rank]
-    seconds = times[rank].own - statistics.median([other.own for other in others])
-    if seconds <= SHARE * statistics.fmean(of_rank.step for of_rank in times):
+    seconds = own[rank] - statistics.median([other.own for other in others])
+    if seconds <= least:
         return None
     later = [
         own - statistics.median(of_others)
         for own, of_others in zip(times[rank][:4], list(zip(*others, strict=True))[:4], strict=True)
     ]
     return Late(rank, seconds, list(WHERE)[later.index(max(later))])
-
-
-def slowest_rank(times: Sequence[Times]) -> int:
-    """The rank that takes the longest with what it does alone."""
-    own = [of_rank.own for of_rank in times]
-    return own.index(max(own))

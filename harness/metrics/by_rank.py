@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from harness.distributed.rank_numbers import RankNumbers
-from harness.health.stragglers import SHARE, Times, slowest_rank
+from harness.health.stragglers import SHARE, Times
 from harness.metrics.step_clock import NAMES, StepClock
 
 
@@ -43,11 +43,11 @@ class ByRank:
         pairs = list(zip(NAMES, of_phases, strict=True))
         known = [[0.0] * len(steps) if phase in unseen else times for phase, times in pairs]
         self.times = [Times(*of_rank) for of_rank in zip(*known, steps, strict=True)]
-        found = {"slowest_rank": slowest_rank(self.times)}
-        found |= _spread("step_time", "s", steps)
-        found |= _spread("own_time", "s", [of_rank.own for of_rank in self.times])
+        own = [of_rank.own for of_rank in self.times]
+        found = {"slowest_rank": own.index(max(own))}
+        found |= _spread("step_time", "s", steps) | _spread("own_time", "s", own)
         for phase, times in pairs:
-            if max(times) - min(times) > SHARE * statistics.fmean(steps):
+            if max(times) - min(times) > SHARE * steps[0]:
                 name = NAMES[phase] if phase in unseen else f"own_{NAMES[phase]}"
                 found |= _spread(name, "s", times) | _greatest(name, times)
         return found | self._memory_metrics(by_rank)
