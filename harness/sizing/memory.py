@@ -114,8 +114,9 @@ class Footprint:
     def optimizer(self, name: str) -> Optimizer:
         """The optimizer of this name, for the model's parameters."""
         if name not in self._optimizers:
-            is_own = self._config is not None and self._config.name == name
-            config = self._config if is_own else OptimizerConfig(name=name)
+            config = self._config
+            if config is None or config.name != name:
+                config = OptimizerConfig(name=name)
             self._optimizers[name] = build_optimizer(self._model, config)
         return self._optimizers[name]
 
