@@ -14,7 +14,8 @@ _SERVER = os.getpid()
 
 def _end(number: int, frame: object) -> None:
     if os.getpid() != _SERVER:
-        os._exit(128 + number)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
 
 for _number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

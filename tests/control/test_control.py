@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from harness import distributed
 from harness.checkpoint.snapshot import Snapshots
 from harness.config import Config
+from harness.control import signals
 from harness.control.bus import Bus
 from harness.control.client import Client
 from harness.control.commands import Save, SetLr
@@ -507,8 +508,8 @@ def signalled(config: Config) -> int:
 def handlers() -> bool:
     """Whether the handlers from before the run are in place again."""
     return (
-        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.getsignal(signal.SIGTERM) is not signals._do_nothing
+        and signal.getsignal(signal.SIGINT) is not signals._do_nothing
     )
 
 
