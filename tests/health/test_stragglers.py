@@ -148,7 +148,7 @@ def test_a_slow_rank_in_a_run(
     """In every phase, at every stage, wherever the others wait for it."""
     threshold = {"stage3_param_persistence_threshold": 0}
     engine = {"ds_overrides": {"zero_optimization": threshold}} if stage == 3 else {}
-    config = tiny_config(tmp_path, stage, run={"steps": 16}, engines={"net": engine})
+    config = tiny_config(tmp_path, stage, run={"steps": 20}, engines={"net": engine})
     pools(ranks).run(run_with_slow_rank, config, phase, 0.05)
     log = log_text(config)
     assert "rank 1 on " in log and " is slow: in 10 of the last " in log
@@ -169,7 +169,7 @@ def test_a_rank_whose_data_are_slow_where_batches_are_weighed(
     two_ranks: RankPool, tmp_path: Path
 ) -> None:
     """They are fetched before it is known what their step weighs, and are in the step's time."""
-    config = tiny_config(tmp_path, run={"steps": 16})
+    config = tiny_config(tmp_path, run={"steps": 20})
     two_ranks.run(run_with_slow_rank, config, "data", 0.05, True)
     assert f" s, {stragglers.WHERE['data']}\n" in log_text(config)
     found = records(config)[:-2]  # for the last two steps nothing is fetched
