@@ -87,7 +87,8 @@ class Pace:
             self._slow = rank
             late = [late for late in self._late if late is not None and late.rank == rank]
             seconds = statistics.fmean(one.seconds for one in late)
-            where = WHERE[max(WHERE, key=[one.phase for one in late].count)]
+            phase: Phase = statistics.mode(one.phase for one in late)
+            where = WHERE[phase]
             self._note(
                 f"{self._name(rank)} is slow: the others wait {seconds:.2g} s a step {where}"
             )
