@@ -196,7 +196,8 @@ def compare(directory: Path, stage: int, world: int, gigabytes: float, rounds: i
         claim = f"convert, ZeRO {stage}, {world} ranks, {size / 1e9:.1f} GB"
         tell_pair(claim + ours.removeprefix("harness"), "s", each[0], other, each[1])
     peak = [max(run[1] for run in results[name]) for name in ("harness", "zero_to_fp32")]
-    tell(Row(f"peak memory of convert, ZeRO {stage}", peak[0], "MiB", "zero_to_fp32", peak[1]))
+    claim = f"peak memory of convert, ZeRO {stage}, {world} ranks"
+    tell(Row(claim, peak[0], "MiB", "zero_to_fp32", peak[1]))
 
 
 def main() -> None:

@@ -59,7 +59,8 @@ def main() -> None:
                     f"| {shapes_text(size)} | {stage} | {theirs:.1f} | {half:.1f} | "
                     f"{half / theirs:.2f} | {single:.1f} | {sent / 1e6:.2f} | {own / 1e6:.2f} |"
                 )
-                tell(Row(f"the same at ZeRO {stage}", half, "ms", "DeepSpeed's", theirs))
+                claim = f"the same at ZeRO {stage}, {shapes_text(size)}"
+                tell(Row(claim, half, "ms", "DeepSpeed's", theirs))
 
 
 def shapes_of(size: int) -> list[tuple[int, int]]:

@@ -154,7 +154,8 @@ def _answers(
 ) -> list[Answer]:
     """What the ranks answer, by rank, once all of them have. A signal is passed on to them.
 
-    Raises _Stopped after that; at once if a second one comes.
+    Raises _Stopped after that, unless a rank has failed meanwhile, as when it could not save; at
+    once if a second signal comes.
     """
     answers: dict[int, Answer] = {}
     stopped, stopped_at, deadline = None, 0.0, None
@@ -176,7 +177,7 @@ def _answers(
             answers[rank] = _answer(pipes[rank], rank, processes[rank])
             if isinstance(answers[rank], Exception):
                 deadline = deadline or time.monotonic() + GRACE_S
-    if stopped:
+    if stopped and not any(map(_has_failed, answers.values())):
         raise stopped
     return [answers[rank] for rank in range(len(pipes))]
 
@@ -184,7 +185,13 @@ def _answers(
 def _send(number: signal.Signals, processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         if process.is_alive() and process.pid is not None:
-            os.kill(process.pid, number)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(process.pid, number)
+
+
+def _has_failed(answer: Answer) -> bool:
+    """Whether a rank has failed by itself."""
+    return isinstance(answer, Exception) and not isinstance(answer, LostRank)
 
 
 def _answer(pipe: Connection, rank: int, process: BaseProcess) -> Answer:
@@ -208,7 +215,7 @@ def _outcome(answers: Sequence[Answer]) -> Result:
     """The result of rank 0. Raises the error of the first rank that failed by itself."""
     errors = [answer for answer in answers if isinstance(answer, Exception)]
     if errors:
-        raise next((e for e in errors if not isinstance(e, LostRank)), errors[0])
+        raise next(filter(_has_failed, errors), errors[0])
     for answer in answers:
         if isinstance(answer, signal.Signals):
             raise HarnessError(f"the ranks were ended by {answer.name}")
@@ -219,6 +226,10 @@ def _outcome(answers: Sequence[Answer]) -> Result:
 def _rank(pipe: Connection, rank: int, ranks: int, port: int, payload: bytes) -> None:
     """The process of a rank."""
     end_with_parent()
+    # Late: to import it sets handlers, which are for the ranks and their parent only.
+    from harness.launcher.fork_server import end_by_signals
+
+    end_by_signals()
     # Data-loader workers must be children of this rank, so that they end with it.
     multiprocessing.set_start_method("fork", force=True)
     os.environ |= local_rank_variables(rank, ranks, port)

@@ -19,7 +19,7 @@ import torch
 import harness
 from harness import Callback, Config, EarlyStopping, Task, local_ranks
 from harness.callbacks import CallbackRun
-from harness.errors import ConfigError, HarnessError, LostRank, TaskError
+from harness.errors import CheckpointError, ConfigError, HarnessError, LostRank, TaskError
 from tests import test_api
 from tests.support.helpers import ROOT
 
@@ -184,6 +184,41 @@ def test_a_second_signal_does_not_wait_for_ranks_that_hang(monkeypatch: pytest.M
     with pytest.raises(local_ranks._Stopped) as stopped:
         answers_of(hanging)
     assert stopped.value.number is signal.SIGTERM
+
+
+def test_a_rank_that_cannot_save_after_a_signal_is_told_of() -> None:
+    failing = pickle.dumps(CheckpointError("no space left"))
+
+    def first(pipe: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(0.2)
+        pipe.send_bytes(failing)
+
+    with pytest.raises(CheckpointError, match="no space left"):
+        local_ranks._outcome(answers_of(first))
+
+
+def test_a_signal_ends_a_rank_that_waits_in_c() -> None:
+    """Python's handlers, like that of the process that ranks are forked from, are not called there,
+    but between two lines of Python."""
+    code = """
+import os, signal, time
+from harness.launcher import fork_server
+if rank := os.fork():
+    os.kill(os.getpid(), signal.SIGTERM)  # the parent is unmoved
+    time.sleep(0.1)
+    os.kill(rank, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]))
+else:
+    fork_server.end_by_signals()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    time.sleep(30)
+"""
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.stdout, done.returncode) == (f"{-signal.SIGTERM}\n", 0), done.stderr
 
 
 def test_ranks_that_a_signal_has_ended_are_not_lost() -> None:

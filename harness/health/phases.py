@@ -78,10 +78,10 @@ def _new_memory() -> None:
 
 def begin() -> None:
     """A run begins: forgets an earlier one in this process."""
-    global _since, _number, _count, _spent, _longest, _times, listener
+    global _since, _number, _count, _longest, _times, listener
     listener = None
     _since, _number, _count = monotonic(), 0, 0
-    _spent, _longest, _times = [0.0] * len(PHASES), [0.0] * len(PHASES), [0] * len(PHASES)
+    _longest, _times = [0.0] * len(PHASES), [0] * len(PHASES)
     _cells[:] = memoryview(array("d", bytes(8 * CELLS)))
     _cells[SINCE] = _since
 
@@ -95,7 +95,6 @@ _cells: "memoryview[float]"
 _since: float
 _number: int
 _count: int
-_spent: list[float]
 _longest: list[float]
 _times: list[int]
 _new_memory()
@@ -107,7 +106,6 @@ def enter(phase: Phase) -> None:
     global _since, _number, _count
     cells, now, before = _cells, monotonic(), _number
     took = now - _since
-    _spent[before] += took
     if _times[before] < FIRST:
         _times[before] += 1
         cells[TIMES + before] = _times[before]
@@ -136,6 +134,12 @@ def beat() -> None:
     enter(PHASES[_number])
 
 
+def wait_on() -> None:
+    """A sign of life of this rank alone, in a wait that the others do not have: the count of signs,
+    by which a rank that is behind the others is found, stays."""
+    _cells[SINCE] = monotonic()
+
+
 def at_step(step: int) -> None:
     """The step in progress."""
     _cells[STEP] = step
@@ -161,11 +165,6 @@ def read(descriptor: int) -> tuple[int, str]:
 def step() -> int:
     """The step in progress, or between steps the last one."""
     return int(_cells[STEP])
-
-
-def spent(phase: Phase) -> float:
-    """Seconds in a phase so far, without the present ones."""
-    return _spent[_NUMBERS[phase]]
 
 
 def longest(phase: Phase) -> float:

@@ -61,7 +61,7 @@ class TrackerSink:
         self._sends_exports = sends_exports
         self._queue: deque[dict[str, Any]] = deque()
         self._lost = 0
-        self._is_open = self._has_failed = False
+        self._is_open = self._has_failed = self._is_slow = False
         self._called: float | None = None  # when, if a call is not answered yet
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._send_all, name=name, daemon=True)
@@ -70,8 +70,10 @@ class TrackerSink:
     def write(self, record: Mapping[str, Any]) -> None:
         """Puts a record into the queue; if it is full, the record is lost."""
         called = self._called
-        if called is not None and time.monotonic() > called + SECONDS_TO_ANSWER:
-            self._tell(f"it has not answered for {SECONDS_TO_ANSWER:.0f} s")
+        is_late = called is not None and time.monotonic() > called + SECONDS_TO_ANSWER
+        if is_late and not (self._is_slow or self._has_failed):
+            self._is_slow = True  # what it may answer at last is told, too
+            self._warn(f"it has not answered for {SECONDS_TO_ANSWER:.0f} s")
         if len(self._queue) < CAPACITY or record.get(EVENT) == "rollback":
             self._queue.append(dict(record))
         else:
@@ -79,13 +81,13 @@ class TrackerSink:
             self._tell("it does not keep up, or does not answer")
 
     def close(self) -> None:
-        """Waits until the queue is empty, for `SECONDS_TO_END` at most: no hang, which would be
-        told of after `run.timeout_s`."""
+        """Waits until the queue is empty, for `SECONDS_TO_END` at most. The watchdog is told that
+        this rank does not hang meanwhile."""
         self._closing.set()
         end = time.monotonic() + SECONDS_TO_END
         while self._thread.is_alive() and (left := end - time.monotonic()) > 0:
             self._thread.join(min(left, 1.0))
-            phases.beat()
+            phases.wait_on()
         if self._thread.is_alive():
             self._tell(f"it has not ended within {SECONDS_TO_END:.0f} s")
         if lost := self._lost + len(self._queue):
@@ -94,11 +96,14 @@ class TrackerSink:
     def _tell(self, problem: object) -> None:
         if not self._has_failed:
             self._has_failed = True
-            log.warning(
-                "metrics.trackers: %s: %s. The run goes on; %s lacks what it cannot be sent, and "
-                "metrics.jsonl has all metrics",
-                *(self._name, problem, self._name),
-            )
+            self._warn(problem)
+
+    def _warn(self, problem: object) -> None:
+        log.warning(
+            "metrics.trackers: %s: %s. The run goes on; %s lacks what it cannot be sent, and "
+            "metrics.jsonl has all metrics",
+            *(self._name, problem, self._name),
+        )
 
     def _send_all(self) -> None:
         is_last = False
@@ -150,11 +155,12 @@ class TrackerSink:
         if self._is_open:
             self._try(lambda: self._tracker.log_event(step, event, text), 1)
         if event == "export" and self._sends_exports:
-            self._try(lambda: self._tracker.log_folder(Path(text)), 1)
+            self._try(lambda: self._tracker.log_folder(Path(text)), 1, is_long=True)
 
-    def _try(self, call: Callable[[], None], records: int = 0) -> bool:
-        """Whether a call was successful; if not, so many records are lost."""
-        self._called = time.monotonic()
+    def _try(self, call: Callable[[], None], records: int = 0, is_long: bool = False) -> bool:
+        """Whether a call was successful; if not, so many records are lost. `is_long`: it sends
+        files, and may take as long as they need."""
+        self._called = None if is_long else time.monotonic()
         try:
             call()
         except Exception as error:

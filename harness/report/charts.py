@@ -121,7 +121,7 @@ def _others(runs: Sequence[RunFiles], names: list[str]) -> Iterator[str]:
     for name in names:
         parts = name.split("/")
         has_chart = parts[-1] in shown or "lr" in parts or "epoch" in parts
-        if has_chart or name.endswith(("_per_s", "_bytes", "_rank")) or "_time_" in name:
+        if has_chart or name.endswith(("_per_s", "_bytes", "_max_rank")) or "_time_" in name:
             continue
         if _varies(runs, name):
             yield name

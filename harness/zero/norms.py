@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from harness.distributed.waiting import in_collective
 from harness.zero.parameters import is_expert
 
 MODULES = (
@@ -64,7 +65,8 @@ class PlainGradients:
         self._norm = np.sqrt(np.float32(square))
         if any(map(is_expert, parameters)):  # other gradients are alike on all ranks
             norm = torch.tensor(self._norm, device=parameters[0].device)
-            dist.all_reduce(norm.div_(dist.get_world_size()))
+            with in_collective:
+                dist.all_reduce(norm.div_(dist.get_world_size()))
             self._norm = np.float32(norm.item())
         self.norm = float(self._norm)
         """Their L2 norm; with experts, which are not alike on all ranks, the mean of the ranks'."""

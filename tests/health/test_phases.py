@@ -74,7 +74,6 @@ def test_times_by_phase(clock: Clock) -> None:
     for seconds in (300.0, 40.0, 2.0, 3.0, 2.5):
         spend(clock, ("data", 1.0), ("forward", seconds))
     phases.enter("backward")
-    assert (phases.spent("forward"), phases.spent("data")) == (347.5, 5.0)
     cells, forward = phases.view_of(phases.file or 0), PHASES.index("forward")
     assert (cells[phases.LONGEST + forward], cells[phases.TIMES + forward]) == (3.0, 2)
     assert {phase: phases.longest(phase) for phase in PHASES if phases.longest(phase)} == {
@@ -83,4 +82,14 @@ def test_times_by_phase(clock: Clock) -> None:
     }
     phases.begin()
     assert list(phases.view_of(phases.file or 0)) == [clock.now, *[0.0] * (CELLS - 1)]
-    assert phases.longest("forward") == phases.spent("forward") == 0.0
+    assert phases.longest("forward") == 0.0
+
+
+def test_a_wait_of_one_rank_is_a_sign_of_life_and_does_not_count(clock: Clock) -> None:
+    """By the count a rank is found that is behind the others."""
+    phases.enter("end")
+    before = phases.now().count
+    clock.now += 40
+    assert phases.now().seconds == 40
+    phases.wait_on()
+    assert (phases.now().seconds, phases.now().count) == (0, before)

@@ -48,7 +48,7 @@ def test_the_figures_of_a_run(tmp_path: Path) -> None:
     assert best_evaluation(run) == ("eval/loss", pytest.approx(5 / 9 + 0.1), 400)
     charts = {chart["name"]: chart for chart in content["charts"]}
     assert {"loss", "eval/loss", "lr", "grad_norm", "skipped", "tokens_per_s"} <= charts.keys()
-    assert {"phases", "histogram", "step_time_s"} <= charts.keys()
+    assert {"phases", "histogram", "step_time_s", "effective_rank"} <= charts.keys()
     for name, size, label in (("memory", 1, "host"), ("ranks_memory", 2, "host max")):
         assert [(c["label"], c["y"]) for c in charts[name]["curves"]] == [(label, [size])]
     loss = charts["loss"]["curves"][0]

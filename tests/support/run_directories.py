@@ -70,6 +70,7 @@ def records(first: int, last: int, lr: float = 0.001) -> list[dict[str, Any]]:
             **({"host_memory_bytes": 2**30, "host_memory_max_bytes": 2**31} if step == 9 else {}),
             "loss": loss if step != 333 else "nan",
             "grad_norm": 2.0 if step % 2 else 1.0,
+            "effective_rank": 3.0 + step % 2,
             "samples": 8 * step,
             "tokens": 512 * step,
             "samples_per_s": 80.0,
