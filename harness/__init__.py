@@ -57,6 +57,7 @@ The rooms, from the top floor down: imports point down this list, and down the l
     files.py           files by atomic rename, or a line at a time; locks
     remote_path.py     files of a store, as paths that are read by ranges
     devices.py         what this process computes on, and what suits that device
+    waiting.py         how long this rank has waited for the others
     utils.py           small helpers that need no file of their own
     byte_sizes.py      sizes in bytes, as one types them
     errors.py          errors addressed to the user

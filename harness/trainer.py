@@ -175,8 +175,10 @@ class Trainer:
             **self.batches.metrics(),
             **self.engines.rates(),
         }
-        self.batches.prefetch(self.engines.global_step + 2, size)
-        self.meter.push(local, [engine.name for engine in due], samples, tokens)
+        try:
+            self.batches.prefetch(self.engines.global_step + 2, size)
+        finally:  # if it fails, this step is over all the same
+            self.meter.push(local, [engine.name for engine in due], samples, tokens)
         self.vector.exchange()
         self.report(self.meter.take())
         self.status.stepped(self.engines.global_step)

@@ -13,7 +13,6 @@ Its files, from the top down:
     collectives.py     all-reduce, broadcast, gather; raising on all ranks together
     background.py      all-reduces that training does not wait for
     tree.py            values up a tree of the ranks, and down again
-    waiting.py         how long this rank has waited for the others
     peers.py           where the other ranks run
     abort.py           aborts the collectives of this rank
     rng.py             the random generators of a rank

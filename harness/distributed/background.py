@@ -9,8 +9,8 @@ from torch import Tensor
 
 from harness.distributed import tree
 from harness.distributed.abort import shut_sockets
-from harness.distributed.waiting import in_collective
 from harness.distributed.world import global_rank, next_tag, world_size
+from harness.waiting import in_collective
 
 SECONDS_TO_END = 1.0
 """How long `close` waits for an exchange in progress, whose other ranks may be gone."""

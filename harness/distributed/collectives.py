@@ -12,9 +12,9 @@ from torch import Tensor
 from harness.distributed import tree
 from harness.distributed.background import AllReduce
 from harness.distributed.forks import sockets_close_in_forks
-from harness.distributed.waiting import in_collective
 from harness.distributed.world import global_rank, next_tag, world_size
 from harness.errors import HarnessError, OutOfMemory, TaskError, kind_of, no_exit
+from harness.waiting import in_collective
 
 T = TypeVar("T")
 Ranks = range | tuple[int, ...]

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from harness.distributed.waiting import in_collective
 from harness.distributed.world import device, is_global_leader
+from harness.waiting import in_collective
 
 
 @torch.no_grad()

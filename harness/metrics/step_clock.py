@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from harness import distributed
-from harness.distributed import waiting
+from harness import distributed, waiting
 from harness.health import phases
 from harness.health.phases import Phase
 

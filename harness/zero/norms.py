@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.distributed.waiting import in_collective
+from harness.waiting import in_collective
 from harness.zero.parameters import is_expert
 
 MODULES = (

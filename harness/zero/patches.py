@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.torch_version import TorchVersion
 
-from harness.distributed.waiting import waits
 from harness.errors import TaskError
+from harness.waiting import waits
 from harness.zero import fetches
 from harness.zero.norms import StepNorm, patch_norms
 

@@ -33,6 +33,11 @@ def expected(name: str) -> list[dict[str, Any]]:
     return json.loads((BEFORE / f"{name}.expected.json").read_text())
 
 
+def without_tokens(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The vectors of this task's samples counted as tokens then."""
+    return [{name: value for name, value in r.items() if name != "tokens"} for r in records]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_an_older_version_resumes_bit_identically(
     two_ranks: RankPool, tmp_path: Path, name: str
@@ -43,7 +48,7 @@ def test_a_run_of_an_older_version_resumes_bit_identically(
     resumed = without_times([json.loads(line) for line in lines][-len(expected(name)) :])
     for added in ("skipped", "spikes"):  # metrics since then
         assert all(record.pop(added, 0) == 0 for record in resumed)
-    assert resumed == without_times(expected(name))
+    assert without_tokens(resumed) == without_tokens(without_times(expected(name)))
     assert [r["lr"] for r in resumed if r["step"] == 7] == [pytest.approx(0.001125)]  # the event
     for file in (BEFORE / f"{name}.exports").iterdir():
         assert_equal(load_weights(exports(config) / file.name), load_weights(file))
@@ -90,7 +95,7 @@ def test_a_run_under_an_older_deepspeed_resumes_bit_identically(
     two_ranks.run(run_in_world, config)
     resumed = without_times(records(config)[-4:])
     assert all(record.pop("spikes", 0) == 0 for record in resumed)  # a metric since then
-    assert resumed == without_times(expected(OF_0195))
+    assert without_tokens(resumed) == without_tokens(without_times(expected(OF_0195)))
     exported = load_weights(exports(config) / "net.sft")
     assert_equal(exported, load_weights(BEFORE / f"{OF_0195}.exports/net.sft"))
 

@@ -4,13 +4,12 @@ timed."""
 import pytest
 import torch
 
-from harness import distributed
-from harness.distributed import waiting
-from harness.distributed.waiting import waits
+from harness import distributed, waiting
 from harness.health import phases
 from harness.metrics import step_clock
 from harness.metrics.meters import StepMeter
 from harness.metrics.step_clock import StepClock
+from harness.waiting import waits
 from tests.support.fake_cuda import Launches, fake_cuda
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.distributed.waiting import in_collective
 from harness.optim.sharded.tensor_groups import TensorGroup, common_shard
+from harness.waiting import in_collective
 
 
 class Exchange:

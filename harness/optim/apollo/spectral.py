@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.distributed.waiting import in_collective
 from harness.optim.apollo.channels import ChannelPlan
+from harness.waiting import in_collective
 from harness.zero.shards import Shard
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.distributed.waiting import in_collective
 from harness.optim.matrices.plan import OwnerPlan
+from harness.waiting import in_collective
 from harness.zero.shards import Shard
 
 

@@ -448,8 +448,8 @@ def test_a_projection_that_cannot_be_computed_is_kept(monkeypatch: pytest.Monkey
 
 
 def test_usable_alone() -> None:
-    """Nothing of harness is imported but `devices` and the arithmetic and marks of ZeRO, and no
-    DeepSpeed."""
+    """Nothing of harness is imported but `devices`, `waiting` and the arithmetic and marks of ZeRO,
+    and no DeepSpeed."""
     loaded = loaded_by(
         "import torch; from harness.optim import Apollo, Muon\n"
         "p = torch.nn.Parameter(torch.ones(4, 3)); p.grad = torch.ones(4, 3)\n"
@@ -458,4 +458,5 @@ def test_usable_alone() -> None:
     rooms = ("harness.optim.apollo", "harness.optim.matrices", "harness.optim.sharded")
     own = {name for name in loaded if name.startswith(rooms)}
     zero = {f"harness.zero.{name}" for name in ("partition", "shards", "parameters")}
-    assert loaded - own <= {"harness", "harness.devices", "harness.optim", "harness.zero"} | zero
+    others = {f"harness.{name}" for name in ("devices", "optim", "waiting", "zero")}
+    assert loaded - own <= {"harness", *others} | zero
