@@ -172,6 +172,7 @@ def test_open_mpi_over_ssh(pair: Pair, tmp_path: Path, launcher: str) -> None:
     assert "step 0 of 4 on 2 ranks (cpu), rank 0 on node1" in log_of(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
 def test_open_mpi_on_one_machine(tmp_path: Path) -> None:
     mpirun = [*AS_ROOT, "mpirun", "-np", "2", "--oversubscribe", sys.executable]
