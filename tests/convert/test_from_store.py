@@ -187,6 +187,24 @@ def test_a_server_without_ranges_is_refused(tmp_path: Path) -> None:
             convert(source, tmp_path / "y.sft", Options(), print)
 
 
+def test_nothing_is_looked_for_beside_a_file(tmp_path: Path) -> None:
+    """A store answers 403, to whoever may not list it, for what is not there."""
+    io.save({"a": torch.ones(3)}, tmp_path / "x.sft")
+    url = f"memory://{tmp_path}/x.sft"
+    put(tmp_path / "x.sft", url)
+    source, files = as_path(url), url_to_fs(url, use_listings_cache=False)[0]
+    info = files.info
+
+    def info_of_a_reader(path: str) -> Any:
+        if not path.endswith("/x.sft"):
+            raise PermissionError(path)
+        return info(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "info", info_of_a_reader)
+        assert list(read_weights(source, "net")) == ["a"]
+
+
 def test_the_config_takes_a_url(tmp_path: Path) -> None:
     engine: dict[str, Any] = {"init_from": "memory://b/run"}
     config = tiny_config(tmp_path, engines={"net": engine})
