@@ -11,6 +11,7 @@ from pathlib import Path
 from harness import distributed, startup
 from harness.callbacks.moments import Callbacks
 from harness.checkpoint import init_weights, resume
+from harness.checkpoint.commit import name_newest
 from harness.checkpoint.copies import Copies
 from harness.checkpoint.downloads import download_newest, download_requested
 from harness.checkpoint.dropped import read_dropped, remove_dropped
@@ -204,6 +205,8 @@ def _restore(
     )
     weights = init_weights.find_weights(engines, config.engines, resumes=checkpoint is not None)
     directory.create()
+    if dropped and wanted == "latest" and checkpoint is not None and checkpoint.parent == parent:
+        name_newest(checkpoint, config.checkpoint, disks)  # a rollback may have been killed before
     # Different dropout on every rank.
     distributed.seed_everything(config.run.seed + distributed.global_rank())
     for name, loaded in weights.items():

@@ -26,8 +26,8 @@ from harness.checkpoint.commit import (
     all_written,
     commit,
     create_staging,
+    name_newest,
     write_files,
-    write_latest,
 )
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copies
@@ -260,10 +260,7 @@ class Saver:
             if self.disks.is_leader:
                 self._removals.wait()
         remove_dropped(self.directory, dropped, self.disks)
-        with checkpoint_error_on_all_ranks(f"cannot return to {directory}"):
-            if self.disks.is_leader:
-                write_latest(directory)
-                link_best(self.directory, self._live.config.checkpoint)
+        name_newest(directory, self._live.config.checkpoint, self.disks)
         for copies in self._copies:
             copies.forget(dropped)
         if self._memory is not None:

@@ -15,6 +15,7 @@ from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.remote_store import Store, remote_name
 from harness.checkpoint.save import Saver
 from harness.config import Config
+from harness.convert.run_checkpoints import linked_in
 from harness.errors import CheckpointError, NonFiniteError
 from harness.files import json_write
 from harness.run import run_in_world
@@ -133,3 +134,17 @@ def test_what_the_user_asks_for_is_kept(pools: Pools, tmp_path: Path, place: str
     assert not is_dropped(read_manifest(saves[4]), spans)
     for unseen in (times[4] - 1e-3, times[6], began):  # in a memory, in a store that was down
         assert is_dropped(replace(read_manifest(saves[4]), saved_at=unseen), spans)
+
+
+def test_nothing_names_what_a_killed_rollback_has_removed(pools: Pools, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, 1, trainer={"save_every": 2}, run={"steps": 4})
+    pools(1).run(run_in_world, config)
+    old, new = checkpoint(config, 2), checkpoint(config, 4)
+    assert linked_in(old.parent) == new
+    times = [read_manifest(path).saved_at for path in (old, new)]
+    json_write([times], old.parent / "dropped.json")
+    saving = {"save_at_end": False}
+    pools(1).run(run_in_world, tiny_config(tmp_path, 1, trainer=saving, run={"steps": 3}))
+    assert not new.exists()
+    assert (old.parent / "latest").read_text() == f"{old.name}\n"
+    assert not (old.parent / "best").is_symlink() or linked_in(old.parent) == old
