@@ -122,6 +122,8 @@ class RemoteFile(io.RawIOBase):
     """An open file of a store. Threads may share `read_at`."""
 
     def __init__(self, path: RemotePath, info: Info):
+        if info.get("size") is None:  # HTTP without a length
+            raise StoreError(errno.EIO, "its server tells no size: download it", str(path))
         self.size = int(info["size"])
         self._path = path
         self._version = _version(info)
@@ -161,10 +163,14 @@ class RemoteFile(io.RawIOBase):
 def as_path(text: str) -> Path:
     """A path of a disk, or of a store if the text is a URL.
 
-    Raises ValueError if the URL is of an unknown kind, or its package is missing.
+    Raises ValueError if the URL is of an unknown kind, its package is missing, or a path cannot
+    hold it.
     """
     if "://" not in text:
         return Path(text)
+    path = RemotePath(text.replace(":///", "::/", 1))
+    if str(path) != text.rstrip("/"):  # of //, or ., a path would make another URL
+        raise ValueError(f"{text}: a path would be {path}: download it, or give that URL")
     for known in (_known, _listed):  # what is there may have changed
         known.clear()
     _file_system.cache_clear()
@@ -172,7 +178,7 @@ def as_path(text: str) -> Path:
         _open_store(text)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{text}: {error}") from None
-    return RemotePath(text.replace(":///", "::/", 1))
+    return path
 
 
 def is_remote(paths: Iterable[Path]) -> bool:

@@ -11,12 +11,14 @@ from pathlib import Path
 from harness import distributed, startup
 from harness.callbacks.moments import Callbacks
 from harness.checkpoint import init_weights, resume
+from harness.checkpoint.commit import name_newest
 from harness.checkpoint.copies import Copies
-from harness.checkpoint.downloads import download
+from harness.checkpoint.downloads import download_newest, download_requested
 from harness.checkpoint.dropped import read_dropped, remove_dropped
 from harness.checkpoint.memory import Memory, open_memory
 from harness.checkpoint.neighbours import Neighbours, forget_marks
 from harness.checkpoint.remote_store import Store, open_store
+from harness.checkpoint.resume_source import keep_requested
 from harness.checkpoint.save import Saver
 from harness.checkpoint.uploads import Uploads
 from harness.checkpoint.verify_ahead import VerifyAhead
@@ -189,16 +191,22 @@ def _restore(
     it was kept, if not all.
     """
     may_change = config.run.resume_changed == "fit"
-    dropped = read_dropped(directory.checkpoints, directory.disks)
-    remove_dropped(directory.checkpoints, dropped, directory.disks)
+    wanted, parent, disks = config.run.resume, directory.checkpoints, directory.disks
+    if "://" in wanted:
+        wanted = download_requested(wanted, parent, disks)
+    dropped = keep_requested(wanted, parent, read_dropped(parent, disks), disks)
+    remove_dropped(parent, dropped, disks)
     if memory is not None:
         memory.forget(dropped)
-    wanted = download(config.run.resume, store, directory.checkpoints, directory.disks, dropped)
+    if wanted == "latest" and store is not None:
+        download_newest(store, parent, disks, dropped)
     checkpoint = resume.choose_checkpoint(
-        *(wanted, directory.checkpoints, engines, directory.disks, ahead.verify, may_change, memory)
+        *(wanted, parent, engines, disks, ahead.verify, may_change, memory)
     )
     weights = init_weights.find_weights(engines, config.engines, resumes=checkpoint is not None)
     directory.create()
+    if dropped and wanted == "latest" and checkpoint is not None and checkpoint.parent == parent:
+        name_newest(checkpoint, config.checkpoint, disks)  # a rollback may have been killed before
     # Different dropout on every rank.
     distributed.seed_everything(config.run.seed + distributed.global_rank())
     for name, loaded in weights.items():

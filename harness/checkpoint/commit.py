@@ -8,11 +8,13 @@ from operator import or_
 from pathlib import Path
 
 from harness import distributed
+from harness.checkpoint.best import link_best
 from harness.checkpoint.disks import Disks
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.retention import delete_replaced, move_into_place, undo_move
 from harness.checkpoint.written import checkpoint_error_on_all_ranks, write_file
+from harness.config.sections import CheckpointConfig
 from harness.convert.resolve_source import LATEST
 from harness.errors import CheckpointError
 from harness.files import sync_directory, write_atomically
@@ -111,3 +113,12 @@ def commit(
 def write_latest(target: Path) -> None:
     """Writes the checkpoint's name into `latest` next to it."""
     write_atomically(target.with_name(LATEST), lambda path: path.write_text(f"{target.name}\n"))
+
+
+def name_newest(target: Path, settings: CheckpointConfig, disks: Disks) -> None:
+    """Once a rollback has removed newer checkpoints: `latest` names the newest, and the best one
+    that is left is linked. Collective. Raises CheckpointError on all ranks."""
+    with checkpoint_error_on_all_ranks(f"cannot return to {target}"):
+        if disks.is_leader and target.is_dir():
+            write_latest(target)
+            link_best(target.parent, settings)

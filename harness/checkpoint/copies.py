@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -147,21 +147,28 @@ class Copies:
             self._states.start([self._state()])
 
     def finish(self, should_abort: Callable[[], bool]) -> None:
-        """Waits for all copies. Collective. `should_abort`: called by all ranks alike in between.
+        """Waits for all copies, and for what is to be removed. Collective. `should_abort`: called
+        by all ranks alike in between.
 
         Gives up when the place has failed for a minute; the next start of the run goes on.
         """
         self._ending_since = time.monotonic()
-        while self._current is not None or self._queue:
+        while self.needs or self._is_removing():
             self.poll()
             if should_abort():
                 break
             time.sleep(SECONDS_BETWEEN_POLLS)
-        if self._removing is not None:
-            wait([self._removing], GIVE_UP_AFTER_S)
         if left := self._left or sorted(path.name for path in self.needs):
             text = "not %s: %s: the next start goes on with the newest"
             log_warning(text, self._place.done, ", ".join(left))
+
+    def _is_removing(self) -> bool:
+        """Whether a rank still removes what is dropped, and has not failed for too long. Collective
+        if anything is dropped."""
+        if self._removing is None:
+            return False
+        is_busy = not self._removing.done() and not self._gives_up()
+        return distributed.all_reduce_max([is_busy]) == [1]
 
     def close(self) -> None:
         """Ends the threads; a copy in progress is abandoned."""

@@ -29,25 +29,11 @@ log_info = distributed.global_leader_only(log.info)
 log_warning = distributed.global_leader_only(log.warning)
 
 
-def download(
-    wanted: str, store: Store | None, parent: Path, disks: Disks, dropped: Sequence[Dropped] = ()
-) -> str:
-    """Downloads what `run.resume` names, if it is in a store. Returns what to resume from then.
+def download_requested(url: str, parent: Path, disks: Disks) -> str:
+    """Downloads the checkpoint at a URL, or the newest good one below it. Returns its path.
 
-    `store`: of this run, if it has one: with "latest", its newest good checkpoint is downloaded,
-    unless the disks together hold it or a newer one, or a rollback has `dropped` it. `parent`:
-    where the run's checkpoints are.
-    Collective. Raises CheckpointError on all ranks.
+    `parent`: where the run's checkpoints are. Collective. Raises CheckpointError on all ranks.
     """
-    if "://" in wanted:
-        return str(_download_requested(wanted, parent, disks))
-    if wanted == "latest" and store is not None:
-        _download_newest(store, parent, disks, dropped)
-    return wanted
-
-
-def _download_requested(url: str, parent: Path, disks: Disks) -> Path:
-    """The checkpoint at a URL, or the newest good one below it."""
     base, last = split_url(url)
     with distributed.raise_on_all_ranks(f"run.resume = {url!r}"):
         store = Store(base)
@@ -59,10 +45,13 @@ def _download_requested(url: str, parent: Path, disks: Disks) -> Path:
             raise CheckpointError(f"{url}: expected a checkpoint, or a run's; found there: {there}")
     name, manifest = distributed.broadcast((name, known.get(name)))
     assert manifest is not None
-    return _download(store, name, manifest, parent, disks)
+    return str(_download(store, name, manifest, parent, disks))
 
 
-def _download_newest(store: Store, parent: Path, disks: Disks, dropped: Sequence[Dropped]) -> None:
+def download_newest(store: Store, parent: Path, disks: Disks, dropped: Sequence[Dropped]) -> None:
+    """Downloads the newest good checkpoint of a run's own `store`, unless the disks together hold
+    it or a newer one, or a rollback has `dropped` it. Collective. Raises CheckpointError on all
+    ranks."""
     known: dict[str, Manifest] = {}
     failure = ""
     if distributed.is_global_leader():

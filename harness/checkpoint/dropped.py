@@ -6,6 +6,8 @@ start neither takes them nor forgets to remove them.
 """
 
 import json
+import logging
+import math
 from collections.abc import Sequence
 from operator import or_
 from pathlib import Path
@@ -19,6 +21,8 @@ from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import checkpoints_in
 from harness.errors import CheckpointError
 from harness.files import json_write
+
+log = logging.getLogger(__name__)
 
 FILE = "dropped.json"
 """Next to the checkpoints of a run."""
@@ -53,10 +57,32 @@ def read_dropped(parent: Path, disks: Disks) -> list[Dropped]:
     return [Dropped(*each) for each in sorted(distributed.all_reduce(known, or_))]
 
 
-def write_down(parent: Path, dropped: Dropped, disks: Disks) -> list[Dropped]:
-    """Adds to what is written down, on each disk. Returns all. Collective. Raises CheckpointError
-    on all ranks."""
-    every = sorted({*read_dropped(parent, disks), dropped})
+def drop_after(parent: Path, kept: Manifest, until: float, disks: Disks) -> list[Dropped]:
+    """Drops the saves after one, up to a time, and writes that down on each disk. Returns all that
+    is dropped, never the one that is `kept`. Collective. Raises CheckpointError on all ranks."""
+    dropped = _without(kept, read_dropped(parent, disks))
+    return _write([*dropped, Dropped(kept.saved_at, until)], parent, disks)
+
+
+def keep(kept: Manifest, parent: Path, dropped: Sequence[Dropped], disks: Disks) -> list[Dropped]:
+    """Writes down that a save is a checkpoint like others again. Returns what is still dropped.
+    Collective. Raises CheckpointError on all ranks."""
+    return _write(_without(kept, dropped), parent, disks)
+
+
+def _without(kept: Manifest, dropped: Sequence[Dropped]) -> list[Dropped]:
+    """The same, except for one save."""
+    at, found = kept.saved_at, list[Dropped]()
+    for each in dropped:
+        parts = [each]
+        if each.after < at <= each.until:
+            parts = [Dropped(each.after, math.nextafter(at, 0)), Dropped(at, each.until)]
+        found += [part for part in parts if part.after < part.until]
+    return found
+
+
+def _write(dropped: Sequence[Dropped], parent: Path, disks: Disks) -> list[Dropped]:
+    every = sorted(set(dropped))
     with checkpoint_error_on_all_ranks(f"cannot write {parent / FILE}"):
         if disks.is_leader:
             json_write(every, parent / FILE)
@@ -74,6 +100,7 @@ def remove_dropped(parent: Path, dropped: Sequence[Dropped], disks: Disks) -> No
                 continue
             if is_dropped(manifest, dropped):
                 retention.remove(path)
+                log.info("removed %s: a rollback has dropped it", path)
 
 
 def _read(parent: Path) -> list[list[float]]:

@@ -29,7 +29,7 @@ from harness.task import FindWeights
 from harness.utils import dtype_name
 from harness.zero.engine_state import fill_masters, fill_weight, shapes_of
 from harness.zero.parameters import full_shape, is_expert
-from harness.zero.reader import SavedEngine
+from harness.zero.reader import SavedEngine, is_engine
 
 log = logging.getLogger(__name__)
 
@@ -145,10 +145,7 @@ def match_weights(engine: Engine, path: Path) -> Weights:
 def read_weights(path: Path, engine: str) -> dict[str, StoredTensor]:
     """All weights at `path` by name; of several engines, those of this one. Raises CheckpointError
     or FormatError."""
-    for name in (f"{engine}.sft", f"{engine}.pt", engine):
-        if not is_step(path) and (path / name).exists():
-            path = path / name
-            break
+    path = _in_exports(path, engine)
 
     def note(text: str) -> None:
         log.info("engine %s: init_from: %s", engine, text)
@@ -167,6 +164,20 @@ def read_weights(path: Path, engine: str) -> dict[str, StoredTensor]:
     for text in content.notes:
         note(text)
     return content.tensors
+
+
+def _in_exports(path: Path, engine: str) -> Path:
+    """The engine's own in a directory of exports; of anything else, the path itself.
+
+    Exports are in directories with the names of checkpoints. Of a checkpoint the engine's directory
+    is not opened here: that it is complete is known only from its manifest. And nothing is looked
+    for beside a file: a store may refuse that to whoever may only read objects.
+    """
+    for name in (f"{engine}.sft", f"{engine}.pt", engine) if path.is_dir() else ():
+        is_saved = is_step(path) and is_engine(path / name)
+        if (path / name).exists() and not is_saved:
+            return path / name
+    return path
 
 
 def _entries(engine: Engine) -> dict[str, torch.Tensor]:

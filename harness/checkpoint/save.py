@@ -26,13 +26,13 @@ from harness.checkpoint.commit import (
     all_written,
     commit,
     create_staging,
+    name_newest,
     write_files,
-    write_latest,
 )
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copies
-from harness.checkpoint.disks import Disks, list_checkpoints
-from harness.checkpoint.dropped import Dropped, read_dropped, remove_dropped, write_down
+from harness.checkpoint.disks import Disks, list_checkpoints, list_saves
+from harness.checkpoint.dropped import drop_after, read_dropped, remove_dropped
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest, step_directory
 from harness.checkpoint.memory import Memory
@@ -40,7 +40,6 @@ from harness.checkpoint.retention import Removals, prune
 from harness.checkpoint.snapshot import Snapshots, bytes_of, storage_sizes
 from harness.checkpoint.written import checkpoint_error, checkpoint_error_on_all_ranks
 from harness.control.live import LiveConfig
-from harness.convert.run_checkpoints import checkpoints_in, saved_at
 from harness.data.step_batches import StepBatches
 from harness.distributed.rng import rng_state
 from harness.engine.engine import Engine
@@ -115,13 +114,9 @@ class Saver:
         self._callbacks = callbacks
         self._config_digest = digest(live.config.model_dump_json())
         self._engine_manifests = {name: engine_manifest(engine) for name, engine in engines.items()}
-        self._saved_at = 0.0  # of the newest checkpoint; until the first save on rank 0 only
-        doing = f"cannot list {self.directory}"
-        with checkpoint_error_on_all_ranks(doing):
-            if distributed.is_global_leader():
-                self._saved_at = max(map(saved_at, checkpoints_in(self.directory)), default=0.0)
-        for each in read_dropped(self.directory, disks):  # a new save must not look like one
-            self._saved_at = max(self._saved_at, each.until)
+        self._saved_at = newest_save(self.directory, disks)  # the newest there has been
+        if memory is not None:
+            self._saved_at = max(self._saved_at, newest_save(memory.directory, memory.disks))
         self._pending: _Pending | None = None
         self._all_written = distributed.AsyncAllReduceMax()
         self._snapshots = Snapshots()
@@ -257,17 +252,15 @@ class Saver:
     def forget_after(self, directory: Path) -> None:
         """Removes the checkpoints that were saved after one of them, unless they are pinned, since
         the run has returned to it. Collective. Raises CheckpointError on all ranks."""
-        newest = distributed.broadcast(self._saved_at)
-        span = Dropped(common_manifest(directory).saved_at, newest)
-        dropped = write_down(self.directory, span, self.disks)
+        # Up to now: also what is in a memory or a store, and was not seen by this start.
+        self._saved_at = distributed.broadcast(max(self._saved_at, time.time()))
+        kept = common_manifest(directory)
+        dropped = drop_after(self.directory, kept, self._saved_at, self.disks)
         with checkpoint_error_on_all_ranks(f"cannot return to {directory}"):
             if self.disks.is_leader:
                 self._removals.wait()
         remove_dropped(self.directory, dropped, self.disks)
-        with checkpoint_error_on_all_ranks(f"cannot return to {directory}"):
-            if self.disks.is_leader:
-                write_latest(directory)
-                link_best(self.directory, self._live.config.checkpoint)
+        name_newest(directory, self._live.config.checkpoint, self.disks)
         for copies in self._copies:
             copies.forget(dropped)
         if self._memory is not None:
@@ -360,6 +353,14 @@ def step_back() -> None:
 def rank_file(rank: int) -> str:
     """The name of a rank's own file in a checkpoint."""
     return f"rank-{rank:05d}.pt"
+
+
+def newest_save(directory: Path, disks: Disks) -> float:
+    """When the newest checkpoint was saved in a directory, or dropped by a rollback; 0 if there is
+    none. Collective. Raises CheckpointError on all ranks."""
+    saves, _ = list_saves(directory, disks)
+    dropped = read_dropped(directory, disks)  # a new save must not look like one
+    return max([*saves.values(), *(each.until for each in dropped)], default=0.0)
 
 
 def engine_manifest(engine: Engine) -> EngineManifest:

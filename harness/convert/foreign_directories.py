@@ -50,7 +50,7 @@ def explain(path: Path) -> str:
         return _UNIVERSAL
     if any(_PIPELINE.fullmatch(found.name) for found in path.glob("layer_*")):
         return _PIPELINED
-    if is_step(path) or named_in(path):
+    if any(map(_is_saved, [path] if is_step(path) else named_in(path))):
         return _UNFINISHED
     if tags := sorted(found.name for found in path.iterdir() if is_engine(found)):
         return (
@@ -90,6 +90,12 @@ _PIPELINED = (
     "a checkpoint of DeepSpeed's pipeline parallelism (layer_*-model_states.pt), which is not "
     "supported: save the model's state dict with torch.save where it is trained"
 )
+
+
+def _is_saved(step: Path) -> bool:
+    """Whether a directory with the name of a checkpoint has files of one: exports have the same
+    names."""
+    return any(step.glob("rank-*.pt")) or any(map(is_engine, step.iterdir()))
 
 
 def _sharded(path: Path) -> Path | None:

@@ -8,7 +8,6 @@ The format: PKWARE's APPNOTE.TXT, sections 4.3 and 4.5.
 import hashlib
 import struct
 import zlib
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -90,8 +89,7 @@ def records(path: Path) -> dict[str, Record]:
         limit, length, count = _directory(path, file)
         entries = _entries(path, file, limit, length, count)
         if isinstance(opened, RemoteFile):
-            entries = list(entries)
-            file.load([header for _, header, _, _ in entries])
+            entries = file.loaded(list(entries))
         found = list(_located(path, file, limit, entries))
     by_name = {record.name: record for record in found}
     if len(by_name) < len(found):
@@ -180,28 +178,39 @@ class _Pages:
     lie close together."""
 
     PAGE = 4096
+    AT_A_TIME = 4096  # headers, whose pages are at most 16 MB
 
     def __init__(self, file: OpenFile):
         self.size = size_of(file)
         self._file = file
         self._start, self._page = 0, b""
+        self._loaded: dict[int, bytes] = {}
 
     def read(self, start: int, size: int) -> bytes:
         """`size` bytes from byte `start` on, or fewer at the end of the file."""
         at = start - self._start
         if at < 0 or at + size > len(self._page):
-            self._page = read_at(self._file, start, max(size, self.PAGE))
+            page = self._loaded.pop(start, b"")
+            self._page = page or read_at(self._file, start, max(size, self.PAGE))
             self._start, at = start, 0
         return self._page[at : at + size]
 
-    def load(self, headers: Sequence[int]) -> None:
-        """Asks a store for many pages at a time, which it keeps. `headers`: where they are read
-        from."""
+    def loaded(self, entries: Sequence["_Entry"]) -> Iterator["_Entry"]:
+        """The entries, whose headers are to be read in their order: a store is asked for the pages
+        of many at a time."""
+        for first in range(0, len(entries), self.AT_A_TIME):
+            some = entries[first : first + self.AT_A_TIME]
+            self._load([header for _, header, _, _ in some])
+            yield from some
+
+    def _load(self, headers: Sequence[int]) -> None:
         starts = list(headers[:1])
         for header in headers:
             if not starts[-1] <= header <= starts[-1] + self.PAGE - _LOCAL.size:
                 starts.append(header)
-        deque(map_reads(lambda start: read_at(self._file, start, self.PAGE), starts, True), 0)
+        pages = map_reads(lambda start: read_at(self._file, start, self.PAGE), starts, True)
+        self._loaded = dict(zip(starts, pages, strict=True))
+        self._start, self._page = 0, b""  # so that `read` takes these
 
 
 def _directory(path: Path, file: _Pages) -> tuple[int, int, int]:

@@ -1,21 +1,29 @@
 """What a rollback has dropped stays dropped, wherever it was and whenever the run is killed."""
 
+import json
+import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import recovery
-from harness.checkpoint.remote_store import Store
+from harness.checkpoint.dropped import Dropped, is_dropped
+from harness.checkpoint.manifest import read_manifest
+from harness.checkpoint.remote_store import Store, remote_name
 from harness.checkpoint.save import Saver
 from harness.config import Config
-from harness.errors import CheckpointError
+from harness.convert.run_checkpoints import linked_in
+from harness.errors import CheckpointError, NonFiniteError
+from harness.files import json_write
 from harness.run import run_in_world
 from harness.testing.faults import die, fail_at
 from harness.testing.pool import RankError
 from tests.checkpoint.test_disks import config_of, log_of
 from tests.checkpoint.test_memory import kept, run_pool
-from tests.support.helpers import Pools
+from tests.support.helpers import Pools, checkpoint, log_text, tiny_config
 
 LAST_GOOD = recovery.last_good
 
@@ -92,3 +100,51 @@ def test_it_does_not_come_back(
         left = {path.name for path in tmp_path.glob("store/tiny/step-*")}
         assert old - left == {max(old)}
         assert "step-00000006" in max(left)
+
+
+def train_and_return(config: Config) -> None:
+    """Step 5 is not finite, and not the second time either."""
+    with fail_at("forward", step=5, kind="nan"), pytest.raises(NonFiniteError):
+        run_in_world(config)
+
+
+@pytest.mark.parametrize("place", ["step", pytest.param("store", marks=pytest.mark.slow)])
+def test_what_the_user_asks_for_is_kept(pools: Pools, tmp_path: Path, place: str) -> None:
+    """A rollback to step 2 was killed before it removed the steps 4 and 6: the user goes on from
+    step 4, and a rollback returns to it. What is newer stays dropped, wherever it is."""
+    config = tiny_config(tmp_path, 1, trainer={"save_every": 2}, run={"steps": 6})
+    pools(1).run(run_in_world, config)
+    saves = {step: checkpoint(config, step) for step in (2, 4, 6)}
+    times = {step: read_manifest(path).saved_at for step, path in saves.items()}
+    dropped = config.run_dir / "checkpoints/dropped.json"
+    json_write([[times[2], times[6]]], dropped)
+    wanted = "4"
+    if place == "store":
+        stored = tmp_path / "store" / remote_name(saves[4], read_manifest(saves[4]))
+        shutil.move(saves[4], stored)
+        wanted = f"file://{stored}"
+    health = {"nonfinite": "rollback", "max_rollbacks": 1}
+    began = time.time()
+    again = tiny_config(tmp_path, 1, run={"resume": wanted, "steps": 5}, health=health)
+    pools(1).run(train_and_return, again)
+    assert log_text(config).count(f"resumed from {saves[4]}") == 2
+    assert f"removed {saves[6]}: a rollback has dropped it" in log_text(config)
+    assert read_manifest(saves[4]).saved_at == times[4]
+    spans = [Dropped(*span) for span in json.loads(dropped.read_bytes())]
+    assert not is_dropped(read_manifest(saves[4]), spans)
+    for unseen in (times[4] - 1e-3, times[6], began):  # in a memory, in a store that was down
+        assert is_dropped(replace(read_manifest(saves[4]), saved_at=unseen), spans)
+
+
+def test_nothing_names_what_a_killed_rollback_has_removed(pools: Pools, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, 1, trainer={"save_every": 2}, run={"steps": 4})
+    pools(1).run(run_in_world, config)
+    old, new = checkpoint(config, 2), checkpoint(config, 4)
+    assert linked_in(old.parent) == new
+    times = [read_manifest(path).saved_at for path in (old, new)]
+    json_write([times], old.parent / "dropped.json")
+    saving = {"save_at_end": False}
+    pools(1).run(run_in_world, tiny_config(tmp_path, 1, trainer=saving, run={"steps": 3}))
+    assert not new.exists()
+    assert (old.parent / "latest").read_text() == f"{old.name}\n"
+    assert not (old.parent / "best").is_symlink() or linked_in(old.parent) == old

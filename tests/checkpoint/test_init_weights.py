@@ -16,7 +16,7 @@ from harness.config import Config
 from harness.config.sections import merge
 from harness.engine.engine import Engine
 from harness.engine.full_tensors import full_tensors
-from harness.errors import ConfigError
+from harness.errors import CheckpointError, ConfigError
 from harness.formats.stored_tensor import StoredTensor
 from harness.io.stored import read_tensor
 from harness.run import run_in_world
@@ -157,7 +157,8 @@ def test_weights_may_be_in_any_kind_of_file(
             source.mkdir()
             shutil.copy(given, source / "model.safetensors")
         case "export":
-            source.mkdir()
+            source = tmp_path / "exports/step-00000001"  # as of a run, and of a checkpoint
+            source.mkdir(parents=True)
             shutil.copy(given, source / "net.sft")
         case "run" | "store":
             remote = {"remote": f"file://{tmp_path}/store" if kind == "store" else ""}
@@ -222,6 +223,24 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_written(
     config = config_of(tmp_path, 3, tmp_path / "nothing.sft")
     for error in two_ranks.run(error_of, config):
         assert "nothing.sft: no such file" in error
+
+
+@pytest.mark.parametrize("kind", ["net.sft", "net/model.safetensors"])
+def test_exports_are_no_unfinished_checkpoint(given: Path, kind: str) -> None:
+    """Although their directories have the names of checkpoints."""
+    step = given.parent / "exports/step-00001000"
+    (step / kind).parent.mkdir(parents=True)
+    shutil.copy(given, step / kind)
+    assert "first.weight" in init_weights.read_weights(step, "net")
+    for path, engine in ((step, "other"), (step.parent, "net")):
+        with pytest.raises(CheckpointError) as caught:
+            init_weights.read_weights(path, engine)
+        assert "manifest.json, which is written last" not in str(caught.value)
+    (step / "net").mkdir(exist_ok=True)
+    (step / "net/mp_rank_00_model_states.pt").touch()
+    (step / "net.sft").unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=r"without manifest\.json, which is"):
+        init_weights.read_weights(step, "net")
 
 
 def test_experts_are_refused(given: Path) -> None:

@@ -2,6 +2,7 @@
 delays nothing. A node is a rank with its own disk, as in test_disks."""
 
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,30 @@ def test_a_rollback_removes_what_was_after_it(pools: Pools, tmp_path: Path) -> N
     assert pools(1).run(return_to_the_first, tmp_path) == [
         ["step-00000003.3000", "step-00000001.1000"]
     ]
+
+
+def end_while_removing(root: Path, is_aborted: bool, give_up_after_s: float) -> float:
+    """The seconds that the end of a run takes, if the store is down since a rollback."""
+
+    def down(*_: Any, **__: Any) -> None:
+        raise CheckpointError("the store is down")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "checkpoints", down)
+        patch.setattr(copies, "GIVE_UP_AFTER_S", give_up_after_s)
+        ours = Copies(Uploads(Store(f"file://{root}/store"), CheckpointConfig))
+        ours.forget([Dropped(1.0, 4.0)])
+        began = time.monotonic()
+        ours.finish(lambda: is_aborted)
+        took = time.monotonic() - began
+        ours.close()
+    return took
+
+
+def test_a_signal_ends_the_wait_for_a_removal(pools: Pools, tmp_path: Path) -> None:
+    for is_aborted, give_up_after_s in ((True, 5.0), (False, 0.1)):
+        (took,) = pools(1).run(end_while_removing, tmp_path, is_aborted, give_up_after_s)
+        assert took < 2.0
 
 
 def save_twice(root: Path) -> list[float]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from fsspec.core import url_to_fs
 
-from harness import io
+from harness import io, remote_path
 from harness.checkpoint.init_weights import read_weights
 from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.remote_store import Store, remote_name
 from harness.convert.convert import Options, convert
 from harness.errors import CheckpointError, HarnessError
+from harness.formats import zips
 from harness.formats.zips import records
 from harness.remote_path import RemotePath, as_path
 from tests.checkpoint.test_before import BEFORE, RUNS
@@ -185,6 +187,61 @@ def test_a_server_without_ranges_is_refused(tmp_path: Path) -> None:
         patch.setattr(files, "cat_file", lambda *_, **__: content)
         with pytest.raises(HarnessError, match="its server sends no ranges: download it"):
             convert(source, tmp_path / "y.sft", Options(), print)
+
+
+def test_nothing_is_looked_for_beside_a_file(tmp_path: Path) -> None:
+    """A store answers 403, to whoever may not list it, for what is not there."""
+    io.save({"a": torch.ones(3)}, tmp_path / "x.sft")
+    url = f"memory://{tmp_path}/x.sft"
+    put(tmp_path / "x.sft", url)
+    source, files = as_path(url), url_to_fs(url, use_listings_cache=False)[0]
+    info = files.info
+
+    def info_of_a_reader(path: str) -> Any:
+        if not path.endswith("/x.sft"):
+            raise PermissionError(path)
+        return info(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "info", info_of_a_reader)
+        assert list(read_weights(source, "net")) == ["a"]
+
+
+def test_a_server_that_tells_no_size_is_refused(tmp_path: Path) -> None:
+    io.save({"a": torch.ones(3)}, tmp_path / "x.sft")
+    url = f"memory://{tmp_path}/x.sft"
+    put(tmp_path / "x.sft", url)
+    source, (files, path) = as_path(url), url_to_fs(url, use_listings_cache=False)
+    with pytest.MonkeyPatch.context() as patch:
+        info = files.info(path) | {"size": None}
+        patch.setattr(files, "info", lambda _: info)
+        with pytest.raises(OSError, match="its server tells no size: download it"):
+            read_weights(source, "net")
+
+
+@pytest.mark.parametrize("path", ["h/f?sig=a//b", "h/a//b.sft", "h/./b"])
+def test_a_url_that_no_path_holds_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match="download it"):
+        as_path(f"memory://{path}")
+    for url in ("memory://h/f?sig=a", "memory:///a/b", "memory://h/a/"):
+        assert str(as_path(url)) == url.rstrip("/")
+
+
+def test_headers_of_many_records_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than a process keeps pages of."""
+    torch.save({str(n): torch.zeros(1024) for n in range(100)}, tmp_path / "x.pt")
+    url = f"memory://{tmp_path}/x.pt"
+    put(tmp_path / "x.pt", url)
+    monkeypatch.setattr(remote_path, "_fetch_small", lru_cache(16)(remote_path._fetch))
+    monkeypatch.setattr(zips._Pages, "AT_A_TIME", 30, raising=False)
+    with counted(url) as total:
+        found = records(as_path(url))
+        assert total() < PAGES * (len(found) + 8)
+    assert [r._replace(path=Path()) for r in found.values()] == [
+        r._replace(path=Path()) for r in records(tmp_path / "x.pt").values()
+    ]
 
 
 def test_the_config_takes_a_url(tmp_path: Path) -> None:
