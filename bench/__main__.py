@@ -41,7 +41,7 @@ class Section:
 
 SECTIONS = {
     "loop": Section(30, "--rounds 5"),
-    "start": Section(40, "--rounds 2"),
+    "start": Section(60, "--rounds 2"),
     "control": Section(30, "--steps 100 --rounds 2"),
     "save": Section(40, "--width 4600 --rounds 2"),
     "resume": Section(35, "--ranks --width 4600 --rounds 2"),
