@@ -12,7 +12,8 @@ from harness import distributed, process_state
 from harness.config import Config
 from harness.config.load import Layer, name_of, read, resolve
 from harness.config.overrides import dotted_overrides
-from harness.config.sections import expand_path, merge
+from harness.config.paths import expand_path
+from harness.config.sections import merge
 from harness.errors import ConfigError
 from harness.health.outcome import forget_of_environment
 from harness.launcher import environment, parent

@@ -169,12 +169,8 @@ class Trainer:
         self.begun, self._evaluation = None, {}
         self.batches.end_step()
         self.meter.add(self.engines.step_metrics())
-        local = {
-            "step": self.engines.global_step,
-            "epoch": self.batches.epoch,
-            **self.batches.metrics(),
-            **self.engines.rates(),
-        }
+        local: dict[str, Any] = {"step": self.engines.global_step, "epoch": self.batches.epoch}
+        local |= {**self.batches.metrics(), **self.engines.rates()}
         try:
             self.batches.prefetch(self.engines.global_step + 2, size)
         finally:  # if it fails, this step is over all the same

@@ -12,6 +12,7 @@ Nothing here imports torch, so that a mistake in the config is reported within a
     deepspeed_rules.py  settings of DeepSpeed that harness does not support, one check each
     deepspeed_keys.py   the keys that DeepSpeed knows
     sections.py         the other tables
+    paths.py            paths as users write them
     old_names.py        renamed keys and moved modules
 """
 

@@ -14,8 +14,9 @@ from pydantic import BaseModel
 
 from harness.config.load import load
 from harness.config.overrides import VARIABLE, parse_overrides
+from harness.config.paths import expand_path
 from harness.config.root import Config
-from harness.config.sections import expand_path, section_of
+from harness.config.sections import section_of
 
 DESCRIPTION = (
     "Train the models of a task under DeepSpeed. Of several files, and of a file "

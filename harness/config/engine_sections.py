@@ -17,7 +17,8 @@ from pydantic import (
 )
 
 from harness.config import deepspeed_rules as rules
-from harness.config.sections import PathOrUrl, Section, UserPath, check_pattern, importable, merge
+from harness.config.paths import PathOrUrl, UserPath
+from harness.config.sections import Section, check_pattern, importable, merge
 
 
 class NamedConfig(BaseModel):

@@ -12,8 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from harness.config.old_names import current_keys
 from harness.config.overrides import UNSET, VARIABLE, environment_overrides, without_unset
+from harness.config.paths import expand_path
 from harness.config.root import Config
-from harness.config.sections import expand_path, merge, section_of
+from harness.config.sections import merge, section_of
 from harness.errors import ConfigError, did_you_mean
 
 EXTENDS = "extends"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from harness.config import Config, Section
-from harness.config.sections import expand_path
+from harness.config.paths import expand_path
 from harness.data.packing import Packed, count_labels
 from harness.data.token_files import Documents, TokenFile
 from harness.errors import ConfigError
