@@ -8,6 +8,7 @@ since the others' steps do not depend on its own; a rollback, or the end, is of 
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from harness import distributed
@@ -68,7 +69,7 @@ def prepare(run: RecoveringRun) -> None:
         return
     if run.saver.begins_changed:
         run.save(FITTED)  # beside the checkpoint of before, which stays
-    elif last_good(run.saver.directory, run.saver.disks, run.engines.global_step + 1) is None:
+    elif _last_good(run, run.engines.global_step + 1) is None:
         run.save()
 
 
@@ -178,7 +179,7 @@ def _roll_back(run: RecoveringRun, step: int, reason: str, spans: Sequence[Span]
         _stop(run, reason, f"health.max_rollbacks = {most}")
     run.finish_save(run.saver.wait())
     run.drain()
-    directory = last_good(run.saver.directory, run.saver.disks, step)
+    directory = _last_good(run, step)
     if directory is None:
         _stop(run, reason, "there is no good checkpoint before it to return to")
     samples = run.batches.samples_in(spans)
@@ -201,6 +202,10 @@ def _roll_back(run: RecoveringRun, step: int, reason: str, spans: Sequence[Span]
         f"returned to step {run.engines.global_step} ({rollbacks} of {most} rollbacks); step "
         f"{step}'s samples are dropped: {what}",
     )
+
+
+def _last_good(run: RecoveringRun, before: int) -> Path | None:
+    return last_good(run.saver.directory, run.saver.disks, before, run.saver.left)
 
 
 def _show_earlier_step(run: RecoveringRun) -> None:

@@ -12,11 +12,12 @@ from harness import distributed, startup
 from harness.callbacks.moments import Callbacks
 from harness.checkpoint import init_weights, resume
 from harness.checkpoint.commit import name_newest
+from harness.checkpoint.completeness import newest_complete
 from harness.checkpoint.copies import Copies
 from harness.checkpoint.downloads import download_newest, download_requested
 from harness.checkpoint.dropped import read_dropped, remove_dropped
 from harness.checkpoint.memory import Memory, open_memory
-from harness.checkpoint.neighbours import Neighbours, forget_marks
+from harness.checkpoint.neighbours import Neighbours, renew_marks
 from harness.checkpoint.remote_store import Store, open_store
 from harness.checkpoint.resume_source import keep_requested
 from harness.checkpoint.save import Saver
@@ -131,10 +132,8 @@ def run_in_world(
         copies = _copies(live, directory, store)
         saver = Saver(engines, batches, live, directory.disks, callbacks, copies, memory)
         stack.callback(saver.close)
-        saver.begins_changed = bool(changes)
-        if checkpoint is not None and checkpoint.parent == directory.checkpoints:
-            for each in copies:
-                each.add_existing(checkpoint)
+        saver.begin(checkpoint, bool(changes))
+        _copy_existing(copies, checkpoint, saver.begins_in_memory, directory)
         step, steps = engines.global_step, live.config.run.steps
         status = Status(step, steps)
         sinks = open_sinks(config, step if checkpoint else -1, status, began, stack)
@@ -192,10 +191,12 @@ def _restore(
     """
     may_change = config.run.resume_changed == "fit"
     wanted, parent, disks = config.run.resume, directory.checkpoints, directory.disks
+    dropped = read_dropped(parent, disks)
     if "://" in wanted:
-        wanted = download_requested(wanted, parent, disks)
-    dropped = keep_requested(wanted, parent, read_dropped(parent, disks), disks)
+        wanted = download_requested(wanted, parent, disks, store, dropped)
+    dropped = keep_requested(wanted, parent, dropped, disks)
     remove_dropped(parent, dropped, disks)
+    name_newest(parent, dropped, config.checkpoint, disks)
     if memory is not None:
         memory.forget(dropped)
     if wanted == "latest" and store is not None:
@@ -205,8 +206,6 @@ def _restore(
     )
     weights = init_weights.find_weights(engines, config.engines, resumes=checkpoint is not None)
     directory.create()
-    if dropped and wanted == "latest" and checkpoint is not None and checkpoint.parent == parent:
-        name_newest(checkpoint, config.checkpoint, disks)  # a rollback may have been killed before
     # Different dropout on every rank.
     distributed.seed_everything(config.run.seed + distributed.global_rank())
     for name, loaded in weights.items():
@@ -222,7 +221,7 @@ def _restore(
 def _copies(live: LiveConfig, directory: RunDirectory, store: Store | None) -> list[Copies]:
     """The copies of this run's checkpoints in other places. Collective."""
     copies: list[Copies] = []
-    forget_marks(directory.checkpoints, directory.disks)
+    renew_marks(directory.checkpoints, directory.disks)
     if live.config.checkpoint.replicas and directory.disks.count > 1:
         copies.append(Copies(Neighbours(directory.checkpoints, directory.disks)))
     elif live.config.checkpoint.replicas:
@@ -233,6 +232,20 @@ def _copies(live: LiveConfig, directory: RunDirectory, store: Store | None) -> l
     for each in copies:
         each.forget(dropped)
     return copies
+
+
+def _copy_existing(
+    copies: list[Copies], checkpoint: Path | None, is_in_memory: bool, directory: RunDirectory
+) -> None:
+    """Goes on with the copies of the newest checkpoint of an earlier start: of the one that the run
+    resumes from, or of that on the disk if it resumes from memory. Collective."""
+    parent, disks = directory.checkpoints, directory.disks
+    if is_in_memory and copies:
+        found = newest_complete(parent, disks, read_dropped(parent, disks))
+        checkpoint = found[0] if found is not None else None
+    if checkpoint is not None and checkpoint.parent == parent:
+        for each in copies:
+            each.add_existing(checkpoint)
 
 
 def build_task(config: Config, build: Callable[[Config], Task] | None) -> tuple[Task, StepBatches]:

@@ -88,7 +88,7 @@ class Trainer:
         self.failures = current()
         self.begun: BegunStep | None = None  # the step in progress
         self.kept_step: KeptStep | None = None  # the last one, with `health.blame`
-        self._started_at = engines.global_step
+        self._started_at = None if saver.begins_in_memory else engines.global_step
         self._saved_step: int | None = None
         self._exported_step: int | None = None
         self._evaluation: dict[str, float] = {}  # at this step, if there was one
@@ -182,7 +182,7 @@ class Trainer:
 
     @property
     def is_saved(self) -> bool:
-        """Whether this step has a checkpoint, or is where the run started."""
+        """Whether this step has a checkpoint on a disk, or is where the run started from one."""
         return self.engines.global_step in (self._saved_step, self._started_at)
 
     def is_over(self) -> bool:

@@ -10,12 +10,19 @@ from pathlib import Path
 from harness import distributed
 from harness.checkpoint.best import link_best
 from harness.checkpoint.disks import Disks
+from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import Manifest
-from harness.checkpoint.retention import delete_replaced, move_into_place, undo_move
+from harness.checkpoint.retention import (
+    delete_replaced,
+    manifest_without_files,
+    move_into_place,
+    undo_move,
+)
 from harness.checkpoint.written import checkpoint_error_on_all_ranks, write_file
 from harness.config.sections import CheckpointConfig
 from harness.convert.resolve_source import LATEST
+from harness.convert.run_checkpoints import checkpoints_in
 from harness.errors import CheckpointError
 from harness.files import sync_directory, write_atomically
 from harness.zero.file_trees import FileTrees
@@ -115,10 +122,25 @@ def write_latest(target: Path) -> None:
     write_atomically(target.with_name(LATEST), lambda path: path.write_text(f"{target.name}\n"))
 
 
-def name_newest(target: Path, settings: CheckpointConfig, disks: Disks) -> None:
-    """Once a rollback has removed newer checkpoints: `latest` names the newest, and the best one
-    that is left is linked. Collective. Raises CheckpointError on all ranks."""
-    with checkpoint_error_on_all_ranks(f"cannot return to {target}"):
-        if disks.is_leader and target.is_dir():
-            write_latest(target)
-            link_best(target.parent, settings)
+def name_newest(parent: Path, dropped: Dropped, settings: CheckpointConfig, disks: Disks) -> None:
+    """Once rollbacks have dropped checkpoints: on each disk `latest` names one that is there and
+    not dropped, and the best one that is there is linked. Collective. Raises CheckpointError on all
+    ranks."""
+    with checkpoint_error_on_all_ranks(f"cannot name the newest checkpoint in {parent}"):
+        if dropped and disks.is_leader:
+            good = [path for path in checkpoints_in(parent) if _is_good(path, dropped)]
+            if good and _latest(parent) not in good:
+                write_latest(good[0])
+            link_best(parent, settings)
+
+
+def _latest(parent: Path) -> Path | None:
+    return next((parent / path.read_text().strip() for path in parent.glob(LATEST)), None)
+
+
+def _is_good(path: Path, dropped: Dropped) -> bool:
+    try:
+        manifest = manifest_without_files(path)
+    except CheckpointError:
+        return False
+    return manifest.finite is not False and not dropped.has(manifest.saved_at)

@@ -3,17 +3,25 @@
 Each node may have its own disk, with only the files that its ranks wrote.
 """
 
+import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from operator import or_
 from pathlib import Path
 
 from harness import distributed
+from harness.checkpoint.disks import Disks, list_checkpoints, list_saves
+from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.files import FileEntry, reading, verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
+from harness.checkpoint.retention import remove
+from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import MANIFEST, identity, no_manifest
 from harness.errors import CheckpointError, missing_files
 from harness.files import is_present
+
+log = logging.getLogger(__name__)
 
 
 def common_manifest(directory: Path) -> Manifest:
@@ -42,6 +50,53 @@ def common_manifest(directory: Path) -> Manifest:
         manifest = distributed.broadcast(manifest, source)
     assert manifest is not None
     return manifest
+
+
+def newest_complete(parent: Path, disks: Disks, dropped: Dropped) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint all of whose files are on some disk, with finite weights, which no
+    rollback has dropped; of what the disks hold only the size is looked at. Collective."""
+    names, _ = list_checkpoints(parent, disks)
+    for directory in [parent / name for name in names]:
+        try:
+            manifest = common_manifest(directory)
+        except CheckpointError:  # told by `choose_checkpoint`
+            continue
+        is_good = manifest.finite is not False and not dropped.has(manifest.saved_at)
+        if _all_present(directory, manifest, disks.is_leader) and is_good:
+            return directory, manifest
+    return None
+
+
+def remove_outdated(parent: Path, disks: Disks) -> None:
+    """Removes from each disk the saves of which the others together hold a newer one of the same
+    name: the node was away when that step was saved again. Collective. Raises CheckpointError on
+    all ranks."""
+    times, everywhere = list_saves(parent, disks)
+    for directory in [parent / name for name in times if name not in everywhere]:
+        own: Manifest | None = None
+        with suppress(CheckpointError, OSError):  # reported where it is read
+            own = read_manifest(directory)
+        is_newest = own is not None and own.saved_at == times[directory.name]
+        source, all_have = distributed.first_rank(is_newest)
+        if source is None or all_have:
+            continue
+        newest = distributed.broadcast(own, source)
+        assert newest is not None
+        is_complete = _all_present(directory, newest, disks.is_leader and is_newest)
+        with checkpoint_error_on_all_ranks(f"cannot remove {directory}"):
+            is_outdated = own is not None and not is_newest and newest.finite is not False
+            if is_complete and is_outdated and disks.is_leader:
+                remove(directory)
+                log.warning("removed %s: other nodes have saved this step again", directory)
+
+
+def _all_present(directory: Path, manifest: Manifest, looks: bool) -> bool:
+    """Whether each file of a checkpoint is, with its size, on a disk of the ranks that look.
+    Collective."""
+    files = manifest.files.items()
+    present = {name for name, entry in files if looks and entry.is_at(directory / name)}
+    found = distributed.reduce(present, or_)
+    return distributed.broadcast(found == manifest.files.keys())
 
 
 Verify = Callable[[Path, FileEntry], None]

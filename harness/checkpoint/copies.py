@@ -17,7 +17,7 @@ from typing import Protocol
 
 from harness import distributed
 from harness.checkpoint.completeness import common_manifest
-from harness.checkpoint.dropped import Dropped, is_dropped
+from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.files import Stopped
 from harness.checkpoint.manifest import Manifest
 from harness.errors import CheckpointError
@@ -66,7 +66,7 @@ class Place(Protocol):
         """Makes the files a checkpoint there, once all ranks have copied theirs."""
         ...
 
-    def forget(self, dropped: Sequence[Dropped]) -> None:
+    def forget(self, dropped: Dropped) -> None:
         """Removes the checkpoints there that a rollback has dropped."""
         ...
 
@@ -118,11 +118,11 @@ class Copies:
         manifest = common_manifest(directory)
         self._queue.append(Copy(directory, manifest, self._place.share(directory, manifest)))
 
-    def forget(self, dropped: Sequence[Dropped]) -> None:
+    def forget(self, dropped: Dropped) -> None:
         """Drops what a rollback has dropped, of this start of the run or an earlier one: a resume
         must not continue from it. Every rank calls it."""
-        self._queue = [copy for copy in self._queue if not is_dropped(copy.manifest, dropped)]
-        if self._current is not None and is_dropped(self._current.manifest, dropped):
+        self._queue = [copy for copy in self._queue if not dropped.removes(copy.manifest)]
+        if self._current is not None and dropped.removes(self._current.manifest):
             self._drop_current()
         if dropped:
             remove = partial(self._place.forget, dropped)

@@ -6,16 +6,14 @@ same. What several ranks read is then sent between them, as in any resume.
 """
 
 import logging
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from operator import or_
 from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.commit import commit, create_staging
-from harness.checkpoint.completeness import common_manifest
-from harness.checkpoint.disks import Disks, list_checkpoints
-from harness.checkpoint.dropped import Dropped, is_dropped
+from harness.checkpoint.completeness import newest_complete
+from harness.checkpoint.disks import Disks
+from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
 from harness.checkpoint.remote_store import PARALLEL_FILES, Store, local_name, split_url
@@ -29,16 +27,20 @@ log_info = distributed.global_leader_only(log.info)
 log_warning = distributed.global_leader_only(log.warning)
 
 
-def download_requested(url: str, parent: Path, disks: Disks) -> str:
+def download_requested(
+    url: str, parent: Path, disks: Disks, own: Store | None, dropped: Dropped
+) -> str:
     """Downloads the checkpoint at a URL, or the newest good one below it. Returns its path.
 
-    `parent`: where the run's checkpoints are. Collective. Raises CheckpointError on all ranks.
+    `parent`: where the run's checkpoints are. `own`: its store, below whose URL what rollbacks have
+    `dropped` is not the newest. Collective. Raises CheckpointError on all ranks.
     """
     base, last = split_url(url)
     with distributed.raise_on_all_ranks(f"run.resume = {url!r}"):
         store = Store(base)
         known = store.checkpoints(not last) if distributed.is_global_leader() else {}
-        good = [name for name, manifest in known.items() if not manifest.fault]
+        passed_over = dropped if own is not None and store.url == own.url else Dropped()
+        good = _good(known, passed_over)
         name = (last or next(iter(good), "")) if distributed.is_global_leader() else ""
         if distributed.is_global_leader() and name not in known:
             there = ", ".join(known) or "none"
@@ -48,7 +50,11 @@ def download_requested(url: str, parent: Path, disks: Disks) -> str:
     return str(_download(store, name, manifest, parent, disks))
 
 
-def download_newest(store: Store, parent: Path, disks: Disks, dropped: Sequence[Dropped]) -> None:
+def _good(known: dict[str, Manifest], dropped: Dropped) -> list[str]:
+    return [n for n, m in known.items() if not m.fault and not dropped.has(m.saved_at)]
+
+
+def download_newest(store: Store, parent: Path, disks: Disks, dropped: Dropped) -> None:
     """Downloads the newest good checkpoint of a run's own `store`, unless the disks together hold
     it or a newer one, or a rollback has `dropped` it. Collective. Raises CheckpointError on all
     ranks."""
@@ -59,10 +65,9 @@ def download_newest(store: Store, parent: Path, disks: Disks, dropped: Sequence[
             known = store.checkpoints(all_readable=True)
         except CheckpointError as error:
             failure = str(error)
-    good = (n for n, m in known.items() if not m.fault and not is_dropped(m, dropped))
-    name = next(good, "")
+    name = next(iter(_good(known, dropped)), "")
     name, manifest, failure = distributed.broadcast((name, known.get(name), failure))
-    on_disk = _newest_complete(parent, disks)
+    on_disk = newest_complete(parent, disks, dropped)
     with distributed.raise_on_all_ranks("checkpoint.remote"):
         if failure and on_disk is None:
             raise CheckpointError(
@@ -71,29 +76,8 @@ def download_newest(store: Store, parent: Path, disks: Disks, dropped: Sequence[
             )
     if failure:
         log_warning("%s: resuming from the disk", failure)
-    elif manifest is not None and (on_disk is None or on_disk.saved_at < manifest.saved_at):
+    elif manifest is not None and (on_disk is None or on_disk[1].saved_at < manifest.saved_at):
         _download(store, name, manifest, parent, disks)
-
-
-def _newest_complete(parent: Path, disks: Disks) -> Manifest | None:
-    """The manifest of the newest checkpoint all of whose files are on some disk, with finite
-    weights; of what they hold only the size is looked at. Collective."""
-    names, _ = list_checkpoints(parent, disks)
-    for directory in [parent / name for name in names]:
-        try:
-            manifest = common_manifest(directory)
-        except CheckpointError:  # told by `choose_checkpoint`
-            continue
-        present = {
-            name
-            for name, entry in manifest.files.items()
-            if disks.is_leader and entry.is_at(directory / name)
-        }
-        files = distributed.reduce(present, or_)
-        is_complete = distributed.broadcast(files == manifest.files.keys())
-        if manifest.finite is not False and is_complete:
-            return manifest
-    return None
 
 
 def _download(store: Store, name: str, manifest: Manifest, parent: Path, disks: Disks) -> Path:
@@ -103,6 +87,7 @@ def _download(store: Store, name: str, manifest: Manifest, parent: Path, disks: 
     with checkpoint_error_on_all_ranks(doing):
         has_parts = _is_of_save(target, manifest)
     directory = target if has_parts else target.with_name(f"{target.name}.tmp")
+    replaces = not has_parts and target.exists()  # which must be another save that is whole
     missing = [
         file
         for file in _share(manifest)
@@ -118,7 +103,8 @@ def _download(store: Store, name: str, manifest: Manifest, parent: Path, disks: 
         path = directory / file
         path.parent.mkdir(exist_ok=True)
         store.download(name, file, path)
-        verify_file(path, manifest.files[file], read=False)  # the rest when it is resumed from
+        # What is in it, too, when it is resumed from; or now, if another save goes for it.
+        verify_file(path, manifest.files[file], read=replaces)
         sync_directory(path.parent)
 
     with (

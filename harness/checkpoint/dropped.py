@@ -3,20 +3,24 @@
 A rollback first writes down which saves it drops, then removes them: from the disks, from a store,
 from memory. If it is killed in between, or the store is down until the run is killed, the next
 start neither takes them nor forgets to remove them.
+
+Nothing that is written down is ever taken back: what the disks know can be put together, also if
+one of them was away meanwhile.
 """
 
 import json
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from operator import or_
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harness import distributed
 from harness.checkpoint import retention
 from harness.checkpoint.disks import Disks
-from harness.checkpoint.manifest import Manifest, read_manifest
+from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import checkpoints_in
 from harness.errors import CheckpointError
@@ -28,80 +32,107 @@ FILE = "dropped.json"
 """Next to the checkpoints of a run."""
 
 
-class Dropped(NamedTuple):
-    """The saves of a run after one time, up to another: seconds since 1970, as of `saved_at`."""
+class Span(NamedTuple):
+    """The saves of a run after one time, up to another. Times are those of `Manifest.saved_at`."""
 
     after: float
     until: float
 
-    def has(self, manifest: Manifest) -> bool:
-        """Whether it drops a checkpoint. Pinned ones stay."""
-        return manifest.pinned is None and self.after < manifest.saved_at <= self.until
+
+class Kept(NamedTuple):
+    """A save that is one like others again, whatever was dropped up to a time."""
+
+    saved_at: float
+    until: float
 
 
-def is_dropped(manifest: Manifest, dropped: Sequence[Dropped]) -> bool:
-    """Whether one of them drops a checkpoint."""
-    return any(each.has(manifest) for each in dropped)
+@dataclass(frozen=True)
+class Dropped:
+    """All that the rollbacks of a run have dropped."""
+
+    spans: tuple[Span, ...] = ()
+    kept: tuple[Kept, ...] = ()
+
+    def __or__(self, other: "Dropped") -> "Dropped":
+        return _sorted({*self.spans, *other.spans}, {*self.kept, *other.kept})
+
+    def __bool__(self) -> bool:
+        return bool(self.spans)
+
+    @property
+    def until(self) -> float:
+        """The newest time up to which saves are dropped; 0 if none are."""
+        return max((span.until for span in self.spans), default=0.0)
+
+    def has(self, saved_at: float) -> bool:
+        """Whether the save of a time is dropped: "latest" does not mean it, and no rollback returns
+        to it."""
+        kept = max((each.until for each in self.kept if each.saved_at == saved_at), default=0.0)
+        return any(span.after < saved_at <= span.until > kept for span in self.spans)
+
+    def removes(self, manifest: Manifest) -> bool:
+        """Whether a checkpoint is dropped and goes. Pinned ones stay."""
+        return manifest.pinned is None and self.has(manifest.saved_at)
 
 
-def read_dropped(parent: Path, disks: Disks) -> list[Dropped]:
+def read_dropped(parent: Path, disks: Disks) -> Dropped:
     """What was written down next to the checkpoints, on any of the disks. Collective. Raises
     CheckpointError on all ranks."""
-    known: set[tuple[float, float]] = set()
+    known = Dropped()
     with checkpoint_error_on_all_ranks(f"cannot read {parent / FILE}"):
         if disks.is_leader and (parent / FILE).exists():
             try:
-                known = {(float(after), float(until)) for after, until in _read(parent)}
-            except (ValueError, TypeError) as error:
-                raise CheckpointError(f"{parent / FILE} is damaged: {error}") from None
-    return [Dropped(*each) for each in sorted(distributed.all_reduce(known, or_))]
+                known = _from_json(json.loads((parent / FILE).read_bytes()))
+            except (ValueError, TypeError, LookupError) as error:
+                raise CheckpointError(
+                    f"{parent / FILE} is damaged: {error}: remove it, and with run.resume name the "
+                    "checkpoint to start from, if a rollback was killed"
+                ) from None
+    return distributed.all_reduce(known, or_)
 
 
-def drop_after(parent: Path, kept: Manifest, until: float, disks: Disks) -> list[Dropped]:
+def drop_after(parent: Path, kept: Manifest, until: float, disks: Disks) -> Dropped:
     """Drops the saves after one, up to a time, and writes that down on each disk. Returns all that
-    is dropped, never the one that is `kept`. Collective. Raises CheckpointError on all ranks."""
-    dropped = _without(kept, read_dropped(parent, disks))
-    return _write([*dropped, Dropped(kept.saved_at, until)], parent, disks)
+    is dropped. Collective. Raises CheckpointError on all ranks."""
+    found = read_dropped(parent, disks)
+    return _write(found | Dropped((Span(kept.saved_at, until),)), parent, disks)
 
 
-def keep(kept: Manifest, parent: Path, dropped: Sequence[Dropped], disks: Disks) -> list[Dropped]:
-    """Writes down that a save is a checkpoint like others again. Returns what is still dropped.
-    Collective. Raises CheckpointError on all ranks."""
-    return _write(_without(kept, dropped), parent, disks)
+def keep(kept: Manifest, parent: Path, dropped: Dropped, disks: Disks) -> Dropped:
+    """Writes down that a save is one like others again. Returns what is still dropped. Collective.
+    Raises CheckpointError on all ranks."""
+    again = Kept(kept.saved_at, dropped.until)
+    return _write(dropped | Dropped(kept=(again,)), parent, disks)
 
 
-def _without(kept: Manifest, dropped: Sequence[Dropped]) -> list[Dropped]:
-    """The same, except for one save."""
-    at, found = kept.saved_at, list[Dropped]()
-    for each in dropped:
-        parts = [each]
-        if each.after < at <= each.until:
-            parts = [Dropped(each.after, math.nextafter(at, 0)), Dropped(at, each.until)]
-        found += [part for part in parts if part.after < part.until]
-    return found
-
-
-def _write(dropped: Sequence[Dropped], parent: Path, disks: Disks) -> list[Dropped]:
-    every = sorted(set(dropped))
-    with checkpoint_error_on_all_ranks(f"cannot write {parent / FILE}"):
-        if disks.is_leader:
-            json_write(every, parent / FILE)
-    return every
-
-
-def remove_dropped(parent: Path, dropped: Sequence[Dropped], disks: Disks) -> None:
+def remove_dropped(parent: Path, dropped: Dropped, disks: Disks) -> None:
     """Removes from a directory what is dropped; what cannot be judged stays. Collective. Raises
     CheckpointError on all ranks."""
     with checkpoint_error_on_all_ranks(f"cannot remove what a rollback has dropped in {parent}"):
         for path in checkpoints_in(parent) if dropped and disks.is_leader else ():
             try:
-                manifest = read_manifest(path)
+                manifest = retention.manifest_without_files(path)
             except CheckpointError:
                 continue
-            if is_dropped(manifest, dropped):
-                retention.remove(path)
+            if dropped.removes(manifest):
+                with suppress(FileNotFoundError):  # a thread that copies has just done so
+                    retention.remove(path)
                 log.info("removed %s: a rollback has dropped it", path)
 
 
-def _read(parent: Path) -> list[list[float]]:
-    return json.loads((parent / FILE).read_bytes())
+def _write(dropped: Dropped, parent: Path, disks: Disks) -> Dropped:
+    with checkpoint_error_on_all_ranks(f"cannot write {parent / FILE}"):
+        if disks.is_leader:
+            json_write(asdict(dropped), parent / FILE)
+    return dropped
+
+
+def _from_json(found: Any) -> Dropped:
+    if isinstance(found, list):  # of before there was `kept`
+        found = {"spans": found, "kept": []}
+    spans = {Span(float(after), float(until)) for after, until in found["spans"]}
+    return _sorted(spans, {Kept(float(at), float(until)) for at, until in found["kept"]})
+
+
+def _sorted(spans: Iterable[Span], kept: Iterable[Kept]) -> Dropped:
+    return Dropped(tuple(sorted(spans)), tuple(sorted(kept)))

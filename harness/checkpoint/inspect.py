@@ -73,13 +73,14 @@ def describe_url(url: str) -> Iterator[str]:
 
         yield from describe_weights(path)
         return
-    found = store.checkpoints()
+    found, best = store.checkpoints(), linked_in(as_path(base))
     if not found or (wanted and wanted not in found):
         there = ", ".join(found) or "none"
         raise CheckpointError(f"{url}: expected a checkpoint, or a run's; found there: {there}")
     for name in [wanted] if wanted else found:
         manifest = found[name]
-        yield from _describe_manifest(f"{store.url}/{name}", manifest)
+        is_best = best is not None and name == best.name
+        yield from _describe_manifest(f"{store.url}/{name}", manifest, is_best)
         files = manifest.files.items()
         missing = [file for file, entry in files if not store.has(name, file, entry.size)]
         for file, entry in files:

@@ -9,7 +9,6 @@ import logging
 import secrets
 import shutil
 import socket
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -129,7 +128,7 @@ class Memory:
         if self._copies is not None:
             self._copies.poll()
 
-    def forget(self, dropped: Sequence[Dropped]) -> None:
+    def forget(self, dropped: Dropped) -> None:
         """Removes what a rollback has dropped. Collective. Raises CheckpointError on all ranks."""
         if self._copies is not None:
             self._copies.forget(dropped)

@@ -9,6 +9,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from operator import or_
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.manifest import SAFE, Manifest, mark_safe, unmark_safe
 from harness.checkpoint.transfer import Receiver, send
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
-from harness.convert.run_checkpoints import checkpoints_in
+from harness.convert.run_checkpoints import MANIFEST, checkpoints_in
 from harness.distributed.network import own_address
 from harness.errors import CheckpointError
 
@@ -70,7 +71,7 @@ class Neighbours:
             except OSError as error:
                 raise CheckpointError(f"cannot mark {copy.directory} as safe: {error}") from None
 
-    def forget(self, dropped: Sequence[Dropped]) -> None:
+    def forget(self, dropped: Dropped) -> None:
         """Nothing: copies are removed with the checkpoint that they are in."""
 
     def close(self) -> None:
@@ -96,22 +97,27 @@ def neighbours_of(leaders: Sequence[int], racks: Sequence[str]) -> list[int]:
     return to
 
 
-def forget_marks(parent: Path, disks: Disks) -> None:
+def renew_marks(parent: Path, disks: Disks) -> None:
     """Takes the marks from the checkpoints in `parent` that are not on two disks any more, as some
-    are lost, or new. Collective. Raises CheckpointError on all ranks."""
+    are lost, or new; of the others, which a kill may have left with a mark on some disks only, each
+    disk gets one: all of them keep the same. Collective. Raises CheckpointError on all ranks."""
     marked: list[str] = []
     with checkpoint_error_on_all_ranks(f"cannot list {parent}"):
         if disks.is_leader:
             marked = [p.name for p in checkpoints_in(parent) if (p / SAFE).exists()]
     names = sorted(distributed.all_reduce(set(marked), or_))
     for directory in [parent / name for name in names]:
-        try:
-            is_safe = min(_counts(directory, common_manifest(directory), disks)) > 1
-        except CheckpointError:  # which is reported where it is read
-            is_safe = False
-        with checkpoint_error_on_all_ranks(f"cannot unmark {directory}"):
-            if disks.is_leader and not is_safe:
+        manifest: Manifest | None = None
+        with suppress(CheckpointError):  # which is reported where it is read
+            manifest = common_manifest(directory)
+        is_safe = manifest is not None and min(_counts(directory, manifest, disks)) > 1
+        with checkpoint_error_on_all_ranks(f"cannot mark {directory}"):
+            if not disks.is_leader:
+                continue
+            if manifest is None or not is_safe:
                 unmark_safe(directory)
+            elif (directory / MANIFEST).exists():
+                mark_safe(directory, manifest)
 
 
 def _counts(directory: Path, manifest: Manifest, disks: Disks) -> list[int]:

@@ -1,6 +1,7 @@
 """A run's checkpoints in an object store, or wherever else fsspec reaches (`checkpoint.remote`).
 
 URL/NAME/
+  best                           the name of the best one, by `checkpoint.best_metric`
   step-00001000.1764369033412/   a save, by its step and its time in ms: never written twice
     rank-00000.pt, ENGINE/...    as on the disk
     manifest.json                uploaded last: without it, the directory is not a checkpoint
@@ -22,7 +23,7 @@ from typing import Any
 from harness.checkpoint.files import Stopped
 from harness.checkpoint.manifest import Manifest, parse_manifest
 from harness.config import Config
-from harness.convert.run_checkpoints import MANIFEST
+from harness.convert.run_checkpoints import BEST, MANIFEST
 from harness.errors import CheckpointError, ConfigError, UnreadableCheckpoint
 
 log = logging.getLogger(__name__)
@@ -82,14 +83,26 @@ class Store:
     def upload(self, source: Path, name: str, file: str, should_stop: Callable[[], bool]) -> None:
         """Copies a file. Raises OSError if it cannot be read; Stopped."""
         size = source.stat().st_size
-        with source.open("rb") as read, self._writing(name, file, size) as write:
+        with source.open("rb") as read, self._writing(f"{name}/{file}", size) as write:
             self._copy(read.read, write, should_stop)
 
     def write_manifest(self, name: str, manifest: Manifest) -> None:
         """Makes uploaded files a checkpoint."""
         text = json.dumps(asdict(manifest), indent=2).encode()
-        with self._writing(name, MANIFEST, len(text)) as write:
+        with self._writing(f"{name}/{MANIFEST}", len(text)) as write:
             write(text)
+
+    def name_best(self, name: str) -> None:
+        """Tells which checkpoint is the best one; "": none is."""
+        path, known = self._path(BEST), ""
+        with self._explained(BEST):
+            if self._files.exists(path):
+                known = self._files.cat_file(path).decode()
+            if known and not name:
+                self._files.rm_file(path)
+        if name not in ("", known):
+            with self._writing(BEST, len(name)) as write:
+                write(name.encode())
 
     def download(self, name: str, file: str, target: Path) -> None:
         """Copies a file to an existing directory, where it appears whole. Raises OSError if it
@@ -150,9 +163,9 @@ class Store:
         return read
 
     @contextmanager
-    def _writing(self, name: str, file: str, size: int) -> Iterator[Callable[[bytes], Any]]:
+    def _writing(self, what: str, size: int) -> Iterator[Callable[[bytes], Any]]:
         """A function that appends to a new object, which appears when the context ends."""
-        path, what = self._path(name, file), f"{name}/{file}"
+        path = self._path(what)
         block = CHUNK * (1 + size // (MOST_PARTS * CHUNK))  # in whole chunks, as Google wants it
         with self._explained(what):
             if not OBJECT_STORES.intersection(self._protocols):

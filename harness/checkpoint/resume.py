@@ -10,11 +10,17 @@ import torch
 from harness import distributed
 from harness.callbacks.moments import Callbacks
 from harness.checkpoint.compatible import changed_models, check_compatible
-from harness.checkpoint.completeness import Verify, common_manifest, verify_checkpoint
+from harness.checkpoint.completeness import (
+    Verify,
+    common_manifest,
+    remove_outdated,
+    verify_checkpoint,
+)
 from harness.checkpoint.disks import Disks, list_checkpoints, list_saves
+from harness.checkpoint.dropped import Dropped, read_dropped
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.fit import Fit
-from harness.checkpoint.manifest import digest, is_unreadable
+from harness.checkpoint.manifest import Manifest, digest, is_unreadable
 from harness.checkpoint.memory import Memory
 from harness.checkpoint.reshard import load_engines
 from harness.checkpoint.resume_source import find_source
@@ -53,9 +59,14 @@ def choose_checkpoint(
     names, everywhere = list_checkpoints(parent, disks)
     unreadable = {name for name in names if disks.is_leader and is_unreadable(parent / name)}
     unreadable = distributed.all_reduce(unreadable, or_)
+    places = [(parent, disks)]
+    if memory is not None and wanted == "latest":
+        places.append((memory.directory, memory.disks))
     with distributed.raise_on_all_ranks(f"cannot list {parent}"):
         if disks.is_leader:
             clean(parent, set(names) - everywhere - unreadable, unreadable)
+    for each, its_disks in places:
+        remove_outdated(each, its_disks)
     saves, _ = list_saves(parent, disks)
     with distributed.raise_on_all_ranks(f"cannot start over in {parent}"):
         if saves and wanted == "none":
@@ -68,15 +79,16 @@ def choose_checkpoint(
         if not is_parent:
             check_compatible(parent, verify_checkpoint(parent, verify), engines, may_change)
             return parent
-        saves, _ = list_saves(parent, Disks(tuple(range(distributed.world_size()))))
-    times = {parent / name: at for name, at in saves.items()}
-    if memory is not None and wanted == "latest":
-        kept, _ = list_saves(memory.directory, memory.disks)
-        times |= {memory.directory / name: at for name, at in kept.items()}
+        places = [(parent, Disks(tuple(range(distributed.world_size()))))]
+    times: dict[Path, float] = {}
+    for each, its_disks in places:
+        saves, _ = list_saves(each, its_disks)
+        times |= {each / name: at for name, at in saves.items()}
+    dropped = read_dropped(*places[0])
     failures = []
     for directory in sorted(times, key=lambda path: (times[path], path), reverse=True):
         try:
-            manifest = verify_checkpoint(directory, verify)
+            manifest = _verified(directory, verify, is_dropped=dropped.has(times[directory]))
         except UnreadableCheckpoint as error:
             with distributed.raise_on_all_ranks(f"cannot resume from {parent}"):
                 raise UnreadableCheckpoint(
@@ -87,12 +99,8 @@ def choose_checkpoint(
             failures.append(str(error))
             log_warning("skipped: %s", error)
         else:
-            if manifest.finite is not False:
-                check_compatible(directory, manifest, engines, may_change)
-                return directory
-            text = f"{directory}: {manifest.fault}: to resume from it, set run.resume to its path"
-            failures.append(text)
-            log_warning("skipped: %s", text)
+            check_compatible(directory, manifest, engines, may_change)
+            return directory
     with distributed.raise_on_all_ranks(f"cannot resume from {parent}"):
         if failures:
             text = "\n  ".join(failures)
@@ -100,12 +108,25 @@ def choose_checkpoint(
     return None
 
 
-def last_good(parent: Path, disks: Disks, before: int) -> Path | None:
+def _verified(directory: Path, verify: Verify, is_dropped: bool) -> Manifest:
+    """The manifest of a checkpoint that "latest" may mean. Collective. Raises CheckpointError."""
+    manifest = None if is_dropped else verify_checkpoint(directory, verify)
+    if manifest is None or manifest.finite is False:
+        why = "a rollback has dropped it" if manifest is None else manifest.fault
+        raise CheckpointError(f"{directory}: {why}: to resume from it, set run.resume to its path")
+    return manifest
+
+
+def last_good(parent: Path, disks: Disks, before: int, left: Dropped) -> Path | None:
     """The newest checkpoint in `parent` of a step before `before` that is complete, and whose
-    weights are finite, verified. None if there is none. Collective."""
-    names, everywhere = list_checkpoints(parent, disks)
-    for directory in [parent / name for name in names if name in everywhere]:
+    weights are finite, verified; not one that a rollback has dropped, or that is in `left`. None if
+    there is none. Collective."""
+    saves, everywhere = list_saves(parent, disks)
+    passed_over = left | read_dropped(parent, disks)
+    for directory in [parent / name for name in saves if name in everywhere]:
         try:
+            if passed_over.has(saves[directory.name]):
+                continue
             manifest = common_manifest(directory)
             if manifest.step < before and manifest.finite is not False:
                 verify_checkpoint(directory)

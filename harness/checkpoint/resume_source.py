@@ -1,13 +1,12 @@
 """Which directory `run.resume` means: the path of a checkpoint, of a run, or a step."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.disks import Disks
-from harness.checkpoint.dropped import Dropped, is_dropped, keep
+from harness.checkpoint.dropped import Dropped, keep
 from harness.convert.resolve_source import LATEST
 from harness.convert.run_checkpoints import MANIFEST, checkpoints_in
 from harness.errors import CheckpointError
@@ -40,9 +39,7 @@ def find_source(wanted: str, parent: Path) -> tuple[Path, bool]:
     return found
 
 
-def keep_requested(
-    wanted: str, parent: Path, dropped: Sequence[Dropped], disks: Disks
-) -> Sequence[Dropped]:
+def keep_requested(wanted: str, parent: Path, dropped: Dropped, disks: Disks) -> Dropped:
     """What is still `dropped` by rollbacks, if `run.resume` may ask for one of these checkpoints:
     that one is kept from now on. Collective. Raises CheckpointError on all ranks."""
     if not dropped or wanted in ("latest", "none"):
@@ -52,7 +49,7 @@ def keep_requested(
         manifest = None if is_parent else common_manifest(path)
     except CheckpointError:  # told where it is resumed from
         return dropped
-    if manifest is None or not is_dropped(manifest, dropped):
+    if manifest is None or not dropped.has(manifest.saved_at):
         return dropped
     log_info("%s was dropped by a rollback: kept, since run.resume asks for it", path)
     return keep(manifest, parent, dropped, disks)

@@ -32,7 +32,13 @@ from harness.checkpoint.commit import (
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copies
 from harness.checkpoint.disks import Disks, list_checkpoints, list_saves
-from harness.checkpoint.dropped import drop_after, read_dropped, remove_dropped
+from harness.checkpoint.dropped import (
+    Dropped,
+    Span,
+    drop_after,
+    read_dropped,
+    remove_dropped,
+)
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import EngineManifest, Manifest, digest, step_directory
 from harness.checkpoint.memory import Memory
@@ -105,6 +111,11 @@ class Saver:
         """Of the checkpoints from now on: `Manifest.note`."""
         self.begins_changed = False
         """Whether the run has resumed with another model, or other data, than was saved."""
+        self.begins_in_memory = False
+        """Whether the run has resumed from there: its starting point is not on a disk."""
+        self.left = Dropped()
+        """What was saved before this start, and not on the way to its starting point: no rollback
+        returns to it."""
         self.disks = disks
         """Of the run directory."""
         self._hosts = distributed.all_gather(socket.gethostname())
@@ -128,6 +139,17 @@ class Saver:
         self._memory = memory
         if memory is not None:
             memory.check_room(sum(bytes_of(engine.collect()) for engine in engines.trained))
+
+    def begin(self, checkpoint: Path | None, is_changed: bool) -> None:
+        """Told once from where the run has resumed, if from anywhere, and whether with another
+        model, or other data. Collective. Raises CheckpointError on all ranks."""
+        memory = self._memory.directory if self._memory is not None else None
+        self.begins_changed = is_changed
+        self.begins_in_memory = checkpoint is not None and checkpoint.parent == memory
+        after = 0.0
+        if checkpoint is not None and checkpoint.parent in (self.directory, memory):
+            after = common_manifest(checkpoint).saved_at
+        self.left = Dropped((Span(after, self._saved_at),))
 
     @property
     def is_writing(self) -> bool:
@@ -253,14 +275,14 @@ class Saver:
         """Removes the checkpoints that were saved after one of them, unless they are pinned, since
         the run has returned to it. Collective. Raises CheckpointError on all ranks."""
         # Up to now: also what is in a memory or a store, and was not seen by this start.
-        self._saved_at = distributed.broadcast(max(self._saved_at, time.time()))
+        self._saved_at = distributed.broadcast(self._now())
         kept = common_manifest(directory)
         dropped = drop_after(self.directory, kept, self._saved_at, self.disks)
         with checkpoint_error_on_all_ranks(f"cannot return to {directory}"):
             if self.disks.is_leader:
                 self._removals.wait()
         remove_dropped(self.directory, dropped, self.disks)
-        name_newest(directory, self._live.config.checkpoint, self.disks)
+        name_newest(self.directory, dropped, self._live.config.checkpoint, self.disks)
         for copies in self._copies:
             copies.forget(dropped)
         if self._memory is not None:
@@ -317,10 +339,13 @@ class Saver:
             trees |= engine.collect()
         return trees
 
+    def _now(self) -> float:
+        """Later than all saves and rollbacks: a clock may be set back."""
+        return max(time.time(), self._saved_at + 1e-3)
+
     def _manifest(self, metrics: dict[str, float], pinned: str | None) -> Manifest:
         """Without files, the same on every rank. Collective."""
-        now = max(time.time(), self._saved_at + 1e-3)  # a clock may be set back
-        self._saved_at, metrics = distributed.broadcast((now, metrics))
+        self._saved_at, metrics = distributed.broadcast((self._now(), metrics))
         return Manifest(
             step=self._engines.global_step,
             world_size=distributed.world_size(),
@@ -360,7 +385,7 @@ def newest_save(directory: Path, disks: Disks) -> float:
     none. Collective. Raises CheckpointError on all ranks."""
     saves, _ = list_saves(directory, disks)
     dropped = read_dropped(directory, disks)  # a new save must not look like one
-    return max([*saves.values(), *(each.until for each in dropped)], default=0.0)
+    return max([*saves.values(), dropped.until])
 
 
 def engine_manifest(engine: Engine) -> EngineManifest:

@@ -4,16 +4,16 @@ Rank 0 writes the manifest, which makes the uploaded files a checkpoint, and app
 retention there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from operator import or_
 from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.copies import Copy
-from harness.checkpoint.dropped import Dropped, is_dropped
+from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.remote_store import PARALLEL_FILES, Store, remote_name
-from harness.checkpoint.retention import to_keep
+from harness.checkpoint.retention import ranked, to_keep
 from harness.config.sections import CheckpointConfig
 
 
@@ -53,23 +53,26 @@ class Uploads:
         if distributed.is_global_leader():
             name = remote_name(copy.directory, copy.manifest)
             self._store.write_manifest(name, copy.manifest)
-            self._prune()
+            found = {Path(name): manifest for name, manifest in self._store.checkpoints().items()}
+            settings = self._settings()
+            self._keep(found, to_keep(found, settings) if settings.keep_last else found)
+            for name in self._store.unfinished():  # of a run that was killed, or passed over
+                self._store.remove(name)
 
-    def forget(self, dropped: Sequence[Dropped]) -> None:
+    def forget(self, dropped: Dropped) -> None:
         """Removes the checkpoints that a rollback has dropped."""
         if distributed.is_global_leader():
-            for name, manifest in self._store.checkpoints().items():
-                if is_dropped(manifest, dropped):
-                    self._store.remove(name)
+            found = {Path(name): manifest for name, manifest in self._store.checkpoints().items()}
+            self._keep(found, [path for path in found if not dropped.removes(found[path])])
 
     def close(self) -> None:
         """Nothing is open."""
 
-    def _prune(self) -> None:
-        settings, store = self._settings(), self._store
-        if settings.keep_last:
-            manifests = {Path(name): manifest for name, manifest in store.checkpoints().items()}
-            for path in manifests.keys() - to_keep(manifests, settings):
-                store.remove(path.name)
-        for name in store.unfinished():  # of a run that was killed, or passed over
-            store.remove(name)
+    def _keep(self, found: dict[Path, Manifest], kept: Collection[Path]) -> None:
+        """Names the best of those that are kept, and removes the others. `found`: the newest
+        first."""
+        metrics = {p: m.metrics for p, m in found.items() if p in kept and m.finite is not False}
+        best = next(iter(ranked(metrics, self._settings())), None)
+        self._store.name_best(best.name if best is not None else "")
+        for path in found.keys() - kept:
+            self._store.remove(path.name)

@@ -55,8 +55,8 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--best",
         action="store_true",
-        help="of a run directory: the best checkpoint, by checkpoint.best_metric, instead of the "
-        "newest",
+        help="of a run directory, or a run's checkpoints in a store: the best one, by "
+        "checkpoint.best_metric, instead of the newest",
     )
     add("--engine", metavar="NAME", help="engine to convert, if the checkpoint has several")
     _add_zero_arguments(parser)

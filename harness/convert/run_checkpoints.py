@@ -18,7 +18,8 @@ MANIFEST = "manifest.json"
 FORMAT = 4
 """The format of the manifests that this version writes."""
 BEST = "best"
-"""Next to the checkpoints: a link to the best one, by `checkpoint.best_metric`."""
+"""Next to the checkpoints: a link to the best one, by `checkpoint.best_metric`; in a store, a file
+with its name."""
 KEPT = ".kept"
 """Suffix of a replaced directory that cannot be judged: no longer a checkpoint of the run, and left
 to the user."""
@@ -59,20 +60,26 @@ def is_step(path: Path) -> bool:
 
 def best_in(path: Path) -> Path:
     """The checkpoint that a run has linked as its best one. `path`: the run directory, or its
-    `checkpoints`. Raises CheckpointError if there is none."""
+    `checkpoints`, or those in a store. Raises CheckpointError if there is none."""
     for parent in (path, path / "checkpoints"):
         if found := linked_in(parent):
             return found
     raise CheckpointError(
         f"{path}: no checkpoint is linked as checkpoints/{BEST}: a run links the one with the best "
-        "checkpoint.best_metric, if it was saved at a step with an evaluation that has this metric"
+        "checkpoint.best_metric, if it was saved at a step with an evaluation that has it: "
+        "harness inspect shows them, and each can be given by its path"
     )
 
 
 def linked_in(parent: Path) -> Path | None:
     """The best checkpoint in a directory of them; None if none is linked."""
-    link = parent / BEST
-    return parent / link.readlink().name if link.is_symlink() and link.is_dir() else None
+    link, name = parent / BEST, ""
+    if link.is_symlink():
+        name = link.readlink().name
+    elif is_remote([link]) and link.is_file():
+        name = link.read_text()
+    best = parent / name
+    return best if is_step(best) and best.is_dir() else None
 
 
 def may_hold_manifest(directory: Path) -> bool:

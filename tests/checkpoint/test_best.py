@@ -1,18 +1,19 @@
 """The best checkpoint: linked by the run, marked by `inspect`, exported by `convert --best`."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from harness.checkpoint.best import link_best
-from harness.checkpoint.inspect import describe_path
+from harness.checkpoint.inspect import describe, describe_path
 from harness.checkpoint.retention import prune, remove
 from harness.cli import main
 from harness.config.sections import CheckpointConfig
 from harness.convert.run_checkpoints import checkpoints_in, linked_in
 from harness.io import load
-from harness.run import run_in_world
 from harness.testing.pool import RankPool
+from tests.checkpoint.test_dropped import copied_at_once
 from tests.checkpoint.test_retention import NAN, make
 from tests.support.helpers import assert_equal, tiny_config
 
@@ -58,10 +59,11 @@ def test_a_run_links_its_best_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    settings = {"best_mode": "max"}  # of the loss: the first one
+    url = f"file://{tmp_path}/store/tiny"
+    settings = {"best_mode": "max", "remote": f"file://{tmp_path}/store"}  # the first one, by loss
     trainer = {"save_every": 2, "eval_every": 2, "export_every": 2}
     config = tiny_config(tmp_path, 2, trainer=trainer, checkpoint=settings)
-    two_ranks.run(run_in_world, config)
+    two_ranks.run(copied_at_once, config)
     best = config.run_dir / "checkpoints/step-00000002"
     lines = list(describe_path(config.run_dir))
     marked = [line.partition(":")[0] for line in lines if line.endswith(", the best")]
@@ -74,6 +76,17 @@ def test_a_run_links_its_best_checkpoint(
     main()
     assert "note: the best checkpoint is step-00000002" in capsys.readouterr().out
     assert_equal(load(target), load(config.run_dir / f"exports/{best.name}/net.sft"))
+    (stored,) = (line.partition(": ")[0] for line in describe(url) if line.endswith(", the best"))
+    assert stored.startswith(f"{url}/{best.name}.")
+    words[2:] = [url, str(tmp_path / "stored.sft"), "--best"]
+    main()
+    assert f"note: the best checkpoint is {best.name}." in capsys.readouterr().out
+    assert_equal(load(tmp_path / "stored.sft"), load(target))
+    shutil.rmtree(stored.removeprefix("file://"))
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"{url}: no checkpoint is linked as" in capsys.readouterr().err
+    words[2] = str(config.run_dir)
     (config.run_dir / "checkpoints/best").unlink()
     with pytest.raises(SystemExit, match="2"):
         main()

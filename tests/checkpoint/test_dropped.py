@@ -1,16 +1,16 @@
 """What a rollback has dropped stays dropped, wherever it was and whenever the run is killed."""
 
-import json
+import re
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness import recovery
-from harness.checkpoint.dropped import Dropped, is_dropped
+from harness import distributed, recovery
+from harness.checkpoint.disks import Disks
+from harness.checkpoint.dropped import Dropped, drop_after, keep, read_dropped
 from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.remote_store import Store, remote_name
 from harness.checkpoint.save import Saver
@@ -21,8 +21,9 @@ from harness.files import json_write
 from harness.run import run_in_world
 from harness.testing.faults import die, fail_at
 from harness.testing.pool import RankError
-from tests.checkpoint.test_disks import config_of, log_of
+from tests.checkpoint.test_disks import config_of, log_of, on
 from tests.checkpoint.test_memory import kept, run_pool
+from tests.checkpoint.test_remote_store import manifest_of
 from tests.support.helpers import Pools, checkpoint, log_text, tiny_config
 
 LAST_GOOD = recovery.last_good
@@ -33,13 +34,13 @@ def train_and_die(config: Config, phase: str, rank: int) -> None:
     a phase of that, or in the forward of the step after. The store is down since then."""
     returned = False
 
-    def last_good(parent: Path, disks: Any, before: int) -> Path | None:
+    def last_good(parent: Path, disks: Any, before: int, left: Dropped) -> Path | None:
         nonlocal returned
         if before < 5:  # at the start
-            return LAST_GOOD(parent, disks, before)
+            return LAST_GOOD(parent, disks, before, left)
         returned = True
         patch.setattr(Store, "remove", down)
-        return LAST_GOOD(parent, disks, before - 2)
+        return LAST_GOOD(parent, disks, before - 2, left)
 
     def down(*_: Any) -> None:
         raise CheckpointError("the store is down")
@@ -130,10 +131,10 @@ def test_what_the_user_asks_for_is_kept(pools: Pools, tmp_path: Path, place: str
     assert log_text(config).count(f"resumed from {saves[4]}") == 2
     assert f"removed {saves[6]}: a rollback has dropped it" in log_text(config)
     assert read_manifest(saves[4]).saved_at == times[4]
-    spans = [Dropped(*span) for span in json.loads(dropped.read_bytes())]
-    assert not is_dropped(read_manifest(saves[4]), spans)
+    found = pools(1).run(read_dropped, dropped.parent, Disks((0,)))[0]
+    assert not found.has(times[4])
     for unseen in (times[4] - 1e-3, times[6], began):  # in a memory, in a store that was down
-        assert is_dropped(replace(read_manifest(saves[4]), saved_at=unseen), spans)
+        assert found.has(unseen)
 
 
 def test_nothing_names_what_a_killed_rollback_has_removed(pools: Pools, tmp_path: Path) -> None:
@@ -148,3 +149,97 @@ def test_nothing_names_what_a_killed_rollback_has_removed(pools: Pools, tmp_path
     assert not new.exists()
     assert (old.parent / "latest").read_text() == f"{old.name}\n"
     assert not (old.parent / "best").is_symlink() or linked_in(old.parent) == old
+
+
+def copied_at_once(config: Config) -> None:
+    """A run that waits for the copies of each save."""
+    commit = Saver._commit
+
+    def commit_and_copy(saver: Saver, pending: Any) -> None:
+        commit(saver, pending)
+        saver.finish_copies(lambda: False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saver, "_commit", commit_and_copy)
+        run_in_world(config)
+
+
+def return_once(config: Config) -> None:
+    """Step 5 is not finite: one rollback, then the run ends."""
+    with fail_at("forward", step=5, kind="nan"), pytest.raises(NonFiniteError):
+        run_in_world(config)
+
+
+def returns(config: Config) -> list[int]:
+    """The steps that the run has returned to."""
+    return [int(step) for step in re.findall(r"returning to .*/step-(\d+)", log_text(config))]
+
+
+ROLLBACK = {"nonfinite": "rollback", "max_rollbacks": 1}
+
+
+def test_a_pinned_save_that_was_dropped_stays_and_is_passed_over(
+    pools: Pools, tmp_path: Path
+) -> None:
+    """By a start, and by a later rollback: only run.resume takes it, and then it is one like
+    others."""
+    events = [{"command": "save as it", "at": 4}]
+    trainer = {"save_every": 2, "save_at_end": False}
+    run = {"steps": 5}
+    pools(1).run(run_in_world, tiny_config(tmp_path, 1, trainer=trainer, run=run, events=events))
+    config = tiny_config(tmp_path, 1, trainer={"save_at_end": False}, run=run, health=ROLLBACK)
+    old, new = checkpoint(config, 2), checkpoint(config, 4)
+    pinned = new.with_name(f"{new.name}-it")
+    json_write([[read_manifest(old).saved_at, time.time()]], old.parent / "dropped.json")
+    pools(1).run(return_once, config)
+    assert log_text(config).count(f"resumed from {old}\n") == 2
+    assert returns(config) == [2]
+    assert pinned.exists() and not new.exists()
+    asked = tiny_config(tmp_path, 1, run=run | {"resume": "4"}, health=ROLLBACK)
+    pools(1).run(return_once, asked)
+    assert log_text(config).count(f"resumed from {pinned}") == 2
+    assert returns(config) == [2, 4]
+
+
+def test_a_rollback_does_not_return_to_what_run_resume_has_left(
+    pools: Pools, tmp_path: Path
+) -> None:
+    """Steps 4 and 6 are of the run as it was before it was started from step 2 again."""
+    pools(1).run(run_in_world, tiny_config(tmp_path, 1, trainer={"save_every": 2}))
+    config = tiny_config(tmp_path, 1, run={"resume": "2"}, health=ROLLBACK)
+    pools(1).run(return_once, config)
+    assert returns(config) == [2]
+
+
+def test_the_newest_below_a_url_is_not_what_was_dropped(pools: Pools, tmp_path: Path) -> None:
+    remote = {"remote": f"file://{tmp_path}/store"}
+    config = tiny_config(tmp_path, 1, trainer={"save_every": 2}, checkpoint=remote)
+    pools(1).run(copied_at_once, config)
+    saves = [checkpoint(config, step) for step in (2, 4, 6)]
+    times = [read_manifest(path).saved_at for path in saves]
+    json_write([[times[0], times[2]]], saves[0].parent / "dropped.json")
+    again = {"resume": f"file://{tmp_path}/store/tiny", "steps": 3}
+    pools(1).run(run_in_world, tiny_config(tmp_path, 1, checkpoint=remote, run=again))
+    assert f"resumed from {saves[0]}\n" in log_text(config)
+
+
+def keep_and_read(parent: Path, number: int) -> list[bool]:
+    """The second disk was away when a dropped save was kept."""
+    disks = Disks((0, 1))
+    kept, other = (manifest_of(step, {}) for step in (4, 3))
+    dropped = drop_after(parent, manifest_of(2, {}), 6.0, disks)
+    before = (parent / "dropped.json").read_bytes()
+    found = [dropped.has(kept.saved_at), dropped.has(other.saved_at)]
+    keep(kept, parent, dropped, disks)
+    if distributed.global_rank() == number:
+        (parent / "dropped.json").write_bytes(before)
+    dropped = read_dropped(parent, disks)
+    return [*found, dropped.has(kept.saved_at), dropped.has(other.saved_at)]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_disk_that_was_away_drops_nothing_again(
+    pools: Pools, tmp_path: Path, number: int
+) -> None:
+    found = pools(2).run(on, "ab", tmp_path, keep_and_read, Path(), number)
+    assert found == [[True, True, False, True]] * 2

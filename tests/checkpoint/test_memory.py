@@ -4,15 +4,18 @@ is never used. A node is a rank with its own disk, as in test_disks, and its own
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import memory_files
+from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.memory import Memory
 from harness.config import Config
 from harness.convert.run_checkpoints import saved_at
+from harness.files import json_write
 from harness.run import run_in_world
 from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool
@@ -196,3 +199,40 @@ def test_a_memory_that_is_too_small(two_ranks: RankPool, tmp_path: Path) -> None
     expected = "checkpoint.in_memory_every: it needs 0 MB in shm of a, where 0 MB are free: enlarge"
     assert all(expected in text for text in errors), errors
     assert not (tmp_path / "a/runs/tiny/metrics.jsonl").exists()
+
+
+def test_a_start_that_fails_in_its_first_step(pools: Pools, again: Path) -> None:
+    """It saves its starting point on the disk: memory is freed when somebody gives up."""
+    with pytest.raises(RankError):
+        run_pool(pools(2), "aa", again, killed_in, "forward", FAILS, remembering())
+    assert "resumed from shm/harness-" in log_of(again)
+    assert (again / "a/runs/tiny/checkpoints/step-00000005/manifest.json").exists()
+
+
+FAILS = {"step": 6, "rank": None, "kind": "raise"}
+
+
+def test_the_newest_on_the_disk_is_copied_too(pools: Pools, again: Path) -> None:
+    """Although the run starts from memory."""
+    config = remembering(checkpoint={"remote": f"file://{again}/store"}, run={"steps": 6})
+    settings = config.trainer.model_copy(update={"save_at_end": False})
+    config = config.model_copy(update={"trainer": settings})
+    run_pool(pools(2), "aa", again, run_in_world, config)
+    assert "resumed from shm/harness-" in log_of(again)
+    (stored,) = again.glob("store/tiny/step-*/manifest.json")
+    assert stored.parent.name.startswith("step-00000004.")
+
+
+def test_latest_is_there_after_a_start_from_memory(pools: Pools, again: Path) -> None:
+    """A rollback has dropped step 4 while this disk was away."""
+    parent = again / "a/runs/tiny/checkpoints"
+    at = saved_at(parent / "step-00000004")
+    json_write([[at - 1e-3, at]], parent / "dropped.json")
+    shutil.copytree(parent / "step-00000004", parent / "step-00000002")
+    manifest = replace(read_manifest(parent / "step-00000004"), step=2, saved_at=at - 10)
+    manifest.write(parent / "step-00000002")
+    with pytest.raises(RankError):
+        details = {"step": 6, "rank": 1}
+        run_pool(pools(2), "aa", again, killed_in, "forward", details, remembering())
+    assert "resumed from shm/harness-" in log_of(again)
+    assert (parent / "latest").read_text() == "step-00000002\n"

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from harness import distributed
 from harness.checkpoint import copies
+from harness.checkpoint.disks import Disks
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.inspect import describe_path
-from harness.checkpoint.manifest import Manifest, is_safe, read_manifest
-from harness.checkpoint.neighbours import neighbours_of
+from harness.checkpoint.manifest import Manifest, is_safe, read_manifest, unmark_safe
+from harness.checkpoint.neighbours import neighbours_of, renew_marks
 from harness.checkpoint.transfer import Receiver, send
 from harness.checkpoint.written import write_file
 from harness.config import Config
@@ -30,9 +32,10 @@ from tests.checkpoint.test_remote_store import manifest_of
 from tests.support.helpers import Pools, assert_equal, exported, flip_bit, log_text
 
 
-def replicated(stage: int = 2, steps: int = 6, **overrides: Any) -> Config:
+def replicated(stage: int = 2, steps: int = 6, resume: str = "latest", **overrides: Any) -> Config:
     settings = {"replicas": 1} | overrides.pop("checkpoint", {})
-    return config_of(stage, checkpoint=settings, run={"steps": steps}, **overrides)
+    run = {"steps": steps, "resume": resume}
+    return config_of(stage, checkpoint=settings, run=run, **overrides)
 
 
 def claims(root: Path, host: str) -> list[int]:
@@ -200,3 +203,37 @@ def test_who_sends_to_whom(disks: str, racks: str, to: str) -> None:
     found = neighbours_of([disks.index(disk) for disk in disks], racks)
     assert "".join(disks[rank] for rank in found) == to
     assert len(set(found)) == len(disks)
+
+
+def test_a_node_that_comes_back_with_an_old_save_of_the_same_step(
+    pools: Pools, tmp_path: Path
+) -> None:
+    """Meanwhile another one was in its place, and the run saved step 4 again."""
+    pools(2).run(on, "ab", tmp_path, run_in_world, replicated(steps=4))
+    (tmp_path / "b").rename(tmp_path / "away")
+    pools(2).run(on, "ab", tmp_path, run_in_world, replicated(steps=4, resume="2"))
+    shutil.rmtree(tmp_path / "b")
+    (tmp_path / "away").rename(tmp_path / "b")
+    assert claims(tmp_path, "a")[-1] == claims(tmp_path, "b")[-1] == 4
+    pools(2).run(on, "ab", tmp_path, run_in_world, replicated())
+    assert "resumed from" in log_of(tmp_path)
+    assert re.findall(r"resumed from .*/step-0*(\d+)", log_of(tmp_path))[-1] == "4"
+
+
+def mark_on_one(parent: Path, number: int) -> bool:
+    """The run was killed while it marked a checkpoint. Whether this disk then has the mark."""
+    disks = Disks((0, 1))
+    (directory,) = checkpoints_in(parent)
+    if distributed.global_rank() == number:
+        unmark_safe(directory)
+    renew_marks(parent, disks)
+    return is_safe(directory, read_manifest(directory))
+
+
+def test_all_disks_mark_a_checkpoint_or_none(pools: Pools, tmp_path: Path) -> None:
+    pools(2).run(on, "ab", tmp_path, run_in_world, replicated(steps=1))
+    for number in (0, 1):
+        assert pools(2).run(on, "ab", tmp_path, mark_on_one, CHECKPOINTS, number) == [True, True]
+
+
+CHECKPOINTS = Path("runs/tiny/checkpoints")

@@ -11,8 +11,9 @@ import pytest
 
 from harness.checkpoint import copies
 from harness.checkpoint.copies import Copies
-from harness.checkpoint.dropped import Dropped
+from harness.checkpoint.dropped import Dropped, Span
 from harness.checkpoint.files import verify_file
+from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.remote_store import Store
 from harness.checkpoint.uploads import Uploads
 from harness.checkpoint.written import write_file
@@ -24,7 +25,16 @@ from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool
 from tests.checkpoint.test_disks import config_of, files, log_of, on, place, run_on, tensors
 from tests.checkpoint.test_remote_store import manifest_of
-from tests.support.helpers import Pools, assert_equal, error_of, exported, log_text, tiny_config
+from tests.support.helpers import (
+    Pools,
+    assert_equal,
+    checkpoint,
+    error_of,
+    exported,
+    flip_bit,
+    log_text,
+    tiny_config,
+)
 
 FILES = {"rank-00000.pt", "rank-00001.pt"}
 
@@ -101,7 +111,7 @@ def test_retention_is_the_same_there(two_ranks: RankPool, tmp_path: Path) -> Non
     config = remote_config(tmp_path, checkpoint={"keep_last": 1}, trainer={"save_every": 1})
     two_ranks.run(on, "aa", tmp_path, run_in_world, config)
     assert sorted(stored(tmp_path)) == [6]
-    assert len(list((tmp_path / "store/tiny").iterdir())) == 1
+    assert len(list((tmp_path / "store/tiny").iterdir())) == 2  # and `best`
 
 
 class Broken:
@@ -189,7 +199,7 @@ def test_a_kill_while_uploading(pools: Pools, tmp_path: Path, phase: str, rank: 
     assert bool(stored(tmp_path)) == (phase == "forget")
     pools(2).run(on, "ab", tmp_path, run_in_world, config)
     assert list(stored(tmp_path)) == [6]
-    assert len(list((tmp_path / "store/tiny").iterdir())) == 1
+    assert len(list((tmp_path / "store/tiny").iterdir())) == 2  # and `best`
 
 
 @pytest.mark.slow
@@ -221,7 +231,7 @@ def return_to_the_first(root: Path) -> list[str]:
         ours.finish(lambda: False)
     assert [manifest.step for manifest in store.checkpoints().values()] == [3, 2, 1]
     ours.add(root / "step-00000004", manifest_of(4, {}))
-    ours.forget([Dropped(1.0, 4.0)])
+    ours.forget(Dropped((Span(1.0, 4.0),)))
     ours.finish(lambda: False)
     ours.close()
     with pytest.raises(UnreadableCheckpoint):
@@ -246,7 +256,7 @@ def end_while_removing(root: Path, is_aborted: bool, give_up_after_s: float) -> 
         patch.setattr(Store, "checkpoints", down)
         patch.setattr(copies, "GIVE_UP_AFTER_S", give_up_after_s)
         ours = Copies(Uploads(Store(f"file://{root}/store"), CheckpointConfig))
-        ours.forget([Dropped(1.0, 4.0)])
+        ours.forget(Dropped((Span(1.0, 4.0),)))
         began = time.monotonic()
         ours.finish(lambda: is_aborted)
         took = time.monotonic() - began
@@ -283,3 +293,19 @@ def test_a_step_that_is_saved_again_is_not_mixed_with_the_first(
     pools: Pools, tmp_path: Path
 ) -> None:
     assert pools(1).run(save_twice, tmp_path) == [[2.0]]
+
+
+def test_what_a_download_replaces_stays_if_it_is_damaged(pools: Pools, tmp_path: Path) -> None:
+    """The user asks for another save of a step that is on the disk."""
+    remote = {"remote": f"file://{tmp_path}/store"}
+    config = tiny_config(tmp_path, 1, checkpoint=remote, run={"steps": 2})
+    pools(1).run(run_in_world, config)
+    (stored,) = (tmp_path / "store/tiny").glob("step-*")
+    shutil.rmtree(config.run_dir)
+    local = tiny_config(tmp_path, 1, run={"steps": 2})
+    pools(1).run(run_in_world, local)
+    before = read_manifest(checkpoint(local, 2))
+    flip_bit(stored / "rank-00000.pt")
+    asked = tiny_config(tmp_path, 1, run={"steps": 3, "resume": f"file://{stored}"})
+    assert "damaged" in pools(1).run(error_of, asked)[0]
+    assert read_manifest(checkpoint(local, 2)) == before
