@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,29 +50,34 @@ class Kept(NamedTuple):
 class Dropped:
     """All that the rollbacks of a run have dropped."""
 
-    spans: tuple[Span, ...] = ()
-    kept: tuple[Kept, ...] = ()
+    spans: frozenset[Span] = frozenset()
+    left: frozenset[Span] = frozenset()
+    """What the user had left before, by `run.resume`: dropped as well, but it stays where it is."""
+    kept: frozenset[Kept] = frozenset()
 
     def __or__(self, other: "Dropped") -> "Dropped":
-        return _sorted({*self.spans, *other.spans}, {*self.kept, *other.kept})
+        return Dropped(self.spans | other.spans, self.left | other.left, self.kept | other.kept)
 
     def __bool__(self) -> bool:
-        return bool(self.spans)
+        return bool(self.spans or self.left)
 
     @property
     def until(self) -> float:
         """The newest time up to which saves are dropped; 0 if none are."""
-        return max((span.until for span in self.spans), default=0.0)
+        return max((span.until for span in self.spans | self.left), default=0.0)
 
     def has(self, saved_at: float) -> bool:
         """Whether the save of a time is dropped: "latest" does not mean it, and no rollback returns
         to it."""
-        kept = max((each.until for each in self.kept if each.saved_at == saved_at), default=0.0)
-        return any(span.after < saved_at <= span.until > kept for span in self.spans)
+        return self._is_in(self.spans | self.left, saved_at)
 
     def removes(self, manifest: Manifest) -> bool:
         """Whether a checkpoint is dropped and goes. Pinned ones stay."""
-        return manifest.pinned is None and self.has(manifest.saved_at)
+        return manifest.pinned is None and self._is_in(self.spans, manifest.saved_at)
+
+    def _is_in(self, spans: Iterable[Span], saved_at: float) -> bool:
+        kept = max((each.until for each in self.kept if each.saved_at == saved_at), default=0.0)
+        return any(span.after < saved_at <= span.until > kept for span in spans)
 
 
 def read_dropped(parent: Path, disks: Disks) -> Dropped:
@@ -91,18 +96,26 @@ def read_dropped(parent: Path, disks: Disks) -> Dropped:
     return distributed.all_reduce(known, or_)
 
 
-def drop_after(parent: Path, kept: Manifest, until: float, disks: Disks) -> Dropped:
+def drop_after(
+    parent: Path, kept: Manifest, until: float, left: Span | None, disks: Disks
+) -> Dropped:
     """Drops the saves after one, up to a time, and writes that down on each disk. Returns all that
-    is dropped. Collective. Raises CheckpointError on all ranks."""
-    found = read_dropped(parent, disks)
-    return _write(found | Dropped((Span(kept.saved_at, until),)), parent, disks)
+    is dropped. `left`: what of it the user had left. Collective. Raises CheckpointError on all
+    ranks."""
+    found, after = read_dropped(parent, disks), kept.saved_at
+    if left is None or left.until <= after:
+        found |= Dropped(frozenset({Span(after, until)}))
+    else:
+        around = {Span(after, left.after), Span(left.until, until)}
+        found |= Dropped(frozenset(around), frozenset({left}))
+    return _write(found, parent, disks)
 
 
 def keep(kept: Manifest, parent: Path, dropped: Dropped, disks: Disks) -> Dropped:
     """Writes down that a save is one like others again. Returns what is still dropped. Collective.
     Raises CheckpointError on all ranks."""
     again = Kept(kept.saved_at, dropped.until)
-    return _write(dropped | Dropped(kept=(again,)), parent, disks)
+    return _write(dropped | Dropped(kept=frozenset({again})), parent, disks)
 
 
 def remove_dropped(parent: Path, dropped: Dropped, disks: Disks) -> None:
@@ -123,16 +136,17 @@ def remove_dropped(parent: Path, dropped: Dropped, disks: Disks) -> None:
 def _write(dropped: Dropped, parent: Path, disks: Disks) -> Dropped:
     with checkpoint_error_on_all_ranks(f"cannot write {parent / FILE}"):
         if disks.is_leader:
-            json_write(asdict(dropped), parent / FILE)
+            json_write({key: sorted(value) for key, value in vars(dropped).items()}, parent / FILE)
     return dropped
 
 
 def _from_json(found: Any) -> Dropped:
-    if isinstance(found, list):  # of before there was `kept`
-        found = {"spans": found, "kept": []}
-    spans = {Span(float(after), float(until)) for after, until in found["spans"]}
-    return _sorted(spans, {Kept(float(at), float(until)) for at, until in found["kept"]})
-
-
-def _sorted(spans: Iterable[Span], kept: Iterable[Kept]) -> Dropped:
-    return Dropped(tuple(sorted(spans)), tuple(sorted(kept)))
+    if isinstance(found, list):  # of before there was more than spans
+        found = {"spans": found, "left": [], "kept": []}
+    spans, left = (
+        frozenset(Span(float(after), float(until)) for after, until in found[key])
+        for key in ("spans", "left")
+    )
+    return Dropped(
+        spans, left, frozenset(Kept(float(at), float(until)) for at, until in found["kept"])
+    )

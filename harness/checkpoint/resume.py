@@ -17,7 +17,7 @@ from harness.checkpoint.completeness import (
     verify_checkpoint,
 )
 from harness.checkpoint.disks import Disks, list_checkpoints, list_saves
-from harness.checkpoint.dropped import Dropped, read_dropped
+from harness.checkpoint.dropped import Dropped, Span, read_dropped
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.fit import Fit
 from harness.checkpoint.manifest import Manifest, digest, is_unreadable
@@ -117,12 +117,12 @@ def _verified(directory: Path, verify: Verify, is_dropped: bool) -> Manifest:
     return manifest
 
 
-def last_good(parent: Path, disks: Disks, before: int, left: Dropped) -> Path | None:
+def last_good(parent: Path, disks: Disks, before: int, left: Span | None) -> Path | None:
     """The newest checkpoint in `parent` of a step before `before` that is complete, and whose
-    weights are finite, verified; not one that a rollback has dropped, or that is in `left`. None if
-    there is none. Collective."""
+    weights are finite, verified; not one that a rollback has dropped, or that the user has `left`.
+    None if there is none. Collective."""
     saves, everywhere = list_saves(parent, disks)
-    passed_over = left | read_dropped(parent, disks)
+    passed_over = read_dropped(parent, disks) | Dropped(left=frozenset({left} if left else ()))
     for directory in [parent / name for name in saves if name in everywhere]:
         try:
             if passed_over.has(saves[directory.name]):

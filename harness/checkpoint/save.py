@@ -33,7 +33,6 @@ from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copies
 from harness.checkpoint.disks import Disks, list_checkpoints, list_saves
 from harness.checkpoint.dropped import (
-    Dropped,
     Span,
     drop_after,
     read_dropped,
@@ -113,8 +112,8 @@ class Saver:
         """Whether the run has resumed with another model, or other data, than was saved."""
         self.begins_in_memory = False
         """Whether the run has resumed from there: its starting point is not on a disk."""
-        self.left = Dropped()
-        """What was saved before this start, and not on the way to its starting point: no rollback
+        self.left: Span | None = None
+        """What the run had saved after its starting point, if `run.resume` names that: no rollback
         returns to it."""
         self.disks = disks
         """Of the run directory."""
@@ -146,10 +145,10 @@ class Saver:
         memory = self._memory.directory if self._memory is not None else None
         self.begins_changed = is_changed
         self.begins_in_memory = checkpoint is not None and checkpoint.parent == memory
-        after = 0.0
-        if checkpoint is not None and checkpoint.parent in (self.directory, memory):
-            after = common_manifest(checkpoint).saved_at
-        self.left = Dropped((Span(after, self._saved_at),))
+        if checkpoint is not None and self._live.config.run.resume != "latest":
+            is_own = checkpoint.parent == self.directory
+            after = common_manifest(checkpoint).saved_at if is_own else 0.0
+            self.left = Span(after, max(after, self._saved_at))
 
     @property
     def is_writing(self) -> bool:
@@ -277,7 +276,7 @@ class Saver:
         # Up to now: also what is in a memory or a store, and was not seen by this start.
         self._saved_at = distributed.broadcast(self._now())
         kept = common_manifest(directory)
-        dropped = drop_after(self.directory, kept, self._saved_at, self.disks)
+        dropped = drop_after(self.directory, kept, self._saved_at, self.left, self.disks)
         with checkpoint_error_on_all_ranks(f"cannot return to {directory}"):
             if self.disks.is_leader:
                 self._removals.wait()

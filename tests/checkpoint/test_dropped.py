@@ -10,7 +10,7 @@ import pytest
 
 from harness import distributed, recovery
 from harness.checkpoint.disks import Disks
-from harness.checkpoint.dropped import Dropped, drop_after, keep, read_dropped
+from harness.checkpoint.dropped import Span, drop_after, keep, read_dropped
 from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.remote_store import Store, remote_name
 from harness.checkpoint.save import Saver
@@ -34,7 +34,7 @@ def train_and_die(config: Config, phase: str, rank: int) -> None:
     a phase of that, or in the forward of the step after. The store is down since then."""
     returned = False
 
-    def last_good(parent: Path, disks: Any, before: int, left: Dropped) -> Path | None:
+    def last_good(parent: Path, disks: Any, before: int, left: Span | None) -> Path | None:
         nonlocal returned
         if before < 5:  # at the start
             return LAST_GOOD(parent, disks, before, left)
@@ -170,6 +170,11 @@ def return_once(config: Config) -> None:
         run_in_world(config)
 
 
+def resumed(config: Config) -> list[Path]:
+    """The checkpoints that the run has started from, or returned to."""
+    return [Path(path) for path in re.findall(r"resumed from ([^\s,]*)", log_text(config))]
+
+
 def returns(config: Config) -> list[int]:
     """The steps that the run has returned to."""
     return [int(step) for step in re.findall(r"returning to .*/step-(\d+)", log_text(config))]
@@ -204,11 +209,20 @@ def test_a_pinned_save_that_was_dropped_stays_and_is_passed_over(
 def test_a_rollback_does_not_return_to_what_run_resume_has_left(
     pools: Pools, tmp_path: Path
 ) -> None:
-    """Steps 4 and 6 are of the run as it was before it was started from step 2 again."""
+    """Steps 4 and 6 are of the run as it was before it was started from step 2 again. They stay,
+    and a start takes them only if it is told to."""
     pools(1).run(run_in_world, tiny_config(tmp_path, 1, trainer={"save_every": 2}))
-    config = tiny_config(tmp_path, 1, run={"resume": "2"}, health=ROLLBACK)
+    settings = {"trainer": {"save_at_end": False}, "health": ROLLBACK}
+    config = tiny_config(tmp_path, 1, run={"resume": "2"}, **settings)
     pools(1).run(return_once, config)
     assert returns(config) == [2]
+    shutil.rmtree(checkpoint(config, 5))  # as if it had been killed before it saved
+    pools(1).run(run_in_world, tiny_config(tmp_path, 1, run={"steps": 3}, **settings))
+    old = [checkpoint(config, step) for step in (2, 4, 6)]
+    assert resumed(config)[-1] == old[0] and all(path.exists() for path in old)
+    pools(1).run(run_in_world, tiny_config(tmp_path, 1, run={"resume": "4"}, **settings))
+    pools(1).run(run_in_world, tiny_config(tmp_path, 1, **settings))
+    assert resumed(config)[-2:] == [old[1], old[1]]
 
 
 def test_the_newest_below_a_url_is_not_what_was_dropped(pools: Pools, tmp_path: Path) -> None:
@@ -227,7 +241,7 @@ def keep_and_read(parent: Path, number: int) -> list[bool]:
     """The second disk was away when a dropped save was kept."""
     disks = Disks((0, 1))
     kept, other = (manifest_of(step, {}) for step in (4, 3))
-    dropped = drop_after(parent, manifest_of(2, {}), 6.0, disks)
+    dropped = drop_after(parent, manifest_of(2, {}), 6.0, None, disks)
     before = (parent / "dropped.json").read_bytes()
     found = [dropped.has(kept.saved_at), dropped.has(other.saved_at)]
     keep(kept, parent, dropped, disks)

@@ -231,7 +231,7 @@ def return_to_the_first(root: Path) -> list[str]:
         ours.finish(lambda: False)
     assert [manifest.step for manifest in store.checkpoints().values()] == [3, 2, 1]
     ours.add(root / "step-00000004", manifest_of(4, {}))
-    ours.forget(Dropped((Span(1.0, 4.0),)))
+    ours.forget(Dropped(frozenset({Span(1.0, 4.0)})))
     ours.finish(lambda: False)
     ours.close()
     with pytest.raises(UnreadableCheckpoint):
@@ -256,7 +256,7 @@ def end_while_removing(root: Path, is_aborted: bool, give_up_after_s: float) -> 
         patch.setattr(Store, "checkpoints", down)
         patch.setattr(copies, "GIVE_UP_AFTER_S", give_up_after_s)
         ours = Copies(Uploads(Store(f"file://{root}/store"), CheckpointConfig))
-        ours.forget(Dropped((Span(1.0, 4.0),)))
+        ours.forget(Dropped(frozenset({Span(1.0, 4.0)})))
         began = time.monotonic()
         ours.finish(lambda: is_aborted)
         took = time.monotonic() - began
