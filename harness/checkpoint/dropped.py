@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from harness import distributed
 from harness.checkpoint import retention
-from harness.checkpoint.disks import Disks
+from harness.checkpoint.disks import Disks, list_saves
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import checkpoints_in
@@ -96,19 +96,26 @@ def read_dropped(parent: Path, disks: Disks) -> Dropped:
     return distributed.all_reduce(known, or_)
 
 
+def newest_save(parent: Path, disks: Disks) -> float:
+    """When the newest checkpoint was saved in a directory, or dropped by a rollback; 0 if there is
+    none. Collective. Raises CheckpointError on all ranks."""
+    saves, _ = list_saves(parent, disks)
+    return max([*saves.values(), read_dropped(parent, disks).until])
+
+
 def drop_after(
     parent: Path, kept: Manifest, until: float, left: Span | None, disks: Disks
 ) -> Dropped:
     """Drops the saves after one, up to a time, and writes that down on each disk. Returns all that
     is dropped. `left`: what of it the user had left. Collective. Raises CheckpointError on all
     ranks."""
-    found, after = read_dropped(parent, disks), kept.saved_at
-    if left is None or left.until <= after:
-        found |= Dropped(frozenset({Span(after, until)}))
-    else:
-        around = {Span(after, left.after), Span(left.until, until)}
-        found |= Dropped(frozenset(around), frozenset({left}))
-    return _write(found, parent, disks)
+    new = Dropped(frozenset({Span(kept.saved_at, until)}))
+    if left is not None and left.until > kept.saved_at:
+        around = {Span(kept.saved_at, left.after), Span(left.until, until)}
+        new = Dropped(
+            frozenset(span for span in around if span.after < span.until), frozenset({left})
+        )
+    return _write(new | read_dropped(parent, disks), parent, disks)
 
 
 def keep(kept: Manifest, parent: Path, dropped: Dropped, disks: Disks) -> Dropped:
@@ -143,10 +150,12 @@ def _write(dropped: Dropped, parent: Path, disks: Disks) -> Dropped:
 def _from_json(found: Any) -> Dropped:
     if isinstance(found, list):  # of before there was more than spans
         found = {"spans": found, "left": [], "kept": []}
-    spans, left = (
-        frozenset(Span(float(after), float(until)) for after, until in found[key])
-        for key in ("spans", "left")
+    spans, left, kept = (
+        {(float(one), float(other)) for one, other in found[key]}
+        for key in ("spans", "left", "kept")
     )
     return Dropped(
-        spans, left, frozenset(Kept(float(at), float(until)) for at, until in found["kept"])
+        frozenset(Span(*each) for each in spans),
+        frozenset(Span(*each) for each in left),
+        frozenset(Kept(*each) for each in kept),
     )

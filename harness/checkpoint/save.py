@@ -31,11 +31,11 @@ from harness.checkpoint.commit import (
 )
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copies
-from harness.checkpoint.disks import Disks, list_checkpoints, list_saves
+from harness.checkpoint.disks import Disks, list_checkpoints
 from harness.checkpoint.dropped import (
     Span,
     drop_after,
-    read_dropped,
+    newest_save,
     remove_dropped,
 )
 from harness.checkpoint.files import FileEntry
@@ -377,14 +377,6 @@ def step_back() -> None:
 def rank_file(rank: int) -> str:
     """The name of a rank's own file in a checkpoint."""
     return f"rank-{rank:05d}.pt"
-
-
-def newest_save(directory: Path, disks: Disks) -> float:
-    """When the newest checkpoint was saved in a directory, or dropped by a rollback; 0 if there is
-    none. Collective. Raises CheckpointError on all ranks."""
-    saves, _ = list_saves(directory, disks)
-    dropped = read_dropped(directory, disks)  # a new save must not look like one
-    return max([*saves.values(), dropped.until])
 
 
 def engine_manifest(engine: Engine) -> EngineManifest:
