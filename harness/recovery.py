@@ -205,7 +205,7 @@ def _roll_back(run: RecoveringRun, step: int, reason: str, spans: Sequence[Span]
 
 
 def _last_good(run: RecoveringRun, before: int) -> Path | None:
-    return last_good(run.saver.directory, run.saver.disks, before, run.saver.left)
+    return last_good(run.saver.directory, run.saver.disks, before, run.saver.passed_over)
 
 
 def _show_earlier_step(run: RecoveringRun) -> None:

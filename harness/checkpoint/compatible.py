@@ -9,16 +9,35 @@ from torch import nn
 from harness import distributed
 from harness.checkpoint.files import reading
 from harness.checkpoint.manifest import EngineManifest, Manifest
+from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError, ConfigError, first_few
 from harness.files import is_present
 from harness.formats.dtypes import FLOATS
 from harness.zero.entries import Entry, entries_of, file_of_entries, saved_entries
-from harness.zero.layout import Shapes
+from harness.zero.layout import Shapes, layout_digest
 from harness.zero.reader import SavedEngine
 
 Entries = dict[str, Entry]
+
+
+def engine_manifest(engine: Engine) -> EngineManifest:
+    """An engine's entry in the manifest, the same on every rank. Collective.
+
+    Raises CheckpointError, on all ranks, if the engine's layout is unknown.
+    """
+    trees = engine.collect().values() if engine.role == "train" else []
+    digest_of_layout = ""
+    with checkpoint_error_on_all_ranks(f"engine {engine.name!r}"):
+        if trees and distributed.is_global_leader():
+            digest_of_layout = layout_digest(trees)
+    return EngineManifest(
+        zero_stage=engine.zero_stage,
+        dtype=str(engine.dtype),
+        optimizer=engine.optimizer_path,
+        layout=distributed.broadcast(digest_of_layout),
+    )
 
 
 def check_compatible(

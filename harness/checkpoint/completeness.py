@@ -11,7 +11,7 @@ from operator import or_
 from pathlib import Path
 
 from harness import distributed
-from harness.checkpoint.disks import Disks, list_checkpoints, list_saves
+from harness.checkpoint.disks import Disks, list_saves
 from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.files import FileEntry, reading, verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
@@ -55,8 +55,8 @@ def common_manifest(directory: Path) -> Manifest:
 def newest_complete(parent: Path, disks: Disks, dropped: Dropped) -> tuple[Path, Manifest] | None:
     """The newest checkpoint all of whose files are on some disk, with finite weights, which no
     rollback has dropped; of what the disks hold only the size is looked at. Collective."""
-    names, _ = list_checkpoints(parent, disks)
-    for directory in [parent / name for name in names]:
+    saves, _ = list_saves(parent, disks)
+    for directory in [parent / name for name in saves]:
         try:
             manifest = common_manifest(directory)
         except CheckpointError:  # told by `choose_checkpoint`

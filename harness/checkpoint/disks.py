@@ -80,16 +80,10 @@ def find_disks(directory: Path) -> Disks:
     return Disks(tuple(leaders))
 
 
-def list_checkpoints(directory: Path, disks: Disks) -> tuple[list[str], set[str]]:
-    """The names of all checkpoints in `directory` on any disk, the newest first, those without a
-    manifest included; and of those that are from the same save on every disk. Collective. Raises
-    CheckpointError on all ranks."""
-    times, everywhere = list_saves(directory, disks)
-    return list(times), everywhere
-
-
 def list_saves(directory: Path, disks: Disks) -> tuple[dict[str, float], set[str]]:
-    """`list_checkpoints`, with when each was saved. Collective."""
+    """By the names of all checkpoints in `directory` on any disk, the newest first, those without a
+    manifest included: when each was saved; and the names of those that are from the same save on
+    every disk. Collective. Raises CheckpointError on all ranks."""
     own: dict[str, tuple[bool, float]] = {}  # with a manifest, when: where one is, it tells
     doing = f"cannot list {directory}"
     with checkpoint_error_on_all_ranks(doing):

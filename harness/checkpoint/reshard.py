@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import distributed
-from harness.checkpoint.compatible import check_parameters
+from harness.checkpoint.compatible import check_parameters, engine_manifest
 from harness.checkpoint.copy_missing import copy_missing_checkpoint, files_read_by
 from harness.checkpoint.fit import Fit, fit
 from harness.checkpoint.manifest import EngineManifest, Manifest
-from harness.checkpoint.save import engine_manifest
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines

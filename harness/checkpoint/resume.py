@@ -16,8 +16,8 @@ from harness.checkpoint.completeness import (
     remove_outdated,
     verify_checkpoint,
 )
-from harness.checkpoint.disks import Disks, list_checkpoints, list_saves
-from harness.checkpoint.dropped import Dropped, Span, read_dropped
+from harness.checkpoint.disks import Disks, list_saves
+from harness.checkpoint.dropped import Dropped, read_dropped
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.fit import Fit
 from harness.checkpoint.manifest import Manifest, digest, is_unreadable
@@ -56,7 +56,7 @@ def choose_checkpoint(
     complete; UnreadableCheckpoint if a newer one than those cannot be judged; ConfigError if it
     does not match this run, or if "none" is requested and an earlier run has left checkpoints.
     """
-    names, everywhere = list_checkpoints(parent, disks)
+    names, everywhere = list_saves(parent, disks)
     unreadable = {name for name in names if disks.is_leader and is_unreadable(parent / name)}
     unreadable = distributed.all_reduce(unreadable, or_)
     places = [(parent, disks)]
@@ -117,12 +117,10 @@ def _verified(directory: Path, verify: Verify, is_dropped: bool) -> Manifest:
     return manifest
 
 
-def last_good(parent: Path, disks: Disks, before: int, left: Span | None) -> Path | None:
+def last_good(parent: Path, disks: Disks, before: int, passed_over: Dropped) -> Path | None:
     """The newest checkpoint in `parent` of a step before `before` that is complete, and whose
-    weights are finite, verified; not one that a rollback has dropped, or that the user has `left`.
-    None if there is none. Collective."""
+    weights are finite, verified; none that is `passed_over`. None if there is none. Collective."""
     saves, everywhere = list_saves(parent, disks)
-    passed_over = read_dropped(parent, disks) | Dropped(left=frozenset({left} if left else ()))
     for directory in [parent / name for name in saves if name in everywhere]:
         try:
             if passed_over.has(saves[directory.name]):

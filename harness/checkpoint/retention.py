@@ -68,8 +68,9 @@ def prune(
 ) -> None:
     """Removes the checkpoints that no rule keeps; with `keep_last = 0` none.
 
-    `everywhere`: with several disks, the names with the same save on all. The rules choose among
-    them, so that all disks keep the same ones; others on this disk are removed at the same age.
+    `everywhere`: with several disks, the names with the same save on all; without those that no
+    rollback returns to. The rules choose among them, so that all disks keep the same ones; others
+    on this disk are removed at the same age.
     `needed`: also kept. `delete`: deletes a directory that has been renamed.
     Called only after a commit, so the newest checkpoint is valid. The one that `latest` names is
     always kept, and the newest one that is on two nodes. A failure to remove one is logged.
@@ -89,9 +90,10 @@ def prune(
     common = manifests
     if everywhere is not None:
         common = {path: m for path, m in manifests.items() if path.name in everywhere}
-    keep = {directory / path.read_text().strip() for path in directory.glob(LATEST)}
-    keep |= to_keep(common, settings) | to_keep(manifests, settings) | set(needed)
-    keep |= set(islice((p for p, manifest in manifests.items() if is_safe(p, manifest)), 1))
+    keep = {directory / path.read_text().strip() for path in directory.glob(LATEST)} | set(needed)
+    for found in (common, manifests):
+        keep |= to_keep(found, settings)
+        keep |= set(islice((p for p, manifest in found.items() if is_safe(p, manifest)), 1))
     for path in manifests.keys() - keep:
         try:
             remove(path, delete)

@@ -29,17 +29,20 @@ from harness.checkpoint.commit import (
     name_newest,
     write_files,
 )
+from harness.checkpoint.compatible import engine_manifest
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copies
-from harness.checkpoint.disks import Disks, list_checkpoints
+from harness.checkpoint.disks import Disks, list_saves
 from harness.checkpoint.dropped import (
+    Dropped,
     Span,
     drop_after,
     newest_save,
+    read_dropped,
     remove_dropped,
 )
 from harness.checkpoint.files import FileEntry
-from harness.checkpoint.manifest import EngineManifest, Manifest, digest, step_directory
+from harness.checkpoint.manifest import Manifest, digest, step_directory
 from harness.checkpoint.memory import Memory
 from harness.checkpoint.retention import Removals, prune
 from harness.checkpoint.snapshot import Snapshots, bytes_of, storage_sizes
@@ -47,11 +50,9 @@ from harness.checkpoint.written import checkpoint_error, checkpoint_error_on_all
 from harness.control.live import LiveConfig
 from harness.data.step_batches import StepBatches
 from harness.distributed.rng import rng_state
-from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError
 from harness.zero.file_trees import FileTrees
-from harness.zero.layout import layout_digest
 
 log = logging.getLogger(__name__)
 log_warning = distributed.global_leader_only(log.warning)
@@ -112,9 +113,11 @@ class Saver:
         """Whether the run has resumed with another model, or other data, than was saved."""
         self.begins_in_memory = False
         """Whether the run has resumed from there: its starting point is not on a disk."""
-        self.left: Span | None = None
-        """What the run had saved after its starting point, if `run.resume` names that: no rollback
-        returns to it."""
+        self.passed_over = Dropped()
+        """What was saved before, and does not count any more: no rollback returns to it. That is
+        what rollbacks have dropped, and what the run had saved after its starting point, if
+        `run.resume` names that."""
+        self._left: Span | None = None
         self.disks = disks
         """Of the run directory."""
         self._hosts = distributed.all_gather(socket.gethostname())
@@ -148,7 +151,11 @@ class Saver:
         if checkpoint is not None and self._live.config.run.resume != "latest":
             is_own = checkpoint.parent == self.directory
             after = common_manifest(checkpoint).saved_at if is_own else 0.0
-            self.left = Span(after, max(after, self._saved_at))
+            self._left = Span(after, max(after, self._saved_at))
+        self._pass_over(read_dropped(self.directory, self.disks))
+
+    def _pass_over(self, dropped: Dropped) -> None:
+        self.passed_over = dropped | Dropped(left=frozenset({self._left} if self._left else ()))
 
     @property
     def is_writing(self) -> bool:
@@ -238,8 +245,9 @@ class Saver:
         for copies in self._copies:
             copies.add(pending.target, manifest)
         settings, everywhere = self._live.config.checkpoint, None
-        if settings.keep_last and self.disks.count > 1:
-            _, everywhere = list_checkpoints(self.directory, self.disks)
+        if settings.keep_last and (self.disks.count > 1 or self.passed_over):
+            saves, names = list_saves(self.directory, self.disks)
+            everywhere = {name for name in names if not self.passed_over.has(saves[name])}
         if self.disks.is_leader and settings.keep_last:
             self._removals.wait()
             needed = set[Path]().union(*(copies.needs for copies in self._copies))
@@ -276,7 +284,8 @@ class Saver:
         # Up to now: also what is in a memory or a store, and was not seen by this start.
         self._saved_at = distributed.broadcast(self._now())
         kept = common_manifest(directory)
-        dropped = drop_after(self.directory, kept, self._saved_at, self.left, self.disks)
+        dropped = drop_after(self.directory, kept, self._saved_at, self._left, self.disks)
+        self._pass_over(dropped)
         with checkpoint_error_on_all_ranks(f"cannot return to {directory}"):
             if self.disks.is_leader:
                 self._removals.wait()
@@ -284,6 +293,7 @@ class Saver:
         name_newest(self.directory, dropped, self._live.config.checkpoint, self.disks)
         for copies in self._copies:
             copies.forget(dropped)
+            copies.add_existing(directory)  # passed over before, for one that is dropped
         if self._memory is not None:
             self._memory.forget(dropped)
 
@@ -377,21 +387,3 @@ def step_back() -> None:
 def rank_file(rank: int) -> str:
     """The name of a rank's own file in a checkpoint."""
     return f"rank-{rank:05d}.pt"
-
-
-def engine_manifest(engine: Engine) -> EngineManifest:
-    """An engine's entry in the manifest, the same on every rank. Collective.
-
-    Raises CheckpointError, on all ranks, if the engine's layout is unknown.
-    """
-    trees = engine.collect().values() if engine.role == "train" else []
-    digest_of_layout = ""
-    with checkpoint_error_on_all_ranks(f"engine {engine.name!r}"):
-        if trees and distributed.is_global_leader():
-            digest_of_layout = layout_digest(trees)
-    return EngineManifest(
-        zero_stage=engine.zero_stage,
-        dtype=str(engine.dtype),
-        optimizer=engine.optimizer_path,
-        layout=distributed.broadcast(digest_of_layout),
-    )

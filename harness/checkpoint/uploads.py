@@ -31,6 +31,7 @@ class Uploads:
         """`settings`: as they are now; they can change."""
         self._store = store
         self._settings = settings
+        self._dropped = Dropped()
 
     def share(self, directory: Path, manifest: Manifest) -> list[str]:
         """The files that this rank wrote, where it has them, or that it is the first to have."""
@@ -55,12 +56,15 @@ class Uploads:
             self._store.write_manifest(name, copy.manifest)
             found = {Path(name): manifest for name, manifest in self._store.checkpoints().items()}
             settings = self._settings()
-            self._keep(found, to_keep(found, settings) if settings.keep_last else found)
+            good = {path: m for path, m in found.items() if not self._dropped.has(m.saved_at)}
+            kept = to_keep(found, settings) | to_keep(good, settings)
+            self._keep(found, kept if settings.keep_last else found)
             for name in self._store.unfinished():  # of a run that was killed, or passed over
                 self._store.remove(name)
 
     def forget(self, dropped: Dropped) -> None:
         """Removes the checkpoints that a rollback has dropped."""
+        self._dropped = dropped
         if distributed.is_global_leader():
             found = {Path(name): manifest for name, manifest in self._store.checkpoints().items()}
             self._keep(found, [path for path in found if not dropped.removes(found[path])])

@@ -10,7 +10,7 @@ import pytest
 
 from harness import distributed, recovery
 from harness.checkpoint.disks import Disks
-from harness.checkpoint.dropped import Span, drop_after, keep, read_dropped
+from harness.checkpoint.dropped import Dropped, drop_after, keep, read_dropped
 from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.remote_store import Store, remote_name
 from harness.checkpoint.save import Saver
@@ -34,7 +34,7 @@ def train_and_die(config: Config, phase: str, rank: int) -> None:
     a phase of that, or in the forward of the step after. The store is down since then."""
     returned = False
 
-    def last_good(parent: Path, disks: Any, before: int, left: Span | None) -> Path | None:
+    def last_good(parent: Path, disks: Any, before: int, left: Dropped) -> Path | None:
         nonlocal returned
         if before < 5:  # at the start
             return LAST_GOOD(parent, disks, before, left)
@@ -213,6 +213,11 @@ def test_a_rollback_does_not_return_to_what_run_resume_has_left(
     and a start takes them only if it is told to."""
     pools(1).run(run_in_world, tiny_config(tmp_path, 1, trainer={"save_every": 2}))
     settings = {"trainer": {"save_at_end": False}, "health": ROLLBACK}
+    saving = {"trainer": {"save_every": 1}, "checkpoint": {"keep_last": 3}}
+    config = tiny_config(tmp_path, 1, run={"resume": "2", "steps": 3}, **saving)
+    pools(1).run(run_in_world, config)
+    assert checkpoint(config, 2).exists()  # one of the last three
+    shutil.rmtree(checkpoint(config, 3))
     config = tiny_config(tmp_path, 1, run={"resume": "2"}, **settings)
     pools(1).run(return_once, config)
     assert returns(config) == [2]

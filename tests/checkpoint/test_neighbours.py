@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from harness import distributed
+from harness import distributed, recovery
 from harness.checkpoint import copies
 from harness.checkpoint.disks import Disks
+from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.inspect import describe_path
 from harness.checkpoint.manifest import Manifest, is_safe, read_manifest, unmark_safe
@@ -23,11 +24,12 @@ from harness.checkpoint.written import write_file
 from harness.config import Config
 from harness.convert.run_checkpoints import checkpoints_in
 from harness.distributed.network import own_address
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, NonFiniteError
 from harness.run import run_in_world
 from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool
 from tests.checkpoint.test_disks import config_of, log_of, on, place, run_on, tensors
+from tests.checkpoint.test_dropped import copied_at_once
 from tests.checkpoint.test_remote_store import manifest_of
 from tests.support.helpers import Pools, assert_equal, exported, flip_bit, log_text
 
@@ -237,3 +239,29 @@ def test_all_disks_mark_a_checkpoint_or_none(pools: Pools, tmp_path: Path) -> No
 
 
 CHECKPOINTS = Path("runs/tiny/checkpoints")
+
+
+def return_to_the_second(config: Config) -> None:
+    """Step 5 is not finite, and step 4 does not count as good."""
+    good = recovery.last_good
+
+    def last_good(parent: Path, disks: Disks, before: int, passed_over: Dropped) -> Path | None:
+        return good(parent, disks, min(before, 4), passed_over)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(NonFiniteError):
+        patch.setattr(recovery, "last_good", last_good)
+        with fail_at("forward", step=5, kind="nan"):
+            copied_at_once(config)
+
+
+def test_what_a_rollback_returns_to_becomes_safe(pools: Pools, tmp_path: Path) -> None:
+    """It was passed over for a newer one, which is removed."""
+    pools(2).run(on, "ab", tmp_path, run_in_world, replicated(steps=4))
+    for number, host in enumerate("ba"):
+        (place(tmp_path, host, 2) / "safe.json").unlink(missing_ok=True)
+        (place(tmp_path, host, 2) / f"rank-0000{number}.pt").unlink(missing_ok=True)
+    health = {"nonfinite": "rollback", "max_rollbacks": 1}
+    pools(2).run(on, "ab", tmp_path, return_to_the_second, replicated(health=health))
+    assert "returning to runs/tiny/checkpoints/step-00000002" in log_of(tmp_path)
+    for host in "ab":
+        assert 2 in claims(tmp_path, host)
