@@ -230,6 +230,18 @@ def test_a_rollback_does_not_return_to_what_run_resume_has_left(
     assert resumed(config)[-2:] == [old[1], old[1]]
 
 
+def test_a_rollback_of_a_run_that_goes_on_from_another(pools: Pools, tmp_path: Path) -> None:
+    """It returns to where it began, and not to what it had saved before."""
+    base = tiny_config(tmp_path / "base", 1, run={"steps": 4})
+    config = tiny_config(tmp_path, 1, run={"steps": 2})
+    for each in (base, config):
+        pools(1).run(run_in_world, each)
+    again = {"steps": 5, "resume": str(checkpoint(base, 4))}
+    pools(1).run(return_once, tiny_config(tmp_path, 1, run=again, health=ROLLBACK))
+    assert returns(config) == [4]
+    assert checkpoint(config, 2).exists()
+
+
 def test_the_newest_below_a_url_is_not_what_was_dropped(pools: Pools, tmp_path: Path) -> None:
     remote = {"remote": f"file://{tmp_path}/store"}
     config = tiny_config(tmp_path, 1, trainer={"save_every": 2}, checkpoint=remote)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from harness.checkpoint.files import FileEntry
-from harness.checkpoint.manifest import Manifest, read_manifest, step_directory
+from harness.checkpoint.manifest import Manifest, mark_safe, read_manifest, step_directory
 from harness.checkpoint.retention import (
     PRUNED,
     REPLACED,
@@ -116,6 +116,16 @@ def test_what_is_on_one_disk_only_does_not_count_and_is_removed_when_it_is_old(
         everywhere.remove(step_directory(tmp_path, step).name)
     prune(tmp_path, CheckpointConfig(keep_last=2), everywhere)
     assert checkpoints_in(tmp_path) == [step_directory(tmp_path, step) for step in left]
+
+
+def test_the_newest_safe_one_of_those_that_count_stays(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        directory = make(tmp_path, step)
+        if step != 2:
+            mark_safe(directory, read_manifest(directory))
+    counted = [step_directory(tmp_path, step).name for step in (1, 2)]
+    prune(tmp_path, CheckpointConfig(keep_last=1), counted)
+    assert len(checkpoints_in(tmp_path)) == 3
 
 
 def test_the_newest_is_the_one_that_was_saved_last(tmp_path: Path) -> None:
