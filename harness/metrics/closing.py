@@ -98,9 +98,10 @@ class Closing:
         """The lines of the summary."""
         run_dir, steps = self._config.run_dir, self._config.run.steps
         ledger = goodput.read(run_dir / goodput.FILE)
-        seconds = time.time() - ledger[0]["began"] if ledger else 0.0
+        since_last = max(0.0, time.time() - ledger[-1]["time"]) if ledger else 0.0
+        seconds = goodput.seconds_in_starts(ledger) + since_last
         starts = sum("starting" in record for record in ledger)
-        again = f" and {starts} starts" if starts > 1 else ""
+        again = f" in {starts} starts" if starts > 1 else ""
         yield f"{outcome.kind}: step {outcome.step} after {format_duration(seconds)}{again}"
         since = f" (since step {self._from})" if self._from else ""
         for name, series in self._series.items():
@@ -113,7 +114,7 @@ class Closing:
             if found := sorted(path for path in saved if path.suffix not in (".tmp", ".kept")):
                 yield f"{what}: {len(found)}, the newest is {found[-1]}"
         if best is not None:
-            yield f"best by {self._config.checkpoint.best_metric}: {best}"
+            yield f"best saved by {self._config.checkpoint.best_metric}: {best}"
         run = _shown(run_dir)
         goes_on = outcome.kind != "complete" and (outcome.step or 0) < steps
         then = f"harness convert {run} {run}.sft{' --best' if best else ''}"
