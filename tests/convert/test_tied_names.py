@@ -207,6 +207,9 @@ def test_a_model_is_filled_from_one_name_of_each_tie(
     else:
         assert load_model(model, path) == (set(), [])
     assert_equal(model.state_dict(), converted(source))
+    names = model.state_dict(keep_vars=True)
+    count = len({id(tensor) for tensor in names.values()})
+    assert f": {count} tensors (and {len(names) - count} tied names), " in lines[-1]
 
 
 def test_only_the_same_tensor_is_tied(tmp_path: Path) -> None:
