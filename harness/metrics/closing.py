@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.config import Config
+from harness.errors import counted
 from harness.health import goodput
 from harness.health.goodput import counts_skips
 from harness.health.outcome import Outcome
@@ -60,19 +61,22 @@ class Closing:
         self._from = step
         self._series: dict[str, _Series] = {}
         self._skipped: dict[str, int] = {}
+        self._spikes: dict[str, int] = {}
         path = config.run_dir / "metrics.jsonl"
         for line in path.open("rb") if step and path.is_file() else ():
             if b'"eval/' in line:
                 self.write(json.loads(line))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Takes note of losses, evaluations and skipped steps, and of a rollback."""
+        """Takes note of losses, evaluations, skipped steps and spikes, and of a rollback."""
         if record.get(EVENT) == "rollback":
             for series in self._series.values():
                 series.truncate(record["step"])
         for name, value in record.items():
             if counts_skips(name):
                 self._skipped[name] = value
+            elif name.rpartition("/")[2] == "spikes":
+                self._spikes[name] = value
             elif _is_summarized(name):
                 number = float(value)
                 if number == number:
@@ -109,6 +113,8 @@ class Closing:
                 yield f"{name} {series}{'' if name.startswith('eval/') else since}"
         if skipped := sum(self._skipped.values()):
             yield "1 step was skipped" if skipped == 1 else f"{skipped} steps were skipped"
+        if spikes := sum(self._spikes.values()):
+            yield counted(spikes, "spike") + " of loss or gradient norm"
         for what in ("checkpoints", "exports"):
             saved = (run_dir / what).glob("step-*")
             if found := sorted(path for path in saved if path.suffix not in (".tmp", ".kept")):

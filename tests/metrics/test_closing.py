@@ -23,7 +23,9 @@ def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in earlier))
     closing = Closing(config, 2)
     for step, loss in enumerate((3.0, 1.5, 0.9, 2.5, float("nan")), start=3):
-        closing.write({"step": step, "loss": loss, "skipped": int(step > 5), "apollo/skipped": 7})
+        closing.write(
+            {"step": step, "loss": loss, "skipped": int(step > 5), "apollo/skipped": 7, "spikes": 4}
+        )
     closing.write({"step": 7, "eval/loss": 0.7, "eval/accuracy": 0.3})
     lines = list(closing.lines(Outcome("quit", 0, step=7)))
     assert lines == [
@@ -32,6 +34,7 @@ def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
         "eval/accuracy 0.3",
         "loss 2.5, best 0.9 at step 5 (since step 2)",
         "1 step was skipped",
+        "4 spikes of loss or gradient norm",
         f"checkpoints: 2, the newest is {run_dir}/checkpoints/step-00000008",
         f"next: harness report {run_dir}; a start with the same run.name resumes it",
     ]
