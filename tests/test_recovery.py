@@ -337,7 +337,7 @@ def spiking(directory: Path, policy: str, stage: int, **overrides: Any) -> Confi
 
 @pytest.mark.parametrize("policy", ["report", pytest.param("skip", marks=SLOW)])
 def test_a_spike_is_reported_or_skipped(two_ranks: RankPool, tmp_path: Path, policy: str) -> None:
-    """And found at the same step, whether the run was resumed or not. The log warns of the first."""
+    """And found at the same step, whether the run was resumed or not. The log warns of one."""
     config = spiking(tmp_path, policy, 3, task={"args": {"steps": [75, 77]}})
     two_ranks.run(run_in_world, config)
     found = records(config)
