@@ -20,7 +20,7 @@ from harness.evaluate import check_best_metric
 from harness.health import phases
 from harness.logs import set_log_level
 from harness.metrics.progress import Progress
-from harness.metrics.status import Status, short_number
+from harness.metrics.status import Status
 from harness.metrics.trace import Traces
 from harness.task import Task, check_eval_data
 
@@ -162,8 +162,7 @@ def _change_lr(engines: Engines, command: c.SetLr | c.ScaleLr | c.FollowSchedule
 def _rates(engines: Engines) -> str:
     """The learning rates of the next step."""
     return ", ".join(
-        f"{engine.name}: "
-        + ", ".join(f"{k} {short_number(lr)}" for k, lr in engine.overrides.rates().items())
+        f"{engine.name}: " + ", ".join(f"{k} {lr:g}" for k, lr in engine.overrides.rates().items())
         for engine in engines.trained
     )
 

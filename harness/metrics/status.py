@@ -133,16 +133,11 @@ def headline(record: Mapping[str, Any]) -> dict[str, str]:
     """The most important metrics of a record, formatted."""
     wanted = HEADLINE[:-1] if record.get("tokens_per_s") else (*HEADLINE[:2], HEADLINE[-1])
     return {
-        name: short_number(value)
+        name: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
         for last in wanted
         for name, value in record.items()
         if name.rpartition("/")[2] == last
     }
-
-
-def short_number(value: float) -> str:
-    """A metric as people read it: 0.0009876, 15,341."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def format_duration(seconds: float) -> str:
