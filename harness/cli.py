@@ -4,6 +4,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,18 +166,27 @@ def run_run(args: argparse.Namespace) -> int:
 
 def add_ctl_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `harness ctl`."""
-    parser.add_argument("--json", action="store_true", help="print each answer as a JSON object")
-    parser.add_argument("run_dir", type=Path, help="the job's run directory, on rank 0's machine")
-    parser.add_argument("words", nargs="*", metavar="COMMAND", help="like: lr x0.5")
+    add: Any = parser.add_argument
+    add("--json", action="store_true", help="print each answer as a JSON object")
+    add(
+        "--wait",
+        metavar="SECONDS",
+        type=float,
+        default=0.0,
+        help="for a job that has only just been started: how long it may take until it listens",
+    )
+    add("run_dir", type=Path, help="the job's run directory, on rank 0's machine")
+    add("words", nargs="*", metavar="COMMAND", help="like: lr x0.5")
 
 
 def run_ctl(args: argparse.Namespace) -> int:
     """Sends commands to a running job."""
-    from harness.control.client import send_command, send_stdin
+    from harness.control.client import connected, send_command, send_stdin
 
-    if args.words:
-        return send_command(args.run_dir, " ".join(args.words), args.json)
-    return send_stdin(args.run_dir, args.json)
+    with closing(connected(args.run_dir, args.wait)) as client:
+        if args.words:
+            return send_command(client, " ".join(args.words), args.json)
+        return send_stdin(client, args.run_dir, args.json)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -132,8 +132,10 @@ def _of_torch(found: dict[str, str]) -> Iterator[Finding]:
 def _port() -> Finding:
     port = int(os.environ.get("MASTER_PORT") or 29500)
     with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
         try:
             one.bind(("", port))
+            one.listen()
         except OSError as error:
             remedy = "another run uses it: give this one another, by --master_port of its launcher"
             return Finding("port", "warning", f"{port}: {error.strerror}", remedy)

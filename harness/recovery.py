@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any, NoReturn, Protocol
 
 from harness import distributed
@@ -24,7 +25,7 @@ from harness.engine.blame import KeptStep
 from harness.engine.engines import Engines
 from harness.errors import NonFiniteError
 from harness.health.skips import WHAT, Skip
-from harness.health.spikes import Spike
+from harness.health.spikes import Spike, SpikeWarnings
 from harness.metrics.meters import StepNumbers
 from harness.metrics.progress import Progress
 from harness.metrics.recorder import Recorder
@@ -46,6 +47,7 @@ class RecoveringRun(Protocol):
     saver: Saver
     bus: Bus
     kept_step: KeptStep | None
+    spike_warnings: SpikeWarnings
     ending: Quit | None
     recorder: Recorder
     callbacks: Callbacks
@@ -108,9 +110,9 @@ def recover(run: RecoveringRun) -> bool:
     settings, step = run.live.config.health, run.engines.global_step
     for spike in run.engines.spikes.take():
         if settings.spike == "rollback":
-            _roll_back(run, spike.step, _described_spike(spike), spike.spans)
+            _roll_back(run, spike.step, str(spike), spike.spans)
             return True
-        log_warning("%s", _described_spike(spike))
+        _report(run, spike)
     skips = [skip for skip in run.engines.skips.of(step) if skip.reason != "overflow"]
     nonfinite = [skip for skip in skips if skip.reason == "nonfinite"]
     for skip in nonfinite:
@@ -134,7 +136,7 @@ def exit_code(run: RecoveringRun) -> int:
     if isinstance(run.ending, Interrupt):
         return 128 + run.ending.signal
     for spike in run.engines.spikes.take():
-        log_warning("%s", _described_spike(spike))
+        _report(run, spike)
     for engine in run.engines.trained:
         if count := engine.counters.skipped_in_a_row:
             steps = f"its last {count} steps were" if count > 1 else "its last step was"
@@ -163,8 +165,11 @@ def _blame(run: RecoveringRun, skip: Skip) -> None:
         run.bus.record("health", f"blame {skip.engine}", skip.step, what)
 
 
-def _described_spike(spike: Spike) -> str:
-    return f"step {spike.step}: engine {spike.engine!r}: a spike: {spike.text}"
+def _report(run: RecoveringRun, spike: Spike) -> None:
+    if text := run.spike_warnings.text(spike, monotonic()):
+        log_warning("%s", text)
+    else:
+        log.debug("%s", spike)
 
 
 def _roll_back(run: RecoveringRun, step: int, reason: str, spans: Sequence[Span]) -> None:

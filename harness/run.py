@@ -103,6 +103,7 @@ def run_in_world(
     configure_logging()
     set_deepspeed_level(config.run.deepspeed_log)
     phases.begin()
+    startup.warn_if_in_use(config.run_dir)
     startup.check_machine(config.data.workers)
     startup.check_ranks_alike(config)
     store = open_store(config)

@@ -22,6 +22,7 @@ from harness import distributed
 from harness.config import Config
 from harness.data.workers import SHARED_MEMORY
 from harness.errors import ConfigError
+from harness.files import holder
 from harness.utils import flattened
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,18 @@ def check_open_files(workers: int) -> None:
             f"rank {distributed.global_rank()} on {socket.gethostname()} may open {limit} files, "
             f"but {ranks} ranks with data.workers = {workers} need about {needed}: raise the limit "
             "before the start, with `ulimit -n 65536` for instance"
+        )
+
+
+def warn_if_in_use(run_dir: Path) -> None:
+    """Warns, on rank 0, of a run that has the directory: this one locks it once its models are
+    built, which may take minutes, and goes on from what the other has saved if that has ended."""
+    if distributed.is_global_leader() and (owner := holder(run_dir / "control/lock")):
+        log.warning(
+            "%s is in use by %s: this start goes on from there if that has ended once models and "
+            "data are built, and fails otherwise; until then `harness ctl` reaches the other run. "
+            "`harness ctl %s quit` ends it, another run.name makes this one a run of its own",
+            *(run_dir, owner, run_dir),
         )
 
 

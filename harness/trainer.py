@@ -22,6 +22,7 @@ from harness.engine.engines import Engines
 from harness.errors import CheckpointError, GradientError, HarnessError, no_exit
 from harness.evaluate import check_best_metric, evaluate
 from harness.execute import execute
+from harness.health.spikes import SpikeWarnings
 from harness.health.stragglers import Pace
 from harness.metrics.flops import FlopMeter
 from harness.metrics.meters import StepMeter, StepNumbers
@@ -88,6 +89,7 @@ class Trainer:
         self.failures = current()
         self.begun: BegunStep | None = None  # the step in progress
         self.kept_step: KeptStep | None = None  # the last one, with `health.blame`
+        self.spike_warnings = SpikeWarnings()
         self._started_at = None if saver.begins_in_memory else engines.global_step
         self._saved_step: int | None = None
         self._exported_step: int | None = None

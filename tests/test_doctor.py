@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from harness import doctor
 from harness.doctor import Finding, examine
@@ -66,6 +67,21 @@ def test_every_fault_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         first, remedy = found[what].lines()
         assert re.match(r"(warn|FAIL)  \S", first) and re.search(r"-> .{8}", remedy)
     assert str(lock) in found["stale locks"].remedy
+
+
+def test_a_port_that_a_run_has_just_left_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed connection holds it for a minute (TIME_WAIT), but not from torch's store."""
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        port = store.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            store.accept()[0].close()
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    with socket.socket() as plain, pytest.raises(OSError, match="in use"):
+        plain.bind(("", port))
+    assert doctor._port() == Finding("port", "ok", f"{port} is free")
+    store = TCPStore("127.0.0.1", port, is_master=True)
+    assert doctor._port().state == "warning"
+    del store
 
 
 def test_a_file_is_not_where_runs_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -337,15 +337,17 @@ def spiking(directory: Path, policy: str, stage: int, **overrides: Any) -> Confi
 
 @pytest.mark.parametrize("policy", ["report", pytest.param("skip", marks=SLOW)])
 def test_a_spike_is_reported_or_skipped(two_ranks: RankPool, tmp_path: Path, policy: str) -> None:
-    """And found at the same step, whether the run was resumed or not."""
-    config = spiking(tmp_path, policy, 3)
+    """And found at the same step, whether the run was resumed or not. The log warns of one."""
+    config = spiking(tmp_path, policy, 3, task={"args": {"steps": [75, 77]}})
     two_ranks.run(run_in_world, config)
     found = records(config)
-    assert [r["spikes"] for r in found] == [0] * 74 + [1] * 6
-    assert [r["skipped"] for r in found] == [0] * 74 + [int(policy == "skip")] * 6
+    assert [r["spikes"] for r in found] == [0] * 74 + [1] * 2 + [2] * 4
+    is_skip = int(policy == "skip")
+    assert [r["skipped"] for r in found] == [0] * 74 + [is_skip] * 2 + [2 * is_skip] * 4
     assert found[74]["grad_norm"] > 100 * found[73]["grad_norm"]
     text = log_text(config)
     assert text.count("step 75: engine 'net': a spike: loss ") == 1
+    assert text.count("a spike: ") == 1 and "2 spikes of loss or gradient norm" in text
     skipped = "step 75: engine net: skipped, as the norm of its gradients is a spike (1 so far): "
     assert text.count(skipped) == (policy == "skip")
     shutil.rmtree(checkpoint(config, 80))

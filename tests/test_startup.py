@@ -4,6 +4,7 @@ import logging
 import os
 import resource
 import shutil
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,14 @@ from typing import Any
 import pytest
 
 from harness import distributed, startup
-from harness.errors import ConfigError
+from harness.config import Config
+from harness.errors import ConfigError, HarnessError
+from harness.files import locked
+from harness.run import run_in_world
+from harness.task import Task
 from harness.testing.pool import RankPool
 from tests.support.helpers import tiny_config
+from tests.tasks import tiny_task
 
 
 def test_too_few_open_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +57,44 @@ def test_a_stale_lock_of_a_compilation_is_told(
     startup.check_machine(0)
     assert f"{tmp_path}/cpu_adam/lock is 20 minutes old" in caplog.text
     assert "fused_adam" not in caplog.text
+
+
+def start_of(config: Config) -> list[str]:
+    """What a rank logs in a start that fails, when it builds its task, and the error."""
+    told: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    def build(config: Config) -> Task:
+        told.append("build")
+        return tiny_task.build(config)
+
+    logger, handler = logging.getLogger("harness"), Handler()
+    logger.addHandler(handler)
+    try:
+        run_in_world(config, build=build)
+    except HarnessError as error:
+        told.append(str(error))
+    finally:
+        logger.removeHandler(handler)
+    return told
+
+
+def test_a_directory_in_use_is_told_before_anything_is_built(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path)
+    lock = config.run_dir / "control/lock"
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
+    with locked(lock):
+        first, other = two_ranks.run(start_of, config)
+    assert first[0].startswith(f"{config.run_dir} is in use by {owner}: this start ")
+    assert first[1] == "build" and f"in use by {owner}" in first[-1]
+    assert other[0] == "build"
+    first, _ = two_ranks.run(start_of, config)  # the file is there, but nobody has it
+    assert first[0] == "build" and not any("in use" in text for text in first)
 
 
 def check_with(name: str, difference: Any, directory: Path) -> str:

@@ -19,8 +19,8 @@ from harness.convert.run_checkpoints import is_step
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.engine.lora import base_weights
-from harness.errors import ConfigError, FormatError, did_you_mean, first_few
-from harness.formats import tensor_file
+from harness.errors import ConfigError, FormatError, counted, did_you_mean, first_few
+from harness.formats import tensor_file, tied_weights
 from harness.formats.dtypes import FLOATS
 from harness.formats.stored_tensor import StoredTensor
 from harness.formats.tensor_file import is_extra_state
@@ -91,13 +91,16 @@ def load_weights(engine: Engine, weights: Weights) -> None:
 
 
 def _log_casts(engine: Engine, module: Mapping[str, torch.Tensor], weights: Weights) -> None:
+    names = [name for name in module if name in weights]
+    loaded = {id(module[name]): name for name in names}
     casts: dict[str, int] = {}
-    for name, tensor in module.items():
-        if name in weights and weights[name].dtype != dtype_name(tensor.dtype):
-            text = f"{weights[name].dtype} to {dtype_name(tensor.dtype)}"
+    for name in loaded.values():
+        if weights[name].dtype != dtype_name(module[name].dtype):
+            text = f"{weights[name].dtype} to {dtype_name(module[name].dtype)}"
             casts[text] = casts.get(text, 0) + 1
+    count = counted(len(loaded), "weight") + tied_weights.note(len(names) - len(loaded))
     cast = "".join(f"; {count} cast from {text}" for text, count in casts.items())
-    log.info("engine %s: loaded %d weights from init_from%s", engine.name, len(weights), cast)
+    log.info("engine %s: loaded %s from init_from%s", engine.name, count, cast)
 
 
 def match_weights(engine: Engine, path: Path) -> Weights:

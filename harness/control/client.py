@@ -72,15 +72,16 @@ class Client:
 
 def _why_not(run_dir: Path, error: OSError) -> str:
     """Why no job is listening."""
+    starting = "(a run that is starting listens after some seconds: harness ctl --wait SECONDS)"
     if not run_dir.is_dir():
-        return f"{run_dir}: no such run directory"
+        return f"{run_dir}: no such run directory {starting}"
     outcome = Outcome.read(run_dir / FILE)
     if outcome is not None:
         at = "" if outcome.step is None else f" at step {outcome.step}"
         how = "" if outcome.kind == "complete" else f": {outcome.reason}"
         return f"{run_dir}: the run has ended ({outcome.kind}{at}){how}"
     if isinstance(error, FileNotFoundError):
-        return f"no run is going on in {run_dir}: it has no {SOCKET}"
+        return f"no run is going on in {run_dir}: it has no {SOCKET} {starting}"
     return (
         f"{run_dir / SOCKET}: no answer: the run was killed, or its rank 0 is on another machine "
         f"(see {run_dir}/log.txt)"
@@ -90,18 +91,18 @@ def _why_not(run_dir: Path, error: OSError) -> str:
 def command(run_dir: str | Path, text: str, wait_s: float = 0.0) -> str:
     """Sends a command to a running job, of this process or another one, and returns its result,
     like "net: lr 0.0005". Blocks until it is executed. A job that has only just been started may
-    take up to `wait_s` seconds until it listens.
+    take up to `wait_s` seconds until it listens, as with `harness ctl --wait`.
 
     Raises CommandError if it is rejected or fails, NoAnswer if no job is running.
     """
-    with contextlib.closing(_connected(Path(run_dir), wait_s)) as client:
+    with contextlib.closing(connected(Path(run_dir), wait_s)) as client:
         *_, answer = client.send(text)
     if answer.state != "done":
         raise CommandError(f"{text!r}: {answer.state}: {answer.result}")
     return answer.result
 
 
-def _connected(run_dir: Path, wait_s: float) -> Client:
+def connected(run_dir: Path, wait_s: float) -> Client:
     """A connection, once a job listens. Raises NoAnswer if none does after `wait_s` seconds."""
     end = time.monotonic() + wait_s
     while True:
@@ -113,13 +114,8 @@ def _connected(run_dir: Path, wait_s: float) -> Client:
         time.sleep(0.1)
 
 
-def send_command(run_dir: Path, command: str, as_json: bool) -> int:
+def send_command(client: Client, command: str, as_json: bool) -> int:
     """Sends one command, prints its answers, and returns the exit code."""
-    with contextlib.closing(Client(run_dir)) as client:
-        return _send_and_print(client, command, as_json)
-
-
-def _send_and_print(client: Client, command: str, as_json: bool) -> int:
     code = NO_ANSWER
     for answer in client.send(command):
         code = EXIT_CODES.get(answer.state, NO_ANSWER)
@@ -131,23 +127,19 @@ def _send_and_print(client: Client, command: str, as_json: bool) -> int:
     return code
 
 
-def send_stdin(run_dir: Path, as_json: bool) -> int:
+def send_stdin(client: Client, run_dir: Path, as_json: bool) -> int:
     """Sends the lines of standard input one by one, and returns the highest exit code.
 
     On a terminal: a prompt with history, below the live status of the run.
     """
     if sys.stdin.isatty() and sys.stdout.isatty():
-        return _prompt(run_dir, as_json)
-    with contextlib.closing(Client(run_dir)) as client:
-        lines = filter(str.strip, sys.stdin)
-        return max((_send_and_print(client, line, as_json) for line in lines), default=0)
+        return _prompt(client, run_dir, as_json)
+    lines = filter(str.strip, sys.stdin)
+    return max((send_command(client, line, as_json) for line in lines), default=0)
 
 
-def _prompt(run_dir: Path, as_json: bool) -> int:
-    with (
-        contextlib.closing(Client(run_dir)) as client,
-        contextlib.closing(Client(run_dir)) as status_client,
-    ):
+def _prompt(client: Client, run_dir: Path, as_json: bool) -> int:
+    with contextlib.closing(Client(run_dir)) as status_client:
         sys.stdout.write("help lists the commands; Ctrl-D leaves the prompt, not the run\n")
         while True:
             try:
@@ -157,7 +149,7 @@ def _prompt(run_dir: Path, as_json: bool) -> int:
                 sys.stdout.write("\n")
                 return 0
             if command.strip():
-                _send_and_print(client, command, as_json)
+                send_command(client, command, as_json)
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def convert(src: Path, dst: Path, options: Options, print_line: PrintLine) -> No
             f"{first_few([repr(name) for name in sorted(overflows)])}"
         )
     print_line(
-        f"{dst}: {len(plan.tensors)} tensors, {plan.nbytes / 1e6:,.1f} MB in {seconds:.1f} s, "
+        f"{dst}: {plan.count}, {plan.nbytes / 1e6:,.1f} MB in {seconds:.1f} s, "
         f"{plan.nbytes / 1e9 / seconds:.2f} GB/s{', verified' if options.verify else ''}"
     )
 

@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.errors import CheckpointError, HarnessError, compile_pattern, did_you_mean, printable
+from harness.errors import (
+    CheckpointError,
+    HarnessError,
+    compile_pattern,
+    counted,
+    did_you_mean,
+    printable,
+)
+from harness.formats import tied_weights
 from harness.formats.dtypes import FLOATS, SIZES
 from harness.formats.known_values import NumpyScalar
 from harness.formats.pickled import describe
@@ -70,6 +78,11 @@ class ConversionPlan:
     def nbytes(self) -> int:
         """Bytes of all tensors of the output."""
         return sum(planned.nbytes for planned in self.tensors.values())
+
+    @property
+    def count(self) -> str:
+        """How many tensors, in words."""
+        return counted(len(self.tensors), "tensor") + tied_weights.note(len(self.aliases))
 
     def ranges(self) -> Iterable[ByteRange]:
         """All byte ranges that are read."""
@@ -315,4 +328,4 @@ def print_plan(plan: ConversionPlan, print_line: Callable[[str], object]) -> Non
         )
     for name, stored_name in plan.aliases.items():
         print_line(f"{printable(name):<{width}}  = {printable(stored_name)}")
-    print_line(f"{len(plan.tensors)} tensors, {plan.nbytes:,} bytes")
+    print_line(f"{plan.count}, {plan.nbytes:,} bytes")

@@ -14,6 +14,7 @@ class Submodules:
 
     def __init__(self, model: nn.Module):
         self._model = model
+        self._gathered: dict[str, list[dict[str, Any]]] = {}  # where each attribute last was
         self._find()
 
     def __call__(self) -> list[tuple[str, nn.Module]]:
@@ -36,7 +37,17 @@ class Submodules:
         their submodules for the default feeder.
         """
         found = [(path, vars(m)) for path, m in self() if name in vars(m)]
-        return {path: values.pop(name) for path, values in found if isinstance(values[name], kind)}
+        found = [(path, values) for path, values in found if isinstance(values[name], kind)]
+        self._gathered[name] = [values for _, values in found]
+        return {path: values.pop(name) for path, values in found}
+
+    def gather_again(self) -> None:
+        """Removes what was gathered once more: activation checkpointing has run a forward again in
+        the backward. It would be taken for the next micro-batch's, and keep a graph in memory."""
+        for name, found in self._gathered.items():
+            for values in found:
+                values.pop(name, None)
+        self._gathered.clear()
 
 
 def dispatch(model: nn.Module, name: str, value: Any, where: Choice | None = None) -> int:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from harness import distributed
 from harness.config.engine_sections import EngineConfig
 from harness.engine import attributes, mixed_dtypes, trainable
+from harness.engine.attributes import Choice
 from harness.engine.buffers import Buffers
 from harness.engine.counters import Counters
 from harness.engine.edits import Edits
@@ -234,6 +235,7 @@ class Engine:
         without_terms = nullcontext() if share else zero_gradients(self.module)
         with without_terms, explained(self.name, self.ds):
             self.arrivals.backward(loss if share == 1 else loss * share)
+        self._submodules.gather_again()
 
     def step(self) -> bool:
         """Ends a micro-batch. True if it was the last of an optimizer step, which is then taken."""
@@ -345,9 +347,7 @@ class Engine:
         """`Submodules.gather` from its model."""
         return self._submodules.gather(name, kind)
 
-    def dispatch_attribute(
-        self, name: str, value: Any, where: attributes.Choice | None = None
-    ) -> int:
+    def dispatch_attribute(self, name: str, value: Any, where: Choice | None = None) -> int:
         """`attributes.dispatch` to its model."""
         return attributes.dispatch(self.module, name, value, where)
 

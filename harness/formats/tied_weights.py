@@ -6,7 +6,13 @@ The structure that `harness.io` writes for a dict of tensors, some under several
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from harness.errors import counted
 from harness.formats import json_tree
+
+
+def note(names: int) -> str:
+    """What follows a count of tensors of which some have more `names`; empty without any."""
+    return f" (and {counted(names, 'tied name')})" if names else ""
 
 
 def to_metadata(names: Iterable[str], aliases: Mapping[str, str]) -> dict[str, str]:

@@ -10,11 +10,12 @@ Does not import torch.
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from harness.errors import counted
 from harness.files import JsonLines
 
 FILE = "goodput.jsonl"
@@ -140,6 +141,12 @@ def seconds_by_kind(path: Path) -> dict[str, float]:
     return total
 
 
+def seconds_in_starts(records: Sequence[Mapping[str, Any]]) -> float:
+    """How long the starts of a ledger went on, without the time from one to the next."""
+    between = sum(record.get("waiting", 0.0) for record in records if "starting" in record)
+    return sum(record["time"] - record["began"] for record in records) - between
+
+
 def table(path: Path) -> Iterator[str]:
     """Lines that show a ledger; none without one."""
     total = seconds_by_kind(path)
@@ -147,7 +154,7 @@ def table(path: Path) -> Iterator[str]:
         return
     everything = sum(total.values()) or 1.0
     starts = sum("starting" in record for record in read(path))
-    yield f"{path}: {everything:.1f} s in {starts} start{'s' if starts > 1 else ''}"
+    yield f"{path}: {everything:.1f} s, {counted(starts, 'start')}"
     for kind, seconds in total.items():
         yield f"  {kind:<11}{seconds:12.1f} s {seconds / everything:7.1%}  {KINDS[kind]}".rstrip()
 

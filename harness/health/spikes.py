@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from harness.errors import counted
+
 WINDOW = 128
 """Steps before that a step is compared with; half as many must be known."""
 SIGMAS = 6.0
@@ -24,6 +26,8 @@ LEAST = 0.01
 LAG = 3
 """A bound for step n is that of the steps up to n - LAG: at its beginning, these are known on all
 ranks, whether there was a save or an evaluation in between or not."""
+SECONDS_BETWEEN_WARNINGS = 600.0
+"""Of an engine: noise that is skewed, as of a tiny model, has hundreds of spikes an hour."""
 
 
 class Spike(NamedTuple):
@@ -35,6 +39,9 @@ class Spike(NamedTuple):
     """What was found, for the log."""
     spans: Sequence[Any]
     """Where its data is: `data.sampler.Span`."""
+
+    def __str__(self) -> str:
+        return f"step {self.step}: engine {self.engine!r}: a spike: {self.text}"
 
 
 class _Numbers(NamedTuple):
@@ -146,3 +153,26 @@ class Spikes:
         for one in numbers:
             for window, value in zip(self._ordered[engine], one[1:], strict=True):
                 window.add(value)
+
+
+class SpikeWarnings:
+    """Which spikes are warned of: the first one of an engine, and `SECONDS_BETWEEN_WARNINGS` later
+    the next, which tells how many there were in between."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[float, int]] = {}
+        """Of each engine's last warning: when, and the step."""
+        self._since: dict[str, int] = {}
+
+    def text(self, spike: Spike, now: float) -> str:
+        """What to warn of; empty if the next warning only counts it. `now`: seconds, of a clock
+        that never goes back."""
+        engine = spike.engine
+        then, step = self._last.get(engine, (-math.inf, 0))
+        if now < then + SECONDS_BETWEEN_WARNINGS:
+            self._since[engine] = self._since.get(engine, 0) + 1
+            return ""
+        self._last[engine] = now, spike.step
+        count = self._since.pop(engine, 0)
+        more = f" (and {counted(count, 'more spike')} since step {step})" if count else ""
+        return f"{spike}{more}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.config import Config
+from harness.errors import counted
 from harness.health import goodput
 from harness.health.goodput import counts_skips
 from harness.health.outcome import Outcome
@@ -60,19 +61,22 @@ class Closing:
         self._from = step
         self._series: dict[str, _Series] = {}
         self._skipped: dict[str, int] = {}
+        self._spikes: dict[str, int] = {}
         path = config.run_dir / "metrics.jsonl"
         for line in path.open("rb") if step and path.is_file() else ():
             if b'"eval/' in line:
                 self.write(json.loads(line))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Takes note of losses, evaluations and skipped steps, and of a rollback."""
+        """Takes note of losses, evaluations, skipped steps and spikes, and of a rollback."""
         if record.get(EVENT) == "rollback":
             for series in self._series.values():
                 series.truncate(record["step"])
         for name, value in record.items():
             if counts_skips(name):
                 self._skipped[name] = value
+            elif name.rpartition("/")[2] == "spikes":
+                self._spikes[name] = value
             elif _is_summarized(name):
                 number = float(value)
                 if number == number:
@@ -98,9 +102,10 @@ class Closing:
         """The lines of the summary."""
         run_dir, steps = self._config.run_dir, self._config.run.steps
         ledger = goodput.read(run_dir / goodput.FILE)
-        seconds = time.time() - ledger[0]["began"] if ledger else 0.0
+        since_last = max(0.0, time.time() - ledger[-1]["time"]) if ledger else 0.0
+        seconds = goodput.seconds_in_starts(ledger) + since_last
         starts = sum("starting" in record for record in ledger)
-        again = f" and {starts} starts" if starts > 1 else ""
+        again = f" in {starts} starts" if starts > 1 else ""
         yield f"{outcome.kind}: step {outcome.step} after {format_duration(seconds)}{again}"
         since = f" (since step {self._from})" if self._from else ""
         for name, series in self._series.items():
@@ -108,12 +113,14 @@ class Closing:
                 yield f"{name} {series}{'' if name.startswith('eval/') else since}"
         if skipped := sum(self._skipped.values()):
             yield "1 step was skipped" if skipped == 1 else f"{skipped} steps were skipped"
+        if spikes := sum(self._spikes.values()):
+            yield counted(spikes, "spike") + " of loss or gradient norm"
         for what in ("checkpoints", "exports"):
             saved = (run_dir / what).glob("step-*")
             if found := sorted(path for path in saved if path.suffix not in (".tmp", ".kept")):
                 yield f"{what}: {len(found)}, the newest is {found[-1]}"
         if best is not None:
-            yield f"best by {self._config.checkpoint.best_metric}: {best}"
+            yield f"best saved by {self._config.checkpoint.best_metric}: {best}"
         run = _shown(run_dir)
         goes_on = outcome.kind != "complete" and (outcome.step or 0) < steps
         then = f"harness convert {run} {run}.sft{' --best' if best else ''}"

@@ -28,6 +28,7 @@ def apply_patches() -> None:
     _accept_any_first_parameter()
     _let_tasks_gather()
     _patch_fetches()
+    _fetch_for_attributes()
     _allow_gradient_penalties()
     _let_timers_start_twice()
     _stay_at_the_smallest_scale()
@@ -239,6 +240,19 @@ def _patch_fetches() -> None:
 
     module.PartitionedParameterCoordinator._fetch_sub_module_impl = fetch_sub_module
     module.PartitionedParameterCoordinator.is_differentiated = False
+
+
+def _fetch_for_attributes() -> None:
+    """See `fetches.fetch_for_attributes`."""
+    offload = _class("zero.parameter_offload", "DeepSpeedZeRoOffload")
+    register = offload._register_deepspeed_module
+
+    def register_module(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+        register(self, module, *args, **kwargs)
+        hook = torch.compiler.disable(fetches.fetch_for_attributes)  # as DeepSpeed's hooks
+        self.backward_hooks.append(module.register_forward_hook(hook))
+
+    offload._register_deepspeed_module = register_module
 
 
 def _allow_gradient_penalties() -> None:

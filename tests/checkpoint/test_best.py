@@ -69,7 +69,7 @@ def test_a_run_links_its_best_checkpoint(
     marked = [line.partition(":")[0] for line in lines if line.endswith(", the best")]
     assert marked == [str(best)]
     log = (config.run_dir / "log.txt").read_text()
-    assert f"best by eval/loss: {best}" in log and f"{config.run_dir}.sft --best" in log
+    assert f"best saved by eval/loss: {best}" in log and f"{config.run_dir}.sft --best" in log
     target = tmp_path / "best.sft"
     words = ["harness", "convert", str(config.run_dir), str(target), "--best"]
     monkeypatch.setattr("sys.argv", words)

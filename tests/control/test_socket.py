@@ -160,11 +160,31 @@ def test_ctl_prints_the_result_and_returns_its_exit_code(tmp_path: Path, desk: D
     assert lines[0]["values"] is None and lines[-1]["values"] == {"step": 7, "steps": 9}
 
 
+def test_ctl_waits_for_a_run_that_has_only_just_been_started(tmp_path: Path) -> None:
+    run_dir = tmp_path / "later"
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        one = pool.submit(ctl, run_dir, "save", "--wait", "60")
+        typed = pool.submit(ctl, run_dir, "--wait=60", stdin="save\n")
+        time.sleep(1)  # most likely they wait already
+        run_dir.mkdir()
+        desk = Desk(run_dir)
+        front = SocketFront(desk, run_dir)
+        try:
+            for done in (one.result(), typed.result()):
+                assert (done.returncode, done.stdout) == (0, "step 7: so it is\n"), done.stderr
+        finally:
+            desk.stop()
+            desk.close()
+            front.close()
+
+
 def test_without_a_run_ctl_explains_why(tmp_path: Path) -> None:
-    assert f"{tmp_path}/x: no such run directory" in ctl(tmp_path / "x", "save").stderr
+    nowhere = ctl(tmp_path / "x", "save", "--wait", "0.1").stderr
+    assert f"{tmp_path}/x: no such run directory" in nowhere and "ctl --wait SECONDS" in nowhere
     missing = ctl(tmp_path, "save")
     assert missing.returncode == 3
     assert f"no run is going on in {tmp_path}: " in missing.stderr
+    assert "ctl --wait SECONDS" in missing.stderr
     front = SocketFront(Desk.__new__(Desk), tmp_path)
     front._path = tmp_path / "elsewhere"  # like a killed run, it leaves its socket behind
     front.close()

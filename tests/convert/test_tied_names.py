@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from harness import io
@@ -187,6 +188,28 @@ def test_every_name_of_a_tied_parameter_is_verified(
     message = f"weights of '{name}', which is tied to '{listed[name]}', are not its rounded master"
     with pytest.raises(HarnessError, match=re.escape(message)):
         converted(directory, verify=True)
+
+
+@pytest.mark.parametrize("shard_size", [None, 200])
+def test_a_model_is_filled_from_one_name_of_each_tie(
+    checkpoints: Checkpoints, tmp_path: Path, shard_size: int | None
+) -> None:
+    """As docs/files.md says: of a file by safetensors itself, of shards by harness.io."""
+    source, path = checkpoints(1, "fp32"), tmp_path / ("shards" if shard_size else "x.sft")
+    lines: list[str] = []
+    convert(source, path, Options(shard_size=shard_size), lines.append)
+    model = tied_models.model(SEED)
+    for tensor in model.state_dict().values():
+        tensor.zero_()
+    if shard_size:
+        assert len(list(path.glob("*.safetensors"))) > 1
+        model.load_state_dict(io.load(path))
+    else:
+        assert load_model(model, path) == (set(), [])
+    assert_equal(model.state_dict(), converted(source))
+    names = model.state_dict(keep_vars=True)
+    count = len({id(tensor) for tensor in names.values()})
+    assert f": {count} tensors (and {len(names) - count} tied names), " in lines[-1]
 
 
 def test_only_the_same_tensor_is_tied(tmp_path: Path) -> None:

@@ -9,7 +9,15 @@ import pytest
 
 from harness.checkpoint.inspect import describe_path
 from harness.config import Config
-from harness.health.goodput import FILE, KINDS, Ledger, read, seconds_by_kind, table
+from harness.health.goodput import (
+    FILE,
+    KINDS,
+    Ledger,
+    read,
+    seconds_by_kind,
+    seconds_in_starts,
+    table,
+)
 from harness.health.phases import Phase
 from harness.metrics.status import Status
 from harness.run import run_in_world
@@ -90,6 +98,13 @@ def test_a_killed_run_repeats_its_steps(clock: Clock) -> None:
     clock.ledger.close()
     spent = {"starting": 6, "steps": 6, "saving": 5, "repeated": 2, "waiting": 60}
     assert clock.spent() == spent and clock.now == 1000 + sum(spent.values())
+    lines = read(clock.directory / FILE)
+    assert seconds_in_starts(lines) == pytest.approx(clock.now - 1000 - 60)
+    clock.now += 500  # after the end
+    clock.start(6)
+    clock.do("paused", 7)
+    clock.ledger.close()
+    assert seconds_in_starts(read(clock.directory / FILE)) == pytest.approx(19 + 3 + 7)
 
 
 def test_an_ended_run_that_could_not_save_repeats_its_steps(clock: Clock) -> None:
@@ -131,7 +146,7 @@ def test_a_cut_line_is_passed_over(clock: Clock) -> None:
     clock.steps(1)
     clock.ledger.close()
     assert clock.spent() == {"starting": 6, "waiting": 10, "steps": 1}
-    assert next(table(clock.directory / FILE)).endswith(f"{FILE}: 17.0 s in 2 starts")
+    assert next(table(clock.directory / FILE)).endswith(f"{FILE}: 17.0 s, 2 starts")
 
 
 def test_a_run_in_an_old_process_does_not_begin_with_it(clock: Clock) -> None:
@@ -172,6 +187,6 @@ def test_it_adds_up_to_the_time_of_the_run(two_ranks: RankPool, tmp_path: Path) 
     for kind in KINDS.keys() - {"skipped"}:
         assert spent[kind] > 0, kind
     lines = list(describe_path(config.run_dir))
-    assert lines[0].startswith(f"{config.run_dir / FILE}: ") and lines[0].endswith("in 2 starts")
+    assert lines[0].startswith(f"{config.run_dir / FILE}: ") and lines[0].endswith(" s, 2 starts")
     assert [line.split()[0] for line in lines[1 : 1 + len(KINDS)]] == list(KINDS)
     assert lines[1].endswith("%  that count")

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from harness.health.spikes import LAG, WINDOW, Spikes, bound_of
+from harness.health.spikes import LAG, WINDOW, Spike, Spikes, SpikeWarnings, bound_of
 
 
 def noise(count: int, seed: int = 0) -> list[float]:
@@ -74,6 +74,19 @@ def test_the_state_is_plain_and_complete() -> None:
         one.add(202, "net", 9.0, 9.0, [])
     assert again.largest_norm(203, "net") == spikes.largest_norm(203, "net")
     assert [s.step for s in again.take()] == [201, 202]
+
+
+def test_the_log_warns_of_a_spike_in_ten_minutes_and_counts_the_others() -> None:
+    warnings, told = SpikeWarnings(), []
+    for step in range(1, 93):  # every 6.6 seconds
+        told.append(warnings.text(Spike(step, "net", "loss 3, above 2", []), 6.6 * step))
+    assert [text for text in told if text] == [
+        "step 1: engine 'net': a spike: loss 3, above 2",
+        "step 92: engine 'net': a spike: loss 3, above 2 (and 90 more spikes since step 1)",
+    ]
+    assert warnings.text(Spike(92, "other", "loss 3, above 2", []), 608.0).startswith("step 92: ")
+    again = warnings.text(Spike(300, "net", "loss 3, above 2", []), 9e9)
+    assert again == "step 300: engine 'net': a spike: loss 3, above 2"
 
 
 @pytest.mark.parametrize("seed", range(3))
