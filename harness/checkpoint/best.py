@@ -18,7 +18,8 @@ def link_best(
 ) -> None:
     """Links the best checkpoint that there is now in `directory` as `best`, or none.
 
-    `everywhere`: as in `retention.prune`. A failure is logged: the run goes on.
+    `everywhere`: with several disks, the names with the same save on all. A failure is logged: the
+    run goes on.
     """
     link = directory / BEST
     try:

@@ -51,7 +51,12 @@ def download_requested(
 
 
 def _good(known: dict[str, Manifest], dropped: Dropped) -> list[str]:
-    return [n for n, m in known.items() if not m.fault and not dropped.has(m.saved_at)]
+    """Those that "latest" may mean, as on a disk."""
+    return [
+        name
+        for name, manifest in known.items()
+        if manifest.finite is not False and not dropped.has(manifest.saved_at)
+    ]
 
 
 def download_newest(store: Store, parent: Path, disks: Disks, dropped: Dropped) -> None:
@@ -73,6 +78,12 @@ def download_newest(store: Store, parent: Path, disks: Disks, dropped: Dropped) 
             raise CheckpointError(
                 f"{failure}: whether this run has checkpoints there is not known: set "
                 "run.resume = 'none' to start it anew"
+            )
+        if known and manifest is None and on_disk is None:
+            raise CheckpointError(
+                f"{store.url}: none of its checkpoints has finite weights, or rollbacks have "
+                f"dropped them: set run.resume to the URL of one of them ({', '.join(known)}), or "
+                "to 'none' to start the run anew"
             )
     if failure:
         log_warning("%s: resuming from the disk", failure)

@@ -62,13 +62,13 @@ def _delete(path: Path) -> None:
 def prune(
     directory: Path,
     settings: CheckpointConfig,
-    everywhere: Collection[str] | None = None,
+    counted: Collection[str] | None = None,
     needed: Collection[Path] = (),
     delete: Callable[[Path], object] = shutil.rmtree,
 ) -> None:
     """Removes the checkpoints that no rule keeps; with `keep_last = 0` none.
 
-    `everywhere`: with several disks, the names with the same save on all; without those that no
+    `counted`: with several disks, the names with the same save on all; without those that no
     rollback returns to. The rules choose among them, so that all disks keep the same ones; others
     on this disk are removed at the same age.
     `needed`: also kept. `delete`: deletes a directory that has been renamed.
@@ -88,8 +88,8 @@ def prune(
         log.warning("cannot list %s, so nothing is removed: %s", directory, error)
         return
     common = manifests
-    if everywhere is not None:
-        common = {path: m for path, m in manifests.items() if path.name in everywhere}
+    if counted is not None:
+        common = {path: m for path, m in manifests.items() if path.name in counted}
     keep = {directory / path.read_text().strip() for path in directory.glob(LATEST)} | set(needed)
     for found in (common, manifests):
         keep |= to_keep(found, settings)

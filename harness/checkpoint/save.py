@@ -244,14 +244,14 @@ class Saver:
             log_warning("%s: %s: it does not count as a good one", pending.target, reason)
         for copies in self._copies:
             copies.add(pending.target, manifest)
-        settings, everywhere = self._live.config.checkpoint, None
+        settings, everywhere, counted = self._live.config.checkpoint, None, None
         if settings.keep_last and (self.disks.count > 1 or self.passed_over):
-            saves, names = list_saves(self.directory, self.disks)
-            everywhere = {name for name in names if not self.passed_over.has(saves[name])}
+            saves, everywhere = list_saves(self.directory, self.disks)
+            counted = {name for name in everywhere if not self.passed_over.has(saves[name])}
         if self.disks.is_leader and settings.keep_last:
             self._removals.wait()
             needed = set[Path]().union(*(copies.needs for copies in self._copies))
-            prune(self.directory, settings, everywhere, needed, self._removals.add)
+            prune(self.directory, settings, counted, needed, self._removals.add)
         if self.disks.is_leader:
             link_best(self.directory, settings, everywhere)
 

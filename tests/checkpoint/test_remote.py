@@ -1,6 +1,7 @@
 """Checkpoints in a store: a run goes on from there where its disks are lost, and a store that fails
 delays nothing. A node is a rank with its own disk, as in test_disks."""
 
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -112,6 +113,29 @@ def test_retention_is_the_same_there(two_ranks: RankPool, tmp_path: Path) -> Non
     two_ranks.run(on, "aa", tmp_path, run_in_world, config)
     assert sorted(stored(tmp_path)) == [6]
     assert len(list((tmp_path / "store/tiny").iterdir())) == 2  # and `best`
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ('"metrics": {}', '"metrics": {"eval/auc": NaN}', ""),
+        ('"finite": true', '"finite": false', "none of its checkpoints has finite weights"),
+    ],
+)
+def test_what_the_store_has_is_not_started_over(
+    pools: Pools, tmp_path: Path, old: str, new: str, expected: str
+) -> None:
+    """After the loss of the disk: also where no checkpoint is a good one."""
+    remote = {"remote": f"file://{tmp_path}/store"}
+    config = tiny_config(tmp_path, 1, checkpoint=remote, run={"steps": 2})
+    pools(1).run(run_in_world, config)
+    (manifest,) = (tmp_path / "store/tiny").glob("step-*/manifest.json")
+    text = re.sub(r'"metrics": {[^}]*}', '"metrics": {}', manifest.read_text())
+    assert old in text
+    manifest.write_text(text.replace(old, new))
+    shutil.rmtree(config.run_dir)
+    assert expected in (error := pools(1).run(error_of, config)[0])
+    assert error or f"resumed from {checkpoint(config, 2)}" in log_text(config)
 
 
 class Broken:
