@@ -201,6 +201,9 @@ def test_a_memory_that_is_too_small(two_ranks: RankPool, tmp_path: Path) -> None
     assert not (tmp_path / "a/runs/tiny/metrics.jsonl").exists()
 
 
+FAILS = {"step": 6, "rank": None, "kind": "raise"}
+
+
 def test_a_start_that_fails_in_its_first_step(pools: Pools, again: Path) -> None:
     """It saves its starting point on the disk: memory is freed when somebody gives up."""
     with pytest.raises(RankError):
@@ -209,7 +212,16 @@ def test_a_start_that_fails_in_its_first_step(pools: Pools, again: Path) -> None
     assert (again / "a/runs/tiny/checkpoints/step-00000005/manifest.json").exists()
 
 
-FAILS = {"step": 6, "rank": None, "kind": "raise"}
+def test_the_clock_is_set_back_before_a_start_from_memory(
+    pools: Pools, again: Path, uninterrupted: Path
+) -> None:
+    """What is saved after the state in memory is newer."""
+    (kept,) = (again / "a/shm").glob("*/checkpoints/step-00000005")
+    at = saved_at(kept) + 1000.0
+    replace(read_manifest(kept), saved_at=at).write(kept)
+    run_pool(pools(2), "aa", again, run_in_world, remembering())
+    assert_goes_on(again, uninterrupted, 5, "shm/")
+    assert saved_at(again / "a/runs/tiny/checkpoints/step-00000006") > at
 
 
 def test_the_newest_on_the_disk_is_copied_too(pools: Pools, again: Path) -> None:
