@@ -14,8 +14,10 @@ from harness.checkpoint.files import FileEntry, Stopped
 from harness.checkpoint.inspect import describe
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.remote_store import CHUNK, Store, local_name, remote_name
+from harness.convert.run_checkpoints import best_in, linked_in
 from harness.errors import CheckpointError
 from harness.io import save
+from harness.remote_path import as_path
 
 SIZE = 2 * CHUNK + 5
 
@@ -60,6 +62,22 @@ def test_only_a_manifest_makes_a_checkpoint(url: str, tmp_path: Path) -> None:
     store.remove(names[1])
     assert list(store.checkpoints()) == [names[0]]
     assert not store.has(names[1], "net/x.pt", SIZE)
+
+
+def test_the_best_one_is_named(url: str) -> None:
+    store, names = Store(f"{url}/run"), []
+    for step in (1, 2):
+        names.append(remote_name(Path(f"step-{step:08d}"), manifest_of(step, {})))
+        store.write_manifest(names[-1], manifest_of(step, {}))
+    store.name_best("")
+    for name in (*names, names[1], "", names[0]):
+        store.name_best(name)
+        found = linked_in(as_path(f"{url}/run"))
+        assert str(found or "") == (f"{url}/run/{name}" if name else "")
+    assert set(store.checkpoints()) == set(names)
+    store.remove(names[0])
+    with pytest.raises(CheckpointError, match=r"run: no checkpoint is linked .* harness inspect"):
+        best_in(as_path(f"{url}/run"))
 
 
 def test_a_metric_that_is_nan_is_read_back(tmp_path: Path) -> None:
