@@ -18,6 +18,7 @@ import torch
 from harness import distributed
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copy
+from harness.checkpoint.copy_missing import copy_missing_checkpoint
 from harness.checkpoint.disks import Disks
 from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.manifest import SAFE, Manifest, mark_safe, unmark_safe
@@ -54,6 +55,7 @@ class Neighbours:
     def share(self, directory: Path, manifest: Manifest) -> list[str]:
         """Of the files that no other node has, this rank's part."""
         rank, leaders = distributed.global_rank(), self._disks.leaders
+        copy_missing_checkpoint(directory, manifest, ())  # by its manifest a node knows the files
         mates = [other for other, leader in enumerate(leaders) if leader == leaders[rank]]
         counts = zip(manifest.files, _counts(directory, manifest, self._disks), strict=True)
         alone = [name for name, count in counts if count < 2 and (directory / name).is_file()]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness import memory_files
-from harness.checkpoint.manifest import read_manifest
+from harness.checkpoint.manifest import is_safe, read_manifest
 from harness.checkpoint.memory import Memory
 from harness.config import Config
 from harness.convert.run_checkpoints import saved_at
@@ -19,7 +19,7 @@ from harness.files import json_write
 from harness.run import run_in_world
 from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool
-from tests.checkpoint.test_disks import config_of, log_of, losses_of, on, run_on, tensors
+from tests.checkpoint.test_disks import config_of, log_of, losses_of, on, place, run_on, tensors
 from tests.support.helpers import (
     Pools,
     assert_equal,
@@ -248,3 +248,17 @@ def test_latest_is_there_after_a_start_from_memory(pools: Pools, again: Path) ->
         run_pool(pools(2), "aa", again, killed_in, "forward", details, remembering())
     assert "resumed from shm/harness-" in log_of(again)
     assert (parent / "latest").read_text() == "step-00000002\n"
+
+
+@pytest.mark.slow
+def test_a_fresh_node_gets_the_copies_of_the_disk_too(pools: Pools, tmp_path: Path) -> None:
+    config = remembering(checkpoint={"replicas": 1})
+    with pytest.raises(RankError):
+        run_pool(pools(2), "ab", tmp_path, killed_in, "forward", {"step": 6}, config)
+    (tmp_path / "b").rename(tmp_path / "lost")
+    run_pool(pools(2), "ab", tmp_path, run_in_world, config)
+    assert "resumed from shm/harness-" in log_of(tmp_path)
+    for host in "ab":
+        for step in (4, 6):
+            directory = place(tmp_path, host, step)
+            assert is_safe(directory, read_manifest(directory))

@@ -207,6 +207,7 @@ def test_who_sends_to_whom(disks: str, racks: str, to: str) -> None:
     assert len(set(found)) == len(disks)
 
 
+@pytest.mark.slow
 def test_a_node_that_comes_back_with_an_old_save_of_the_same_step(
     pools: Pools, tmp_path: Path
 ) -> None:
@@ -254,6 +255,7 @@ def return_to_the_second(config: Config) -> None:
             copied_at_once(config)
 
 
+@pytest.mark.slow
 def test_what_a_rollback_returns_to_becomes_safe(pools: Pools, tmp_path: Path) -> None:
     """It was passed over for a newer one, which is removed."""
     pools(2).run(on, "ab", tmp_path, run_in_world, replicated(steps=4))
