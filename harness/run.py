@@ -201,7 +201,7 @@ def _restore(
     if memory is not None:
         memory.forget(dropped)
     if wanted == "latest" and store is not None:
-        download_newest(store, parent, disks, dropped)
+        download_newest(store, parent, disks, dropped, ahead.verify)
     checkpoint = resume.choose_checkpoint(
         *(wanted, parent, engines, disks, ahead.verify, may_change, memory)
     )

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.commit import commit, create_staging
-from harness.checkpoint.completeness import newest_complete
+from harness.checkpoint.completeness import Verify, newest_complete, verify_checkpoint
 from harness.checkpoint.disks import Disks
 from harness.checkpoint.dropped import Dropped
-from harness.checkpoint.files import verify_file
+from harness.checkpoint.files import FileEntry, verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
 from harness.checkpoint.remote_store import PARALLEL_FILES, Store, local_name, split_url
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import MANIFEST
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, UnreadableCheckpoint
 from harness.files import is_present, sync_directory
 
 log = logging.getLogger(__name__)
@@ -59,10 +59,12 @@ def _good(known: dict[str, Manifest], dropped: Dropped) -> list[str]:
     ]
 
 
-def download_newest(store: Store, parent: Path, disks: Disks, dropped: Dropped) -> None:
+def download_newest(
+    store: Store, parent: Path, disks: Disks, dropped: Dropped, verify: Verify
+) -> None:
     """Downloads the newest good checkpoint of a run's own `store`, unless the disks together hold
-    it or a newer one, or a rollback has `dropped` it. Collective. Raises CheckpointError on all
-    ranks."""
+    it or a newer one, or a rollback has `dropped` it; what is damaged of it as well. `verify`:
+    checks a file. Collective. Raises CheckpointError on all ranks."""
     known: dict[str, Manifest] = {}
     failure = ""
     if distributed.is_global_leader():
@@ -87,12 +89,33 @@ def download_newest(store: Store, parent: Path, disks: Disks, dropped: Dropped) 
             )
     if failure:
         log_warning("%s: resuming from the disk", failure)
-    elif manifest is not None and (on_disk is None or on_disk[1].saved_at < manifest.saved_at):
-        _download(store, name, manifest, parent, disks)
+    elif manifest is not None and not _has(on_disk, manifest, verify):
+        _download(store, name, manifest, parent, disks, verify)
 
 
-def _download(store: Store, name: str, manifest: Manifest, parent: Path, disks: Disks) -> Path:
-    """Downloads what is missing of a checkpoint, and commits it on all disks."""
+def _has(on_disk: tuple[Path, Manifest] | None, stored: Manifest, verify: Verify) -> bool:
+    """Whether the disks have the newest one of the store undamaged, or a newer one. Collective."""
+    if on_disk is None or on_disk[1].saved_at != stored.saved_at:
+        return on_disk is not None and on_disk[1].saved_at > stored.saved_at
+    try:
+        verify_checkpoint(on_disk[0], verify)
+    except UnreadableCheckpoint:  # told by `choose_checkpoint`
+        return True
+    except CheckpointError as error:
+        log_warning("%s", error)
+        return False
+    return True
+
+
+def _download(
+    store: Store,
+    name: str,
+    manifest: Manifest,
+    parent: Path,
+    disks: Disks,
+    verify: Verify = verify_file,
+) -> Path:
+    """Downloads what is missing or damaged of a checkpoint, and commits it on all disks."""
     target = parent / local_name(name)
     doing = f"cannot download {store.url}/{name}"
     with checkpoint_error_on_all_ranks(doing):
@@ -102,7 +125,7 @@ def _download(store: Store, name: str, manifest: Manifest, parent: Path, disks: 
     missing = [
         file
         for file in _share(manifest)
-        if not (has_parts and manifest.files[file].is_at(target / file))
+        if not (has_parts and _is_whole(target / file, manifest.files[file], verify))
     ]
     needed = disks.sum(sum(manifest.files[file].size for file in missing))
     log_info("downloading %s/%s", store.url, name)
@@ -125,6 +148,14 @@ def _download(store: Store, name: str, manifest: Manifest, parent: Path, disks: 
         list(pool.map(fetch, missing))
     commit(manifest, directory, target, disks.is_leader and not has_parts)
     return target
+
+
+def _is_whole(path: Path, entry: FileEntry, verify: Verify) -> bool:
+    try:
+        verify(path, entry)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _share(manifest: Manifest) -> list[str]:

@@ -115,6 +115,19 @@ def test_retention_is_the_same_there(two_ranks: RankPool, tmp_path: Path) -> Non
     assert len(list((tmp_path / "store/tiny").iterdir())) == 2  # and `best`
 
 
+def test_what_is_damaged_on_the_disk_comes_from_the_store(pools: Pools, tmp_path: Path) -> None:
+    remote = {"remote": f"file://{tmp_path}/store"}
+    config = tiny_config(tmp_path, 1, checkpoint=remote, trainer={"save_every": 2})
+    pools(1).run(run_in_world, config)
+    file = checkpoint(config, 6) / "rank-00000.pt"
+    before = file.read_bytes()
+    flip_bit(file)
+    pools(1).run(run_in_world, config)
+    assert "rank-00000.pt: damaged" in log_text(config)
+    assert f"resumed from {file.parent}" in log_text(config)
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
