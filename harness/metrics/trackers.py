@@ -111,7 +111,7 @@ class WandbTracker:
         except TimeoutError:
             raise TimeoutError(
                 f"the server has not taken all within {SECONDS_TO_FINISH:.0f} s; "
-                f"`wandb sync {directory}` sends it once the server is there"
+                f"`wandb sync --include-online {directory}` sends it once the server is there"
             ) from None
 
 

@@ -129,7 +129,7 @@ def test_a_server_of_wandb_that_goes_down(
         server.shutdown()
     (file,) = tmp_path.glob("wandb/run-*/*.wandb")
     assert caplog.text.count("TimeoutError") == 1
-    assert f"`wandb sync {file.parent}` sends it" in caplog.text
+    assert f"`wandb sync --include-online {file.parent}` sends it" in caplog.text
     rows = history_of(wandb_records(file))
     assert [int(row["step"]) for row in rows] == [*range(1, 11)]  # all are on the disk
 
