@@ -81,7 +81,12 @@ class WandbTracker:
             config=dict(run.config),
             dir=run.directory,
             reinit="create_new",
-            settings=wandb.Settings(console="off", quiet=True, finish_timeout=SECONDS_TO_FINISH),
+            settings=wandb.Settings(
+                console="off",
+                quiet=True,
+                finish_timeout=SECONDS_TO_FINISH,
+                finish_timeout_raises=True,
+            ),
         )
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
@@ -99,7 +104,15 @@ class WandbTracker:
         self._run.log_artifact(artifact)
 
     def close(self) -> None:
-        self._run.finish()
+        """Raises TimeoutError if its server does not take what is left; W&B keeps all on disk."""
+        directory = Path(self._run.dir).parent
+        try:
+            self._run.finish()
+        except TimeoutError:
+            raise TimeoutError(
+                f"the server has not taken all within {SECONDS_TO_FINISH:.0f} s; "
+                f"`wandb sync --include-online {directory}` sends it once the server is there"
+            ) from None
 
 
 class MlflowTracker:

@@ -15,6 +15,8 @@ COLORS = ("#3556d6", "#d9622b", "#16916f", "#a441b8", "#c22f55", "#8a6d0b", "#0c
 SHOWN = {"command": "#3556d6", "fault": "#cf2b3c", "restart": "#d9622b", "resume": "#16916f"}
 """The marks that are drawn."""
 _WIDTHS = {"raw": 0.7, "mean": 1.8}
+_STYLES = ("-", "--", ":", "-.")
+"""Of the lines of a run, if there are several runs."""
 
 
 def write_pictures(runs: Sequence[RunFiles], directory: Path) -> Iterator[Path]:
@@ -65,12 +67,14 @@ def _draw_curves(axes: Any, chart: Chart, runs: Sequence[RunFiles]) -> None:
             axes.bar(curve.x, curve.y, width, align="edge", color=color, alpha=0.6, label=label)
         else:
             is_raw = curve.role == "raw"
+            is_one_of_many = len(runs) > 1 and curve.role == "line"
             axes.plot(
                 curve.x,
                 curve.y,
                 color=color,
                 alpha=0.35 if is_raw else 1,
                 linewidth=_WIDTHS.get(curve.role, 1.4),
+                linestyle=_STYLES[counts[key] % 4] if is_one_of_many else "-",
                 marker="o" if curve.role == "points" else None,
                 markersize=3,
                 label=None if is_raw else label if len(runs) > 1 else curve.label,

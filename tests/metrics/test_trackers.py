@@ -2,12 +2,15 @@
 
 import json
 import sqlite3
+import threading
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness.metrics import tracker_sink, trackers
 from harness.metrics.tracker_sink import TrackerSink
 from harness.metrics.trackers import TRACKERS, TrackedRun
 
@@ -61,12 +64,7 @@ def test_wandb(
     for file in tmp_path.glob("wandb/offline-run-*/*.wandb"):
         entries = wandb_records(file)
         (run,) = [entry.run for entry in entries if entry.HasField("run")][:1]
-        history = [
-            {item.key or "/".join(item.nested_key): item.value_json for item in entry.history.item}
-            for entry in entries
-            if entry.HasField("history")
-        ]
-        runs[run.display_name] = (run.run_group, history)
+        runs[run.display_name] = (run.run_group, history_of(entries))
         assert b"net.sft" in file.read_bytes()  # in the artifact's manifest
     assert sorted(runs) == ["tiny", "tiny-from-10"]
     for name, steps in (("tiny", range(1, 16)), ("tiny-from-10", range(11, 21))):
@@ -78,6 +76,62 @@ def test_wandb(
         ]
         assert sum("event/export" in row for row in history) == 1
     assert "has not got" not in caplog.text
+
+
+class WandbServer(BaseHTTPRequestHandler):
+    """As much of W&B's server as a run needs, until it is down."""
+
+    has_run = threading.Event()
+    is_down = False
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        found: dict[str, Any] = {}
+        if self.path == "/graphql":
+            name = json.loads(body).get("variables", {}).get("name")
+            entity = {"id": "e", "name": "me", "entity": "me", "flags": "{}", "organization": None}
+            project = {"id": "p", "name": "project", "entity": entity}
+            bucket = {"id": "r", "name": name, "project": project}
+            bucket |= {"config": "{}", "displayName": "tiny", "historyLineCount": 0}
+            found = {"viewer": entity, "entity": entity}
+            found["upsertBucket"] = {"bucket": bucket, "inserted": True}
+        answer = json.dumps({"data": found, "limits": {}}).encode()
+        self.send_response(500 if self.is_down else 200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+        if b"upsertBucket" in body:
+            self.has_run.set()
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+def test_a_server_of_wandb_that_goes_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="needs wandb")
+    wandb.teardown()  # a process keeps the settings of its first run
+    monkeypatch.setattr(trackers, "SECONDS_TO_FINISH", 1.0)
+    monkeypatch.setattr(tracker_sink, "SECONDS_BETWEEN_SENDS", 0.01)
+    with ThreadingHTTPServer(("127.0.0.1", 0), WandbServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+        monkeypatch.setenv("WANDB_MODE", "online")
+        run = TrackedRun("project", "tiny", 0, {}, tmp_path)
+        sink = TrackerSink("wandb", TRACKERS["wandb"](), run)
+        assert WandbServer.has_run.wait(60)
+        WandbServer.is_down = True
+        for step in range(1, 11):
+            sink.write({"step": step, "time": 1000.0 + step, "loss": 1 / step})
+        sink.close()
+        server.shutdown()
+    (file,) = tmp_path.glob("wandb/run-*/*.wandb")
+    assert caplog.text.count("TimeoutError") == 1
+    assert f"`wandb sync --include-online {file.parent}` sends it" in caplog.text
+    rows = history_of(wandb_records(file))
+    assert [int(row["step"]) for row in rows] == [*range(1, 11)]  # all are on the disk
 
 
 def test_trackio(
@@ -123,3 +177,12 @@ def wandb_records(file: Path) -> list[Any]:
             records.append(messages.Record.FromString(parts))
             parts = b""
     return records
+
+
+def history_of(entries: list[Any]) -> list[dict[str, str]]:
+    """What the records of an offline run have logged, as JSON by name."""
+    return [
+        {item.key or "/".join(item.nested_key): item.value_json for item in entry.history.item}
+        for entry in entries
+        if entry.HasField("history")
+    ]

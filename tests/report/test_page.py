@@ -73,6 +73,29 @@ def test_axes_zoom_and_marks(browser: Browser, tmp_path: Path) -> None:
     assert browser.errors == []
 
 
+def test_two_runs_are_told_apart(browser: Browser, tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    write_report([write_run(tmp_path / "a"), write_run(tmp_path / "b")], target, None, print)
+    browser.open(target.as_uri())
+    drawn = browser.value("""(() => {
+        const { ctx } = plots[0], drawn = [];
+        ctx.stroke = () => drawn.push("line");
+        ctx.fillText = (text) => drawn.push(text);
+        drawMarks(plots[0]);
+        return drawn;
+    })()""")
+    labels = ["lr x0.5", "</script><b>nonsense", "fault", "restart 1 of 10"]
+    assert [*drawn[-4:], *set(drawn[:-4])] == [*labels, "line"]  # each once, over all lines
+    legend = "[...document.querySelectorAll('#chart-ranks_memory .legend .dot')]"
+    looks = browser.value(f"{legend}.map((dot) => dot.style.cssText)")
+    assert len(set(looks)) == len(looks) == 4  # min and max of both
+    restart = "plots[0].marks.findLast((mark) => mark.kind == 'restart').x"
+    browser.value(f"plots[0].cursor.left = plots[0].valToPos({restart}, 'x')")
+    browser.value("showTip(plots[0])")
+    assert "b, step 250" in browser.value("plots[0].tip.textContent")
+    assert browser.errors == []
+
+
 def test_the_live_page_follows_the_run(browser: Browser, tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", steps=100, ended=False)
     with live_server([run], 0) as server:

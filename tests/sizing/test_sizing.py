@@ -125,7 +125,8 @@ def test_activations_are_those_of_a_real_forward(precision: str) -> None:
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_model_states_of_the_zero_paper(stage: int, gigabytes: float) -> None:
-    """7.5B parameters on 64 GPUs, mixed-precision Adam: figure 1 of arXiv 1910.02054."""
+    """7.5B parameters on 64 GPUs, mixed-precision Adam: arXiv 1910.02054, figure 1 and, in words,
+    sections 5.1 to 5.3."""
     sizes = [{"all": 7_500_000_000}]
     setting = Setting(ranks=64, stage=stage, precision="fp16")
     states = sum(model_parts(sizes, setting).values()) + adamw_bytes(sizes, setting)

@@ -53,6 +53,8 @@ def write_run(path: Path, steps: int = 400, lr: float = 0.001, ended: bool = Tru
 def records(first: int, last: int, lr: float = 0.001) -> list[dict[str, Any]]:
     """The records of some steps, and their evaluations."""
     found = []
+    memory = {"host_memory_bytes": 2**30, "host_memory_max_bytes": 2**31}
+    memory |= {"host_memory_min_bytes": 2**29}
     for step in range(first, last + 1):
         loss = 5 / (1 + step / 50) + (2 if step == 77 else 0)
         record = {
@@ -67,7 +69,7 @@ def records(first: int, last: int, lr: float = 0.001) -> list[dict[str, Any]]:
             "optimizer_time_s": 0.02,
             "slowest_rank": step % 4 // 3,
             **({"own_backward_time_max_rank": 1} if step % 4 == 3 else {}),
-            **({"host_memory_bytes": 2**30, "host_memory_max_bytes": 2**31} if step == 9 else {}),
+            **(memory if step == 9 else {}),
             "loss": loss if step != 333 else "nan",
             "grad_norm": 2.0 if step % 2 else 1.0,
             "effective_rank": 3.0 + step % 2,

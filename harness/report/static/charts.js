@@ -3,6 +3,7 @@
 
 const KINDS = ["command", "fault", "restart", "resume", "warning", "save", "export", "evaluation", "end"];
 const WITH_LINES = new Set(["command", "fault", "restart", "resume", "end"]); // the others: ticks
+const LABELLED = new Set(["command", "fault", "restart"]);
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
 const view = { axis: "step", zoom: null, full: [0, 1], unit: ["steps", 1], kinds: new Set(KINDS), logs: {} };
 let content, plots = [], palette = {};
@@ -117,6 +118,13 @@ function seriesOf(curve, style, log) {
 
 /* the legend: what the curves are where the pointer is, or at their ends */
 
+function swatch({ color, dash }) {
+  const mark = dot(color), ends = dash.map((_, i) => dash.slice(0, i + 1).reduce((sum, length) => sum + length));
+  const parts = dash.map((length, i) => `${i % 2 ? "transparent" : `var(--${color})`} ${ends[i] - length}px ${ends[i]}px`);
+  if (dash.length) mark.style.cssText = `width:22px;height:3px;background:repeating-linear-gradient(90deg,${parts})`;
+  return mark;
+}
+
 function keyOf(chart, styles) {
   const many = content.runs.length > 1;
   const where = node("span", { class: "where" }), items = [];
@@ -125,7 +133,7 @@ function keyOf(chart, styles) {
     if (many && curve.role === "raw") return value;
     const name = content.runs[curve.run].name, isOnly = ["mean", "points", "bars"].includes(curve.role);
     const label = many ? (isOnly ? name : `${name}: ${curve.label}`) : curve.label;
-    items.push(node("span", { "data-curve": label }, dot(styles[i].color), label, " ", value));
+    items.push(node("span", { "data-curve": label }, swatch(styles[i]), label, " ", value));
     return value;
   });
   return { element: node("div", { class: "legend" }, ...items, where), where, values };
@@ -158,7 +166,7 @@ function marksOf(chart) {
 
 function drawMarks(plot) {
   const { ctx, bbox, chart, marks } = plot, ratio = uPlot.pxRatio, right = bbox.left + bbox.width;
-  const ends = [], ticks = {}; // of the labels in each row; the last one of each kind
+  const labels = [], ticks = {}; // the last one of each kind
   ctx.save();
   ctx.lineWidth = ratio;
   ctx.font = `${11 * ratio}px system-ui, "DejaVu Sans", sans-serif`;
@@ -174,19 +182,29 @@ function drawMarks(plot) {
     ctx.moveTo(x, isLine ? bbox.top : bbox.top + bbox.height - 7 * ratio);
     ctx.lineTo(x, bbox.top + bbox.height);
     ctx.stroke();
-    if (!chart.wide || !["command", "fault", "restart"].includes(mark.kind)) continue;
-    const text = (mark.kind === "fault" ? "fault" : mark.text.split(":")[0]).slice(0, plot.width < 600 ? 16 : 30), wide = ctx.measureText(text).width;
+    if (chart.wide && LABELLED.has(mark.kind))
+      labels.push({ x, text: mark.kind === "fault" ? "fault" : mark.text.split(":")[0], color: palette[mark.kind] });
+  }
+  drawLabels(plot, labels.sort((a, b) => a.x - b.x)); // over all lines
+  ctx.restore();
+}
+
+/** From left to right, in three rows. */
+function drawLabels({ ctx, bbox, width }, labels) {
+  const ratio = uPlot.pxRatio, ends = [], drawn = new Set(); // ends: of the labels in each row
+  ctx.setLineDash([]);
+  for (const { x, text: whole, color } of labels) {
+    const text = whole.slice(0, width < 600 ? 16 : 30), wide = ctx.measureText(text).width;
     const row = [0, 1, 2].find((row) => (ends[row] ?? -1) < x);
-    if (row === undefined || x + wide + 8 * ratio > right) continue;
+    if (row === undefined || x + wide + 8 * ratio > bbox.left + bbox.width) continue;
+    if (drawn.has(x + text)) continue;
+    drawn.add(x + text);
     ends[row] = x + wide + 10 * ratio;
-    ctx.setLineDash([]);
-    Object.assign(ctx, { strokeStyle: palette.card, lineWidth: 4 * ratio, fillStyle: palette[mark.kind] });
+    Object.assign(ctx, { strokeStyle: palette.card, lineWidth: 4 * ratio, fillStyle: color });
     const y = bbox.top + (3 + 14 * row) * ratio;
     ctx.strokeText(text, x + 4 * ratio, y);
     ctx.fillText(text, x + 4 * ratio, y);
-    ctx.lineWidth = ratio;
   }
-  ctx.restore();
 }
 
 function showTip(plot) {
@@ -194,7 +212,8 @@ function showTip(plot) {
     plot.marks.filter((mark) => Math.abs(plot.valToPos(mark.x, "x") - left) <= 5).slice(0, 5);
   plot.tip?.remove();
   if (!near.length) return;
-  const lines = near.map((mark) => node("p", {}, dot(mark.kind), node("b", {}, `step ${mark.step} `),
+  const runOf = (mark) => (content.runs.length > 1 ? `${content.runs[mark.number].name}, ` : "");
+  const lines = near.map((mark) => node("p", {}, dot(mark.kind), node("b", {}, `${runOf(mark)}step ${mark.step} `),
     mark.text.length > 130 ? `${mark.text.slice(0, 130)} …` : mark.text));
   plot.tip = node("div", { class: "tip" }, ...lines);
   plot.over.append(plot.tip);

@@ -110,7 +110,7 @@ function events() {
   const left = content.runs.reduce((sum, run) => sum + run.marks_left_out, 0);
   const all = table(["time", "step", "what", ...(many ? ["run"] : []), ""], rows, "events");
   all.querySelector("th").className = "time";
-  return [node("h2", {}, "Events"), node("div", { class: "card scroll" }, all),
+  return [node("h2", {}, `Events: ${rows.length}`), node("div", { class: "card scroll" }, all),
     ...(left ? [node("p", { class: "note" }, `${left} more are not shown`)] : [])];
 }
 
