@@ -79,7 +79,7 @@ def linked_in(parent: Path) -> Path | None:
     elif is_remote([link]) and link.is_file():
         name = link.read_text()
     best = parent / name
-    return best if is_step(best) and best.is_dir() else None
+    return best if name and is_step(best) and best.is_dir() else None
 
 
 def may_hold_manifest(directory: Path) -> bool:

@@ -41,8 +41,8 @@ class Submodules:
         self._gathered[name] = [values for _, values in found]
         return {path: values.pop(name) for path, values in found}
 
-    def gather_again(self) -> None:
-        """Removes what was gathered once more: activation checkpointing has run a forward again in
+    def drop_repeated(self) -> None:
+        """Removes what is there again of what was gathered: activation checkpointing has run a forward again in
         the backward. It would be taken for the next micro-batch's, and keep a graph in memory."""
         for name, found in self._gathered.items():
             for values in found:

@@ -235,7 +235,7 @@ class Engine:
         without_terms = nullcontext() if share else zero_gradients(self.module)
         with without_terms, explained(self.name, self.ds):
             self.arrivals.backward(loss if share == 1 else loss * share)
-        self._submodules.gather_again()
+        self._submodules.drop_repeated()
 
     def step(self) -> bool:
         """Ends a micro-batch. True if it was the last of an optimizer step, which is then taken."""

@@ -62,6 +62,7 @@ class Closing:
         self._series: dict[str, _Series] = {}
         self._skipped: dict[str, int] = {}
         self._spikes: dict[str, int] = {}
+        self._counts_of_spikes = {"spikes", *(f"{name}/spikes" for name in config.engines)}
         path = config.run_dir / "metrics.jsonl"
         for line in path.open("rb") if step and path.is_file() else ():
             if b'"eval/' in line:
@@ -75,7 +76,7 @@ class Closing:
         for name, value in record.items():
             if counts_skips(name):
                 self._skipped[name] = value
-            elif name.rpartition("/")[2] == "spikes":
+            elif name in self._counts_of_spikes:
                 self._spikes[name] = value
             elif _is_summarized(name):
                 number = float(value)

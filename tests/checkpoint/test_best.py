@@ -51,6 +51,7 @@ def test_a_step_that_is_saved_again_is_judged_again(tmp_path: Path) -> None:
     make(tmp_path, 1, 3.0)
     link_best(tmp_path, CheckpointConfig())
     assert linked_in(tmp_path) == tmp_path / "step-00000002"
+    assert linked_in(tmp_path / "step-00000001") is None
 
 
 def test_a_run_links_its_best_checkpoint(

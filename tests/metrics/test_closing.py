@@ -23,9 +23,8 @@ def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in earlier))
     closing = Closing(config, 2)
     for step, loss in enumerate((3.0, 1.5, 0.9, 2.5, float("nan")), start=3):
-        closing.write(
-            {"step": step, "loss": loss, "skipped": int(step > 5), "apollo/skipped": 7, "spikes": 4}
-        )
+        record = {"step": step, "loss": loss, "skipped": int(step > 5), "apollo/skipped": 7}
+        closing.write(record | {"spikes": 4, "neuron/spikes": 1.5})
     closing.write({"step": 7, "eval/loss": 0.7, "eval/accuracy": 0.3})
     lines = list(closing.lines(Outcome("quit", 0, step=7)))
     assert lines == [
