@@ -42,8 +42,8 @@ class Submodules:
         return {path: values.pop(name) for path, values in found}
 
     def drop_repeated(self) -> None:
-        """Removes what is there again of what was gathered: activation checkpointing has run a forward again in
-        the backward. It would be taken for the next micro-batch's, and keep a graph in memory."""
+        """Removes what is there again: activation checkpointing has run a forward once more in the
+        backward. It would be taken for the next micro-batch's, and keep a graph in memory."""
         for name, found in self._gathered.items():
             for values in found:
                 values.pop(name, None)
