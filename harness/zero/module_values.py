@@ -8,7 +8,7 @@ that a module changes in place has changed for its caller, too.
 """
 
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -20,12 +20,14 @@ from torch import Tensor, nn
 OnTensor = Callable[[Tensor], Tensor]
 
 ORIGINAL = "ds_original"
-"""The attribute of a tensor that a module takes: its caller's own one, and its version."""
+"""The attribute of a tensor that a module takes: its caller's own one, None if that is itself, and
+its version."""
 LONG = 1000
 """A longer list has no tensors, unless the first element is one: to look at all takes too long."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that torch itself keeps in a module."""
+_PLAIN = {bool, int, float, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size}
 
 
 def transforms_are_active() -> bool:
@@ -40,7 +42,7 @@ def attach(function: Any, value: Any, **_: Any) -> Any:
         return value
     kind = function.__self__
     is_taken = kind.__name__.startswith("Post")
-    return _mapped(partial(_take if is_taken else _leave, kind), value)
+    return _Walk(partial(_take if is_taken else _leave, kind)).through(value)
 
 
 def follow_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -52,25 +54,32 @@ def follow_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
     if transforms_are_active() or not torch.is_grad_enabled():
         return output
     leave = partial(_leave, module.pre_bwd_fn)
+    walk = _Walk(leave)
     attributes = vars(module)
     for name in [name for name in attributes if name not in _OF_EVERY_MODULE]:
         value = attributes[name]
-        if (touched := _mapped(leave, value)) is not value:
+        if (touched := walk.through(value)) is not value:
             attributes[name] = touched
     for value in args:
         if isinstance(value, Tensor):
             _leave_argument(leave, value)
     for value in (*args, *kwargs.values()):
         if not isinstance(value, Tensor):
-            _mapped(partial(_leave_inside, leave), value)
-            _map_attributes(partial(_leave_inside, leave), value)
-    _map_attributes(leave, output)
-    return _mapped(leave, output)
+            walk = _Walk(partial(_leave_inside, leave))
+            walk.through(value)
+            walk.through_attributes(value)
+    walk = _Walk(leave)
+    output = walk.through(output)
+    walk.through_attributes(output)
+    return output
 
 
 def _take(kind: Any, value: Any) -> Tensor:
     """`value`, for a module: its gradient tells that the module's backward is over."""
-    if not (value.requires_grad and torch.is_grad_enabled()):
+    if not torch.is_grad_enabled() or value.is_inference():
+        return value
+    if not value.requires_grad:
+        setattr(value, ORIGINAL, (None, value._version))
         return value
     taken = _attached(kind, value)
     setattr(taken, ORIGINAL, (value, value._version))
@@ -86,11 +95,13 @@ def _leave(kind: Any, value: Any) -> Tensor:
 
 def _leave_argument(leave: OnTensor, value: Tensor) -> Tensor:
     """If a module has changed what it took in place, its caller's tensor has that gradient, too."""
-    original, version = vars(value).pop(ORIGINAL, (value, None))
-    if version == value._version or value.grad_fn is None:
+    if not hasattr(value, ORIGINAL):
         return value
-    changed = leave(value)  # without a version, it had no gradient before
-    _follow(original, changed)
+    original, version = vars(value).pop(ORIGINAL)
+    if value.grad_fn is None or version == value._version:
+        return value
+    changed = leave(value)
+    _follow(value if original is None else original, changed)
     return changed
 
 
@@ -124,51 +135,70 @@ def _follow(original: Tensor, changed: Tensor) -> None:
         _Follow.apply(original, changed)
 
 
-def _mapped(function: OnTensor, value: Any) -> Any:
-    """`value` with `function` applied to its tensors: in lists, dicts and records in place, where
-    leaves stay as they are, since they may be parameters; in tuples."""
-    match value:
-        case Tensor():
-            return function(value)
-        case list() | tuple() | dict() if not value or (len(value) > LONG and _begins_plain(value)):
+class _Walk:
+    """Applies `function` to the tensors in a value, which may contain itself.
+
+    In lists, dicts and records in place, where leaves stay as they are: they may be parameters.
+    """
+
+    def __init__(self, function: OnTensor):
+        self._function = function
+        self._seen: set[int] = set()
+
+    def through(self, value: Any) -> Any:
+        """The value, or a new one if it is a tensor or a tuple that has changed."""
+        if isinstance(value, Tensor):
+            return self._function(value)
+        if type(value) in _PLAIN or id(value) in self._seen:
             return value
-        case list():
-            for index, element in enumerate(value):
-                if (touched := _mapped_inside(function, element)) is not element:
-                    value[index] = touched
-        case tuple():
-            elements = [_mapped(function, element) for element in value]
-            if any(new is not old for new, old in zip(elements, value, strict=True)):
-                make = getattr(type(value), "_make", type(value))  # of named ones
-                return make(elements)
-        case dict():
-            for key, element in value.items():
-                if (touched := _mapped_inside(function, element)) is not element:
-                    value[key] = touched
-        case SimpleNamespace() | UserDict():
-            _map_attributes(function, value)
-        case _ if is_dataclass(value) and not isinstance(value, type):
-            for field in fields(value):
-                element = getattr(value, field.name, None)
-                if (touched := _mapped_inside(function, element)) is not element:
-                    object.__setattr__(value, field.name, touched)
-    return value
+        match value:
+            case tuple():
+                return self._through_tuple(value)
+            case list():
+                self._through_items(value, enumerate(value))
+            case dict():
+                self._through_items(value, value.items())
+            case SimpleNamespace() | UserDict():
+                self.through_attributes(value)
+            case _ if is_dataclass(value) and not isinstance(value, type):
+                self._seen.add(id(value))
+                for field in fields(value):
+                    element = getattr(value, field.name, None)
+                    if (touched := self._inside(element)) is not element:
+                        object.__setattr__(value, field.name, touched)
+        return value
+
+    def through_attributes(self, value: Any) -> None:
+        """Of an object of any class."""
+        if id(value) in self._seen or isinstance(value, Tensor | nn.Module | type):
+            return
+        self._seen.add(id(value))
+        attributes = getattr(value, "__dict__", {})
+        self._through_items(attributes, list(attributes.items()))
+
+    def _through_tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if _is_long(value):
+            return value
+        elements = [self.through(element) for element in value]
+        if all(new is old for new, old in zip(elements, value, strict=True)):
+            return value
+        return getattr(type(value), "_make", type(value))(elements)  # of a named one
+
+    def _through_items(self, container: Any, items: Iterable[tuple[Any, Any]]) -> None:
+        self._seen.add(id(container))
+        if _is_long(container):
+            return
+        for key, element in items:
+            if (touched := self._inside(element)) is not element:
+                container[key] = touched
+
+    def _inside(self, element: Any) -> Any:
+        is_leaf = isinstance(element, Tensor) and element.grad_fn is None
+        return element if is_leaf else self.through(element)
 
 
-def _mapped_inside(function: OnTensor, element: Any) -> Any:
-    is_leaf = isinstance(element, Tensor) and element.grad_fn is None
-    return element if is_leaf else _mapped(function, element)
-
-
-def _begins_plain(value: Any) -> bool:
-    return not isinstance(next(iter(value.values() if isinstance(value, dict) else value)), Tensor)
-
-
-def _map_attributes(function: OnTensor, value: Any) -> None:
-    """Applies `function` to the tensors in the attributes of an object of any class."""
-    if isinstance(value, Tensor | list | tuple | nn.Module) or callable(value):
-        return
-    attributes = getattr(value, "__dict__", {})
-    for name, element in list(attributes.items()):
-        if (touched := _mapped_inside(function, element)) is not element:
-            attributes[name] = touched
+def _is_long(container: Any) -> bool:
+    if len(container) <= LONG:
+        return False
+    first = next(iter(container.values() if isinstance(container, dict) else container))
+    return not isinstance(first, Tensor)

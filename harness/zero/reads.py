@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -29,6 +30,8 @@ class _Reads(TorchFunctionMode):
         self._names = {id(p): name for name, p in module.named_parameters()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if torch.compiler.is_compiling():  # torch's compiler reads this, too
+            return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         is_alias = name == "detach" or (name == "__get__" and _attribute(func) == "data")
         reads = not is_alias and name not in _DESCRIBES and name != "__get__"

@@ -223,6 +223,14 @@ class IsHooked(Model):
         return self.kept["features"]
 
 
+class HasHooksOnItsBackward(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.register_full_backward_hook(lambda _, slopes, __: (slopes[0] / 2,))
+            block.register_full_backward_pre_hook(lambda _, slopes: (slopes[0] * 3,))
+
+
 class IsCheckpointedWithAStatistic(Model):
     """The last tensor that it saves for its backward has no part in the loss, so that the layer is
     called again in its own backward."""
@@ -251,6 +259,18 @@ class IsCalledAsAFunction(Model):
         slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
         moved = {n: w - 0.1 * d for (n, w), d in zip(weights.items(), slopes, strict=True)}
         return call(self.last, moved, (x,))
+
+
+class ReturnsWhatContainsItself(Model):
+    class kind(Block):
+        def forward(self, x: Tensor) -> Any:
+            node = SimpleNamespace(hidden=super().forward(x) * self.gain, others=[])
+            node.others.append({"parent": node})
+            self.tree = node
+            return node
+
+    def output_of(self, found: Any) -> Tensor:
+        return found.others[0]["parent"].hidden
 
 
 class LeavesRecordsInAttributes(Model):
