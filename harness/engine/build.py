@@ -38,6 +38,7 @@ def build_engines(task: Task, config: Config) -> Engines:
         owners: dict[nn.Parameter, str] = {}
         for name, model in models.items():
             trainable.check_initialized(name, model)
+            trainable.check_hooked(name, model, config.engines[name])
             for path, parameter in model.named_parameters():
                 if (owner := owners.setdefault(parameter, name)) != name:
                     raise TaskError(
@@ -72,9 +73,9 @@ def build_engines(task: Task, config: Config) -> Engines:
         return Engines(engines, task, stack.pop_all())
 
 
-def _restore(trainable: Mapping[nn.Parameter, bool]) -> None:
+def _restore(trained: Mapping[nn.Parameter, bool]) -> None:
     """Parameters that were trained before the run, and frozen or a teacher's in it, are again."""
-    for parameter, requires_grad in trainable.items():
+    for parameter, requires_grad in trained.items():
         parameter.requires_grad_(requires_grad)
 
 

@@ -99,7 +99,6 @@ class Engine:
         optimizer = scheduler = schedule = None
         with distributed.raise_on_all_ranks(f"engines.{name}"):
             trainable.check_storable(name, model)
-            trainable.check_hooked(name, model, config)
             if self.role == "teacher":
                 model.requires_grad_(False).eval()
             else:

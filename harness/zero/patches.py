@@ -245,7 +245,7 @@ def _patch_fetches() -> None:
             if transforms_are_active() and not fetches.is_held(parameter):
                 raise TaskError(
                     f"{type(submodule).__name__} was called inside of a function of torch.func, "
-                    "like vmap or jvp, where ZeRO 3 cannot gather its weights: set engines.NAME."
+                    "like vmap or jacrev, where ZeRO 3 cannot gather its weights: set engines.NAME."
                     'unused_parameters = "zeros", which gathers the model for each micro-batch, or '
                     "use ZeRO 2"
                 )

@@ -19,8 +19,10 @@ _DESCRIBES = {
     *("requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
 }
 """Functions of a tensor that need no values."""
+_ALIASES = {"data", "T", "mT", "H", "mH", "real"}
+"""Attributes of a tensor that are the same memory."""
 _OF_EMPTY = "ds_empty_of"
-"""The attribute of a tensor that is `weight.data` or `weight.detach()`: the weight's name."""
+"""The attribute of an alias of a weight, like `weight.data` or `weight.detach()`: its name."""
 
 
 class _Reads(TorchFunctionMode):
@@ -33,7 +35,7 @@ class _Reads(TorchFunctionMode):
         if torch.compiler.is_compiling():  # torch's compiler reads this, too
             return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        is_alias = name == "detach" or (name == "__get__" and _attribute(func) == "data")
+        is_alias = name == "detach" or (name == "__get__" and _attribute(func) in _ALIASES)
         reads = not is_alias and name not in _DESCRIBES and name != "__get__"
         if reads and not fetches.Backward.is_running:  # where DeepSpeed itself does
             for value in (*args, *(kwargs or {}).values()):

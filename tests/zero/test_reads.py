@@ -2,6 +2,7 @@
 first step; with `unused_parameters = "zeros"` it reads them."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -83,6 +84,19 @@ def described(engine: Any, batch: Tensor) -> Tensor:
     return engine(batch.to(parameter.device, parameter.dtype)).square().mean()
 
 
+def gathered(engine: Any, batch: Tensor) -> Tensor:
+    """As docs/engines.md says for weights of another engine."""
+    weights = list(engine.module.parameters())
+    complete: Any = nullcontext()
+    if hasattr(weights[0], "ds_id"):
+        import deepspeed  # late: zero.startup patches it first
+
+        complete = deepspeed.zero.GatheredParameters(weights)
+    with torch.no_grad(), complete:
+        size = sum(p.square().sum() for p in weights)
+    return engine(batch).square().mean() * (1 + size)
+
+
 def outcome(compute: Compute, unused: str) -> dict[str, Tensor] | str:
     """The weights after all steps, or an error and whether a step was taken."""
     feed = Feed(compute)
@@ -140,7 +154,7 @@ def test_reading_an_empty_weight_is_refused_by_name(two_ranks: RankPool, compute
 
 @pytest.mark.parametrize(
     ("compute", "unused"),
-    [*((compute, "zeros") for compute in READS), (described, "error")],
+    [*((compute, "zeros") for compute in READS), (described, "error"), (gathered, "error")],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_what_is_there_can_be_read(two_ranks: RankPool, compute: Compute, unused: str) -> None:
