@@ -131,7 +131,7 @@ class _Follow(torch.autograd.Function):
 
 
 def _follow(original: Tensor, changed: Tensor) -> None:
-    with torch.autograd._unsafe_preserve_version_counter(original):
+    with torch.autograd.grad_mode._unsafe_preserve_version_counter(original):
         _Follow.apply(original, changed)
 
 
