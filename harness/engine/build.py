@@ -9,6 +9,7 @@ from torch import nn
 from harness import distributed
 from harness.config import Config
 from harness.config.engine_sections import EngineConfig
+from harness.engine import trainable
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.engine.models import build_models, check_engines
@@ -36,6 +37,8 @@ def build_engines(task: Task, config: Config) -> Engines:
     with distributed.raise_on_all_ranks(f"task {config.task.path}"):
         owners: dict[nn.Parameter, str] = {}
         for name, model in models.items():
+            trainable.check_initialized(name, model)
+            trainable.check_hooked(name, model, config.engines[name])
             for path, parameter in model.named_parameters():
                 if (owner := owners.setdefault(parameter, name)) != name:
                     raise TaskError(
@@ -70,9 +73,9 @@ def build_engines(task: Task, config: Config) -> Engines:
         return Engines(engines, task, stack.pop_all())
 
 
-def _restore(trainable: Mapping[nn.Parameter, bool]) -> None:
+def _restore(trained: Mapping[nn.Parameter, bool]) -> None:
     """Parameters that were trained before the run, and frozen or a teacher's in it, are again."""
-    for parameter, requires_grad in trainable.items():
+    for parameter, requires_grad in trained.items():
         parameter.requires_grad_(requires_grad)
 
 

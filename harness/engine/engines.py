@@ -14,6 +14,7 @@ from harness.data.step_batches import Terms
 from harness.distributed.network import is_lost_rank
 from harness.engine import buffers
 from harness.engine.engine import Engine
+from harness.engine.explained import explained
 from harness.engine.gradient_check import GradientCheck, explain_failure
 from harness.engine.turns import Turn
 from harness.errors import TaskError, did_you_mean
@@ -106,7 +107,8 @@ class Engines(Mapping[str, Engine]):
             engine.kept_buffers.begin_step(engine.buffers)
         with self._gathered(), self._turn.of(engine.name, begins_step):
             phases.enter("forward")
-            loss, stats = feed(self.task, engine, batch)
+            with engine.arrivals.reads_refused(engine.name), explained(engine.name, engine.ds):
+                loss, stats = feed(self.task, engine, batch)
             if see is not None:
                 see(loss)
             phases.enter("backward")
@@ -151,7 +153,7 @@ class Engines(Mapping[str, Engine]):
         """The losses and stats of every trained engine, by name, on one held-out batch."""
         reports: dict[str, Stats] = {}
         for engine in self.trained:
-            with self._gathered(), self._turn.of(engine.name):
+            with self._gathered(), self._turn.of(engine.name), explained(engine.name, engine.ds):
                 if self.task.evaluate is not None:
                     stats = checked_stats(self.task.evaluate(engine, batch), "Task.evaluate")
                 else:

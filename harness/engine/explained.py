@@ -14,7 +14,8 @@ def explained(engine: str, ds: Any) -> Iterator[None]:
     helps. `ds`: the DeepSpeed engine."""
     try:
         yield
-    except RuntimeError as error:
-        mixed_dtypes.explain(error, engine, ds.module, engine_state.compute_dtype(ds))
-        fetches.explain(error, engine, ds)
+    except (RuntimeError, IndexError) as error:
+        if not hasattr(error, "__notes__"):  # of the block inside
+            mixed_dtypes.explain(error, engine, ds.module, engine_state.compute_dtype(ds))
+            fetches.explain(error, engine, ds)
         raise

@@ -37,7 +37,7 @@ def warn_of_cast(engine: str, names: list[str], dtype: torch.dtype) -> None:
     )
 
 
-def explain(error: RuntimeError, engine: str, module: nn.Module, dtype: torch.dtype) -> None:
+def explain(error: Exception, engine: str, module: nn.Module, dtype: torch.dtype) -> None:
     """Adds to an error in a 16-bit engine's model that is about dtypes which keys help."""
     if dtype == torch.float32 or not _DTYPE_ERROR.search(str(error)):
         return

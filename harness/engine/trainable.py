@@ -3,11 +3,22 @@ that no checkpoint can hold."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from harness import distributed
 from harness.config.deepspeed_rules import half_precision
 from harness.config.engine_sections import EngineConfig
 from harness.errors import ConfigError, TaskError, first_few
+
+
+def check_initialized(engine: str, model: nn.Module) -> None:
+    """Raises TaskError, which names it, for a parameter that has no shape yet."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise TaskError(
+                f"engine {engine!r}: parameter {name!r} has no shape yet, as its module is a lazy "
+                "one: call the model once with a batch in the task's build, or give the sizes"
+            )
 
 
 def check_trainable(engine: str, model: nn.Module) -> None:
@@ -36,6 +47,17 @@ def check_trainable(engine: str, model: nn.Module) -> None:
                 f"({module.weight.dtype}) would have sparse gradients, which ZeRO cannot reduce: "
                 f"make the {type(module).__name__} with sparse=False, or freeze it: "
                 f"engines.{engine}.frozen"
+            )
+
+
+def check_hooked(engine: str, model: nn.Module, config: EngineConfig) -> None:
+    """Raises TaskError, which names it, for a module that ZeRO 3 cannot gather the weights of."""
+    for path, module in model.named_modules() if config.zero_stage == 3 else ():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TaskError(
+                f"engine {engine!r}: module {path or 'model'!r} is compiled by torch.jit and takes "
+                "no hooks, so that ZeRO 3 cannot gather its weights: use the module itself, or "
+                f"ZeRO 2 (engines.{engine}.ds_config)"
             )
 
 

@@ -7,11 +7,13 @@ Its files, from the top down:
     leftovers.py      what DeepSpeed keeps in its modules of a run that has ended
     sharded_init.py   builds models in shards, at stage 3
     patches.py        patches of DeepSpeed's classes, so that all stages train alike
+    module_values.py  the tensors that modules take, return and leave, at stage 3
     engine_state.py   what a running engine holds, and what can be set on it
     file_trees.py     the trees that a running engine saves, and loads
     module_state.py   a model's state dict, loaded in linear time
     norms.py          the norm that decides whether a step is taken
     arrivals.py       which gradients arrive in a backward, in which order; zeros for the others
+    reads.py          refuses what reads weights that are not gathered, at stage 3
     notes.py          what a rank did in a micro-batch, if a collective in it fails
     buckets.py        where stages 1 to 3 collect gradients
     fetches.py        which modules' weights stage 3 gathers

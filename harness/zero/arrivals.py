@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from harness.distributed import world_size
 from harness.errors import TaskError, first_few
-from harness.zero import fetches
+from harness.zero import fetches, reads
 from harness.zero.buckets import NOTHING, Numbers, buckets_of
 from harness.zero.notes import ByRank, Notes
 
@@ -59,6 +59,7 @@ class Arrivals:
         self._modules: tuple[Sequence[nn.Module], Numbers] = (), NOTHING
         """The last order of modules that was recorded, and their numbers."""
         self._calls_modules = bool(fetches.names(ds))
+        self._is_first = self._calls_modules and not in_order
         can_note = not in_order and world_size() > 1 and hasattr(os, "memfd_create")  # on Linux
         self._notes = Notes(ds, self._buckets) if can_note else None
         if in_order:
@@ -115,6 +116,12 @@ class Arrivals:
     def gathered(self) -> AbstractContextManager[None]:
         """To be open while the model is called: ranks may then call different modules of it."""
         return fetches.gathered(self._ds) if self._in_order else nullcontext()
+
+    def reads_refused(self, engine: str) -> AbstractContextManager[None]:
+        """To be open in the forward of a micro-batch: in the first one, raises TaskError for what
+        reads weights where they are empty."""
+        is_first, self._is_first = self._is_first, False
+        return reads.refused(engine, self._ds.module) if is_first else nullcontext()
 
     def take(self) -> Record:
         """The record since the last call; its parts are the same objects if they are the same."""

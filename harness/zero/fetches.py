@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from harness.distributed.shared_numbers import SharedNumbers
 
@@ -19,10 +19,7 @@ HOLDERS = "ds_active_sub_modules"
 ALL_RANKS = -1
 """Among the modules that use a weight: no module, but all ranks at once."""
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-"""Attributes that torch itself keeps in a module."""
-
-_SHAPE_ERROR = re.compile(r"invalid gradient|must be a matrix|size mismatch|\(0\)|\[0\]|0x0")
+_SHAPE_ERROR = re.compile(r"invalid gradient|must be a matrix|[Mm]ismatch|\(0\)|\[0\]|0x0|range")
 
 
 def called_modules(ds: Any) -> Sequence[nn.Module]:
@@ -114,6 +111,12 @@ def gathered(ds: Any) -> Iterator[None]:
             sharded[0].partition(sharded)
 
 
+def is_missing(parameter: Any) -> bool:
+    """Whether it has elements, but not on this rank at this moment."""
+    status = getattr(parameter, "ds_status", None)
+    return status is not None and status.name == "NOT_AVAILABLE" and parameter.ds_numel > 0
+
+
 def is_held(parameter: Any) -> bool:
     """Whether it is `gathered` on all ranks."""
     return ALL_RANKS in getattr(parameter, HOLDERS, ())
@@ -137,36 +140,7 @@ def as_sharded(ds: Any) -> Iterator[None]:
             parameter.ds_active_sub_modules.add(ALL_RANKS)
 
 
-def fetch_for_attributes(module: Any, _: Any, output: Any) -> None:
-    """A forward hook, after DeepSpeed's: a backward that begins at a tensor which forward has left
-    in an attribute, like `self.loss`, or of an output that is an object, first gathers the module's
-    own weights, as one that begins at an output of tensors does. Also at tensors in a list, tuple
-    or dict, if the first value is one."""
-    _fetch_for(vars(module), module.pre_bwd_fn)
-    if hasattr(output, "__dict__") and not isinstance(output, (Tensor, list, tuple, dict)):
-        _fetch_for(vars(output), module.pre_bwd_fn)
-
-
-def _fetch_for(attributes: dict[str, Any], fetch: Any) -> None:
-    def fetched(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.grad_fn is None:
-            return value
-        is_done = isinstance(value.grad_fn, fetch._backward_cls)
-        return value if is_done else fetch.apply(value)
-
-    for name in [name for name in attributes if name not in _OF_EVERY_MODULE]:
-        match attributes[name]:
-            case Tensor() as value:
-                attributes[name] = fetched(value)
-            case [Tensor(), *_] as values if isinstance(values, list):
-                values[:] = map(fetched, values)
-            case (Tensor(), *_) as values if type(values) is tuple:
-                attributes[name] = tuple(map(fetched, values))
-            case dict() as values if isinstance(next(iter(values.values()), None), Tensor):
-                values |= {key: fetched(value) for key, value in values.items()}
-
-
-def explain(error: RuntimeError, engine: str, ds: Any) -> None:
+def explain(error: Exception, engine: str, ds: Any) -> None:
     """Adds to an error of torch's at stage 3 that comes from weights which are not gathered."""
     if _coordinator(ds) is not None and _SHAPE_ERROR.search(str(error)):
         error.add_note(

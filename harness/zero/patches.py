@@ -14,7 +14,8 @@ from torch.torch_version import TorchVersion
 
 from harness.errors import TaskError
 from harness.waiting import waits
-from harness.zero import fetches
+from harness.zero import fetches, module_values
+from harness.zero.module_values import transforms_are_active
 from harness.zero.norms import StepNorm, patch_norms
 
 RUNTIME = "deepspeed.runtime"
@@ -28,7 +29,7 @@ def apply_patches() -> None:
     _accept_any_first_parameter()
     _let_tasks_gather()
     _patch_fetches()
-    _fetch_for_attributes()
+    _attach_to_any_values()
     _allow_gradient_penalties()
     _let_timers_start_twice()
     _stay_at_the_smallest_scale()
@@ -224,35 +225,61 @@ def _let_tasks_gather() -> None:
 
 def _patch_fetches() -> None:
     """At stage 3, modules can have parameters without elements: DeepSpeed gathers nothing where
-    there is no element to gather, and then misses the parameter. And a loss can be of a gradient:
-    see `fetches.in_backward`."""
+    there is no element to gather, and then misses the parameter. `functional_call` puts tensors
+    into the place of parameters. A loss can be of a gradient: see `fetches.in_backward`. And if
+    activation checkpointing calls a module again in its own backward, it keeps its weights."""
     module: Any = importlib.import_module(f"{RUNTIME}.zero.partitioned_param_coordinator")
-    fetch = waits(module.PartitionedParameterCoordinator._fetch_sub_module_impl)
+    coordinator = module.PartitionedParameterCoordinator
+    fetch, release = waits(coordinator._fetch_sub_module_impl), coordinator.release_sub_module
+    get_all_parameters = module.get_all_parameters
+
+    def sharded_parameters(submodule: Any, recurse: bool = False) -> Iterator[tuple[Any, Any]]:
+        return (
+            pair for pair in get_all_parameters(submodule, recurse) if hasattr(pair[1], "ds_id")
+        )
 
     def fetch_sub_module(self: Any, submodule: Any, forward: bool, is_leaf: bool) -> None:
         if not forward and not fetches.Backward.is_running:
             self.is_differentiated = True
         for parameter in module.iter_params(submodule, recurse=is_leaf):
+            if transforms_are_active() and not fetches.is_held(parameter):
+                raise TaskError(
+                    f"{type(submodule).__name__} was called inside of a function of torch.func, "
+                    "like vmap or jacrev, where ZeRO 3 cannot gather its weights: set engines.NAME."
+                    'unused_parameters = "zeros", which gathers the model for each micro-batch, or '
+                    "use ZeRO 2"
+                )
             if not parameter.ds_numel:
                 parameter.data = parameter.data.new_empty(parameter.ds_shape)
                 parameter.ds_status = module.ZeroParamStatus.AVAILABLE
         fetch(self, submodule, forward, is_leaf)
 
-    module.PartitionedParameterCoordinator._fetch_sub_module_impl = fetch_sub_module
-    module.PartitionedParameterCoordinator.is_differentiated = False
+    def release_sub_module(self: Any, submodule: Any, forward: bool = False) -> None:
+        in_backward = self._PartitionedParameterCoordinator__active_backward_submodules
+        if not (forward and fetches.Backward.is_running and submodule.ds_id in in_backward):
+            release(self, submodule, forward)
+
+    module.get_all_parameters = sharded_parameters
+    coordinator._fetch_sub_module_impl = fetch_sub_module
+    coordinator.release_sub_module = release_sub_module
+    coordinator.is_differentiated = False
 
 
-def _fetch_for_attributes() -> None:
-    """See `fetches.fetch_for_attributes`."""
-    offload = _class("zero.parameter_offload", "DeepSpeedZeRoOffload")
-    register = offload._register_deepspeed_module
+def _attach_to_any_values() -> None:
+    """See `module_values`."""
+    module: Any = importlib.import_module(f"{RUNTIME}.zero.parameter_offload")
+    register = module.DeepSpeedZeRoOffload._register_deepspeed_module
+    module.apply_to_tensors_only = torch.compiler.disable(module_values.attach)
+    module.vars = lambda value: getattr(value, "__dict__", {})  # an int has none
 
-    def register_module(self: Any, module: Any, *args: Any, **kwargs: Any) -> None:
-        register(self, module, *args, **kwargs)
-        hook = torch.compiler.disable(fetches.fetch_for_attributes)  # as DeepSpeed's hooks
-        self.backward_hooks.append(module.register_forward_hook(hook))
+    def register_module(self: Any, submodule: Any, *args: Any, **kwargs: Any) -> None:
+        register(self, submodule, *args, **kwargs)
+        on_output = self.backward_hooks[-2]  # before those of the user, which may keep the output
+        submodule._forward_hooks.move_to_end(on_output.id, last=False)
+        follow = torch.compiler.disable(module_values.follow_forward)  # as DeepSpeed's hooks
+        self.backward_hooks.append(submodule.register_forward_hook(follow, with_kwargs=True))
 
-    offload._register_deepspeed_module = register_module
+    module.DeepSpeedZeRoOffload._register_deepspeed_module = register_module
 
 
 def _allow_gradient_penalties() -> None:

@@ -10,6 +10,8 @@ from torch import nn
 
 from harness.engine.trainable import (
     TrainedParameters,
+    check_hooked,
+    check_initialized,
     check_renormed,
     check_storable,
     check_trainable,
@@ -42,6 +44,25 @@ def test_what_deepspeed_cannot_train_is_refused(kind: str) -> None:
     with pytest.raises(ConfigError, match="no trainable parameter"):
         check_trainable("net", model.requires_grad_(False))
     check_trainable("net", nn.ModuleList([model, nn.Linear(1, 1)]))
+
+
+def test_a_parameter_without_a_shape_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 2), nn.LazyLinear(3))
+    with pytest.raises(TaskError, match=r"parameter '1\.weight' has no shape yet"):
+        check_initialized("net", model)
+    model(torch.zeros(1, 4))
+    check_initialized("net", model)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_script_module_is_refused_where_it_would_need_hooks(stage: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 2), torch.jit.script(nn.Linear(2, 2)))
+    config = tiny_config(Path(), stage).engines["net"]
+    if stage == 3:
+        with pytest.raises(TaskError, match="module '1' is compiled by torch"):
+            check_hooked("net", model, config)
+    else:
+        check_hooked("net", model, config)
 
 
 def renormed(stage: int = 0, bf16: bool = False) -> Any:

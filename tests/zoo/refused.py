@@ -35,6 +35,15 @@ def double_precision() -> nn.Module:
     return Mlp().double()
 
 
+class LazyModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LazyLinear(8)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return mse(self.layer(x), y)
+
+
 def feed_twice(engine: Any, batch: Any) -> tuple[Tensor, dict[str, Any]]:
     """Back-propagates one loss, and returns another."""
     engine.backward(call(engine, batch)[0])
@@ -60,6 +69,10 @@ REFUSED: list[tuple[Entry, str]] = [
     (
         _entry("float64 parameters", double_precision),
         r"'first.weight' is torch.float64, expected .*model.float\(\)",
+    ),
+    (
+        _entry("lazy modules", LazyModule),
+        "parameter 'layer.weight' has no shape yet.* call the model once with a batch",
     ),
     (
         _entry("lbfgs", optimizer={"name": "torch.optim:LBFGS", "lr": 0.1}),
