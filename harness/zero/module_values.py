@@ -22,6 +22,8 @@ OnTensor = Callable[[Tensor], Tensor]
 ORIGINAL = "ds_original"
 """The attribute of a tensor that a module takes: its caller's own one, None if that is itself, and
 its version."""
+WATCHED = "ds_watched_by"
+"""The attribute of a tensor that modules keep: their numbers."""
 LONG = 1000
 """A longer list has no tensors, unless the first element is one: to look at all takes too long."""
 
@@ -54,12 +56,9 @@ def follow_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
     if transforms_are_active() or not torch.is_grad_enabled():
         return output
     leave = partial(_leave, module.pre_bwd_fn)
-    walk = _Walk(leave)
-    attributes = vars(module)
-    for name in [name for name in attributes if name not in _OF_EVERY_MODULE]:
-        value = attributes[name]
-        if (touched := walk.through(value)) is not value:
-            attributes[name] = touched
+    walk = _Walk(partial(_watch, module))
+    for value in [value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]:
+        walk.through(value)
     for value in args:
         if isinstance(value, Tensor):
             _leave_argument(leave, value)
@@ -91,6 +90,19 @@ def _leave(kind: Any, value: Any) -> Tensor:
     if value.grad_fn is None or isinstance(value.grad_fn, kind._backward_cls):
         return value
     return _attached(kind, value) if torch.is_grad_enabled() else value
+
+
+def _watch(module: Any, value: Tensor) -> Tensor:
+    """`value`, which a module keeps: its gradient begins the module's backward, and it stays the
+    same tensor, whose gradient the user may ask for."""
+    watched = vars(value).setdefault(WATCHED, set())
+    if value.grad_fn is None or module.ds_id in watched:
+        return value
+    watched.add(module.ds_id)
+    context = SimpleNamespace()
+    module.pre_bwd_fn.setup_context(context, (value,), value)
+    value.register_hook(lambda _: context.pre_backward_function(module))
+    return value
 
 
 def _leave_argument(leave: OnTensor, value: Tensor) -> Tensor:

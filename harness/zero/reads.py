@@ -14,6 +14,7 @@ from harness.zero import fetches
 
 _DESCRIBES = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "type_as"),
     *("is_floating_point", "is_complex", "is_contiguous", "is_shared", "type", "data_ptr"),
     *("__hash__", "__repr__", "__format__", "__set__", "__deepcopy__", "__reduce_ex__"),
     *("requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),

@@ -89,6 +89,22 @@ def feed_features(engine: Any, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
     return F.cross_entropy((one + 0.1 * other).flatten(0, 1), batch.flatten()), {}
 
 
+class Watched(Body):
+    """What is left is the tensor of the graph, whose gradient may be asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.layer(self.embed(x) + self.place)
+        self.hidden.retain_grad()
+        return F.linear(self.hidden * self.scale, self.embed.weight)
+
+
+def feed_watched(engine: Any, batch: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    scores, hidden = engine(batch), engine.module.hidden
+    (slope,) = torch.autograd.grad(scores.square().sum(), hidden, create_graph=True)
+    loss = F.cross_entropy(scores.flatten(0, 1), batch.flatten())
+    return loss + 1e-4 * slope.square().mean(), {}  # as of a gradient penalty
+
+
 MODELS: dict[type[nn.Module], Any] = {
     Attribute: default_feeder,
     Object: default_feeder,
@@ -96,6 +112,7 @@ MODELS: dict[type[nn.Module], Any] = {
     List: feed_features,
     Tuple: feed_features,
     Dict: feed_features,
+    Watched: feed_watched,
 }
 BATCHES = [
     torch.arange(12).view(4, 3) % 7,
@@ -108,6 +125,8 @@ SGD = {"name": "torch.optim:SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.
 def trained(kind: type[nn.Module], stage: int) -> dict[str, Tensor]:
     engines = engines_of(kind(), MODELS[kind], stage, optimizer=SGD)
     train(engines, BATCHES)
+    if kind is Watched:
+        assert engines["net"].module.hidden.grad.count_nonzero()
     found = weights_of(engines)
     engines.close()
     return found
@@ -120,14 +139,14 @@ def trained_by_torch(kind: type[nn.Module]) -> dict[str, Tensor]:
     class Plain:
         module = model
 
-        def __call__(self, batch: Tensor) -> None:
-            model(batch)
+        def __call__(self, batch: Tensor) -> Tensor:
+            return model(batch)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for batch in BATCHES:
         optimizer.zero_grad()
-        if MODELS[kind] is feed_features:
-            loss, _ = feed_features(Plain(), batch)
+        if MODELS[kind] is not default_feeder:
+            loss, _ = MODELS[kind](Plain(), batch)
         else:
             output = model(batch)
             loss = next(m.loss for m in [output, *model.modules()] if hasattr(m, "loss"))
