@@ -126,7 +126,8 @@ def trained(kind: type[nn.Module], stage: int) -> dict[str, Tensor]:
     engines = engines_of(kind(), MODELS[kind], stage, optimizer=SGD)
     train(engines, BATCHES)
     if kind is Watched:
-        assert engines["net"].module.hidden.grad.count_nonzero()
+        hidden: Any = engines["net"].module.hidden
+        assert hidden.grad.count_nonzero()
     found = weights_of(engines)
     engines.close()
     return found
