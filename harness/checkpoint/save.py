@@ -151,7 +151,8 @@ class Saver:
         if checkpoint is not None and self._live.config.run.resume != "latest":
             is_own = checkpoint.parent == self.directory
             after = common_manifest(checkpoint).saved_at if is_own else 0.0
-            self._left = Span(after, max(after, self._saved_at))
+            self._saved_at = distributed.broadcast(self._now())
+            self._left = Span(after, self._saved_at)
         self._pass_over(read_dropped(self.directory, self.disks))
 
     def _pass_over(self, dropped: Dropped) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from harness import distributed, recovery
 from harness.checkpoint.disks import Disks
-from harness.checkpoint.dropped import Dropped, drop_after, keep, read_dropped
+from harness.checkpoint.dropped import Dropped, Span, drop_after, keep, read_dropped
 from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.remote_store import Store, remote_name
 from harness.checkpoint.save import Saver
@@ -274,3 +274,34 @@ def test_a_disk_that_was_away_drops_nothing_again(
 ) -> None:
     found = pools(2).run(on, "ab", tmp_path, keep_and_read, Path(), number)
     assert found == [[True, True, False, True]] * 2
+
+
+def drop_below_what_was_kept(parent: Path) -> list[tuple[bool, bool]]:
+    """A start from a save that was dropped, at 10, leaves what is newer; a rollback returns to 5."""
+    disks, kept = Disks((0,)), manifest_of(10, {})
+    dropped = drop_after(parent, manifest_of(5, {}), 15.0, None, disks)
+    keep(kept, parent, dropped, disks)
+    drop_after(parent, manifest_of(5, {}), 20.0, Span(10.0, 16.0), disks)
+    dropped = read_dropped(parent, disks)
+    saves = [manifest_of(at, {}) for at in (5, 10, 12, 16, 18)]
+    return [(dropped.has(save.saved_at), dropped.removes(save)) for save in saves]
+
+
+def test_what_was_kept_is_dropped_again(pools: Pools, tmp_path: Path) -> None:
+    """Of what was left, what had been dropped before goes."""
+    (found,) = pools(1).run(drop_below_what_was_kept, tmp_path)
+    goes, stays = (True, True), (True, False)
+    assert found == [(False, False), goes, goes, stays, goes]
+
+
+def test_what_was_kept_is_left_again(pools: Pools, tmp_path: Path) -> None:
+    """Step 4 was dropped and kept; then the user goes on from step 2."""
+    trainer = {"save_every": 2, "save_at_end": False}
+    pools(1).run(run_in_world, tiny_config(tmp_path, 1, trainer=trainer, run={"steps": 5}))
+    config = tiny_config(tmp_path, 1, run={"resume": "2"}, health=ROLLBACK)
+    times = [read_manifest(checkpoint(config, step)).saved_at for step in (2, 4)]
+    facts = {"spans": [times], "left": [], "kept": [[times[1], times[1]]]}
+    json_write(facts, checkpoint(config, 2).parent / "dropped.json")
+    pools(1).run(return_once, config)
+    assert returns(config) == [2]
+    assert checkpoint(config, 4).exists()
