@@ -5,7 +5,7 @@ Each node may have its own disk, with only the files that its ranks wrote.
 
 import logging
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from operator import or_
 from pathlib import Path
@@ -52,9 +52,10 @@ def common_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def newest_complete(parent: Path, disks: Disks, dropped: Dropped) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint all of whose files are on some disk, with finite weights, which no
-    rollback has dropped; of what the disks hold only the size is looked at. Collective."""
+def complete_saves(parent: Path, disks: Disks, dropped: Dropped) -> Iterator[tuple[Path, Manifest]]:
+    """The checkpoints all of whose files are on some disk, with finite weights, which no rollback
+    has dropped, the newest first; of what the disks hold only the size is looked at. Each step of
+    the iteration is collective."""
     saves, _ = list_saves(parent, disks)
     for directory in [parent / name for name in saves]:
         try:
@@ -63,8 +64,7 @@ def newest_complete(parent: Path, disks: Disks, dropped: Dropped) -> tuple[Path,
             continue
         is_good = manifest.finite is not False and not dropped.has(manifest.saved_at)
         if _all_present(directory, manifest, disks.is_leader) and is_good:
-            return directory, manifest
-    return None
+            yield directory, manifest
 
 
 def remove_outdated(parent: Path, disks: Disks) -> None:
@@ -133,7 +133,7 @@ def verify_checkpoint(directory: Path, verify: Verify = verify_file) -> Manifest
     hosts, disks, per_rank = zip(*answers, strict=True)
     verified = {name: identity for checked in per_rank for name, identity in checked.items()}
     if len(set(disks)) > 1:
-        verified |= dict.fromkeys(_verify_copies(directory, files, disks, verified))
+        verified |= dict.fromkeys(_verify_copies(directory, files, disks, verified, verify))
     with distributed.raise_on_all_ranks(doing):
         if missing := {name: manifest.writer(name) for name in files if name not in verified}:
             raise CheckpointError(missing_files(directory, missing, hosts))
@@ -145,6 +145,7 @@ def _verify_copies(
     files: Mapping[str, FileEntry],
     disks: Sequence[object],
     checked: Mapping[str, object],
+    verify: Verify,
 ) -> set[str]:
     """Verifies the files on the ranks' disks that are not already `checked`. Collective.
 
@@ -160,5 +161,5 @@ def _verify_copies(
         ]
         sharing = [other for other, disk in enumerate(disks) if disk == disks[rank]]
         for name in others[sharing.index(rank) :: len(sharing)]:
-            verify_file(directory / name, files[name])
+            verify(directory / name, files[name])
     return distributed.all_reduce(set(others), or_)

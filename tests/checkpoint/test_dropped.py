@@ -277,7 +277,7 @@ def test_a_disk_that_was_away_drops_nothing_again(
 
 
 def drop_below_what_was_kept(parent: Path) -> list[tuple[bool, bool]]:
-    """A start from a save that was dropped, at 10, leaves what is newer; a rollback returns to 5."""
+    """A start from what was dropped, at 10, leaves what is newer; a rollback returns to 5."""
     disks, kept = Disks((0,)), manifest_of(10, {})
     dropped = drop_after(parent, manifest_of(5, {}), 15.0, None, disks)
     keep(kept, parent, dropped, disks)

@@ -15,7 +15,7 @@ from harness.checkpoint.copies import Copies
 from harness.checkpoint.dropped import Dropped, Span
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import read_manifest
-from harness.checkpoint.remote_store import Store
+from harness.checkpoint.remote_store import Store, remote_name
 from harness.checkpoint.uploads import Uploads
 from harness.checkpoint.written import write_file
 from harness.config import Config
@@ -128,6 +128,20 @@ def test_what_is_damaged_on_the_disk_comes_from_the_store(pools: Pools, tmp_path
     assert file.read_bytes() == before
 
 
+def test_what_is_damaged_is_looked_for_in_the_store(pools: Pools, tmp_path: Path) -> None:
+    """Although it is newer than what the store has, which is damaged on the disk as well."""
+    remote = {"remote": f"file://{tmp_path}/store"}
+    config = tiny_config(tmp_path, 1, checkpoint=remote, trainer={"save_every": 2})
+    pools(1).run(run_in_world, tiny_config(tmp_path, 1, trainer={"save_every": 2}))
+    directory = checkpoint(config, 4)
+    name = remote_name(directory, read_manifest(directory))
+    shutil.copytree(directory, tmp_path / "store/tiny" / name)
+    for step in (4, 6):
+        flip_bit(checkpoint(config, step) / "rank-00000.pt")
+    pools(1).run(run_in_world, config)
+    assert f"resumed from {checkpoint(config, 4)}" in log_text(config)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -210,7 +224,7 @@ def test_a_run_does_not_start_over_without_knowing(two_ranks: RankPool, tmp_path
     anew = remote_config(tmp_path, run={"resume": "none", "steps": 2})
     assert two_ranks.run(on, "aa", tmp_path, list_fails, anew) == ["", ""]
     assert two_ranks.run(on, "aa", tmp_path, list_fails, config) == ["", ""]
-    assert "the store is down: resuming from the disk" in log_of(tmp_path)
+    assert "the store is down: resuming without it" in log_of(tmp_path)
 
 
 def killed_while(phase: str, rank: int, config: Config) -> None:
