@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from harness.checkpoint import copies
+from harness.checkpoint import copies, remote_store
 from harness.checkpoint.copies import Copies
 from harness.checkpoint.dropped import Dropped, Span
 from harness.checkpoint.files import verify_file
-from harness.checkpoint.manifest import read_manifest
+from harness.checkpoint.manifest import Manifest, parse_manifest, read_manifest
 from harness.checkpoint.remote_store import Store, remote_name
 from harness.checkpoint.uploads import Uploads
 from harness.checkpoint.written import write_file
@@ -209,7 +209,7 @@ def test_a_store_that_is_down_delays_only_the_end(two_ranks: RankPool, tmp_path:
 def list_fails(config: Config) -> str:
     with pytest.MonkeyPatch.context() as patch:
 
-        def fail(store: Store, all_readable: bool = False) -> None:
+        def fail(*_: Any, **__: Any) -> None:
             raise CheckpointError("the store is down")
 
         patch.setattr(Store, "checkpoints", fail)
@@ -295,6 +295,29 @@ def test_a_rollback_removes_what_was_after_it(pools: Pools, tmp_path: Path) -> N
     assert pools(1).run(return_to_the_first, tmp_path) == [
         ["step-00000003.3000", "step-00000001.1000"]
     ]
+
+
+def upload_thrice(root: Path) -> list[str]:
+    """The checkpoints whose manifests were read."""
+    found: list[str] = []
+
+    def parse(text: bytes, directory: str) -> Manifest:
+        found.append(directory.rpartition("/")[2])
+        return parse_manifest(text, directory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote_store, "parse_manifest", parse)
+        ours = Copies(Uploads(Store(f"file://{root}/store"), CheckpointConfig))
+        for step in range(1, 4):
+            ours.add(root / f"step-{step:08d}", manifest_of(step, {}))
+            ours.finish(lambda: False)
+        ours.close()
+    return found
+
+
+def test_no_manifest_is_read_twice(pools: Pools, tmp_path: Path) -> None:
+    expected = [f"step-0000000{step}.{step}000" for step in range(1, 4)]
+    assert pools(1).run(upload_thrice, tmp_path) == [expected]
 
 
 def end_while_removing(root: Path, is_aborted: bool, give_up_after_s: float) -> float:
