@@ -315,6 +315,26 @@ def upload_thrice(root: Path) -> list[str]:
     return found
 
 
+def copy_again(root: Path) -> list[str]:
+    """A rollback returns to what is being copied, and then to what waits. What is copied."""
+    ours = Copies(Uploads(Store(f"file://{root}/store"), CheckpointConfig))
+    directories = [root / f"step-{step:08d}" for step in (1, 2)]
+    for step, directory in enumerate(directories, start=1):
+        directory.mkdir()
+        manifest_of(step, {}).write(directory)
+        ours.add_existing(directory)
+        if step == 1:
+            ours.poll()
+    for directory in directories:
+        ours.add_existing(directory)
+    ours.close()
+    return [copy.directory.name for copy in ours._copies]
+
+
+def test_nothing_is_copied_twice(pools: Pools, tmp_path: Path) -> None:
+    assert pools(1).run(copy_again, tmp_path) == [["step-00000001", "step-00000002"]]
+
+
 def test_no_manifest_is_read_twice(pools: Pools, tmp_path: Path) -> None:
     expected = [f"step-0000000{step}.{step}000" for step in range(1, 4)]
     assert pools(1).run(upload_thrice, tmp_path) == [expected]
