@@ -229,9 +229,6 @@ def _copies(live: LiveConfig, directory: RunDirectory, store: Store | None) -> l
         log_warning("checkpoint.replicas: there are none, as all ranks share a disk")
     if store is not None:
         copies.append(Copies(Uploads(store, lambda: live.config.checkpoint)))
-    dropped = read_dropped(directory.checkpoints, directory.disks)
-    for each in copies:
-        each.forget(dropped)
     return copies
 
 

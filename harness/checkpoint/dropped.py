@@ -90,17 +90,33 @@ class Dropped:
 def read_dropped(parent: Path, disks: Disks) -> Dropped:
     """What was written down next to the checkpoints, on any of the disks. Collective. Raises
     CheckpointError on all ranks."""
-    known = Dropped()
+    return distributed.all_reduce(_read(parent, disks), or_)
+
+
+def complete_dropped(parent: Path, disks: Disks, new: Dropped = Dropped()) -> Dropped:
+    """`read_dropped`, and what is `new`, written down on each disk that lacks a part of it.
+    Collective. Raises CheckpointError on all ranks."""
+    own = _read(parent, disks)
+    dropped = distributed.all_reduce(own, or_) | new
+    with checkpoint_error_on_all_ranks(f"cannot write {parent / FILE}"):
+        if disks.is_leader and own != dropped:
+            parent.mkdir(parents=True, exist_ok=True)  # a fresh disk lacks it
+            json_write({key: sorted(value) for key, value in vars(dropped).items()}, parent / FILE)
+    return dropped
+
+
+def _read(parent: Path, disks: Disks) -> Dropped:
+    """Of this rank's disk, if it leads it. Collective."""
     with checkpoint_error_on_all_ranks(f"cannot read {parent / FILE}"):
-        if disks.is_leader and (parent / FILE).exists():
-            try:
-                known = _from_json(json.loads((parent / FILE).read_bytes()))
-            except (ValueError, TypeError, LookupError) as error:
-                raise CheckpointError(
-                    f"{parent / FILE} is damaged: {error}: remove it, and with run.resume name the "
-                    "checkpoint to start from, if a rollback was killed"
-                ) from None
-    return distributed.all_reduce(known, or_)
+        if not disks.is_leader or not (parent / FILE).exists():
+            return Dropped()
+        try:
+            return _from_json(json.loads((parent / FILE).read_bytes()))
+        except (ValueError, TypeError, LookupError) as error:
+            raise CheckpointError(
+                f"{parent / FILE} is damaged: {error}: remove it, and with run.resume name the "
+                "checkpoint to start from, if a rollback was killed"
+            ) from None
 
 
 def newest_save(parent: Path, disks: Disks) -> float:
@@ -117,15 +133,14 @@ def drop_after(
     dropped. `left`: what of it the user had left. Collective. Raises CheckpointError on all
     ranks."""
     stays = frozenset({left} if left is not None and left.until > kept.saved_at else ())
-    new = Dropped(frozenset({Span(kept.saved_at, now)}), stays)
-    return _write(new | read_dropped(parent, disks), parent, disks)
+    return complete_dropped(parent, disks, Dropped(frozenset({Span(kept.saved_at, now)}), stays))
 
 
 def keep(kept: Manifest, parent: Path, dropped: Dropped, disks: Disks) -> Dropped:
     """Writes down that a save is one like others again. Returns what is still dropped. Collective.
     Raises CheckpointError on all ranks."""
     again = Kept(kept.saved_at, dropped.until)
-    return _write(dropped | Dropped(kept=frozenset({again})), parent, disks)
+    return complete_dropped(parent, disks, Dropped(kept=frozenset({again})))
 
 
 def remove_dropped(parent: Path, dropped: Dropped, disks: Disks) -> None:
@@ -141,13 +156,6 @@ def remove_dropped(parent: Path, dropped: Dropped, disks: Disks) -> None:
                 with suppress(FileNotFoundError):  # a thread that copies has just done so
                     retention.remove(path)
                 log.info("removed %s: a rollback has dropped it", path)
-
-
-def _write(dropped: Dropped, parent: Path, disks: Disks) -> Dropped:
-    with checkpoint_error_on_all_ranks(f"cannot write {parent / FILE}"):
-        if disks.is_leader:
-            json_write({key: sorted(value) for key, value in vars(dropped).items()}, parent / FILE)
-    return dropped
 
 
 def _from_json(found: Any) -> Dropped:

@@ -1,5 +1,6 @@
 """What a rollback has dropped stays dropped, wherever it was and whenever the run is killed."""
 
+import json
 import re
 import shutil
 import time
@@ -21,7 +22,7 @@ from harness.files import json_write
 from harness.run import run_in_world
 from harness.testing.faults import die, fail_at
 from harness.testing.pool import RankError
-from tests.checkpoint.test_disks import config_of, log_of, on
+from tests.checkpoint.test_disks import config_of, log_of, on, place
 from tests.checkpoint.test_memory import kept, run_pool
 from tests.checkpoint.test_remote_store import manifest_of
 from tests.support.helpers import Pools, checkpoint, log_text, tiny_config
@@ -274,6 +275,41 @@ def test_a_disk_that_was_away_drops_nothing_again(
 ) -> None:
     found = pools(2).run(on, "ab", tmp_path, keep_and_read, Path(), number)
     assert found == [[True, True, False, True]] * 2
+
+
+def keep_on_a_fresh_disk(parent: Path) -> str:
+    disks = Disks((0, 1))
+    if distributed.global_rank() == 0:
+        parent.mkdir()
+        json_write([[2.0, 6.0]], parent / "dropped.json")
+    keep(manifest_of(4, {}), parent, read_dropped(parent, disks), disks)
+    return (parent / "dropped.json").read_text()
+
+
+def test_a_fresh_disk_gets_what_is_written_down(pools: Pools, tmp_path: Path) -> None:
+    one, other = pools(2).run(on, "ab", tmp_path, keep_on_a_fresh_disk, Path("new"))
+    assert one == other
+    assert json.loads(one) == {"spans": [[2.0, 6.0]], "left": [], "kept": [[4.0, 6.0]]}
+
+
+def test_a_start_writes_down_what_a_disk_lacks(pools: Pools, tmp_path: Path) -> None:
+    pools(2).run(on, "ab", tmp_path, run_in_world, config_of(1, run={"steps": 1}))
+    json_write([[1.0, 2.0]], place(tmp_path, "a", 1).with_name("dropped.json"))
+    pools(2).run(on, "ab", tmp_path, run_in_world, config_of(1, run={"steps": 1}))
+    text = place(tmp_path, "b", 1).with_name("dropped.json").read_text()
+    assert json.loads(text)["spans"] == [[1.0, 2.0]]
+
+
+def test_the_store_keeps_what_the_disk_keeps(pools: Pools, tmp_path: Path) -> None:
+    """Steps 4 and 6 are left, and do not count."""
+    remote = {"remote": f"file://{tmp_path}/store"}
+    config = tiny_config(tmp_path, 1, trainer={"save_every": 2}, checkpoint=remote)
+    pools(1).run(copied_at_once, config)
+    keeping = {"checkpoint": remote | {"keep_last": 2}, "run": {"resume": "2", "steps": 3}}
+    pools(1).run(copied_at_once, tiny_config(tmp_path, 1, **keeping))
+    for parent in (tmp_path / "store/tiny", config.run_dir / "checkpoints"):
+        names = {path.name.partition(".")[0] for path in parent.glob("step-*")}
+        assert names == {"step-00000002", "step-00000003", "step-00000006"}
 
 
 def drop_below_what_was_kept(parent: Path) -> list[tuple[bool, bool]]:
