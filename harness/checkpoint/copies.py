@@ -55,8 +55,8 @@ class Place(Protocol):
     """How many files of a rank are copied at a time."""
 
     def share(self, directory: Path, manifest: Manifest) -> Sequence[str]:
-        """The files that this rank copies of a checkpoint that others may have been copied of.
-        Collective."""
+        """The files that this rank copies of a checkpoint that may be there in part, of an earlier
+        start or before a rollback. Collective."""
         ...
 
     def copy_file(self, copy: Copy, file: str, should_stop: Callable[[], bool]) -> None:
@@ -68,7 +68,8 @@ class Place(Protocol):
         ...
 
     def forget(self, dropped: Dropped) -> None:
-        """Removes the checkpoints there that a rollback has dropped."""
+        """Removes the checkpoints there that a rollback has dropped, and names the best one of the
+        others, where one is named."""
         ...
 
     def close(self) -> None:

@@ -47,6 +47,8 @@ def download_requested(
         good = _good(known, passed_over)
         name = (last or next(iter(good), "")) if distributed.is_global_leader() else ""
         if distributed.is_global_leader() and name not in known:
+            if known and not last:
+                raise CheckpointError(_none_is_good(store, known))
             there = ", ".join(known) or "none"
             raise CheckpointError(f"{url}: expected a checkpoint, or a run's; found there: {there}")
     name, manifest = distributed.broadcast((name, known.get(name)))
@@ -61,6 +63,13 @@ def _good(known: dict[str, Manifest], dropped: Dropped) -> list[str]:
         for name, manifest in known.items()
         if manifest.finite is not False and not dropped.has(manifest.saved_at)
     ]
+
+
+def _none_is_good(store: Store, known: Iterable[str]) -> str:
+    return (
+        f"{store.url}: none of its checkpoints has finite weights, or rollbacks have dropped them: "
+        f"set run.resume to the URL of one of them ({', '.join(known)})"
+    )
 
 
 def download_newest(
@@ -96,9 +105,7 @@ def download_newest(
             )
         if known and manifest is None and newest is None:
             raise CheckpointError(
-                f"{store.url}: none of its checkpoints has finite weights, or rollbacks have "
-                f"dropped them: set run.resume to the URL of one of them ({', '.join(known)}), or "
-                "to 'none' to start the run anew"
+                f"{_none_is_good(store, known)}, or to 'none' to start the run anew"
             )
     if failure:
         log_warning("%s: resuming without it", failure)

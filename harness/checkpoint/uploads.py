@@ -52,7 +52,8 @@ class Uploads:
             self._store.upload(copy.directory / file, name, file, should_stop)
 
     def complete(self, copy: Copy) -> None:
-        """Makes the uploaded files a checkpoint, and removes those that no rule keeps."""
+        """Makes the uploaded files a checkpoint, names the best one, and removes those that no rule
+        keeps."""
         if distributed.is_global_leader():
             name = remote_name(copy.directory, copy.manifest)
             self._store.write_manifest(name, copy.manifest)
@@ -65,7 +66,8 @@ class Uploads:
                 self._store.remove(name)
 
     def forget(self, dropped: Dropped) -> None:
-        """Removes the checkpoints that a rollback has dropped."""
+        """Removes the checkpoints that a rollback has dropped, and names the best one of the
+        others. Those that are dropped, and what the user had left, do not count any more."""
         self._dropped = dropped
         if distributed.is_global_leader():
             found = self._found()

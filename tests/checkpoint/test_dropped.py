@@ -25,7 +25,7 @@ from harness.testing.pool import RankError
 from tests.checkpoint.test_disks import config_of, log_of, on, place
 from tests.checkpoint.test_memory import kept, run_pool
 from tests.checkpoint.test_remote_store import manifest_of
-from tests.support.helpers import Pools, checkpoint, log_text, tiny_config
+from tests.support.helpers import Pools, checkpoint, error_of, log_text, tiny_config
 
 LAST_GOOD = recovery.last_good
 
@@ -253,6 +253,20 @@ def test_the_newest_below_a_url_is_not_what_was_dropped(pools: Pools, tmp_path: 
     again = {"resume": f"file://{tmp_path}/store/tiny", "steps": 3}
     pools(1).run(run_in_world, tiny_config(tmp_path, 1, checkpoint=remote, run=again))
     assert f"resumed from {saves[0]}\n" in log_text(config)
+    json_write([[0.0, time.time()]], saves[0].parent / "dropped.json")
+    (error,) = pools(1).run(error_of, tiny_config(tmp_path, 1, checkpoint=remote, run=again))
+    assert "none of its checkpoints has finite weights, or rollbacks have dropped them" in error
+
+
+def test_the_own_checkpoint_is_not_left(pools: Pools, tmp_path: Path) -> None:
+    """Where run.resume has its absolute path, and the run a relative one."""
+    pools(1).run(on, "a", tmp_path, run_in_world, config_of(1, run={"steps": 2}))
+    before = read_manifest(place(tmp_path, "a", 2))
+    asked = {"resume": str(place(tmp_path, "a", 2))}
+    config = config_of(1, run=asked, health=ROLLBACK, trainer={"save_every": 9})
+    pools(1).run(on, "a", tmp_path, return_once, config)
+    assert "returning to runs/tiny/checkpoints/step-00000002" in log_of(tmp_path)
+    assert read_manifest(place(tmp_path, "a", 2)) == before  # not saved again
 
 
 def keep_and_read(parent: Path, number: int) -> list[bool]:
