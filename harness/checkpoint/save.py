@@ -289,12 +289,12 @@ class Saver:
         self._saved_at = distributed.broadcast(self._now())
         kept = common_manifest(directory)
         dropped = drop_after(self.directory, kept, self._saved_at, self._left, self.disks)
+        self._pass_over(dropped)
         with checkpoint_error_on_all_ranks(f"cannot return to {directory}"):
             if self.disks.is_leader:
                 self._removals.wait()
         remove_dropped(self.directory, dropped, self.disks)
         name_newest(self.directory, dropped, self._live.config.checkpoint, self.disks)
-        self._pass_over(dropped)
         for copies in self._copies:
             copies.add_existing(directory)  # passed over before, for one that is dropped
         if self._memory is not None:

@@ -130,16 +130,15 @@ def test_what_is_damaged_on_the_disk_comes_from_the_store(pools: Pools, tmp_path
 
 def test_what_is_damaged_is_looked_for_in_the_store(pools: Pools, tmp_path: Path) -> None:
     """Although it is newer than what the store has, which is damaged on the disk as well."""
-    remote = {"remote": f"file://{tmp_path}/store"}
-    config = tiny_config(tmp_path, 1, checkpoint=remote, trainer={"save_every": 2})
-    pools(1).run(run_in_world, tiny_config(tmp_path, 1, trainer={"save_every": 2}))
-    directory = checkpoint(config, 4)
-    name = remote_name(directory, read_manifest(directory))
-    shutil.copytree(directory, tmp_path / "store/tiny" / name)
+    config = tiny_config(tmp_path, 1, trainer={"save_every": 2})
+    pools(1).run(run_in_world, config)
+    old = checkpoint(config, 4)
+    shutil.copytree(old, tmp_path / "store/tiny" / remote_name(old, read_manifest(old)))
     for step in (4, 6):
         flip_bit(checkpoint(config, step) / "rank-00000.pt")
-    pools(1).run(run_in_world, config)
-    assert f"resumed from {checkpoint(config, 4)}" in log_text(config)
+    remote = {"remote": f"file://{tmp_path}/store"}
+    pools(1).run(run_in_world, tiny_config(tmp_path, 1, checkpoint=remote))
+    assert f"resumed from {old}" in log_text(config)
 
 
 @pytest.mark.parametrize(
@@ -318,15 +317,13 @@ def upload_thrice(root: Path) -> list[str]:
 def copy_again(root: Path) -> list[str]:
     """A rollback returns to what is being copied, and then to what waits. What is copied."""
     ours = Copies(Uploads(Store(f"file://{root}/store"), CheckpointConfig))
-    directories = [root / f"step-{step:08d}" for step in (1, 2)]
-    for step, directory in enumerate(directories, start=1):
-        directory.mkdir()
+    for step in (1, 2, 1, 2):
+        directory = root / f"step-{step:08d}"
+        directory.mkdir(exist_ok=True)
         manifest_of(step, {}).write(directory)
         ours.add_existing(directory)
-        if step == 1:
+        if not ours._current:
             ours.poll()
-    for directory in directories:
-        ours.add_existing(directory)
     ours.close()
     return [copy.directory.name for copy in ours._copies]
 
