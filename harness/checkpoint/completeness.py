@@ -141,6 +141,7 @@ def verify_checkpoint(directory: Path, verify: Verify = verify_file) -> Manifest
     with distributed.raise_on_all_ranks(doing):
         if lost := [error for name, error in damaged.items() if name not in whole]:
             raise lost[0]
+    with distributed.raise_on_all_ranks(doing):
         if missing := {name: manifest.writer(name) for name in files if name not in whole}:
             raise CheckpointError(missing_files(directory, missing, hosts))
     with checkpoint_error_on_all_ranks(f"cannot remove damaged files of {directory}"):
