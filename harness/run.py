@@ -12,7 +12,7 @@ from harness import distributed, startup
 from harness.callbacks.moments import Callbacks
 from harness.checkpoint import init_weights, resume
 from harness.checkpoint.commit import name_newest
-from harness.checkpoint.completeness import newest_complete
+from harness.checkpoint.completeness import complete_saves
 from harness.checkpoint.copies import Copies
 from harness.checkpoint.downloads import download_newest, download_requested
 from harness.checkpoint.dropped import read_dropped, remove_dropped
@@ -201,7 +201,7 @@ def _restore(
     if memory is not None:
         memory.forget(dropped)
     if wanted == "latest" and store is not None:
-        download_newest(store, parent, disks, dropped, ahead.verify)
+        download_newest(store, parent, disks, dropped, ahead.verify, memory)
     checkpoint = resume.choose_checkpoint(
         *(wanted, parent, engines, disks, ahead.verify, may_change, memory)
     )
@@ -229,9 +229,6 @@ def _copies(live: LiveConfig, directory: RunDirectory, store: Store | None) -> l
         log_warning("checkpoint.replicas: there are none, as all ranks share a disk")
     if store is not None:
         copies.append(Copies(Uploads(store, lambda: live.config.checkpoint)))
-    dropped = read_dropped(directory.checkpoints, directory.disks)
-    for each in copies:
-        each.forget(dropped)
     return copies
 
 
@@ -242,8 +239,8 @@ def _copy_existing(
     resumes from, or of that on the disk if it resumes from memory. Collective."""
     parent, disks = directory.checkpoints, directory.disks
     if is_in_memory and copies:
-        found = newest_complete(parent, disks, read_dropped(parent, disks))
-        checkpoint = found[0] if found is not None else None
+        dropped = read_dropped(parent, disks)
+        checkpoint, _ = next(complete_saves(parent, disks, dropped), (None, None))
     if checkpoint is not None and checkpoint.parent == parent:
         for each in copies:
             each.add_existing(checkpoint)

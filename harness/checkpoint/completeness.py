@@ -5,7 +5,7 @@ Each node may have its own disk, with only the files that its ranks wrote.
 
 import logging
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from operator import or_
 from pathlib import Path
@@ -18,7 +18,7 @@ from harness.checkpoint.manifest import Manifest, read_manifest
 from harness.checkpoint.retention import remove
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import MANIFEST, identity, no_manifest
-from harness.errors import CheckpointError, missing_files
+from harness.errors import CheckpointError, UnreadableCheckpoint, missing_files
 from harness.files import is_present
 
 log = logging.getLogger(__name__)
@@ -52,9 +52,10 @@ def common_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def newest_complete(parent: Path, disks: Disks, dropped: Dropped) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint all of whose files are on some disk, with finite weights, which no
-    rollback has dropped; of what the disks hold only the size is looked at. Collective."""
+def complete_saves(parent: Path, disks: Disks, dropped: Dropped) -> Iterator[tuple[Path, Manifest]]:
+    """The checkpoints all of whose files are on some disk, with finite weights, which no rollback
+    has dropped, the newest first; of what the disks hold only the size is looked at. Each step of
+    the iteration is collective."""
     saves, _ = list_saves(parent, disks)
     for directory in [parent / name for name in saves]:
         try:
@@ -63,8 +64,7 @@ def newest_complete(parent: Path, disks: Disks, dropped: Dropped) -> tuple[Path,
             continue
         is_good = manifest.finite is not False and not dropped.has(manifest.saved_at)
         if _all_present(directory, manifest, disks.is_leader) and is_good:
-            return directory, manifest
-    return None
+            yield directory, manifest
 
 
 def remove_outdated(parent: Path, disks: Disks) -> None:
@@ -117,48 +117,68 @@ def needed_files(manifest: Manifest) -> tuple[dict[str, FileEntry], list[str]]:
 def verify_checkpoint(directory: Path, verify: Verify = verify_file) -> Manifest:
     """Reads all files that a resume needs, on any disk, and checks every CRC. Collective.
 
-    The ranks share the work. Raises CheckpointError, on all ranks, if a file is damaged or missing
-    on all disks; UnreadableCheckpoint if a disk does not give one.
+    The ranks share the work. A damaged file that is whole on another disk is removed: a resume gets
+    it from there. Raises CheckpointError, on all ranks, if a file is damaged or missing on all
+    disks; UnreadableCheckpoint if a disk does not give one.
     """
     manifest = common_manifest(directory)
     doing = f"cannot read checkpoint {directory}"
     files, share = needed_files(manifest)
     with distributed.raise_on_all_ranks(doing), reading(directory):
-        present = [name for name in share if is_present(directory / name)]
-        for name in present:
-            verify(directory / name, files[name])
-        checked = {name: identity(directory / name) for name in present}
+        present = {name: files[name] for name in share if is_present(directory / name)}
+        damaged = _damaged(directory, present, verify)
+        read = {name: identity(directory / name) for name in present}
         disk = identity(directory) if directory.is_dir() else None
-    answers = distributed.all_gather((socket.gethostname(), disk, checked))
+    answers = distributed.all_gather((socket.gethostname(), disk, read))
     hosts, disks, per_rank = zip(*answers, strict=True)
-    verified = {name: identity for checked in per_rank for name, identity in checked.items()}
     if len(set(disks)) > 1:
-        verified |= dict.fromkeys(_verify_copies(directory, files, disks, verified))
+        read_by_all = {name: identity for read in per_rank for name, identity in read.items()}
+        with distributed.raise_on_all_ranks(doing), reading(directory):
+            copies = _own_copies(directory, files, disks, read_by_all)
+            present |= copies
+            damaged |= _damaged(directory, copies, verify)
+    whole = distributed.all_reduce(present.keys() - damaged.keys(), or_)
     with distributed.raise_on_all_ranks(doing):
-        if missing := {name: manifest.writer(name) for name in files if name not in verified}:
+        if lost := [error for name, error in damaged.items() if name not in whole]:
+            raise lost[0]
+    with distributed.raise_on_all_ranks(doing):
+        if missing := {name: manifest.writer(name) for name in files if name not in whole}:
             raise CheckpointError(missing_files(directory, missing, hosts))
+    with checkpoint_error_on_all_ranks(f"cannot remove damaged files of {directory}"):
+        for name, error in damaged.items():
+            (directory / name).unlink()
+            log.warning("%s: removed, since another node has it", error)
     return manifest
 
 
-def _verify_copies(
+def _damaged(
+    directory: Path, files: Mapping[str, FileEntry], verify: Verify
+) -> dict[str, CheckpointError]:
+    """What is wrong with those of the files that are damaged. Raises UnreadableCheckpoint."""
+    found: dict[str, CheckpointError] = {}
+    for name, entry in files.items():
+        try:
+            verify(directory / name, entry)
+        except UnreadableCheckpoint:
+            raise
+        except CheckpointError as error:
+            found[name] = error
+    return found
+
+
+def _own_copies(
     directory: Path,
     files: Mapping[str, FileEntry],
     disks: Sequence[object],
-    checked: Mapping[str, object],
-) -> set[str]:
-    """Verifies the files on the ranks' disks that are not already `checked`. Collective.
-
-    Returns their names. `checked`: `identity` by name. `disks`: by rank, equal where they share
-    one.
-    """
+    read: Mapping[str, object],
+) -> dict[str, FileEntry]:
+    """This rank's part of the files on its disk that are not those already `read`. `read`:
+    `identity` by name. `disks`: by rank, equal where they share one."""
+    copies = [
+        name
+        for name in files
+        if is_present(directory / name) and identity(directory / name) != read.get(name)
+    ]
     rank = distributed.global_rank()
-    with distributed.raise_on_all_ranks(f"cannot read checkpoint {directory}"), reading(directory):
-        others = [
-            name
-            for name in files
-            if is_present(directory / name) and identity(directory / name) != checked.get(name)
-        ]
-        sharing = [other for other, disk in enumerate(disks) if disk == disks[rank]]
-        for name in others[sharing.index(rank) :: len(sharing)]:
-            verify_file(directory / name, files[name])
-    return distributed.all_reduce(set(others), or_)
+    sharing = [other for other, disk in enumerate(disks) if disk == disks[rank]]
+    return {name: files[name] for name in copies[sharing.index(rank) :: len(sharing)]}

@@ -55,7 +55,8 @@ class Place(Protocol):
     """How many files of a rank are copied at a time."""
 
     def share(self, directory: Path, manifest: Manifest) -> Sequence[str]:
-        """The files that this rank copies of a checkpoint of an earlier start. Collective."""
+        """The files that this rank copies of a checkpoint that may be there in part, of an earlier
+        start or before a rollback. Collective."""
         ...
 
     def copy_file(self, copy: Copy, file: str, should_stop: Callable[[], bool]) -> None:
@@ -67,7 +68,8 @@ class Place(Protocol):
         ...
 
     def forget(self, dropped: Dropped) -> None:
-        """Removes the checkpoints there that a rollback has dropped."""
+        """Removes the checkpoints there that a rollback has dropped, and names the best one of the
+        others, where one is named."""
         ...
 
     def close(self) -> None:
@@ -97,8 +99,12 @@ class Copies:
     @property
     def needs(self) -> set[Path]:
         """The checkpoints that must stay on the disk until they are copied."""
-        copies = [self._current, *self._queue] if self._current else self._queue
-        return {copy.directory for copy in copies}
+        return {copy.directory for copy in self._copies}
+
+    @property
+    def _copies(self) -> list[Copy]:
+        """The current one, and those that wait."""
+        return [self._current, *self._queue] if self._current else self._queue
 
     def add(self, directory: Path, manifest: Manifest) -> None:
         """Copies a checkpoint, of which each rank has the files that it wrote. One that waits is
@@ -113,10 +119,14 @@ class Copies:
         self._queue.append(Copy(directory, manifest, files))
 
     def add_existing(self, directory: Path) -> None:
-        """Copies a checkpoint of an earlier start of the run; what is there is not copied again.
+        """Copies a checkpoint that was not saved just now: of an earlier start of the run, or one
+        that a rollback returns to. What is there is not copied again, and nothing is queued twice.
         Collective."""
         manifest = common_manifest(directory)
-        self._queue.append(Copy(directory, manifest, self._place.share(directory, manifest)))
+        if (directory, manifest.saved_at) not in {
+            (copy.directory, copy.manifest.saved_at) for copy in self._copies
+        }:
+            self._queue.append(Copy(directory, manifest, self._place.share(directory, manifest)))
 
     def forget(self, dropped: Dropped) -> None:
         """Drops what a rollback has dropped, of this start of the run or an earlier one: a resume

@@ -6,16 +6,20 @@ same. What several ranks read is then sent between them, as in any resume.
 """
 
 import logging
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from heapq import merge
+from itertools import chain, takewhile
 from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.commit import commit, create_staging
-from harness.checkpoint.completeness import Verify, newest_complete, verify_checkpoint
+from harness.checkpoint.completeness import Verify, complete_saves, verify_checkpoint
 from harness.checkpoint.disks import Disks
 from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.files import FileEntry, verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
+from harness.checkpoint.memory import Memory
 from harness.checkpoint.remote_store import PARALLEL_FILES, Store, local_name, split_url
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.convert.run_checkpoints import MANIFEST
@@ -43,6 +47,8 @@ def download_requested(
         good = _good(known, passed_over)
         name = (last or next(iter(good), "")) if distributed.is_global_leader() else ""
         if distributed.is_global_leader() and name not in known:
+            if known and not last:
+                raise CheckpointError(_none_is_good(store, known))
             there = ", ".join(known) or "none"
             raise CheckpointError(f"{url}: expected a checkpoint, or a run's; found there: {there}")
     name, manifest = distributed.broadcast((name, known.get(name)))
@@ -59,12 +65,24 @@ def _good(known: dict[str, Manifest], dropped: Dropped) -> list[str]:
     ]
 
 
+def _none_is_good(store: Store, known: Iterable[str]) -> str:
+    return (
+        f"{store.url}: none of its checkpoints has finite weights, or rollbacks have dropped them: "
+        f"set run.resume to the URL of one of them ({', '.join(known)})"
+    )
+
+
 def download_newest(
-    store: Store, parent: Path, disks: Disks, dropped: Dropped, verify: Verify
+    store: Store,
+    parent: Path,
+    disks: Disks,
+    dropped: Dropped,
+    verify: Verify,
+    memory: Memory | None = None,
 ) -> None:
-    """Downloads the newest good checkpoint of a run's own `store`, unless the disks together hold
-    it or a newer one, or a rollback has `dropped` it; what is damaged of it as well. `verify`:
-    checks a file. Collective. Raises CheckpointError on all ranks."""
+    """Downloads the newest good checkpoint of a run's own `store`, unless the disks together, or
+    the `memory`, hold it or a newer one undamaged, or a rollback has `dropped` it; what is damaged
+    of it as well. `verify`: checks a file. Collective. Raises CheckpointError on all ranks."""
     known: dict[str, Manifest] = {}
     failure = ""
     if distributed.is_global_leader():
@@ -74,37 +92,43 @@ def download_newest(
             failure = str(error)
     name = next(iter(_good(known, dropped)), "")
     name, manifest, failure = distributed.broadcast((name, known.get(name), failure))
-    on_disk = newest_complete(parent, disks, dropped)
+    places = [complete_saves(parent, disks, dropped)]
+    if memory is not None:
+        places.append(complete_saves(memory.directory, memory.disks, dropped))
+    held = merge(*places, key=lambda found: found[1].saved_at, reverse=True)
+    newest = next(held, None)
     with distributed.raise_on_all_ranks("checkpoint.remote"):
-        if failure and on_disk is None:
+        if failure and newest is None:
             raise CheckpointError(
                 f"{failure}: whether this run has checkpoints there is not known: set "
                 "run.resume = 'none' to start it anew"
             )
-        if known and manifest is None and on_disk is None:
+        if known and manifest is None and newest is None:
             raise CheckpointError(
-                f"{store.url}: none of its checkpoints has finite weights, or rollbacks have "
-                f"dropped them: set run.resume to the URL of one of them ({', '.join(known)}), or "
-                "to 'none' to start the run anew"
+                f"{_none_is_good(store, known)}, or to 'none' to start the run anew"
             )
     if failure:
-        log_warning("%s: resuming from the disk", failure)
-    elif manifest is not None and not _has(on_disk, manifest, verify):
+        log_warning("%s: resuming without it", failure)
+        return
+    held = chain(filter(None, [newest]), held)
+    if manifest is not None and not _has(held, manifest, verify):
         _download(store, name, manifest, parent, disks, verify)
 
 
-def _has(on_disk: tuple[Path, Manifest] | None, stored: Manifest, verify: Verify) -> bool:
-    """Whether the disks have the newest one of the store undamaged, or a newer one. Collective."""
-    if on_disk is None or on_disk[1].saved_at != stored.saved_at:
-        return on_disk is not None and on_disk[1].saved_at > stored.saved_at
-    try:
-        verify_checkpoint(on_disk[0], verify)
-    except UnreadableCheckpoint:  # told by `choose_checkpoint`
-        return True
-    except CheckpointError as error:
-        log_warning("%s", error)
-        return False
-    return True
+def _has(held: Iterable[tuple[Path, Manifest]], stored: Manifest, verify: Verify) -> bool:
+    """Whether what is held, the newest first, has the newest one of the store undamaged, or a newer
+    one. Collective."""
+    for directory, manifest in takewhile(lambda found: found[1].saved_at >= stored.saved_at, held):
+        try:
+            verify_checkpoint(directory, verify)
+        except UnreadableCheckpoint:  # told by `choose_checkpoint`
+            return True
+        except CheckpointError as error:
+            if manifest.saved_at == stored.saved_at:  # else told there as well
+                log_warning("%s", error)
+        else:
+            return True
+    return False
 
 
 def _download(

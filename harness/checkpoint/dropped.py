@@ -10,6 +10,7 @@ one of them was away meanwhile.
 
 import json
 import logging
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ FILE = "dropped.json"
 
 
 class Span(NamedTuple):
-    """The saves of a run after one time, up to another. Times are those of `Manifest.saved_at`."""
+    """The saves of a run after one time, up to when they were dropped. Times are those of
+    `Manifest.saved_at`."""
 
     after: float
     until: float
@@ -69,31 +71,52 @@ class Dropped:
     def has(self, saved_at: float) -> bool:
         """Whether the save of a time is dropped: "latest" does not mean it, and no rollback returns
         to it."""
-        return self._is_in(self.spans | self.left, saved_at)
+        return bool(self._times(self.spans | self.left, saved_at))
 
     def removes(self, manifest: Manifest) -> bool:
-        """Whether a checkpoint is dropped and goes. Pinned ones stay."""
-        return manifest.pinned is None and self._is_in(self.spans, manifest.saved_at)
+        """Whether a checkpoint is dropped and goes. Pinned ones stay, and what the user had left
+        when a rollback dropped it."""
+        dropped = self._times(self.spans, manifest.saved_at)
+        left = self._times(self.left, manifest.saved_at)
+        is_first = bool(dropped) and min(dropped) <= min(left, default=math.inf)
+        return manifest.pinned is None and is_first
 
-    def _is_in(self, spans: Iterable[Span], saved_at: float) -> bool:
+    def _times(self, spans: Iterable[Span], saved_at: float) -> list[float]:
+        """When a save was dropped, since it was last kept: a span is up to then."""
         kept = max((each.until for each in self.kept if each.saved_at == saved_at), default=0.0)
-        return any(span.after < saved_at <= span.until > kept for span in spans)
+        return [span.until for span in spans if span.after < saved_at <= span.until > kept]
 
 
 def read_dropped(parent: Path, disks: Disks) -> Dropped:
     """What was written down next to the checkpoints, on any of the disks. Collective. Raises
     CheckpointError on all ranks."""
-    known = Dropped()
+    return distributed.all_reduce(_read(parent, disks), or_)
+
+
+def complete_dropped(parent: Path, disks: Disks, new: Dropped = Dropped()) -> Dropped:
+    """`read_dropped`, and what is `new`, written down on each disk that lacks a part of it.
+    Collective. Raises CheckpointError on all ranks."""
+    own = _read(parent, disks)
+    dropped = distributed.all_reduce(own, or_) | new
+    with checkpoint_error_on_all_ranks(f"cannot write {parent / FILE}"):
+        if disks.is_leader and own != dropped:
+            parent.mkdir(parents=True, exist_ok=True)  # a fresh disk lacks it
+            json_write({key: sorted(value) for key, value in vars(dropped).items()}, parent / FILE)
+    return dropped
+
+
+def _read(parent: Path, disks: Disks) -> Dropped:
+    """Of this rank's disk, if it leads it. Collective."""
     with checkpoint_error_on_all_ranks(f"cannot read {parent / FILE}"):
-        if disks.is_leader and (parent / FILE).exists():
-            try:
-                known = _from_json(json.loads((parent / FILE).read_bytes()))
-            except (ValueError, TypeError, LookupError) as error:
-                raise CheckpointError(
-                    f"{parent / FILE} is damaged: {error}: remove it, and with run.resume name the "
-                    "checkpoint to start from, if a rollback was killed"
-                ) from None
-    return distributed.all_reduce(known, or_)
+        if not disks.is_leader or not (parent / FILE).exists():
+            return Dropped()
+        try:
+            return _from_json(json.loads((parent / FILE).read_bytes()))
+        except (ValueError, TypeError, LookupError) as error:
+            raise CheckpointError(
+                f"{parent / FILE} is damaged: {error}: remove it, and with run.resume name the "
+                "checkpoint to start from, if a rollback was killed"
+            ) from None
 
 
 def newest_save(parent: Path, disks: Disks) -> float:
@@ -104,25 +127,20 @@ def newest_save(parent: Path, disks: Disks) -> float:
 
 
 def drop_after(
-    parent: Path, kept: Manifest, until: float, left: Span | None, disks: Disks
+    parent: Path, kept: Manifest, now: float, left: Span | None, disks: Disks
 ) -> Dropped:
-    """Drops the saves after one, up to a time, and writes that down on each disk. Returns all that
-    is dropped. `left`: what of it the user had left. Collective. Raises CheckpointError on all
+    """Drops the saves after one, up to now, and writes that down on each disk. Returns all that is
+    dropped. `left`: what of it the user had left. Collective. Raises CheckpointError on all
     ranks."""
-    new = Dropped(frozenset({Span(kept.saved_at, until)}))
-    if left is not None and left.until > kept.saved_at:
-        around = {Span(kept.saved_at, left.after), Span(left.until, until)}
-        new = Dropped(
-            frozenset(span for span in around if span.after < span.until), frozenset({left})
-        )
-    return _write(new | read_dropped(parent, disks), parent, disks)
+    stays = frozenset({left} if left is not None and left.until > kept.saved_at else ())
+    return complete_dropped(parent, disks, Dropped(frozenset({Span(kept.saved_at, now)}), stays))
 
 
 def keep(kept: Manifest, parent: Path, dropped: Dropped, disks: Disks) -> Dropped:
     """Writes down that a save is one like others again. Returns what is still dropped. Collective.
     Raises CheckpointError on all ranks."""
     again = Kept(kept.saved_at, dropped.until)
-    return _write(dropped | Dropped(kept=frozenset({again})), parent, disks)
+    return complete_dropped(parent, disks, Dropped(kept=frozenset({again})))
 
 
 def remove_dropped(parent: Path, dropped: Dropped, disks: Disks) -> None:
@@ -138,13 +156,6 @@ def remove_dropped(parent: Path, dropped: Dropped, disks: Disks) -> None:
                 with suppress(FileNotFoundError):  # a thread that copies has just done so
                     retention.remove(path)
                 log.info("removed %s: a rollback has dropped it", path)
-
-
-def _write(dropped: Dropped, parent: Path, disks: Disks) -> Dropped:
-    with checkpoint_error_on_all_ranks(f"cannot write {parent / FILE}"):
-        if disks.is_leader:
-            json_write({key: sorted(value) for key, value in vars(dropped).items()}, parent / FILE)
-    return dropped
 
 
 def _from_json(found: Any) -> Dropped:

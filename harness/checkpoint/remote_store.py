@@ -14,7 +14,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -55,16 +55,23 @@ class Store:
         protocol = self._files.protocol
         self._protocols = {protocol} if isinstance(protocol, str) else set(protocol)
 
-    def checkpoints(self, all_readable: bool = False) -> dict[str, Manifest]:
+    def checkpoints(
+        self, all_readable: bool = False, read: Mapping[str, Manifest] | None = None
+    ) -> dict[str, Manifest]:
         """The manifests of the complete checkpoints by name, the newest first; none if there is
         nothing at the URL. One whose manifest cannot be read is told, and left out.
 
         `all_readable`: raises UnreadableCheckpoint, if one may be complete for another version.
+        `read`: those that were read before, which never change.
         """
         found = {}
         for name in self._names():
             with self._explained(name):
-                if self._files.exists(self._path(name, MANIFEST)):
+                if not self._files.exists(self._path(name, MANIFEST)):
+                    continue
+                if read and name in read:
+                    found[name] = read[name]
+                else:
                     text = self._files.cat_file(self._path(name, MANIFEST))
                     try:
                         found[name] = parse_manifest(text, f"{self.url}/{name}")

@@ -56,18 +56,25 @@ def keep_requested(wanted: str, parent: Path, dropped: Dropped, disks: Disks) ->
 
 
 def locate(wanted: str, parent: Path) -> tuple[Path, bool]:
-    """`find_source` on this rank's disk."""
-    return _step(int(wanted), parent) if wanted.isdecimal() else _located(Path(wanted))
+    """`find_source` on this rank's disk. What is in `parent` is named by that path, however the
+    user has named it: others compare."""
+    if wanted.isdecimal():
+        return _step(int(wanted), parent), False
+    path, is_parent = _located(Path(wanted))
+    if is_parent:
+        return parent if path.resolve() == parent.resolve() else path, True
+    found = path.resolve()
+    return parent / found.name if found.parent == parent.resolve() else path, False
 
 
-def _step(step: int, parent: Path) -> tuple[Path, bool]:
+def _step(step: int, parent: Path) -> Path:
     known: dict[int, Path] = {}
     for path in checkpoints_in(parent):  # the newest first
         known.setdefault(int(path.name.split("-")[1]), path)
     if step not in known:
         steps = ", ".join(map(str, sorted(known))) or "none"
         raise CheckpointError(f"{parent} has no checkpoint of step {step}; its steps: {steps}")
-    return known[step], False
+    return known[step]
 
 
 def _located(path: Path) -> tuple[Path, bool]:

@@ -36,9 +36,9 @@ from harness.checkpoint.disks import Disks, list_saves
 from harness.checkpoint.dropped import (
     Dropped,
     Span,
+    complete_dropped,
     drop_after,
     newest_save,
-    read_dropped,
     remove_dropped,
 )
 from harness.checkpoint.files import FileEntry
@@ -151,11 +151,14 @@ class Saver:
         if checkpoint is not None and self._live.config.run.resume != "latest":
             is_own = checkpoint.parent == self.directory
             after = common_manifest(checkpoint).saved_at if is_own else 0.0
-            self._left = Span(after, max(after, self._saved_at))
-        self._pass_over(read_dropped(self.directory, self.disks))
+            self._saved_at = distributed.broadcast(self._now())
+            self._left = Span(after, self._saved_at)
+        self._pass_over(complete_dropped(self.directory, self.disks))
 
     def _pass_over(self, dropped: Dropped) -> None:
         self.passed_over = dropped | Dropped(left=frozenset({self._left} if self._left else ()))
+        for copies in self._copies:
+            copies.forget(self.passed_over)
 
     @property
     def is_writing(self) -> bool:
@@ -279,8 +282,9 @@ class Saver:
             log.info("saved %s", pending.target)
 
     def forget_after(self, directory: Path) -> None:
-        """Removes the checkpoints that were saved after one of them, unless they are pinned, since
-        the run has returned to it. Collective. Raises CheckpointError on all ranks."""
+        """Removes the checkpoints that were saved after one of them, unless they are pinned or the
+        user had left them, since the run has returned to it; this one is copied where it is not
+        yet. Collective. Raises CheckpointError on all ranks."""
         # Up to now: also what is in a memory or a store, and was not seen by this start.
         self._saved_at = distributed.broadcast(self._now())
         kept = common_manifest(directory)
@@ -292,7 +296,6 @@ class Saver:
         remove_dropped(self.directory, dropped, self.disks)
         name_newest(self.directory, dropped, self._live.config.checkpoint, self.disks)
         for copies in self._copies:
-            copies.forget(dropped)
             copies.add_existing(directory)  # passed over before, for one that is dropped
         if self._memory is not None:
             self._memory.forget(dropped)

@@ -5,6 +5,7 @@ retention there.
 """
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from operator import or_
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Uploads:
         self._store = store
         self._settings = settings
         self._dropped = Dropped()
+        self._read: dict[str, Manifest] = {}
 
     def share(self, directory: Path, manifest: Manifest) -> list[str]:
         """The files that this rank wrote, where it has them, or that it is the first to have."""
@@ -50,11 +52,12 @@ class Uploads:
             self._store.upload(copy.directory / file, name, file, should_stop)
 
     def complete(self, copy: Copy) -> None:
-        """Makes the uploaded files a checkpoint, and removes those that no rule keeps."""
+        """Makes the uploaded files a checkpoint, names the best one, and removes those that no rule
+        keeps."""
         if distributed.is_global_leader():
             name = remote_name(copy.directory, copy.manifest)
             self._store.write_manifest(name, copy.manifest)
-            found = {Path(name): manifest for name, manifest in self._store.checkpoints().items()}
+            found = self._found()
             settings = self._settings()
             good = {path: m for path, m in found.items() if not self._dropped.has(m.saved_at)}
             kept = to_keep(found, settings) | to_keep(good, settings)
@@ -63,14 +66,21 @@ class Uploads:
                 self._store.remove(name)
 
     def forget(self, dropped: Dropped) -> None:
-        """Removes the checkpoints that a rollback has dropped."""
+        """Removes the checkpoints that a rollback has dropped, and names the best one of the
+        others. Those that are dropped, and what the user had left, do not count any more."""
         self._dropped = dropped
         if distributed.is_global_leader():
-            found = {Path(name): manifest for name, manifest in self._store.checkpoints().items()}
+            found = self._found()
             self._keep(found, [path for path in found if not dropped.removes(found[path])])
 
     def close(self) -> None:
         """Nothing is open."""
+
+    def _found(self) -> dict[Path, Manifest]:
+        """What the store has, without files and hosts, the newest first."""
+        found = self._store.checkpoints(read=self._read)
+        self._read = {name: replace(m, files={}, hosts=[]) for name, m in found.items()}
+        return {Path(name): manifest for name, manifest in self._read.items()}
 
     def _keep(self, found: dict[Path, Manifest], kept: Collection[Path]) -> None:
         """Names the best of those that are kept, and removes the others. `found`: the newest

@@ -32,12 +32,15 @@ class VerifyAhead:
         may be."""
         self._thread = ThreadPoolExecutor(1, "verify-ahead")
         self._files = self._thread.submit(self._begin, wanted, parents)
+        self._checked: dict[Path, _Checked] = {}
 
     def verify(self, path: Path, entry: FileEntry) -> None:
-        """`verify_file`, at once if the thread has checked the file; waits for it if it is to."""
-        ahead = self._files.result().get(path)
-        if ahead is None or ahead.exception() or ahead.result() != (entry, identity(path)):
-            verify_file(path, entry)
+        """`verify_file`, at once if the file has been checked; waits for the thread if it is to."""
+        ahead = self._files.result().pop(path, None)
+        if ahead is not None and ahead.exception() is None:
+            self._checked[path] = ahead.result()
+        if self._checked.get(path) != (entry, identity(path)):
+            self._checked[path] = _verified(path, entry)
 
     def close(self) -> None:
         """Nothing more is checked ahead."""

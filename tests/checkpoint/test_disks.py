@@ -272,11 +272,12 @@ def lose_a_step(root: Path) -> str:
     return f"step-00000006 on hosts a, b: {lost} are missing, written by rank 1 on host b"
 
 
-def damage_a_copy(root: Path) -> str:
-    """A node's copy is damaged, and the file is intact where it was written."""
-    path = place(root, "b", 6) / "net" / MODEL
-    path.write_bytes((place(root, "a", 6) / "net" / MODEL).read_bytes()[:-1])
-    return f"rank 1: runs/tiny/checkpoints/step-00000006/net/{MODEL}: damaged: "
+def damage_all_copies(root: Path) -> str:
+    """Also the file that was written first."""
+    for host in "ab":
+        path = place(root, host, 6) / "net" / MODEL
+        path.write_bytes((place(root, "a", 6) / "net" / MODEL).read_bytes()[:-1])
+    return f"runs/tiny/checkpoints/step-00000006/net/{MODEL}: damaged: "
 
 
 def mix_saves(root: Path) -> str:
@@ -285,7 +286,7 @@ def mix_saves(root: Path) -> str:
     return "step-00000006 is not from the same save on all nodes"
 
 
-@pytest.mark.parametrize("damage", [lose_a_shard, lose_a_step, damage_a_copy, mix_saves])
+@pytest.mark.parametrize("damage", [lose_a_shard, lose_a_step, damage_all_copies, mix_saves])
 def test_a_step_that_is_incomplete_over_all_nodes_is_skipped(
     two_ranks: RankPool, root: Path, uninterrupted: Path, damage: Callable[[Path], str]
 ) -> None:

@@ -1,5 +1,6 @@
 """What a rollback has dropped stays dropped, wherever it was and whenever the run is killed."""
 
+import json
 import re
 import shutil
 import time
@@ -10,7 +11,7 @@ import pytest
 
 from harness import distributed, recovery
 from harness.checkpoint.disks import Disks
-from harness.checkpoint.dropped import Dropped, drop_after, keep, read_dropped
+from harness.checkpoint.dropped import Dropped, Span, drop_after, keep, read_dropped
 from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.remote_store import Store, remote_name
 from harness.checkpoint.save import Saver
@@ -21,10 +22,10 @@ from harness.files import json_write
 from harness.run import run_in_world
 from harness.testing.faults import die, fail_at
 from harness.testing.pool import RankError
-from tests.checkpoint.test_disks import config_of, log_of, on
+from tests.checkpoint.test_disks import config_of, log_of, on, place
 from tests.checkpoint.test_memory import kept, run_pool
 from tests.checkpoint.test_remote_store import manifest_of
-from tests.support.helpers import Pools, checkpoint, log_text, tiny_config
+from tests.support.helpers import Pools, checkpoint, error_of, log_text, tiny_config
 
 LAST_GOOD = recovery.last_good
 
@@ -252,6 +253,20 @@ def test_the_newest_below_a_url_is_not_what_was_dropped(pools: Pools, tmp_path: 
     again = {"resume": f"file://{tmp_path}/store/tiny", "steps": 3}
     pools(1).run(run_in_world, tiny_config(tmp_path, 1, checkpoint=remote, run=again))
     assert f"resumed from {saves[0]}\n" in log_text(config)
+    json_write([[0.0, time.time()]], saves[0].parent / "dropped.json")
+    (error,) = pools(1).run(error_of, tiny_config(tmp_path, 1, checkpoint=remote, run=again))
+    assert "none of its checkpoints has finite weights, or rollbacks have dropped them" in error
+
+
+def test_the_own_checkpoint_is_not_left(pools: Pools, tmp_path: Path) -> None:
+    """Where run.resume has its absolute path, and the run a relative one."""
+    pools(1).run(on, "a", tmp_path, run_in_world, config_of(1, run={"steps": 2}))
+    before = read_manifest(place(tmp_path, "a", 2))
+    asked = {"resume": str(place(tmp_path, "a", 2))}
+    config = config_of(1, run=asked, health=ROLLBACK, trainer={"save_every": 9})
+    pools(1).run(on, "a", tmp_path, return_once, config)
+    assert "returning to runs/tiny/checkpoints/step-00000002" in log_of(tmp_path)
+    assert read_manifest(place(tmp_path, "a", 2)) == before  # not saved again
 
 
 def keep_and_read(parent: Path, number: int) -> list[bool]:
@@ -274,3 +289,69 @@ def test_a_disk_that_was_away_drops_nothing_again(
 ) -> None:
     found = pools(2).run(on, "ab", tmp_path, keep_and_read, Path(), number)
     assert found == [[True, True, False, True]] * 2
+
+
+def keep_on_a_fresh_disk(parent: Path) -> str:
+    disks = Disks((0, 1))
+    if distributed.global_rank() == 0:
+        parent.mkdir()
+        json_write([[2.0, 6.0]], parent / "dropped.json")
+    keep(manifest_of(4, {}), parent, read_dropped(parent, disks), disks)
+    return (parent / "dropped.json").read_text()
+
+
+def test_a_fresh_disk_gets_what_is_written_down(pools: Pools, tmp_path: Path) -> None:
+    one, other = pools(2).run(on, "ab", tmp_path, keep_on_a_fresh_disk, Path("new"))
+    assert one == other
+    assert json.loads(one) == {"spans": [[2.0, 6.0]], "left": [], "kept": [[4.0, 6.0]]}
+
+
+def test_a_start_writes_down_what_a_disk_lacks(pools: Pools, tmp_path: Path) -> None:
+    pools(2).run(on, "ab", tmp_path, run_in_world, config_of(1, run={"steps": 1}))
+    json_write([[1.0, 2.0]], place(tmp_path, "a", 1).with_name("dropped.json"))
+    pools(2).run(on, "ab", tmp_path, run_in_world, config_of(1, run={"steps": 1}))
+    text = place(tmp_path, "b", 1).with_name("dropped.json").read_text()
+    assert json.loads(text)["spans"] == [[1.0, 2.0]]
+
+
+def test_the_store_keeps_what_the_disk_keeps(pools: Pools, tmp_path: Path) -> None:
+    """Steps 4 and 6 are left, and do not count."""
+    remote = {"remote": f"file://{tmp_path}/store"}
+    config = tiny_config(tmp_path, 1, trainer={"save_every": 2}, checkpoint=remote)
+    pools(1).run(copied_at_once, config)
+    keeping = {"checkpoint": remote | {"keep_last": 2}, "run": {"resume": "2", "steps": 3}}
+    pools(1).run(copied_at_once, tiny_config(tmp_path, 1, **keeping))
+    for parent in (tmp_path / "store/tiny", config.run_dir / "checkpoints"):
+        names = {path.name.partition(".")[0] for path in parent.glob("step-*")}
+        assert names == {"step-00000002", "step-00000003", "step-00000006"}
+
+
+def drop_below_what_was_kept(parent: Path) -> list[tuple[bool, bool]]:
+    """A start from what was dropped, at 10, leaves what is newer; a rollback returns to 5."""
+    disks, kept = Disks((0,)), manifest_of(10, {})
+    dropped = drop_after(parent, manifest_of(5, {}), 15.0, None, disks)
+    keep(kept, parent, dropped, disks)
+    drop_after(parent, manifest_of(5, {}), 20.0, Span(10.0, 16.0), disks)
+    dropped = read_dropped(parent, disks)
+    saves = [manifest_of(at, {}) for at in (5, 10, 12, 16, 18)]
+    return [(dropped.has(save.saved_at), dropped.removes(save)) for save in saves]
+
+
+def test_what_was_kept_is_dropped_again(pools: Pools, tmp_path: Path) -> None:
+    """Of what was left, what had been dropped before goes."""
+    (found,) = pools(1).run(drop_below_what_was_kept, tmp_path)
+    goes, stays = (True, True), (True, False)
+    assert found == [(False, False), goes, goes, stays, goes]
+
+
+def test_what_was_kept_is_left_again(pools: Pools, tmp_path: Path) -> None:
+    """Step 4 was dropped and kept; then the user goes on from step 2."""
+    trainer = {"save_every": 2, "save_at_end": False}
+    pools(1).run(run_in_world, tiny_config(tmp_path, 1, trainer=trainer, run={"steps": 5}))
+    config = tiny_config(tmp_path, 1, run={"resume": "2"}, health=ROLLBACK)
+    times = [read_manifest(checkpoint(config, step)).saved_at for step in (2, 4)]
+    facts = {"spans": [times], "left": [], "kept": [[times[1], times[1]]]}
+    json_write(facts, checkpoint(config, 2).parent / "dropped.json")
+    pools(1).run(return_once, config)
+    assert returns(config) == [2]
+    assert checkpoint(config, 4).exists()

@@ -13,6 +13,7 @@ import pytest
 from harness import memory_files
 from harness.checkpoint.manifest import is_safe, read_manifest
 from harness.checkpoint.memory import Memory
+from harness.checkpoint.remote_store import remote_name
 from harness.config import Config
 from harness.convert.run_checkpoints import saved_at
 from harness.files import json_write
@@ -20,6 +21,7 @@ from harness.run import run_in_world
 from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool
 from tests.checkpoint.test_disks import config_of, log_of, losses_of, on, place, run_on, tensors
+from tests.checkpoint.test_remote import list_fails
 from tests.support.helpers import (
     Pools,
     assert_equal,
@@ -162,6 +164,7 @@ def died(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def again(died: Path) -> Path:
     """That run, in the same place: what is in memory is found by its path."""
     shutil.rmtree(died / "a")
+    shutil.rmtree(died / "store", ignore_errors=True)
     shutil.copytree(died / "as it was", died / "a")
     return died
 
@@ -233,6 +236,36 @@ def test_the_newest_on_the_disk_is_copied_too(pools: Pools, again: Path) -> None
     assert "resumed from shm/harness-" in log_of(again)
     (stored,) = again.glob("store/tiny/step-*/manifest.json")
     assert stored.parent.name.startswith("step-00000004.")
+
+
+def stored(root: Path, **changes: Any) -> Path:
+    """Step 4, in a store alone."""
+    directory = place(root, "a", 4)
+    manifest = replace(read_manifest(directory), **changes)
+    manifest.write(directory)
+    target = root / "store/tiny" / remote_name(directory, manifest)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return directory.rename(target)
+
+
+def test_the_disk_is_not_read_for_a_start_from_memory(pools: Pools, again: Path) -> None:
+    """Where the store has what the disk has: it is damaged, and stays so."""
+    shutil.copytree(stored(again), place(again, "a", 4))
+    flip_bit(place(again, "a", 4) / "rank-00001.pt")
+    config = remembering(checkpoint={"remote": f"file://{again}/store"})
+    run_pool(pools(2), "aa", again, run_in_world, config)
+    assert "resumed from shm/harness-" in log_of(again)
+    assert "damaged" not in log_of(again) and "downloading" not in log_of(again)
+
+
+@pytest.mark.parametrize("is_down", [False, True])
+def test_a_start_from_memory_alone(pools: Pools, again: Path, is_down: bool) -> None:
+    """The disk has nothing, and the store is down, or has nothing good."""
+    stored(again, finite=False)
+    config = remembering(checkpoint={"remote": f"file://{again}/store"})
+    function = list_fails if is_down else error_of
+    assert run_pool(pools(2), "aa", again, function, config) == ["", ""]
+    assert "resumed from shm/harness-" in log_of(again)
 
 
 def test_latest_is_there_after_a_start_from_memory(pools: Pools, again: Path) -> None:

@@ -95,6 +95,19 @@ def test_a_lost_node(pools: Pools, tmp_path: Path, stage: int, background: bool,
     assert "there are none, as all ranks share a disk" in log
 
 
+@pytest.mark.parametrize("host", ["a", pytest.param("b", marks=pytest.mark.slow)])
+def test_what_is_damaged_on_one_node_comes_from_the_other(
+    pools: Pools, tmp_path: Path, host: str
+) -> None:
+    """A copy, or what the rank wrote itself; then both are whole again."""
+    pools(2).run(on, "ab", tmp_path, run_in_world, replicated(steps=4))
+    flip_bit(place(tmp_path, host, 4) / "rank-00001.pt")
+    pools(2).run(on, "ab", tmp_path, run_in_world, replicated(steps=5))
+    assert "resumed from runs/tiny/checkpoints/step-00000004" in log_of(tmp_path)
+    for each in "ab":
+        assert 4 in claims(tmp_path, each)
+
+
 PHASES = ["copy", "receive", "received", "safe"]
 
 

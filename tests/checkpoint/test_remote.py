@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from harness.checkpoint import copies
+from harness.checkpoint import copies, remote_store
 from harness.checkpoint.copies import Copies
 from harness.checkpoint.dropped import Dropped, Span
 from harness.checkpoint.files import verify_file
-from harness.checkpoint.manifest import read_manifest
-from harness.checkpoint.remote_store import Store
+from harness.checkpoint.manifest import Manifest, parse_manifest, read_manifest
+from harness.checkpoint.remote_store import Store, remote_name
 from harness.checkpoint.uploads import Uploads
 from harness.checkpoint.written import write_file
 from harness.config import Config
@@ -128,6 +128,19 @@ def test_what_is_damaged_on_the_disk_comes_from_the_store(pools: Pools, tmp_path
     assert file.read_bytes() == before
 
 
+def test_what_is_damaged_is_looked_for_in_the_store(pools: Pools, tmp_path: Path) -> None:
+    """Although it is newer than what the store has, which is damaged on the disk as well."""
+    config = tiny_config(tmp_path, 1, trainer={"save_every": 2})
+    pools(1).run(run_in_world, config)
+    old = checkpoint(config, 4)
+    shutil.copytree(old, tmp_path / "store/tiny" / remote_name(old, read_manifest(old)))
+    for step in (4, 6):
+        flip_bit(checkpoint(config, step) / "rank-00000.pt")
+    remote = {"remote": f"file://{tmp_path}/store"}
+    pools(1).run(run_in_world, tiny_config(tmp_path, 1, checkpoint=remote))
+    assert f"resumed from {old}" in log_text(config)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -195,7 +208,7 @@ def test_a_store_that_is_down_delays_only_the_end(two_ranks: RankPool, tmp_path:
 def list_fails(config: Config) -> str:
     with pytest.MonkeyPatch.context() as patch:
 
-        def fail(store: Store, all_readable: bool = False) -> None:
+        def fail(*_: Any, **__: Any) -> None:
             raise CheckpointError("the store is down")
 
         patch.setattr(Store, "checkpoints", fail)
@@ -210,7 +223,7 @@ def test_a_run_does_not_start_over_without_knowing(two_ranks: RankPool, tmp_path
     anew = remote_config(tmp_path, run={"resume": "none", "steps": 2})
     assert two_ranks.run(on, "aa", tmp_path, list_fails, anew) == ["", ""]
     assert two_ranks.run(on, "aa", tmp_path, list_fails, config) == ["", ""]
-    assert "the store is down: resuming from the disk" in log_of(tmp_path)
+    assert "the store is down: resuming without it" in log_of(tmp_path)
 
 
 def killed_while(phase: str, rank: int, config: Config) -> None:
@@ -281,6 +294,47 @@ def test_a_rollback_removes_what_was_after_it(pools: Pools, tmp_path: Path) -> N
     assert pools(1).run(return_to_the_first, tmp_path) == [
         ["step-00000003.3000", "step-00000001.1000"]
     ]
+
+
+def upload_thrice(root: Path) -> list[str]:
+    """The checkpoints whose manifests were read."""
+    found: list[str] = []
+
+    def parse(text: bytes, directory: str) -> Manifest:
+        found.append(directory.rpartition("/")[2])
+        return parse_manifest(text, directory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote_store, "parse_manifest", parse)
+        ours = Copies(Uploads(Store(f"file://{root}/store"), CheckpointConfig))
+        for step in range(1, 4):
+            ours.add(root / f"step-{step:08d}", manifest_of(step, {}))
+            ours.finish(lambda: False)
+        ours.close()
+    return found
+
+
+def copy_again(root: Path) -> list[str]:
+    """A rollback returns to what is being copied, and then to what waits. What is copied."""
+    ours = Copies(Uploads(Store(f"file://{root}/store"), CheckpointConfig))
+    for step in (1, 2, 1, 2):
+        directory = root / f"step-{step:08d}"
+        directory.mkdir(exist_ok=True)
+        manifest_of(step, {}).write(directory)
+        ours.add_existing(directory)
+        if not ours._current:
+            ours.poll()
+    ours.close()
+    return [copy.directory.name for copy in ours._copies]
+
+
+def test_nothing_is_copied_twice(pools: Pools, tmp_path: Path) -> None:
+    assert pools(1).run(copy_again, tmp_path) == [["step-00000001", "step-00000002"]]
+
+
+def test_no_manifest_is_read_twice(pools: Pools, tmp_path: Path) -> None:
+    expected = [f"step-0000000{step}.{step}000" for step in range(1, 4)]
+    assert pools(1).run(upload_thrice, tmp_path) == [expected]
 
 
 def end_while_removing(root: Path, is_aborted: bool, give_up_after_s: float) -> float:

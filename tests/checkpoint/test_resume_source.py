@@ -32,6 +32,12 @@ def test_a_path_or_a_step_is_found(parent: Path) -> None:
     for wanted in ("2", str(two), f"{two}/"):
         assert locate(wanted, parent) == (two, False)
     assert locate("4", parent) == (parent / "step-00000004-best", False)
+    with pytest.MonkeyPatch.context() as patch:  # a path in the run is named as the run names it
+        patch.chdir(parent.parent.parent)
+        own = Path("run/checkpoints")
+        for path in (two, own / "step-00000002", Path("run/../run/checkpoints/step-00000002")):
+            assert locate(str(path), own) == (own / two.name, False)
+        assert locate(str(parent.parent), own) == (own, True)
     two.rename(parent.parent / "kept")
     assert locate(str(parent.parent / "kept"), parent) == (parent.parent / "kept", False)
 

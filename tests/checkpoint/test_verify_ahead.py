@@ -71,8 +71,9 @@ def test_nothing_is_read_twice(
     assert read == paths
     verify(2)
     assert read == paths
-    verify(1)  # another checkpoint is resumed from
-    assert read == paths + [step_directory(tmp_path, 1) / name for name in NAMES]
+    for _ in range(2):  # another checkpoint is resumed from
+        verify(1)
+        assert read == paths + [step_directory(tmp_path, 1) / name for name in NAMES]
 
 
 def test_a_file_that_has_changed_is_read_again(
