@@ -5,11 +5,12 @@ is one of them and takes commands, as long as it answers `status`. The caller li
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 
-from harness.control.client import send_command
+from harness.control.client import connected, send_command
 from harness.control.wire import SOCKET
 from harness.errors import HarnessError
 
@@ -27,12 +28,16 @@ def main() -> int:
         return 1
     runs = [path.parents[1] for path in opened if path.parts[-2:] == ("control", "lock")]
     try:
-        return max(
-            (send_command(run, "status", as_json=False) for run in runs if listens(run)), default=0
-        )
+        return max((status_of(run) for run in runs if listens(run)), default=0)
     except HarnessError as error:
         sys.stdout.write(f"{error}\n")
         return 1
+
+
+def status_of(run_dir: Path) -> int:
+    """Asks a run for its status, and prints it. Raises NoAnswer."""
+    with closing(connected(run_dir)) as client:
+        return send_command(client, "status", as_json=False)
 
 
 def listens(run_dir: Path) -> bool:

@@ -102,7 +102,7 @@ def command(run_dir: str | Path, text: str, wait_s: float = 0.0) -> str:
     return answer.result
 
 
-def connected(run_dir: Path, wait_s: float) -> Client:
+def connected(run_dir: Path, wait_s: float = 0.0) -> Client:
     """A connection, once a job listens. Raises NoAnswer if none does after `wait_s` seconds."""
     end = time.monotonic() + wait_s
     while True:
