@@ -7,6 +7,7 @@ import torch
 
 from harness import distributed
 from harness.testing.pool import RankPool
+from tests.engine.test_fp16 import with_fp16
 from tests.support.given_gradients import (
     Given,
     engine_of,
@@ -111,7 +112,7 @@ def from_an_overflow_on(name: str, stage: int) -> float:
 def test_a_first_step_that_overflows_leaves_nothing(
     two_ranks: RankPool, name: str, stage: int
 ) -> None:
-    assert max(two_ranks.run(from_an_overflow_on, name, stage)) <= KINDS[name].bound
+    assert max(two_ranks.run(with_fp16, from_an_overflow_on, name, stage)) <= KINDS[name].bound
 
 
 def with_a_frozen_first_parameter(stage: int) -> float:
