@@ -134,7 +134,7 @@ def run_in_world(
         saver = Saver(engines, batches, live, directory.disks, callbacks, copies, memory)
         stack.callback(saver.close)
         saver.begin(checkpoint, bool(changes))
-        _copy_existing(copies, checkpoint, saver.begins_in_memory, directory)
+        _copy_existing(copies, checkpoint, saver)
         step, steps = engines.global_step, live.config.run.steps
         status = Status(step, steps)
         sinks = open_sinks(config, step if checkpoint else -1, status, began, stack)
@@ -232,16 +232,13 @@ def _copies(live: LiveConfig, directory: RunDirectory, store: Store | None) -> l
     return copies
 
 
-def _copy_existing(
-    copies: list[Copies], checkpoint: Path | None, is_in_memory: bool, directory: RunDirectory
-) -> None:
+def _copy_existing(copies: list[Copies], checkpoint: Path | None, saver: Saver) -> None:
     """Goes on with the copies of the newest checkpoint of an earlier start: of the one that the run
     resumes from, or of that on the disk if it resumes from memory. Collective."""
-    parent, disks = directory.checkpoints, directory.disks
-    if is_in_memory and copies:
-        dropped = read_dropped(parent, disks)
-        checkpoint, _ = next(complete_saves(parent, disks, dropped), (None, None))
-    if checkpoint is not None and checkpoint.parent == parent:
+    if saver.begins_in_memory and copies:
+        saves = complete_saves(saver.directory, saver.disks, saver.passed_over)
+        checkpoint, _ = next(saves, (None, None))
+    if checkpoint is not None and checkpoint.parent == saver.directory:
         for each in copies:
             each.add_existing(checkpoint)
 

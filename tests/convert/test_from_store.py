@@ -176,12 +176,17 @@ def test_a_store_that_refuses_is_named(
         as_path("nope://a")
 
 
+def stored(directory: Path) -> tuple[Path, Any, str]:
+    """A file of weights in a store: its path, the store's file system, and its path in that."""
+    io.save({"a": torch.ones(10_000)}, directory / "x.sft")
+    url = f"memory://{directory}/x.sft"
+    put(directory / "x.sft", url)
+    return as_path(url), *url_to_fs(url, use_listings_cache=False)
+
+
 def test_a_server_without_ranges_is_refused(tmp_path: Path) -> None:
     """It sends all of the file."""
-    io.save({"a": torch.ones(10_000)}, tmp_path / "x.sft")
-    url = f"memory://{tmp_path}/x.sft"
-    put(tmp_path / "x.sft", url)
-    source, (files, path) = as_path(url), url_to_fs(url, use_listings_cache=False)
+    source, files, path = stored(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         content = files.cat_file(path)
         patch.setattr(files, "cat_file", lambda *_, **__: content)
@@ -191,10 +196,7 @@ def test_a_server_without_ranges_is_refused(tmp_path: Path) -> None:
 
 def test_nothing_is_looked_for_beside_a_file(tmp_path: Path) -> None:
     """A store answers 403, to whoever may not list it, for what is not there."""
-    io.save({"a": torch.ones(3)}, tmp_path / "x.sft")
-    url = f"memory://{tmp_path}/x.sft"
-    put(tmp_path / "x.sft", url)
-    source, files = as_path(url), url_to_fs(url, use_listings_cache=False)[0]
+    source, files, _ = stored(tmp_path)
     info = files.info
 
     def info_of_a_reader(path: str) -> Any:
@@ -208,10 +210,7 @@ def test_nothing_is_looked_for_beside_a_file(tmp_path: Path) -> None:
 
 
 def test_a_server_that_tells_no_size_is_refused(tmp_path: Path) -> None:
-    io.save({"a": torch.ones(3)}, tmp_path / "x.sft")
-    url = f"memory://{tmp_path}/x.sft"
-    put(tmp_path / "x.sft", url)
-    source, (files, path) = as_path(url), url_to_fs(url, use_listings_cache=False)
+    source, files, path = stored(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         info = files.info(path) | {"size": None}
         patch.setattr(files, "info", lambda _: info)
