@@ -206,13 +206,13 @@ def checked_stats(stats: Any, source: str) -> dict[str, torch.Tensor | float]:
     if not isinstance(stats, Mapping):
         raise TaskError(f"{source} returned {type(stats).__name__}, expected a dict of numbers")
     checked: dict[str, torch.Tensor | float] = {}
-    for name, value in stats.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-            value = torch.as_tensor(value)
+    for name, value in stats.items():  # tensors first: there may be hundreds in each micro-batch
         if isinstance(value, torch.Tensor) and not value.is_complex():
             checked[name] = value
         elif isinstance(value, float | int | np.floating | np.integer | np.bool_):
             checked[name] = float(value)
+        elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            checked[name] = torch.as_tensor(value)
         else:
             raise TaskError(f"{source} returned the stat {name!r} = {value!r}, expected a number")
     return checked

@@ -300,8 +300,9 @@ class Engines(Mapping[str, Engine]):
 
     def label(self, engine: Engine, stats: Stats) -> dict[str, torch.Tensor | float]:
         """The stats under their log names: with the prefix `NAME/` if there are several engines."""
-        prefix = f"{engine.name}/" if len(self) > 1 else ""
-        return {f"{prefix}{key}": value for key, value in stats.items()}
+        if len(self) == 1:
+            return dict(stats)
+        return {f"{engine.name}/{key}": value for key, value in stats.items()}
 
     def close(self) -> None:
         """Removes DeepSpeed and offloading from the models; the engines are unusable afterwards."""
