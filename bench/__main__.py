@@ -48,6 +48,7 @@ SECTIONS = {
     "memory": Section(25, "--width 4200 --rounds 2"),
     "upload": Section(30, "--width 1800 --rounds 2"),
     "convert": Section(55, "--gigabytes 0.4 --ranks 2 --rounds 1"),
+    "waits": Section(30, None),
     "apollo": Section(45, "--steps 5"),
     "muon": Section(50, "--rounds 1 --sizes 256"),
     "offload": Section(15, "--rounds 60"),

@@ -25,6 +25,7 @@ from harness.config import Config
 from harness.testing.pool import RankPool
 
 ROOT = Path(__file__).parent.parent
+THEIRS = "load_checkpoint"
 Measured = dict[str, list[tuple[float, float, float]]]
 """By way and round: seconds, CPU seconds of a rank, and bytes of memory at the peak."""
 
@@ -85,7 +86,7 @@ def load(config: Config, rounds: int) -> Measured:
     }
     if manifest.world_size == distributed.world_size():
         ds = engines["net"].ds
-        ways["load_checkpoint"] = lambda: ds.load_checkpoint(str(directory), tag="net")
+        ways[THEIRS] = lambda: ds.load_checkpoint(str(directory), tag="net")
     found: Measured = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -123,7 +124,7 @@ def start(config: Config, rounds: int) -> Measured:
     def load_checkpoint(engines: Engines, _: Verify) -> None:
         engines["net"].ds.load_checkpoint(str(directory), tag="net")
 
-    ways = {"load_checkpoint": load_checkpoint, "resume": resume, "resume, checked ahead": resume}
+    ways = {THEIRS: load_checkpoint, "resume": resume, "resume, checked ahead": resume}
     found: Measured = {f"{what}: {way}": [] for way in ways for what in ("build", "then", "both")}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -166,6 +167,7 @@ def main() -> None:
         files = (f for f in Path(directory).rglob("*") if f.is_file())
         size = sum(f.stat().st_size for f in files)
         sys.stdout.write(f"ZeRO {args.stage}, {size / 1e9:.2f} GB of 2 ranks\n")
+        claim, theirs = f"a resume of {size / 1e9:.2f} GB of 2 ranks", 0.0
         for ranks, way in ((2, start), *((ranks, load) for ranks in args.ranks)):
             with RankPool(ranks, timeout_s=1200) as pool:
                 per_rank = pool.run(way, config, args.rounds)
@@ -182,12 +184,11 @@ def main() -> None:
                 )
             sys.stdout.flush()
             if way is start:
-                ours, theirs = (
-                    medians[f"then: {name}"]
-                    for name in ("resume, checked ahead", "load_checkpoint")
-                )
-                claim = f"a resume of {size / 1e9:.2f} GB, once engines are built"
-                tell(Row(claim, ours, "s", "load_checkpoint", theirs))
+                ours, theirs = medians["then: resume, checked ahead"], medians[f"then: {THEIRS}"]
+                tell(Row(f"{claim}, once engines are built", ours, "s", THEIRS, theirs))
+            else:
+                ours, theirs = medians["load"], medians.get(THEIRS, theirs)
+                tell(Row(f"{claim} on {ranks}, loading alone", ours, "s", THEIRS, theirs))
 
 
 if __name__ == "__main__":

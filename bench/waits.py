@@ -21,9 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import convert
+from bench.rows import Row, tell, tell_pair
 
 ROOT = Path(__file__).parent.parent
 HARNESS = [sys.executable, "-c", "from harness.cli import main; main()"]
+VERIFY = ", --verify"
 
 
 def write_run(directory: Path, checkpoints: int, tensors: int = 8, ranks: int = 2) -> None:
@@ -84,7 +86,7 @@ def commands(directory: Path) -> dict[str, list[str]]:
         size = convert.write_checkpoint(source, stage, 2, 1e8)
         text = f"convert, ZeRO {stage}, {size / 1e9:.1f} GB"
         found[text] = [*HARNESS, "convert", str(source), target]
-        found[f"{text}, --verify"] = [*found[text], "--verify"]
+        found[text + VERIFY] = [*found[text], "--verify"]
     return found
 
 
@@ -119,11 +121,22 @@ def compare_ends(rounds: int) -> None:
     for _ in range(rounds):
         for end, found in seconds.items():
             found.append(seconds_to_end(end))
+    ordered, direct = seconds.values()
+    tell_pair("the end of a run's process", "s", direct, "the interpreter's tear-down", ordered)
     for end, found in seconds.items():
         text = f"end after {end}"
         sys.stdout.write(
             f"{text:<32} {statistics.median(found):.3f} s ({min(found):.3f} .. {max(found):.3f})\n"
         )
+
+
+def tell_all(results: dict[str, list[tuple[float, float]]]) -> None:
+    """Adds the commands to the table: CPU time, and on the clock what `--verify` adds."""
+    for name, runs in results.items():
+        tell(Row(name, statistics.median(used for used, _ in runs), "s of CPU"))
+        if (alone := name.removesuffix(VERIFY)) != name and alone in results:
+            clock, clock_alone = ([seconds for _, seconds in results[n]] for n in (name, alone))
+            tell_pair(name, "s", clock, "convert alone", clock_alone)
 
 
 def main() -> None:
@@ -148,6 +161,7 @@ def main() -> None:
                     measured = measure(command, path)
                     if number:  # the first round warms the cache
                         results[name][tree].append(measured)
+    tell_all({name: by_tree[""] for name, by_tree in results.items()})
     for name, by_tree in results.items():
         medians = {tree: statistics.median(u for u, _ in runs) for tree, runs in by_tree.items()}
         for tree, runs in by_tree.items():
