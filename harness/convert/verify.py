@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from harness.convert.copy import OnProgress, SourceFiles, default_workers
+from harness.convert.copy import BUFFER_SIZE, OnProgress, SourceFiles, default_workers
 from harness.errors import CheckpointError
 from harness.formats import file_kinds, zips
 from harness.formats.legacy_pt import is_legacy
@@ -17,10 +17,6 @@ from harness.remote_path import READ_SIZE, is_remote
 from harness.zero.reader import SavedEngine
 
 T = TypeVar("T")
-
-_CAST_SIZE = 128 << 10
-"""Bytes that are cast at once, of a file on a disk. The memory of larger arrays goes back to the
-system each time."""
 
 
 def check_sources(ranges: Iterable[ByteRange], progress: OnProgress, stop: threading.Event) -> None:
@@ -79,7 +75,7 @@ def _is_rounded(files: SourceFiles, weight: StoredTensor, master: StoredTensor) 
     """Whether a weight is its master, rounded to the weight's dtype."""
     from harness.formats.cast import cast, is_same  # late: imports numpy
 
-    size = READ_SIZE if is_remote(range_.path for range_ in weight.ranges[:1]) else _CAST_SIZE
+    size = READ_SIZE if is_remote(range_.path for range_ in weight.ranges[:1]) else BUFFER_SIZE
     pairs = (files.chunks(tensor, size // master.itemsize) for tensor in (weight, master))
     return all(
         is_same(cast(exact, master.dtype, weight.dtype), rounded, weight.dtype)
