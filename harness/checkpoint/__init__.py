@@ -23,7 +23,7 @@ Its files, from the top down:
     copy_missing.py      copies files to the nodes that read them
     compatible.py        whether one fits the run: engines, optimizers, models
     completeness.py      whether one is complete over all disks, or cannot be judged
-    dropped.py           what rollbacks have dropped, wherever it still is
+    dropped.py           drops what a rollback leaves, wherever it still is
     disks.py             which ranks share a disk
     written.py           writes its files durably
     best.py              the link to the best one

@@ -10,7 +10,6 @@ from pathlib import Path
 from harness import distributed
 from harness.checkpoint.best import link_best
 from harness.checkpoint.disks import Disks
-from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.files import FileEntry
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.retention import (
@@ -21,6 +20,7 @@ from harness.checkpoint.retention import (
 )
 from harness.checkpoint.written import checkpoint_error_on_all_ranks, write_file
 from harness.config.sections import CheckpointConfig
+from harness.convert.dropped_saves import Dropped
 from harness.convert.resolve_source import LATEST
 from harness.convert.run_checkpoints import checkpoints_in
 from harness.errors import CheckpointError

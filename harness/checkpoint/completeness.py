@@ -12,11 +12,11 @@ from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.disks import Disks, list_saves
-from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.files import FileEntry, reading, verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
 from harness.checkpoint.retention import remove
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
+from harness.convert.dropped_saves import Dropped
 from harness.convert.run_checkpoints import MANIFEST, identity, no_manifest
 from harness.errors import CheckpointError, UnreadableCheckpoint, missing_files
 from harness.files import is_present

@@ -17,9 +17,9 @@ from typing import Protocol
 
 from harness import distributed
 from harness.checkpoint.completeness import common_manifest
-from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.files import Stopped
 from harness.checkpoint.manifest import Manifest
+from harness.convert.dropped_saves import Dropped
 from harness.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -131,8 +131,12 @@ class Copies:
     def forget(self, dropped: Dropped) -> None:
         """Drops what a rollback has dropped, of this start of the run or an earlier one: a resume
         must not continue from it. Every rank calls it."""
-        self._queue = [copy for copy in self._queue if not dropped.removes(copy.manifest)]
-        if self._current is not None and dropped.removes(self._current.manifest):
+
+        def is_dropped(copy: Copy) -> bool:
+            return dropped.removes(copy.manifest.saved_at, copy.manifest.pinned)
+
+        self._queue = [copy for copy in self._queue if not is_dropped(copy)]
+        if self._current is not None and is_dropped(self._current):
             self._drop_current()
         if dropped:
             remove = partial(self._place.forget, dropped)

@@ -16,12 +16,12 @@ from harness import distributed
 from harness.checkpoint.commit import commit, create_staging
 from harness.checkpoint.completeness import Verify, complete_saves, verify_checkpoint
 from harness.checkpoint.disks import Disks
-from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.files import FileEntry, verify_file
 from harness.checkpoint.manifest import Manifest, read_manifest
 from harness.checkpoint.memory import Memory
 from harness.checkpoint.remote_store import PARALLEL_FILES, Store, local_name, split_url
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
+from harness.convert.dropped_saves import Dropped
 from harness.convert.run_checkpoints import MANIFEST
 from harness.errors import CheckpointError, UnreadableCheckpoint
 from harness.files import is_present, sync_directory

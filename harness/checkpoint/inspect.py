@@ -2,11 +2,12 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from harness.checkpoint.files import bytes_text, verify_file
 from harness.checkpoint.manifest import Manifest, is_safe, read_manifest
+from harness.convert.dropped_saves import Dropped
 from harness.convert.run_checkpoints import BEST, MANIFEST, linked_in, may_hold_manifest, steps_in
 from harness.errors import CheckpointError, UnreadableCheckpoint, counted, missing_files
 from harness.health import goodput
@@ -94,7 +95,7 @@ def describe_url(url: str) -> Iterator[str]:
 
 
 def _describe_manifest(
-    path: Path | str, manifest: Manifest, is_best: bool = False, is_safe: bool = False
+    path: Path | str, manifest: Manifest, is_best: bool = False, marks: Iterable[str] = ()
 ) -> Iterator[str]:
     saved_at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.saved_at))
     pinned = f", pinned as {manifest.pinned}" if manifest.pinned else ""
@@ -105,17 +106,23 @@ def _describe_manifest(
     for name, engine in manifest.engines.items():
         kind = f"{engine.dtype}, optimizer {engine.optimizer}"
         yield f"  engine {name}: ZeRO stage {engine.zero_stage}, {kind}"
-    safe = "safe: every file is on two nodes" if is_safe else ""
-    for text in filter(None, (manifest.fault, manifest.note, safe)):
+    for text in filter(None, (manifest.fault, manifest.note, *marks)):
         yield f"  {text}"
     for name, value in manifest.metrics.items():
         yield f"  {name} {value:.6g}"
 
 
+def _marks(path: Path, manifest: Manifest) -> Iterator[str]:
+    if is_safe(path, manifest):
+        yield "safe: every file is on two nodes"
+    if Dropped.read(path.parent).has(manifest.saved_at):
+        yield 'dropped by a rollback: "latest" does not mean it'
+
+
 def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
     best = linked_in(path.parent)
     is_best = best is not None and path.name in (BEST, best.name)
-    yield from _describe_manifest(path, manifest, is_best, is_safe(path, manifest))
+    yield from _describe_manifest(path, manifest, is_best, _marks(path, manifest))
     files = {name: path / name for name in manifest.files}
     missing = {n: manifest.writer(n) for n, file in files.items() if not file.is_file()}
     for name, entry in manifest.files.items():

@@ -17,13 +17,14 @@ from harness import distributed, memory_files
 from harness.checkpoint.commit import all_written, commit, create_staging, write_files
 from harness.checkpoint.copies import Copies, Copy
 from harness.checkpoint.disks import Disks, find_disks
-from harness.checkpoint.dropped import Dropped, remove_dropped
+from harness.checkpoint.dropped import remove_dropped
 from harness.checkpoint.manifest import Manifest, step_directory
 from harness.checkpoint.neighbours import Neighbours
 from harness.checkpoint.retention import clean, remove
 from harness.checkpoint.snapshot import bytes_of
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
 from harness.config import Config
+from harness.convert.dropped_saves import Dropped
 from harness.convert.run_checkpoints import checkpoints_in
 from harness.errors import CheckpointError, ConfigError
 from harness.files import write_atomically

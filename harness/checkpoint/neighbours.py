@@ -20,10 +20,10 @@ from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copy
 from harness.checkpoint.copy_missing import copy_missing_checkpoint
 from harness.checkpoint.disks import Disks
-from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.manifest import SAFE, Manifest, mark_safe, unmark_safe
 from harness.checkpoint.transfer import Receiver, send
 from harness.checkpoint.written import checkpoint_error_on_all_ranks
+from harness.convert.dropped_saves import Dropped
 from harness.convert.run_checkpoints import MANIFEST, checkpoints_in
 from harness.distributed.network import own_address
 from harness.errors import CheckpointError

@@ -17,7 +17,7 @@ from harness.checkpoint.completeness import (
     verify_checkpoint,
 )
 from harness.checkpoint.disks import Disks, list_saves
-from harness.checkpoint.dropped import Dropped, read_dropped
+from harness.checkpoint.dropped import read_dropped
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.fit import Fit
 from harness.checkpoint.manifest import Manifest, digest, is_unreadable
@@ -27,6 +27,7 @@ from harness.checkpoint.resume_source import find_source
 from harness.checkpoint.retention import clean
 from harness.checkpoint.save import rank_file
 from harness.control.live import LiveConfig
+from harness.convert.dropped_saves import Dropped
 from harness.data.step_batches import StepBatches
 from harness.data.train_batches import mixture_weights
 from harness.distributed.rng import set_rng_state

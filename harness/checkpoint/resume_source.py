@@ -6,7 +6,8 @@ from pathlib import Path
 from harness import distributed
 from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.disks import Disks
-from harness.checkpoint.dropped import Dropped, keep
+from harness.checkpoint.dropped import keep
+from harness.convert.dropped_saves import Dropped
 from harness.convert.resolve_source import LATEST
 from harness.convert.run_checkpoints import MANIFEST, checkpoints_in
 from harness.errors import CheckpointError

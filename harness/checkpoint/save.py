@@ -34,8 +34,6 @@ from harness.checkpoint.completeness import common_manifest
 from harness.checkpoint.copies import Copies
 from harness.checkpoint.disks import Disks, list_saves
 from harness.checkpoint.dropped import (
-    Dropped,
-    Span,
     complete_dropped,
     drop_after,
     newest_save,
@@ -48,6 +46,7 @@ from harness.checkpoint.retention import Removals, prune
 from harness.checkpoint.snapshot import Snapshots, bytes_of, storage_sizes
 from harness.checkpoint.written import checkpoint_error, checkpoint_error_on_all_ranks
 from harness.control.live import LiveConfig
+from harness.convert.dropped_saves import Dropped, Span
 from harness.data.step_batches import StepBatches
 from harness.distributed.rng import rng_state
 from harness.engine.engines import Engines

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.copies import Copy
-from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.manifest import Manifest
 from harness.checkpoint.remote_store import PARALLEL_FILES, Store, remote_name
 from harness.checkpoint.retention import ranked, to_keep
 from harness.config.sections import CheckpointConfig
+from harness.convert.dropped_saves import Dropped
 
 
 def _lowest(some: dict[str, int], more: dict[str, int]) -> dict[str, int]:
@@ -71,7 +71,8 @@ class Uploads:
         self._dropped = dropped
         if distributed.is_global_leader():
             found = self._found()
-            self._keep(found, [path for path in found if not dropped.removes(found[path])])
+            is_removed = {path: dropped.removes(m.saved_at, m.pinned) for path, m in found.items()}
+            self._keep(found, [path for path in found if not is_removed[path]])
 
     def close(self) -> None:
         """Nothing is open."""

@@ -9,4 +9,5 @@ resolve_source.py       from a user's path to an engine's files, or to a file of
 foreign_directories.py  what is not converted, or only a part: what it is, what to do
 open_checkpoint.py      an engine of a run's checkpoint, of the newest complete one
 run_checkpoints.py      which checkpoints a run has, in which order
+dropped_saves.py        which of them its rollbacks have dropped
 """

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness.convert.run_checkpoints import MANIFEST, check_format, no_manifest, steps_in
+from harness.convert.dropped_saves import Dropped
+from harness.convert.run_checkpoints import (
+    MANIFEST,
+    check_format,
+    no_manifest,
+    saved_at,
+    steps_in,
+)
 from harness.errors import (
     CheckpointError,
     FormatError,
@@ -84,15 +91,19 @@ def open_checkpoint(path: Path, engine: str | None, default_engine: str | None) 
 def open_newest(
     parent: Path, engine: str | None, default_engine: str | None, on_passed_over: OnText
 ) -> SavedEngine:
-    """An engine of the newest complete checkpoint with finite weights, as a resume chooses.
+    """An engine of the newest complete checkpoint with finite weights that no rollback has dropped,
+    as a resume chooses.
 
     `on_passed_over` is called with the reason for each newer one. What the files hold is not read.
     Raises CheckpointError if none is complete, UnreadableCheckpoint if one that would be chosen
     cannot be judged.
     """
     failures: list[str] = []
+    dropped = _read_dropped(parent)
     for directory in steps_in(parent):
         try:
+            if dropped.has(saved_at(directory)):
+                raise CheckpointError(f"{directory}: a rollback has dropped it")
             checkpoint = RunCheckpoint(directory)
             for name in checkpoint.engines:
                 checkpoint.check(name)
@@ -112,6 +123,13 @@ def open_newest(
     raise CheckpointError(
         f"{parent}: no checkpoint is complete on this host:\n  " + "\n  ".join(failures)
     )
+
+
+def _read_dropped(parent: Path) -> Dropped:
+    try:
+        return Dropped.read(parent)
+    except OSError as error:
+        raise UnreadableCheckpoint(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def _read_manifest(

@@ -11,11 +11,14 @@ import pytest
 
 from harness import distributed, recovery
 from harness.checkpoint.disks import Disks
-from harness.checkpoint.dropped import Dropped, Span, drop_after, keep, read_dropped
+from harness.checkpoint.dropped import drop_after, keep, read_dropped
+from harness.checkpoint.inspect import describe_path
 from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.remote_store import Store, remote_name
 from harness.checkpoint.save import Saver
 from harness.config import Config
+from harness.convert.convert import Options, convert
+from harness.convert.dropped_saves import Dropped, Span
 from harness.convert.run_checkpoints import linked_in
 from harness.errors import CheckpointError, NonFiniteError
 from harness.files import json_write
@@ -187,8 +190,8 @@ ROLLBACK = {"nonfinite": "rollback", "max_rollbacks": 1}
 def test_a_pinned_save_that_was_dropped_stays_and_is_passed_over(
     pools: Pools, tmp_path: Path
 ) -> None:
-    """By a start, and by a later rollback: only run.resume takes it, and then it is one like
-    others."""
+    """By a start, a later rollback and `harness convert`: only run.resume takes it, and then it is
+    one like others."""
     events = [{"command": "save as it", "at": 4}]
     trainer = {"save_every": 2, "save_at_end": False}
     run = {"steps": 5}
@@ -197,6 +200,11 @@ def test_a_pinned_save_that_was_dropped_stays_and_is_passed_over(
     old, new = checkpoint(config, 2), checkpoint(config, 4)
     pinned = new.with_name(f"{new.name}-it")
     json_write([[read_manifest(old).saved_at, time.time()]], old.parent / "dropped.json")
+    lines: list[str] = []
+    convert(config.run_dir, tmp_path / "x.sft", Options(), lines.append)
+    assert lines[0] == f"note: passed over: {pinned}: a rollback has dropped it"
+    assert lines[1] == f"note: from checkpoints/{old.name}/net"
+    assert sum("dropped by a rollback" in line for line in describe_path(config.run_dir)) == 1
     pools(1).run(return_once, config)
     assert log_text(config).count(f"resumed from {old}\n") == 2
     assert returns(config) == [2]
@@ -334,7 +342,9 @@ def drop_below_what_was_kept(parent: Path) -> list[tuple[bool, bool]]:
     drop_after(parent, manifest_of(5, {}), 20.0, Span(10.0, 16.0), disks)
     dropped = read_dropped(parent, disks)
     saves = [manifest_of(at, {}) for at in (5, 10, 12, 16, 18)]
-    return [(dropped.has(save.saved_at), dropped.removes(save)) for save in saves]
+    return [
+        (dropped.has(save.saved_at), dropped.removes(save.saved_at, save.pinned)) for save in saves
+    ]
 
 
 def test_what_was_kept_is_dropped_again(pools: Pools, tmp_path: Path) -> None:

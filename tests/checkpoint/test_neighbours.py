@@ -14,7 +14,6 @@ import pytest
 from harness import distributed, recovery
 from harness.checkpoint import copies
 from harness.checkpoint.disks import Disks
-from harness.checkpoint.dropped import Dropped
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.inspect import describe_path
 from harness.checkpoint.manifest import Manifest, is_safe, read_manifest, unmark_safe
@@ -22,6 +21,7 @@ from harness.checkpoint.neighbours import neighbours_of, renew_marks
 from harness.checkpoint.transfer import Receiver, send
 from harness.checkpoint.written import write_file
 from harness.config import Config
+from harness.convert.dropped_saves import Dropped
 from harness.convert.run_checkpoints import checkpoints_in
 from harness.distributed.network import own_address
 from harness.errors import CheckpointError, NonFiniteError

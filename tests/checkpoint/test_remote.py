@@ -12,7 +12,6 @@ import pytest
 
 from harness.checkpoint import copies, remote_store
 from harness.checkpoint.copies import Copies
-from harness.checkpoint.dropped import Dropped, Span
 from harness.checkpoint.files import verify_file
 from harness.checkpoint.manifest import Manifest, parse_manifest, read_manifest
 from harness.checkpoint.remote_store import Store, remote_name
@@ -20,6 +19,7 @@ from harness.checkpoint.uploads import Uploads
 from harness.checkpoint.written import write_file
 from harness.config import Config
 from harness.config.sections import CheckpointConfig
+from harness.convert.dropped_saves import Dropped, Span
 from harness.errors import CheckpointError, UnreadableCheckpoint
 from harness.run import run_in_world
 from harness.testing.faults import fail_at
