@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from harness import distributed
 from harness.checkpoint import resume
 from harness.checkpoint.disks import Disks
 from harness.checkpoint.inspect import describe_path
@@ -17,6 +18,7 @@ from harness.convert.resolve_source import resolve_source
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError
 from harness.files import json_write
+from tests.checkpoint.test_disks import on
 from tests.checkpoint.test_retention import make
 from tests.checkpoint.test_unreadable import edit, newer, unreadable_manifest
 from tests.support.helpers import Pools
@@ -114,13 +116,13 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
-def chosen_by_a_resume(parent: Path) -> str:
+def chosen_by_a_resume(parent: Path, disks: Disks) -> str:
     """The name of the checkpoint, or why there is none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resume, "check_compatible", lambda *_: None)
         try:
             found = resume.choose_checkpoint(
-                "latest", parent, cast(Engines, None), Disks((0,)), lambda *_: None
+                "latest", parent, cast(Engines, None), disks, lambda *_: None
             )
         except CheckpointError as error:
             return str(error)
@@ -149,8 +151,27 @@ def test_convert_takes_what_a_resume_takes(
             assert text.startswith(f"{parent / expected}: expected one engine, found none")
         else:
             assert expected in text and "expected one engine" not in text
-    (found,) = pools(1).run(chosen_by_a_resume, parent)
+    (found,) = pools(1).run(chosen_by_a_resume, parent, Disks((0,)))
     assert found == expected if expected.startswith("step") else expected in found
+
+
+def chosen_on_two_disks(parent: Path, step: int) -> str:
+    """By a resume; the second disk does not give the manifest of a step."""
+    for each in (1, 2, 3):
+        make(parent, each)
+    dropped(parent)
+    if distributed.global_rank() == 1:
+        unreadable_manifest(parent / f"step-0000000{step}")
+    return chosen_by_a_resume(parent, Disks((0, 1)))
+
+
+@pytest.mark.parametrize(("step", "expected"), [(3, "step-00000002"), (2, "cannot read")])
+def test_what_one_of_two_disks_does_not_give(
+    pools: Pools, tmp_path: Path, step: int, expected: str
+) -> None:
+    """That it is dropped the other one may know."""
+    found = pools(2).run(on, "ab", tmp_path, chosen_on_two_disks, Path("new"), step)
+    assert all(expected in text for text in found), found
 
 
 @pytest.mark.parametrize("where", [(run_checkpoints, "named_in"), (open_checkpoint, "steps_in")])
