@@ -99,8 +99,9 @@ def open_newest(
     cannot be judged.
     """
     failures: list[str] = []
-    dropped = _read_dropped(parent)
-    for directory in steps_in(parent):
+    directories = steps_in(parent)
+    dropped = _read_dropped(parent)  # after the list: a rollback may have dropped some meanwhile
+    for directory in directories:
         try:
             if dropped.has(told_time(directory)):
                 raise CheckpointError(f"{directory}: a rollback has dropped it")

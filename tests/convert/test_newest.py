@@ -15,6 +15,7 @@ from harness.checkpoint.inspect import describe_path
 from harness.convert import open_checkpoint, run_checkpoints
 from harness.convert.dropped_saves import FILE
 from harness.convert.resolve_source import resolve_source
+from harness.convert.run_checkpoints import steps_in
 from harness.engine.engines import Engines
 from harness.errors import CheckpointError
 from harness.files import json_write
@@ -183,6 +184,21 @@ def test_what_a_run_removes_meanwhile_is_passed_over(
     dropped(tmp_path)
     listed = getattr(*where)
     monkeypatch.setattr(*where, lambda parent: [parent / "step-00000003", *listed(parent)])
+    assert chosen_by_convert(tmp_path).startswith(f"{tmp_path / 'step-00000002'}: expected one")
+
+
+def test_what_a_rollback_drops_meanwhile_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+
+    def listed(parent: Path) -> list[Path]:
+        found = steps_in(parent)
+        dropped(parent)
+        return found
+
+    monkeypatch.setattr(open_checkpoint, "steps_in", listed)
     assert chosen_by_convert(tmp_path).startswith(f"{tmp_path / 'step-00000002'}: expected one")
 
 
