@@ -25,7 +25,7 @@ from harness.engine.blame import KeptStep
 from harness.engine.engines import Engines
 from harness.errors import NonFiniteError
 from harness.health.skips import WHAT, Skip
-from harness.health.spikes import Spike, SpikeWarnings
+from harness.health.spikes import SpikeWarnings
 from harness.metrics.meters import StepNumbers
 from harness.metrics.progress import Progress
 from harness.metrics.recorder import Recorder
@@ -49,6 +49,7 @@ class RecoveringRun(Protocol):
     kept_step: KeptStep | None
     spike_warnings: SpikeWarnings
     ending: Quit | None
+    finishing: bool
     recorder: Recorder
     callbacks: Callbacks
     status: Status
@@ -89,7 +90,11 @@ def begin_step(run: RecoveringRun, batches: Iterator[Any], terms: Terms | None) 
 
 
 def find_spikes(run: RecoveringRun, numbers: StepNumbers) -> dict[str, Any]:
-    """Looks for spikes in a step's metrics. Each engine's spikes so far, under their log names."""
+    """Looks for spikes in a step's metrics. Each engine's spikes so far, under their log names.
+
+    They are told of at once, as a checkpoint of this step may follow: a resume from it does not
+    tell of them again. Those that a rollback is to follow are in it.
+    """
     step, engines, counts = numbers.local["step"], run.engines, {}
     for engine in engines.due(step):
         names = engines.label(engine, {"loss": 0.0, "grad_norm": 0.0})
@@ -97,7 +102,18 @@ def find_spikes(run: RecoveringRun, numbers: StepNumbers) -> dict[str, Any]:
         spans = run.batches.spans(engines.global_step - step)
         count = engines.spikes.add(step, engine.name, loss, norm, spans)
         counts |= engines.label(engine, {"spikes": count})
+    if run.live.config.health.spike != "rollback":
+        tell_spikes(run)
     return counts
+
+
+def tell_spikes(run: RecoveringRun) -> None:
+    """Tells of the spikes that were found and that nothing else follows."""
+    for spike in run.engines.spikes.take():
+        if text := run.spike_warnings.text(spike, monotonic()):
+            log_warning("%s", text)
+        else:
+            log.debug("%s", spike)
 
 
 def recover(run: RecoveringRun) -> bool:
@@ -108,11 +124,10 @@ def recover(run: RecoveringRun) -> bool:
     skipped steps have not changed.
     """
     settings, step = run.live.config.health, run.engines.global_step
-    for spike in run.engines.spikes.take():
-        if settings.spike == "rollback":
-            _roll_back(run, spike.step, str(spike), spike.spans)
-            return True
-        _report(run, spike)
+    if settings.spike == "rollback" and (spikes := run.engines.spikes.take()):
+        _roll_back(run, spikes[0].step, str(spikes[0]), spikes[0].spans)
+        return True
+    tell_spikes(run)  # of a checkpoint of a run that was to roll back
     skips = [skip for skip in run.engines.skips.of(step) if skip.reason != "overflow"]
     nonfinite = [skip for skip in skips if skip.reason == "nonfinite"]
     for skip in nonfinite:
@@ -135,8 +150,8 @@ def exit_code(run: RecoveringRun) -> int:
     """
     if isinstance(run.ending, Interrupt):
         return 128 + run.ending.signal
-    for spike in run.engines.spikes.take():
-        _report(run, spike)
+    if run.finishing and run.ending is None:
+        tell_spikes(run)  # a rollback follows them if the run is extended, and not yet
     for engine in run.engines.trained:
         if count := engine.counters.skipped_in_a_row:
             steps = f"its last {count} steps were" if count > 1 else "its last step was"
@@ -163,13 +178,6 @@ def _blame(run: RecoveringRun, skip: Skip) -> None:
     if not found:
         what = "run again, all its outputs and gradients are finite"
         run.bus.record("health", f"blame {skip.engine}", skip.step, what)
-
-
-def _report(run: RecoveringRun, spike: Spike) -> None:
-    if text := run.spike_warnings.text(spike, monotonic()):
-        log_warning("%s", text)
-    else:
-        log.debug("%s", spike)
 
 
 def _roll_back(run: RecoveringRun, step: int, reason: str, spans: Sequence[Span]) -> None:

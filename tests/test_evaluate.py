@@ -4,6 +4,7 @@ The expected numbers do not depend on ranks, ZeRO stage, micro-batch size, worke
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from harness import distributed
 from harness.config import Config
@@ -20,9 +22,17 @@ from harness.engine.engines import Engines
 from harness.errors import ConfigError, HarnessError, TaskError
 from harness.evaluate import MAX_SUMMED, _add, check_best_metric, evaluate
 from harness.run import run_in_world
-from harness.task import Task, check_eval_data, checked_stats, load_task, validate
+from harness.task import (
+    Task,
+    check_eval_data,
+    checked_stats,
+    default_feeder,
+    load_task,
+    validate,
+)
 from harness.testing.pool import RankError, RankPool
 from tests.support.helpers import ROOT, Pools, error_of, log_text, losses, records, tiny_config
+from tests.tasks import tiny_task
 from tests.tasks.evaluated_task import PAD, Texts, pad, perplexity_and_f1, tagger
 
 TASK = str(ROOT / "tests/tasks/evaluated_task.py")
@@ -398,6 +408,23 @@ def test_numbers_of_any_kind_are_numbers() -> None:
     for value in ("x", None, 1j, np.array("x"), torch.tensor(1j), [1.0]):
         with pytest.raises(TaskError, match="expected a number"):
             checked({"it": value})
+
+
+def run_with_numbers_as_names(config: Config) -> None:
+    def build(config: Config) -> Task:
+        def feed(engine: Any, batch: Any) -> tuple[Tensor, Any]:
+            return default_feeder(engine, batch)[0], {7: 0.5}
+
+        return replace(tiny_task.build(config), feeder=feed)
+
+    run_in_world(config, build=build)
+
+
+def test_names_become_text(pools: Pools, tmp_path: Path) -> None:
+    """Also those of the only engine, which are not renamed."""
+    config = tiny_config(tmp_path, run={"steps": 2})
+    pools(1).run(run_with_numbers_as_names, config)
+    assert [record["7"] for record in records(config)] == [0.5, 0.5]
 
 
 def checked(stats: dict[str, Any]) -> Any:

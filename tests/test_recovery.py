@@ -24,6 +24,7 @@ from harness.testing.pool import RankPool
 from harness.zero.reader import SavedEngine
 from tests.support.helpers import (
     ROOT,
+    Pools,
     assert_equal,
     assert_same_optimizer,
     checkpoint,
@@ -353,6 +354,25 @@ def test_a_spike_is_reported_or_skipped(two_ranks: RankPool, tmp_path: Path, pol
     shutil.rmtree(checkpoint(config, 80))
     two_ranks.run(run_in_world, config)
     assert without_times(records(config)) == without_times(found)
+
+
+@pytest.mark.parametrize("policy", ["report", "rollback"])
+def test_a_spike_is_told_of_once_over_a_save_and_a_resume(
+    pools: Pools, tmp_path: Path, policy: str
+) -> None:
+    """Of the step before the save. A run that is complete, and started again, tells of none; one
+    that is extended returns, and says why."""
+    config = spiking(tmp_path, policy, 0, run={"steps": 75})
+    longer = spiking(
+        tmp_path, policy, 0, task={"args": {"steps": []}}
+    )  # step 75 was a bad sample's
+    told = []
+    for each in (config, config, longer):
+        pools(1).run(run_in_world, each)
+        told.append(log_text(config).count("step 75: engine 'net': a spike: loss "))
+    assert records(config)[74]["spikes"] == (policy == "report")
+    assert audited(config) == [] if policy == "report" else len(audited(config)) == 1
+    assert told == [1, 1, 1 + (policy == "rollback")]
 
 
 @SLOW

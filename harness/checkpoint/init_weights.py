@@ -7,6 +7,7 @@ only its own part.
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from harness import distributed
 from harness.config.engine_sections import EngineConfig
 from harness.convert import plan
-from harness.convert.resolve_source import read_file, resolve_source
+from harness.convert.resolve_source import Source, read_file, resolve_source
 from harness.convert.run_checkpoints import is_step
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
@@ -25,6 +26,7 @@ from harness.formats.dtypes import FLOATS
 from harness.formats.stored_tensor import StoredTensor
 from harness.formats.tensor_file import is_extra_state
 from harness.io.stored import GrownTensor, read_tensor
+from harness.remote_path import as_path
 from harness.task import FindWeights
 from harness.utils import dtype_name
 from harness.zero.engine_state import fill_masters, fill_weight, shapes_of
@@ -50,11 +52,25 @@ def find_weights(
     for name, config in configs.items():
         if resumes and config.role != "teacher":
             continue
+        path, find = config.init_from, engines.task.init_weights.get(name)
+        if path is not None and find is None:
+            path = _agreed(path, name)
         with distributed.raise_on_all_ranks(f"engines.{name}.init_from"):
-            found = _find(engines[name], config.init_from, engines.task.init_weights.get(name))
+            found = _find(engines[name], path, find)
             if found is not None:
                 weights[name] = found
     return weights
+
+
+def _agreed(path: Path, engine: str) -> Path:
+    """What rank 0 takes of a directory: the run that it is of may save, or remove, the newest
+    checkpoint while the ranks look for it. Collective. Raises as `read_weights`, on all ranks."""
+    taken = str(path)
+    with distributed.raise_on_all_ranks(f"engines.{engine}.init_from"):
+        if distributed.is_global_leader() and path.is_dir():
+            source = _resolve(path, engine)
+            taken = str(source.directory if isinstance(source, SavedEngine) else source)
+    return as_path(distributed.broadcast(taken))
 
 
 def _find(engine: Engine, path: Path | None, find: FindWeights | None) -> Weights | None:
@@ -148,12 +164,7 @@ def match_weights(engine: Engine, path: Path) -> Weights:
 def read_weights(path: Path, engine: str) -> dict[str, StoredTensor]:
     """All weights at `path` by name; of several engines, those of this one. Raises CheckpointError
     or FormatError."""
-    path = _in_exports(path, engine)
-
-    def note(text: str) -> None:
-        log.info("engine %s: init_from: %s", engine, text)
-
-    source = resolve_source(path, default_engine=engine, on_note=note)
+    source = _resolve(path, engine)
     if isinstance(source, SavedEngine):
         return {
             name: planned.source
@@ -165,8 +176,16 @@ def read_weights(path: Path, engine: str) -> dict[str, StoredTensor]:
         hint = f": `harness convert --key KEY` writes one of {keys} to a file" if keys else ""
         raise FormatError(f"{source}: expected weights by name, found other structures{hint}")
     for text in content.notes:
-        note(text)
+        _note(engine, text)
     return content.tensors
+
+
+def _resolve(path: Path, engine: str) -> Source:
+    return resolve_source(_in_exports(path, engine), None, engine, partial(_note, engine))
+
+
+def _note(engine: str, text: str) -> None:
+    log.info("engine %s: init_from: %s", engine, text)
 
 
 def _in_exports(path: Path, engine: str) -> Path:

@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from harness.checkpoint.files import bytes_text, verify_file
+from harness.checkpoint.files import bytes_text, reading, verify_file
 from harness.checkpoint.manifest import Manifest, is_safe, read_manifest
-from harness.convert.dropped_saves import Dropped
+from harness.convert.dropped_saves import FILE, Dropped
 from harness.convert.run_checkpoints import BEST, MANIFEST, linked_in, may_hold_manifest, steps_in
 from harness.errors import CheckpointError, UnreadableCheckpoint, counted, missing_files
 from harness.health import goodput
@@ -34,7 +34,10 @@ def describe_path(path: Path, verify: bool = False) -> Iterator[str]:
     found = (steps_in(parent) for parent in (path, path / "checkpoints"))
     steps = next((paths for paths in found if any(map(may_hold_manifest, paths))), None)
     if (path / MANIFEST).is_file():
-        yield from _describe_checkpoint(path, read_manifest(path), verify)
+        dropped, failure = _read_dropped(path.absolute().parent)
+        yield from _describe_checkpoint(path, read_manifest(path), verify, dropped)
+        if failure is not None:
+            raise failure
     elif steps:
         yield from goodput.table(path / goodput.FILE)
         yield from _describe_run(path, steps, verify)
@@ -45,18 +48,31 @@ def describe_path(path: Path, verify: bool = False) -> Iterator[str]:
 
 
 def _describe_run(path: Path, directories: list[Path], verify: bool) -> Iterator[str]:
-    broken: list[str] = []
-    unreadable: list[str] = []
+    failures: dict[str, CheckpointError] = {}
+    dropped, failure = _read_dropped(directories[0].parent)
+    if failure is not None:
+        yield str(failure)
+        failures[FILE] = failure
     for directory in directories:
         try:
-            yield from _describe_checkpoint(directory, read_manifest(directory), verify)
+            yield from _describe_checkpoint(directory, read_manifest(directory), verify, dropped)
         except CheckpointError as error:
             yield f"  {error}"
-            is_unreadable = isinstance(error, UnreadableCheckpoint)
-            (unreadable if is_unreadable else broken).append(directory.name)
+            failures[directory.name] = error
+    unreadable = [n for n, e in failures.items() if isinstance(e, UnreadableCheckpoint)]
+    broken = [name for name in failures if name not in unreadable]
     found = {"damaged or incomplete on this host": broken, "cannot be judged": unreadable}
     if reports := [f"{what}: {', '.join(names)}" for what, names in found.items() if names]:
         raise CheckpointError(f"{path}: {'; '.join(reports)}")
+
+
+def _read_dropped(parent: Path) -> tuple[Dropped, CheckpointError | None]:
+    """What rollbacks have dropped, or none and why that is not known."""
+    try:
+        with reading(parent / FILE):
+            return Dropped.read(parent), None
+    except CheckpointError as error:
+        return Dropped(), error
 
 
 def describe_url(url: str) -> Iterator[str]:
@@ -112,17 +128,19 @@ def _describe_manifest(
         yield f"  {name} {value:.6g}"
 
 
-def _marks(path: Path, manifest: Manifest) -> Iterator[str]:
+def _marks(path: Path, manifest: Manifest, dropped: Dropped) -> Iterator[str]:
     if is_safe(path, manifest):
         yield "safe: every file is on two nodes"
-    if Dropped.read(path.parent).has(manifest.saved_at):
+    if dropped.has(manifest.saved_at):
         yield 'dropped by a rollback: "latest" does not mean it'
 
 
-def _describe_checkpoint(path: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
+def _describe_checkpoint(
+    path: Path, manifest: Manifest, verify: bool, dropped: Dropped
+) -> Iterator[str]:
     best = linked_in(path.parent)
     is_best = best is not None and path.name in (BEST, best.name)
-    yield from _describe_manifest(path, manifest, is_best, _marks(path, manifest))
+    yield from _describe_manifest(path, manifest, is_best, _marks(path, manifest, dropped))
     files = {name: path / name for name in manifest.files}
     missing = {n: manifest.writer(n) for n, file in files.items() if not file.is_file()}
     for name, entry in manifest.files.items():

@@ -28,6 +28,7 @@ from harness.checkpoint.retention import clean
 from harness.checkpoint.save import rank_file
 from harness.control.live import LiveConfig
 from harness.convert.dropped_saves import Dropped
+from harness.convert.run_checkpoints import told_time
 from harness.data.step_batches import StepBatches
 from harness.data.train_batches import mixture_weights
 from harness.distributed.rng import set_rng_state
@@ -89,7 +90,7 @@ def choose_checkpoint(
     failures = []
     for directory in sorted(times, key=lambda path: (times[path], path), reverse=True):
         try:
-            manifest = _verified(directory, verify, is_dropped=dropped.has(times[directory]))
+            manifest = _verified(directory, verify, dropped)
         except UnreadableCheckpoint as error:
             with distributed.raise_on_all_ranks(f"cannot resume from {parent}"):
                 raise UnreadableCheckpoint(
@@ -109,8 +110,10 @@ def choose_checkpoint(
     return None
 
 
-def _verified(directory: Path, verify: Verify, is_dropped: bool) -> Manifest:
+def _verified(directory: Path, verify: Verify, dropped: Dropped) -> Manifest:
     """The manifest of a checkpoint that "latest" may mean. Collective. Raises CheckpointError."""
+    told = distributed.all_reduce({told_time(directory)}, or_) - {None}
+    is_dropped = bool(told) and all(map(dropped.has, told))
     manifest = None if is_dropped else verify_checkpoint(directory, verify)
     if manifest is None or manifest.finite is False:
         why = "a rollback has dropped it" if manifest is None else manifest.fault
@@ -124,9 +127,9 @@ def last_good(parent: Path, disks: Disks, before: int, passed_over: Dropped) -> 
     saves, everywhere = list_saves(parent, disks)
     for directory in [parent / name for name in saves if name in everywhere]:
         try:
-            if passed_over.has(saves[directory.name]):
-                continue
             manifest = common_manifest(directory)
+            if passed_over.has(manifest.saved_at):
+                continue
             if manifest.step < before and manifest.finite is not False:
                 verify_checkpoint(directory)
                 return directory

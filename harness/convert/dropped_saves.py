@@ -51,10 +51,10 @@ class Dropped:
             return _from_json(json.loads((parent / FILE).read_bytes()))
         except FileNotFoundError:
             return Dropped()
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
             raise CheckpointError(
-                f"{parent / FILE} is damaged: {error}: remove it, and with run.resume name the "
-                "checkpoint to start from, if a rollback was killed"
+                f"{parent / FILE} is damaged: {error}: remove it, and name the checkpoint that is "
+                "wanted by its path, if a rollback was killed"
             ) from None
 
     @property
@@ -62,10 +62,10 @@ class Dropped:
         """The newest time up to which saves are dropped; 0 if none are."""
         return max((span.until for span in self.spans | self.left), default=0.0)
 
-    def has(self, saved_at: float) -> bool:
+    def has(self, saved_at: float | None) -> bool:
         """Whether the save of a time is dropped: "latest" does not mean it, and no rollback returns
-        to it."""
-        return bool(self._times(self.spans | self.left, saved_at))
+        to it. Of one whose time is not known (None) that is not known either: no."""
+        return saved_at is not None and bool(self._times(self.spans | self.left, saved_at))
 
     def removes(self, saved_at: float, pinned: str | None) -> bool:
         """Whether the save of a time is dropped and goes. Pinned ones stay, and what the user had

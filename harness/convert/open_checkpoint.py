@@ -12,8 +12,8 @@ from harness.convert.run_checkpoints import (
     MANIFEST,
     check_format,
     no_manifest,
-    saved_at,
     steps_in,
+    told_time,
 )
 from harness.errors import (
     CheckpointError,
@@ -99,10 +99,11 @@ def open_newest(
     cannot be judged.
     """
     failures: list[str] = []
-    dropped = _read_dropped(parent)
-    for directory in steps_in(parent):
+    directories = steps_in(parent)
+    dropped = _read_dropped(parent)  # after the list: a rollback may have dropped some meanwhile
+    for directory in directories:
         try:
-            if dropped.has(saved_at(directory)):
+            if dropped.has(told_time(directory)):
                 raise CheckpointError(f"{directory}: a rollback has dropped it")
             checkpoint = RunCheckpoint(directory)
             for name in checkpoint.engines:
@@ -129,7 +130,10 @@ def _read_dropped(parent: Path) -> Dropped:
     try:
         return Dropped.read(parent)
     except OSError as error:
-        raise UnreadableCheckpoint(f"cannot read {error.filename}: {error.strerror}") from None
+        raise UnreadableCheckpoint(
+            f"cannot read {error.filename}: {error.strerror}: what rollbacks have dropped is not "
+            f"known: give the path of a checkpoint in {parent}"
+        ) from None
 
 
 def _read_manifest(

@@ -40,6 +40,7 @@ def resolve_source(
 
     - A run directory, or its `checkpoints`: the newest complete checkpoint.
     - A checkpoint: its only engine, the engine named `engine`, or else `default_engine`.
+    - `latest` in the `checkpoints` of a run: the newest complete checkpoint, too.
     - A directory with `latest`, from plain DeepSpeed, Accelerate or the HF Trainer, or `latest`
       itself: the tag that it names.
     - The output directory of the HF Trainer, or of Accelerate's numbered checkpoints: the newest.
@@ -86,7 +87,7 @@ class _Resolver:
 
     def resolve(self, path: Path) -> Source:
         if path.is_file():
-            return self.resolve(_tag(path.parent)) if path.name == LATEST else _file(path)
+            return self.latest(path.parent) if path.name == LATEST else _file(path)
         if not path.is_dir():
             raise CheckpointError(f"{path}: {_why_not(path)}")
         if (path / MANIFEST).is_file():
@@ -110,6 +111,13 @@ class _Resolver:
         if candidates == [path]:
             return open_newest(path, self.engine, self.default_engine, self.pass_over)
         return self.resolve(candidates[0])
+
+    def latest(self, parent: Path) -> Source:
+        """What `latest` in a directory means: of a run the newest good checkpoint, whatever it
+        names, since the run may have been killed before it wrote that."""
+        if checkpoints_in(parent):
+            return open_newest(parent, self.engine, self.default_engine, self.pass_over)
+        return self.resolve(_tag(parent))
 
     def pass_over(self, reason: str) -> None:
         self.on_note(f"passed over: {reason}")

@@ -4,7 +4,9 @@ Imports little: `harness inspect` does not wait for what it does not use.
 """
 
 import json
+import math
 import re
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,11 @@ def checkpoints_in(parent: Path) -> list[Path]:
 
 def steps_in(parent: Path) -> list[Path]:
     """`checkpoints_in`, and those with the name of a checkpoint whose manifest is gone."""
-    return sorted(named_in(parent), key=lambda path: (saved_at(path), path.name), reverse=True)
+    times: dict[Path, float] = {}
+    for path in named_in(parent):
+        with suppress(FileNotFoundError):  # a run has removed it meanwhile
+            times[path] = saved_at(path)
+    return sorted(times, key=lambda path: (times[path], path.name), reverse=True)
 
 
 def named_in(parent: Path) -> list[Path]:
@@ -91,16 +97,25 @@ def may_hold_manifest(directory: Path) -> bool:
 
 
 def saved_at(directory: Path) -> float:
-    """When a checkpoint was saved, in seconds since 1970, also if it is of a newer format; if its
-    manifest is unreadable or gone, the modification time. Raises OSError."""
+    """When a checkpoint was saved, in seconds since 1970, for the order; if its manifest does not
+    tell, the modification time, which a store may not have: there it may be the newest. Raises
+    OSError."""
+    if (told := told_time(directory)) is not None:
+        return told
+    try:
+        modified = (directory / MANIFEST).stat().st_mtime
+    except OSError:
+        return directory.stat().st_mtime
+    return math.inf if is_remote([directory]) else modified
+
+
+def told_time(directory: Path) -> float | None:
+    """When a checkpoint was saved, as its manifest tells, also one of a newer format. None if that
+    is unreadable, or gone: what else is known of the time is later."""
     try:
         return _saved_at(directory / MANIFEST, identity(directory / MANIFEST))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        pass
-    try:
-        return (directory / MANIFEST).stat().st_mtime
-    except OSError:
-        return directory.stat().st_mtime
+        return None
 
 
 @lru_cache(4096)

@@ -300,8 +300,8 @@ class Engines(Mapping[str, Engine]):
 
     def label(self, engine: Engine, stats: Stats) -> dict[str, torch.Tensor | float]:
         """The stats under their log names: with the prefix `NAME/` if there are several engines."""
-        if len(self) == 1:
-            return dict(stats)
+        if len(self) == 1:  # a key may be no text
+            return {f"{key}": value for key, value in stats.items()}
         return {f"{engine.name}/{key}": value for key, value in stats.items()}
 
     def close(self) -> None:

@@ -3,7 +3,9 @@
 Each line is a stretch of one start, from `began` to `time` (seconds since the epoch), with the
 seconds in each of the `KINDS`. In it the run went on from step `from` to `step`; a line that begins
 before the end of the one above it repeats the steps in between. A start's first line goes on where
-the start before it has written its last, so that all lines add up to the time of the run.
+the start before it has written its last, so that all lines add up to the time of the run; unless
+that one was over (`Outcome.is_over`), as its last line then tells by `ended`: from there to the
+next start, which extends the run, it was not to train.
 
 Does not import torch.
 """
@@ -11,12 +13,15 @@ Does not import torch.
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from harness.errors import counted
 from harness.files import JsonLines
+from harness.health import outcome
+from harness.health.outcome import Outcome
 
 FILE = "goodput.jsonl"
 KINDS = {
@@ -44,13 +49,17 @@ class Ledger:
         """`step`: the last one, where the run begins. `began`: when its process did, in seconds
         since the epoch. Raises OSError if the file cannot be opened."""
         path = run_dir / FILE
-        last = max((record["time"] for record in read(path)), default=began)
+        lines = read(path)
+        last = max((record["time"] for record in lines), default=began)
         alive = _modified(run_dir / "metrics.jsonl")  # when the start before took its last steps
         now = time.time()
         began = min(max(began, last), now)
+        if lines and "ended" in lines[-1]:
+            last = began
         lost = min(max(last, alive), began) - last
         self._seconds = {"repeated": lost, "waiting": began - last - lost, "starting": now - began}
         self._lines = JsonLines(path)
+        self._ended = run_dir / outcome.FILE
         self._clock = time.monotonic()
         self._began, self._now = last, now
         self._from = self._step = step
@@ -86,9 +95,12 @@ class Ledger:
         self._from = self._step = step
 
     def close(self) -> None:
-        """Writes the last line."""
+        """Writes the last line; the outcome, if the run is over, has been written before it."""
         self._pass(self._activity)
-        self._write()
+        end = None
+        with suppress(OSError):  # as where it is written: the end goes on
+            end = Outcome.read(self._ended)
+        self._write(**{"ended": end.kind} if end is not None and end.is_over else {})
         self._lines.close()
 
     def _pass(self, activity: str) -> None:
@@ -101,9 +113,9 @@ class Ledger:
     def _add(self, kind: str, seconds: float) -> None:
         self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
 
-    def _write(self) -> None:
+    def _write(self, **more: str) -> None:
         where = {"began": self._began, "time": self._now, "from": self._from, "step": self._step}
-        self._lines.write({**where, **self._seconds}, digits=16)
+        self._lines.write({**where, **self._seconds, **more}, digits=16)
         self._began, self._from, self._seconds = self._now, self._step, {}
 
 

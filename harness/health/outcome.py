@@ -55,6 +55,11 @@ class Outcome:
     """Seconds since the epoch."""
 
     @property
+    def is_over(self) -> bool:
+        """Whether the run has ended as was wanted: all steps are taken, or a `quit` ended it."""
+        return self.kind in ("complete", "quit")
+
+    @property
     def may_restart(self) -> bool:
         """Whether starting again may go better."""
         return self.kind in ("lost_rank", "hang", "oom", "signal", "checkpoint", "error")

@@ -85,7 +85,7 @@ class Supervisor:
     def _why_not(self, outcome: Outcome) -> str | None:
         """Why the run is not started again; empty if it is complete, None if it is."""
         previous, self._previous = self._previous, outcome
-        if outcome.kind in ("complete", "quit"):
+        if outcome.is_over:
             return ""
         if self._signal:
             return self._signalled()
@@ -136,7 +136,7 @@ class Supervisor:
     def _end(self, outcome: Outcome, why: str) -> int:
         if why:
             self._record("no restart", outcome, f"{_described(outcome)}; {why}")
-        if outcome.kind in ("complete", "quit"):
+        if outcome.is_over:
             return outcome.code
         return 128 + self._signal if self._signal and not outcome.code else outcome.code or 1
 

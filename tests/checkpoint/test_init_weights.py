@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import io
+from harness import distributed, io
 from harness.checkpoint import init_weights
 from harness.config import Config
 from harness.config.sections import merge
+from harness.convert import open_checkpoint
+from harness.convert.run_checkpoints import steps_in
 from harness.engine.engine import Engine
 from harness.engine.full_tensors import full_tensors
 from harness.errors import CheckpointError, ConfigError
@@ -124,6 +126,36 @@ def train_and_count(config: Config) -> int:
     with patch.object(init_weights, "read_tensor", counted):
         run_in_world(config)
     return sum(counts)
+
+
+def sources(config: Config) -> set[str]:
+    """Trains. Returns the checkpoints that this rank reads; the newest one was saved after rank 0
+    has looked for it."""
+    found: set[str] = set()
+
+    def read(weight: StoredTensor, *place: Any) -> Tensor:
+        found.add(weight.ranges[0].path.parent.parent.name)
+        return read_tensor(weight, *place)
+
+    def listed(parent: Path) -> list[Path]:
+        return steps_in(parent)[distributed.global_rank() == 0 :]
+
+    with (
+        patch.object(init_weights, "read_tensor", read),
+        patch.object(open_checkpoint, "steps_in", listed),
+    ):
+        run_in_world(config)
+    return found
+
+
+def test_all_ranks_start_from_the_same_checkpoint(two_ranks: RankPool, tmp_path: Path) -> None:
+    """Of a run that goes on meanwhile."""
+    every = {"run": {"steps": 4}, "trainer": {"save_every": 2}}
+    base = tiny_config(tmp_path / "base", 1, **every)
+    two_ranks.run(run_in_world, base)
+    config = tiny_config(tmp_path, 1, engines={"net": {"init_from": base.run_dir}})
+    assert two_ranks.run(sources, config) == [{"step-00000002"}] * 2
+    assert log_text(config).count("init_from: from checkpoints/step-00000002/net") == 1
 
 
 def test_a_rank_reads_only_what_it_keeps(

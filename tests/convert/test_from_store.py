@@ -16,7 +16,7 @@ from harness.checkpoint.init_weights import read_weights
 from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.remote_store import Store, remote_name
 from harness.convert.convert import Options, convert
-from harness.errors import CheckpointError, HarnessError
+from harness.errors import CheckpointError, HarnessError, UnreadableCheckpoint
 from harness.formats import zips
 from harness.formats.zips import records
 from harness.remote_path import RemotePath, as_path
@@ -135,6 +135,28 @@ def test_it_is_the_newest_complete_one(tmp_path: Path) -> None:
     assert lines[0].startswith(f"note: passed over: {url}/step-00000008-a.b.8000000000000/net/mp")
     assert "bytes, expected" in lines[0]
     assert lines[1] == f"note: from {good}/net"
+
+
+def test_one_that_the_store_does_not_give_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest, of which a store does not tell a time."""
+    url = f"memory://{tmp_path}/run"
+    (good,) = upload_run(BEFORE / RUNS[0], url)
+    files, path = url_to_fs(url)
+    newer = f"{path}/step-00000009.9000000000000"
+    files.cp(f"{path}/{good}", newer, recursive=True)
+    read = type(files).cat_file
+
+    def cat_file(self: Any, path: str, **options: Any) -> bytes:
+        if path == f"{newer}/manifest.json":
+            raise OSError("503 slow down")
+        return read(self, path, **options)
+
+    monkeypatch.setattr(type(files), "cat_file", cat_file)
+    with pytest.raises(UnreadableCheckpoint, match="503 slow down; it may be complete"):
+        converted(url, tmp_path / "x.sft")
+    assert not (tmp_path / "x.sft").exists()
 
 
 @on_each

@@ -1,5 +1,6 @@
 """Where the time of a run goes, over all its starts: goodput.jsonl."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from harness.checkpoint.inspect import describe_path
 from harness.config import Config
+from harness.errors import Kind
 from harness.health.goodput import (
     FILE,
     KINDS,
@@ -18,11 +20,14 @@ from harness.health.goodput import (
     seconds_in_starts,
     table,
 )
+from harness.health.outcome import Outcome
 from harness.health.phases import Phase
-from harness.metrics.status import Status
+from harness.metrics.status import Status, format_duration
+from harness.report.run_files import RunFiles
+from harness.report.summary import summarize
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
-from tests.support.helpers import tiny_config
+from tests.support.helpers import Pools, tiny_config
 
 
 class Clock:
@@ -107,6 +112,34 @@ def test_a_killed_run_repeats_its_steps(clock: Clock) -> None:
     assert seconds_in_starts(read(clock.directory / FILE)) == pytest.approx(19 + 3 + 7)
 
 
+@pytest.mark.parametrize("kind", ["complete", "quit", "signal", "task"])
+def test_a_run_that_was_over_was_not_to_train_until_it_is_extended(
+    clock: Clock, kind: Kind
+) -> None:
+    clock.start(0)
+    clock.steps(1, 2)
+    Outcome(kind, 0).write(clock.directory)
+    clock.ledger.close()
+    clock.now += 30_000
+    os.utime(clock.directory / "metrics.jsonl", (clock.now, clock.now))  # the run was copied
+    (clock.directory / "ended.json").unlink()
+    clock.now += 10_000
+    clock.start(2)
+    clock.steps(3)
+    clock.now += 60  # killed: this time is counted, whatever was before it
+    clock.start(2)
+    clock.steps(3)
+    clock.ledger.close()
+    spent = {"starting": 9, "steps": 3, "repeated": 1, "waiting": 60}
+    if kind in ("complete", "quit"):
+        assert clock.spent() == spent
+    else:  # up to the last record of metrics.jsonl it counts as training
+        assert clock.spent() == spent | {"repeated": 30_001, "waiting": 10_060}
+    assert seconds_in_starts(read(clock.directory / FILE)) == pytest.approx(
+        sum(clock.spent().values()) - clock.spent()["waiting"]
+    )
+
+
 def test_an_ended_run_that_could_not_save_repeats_its_steps(clock: Clock) -> None:
     """What the last line counted as steps is not, once the next start begins before them."""
     clock.start(0)
@@ -171,6 +204,36 @@ def end_after_step_4(config: Config) -> None:
         patch.setattr(Status, "stepped", stepped)
         patch.setattr("harness.trainer.rescue", lambda *_: None)
         run_in_world(config)
+
+
+def start_a_day_later(config: Config, steps: int) -> None:
+    """The run, as if all starts before had been a day earlier."""
+    path = config.run_dir / FILE
+    earlier = [r | {k: r[k] - 86_400 for k in ("began", "time")} for r in read(path)]
+    if earlier:
+        path.write_text("".join(json.dumps(record) + "\n" for record in earlier))
+    run = config.run.model_copy(update={"steps": steps})
+    run_in_world(config.model_copy(update={"run": run}))
+
+
+def test_the_nights_of_a_run_that_is_extended_are_no_part_of_it(
+    pools: Pools, tmp_path: Path
+) -> None:
+    """After a `quit`, and after all steps: `harness report` shows the time of the starts alone."""
+    config = tiny_config(tmp_path, events=[{"command": "quit", "at": 2}])
+    for steps in (4, 4, 6):
+        pools(1).run(start_a_day_later, config, steps)
+    lines = read(config.run_dir / FILE)
+    assert [line["ended"] for line in lines if "ended" in line] == ["quit", "complete", "complete"]
+    firsts = [line for line in lines if "starting" in line]
+    assert [(r["from"], r["waiting"], r["repeated"]) for r in firsts] == [
+        (at, 0, 0) for at in (0, 2, 4)
+    ]
+    spent = seconds_by_kind(config.run_dir / FILE)
+    assert lines[-1]["time"] - lines[0]["began"] > 2 * 86_400 > 86_400 > sum(spent.values())
+    figures = summarize(RunFiles(config.run_dir)).figures
+    assert figures["Time"] == format_duration(sum(spent.values()))
+    assert figures["Goodput"] == f"{spent['steps'] / sum(spent.values()):.1%}"
 
 
 def test_it_adds_up_to_the_time_of_the_run(two_ranks: RankPool, tmp_path: Path) -> None:
