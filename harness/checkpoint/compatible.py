@@ -123,7 +123,10 @@ def _changes_of_model(directory: Path, manifest: Manifest, engine: Engine) -> li
     current = _current_entries(engine)
     saved = _saved_entries(directory, manifest, engine.name)
     free = _prefixes_with_own_loading(engine.module)
-    return _differences(saved, current, [n for n in saved | current if not n.startswith(free)])
+    stepped = {n for entries in (saved, current) for n, e in entries.items() if e.is_trained}
+    return _differences(
+        saved, current, [n for n in saved | current if n in stepped or not n.startswith(free)]
+    )
 
 
 def _current_entries(engine: Engine) -> Entries:
@@ -182,7 +185,8 @@ def _changes(saved: Entry, current: Entry) -> Iterator[tuple[str, object, object
 
 
 def _prefixes_with_own_loading(model: nn.Module) -> tuple[str, ...]:
-    """Of the names of entries that the model's own code reads, also from other ones."""
+    """Of the names of entries that the model's own code reads, also from other ones. It has no say
+    in what the optimizer keeps, so that what this steps must be there by its name."""
     if type(model).load_state_dict is not nn.Module.load_state_dict:
         return ("",)
     return tuple(
