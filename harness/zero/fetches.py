@@ -144,9 +144,9 @@ def as_sharded(ds: Any) -> Iterator[None]:
 def releasing(ds: Any) -> Iterator[None]:
     """After the block, in which a loss may go through the model, no module of it holds its weights.
 
-    A module that is called several times is not released after its first backward, as DeepSpeed
-    counts its inputs anew in each forward. It looks for such modules after an engine's own backward,
-    and not after another engine's that goes through the model.
+    DeepSpeed counts a module's inputs anew in each forward, so one that was called several times is
+    not released after its backward. It looks for such modules after an engine's own backward, and
+    not after another engine's that goes through the model.
     """
     try:
         yield
