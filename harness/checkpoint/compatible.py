@@ -55,7 +55,8 @@ def check_compatible(
                 raise ConfigError(
                     f"checkpoint {directory} does not match this run: {what} is {current} in this "
                     f"run, and {saved[what]} in the checkpoint: restore the old value, or start a "
-                    "new run under another run.name"
+                    "new run under another run.name, with engines.NAME.init_from of each engine "
+                    "to begin with the saved weights"
                 )
     changes = {} if may_change else changed_models(directory, manifest, engines)
     with distributed.raise_on_all_ranks(f"cannot read checkpoint {directory}"):
