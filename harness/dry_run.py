@@ -1,5 +1,6 @@
 """`launch/train.py --dry-run`: a run is built and takes one step, and nothing is written."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -122,9 +123,10 @@ def _memory_lines(config: Config, task: Task) -> Iterator[str]:
 def _table(subject: Subject, setting: Setting) -> Iterator[str]:
     try:
         activations = subject.activations(setting)
-    except ConfigError:
-        activations = None
-    footprint = Footprint(subject.model, subject.optimizer)
+        reason = ""
+    except ConfigError as error:
+        activations, reason = None, repr(error.__cause__ or error)
+    footprint = Footprint(subject.model, subject.optimizer, subject.keeps_ema)
     yield "  " + "".join(f"{name:>12}" for name in ("stage", *PARTS))
     for stage in STAGES:
         own = Setting(
@@ -138,12 +140,15 @@ def _table(subject: Subject, setting: Setting) -> Iterator[str]:
         shown = [readable(parts[name]) if parts[name] else "-" for name in PARTS]
         yield "  " + "".join(f"{text:>12}" for text in (str(stage), *shown))
     if activations is None:
-        yield "  activations: the forward could not be traced without memory"
+        yield "  activations: the forward could not be traced without memory:"
+        yield f"    {reason}"
 
 
 def _step_lines(task: Task, engines: Engines, batches: StepBatches) -> Iterator[str]:
-    """One step of the run: forward, backward and optimizer, on all ranks."""
+    """One step of the run, in which all engines are trained: forward, backward and optimizer, on
+    all ranks."""
     size = engines.gradient_accumulation
+    engines.global_step = math.lcm(*(engine.train_every for engine in engines.trained)) - 1
     vector = distributed.StepVector()
     vector.add(batches)
     engines.train()

@@ -9,7 +9,7 @@ from harness.config import Config
 from harness.dry_run import tried
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
-from tests.support.helpers import records, tiny_config
+from tests.support.helpers import ROOT, records, tiny_config
 from tests.support.quick import quick
 
 
@@ -40,3 +40,13 @@ def test_its_step_is_the_runs_first_and_nothing_is_written(
     }
     assert float(found["loss"]) == pytest.approx(record["loss"], rel=1e-5)
     assert float(found["grad_norm"]) == pytest.approx(record["grad_norm"], rel=1e-4)
+
+
+def test_it_trains_every_engine_once(two_ranks: RankPool, tmp_path: Path) -> None:
+    engine = tiny_config(tmp_path, 2).engines["net"].model_dump()
+    table = tiny_config(tmp_path).model_dump()
+    table |= {"engines": {"D": engine, "G": engine | {"train_every": 3}}}
+    table |= {"task": {"path": str(ROOT / "tests/tasks/engines_task.py")}}
+    lines, _ = two_ranks.run(lines_of, Config.model_validate(table))
+    assert {"D/loss", "G/loss"} <= {line.split()[0] for line in lines if line}
+    assert "could not be traced" not in "\n".join(lines)

@@ -405,6 +405,7 @@ def test_numbers_of_any_kind_are_numbers() -> None:
         **{"float32": 0.5, "float64": 0.5, "int64": 2.0, "bool": 1.0, "numpy_bool": 1.0},
         **{"array": 0.5, "vector": 2.0, "tensor": 7.0, "flags": 0.5},
     }
+    assert not checked({"it": torch.ones(1, requires_grad=True).sum()})["it"].requires_grad
     for value in ("x", None, 1j, np.array("x"), torch.tensor(1j), [1.0]):
         with pytest.raises(TaskError, match="expected a number"):
             checked({"it": value})

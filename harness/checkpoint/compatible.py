@@ -55,7 +55,8 @@ def check_compatible(
                 raise ConfigError(
                     f"checkpoint {directory} does not match this run: {what} is {current} in this "
                     f"run, and {saved[what]} in the checkpoint: restore the old value, or start a "
-                    "new run under another run.name"
+                    "new run under another run.name, with engines.NAME.init_from of each engine "
+                    "to begin with the saved weights"
                 )
     changes = {} if may_change else changed_models(directory, manifest, engines)
     with distributed.raise_on_all_ranks(f"cannot read checkpoint {directory}"):
@@ -123,7 +124,10 @@ def _changes_of_model(directory: Path, manifest: Manifest, engine: Engine) -> li
     current = _current_entries(engine)
     saved = _saved_entries(directory, manifest, engine.name)
     free = _prefixes_with_own_loading(engine.module)
-    return _differences(saved, current, [n for n in saved | current if not n.startswith(free)])
+    stepped = {n for entries in (saved, current) for n, e in entries.items() if e.is_trained}
+    return _differences(
+        saved, current, [n for n in saved | current if n in stepped or not n.startswith(free)]
+    )
 
 
 def _current_entries(engine: Engine) -> Entries:
@@ -182,7 +186,8 @@ def _changes(saved: Entry, current: Entry) -> Iterator[tuple[str, object, object
 
 
 def _prefixes_with_own_loading(model: nn.Module) -> tuple[str, ...]:
-    """Of the names of entries that the model's own code reads, also from other ones."""
+    """Of the names of entries that the model's own code reads, also from other ones. It has no say
+    in what the optimizer keeps, so that what this steps must be there by its name."""
     if type(model).load_state_dict is not nn.Module.load_state_dict:
         return ("",)
     return tuple(

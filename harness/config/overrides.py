@@ -4,7 +4,7 @@ import contextlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel
 
@@ -16,6 +16,8 @@ UNSET: Any = object()
 """The value of a key that is set to `null`: what files say of it does not count."""
 VARIABLE = "HARNESS__"
 """How the names of variables begin that set a key: `HARNESS__RUN__STEPS=5` is `run.steps`."""
+_LISTS = {key for key, field in Config.model_fields.items() if get_origin(field.annotation) is list}
+"""Keys that are no section: `events`."""
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -29,13 +31,14 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     while queue:
         word = queue.pop(0)
         key, has_value, text = word.partition("=")
-        if not key.startswith("--") or "." not in key:
+        name = key.removeprefix("--")
+        if name == key or ("." not in name and name not in _LISTS):
             raise ConfigError(f"command line: {word!r}: expected --section.key=value")
         if not has_value:
             if not queue:
                 raise ConfigError(f"command line: {word}: missing value")
             text = queue.pop(0)
-        path = key.removeprefix("--").split(".")
+        path = name.split(".")
         overrides = merge(overrides, nested(path, _parse_value(path, text)))
     return overrides
 

@@ -128,7 +128,9 @@ class Engine:
         if self._config.lora is not None:
             adapted = adapt(model, self._config.lora)
             log.info("engine %s: LoRA adapters for %s", self.name, ", ".join(adapted))
-        if frozen := freeze(model, self._config.frozen):
+        with config_errors_of(f"engines.{self.name}"):
+            frozen = freeze(model, self._config.frozen)
+        if frozen:
             log.info("engine %s: frozen: %s", self.name, ", ".join(frozen))
         trainable.check_trainable(self.name, model)
         trainable.check_renormed(self.name, model, self._config)

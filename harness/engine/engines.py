@@ -22,6 +22,7 @@ from harness.health import phases
 from harness.health.skips import Reason, Skip, Skips
 from harness.health.spikes import Spikes
 from harness.task import Stats, Task, checked_stats, feed
+from harness.zero import fetches
 
 log = logging.getLogger(__name__)
 log_on_leader = distributed.global_leader_only(log.info)
@@ -203,7 +204,7 @@ class Engines(Mapping[str, Engine]):
         borrower, module = self._turn.name, self[name].module
         if borrower not in (None, name) and module.training and self[name].role == "train":
             self[borrower].kept_buffers.keep(self[name].buffers)
-        return self._turn.lend(name, module)
+        return self._turn.lend(name, module, fetches.releasing(self[name].ds))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

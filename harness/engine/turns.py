@@ -7,7 +7,7 @@ frozen parameters is correct at every stage; everything else raises an error her
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -52,8 +52,11 @@ class Turn:
                 self.name = None
 
     @contextmanager
-    def lend(self, name: str, module: nn.Module) -> Iterator[nn.Module]:
-        """`module` of engine `name`, frozen. Outside of any turn, for the `with` block only.
+    def lend(
+        self, name: str, module: nn.Module, loan: AbstractContextManager[None] | None = None
+    ) -> Iterator[nn.Module]:
+        """`module` of engine `name`, frozen, and `loan` entered for as long. Outside of any turn,
+        for the `with` block only.
 
         Raises TaskError for the engine whose turn it is: it would get no gradients.
         """
@@ -64,6 +67,7 @@ class Turn:
             )
         with ExitStack() as block:
             loans = block if self.name is None else self._loans
+            loans.enter_context(loan or nullcontext())
             loans.enter_context(frozen(module))
             yield module
 

@@ -124,10 +124,19 @@ class Closing:
             yield f"best saved by {self._config.checkpoint.best_metric}: {best}"
         run = _shown(run_dir)
         goes_on = outcome.kind != "complete" and (outcome.step or 0) < steps
-        then = f"harness convert {run} {run}.sft{' --best' if best else ''}"
+        options = self._engine_option() + (" --best" if best else "")
+        then = f"harness convert {run} {run}.sft{options}"
         if goes_on:
             then = "a start with the same run.name resumes it"
         yield f"next: harness report {run}; {then}"
+
+    def _engine_option(self) -> str:
+        """For `harness convert`, if a checkpoint has several engines: the one that is ranked."""
+        trained = [name for name, e in self._config.engines.items() if e.role == "train"]
+        if len(trained) < 2:
+            return ""
+        ranked = set(self._config.checkpoint.best_metric.split("/"))
+        return f" --engine {next((name for name in trained if name in ranked), trained[0])}"
 
 
 @cache  # asked for every number of every step

@@ -39,6 +39,8 @@ class Status:
         self.on_activity: Callable[[str, int], None] | None = None
         """Called with every new activity and the last step, on the trainer's thread."""
         self._record: Mapping[str, Any] = {}
+        self._newest: Mapping[str, Any] = {}
+        """Of every metric: an engine with `train_every` has none in most steps."""
         self._ends: deque[tuple[int, float]] = deque([(step, time.monotonic())])
 
     def restart(self, step: int, steps: int) -> None:
@@ -59,7 +61,7 @@ class Status:
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Records the newest metrics."""
-        self._record = record
+        self._record, self._newest = record, {**self._newest, **record}
 
     @contextmanager
     def doing(self, phase: Phase) -> Iterator[None]:
@@ -83,7 +85,7 @@ class Status:
 
     def line(self) -> str:
         """The state of the run on one line."""
-        numbers = "".join(f", {name} {number}" for name, number in headline(self._record).items())
+        numbers = "".join(f", {name} {number}" for name, number in headline(self._newest).items())
         idle = time.monotonic() - self._ends[-1][1]
         doing = f"phase {phases.now().phase} for {format_duration(phases.now().seconds)}"
         waiting = f" (last step {format_duration(idle)} ago; {doing})" if idle > 10 else ""

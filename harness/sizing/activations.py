@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+Models = Mapping[str, nn.Module]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,10 +29,10 @@ class Activations:
 
 
 class Saved:
-    """Counts the tensors that autograd saves, without the model's own."""
+    """Counts the tensors that autograd saves, without the models' own."""
 
-    def __init__(self, model: nn.Module):
-        own = (*model.parameters(), *model.buffers())
+    def __init__(self, *models: nn.Module):
+        own = [tensor for m in models for tensor in (*m.parameters(), *m.buffers())]
         self._seen = {tensor.untyped_storage()._cdata for tensor in own}
         self._storages: list[Any] = []  # kept alive, so that no two have the same address
         self.bytes = 0
@@ -59,25 +60,34 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(largest)
 
 
-def call(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...]) -> Any:
+def call(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...], _: Models) -> Any:
     """Calls a model with keyword or positional arguments."""
     return model(**batch) if isinstance(batch, Mapping) else model(*batch)
 
 
 def trace(
-    model: nn.Module, batch: Any, dtype: str, forward: Callable[[nn.Module, Any], Any] = call
+    model: nn.Module,
+    batch: Any,
+    dtype: str,
+    forward: Callable[[nn.Module, Any, Models], Any] = call,
+    others: Mapping[str, tuple[nn.Module, str]] | None = None,
 ) -> Activations:
-    """What `forward(model, batch)` saves in "fp32", "bf16" or "fp16"; both may be on the meta
-    device. Whatever the forward raises is raised.
+    """What `forward(model, batch, others)` saves in "fp32", "bf16" or "fp16"; all may be on the
+    meta device. `others`: models that the forward may go through, each with its dtype, whose
+    weights do not count. Whatever the forward raises is raised.
     """
+    others = others or {}
     fake = deepcopy(model).train()
+    copies = {name: deepcopy(other) for name, (other, _) in others.items()}
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(fake, DTYPES[dtype])
+        for name, copy in copies.items():
+            _make_fake(copy, DTYPES[others[name][1]])
         batch = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="cpu"), batch)
-        saved = Saved(fake)
+        saved = Saved(fake, *copies.values())
         inputs, inside = _watch_blocks(fake, saved)
         with saved.counting():
-            forward(fake, batch)
+            forward(fake, batch, copies)
     outside = saved.bytes - sum(inside)
     return Activations(saved.bytes, outside + sum(inputs) + max(inside, default=0))
 

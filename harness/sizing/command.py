@@ -99,7 +99,7 @@ def plan(
     from harness.sizing.memory import Footprint, checkpoint_bytes
     from harness.sizing.traffic import traffic_of
 
-    footprint = Footprint(subject.model, subject.optimizer)
+    footprint = Footprint(subject.model, subject.optimizer, subject.keeps_ema)
 
     @cache
     def activations(micro_batch: int, precision: str) -> Any:

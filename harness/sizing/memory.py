@@ -104,10 +104,12 @@ def _largest_matrix(groups: Sequence[Mapping[str, Any]]) -> int:
 class Footprint:
     """The memory of a model under any setting; what settings have in common is computed once."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig | None = None):
-        """`config`: of a run's optimizer, whose options and groups are used for that optimizer. The
-        model may be on the meta device."""
-        self._model, self._config = model, config
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig | None = None, keeps_ema: bool = False
+    ):
+        """`config`: of a run's optimizer, whose options and groups are used for that optimizer.
+        `keeps_ema`: in the optimizer's state. The model may be on the meta device."""
+        self._model, self._config, self._keeps_ema = model, config, keeps_ema
         self._optimizers: dict[str, Optimizer] = {}
         self._states: dict[tuple[str, int, int], int] = {}  # optimizer, layout, ranks
 
@@ -130,6 +132,8 @@ class Footprint:
         sizes = self.sizes(setting)
         parts = model_parts(sizes, setting) | {"optimizer": self._optimizer_bytes(setting)}
         parts["weights"] += fixed_bytes(self._model, setting)
+        if self._keeps_ema:  # of the shards of the fp32 masters
+            parts["optimizer"] += 4 * elements_per_rank(sizes, setting.stage, setting.ranks)
         kept = activations and (
             activations.checkpointed if setting.checkpointing else activations.total
         )

@@ -1,6 +1,7 @@
 """The model that is planned for: from sizes, an import path, a Hugging Face config, or a task."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from harness.config.engine_sections import OptimizerConfig
 from harness.config.load import load
 from harness.engine.attributes import Submodules
 from harness.engine.lora import adapt
+from harness.engine.turns import frozen
 from harness.errors import ConfigError, did_you_mean
 from harness.huggingface.models import describe
-from harness.sizing.activations import Activations, call, trace
+from harness.sizing.activations import Activations, Models, call, trace
 from harness.sizing.llama import Llama
 from harness.sizing.setting import OPTIMIZERS, Setting
 from harness.task import Task, load_task
@@ -32,14 +34,19 @@ class Subject:
     title: str
     model: nn.Module
     batch: Callable[[Setting], Any]
-    forward: Callable[[nn.Module, Any], Any] = call
+    forward: Callable[[nn.Module, Any, Models], Any] = call
+    others: Callable[[], Mapping[str, tuple[nn.Module, str]]] = dict
+    """The run's other models, which the forward may go through, and their precision."""
     optimizer: OptimizerConfig | None = None
     """Of a run: with its options and groups."""
+    keeps_ema: bool = False
+    """Whether the run keeps an EMA of the trained weights."""
 
     def activations(self, setting: Setting) -> Activations:
         """Of one micro-batch. Raises ConfigError if the forward fails."""
         try:
-            return trace(self.model, self.batch(setting), setting.precision, self.forward)
+            batch = self.batch(setting)
+            return trace(self.model, batch, setting.precision, self.forward, self.others())
         except Exception as error:  # the user's code may raise anything
             raise ConfigError(
                 f"{self.title}: its forward could not be traced: {type(error).__name__}: {error}; "
@@ -97,7 +104,7 @@ def from_task(path: Path, engine: str | None, overrides: dict[str, Any]) -> tupl
     if name not in trained:
         hint = did_you_mean(name, trained)
         raise ConfigError(f"{path}: no trained engine {name!r}{hint}; it has {', '.join(trained)}")
-    setting = replace(setting_of(config, name), **overrides)
+    setting = setting_of(config, name, overrides)
     return of_task(load_task(config), config, name, f"{path}, engine {name}"), setting
 
 
@@ -105,8 +112,7 @@ def of_task(task: Task, config: Config, name: str, title: str) -> Subject:
     """The model of an engine, with its adapters and what is frozen; the task's is left as it is.
     Raises ConfigError."""
     engine = config.engines[name]
-    built = task.models[name]
-    model = _on_meta(built) if isinstance(built, nn.Module) else _built(built, title)
+    model = _model_of(task, name, title)
 
     def batch(setting: Setting) -> Any:
         data = task.train_data
@@ -119,7 +125,34 @@ def of_task(task: Task, config: Config, name: str, title: str) -> Subject:
         adapt(meta, engine.lora)
     freeze(meta, engine.frozen)
     meta = _checked(meta, title).to("meta")
-    return Subject(title, meta, batch, lambda m, b: task.feeder(_Fed(name, m), b), engine.optimizer)
+    return Subject(
+        title,
+        meta,
+        batch,
+        lambda model, batch, others: task.feeder(_Fed(name, model, _Peers(others)), batch),
+        lambda: _others(task, config, name, title),
+        engine.optimizer,
+        engine.ema_decay is not None,
+    )
+
+
+def _model_of(task: Task, name: str, title: str) -> Any:
+    """A task's model, without memory for its tensors."""
+    built = task.models[name]
+    return _on_meta(built) if isinstance(built, nn.Module) else _built(built, title)
+
+
+def _others(task: Task, config: Config, name: str, title: str) -> dict[str, tuple[nn.Module, str]]:
+    """The models of all engines but this one, in their modes, each with its precision."""
+    others = {}
+    for other, engine in config.engines.items():
+        if other != name:
+            model = _model_of(task, other, title)
+            if engine.lora is not None:
+                adapt(model, engine.lora)
+            model.train(engine.role == "train")
+            others[other] = model, half_precision(engine.deepspeed()) or "fp32"
+    return others
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -132,29 +165,44 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return deepcopy(model, copies)
 
 
-def setting_of(config: Config, name: str) -> Setting:
-    """How a config trains an engine, on one rank. Raises ConfigError for an optimizer whose state
-    is not known."""
+def setting_of(config: Config, name: str, overrides: Mapping[str, Any] | None = None) -> Setting:
+    """How a config trains an engine, on one rank; `overrides` replace what it says. Raises
+    ConfigError for an optimizer whose state is not known."""
     engine = config.engines[name]
     ds = engine.deepspeed()
     assert engine.optimizer is not None
-    if engine.optimizer.name not in OPTIMIZERS:
+    optimizer = (overrides or {}).get("optimizer", engine.optimizer.name)
+    if optimizer not in OPTIMIZERS:
         raise ConfigError(
-            f"engines.{name}.optimizer: the state of {engine.optimizer.name!r} is not known; set "
-            f"--optimizer to one of {', '.join(OPTIMIZERS)}"
+            f"engines.{name}.optimizer: the state of {optimizer!r} is not known, only that of "
+            f"{', '.join(OPTIMIZERS)}: `harness plan --engine {name} --optimizer NAME` plans with "
+            "one of these"
         )
     on_host = [
         value_at(ds, f"zero_optimization.offload_{what}.device") == "cpu"
         for what in ("optimizer", "param")
     ]
-    return Setting(
+    setting = Setting(
         stage=engine.zero_stage,
         offload="all" if on_host[1] else "optimizer" if on_host[0] else "none",
-        optimizer=engine.optimizer.name,
+        optimizer=optimizer,
         precision=half_precision(ds) or "fp32",
         micro_batch=config.data.micro_batch_size,
         accumulation=engine.gradient_accumulation,
     )
+    return replace(setting, **overrides or {})
+
+
+class _Peers:
+    """The part of `Engines` that feeders use."""
+
+    def __init__(self, models: Models):
+        self._models = models
+
+    @contextmanager
+    def lend(self, name: str) -> Iterator[nn.Module]:
+        with frozen(self._models[name]) as model:
+            yield model
 
 
 class _Fed:
@@ -162,8 +210,8 @@ class _Fed:
 
     device = torch.device("cpu")
 
-    def __init__(self, name: str, model: nn.Module):
-        self.name, self.module = name, model
+    def __init__(self, name: str, model: nn.Module, peers: _Peers):
+        self.name, self.module, self.peers = name, model, peers
         self.dtype = next(model.parameters()).dtype
         self.gather_attribute = Submodules(model).gather
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, did_you_mean, first_few
 from harness.utils import enclosing_names
 
 
@@ -24,9 +24,11 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
                 matched.append((name, parameter))
     for pattern, matched in matches.items():
         if not matched:
-            names = ", ".join(name for name, _ in model.named_parameters())
+            names = [name for name, _ in model.named_parameters()]
+            hint = did_you_mean(pattern, {each for n in names for each in enclosing_names(n)})
             raise ConfigError(
-                f"frozen: {pattern!r} matches no parameter; the model has: {names[:500]}"
+                f"frozen: {pattern!r} matches no parameter{hint}; the model has: "
+                f"{first_few(names, 20)}"
             )
     frozen = dict(pair for matched in matches.values() for pair in matched)
     for parameter in frozen.values():

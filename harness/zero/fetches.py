@@ -140,6 +140,22 @@ def as_sharded(ds: Any) -> Iterator[None]:
             parameter.ds_active_sub_modules.add(ALL_RANKS)
 
 
+@contextmanager
+def releasing(ds: Any) -> Iterator[None]:
+    """After the block, in which a loss may go through the model, no module of it holds its weights.
+
+    DeepSpeed counts a module's inputs anew in each forward, so one that was called several times is
+    not released after its backward. It looks for such modules after an engine's own backward, and
+    not after another engine's that goes through the model.
+    """
+    try:
+        yield
+    finally:
+        offload = getattr(ds.optimizer, "parameter_offload", ds.optimizer)  # itself, of a teacher
+        if hasattr(offload, "get_param_coordinator"):
+            offload.get_param_coordinator().release_backward_leftovers()
+
+
 def explain(error: Exception, engine: str, ds: Any) -> None:
     """Adds to an error of torch's at stage 3 that comes from weights which are not gathered."""
     if _coordinator(ds) is not None and _SHAPE_ERROR.search(str(error)):

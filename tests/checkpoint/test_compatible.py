@@ -6,13 +6,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from harness.checkpoint.compatible import check_parameters
 from harness.errors import CheckpointError
 from harness.formats.pt_reader import Shape
 from harness.run import run_in_world
 from harness.testing.pool import RankPool
-from tests.support.helpers import Pools, checkpoint, error_of, log_text, losses, tiny_config
+from tests.support.helpers import (
+    Pools,
+    checkpoint,
+    error_of,
+    exported,
+    log_text,
+    losses,
+    tiny_config,
+)
 
 TASK = str(Path(__file__).parents[1] / "tasks/changed_task.py")
 
@@ -41,6 +50,7 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
         {"frozen": ["first"]},
         "trained in the checkpoint, and frozen or tied in this run: first.weight, first.bias",
     ),
+    ("weight norm", {}, "only in this run: last.parametrizations.weight.original0"),
     ("", {"lora": {"targets": "first"}}, "only in this run: first.base_layer.weight"),
 ]
 
@@ -75,6 +85,20 @@ def test_a_module_that_loads_its_state_itself_is_left_to_it(
     config = config_of(tmp_path, 2, "new", steps=5)
     assert two_ranks.run(error_of, config) == ["", ""]
     assert len(losses(config)) == 5
+
+
+def test_what_is_trained_in_such_a_module_may_change(two_ranks: RankPool, tmp_path: Path) -> None:
+    normed = {"task": {"path": TASK, "args": {"change": "weight norm"}}}
+    first = tiny_config(tmp_path, 2, **normed)
+    two_ranks.run(run_in_world, first)
+    then: dict[str, Any] = normed | {"engines": {"net": {"frozen": ["last"]}}}
+    refused = two_ranks.run(error_of, tiny_config(tmp_path, 2, run={"steps": 8}, **then))
+    assert all("run.resume_changed = 'fit'" in text for text in refused), refused
+    fitted = tiny_config(tmp_path, 2, run={"steps": 8, "resume_changed": "fit"}, **then)
+    assert two_ranks.run(error_of, fitted) == ["", ""]
+    before, after = exported(first, 6), exported(fitted, 8)
+    is_kept = {name: torch.equal(after[name], before[name]) for name in before}
+    assert is_kept == {name: name.startswith("last.") or name == "scale" for name in before}
 
 
 @pytest.mark.parametrize(

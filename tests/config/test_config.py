@@ -149,6 +149,12 @@ def test_a_mistake_is_explained(toml: Path, word: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_events_can_be_set_on_the_command_line(toml: Path) -> None:
+    toml.write_text(toml.read_text() + '[[events]]\ncommand = "export"\nevery = 2\n')
+    config = parse_args(["--config", str(toml), "--events=[{command = 'quit!', at = 7}]"])
+    assert [(event.command, event.at) for event in config.events] == [("quit!", 7)]
+
+
 def test_all_mistakes_are_reported_together(toml: Path) -> None:
     toml.write_text(toml.read_text() + "[trainer]\nsave_evry = 1\n[data]\nworkers = -1\n")
     with pytest.raises(ConfigError) as caught:

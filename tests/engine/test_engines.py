@@ -15,12 +15,14 @@ from torch import nn
 from harness.config import Config
 from harness.config.sections import merge
 from harness.convert.run_checkpoints import checkpoints_in
+from harness.engine.build import build_engines
 from harness.engine.turns import Turn
 from harness.errors import TaskError
 from harness.run import run_in_world
 from harness.task import load_task
 from harness.testing.faults import fail_at
 from harness.testing.pool import RankError, RankPool
+from harness.zero import fetches
 from harness.zero.reader import SavedEngine
 from tests.support.commanded import commanded
 from tests.support.fake_digits import fake_digits, train_on_fake_digits
@@ -221,6 +223,28 @@ def test_what_is_lent_stays_frozen_while_the_backward_recomputes_it(
     two_ranks.run(run_in_world, config)
     expected, plain = plain_loop(config, world_size=2)
     compare(config, expected, {name: engine.module for name, engine in plain.items()})
+
+
+def weights_left_of_a_loan(config: Config) -> list[str]:
+    """Those of D that are still complete after a step of G."""
+    engines = build_engines(load_task(config), config)
+    engines.train()
+    engines.step((torch.randn(4, 6),))
+    weights = engines["D"].module.named_parameters()
+    left = [name for name, weight in weights if not fetches.is_missing(weight)]
+    engines.close()
+    return left
+
+
+@pytest.mark.parametrize("role", ["train", "teacher"])
+def test_a_model_that_is_lent_and_called_again_is_sharded_afterwards(
+    two_ranks: RankPool, tmp_path: Path, role: str
+) -> None:
+    overrides = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    engines = {"D": {"stage": 3, "role": role, "ds_overrides": overrides}, "G": {"stage": 3}}
+    args = {"way": "lend twice"}
+    config = config_of(tmp_path, "tests/tasks/engines_task.py", engines, task={"args": args})
+    assert two_ranks.run(weights_left_of_a_loan, config) == [[], []]
 
 
 LEND = re.escape("with engine.peers.lend('D') as model")

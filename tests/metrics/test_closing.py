@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from harness.health.outcome import Outcome
 from harness.metrics.closing import Closing
@@ -49,3 +50,13 @@ def test_the_last_and_the_best_with_their_steps(tmp_path: Path) -> None:
         f"best saved by eval/loss: {best}",
         f"next: harness report {run_dir}; harness convert {run_dir} {run_dir}.sft --best",
     ]
+
+
+def test_of_several_engines_the_ranked_one_is_to_be_converted(tmp_path: Path) -> None:
+    engine = tiny_config(tmp_path).engines["net"].model_dump()
+    teacher = {"role": "teacher", "optimizer": None}
+    engines: dict[str, Any] = {"D": engine, "G": engine, "T": engine | teacher, "net": engine}
+    for ranked, expected in (("eval/G/loss", "G"), ("eval/loss", "net")):
+        config = tiny_config(tmp_path, engines=engines, checkpoint={"best_metric": ranked})
+        *_, last = Closing(config, 0).lines(Outcome("complete", 0, step=6))
+        assert last.endswith(f".sft --engine {expected}")

@@ -53,6 +53,14 @@ def test_the_line_shows_the_activity_and_the_newest_numbers(clock: Clock) -> Non
     assert status.line() == f"step 3 of 9, training, {numbers}"  # a save is not counted
 
 
+def test_the_line_shows_engines_that_are_not_trained_at_every_step() -> None:
+    status = Status(0, 10)
+    status.show({"step": 2, "D/loss": 1.0, "G/loss": 2.0, "G/lr": 0.1})
+    status.show({"step": 3, "D/loss": 0.5})
+    assert status.line().endswith(", D/loss 0.5, G/loss 2, G/lr 0.1")
+    assert status.values()["record"] == {"step": 3, "D/loss": 0.5}
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (367, "6 min 7 s"), (14_700, "4 h 5 min"), (183_600, "2 d 3 h")],

@@ -13,6 +13,7 @@ import torch
 
 from harness import distributed
 from harness.cli import command_line
+from harness.config import Config
 from harness.config.engine_sections import OptimizerConfig
 from harness.errors import ConfigError
 from harness.optim.build import build_optimizer
@@ -22,11 +23,13 @@ from harness.sizing.command import plan, run_plan
 from harness.sizing.llama import Llama
 from harness.sizing.memory import Footprint, adamw_bytes, model_parts
 from harness.sizing.setting import OPTIMIZERS, Setting
-from harness.sizing.sources import from_folder, from_import_path, from_sizes, from_task
+from harness.sizing.sources import from_folder, from_import_path, from_sizes, from_task, of_task
 from harness.sizing.text import lines_of
 from harness.sizing.traffic import ring_traffic, traffic_of
+from harness.task import load_task
 from harness.testing.pool import RankPool
 from tests.support.given_gradients import engine_of
+from tests.support.helpers import ROOT, tiny_config
 from tests.support.quick import quick
 from tests.support.sent import Sent
 
@@ -283,7 +286,28 @@ def planned_of(directory: Path, engine: str) -> dict[str, int]:
     task = Path.cwd() / "launch/tasks/byte_lm.toml"
     path.write_text(f'extends = "{task}"\n[engines.lm]\n{engine}')
     subject, setting = from_task(path, None, {})
-    return dict(Footprint(subject.model, subject.optimizer).memory(setting, None).parts)
+    footprint = Footprint(subject.model, subject.optimizer, subject.keeps_ema)
+    return dict(footprint.memory(setting, None).parts)
+
+
+def test_a_loss_through_another_engine_is_traced() -> None:
+    """As much as a real forward saves, without the weights of either."""
+    path = ROOT / "tests/tasks/engines_task.py"
+    engine = tiny_config(Path(), 3).engines["net"].model_dump()
+    table = tiny_config(Path()).model_dump()
+    table |= {"engines": {"G": engine, "D": engine}, "task": {"path": str(path)}}
+    config = Config.model_validate(table)
+    task = load_task(config)
+    models: dict[str, Any] = dict(task.models)
+    batch = task.collate([task.train_data[n] for n in range(4)])
+    subject = of_task(task, config, "G", "it")
+    traced = subject.activations(Setting(precision="fp32", micro_batch=4))
+    models["D"].requires_grad_(False)
+    saved = Saved(*models.values())
+    with saved.counting():
+        moved = models["G"](batch[0])
+        _ = -models["D"](moved).float().mean() + (moved - batch[0]).square().mean()
+    assert traced.total == saved.bytes > 0
 
 
 def test_options_groups_and_what_is_frozen_are_read(tmp_path: Path) -> None:
@@ -302,6 +326,16 @@ def test_options_groups_and_what_is_frozen_are_read(tmp_path: Path) -> None:
     ]
     assert muon[0]["optimizer"] < 0.6 * plain["optimizer"]
     assert muon[1]["optimizer"] == pytest.approx(plain["optimizer"], abs=16)
+    ema = planned_of(tmp_path, "ema_decay = 0.9")["optimizer"]
+    assert ema == 1.5 * plain["optimizer"]
+    (tmp_path / "mine.toml").write_text(
+        f'extends = "{Path.cwd()}/launch/tasks/byte_lm.toml"\n'
+        '[engines.lm]\noptimizer = { name = "torch.optim:RMSprop" }'
+    )
+    with pytest.raises(ConfigError, match="--engine lm --optimizer NAME"):
+        from_task(tmp_path / "mine.toml", None, {})
+    _, setting = from_task(tmp_path / "mine.toml", None, {"optimizer": "muon"})
+    assert setting.optimizer == "muon"
 
 
 @pytest.mark.slow  # imports peft

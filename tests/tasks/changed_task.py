@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from tiny_task import Classifier, Points
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from harness.config import Config
 from harness.task import Task
@@ -39,6 +40,8 @@ def change(model: Classifier, kind: str) -> None:
         model.last = nn.Linear(16, 5)
     elif kind == "untied":
         model.again.weight = nn.Parameter(model.again.weight.detach().clone())
+    elif kind == "weight norm":
+        parametrizations.weight_norm(model.last)  # has a pre-hook that reads names of old versions
     elif kind in ("old", "new"):
         model.renamed = OwnLoading(kind)
 

@@ -47,6 +47,12 @@ def build(config: Config) -> Task:
                 with engine.peers.lend("D") as module:
                     loaned[:] = [module]
                     score = module(moved)
+            case "lend twice":  # the last time as for feature matching
+                with engine.peers.lend("D") as module:
+                    score = module(moved) + module(2 * moved)
+                    with torch.no_grad():
+                        right = module(points)
+                    score = score - right
             case "lend a part":
                 with engine.peers.lend("D") as module:
                     score = module[-1](module[:-1](moved))

@@ -13,7 +13,7 @@ from harness.testing.pool import RankPool
 from harness.wrapper import (
     freeze,
 )
-from tests.support.helpers import exported, losses, tiny_config
+from tests.support.helpers import error_of, exported, losses, tiny_config
 from tests.support.offload_models import same
 from tests.support.quick import quick
 from tests.tasks.tiny_task import Classifier
@@ -57,10 +57,16 @@ def test_frozen_parameters_are_resharded(
         torch.testing.assert_close(exported(rest)[name], tensor, atol=1e-6, rtol=0)
 
 
+def test_the_error_names_the_engine(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, engines={"net": {"frozen": ["frist"]}})
+    for error in two_ranks.run(error_of, config):
+        assert "engines.net: frozen: 'frist' matches no parameter (did you mean 'first'?)" in error
+
+
 def test_a_frozen_pattern_that_matches_nothing_is_an_error() -> None:
     model = Classifier()
     with pytest.raises(
-        ConfigError, match=r"'mid' matches no parameter; the model has: first\.weight"
+        ConfigError, match=r"'mid' matches no parameter .*; the model has: first\.weight"
     ):
         freeze(model, ["first", "mid"])
     assert all(parameter.requires_grad for parameter in model.parameters())
