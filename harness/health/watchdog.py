@@ -78,6 +78,10 @@ class Watchdog:
         host = "127.0.0.1" if self._is_local else os.environ["MASTER_ADDR"]
         self.lines.send(hub=[host, port], token=token)
 
+    def leave(self) -> None:
+        """The run is over: from now on the process of the rank is only watched until it ends."""
+        self.lines.send(left=True)
+
     def close(self) -> None:
         """Ends the process."""
         self.lines.send(bye=True)
@@ -104,7 +108,8 @@ class Watchdog:
 
 @contextmanager
 def watched(config: Config, may_end: bool) -> Iterator[None]:
-    """Watches this rank within the context. `may_end`: a hang ends this process."""
+    """Watches this rank within the context. `may_end`: a hang ends this process; also after the
+    context, where Python waits for threads and child processes."""
     global _current
     try:
         watchdog = Watchdog(config, may_end)
@@ -117,7 +122,7 @@ def watched(config: Config, may_end: bool) -> Iterator[None]:
     finally:
         _current = None
         if watchdog is not None:
-            watchdog.close()
+            watchdog.leave() if may_end else watchdog.close()
 
 
 def join() -> None:

@@ -79,9 +79,23 @@ def at_a_prompt() -> None:
     exec(code, {"__name__": "pdb", "time": time, "seconds": LONGER_S})
 
 
-def all_reduce() -> None:
-    """Where the other ranks wait, as in a collective of torch's."""
-    time.sleep(60)
+def all_reduce(seconds: float) -> None:
+    """Waits as in a collective of torch's."""
+    file = "/site-packages/torch/distributed/distributed_c10d.py"
+    code = compile("time.sleep(seconds)", file, "exec")
+    exec(code, {"time": time, "seconds": seconds})
+
+
+def work_while_others_wait() -> None:
+    work() if os.environ["RANK"] == "1" else all_reduce(LONGER_S)
+
+
+def lose_the_watchdog_of_rank_0() -> None:
+    if os.environ["RANK"] == "1":
+        all_reduce(60)
+    assert watchdog._current is not None
+    watchdog._current._process.kill()
+    time.sleep(LONGER_S)
 
 
 @dataclass
@@ -104,7 +118,7 @@ class Job:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         os.environ["HARNESS_OUTCOME"] = str(self.directory / "outcome.json")
         distributed.broadcast = self.share  # type: ignore[assignment]
-        timeouts = dict.fromkeys(("start", "data", "forward", "backward"), BOUND_S)
+        timeouts = dict.fromkeys(("start", "data", "forward", "backward", "end"), BOUND_S)
         config = tiny_config(self.directory, health={"timeouts": timeouts}, run={"timeout_s": 90})
         with watchdog.watched(config, self.may_end):
             watchdog.join()
@@ -120,6 +134,8 @@ class Job:
                         phases.enter(phase)
                     if step == FAULTY_STEP and phase == self.phase:
                         self.act() if rank in self.faulty else self.wait()
+        if self.phase == "end" and rank in self.faulty:
+            self.act()
 
     def wait(self) -> None:
         phases.enter("backward" if self.phase != "save" else "step")
@@ -168,6 +184,9 @@ JOBS = [
     Job("slow save", pause_longer, "save", waits_s=LONGER_S),
     Job("debugger", at_a_prompt, waits_s=LONGER_S),
     Job("compiler", work, "start", faulty=(0, 1)),
+    Job("builder", work_while_others_wait, "start", faulty=(0, 1)),
+    Job("alone", lose_the_watchdog_of_rank_0, faulty=(0, 1)),
+    Job("left", sleep, "end"),
 ]
 
 
@@ -254,10 +273,25 @@ def test_a_hang_in_somebody_elses_process_is_only_reported(jobs: dict[str, Job])
     assert job.log().count("the run hangs: rank 1 ") == 1
 
 
-@pytest.mark.parametrize("name", ["paused", "slow save", "debugger", "compiler"])
+def test_a_process_that_does_not_end_after_its_run(jobs: dict[str, Job]) -> None:
+    """As it waits for a thread of the task's."""
+    job, ended = jobs["left"], jobs["left"].ended()
+    assert job.codes() == [0, 75]
+    assert ended is not None and (ended.kind, ended.rank, ended.phase) == ("hang", 1, "end")
+    assert "no sign of life for 2 s in phase end of step 4, in sleep (test_watchdog" in job.log()
+
+
+def test_a_rank_that_waits_is_not_blamed_where_no_other_can_be_asked(jobs: dict[str, Job]) -> None:
+    job, ended = jobs["alone"], jobs["alone"].ended()
+    assert job.codes() == [0, 75]
+    assert ended is not None and (ended.kind, ended.rank, ended.step) == ("hang", None, 3)
+    assert "the watchdog of rank 0 does not answer" in job.log()
+
+
+@pytest.mark.parametrize("name", ["paused", "slow save", "debugger", "compiler", "builder"])
 def test_what_is_no_hang(jobs: dict[str, Job], name: str) -> None:
     """A pause; a rank that others wait for, in a phase that may take longer; a debugger's prompt; a
-    start that computes."""
+    start that computes, also if others wait for it."""
     job = jobs[name]
     assert job.codes() == [0, 0]
     assert job.log() == job.terminal() == "" and job.ended() is None
