@@ -63,6 +63,7 @@ class Guard:
         self._asks_since: float | None = None
         """When the hub was first told that the rank is overdue, until it asks."""
         self._left_at: float | None = None  # when the run was over for the rank
+        self._long_start = 0.0  # seconds of a start that computes which were told
         self._told_of = -1  # the count of phases of a hang that was told, but did not end the rank
         if self._hub is not None:
             rank.send(port=self._hub.port, token=self._hub.token)
@@ -102,6 +103,8 @@ class Guard:
 
     def _hear(self, message: Message) -> None:
         """Of the rank."""
+        if "fails" in message and self._link is not None:
+            self._link.send(fails=True)
         if "left" in message:
             self._left_at = monotonic()
         if "left" in message or "bye" in message:
@@ -146,6 +149,8 @@ class Guard:
         if is_late or works or processes.is_traced(self._process):
             self._excused = now
         report = self._report()
+        if works and self._number == 0:
+            self._tell_of_start(report)
         if not report.is_overdue or report.count == self._told_of or not self._is_joined:
             self._asks_since = None
             return
@@ -155,6 +160,19 @@ class Guard:
         is_heard = self._link is not None and now - (self._asks_since or now) < SECONDS_TO_HEAR
         if not is_heard and not self._is_debugged():
             self._end_alone(report)
+
+    def _tell_of_start(self, report: Report) -> None:
+        """A start that computes is no hang, but may be an endless loop: of a long one it is told,
+        each time after twice as long."""
+        seconds = phases.doing(self._cells).seconds
+        if report.phase == "start" and seconds > max(report.bound, 2 * self._long_start):
+            self._long_start = seconds
+            place = stacks.place_in(stacks.stacks_of(self._process, self._stacks_file))
+            self._say(
+                f"the start has taken {seconds:.0f} s, and goes on as long as it computes: rank "
+                f"{report.rank} on {report.host} is in {place}",
+                level="WARNING",
+            )
 
     def _end_alone(self, report: Report) -> None:
         """Where no other rank is asked: there is none, the run is over, or the watchdog of rank 0
@@ -306,9 +324,11 @@ class Guard:
         outcome.write(self._run_dir)
         self._say(reason)
 
-    def _say(self, text: str, on_terminal: bool = True, in_log: bool = True) -> None:
+    def _say(
+        self, text: str, on_terminal: bool = True, in_log: bool = True, level: str = "ERROR"
+    ) -> None:
         """On the terminal and in log.txt, as the log does."""
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self._number} ERROR {text}\n"
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self._number} {level} {text}\n"
         if on_terminal:
             sys.stderr.write(line)
             sys.stderr.flush()

@@ -19,6 +19,9 @@ SECONDS_TO_ANSWER = 3.0
 SECONDS_TO_DUMP = 6.0
 """For the stacks."""
 SECONDS_BETWEEN_INQUIRIES = 2.0
+SECONDS_TO_FAIL = 25.0
+"""What a rank that fails, and those that lose it, have to end by themselves
+(`rescue.SECONDS_TO_FAIL_TOGETHER`, and those of `distributed.failures`)."""
 
 
 class Hub:
@@ -68,6 +71,8 @@ class Hub:
             return
         if self.members[member] is None and message.get("token") != self.token:
             self._remove(member)
+        elif "fails" in message:
+            self._next = monotonic() + SECONDS_TO_FAIL
         elif "bye" in message:
             self.members.pop(member)
             self._asked.discard(member)

@@ -61,6 +61,7 @@ class Watchdog:
         close_in_forks(ours.fileno())  # its end tells the process that this one has ended
         self._socket = ours
         self.lines = Lines(ours)
+        self._is_closing = False
         self._hub: queue.Queue[tuple[int, str] | None] = queue.Queue()
         threading.Thread(target=self._answer, name="watchdog", daemon=True).start()
 
@@ -84,6 +85,7 @@ class Watchdog:
 
     def close(self) -> None:
         """Ends the process."""
+        self._is_closing = True
         self.lines.send(bye=True)
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # ends the thread
@@ -104,6 +106,8 @@ class Watchdog:
                 elif "end" in message:
                     os._exit(message["end"])
         self._hub.put(None)
+        if not self._is_closing:
+            log.warning("the watchdog of this rank has ended: a hang of this rank is not noticed")
 
 
 @contextmanager
@@ -129,6 +133,12 @@ def join() -> None:
     """`Watchdog.join`, once this rank has joined the world. Collective."""
     if _current is not None:
         _current.join()
+
+
+def fails() -> None:
+    """This rank has failed and is about to tell the others, which wait for it until then."""
+    if _current is not None:
+        _current.lines.send(fails=True)
 
 
 def write_into(run_dir: Path, is_leader: bool) -> None:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from harness import distributed
 from harness.health import outcome, phases, watchdog
 from harness.health.outcome import Outcome
 from harness.health.phases import Phase
+from harness.logs import configure_logging
 from tests.support.helpers import tiny_config
 
 BOUND_S = 1.5
@@ -90,6 +92,11 @@ def work_while_others_wait() -> None:
     work() if os.environ["RANK"] == "1" else all_reduce(LONGER_S)
 
 
+def fail_slowly() -> None:
+    watchdog.fails()
+    time.sleep(LONGER_S)
+
+
 def lose_the_watchdog_of_rank_0() -> None:
     if os.environ["RANK"] == "1":
         all_reduce(60)
@@ -117,6 +124,8 @@ class Job:
         os.dup2(os.open(self.directory / f"err{rank}", os.O_WRONLY | os.O_CREAT), 2)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         os.environ["HARNESS_OUTCOME"] = str(self.directory / "outcome.json")
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        configure_logging()
         distributed.broadcast = self.share  # type: ignore[assignment]
         timeouts = dict.fromkeys(("start", "data", "forward", "backward", "end"), BOUND_S)
         config = tiny_config(self.directory, health={"timeouts": timeouts}, run={"timeout_s": 90})
@@ -187,6 +196,7 @@ JOBS = [
     Job("builder", work_while_others_wait, "start", faulty=(0, 1)),
     Job("alone", lose_the_watchdog_of_rank_0, faulty=(0, 1)),
     Job("left", sleep, "end"),
+    Job("fails", fail_slowly, waits_s=LONGER_S),
 ]
 
 
@@ -286,15 +296,24 @@ def test_a_rank_that_waits_is_not_blamed_where_no_other_can_be_asked(jobs: dict[
     assert job.codes() == [0, 75]
     assert ended is not None and (ended.kind, ended.rank, ended.step) == ("hang", None, 3)
     assert "the watchdog of rank 0 does not answer" in job.log()
+    assert "the watchdog of this rank has ended: a hang of this rank is" in job.terminal()
 
 
-@pytest.mark.parametrize("name", ["paused", "slow save", "debugger", "compiler", "builder"])
+@pytest.mark.parametrize(
+    "name", ["paused", "slow save", "debugger", "compiler", "builder", "fails"]
+)
 def test_what_is_no_hang(jobs: dict[str, Job], name: str) -> None:
     """A pause; a rank that others wait for, in a phase that may take longer; a debugger's prompt; a
-    start that computes, also if others wait for it."""
+    start that computes, also if others wait for it; a rank that is about to tell why it fails."""
     job = jobs[name]
-    assert job.codes() == [0, 0]
-    assert job.log() == job.terminal() == "" and job.ended() is None
+    assert job.codes() == [0, 0] and job.ended() is None
+    told = [line for line in job.log().splitlines() if "WARNING the start has taken" not in line]
+    assert told == [] and job.terminal() == job.log()
+
+
+def test_a_long_start_that_computes_is_told(jobs: dict[str, Job]) -> None:
+    log = jobs["compiler"].log()
+    assert re.search(r"rank 0 WARNING the start has taken \d s, .* is in work \(test_wat", log)
 
 
 def test_no_watchdog_outlives_its_rank(jobs: dict[str, Job]) -> None:
