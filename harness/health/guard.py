@@ -106,7 +106,7 @@ class Guard:
         if "fails" in message and self._link is not None:
             self._link.send(fails=True)
         if "left" in message:
-            self._left_at = monotonic()
+            self._left_at = monotonic() + message["left"]
         if "left" in message or "bye" in message:
             self._leave_hub()
         if "bye" in message:
@@ -198,7 +198,7 @@ class Guard:
     def _report(self, asks_debugger: bool = False) -> Report:
         doing = phases.doing(self._cells)
         if self._left_at is not None:
-            doing = replace(doing, phase="end", seconds=monotonic() - self._left_at)
+            doing = replace(doing, phase="end", seconds=max(0.0, monotonic() - self._left_at))
         number = phases.PHASES.index(doing.phase)
         bound = bound_of(
             doing.phase,

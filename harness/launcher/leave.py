@@ -15,7 +15,7 @@ from typing import NoReturn
 
 log = logging.getLogger(__name__)
 
-SECONDS_TO_A_WORD = 10.0
+SECONDS_TO_A_WORD = 3.0
 """After which it is told what keeps the process from its end."""
 
 

@@ -1,5 +1,6 @@
 """Ranks that build different models are refused before the first collective of DeepSpeed's."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,28 +14,25 @@ from harness.task import default_feeder
 from harness.testing.pool import RankPool
 from tests.support.small_loop import engines_of
 
-MLP = nn.Sequential
+
+def usual() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(2, 2))
 
 
 def wider() -> nn.Module:
-    return MLP(nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(3, 2))
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(3, 2))
 
 
 def other_order() -> nn.Module:
-    model = usual()
-    model._modules["0"] = model._modules.pop("0")
-    return model
-
-
-def usual() -> nn.Module:
-    return MLP(nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(2, 2))
+    first, *others = usual().named_children()
+    return nn.Sequential(OrderedDict([*others, first]))
 
 
 DIFFERENT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "shape": (wider, "'1.weight' ([2, 4], torch.float32, trained)", "'1.weight' ([3, 4], "),
     "order": (other_order, "'0.weight' ([4, 4], ", "'1.weight' ([2, 4], "),
-    "more": (lambda: usual().append(nn.Linear(2, 2)), "no more", "'3.weight' ([2, 2], "),
-    "fewer": (lambda: usual()[:2], "'2.weight' ([2, 2], ", "no more"),
+    "more": (lambda: nn.Sequential(*usual(), nn.Linear(2, 2)), "no more", "'3.weight' ([2, 2], "),
+    "fewer": (lambda: nn.Sequential(*list(usual())[:2]), "'2.weight' ([2, 2], ", "no more"),
     "frozen": (
         lambda: usual().requires_grad_(False),
         "'0.weight' ([4, 4], torch.float32, trained)",

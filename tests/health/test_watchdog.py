@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -92,6 +92,13 @@ def work_while_others_wait() -> None:
     work() if os.environ["RANK"] == "1" else all_reduce(LONGER_S)
 
 
+def leave_a_process() -> None:
+    child = fork.Process(target=time.sleep, args=(60,))
+    child.start()
+    Path(os.environ["HARNESS_OUTCOME"]).with_name("child").write_text(str(child.pid))
+    sleep()
+
+
 def fail_slowly() -> None:
     watchdog.fails()
     time.sleep(LONGER_S)
@@ -114,6 +121,8 @@ class Job:
     phase: Phase = "forward"
     faulty: tuple[int, ...] = (1,)
     may_end: bool = True
+    fails: bool = False
+    """Whether the run ends by an error."""
     waits_s: float = 60.0
     """How long the other rank waits for it."""
     directory: Path = Path()
@@ -129,7 +138,7 @@ class Job:
         distributed.broadcast = self.share  # type: ignore[assignment]
         timeouts = dict.fromkeys(("start", "data", "forward", "backward", "end"), BOUND_S)
         config = tiny_config(self.directory, health={"timeouts": timeouts}, run={"timeout_s": 90})
-        with watchdog.watched(config, self.may_end):
+        with suppress(ZeroDivisionError), watchdog.watched(config, self.may_end):
             watchdog.join()
             outcome.write_into(self.directory)
             watchdog.write_into(self.directory, rank == 0)
@@ -143,6 +152,8 @@ class Job:
                         phases.enter(phase)
                     if step == FAULTY_STEP and phase == self.phase:
                         self.act() if rank in self.faulty else self.wait()
+            if self.fails:
+                raise ZeroDivisionError
         if self.phase == "end" and rank in self.faulty:
             self.act()
 
@@ -195,7 +206,8 @@ JOBS = [
     Job("compiler", work, "start", faulty=(0, 1)),
     Job("builder", work_while_others_wait, "start", faulty=(0, 1)),
     Job("alone", lose_the_watchdog_of_rank_0, faulty=(0, 1)),
-    Job("left", sleep, "end"),
+    Job("left", leave_a_process, "end"),
+    Job("reports", pause_longer, "end", fails=True),
     Job("fails", fail_slowly, waits_s=LONGER_S),
 ]
 
@@ -289,6 +301,7 @@ def test_a_process_that_does_not_end_after_its_run(jobs: dict[str, Job]) -> None
     assert job.codes() == [0, 75]
     assert ended is not None and (ended.kind, ended.rank, ended.phase) == ("hang", 1, "end")
     assert "no sign of life for 2 s in phase end of step 4, in sleep (test_watchdog" in job.log()
+    assert not Path(f"/proc/{(job.directory / 'child').read_text()}").exists()
 
 
 def test_a_rank_that_waits_is_not_blamed_where_no_other_can_be_asked(jobs: dict[str, Job]) -> None:
@@ -300,11 +313,12 @@ def test_a_rank_that_waits_is_not_blamed_where_no_other_can_be_asked(jobs: dict[
 
 
 @pytest.mark.parametrize(
-    "name", ["paused", "slow save", "debugger", "compiler", "builder", "fails"]
+    "name", ["paused", "slow save", "debugger", "compiler", "builder", "fails", "reports"]
 )
 def test_what_is_no_hang(jobs: dict[str, Job], name: str) -> None:
     """A pause; a rank that others wait for, in a phase that may take longer; a debugger's prompt; a
-    start that computes, also if others wait for it; a rank that is about to tell why it fails."""
+    start that computes, also if others wait for it; a rank that is about to tell why it fails, or
+    does so at its end."""
     job = jobs[name]
     assert job.codes() == [0, 0] and job.ended() is None
     told = [line for line in job.log().splitlines() if "WARNING the start has taken" not in line]
