@@ -177,6 +177,7 @@ class Guard:
     def _end_alone(self, report: Report) -> None:
         """Where no other rank is asked: there is none, the run is over, or the watchdog of rank 0
         is gone or does not answer, as on a node that is stopped or cut off."""
+        self._leave_hub()  # so that this process tells
         python = self._write_stacks()
         place, where = stacks.place_in(python), self._stacks_place()
         has_others = self._settings["world"] > 1 and self._left_at is None

@@ -11,14 +11,15 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pytest import TempPathFactory
 
 from harness import distributed
 from harness.health import outcome, phases, watchdog
@@ -110,6 +111,15 @@ def lose_the_watchdog_of_rank_0() -> None:
     assert watchdog._current is not None
     watchdog._current._process.kill()
     time.sleep(LONGER_S)
+
+
+def stop_the_watchdog_of_rank_0() -> None:
+    if os.environ["RANK"] == "1":
+        all_reduce(80)
+    assert watchdog._current is not None
+    os.kill(watchdog._current._process.pid, signal.SIGSTOP)
+    time.sleep(55)
+    watchdog._current._process.kill()
 
 
 @dataclass
@@ -212,18 +222,25 @@ JOBS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
+@contextmanager
+def ended(jobs: Sequence[Job], directories: TempPathFactory, seconds: float) -> Iterator[None]:
+    """Within the context all of them have ended, within so many seconds or not."""
     with ExitStack() as stack:
-        for job in JOBS:
-            job.directory = tmp_path_factory.mktemp(job.name.replace(" ", "-"))
+        for job in jobs:
+            job.directory = directories.mktemp(job.name.replace(" ", "-"))
             job.ranks = [fork.Process(target=job.run, args=(rank,)) for rank in (0, 1)]
             for rank in job.ranks:
                 rank.start()
                 stack.callback(rank.kill)
-        for job in JOBS:
+        for job in jobs:
             for rank in job.ranks:
-                rank.join(40)
+                rank.join(seconds)
+        yield
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: TempPathFactory) -> Iterator[dict[str, Job]]:
+    with ended(JOBS, tmp_path_factory, 40):
         yield {job.name: job for job in JOBS}
 
 
@@ -328,6 +345,18 @@ def test_what_is_no_hang(jobs: dict[str, Job], name: str) -> None:
 def test_a_long_start_that_computes_is_told(jobs: dict[str, Job]) -> None:
     log = jobs["compiler"].log()
     assert re.search(r"rank 0 WARNING the start has taken \d s, .* is in work \(test_wat", log)
+
+
+@pytest.mark.slow
+def test_a_rank_ends_where_the_watchdog_of_rank_0_is_stopped(
+    tmp_path_factory: TempPathFactory,
+) -> None:
+    """As with its node."""
+    job = Job("stopped", stop_the_watchdog_of_rank_0, faulty=(0, 1))
+    with ended([job], tmp_path_factory, 70):
+        assert job.codes() == [0, 75]
+        assert "the watchdog of rank 0 does not answer" in job.log()
+        assert "rank 1 ERROR the run hangs: rank 1 on " in job.terminal()
 
 
 def test_no_watchdog_outlives_its_rank(jobs: dict[str, Job]) -> None:
