@@ -83,11 +83,14 @@ class TaskError(HarnessError):
 def no_exit() -> Iterator[None]:
     """Turns an exit by the task's code into a TaskError: the launcher would see a complete run.
 
-    KeyboardInterrupt as well: within a run Ctrl-C does not raise it.
+    So is all else that is no Exception, which nobody expects: asyncio.CancelledError for one, and
+    KeyboardInterrupt, which within a run Ctrl-C does not raise. (GeneratorExit ends generators.)
     """
     try:
         yield
-    except (SystemExit, KeyboardInterrupt) as error:
+    except (Exception, GeneratorExit):
+        raise
+    except BaseException as error:
         *_, (file, line, *_) = traceback.extract_tb(error.__traceback__)
         raise TaskError(f"{file}:{line}: the task's code has raised {error!r}") from error
 

@@ -23,7 +23,7 @@ from harness.errors import (
     mark_on_all_ranks,
     summary,
 )
-from harness.health import phases
+from harness.health import phases, watchdog
 from harness.health.outcome import Outcome
 from harness.metrics.meters import StepMeter, StepNumbers
 from harness.metrics.recorder import Recorder
@@ -98,6 +98,7 @@ def rescue(run: FailingRun, error: Exception) -> None:
     been changed in a step.
     """
     place = place_of(run)
+    watchdog.fails()
     if not is_lost_rank(error):  # of whose loss the run directory tells more
         Outcome.of(error).write()
     if not is_on_all_ranks(error) and _fails_together(run, error):

@@ -109,7 +109,8 @@ def run_in_world(
     store = open_store(config)
     signals = Signals()
     failures = Failures(config.run.timeout_s, phases.file, phases.read)
-    with signals.installed(), failures, ExitStack() as stack:
+    named = raise_lost_rank(config.run.timeout_s)  # while `failures` know the rank
+    with signals.installed(), failures, named, ExitStack() as stack:
         in_memory = memory_directory(config.run_dir) / "checkpoints"
         ahead = VerifyAhead(config.run.resume, config.run_dir / "checkpoints", in_memory)
         stack.callback(ahead.close)

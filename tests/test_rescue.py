@@ -1,5 +1,6 @@
 """Runs that end with an error: no record is lost, and what all ranks have trained is saved."""
 
+import asyncio
 import os
 import pkgutil
 import shutil
@@ -140,19 +141,28 @@ def test_what_fails_on_all_ranks_is_saved_as_before_the_step(
     assert ended is not None and (ended.kind, ended.code, ended.step) == ("complete", 0, 6)
 
 
-def run_exiting(config: Config, place: str, at: int) -> str:
-    with failing(place, at, partial(sys.exit, 0)):
+def cancel() -> None:
+    raise asyncio.CancelledError
+
+
+def run_exiting(config: Config, place: str, at: int, leave: Callable[[], None]) -> str:
+    with failing(place, at, leave):
         return error_of(config)
 
 
-@pytest.mark.parametrize("place", ["feed", "data"])
-def test_an_exit_by_the_task_is_an_error(two_ranks: RankPool, tmp_path: Path, place: str) -> None:
-    """Whatever its code: the steps before it are saved, and the launcher must not see a 0."""
+@pytest.mark.parametrize(
+    ("place", "leave", "raised"),
+    [("feed", partial(sys.exit, 0), "SystemExit(0)"), ("data", cancel, "CancelledError()")],
+)
+def test_an_exit_by_the_task_is_an_error(
+    two_ranks: RankPool, tmp_path: Path, place: str, leave: Callable[[], None], raised: str
+) -> None:
+    """As all that is no Exception: the steps before it are saved, and no launcher may see a 0."""
     config = accumulated(tmp_path, stage=2)
-    for error in two_ranks.run(run_exiting, config, place, 7):
-        assert f"{__file__}:" in error and "the task's code has raised SystemExit(0)" in error
+    for error in two_ranks.run(run_exiting, config, place, 7, leave):
+        assert f"{__file__}:" in error and f"the task's code has raised {raised}" in error
     assert steps_saved(config) == [3]
-    assert "has raised SystemExit(0)\nsaving a checkpoint" in log_text(config)
+    assert f"has raised {raised}\nsaving a checkpoint" in log_text(config)
 
 
 def test_what_cannot_be_fetched_ahead_ends_the_run_after_the_step(

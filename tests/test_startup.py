@@ -18,7 +18,9 @@ from harness.files import locked
 from harness.run import run_in_world
 from harness.task import Task
 from harness.testing.pool import RankPool
+from tests.support.forked import run_forked
 from tests.support.helpers import tiny_config
+from tests.support.jobs import written_config
 from tests.tasks import tiny_task
 
 
@@ -129,6 +131,27 @@ def test_other_clocks_are_told_once(two_ranks: RankPool, tmp_path: Path) -> None
     first, second = two_ranks.run(check_with, "clock", 90, tmp_path)
     assert "the clock of rank 1 on " in first and "is +90 s from rank 0's" in first
     assert second == ""
+
+
+DIES = """
+import os
+
+def build(config):
+    if os.environ["RANK"] == "1":
+        os._exit(7)
+    from tests.tasks import tiny_task
+    return tiny_task.build(config)
+"""
+
+
+def test_a_rank_that_dies_as_it_builds_is_named_by_the_others(tmp_path: Path) -> None:
+    task, output = tmp_path / "task.py", tmp_path / "output"
+    task.write_text(DIES)
+    words = ["--config", str(written_config(tmp_path)), f"--task.path={task}"]
+    assert run_forked(2, words, output, 60) == [75, 7]
+    host = socket.gethostname()
+    text = f"error: {host} has lost rank 1 on {host}, which was in step 0, phase start: "
+    assert text in output.read_text()
 
 
 def test_the_tasks_code_is_compared(tmp_path: Path) -> None:

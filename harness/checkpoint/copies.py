@@ -29,6 +29,7 @@ log_warning = distributed.global_leader_only(log.warning)
 FIRST_PAUSE_S = 1.0  # between two tries; each is twice the one before
 LONGEST_PAUSE_S = 60.0
 GIVE_UP_AFTER_S = 60.0  # of failures at the end of a run
+WORD_AFTER_S = 60.0  # that the end of a run waits for this rank; then each time after twice as long
 SECONDS_BETWEEN_POLLS = 0.05
 
 DONE, BUSY, LOST, GIVEN_UP = range(4)  # of a rank's part; all agree on the largest
@@ -167,10 +168,19 @@ class Copies:
         Gives up when the place has failed for a minute; the next start of the run goes on.
         """
         self._ending_since = time.monotonic()
+        word_after = WORD_AFTER_S
         while self.needs or self._is_removing():
             self.poll()
             if should_abort():
                 break
+            waited = time.monotonic() - self._ending_since
+            if waited > word_after and self._current is not None and self._state() == BUSY:
+                word_after = 2 * waited
+                log.warning(
+                    "the end of the run has waited for %.0f s, as this rank's part of %s is not %s "
+                    "yet: a signal, or the command quit, ends that",
+                    *(waited, self._current.directory.name, self._place.done),
+                )
             time.sleep(SECONDS_BETWEEN_POLLS)
         if left := self._left or sorted(path.name for path in self.needs):
             text = "not %s: %s: the next start goes on with the newest"

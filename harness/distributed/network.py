@@ -6,6 +6,7 @@ import re
 import resource
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
@@ -74,6 +75,8 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
+SECONDS_TO_A_WORD = 60.0
+
 _GLOO = re.compile(
     r"""\[[^\s\]]*gloo/\S+\.(cc|h):\d+\]\ .  # where in gloo it was raised
     |\[enforce\ fail\ at\ \S*gloo/          # a check of gloo's: sizes differ between ranks
@@ -114,19 +117,28 @@ def local_cause(error: BaseException) -> ConfigError | None:
 
 @contextmanager
 def bounded(seconds: float, doing: str) -> Iterator[None]:
-    """Ends this process with exit code 1 if the body takes longer.
+    """Ends this process, as one that has lost a rank, if the body takes longer; says before, from
+    `SECONDS_TO_A_WORD` on, that it waits.
 
     For calls that ignore timeouts: gloo waits for a connection five times as long as its own.
     """
+    is_done = threading.Event()
 
-    def give_up() -> None:
-        os.write(2, f"error: {doing}: not done within {seconds:g} s\n".encode())
-        os._exit(LostRank.code)
+    def watch() -> None:
+        begin, wait = time.monotonic(), min(SECONDS_TO_A_WORD, seconds)
+        while not is_done.wait(wait):
+            passed = time.monotonic() - begin
+            if passed >= seconds:
+                os.write(2, f"error: {doing}: not done within {seconds:g} s\n".encode())
+                os._exit(LostRank.code)
+            text = f"{doing}: not done for {passed:.0f} s: a rank has not started, has ended, or "
+            text += f"cannot connect; this one waits for {seconds:g} s\n"
+            os.write(2, text.encode())
+            wait = min(passed, seconds - passed)  # each word after twice as long
 
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        timer.cancel()
+        is_done.set()

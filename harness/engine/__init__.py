@@ -6,6 +6,7 @@ Its files, from the top down:
     build.py           builds the engines of a task and a config
     engines.py         Engines: the named set, stepped together
     optimizations.py   applies [optimizations]: replacing, compiling, offloading
+    alike.py           whether all ranks have built the same models
     gradient_check.py  whether all ranks gave gradients to the same parameters
     full_tensors.py    the complete tensors of an engine's model, one at a time
     engine.py          Engine: one model under one DeepSpeed engine, by composition

@@ -10,6 +10,7 @@ from harness import distributed
 from harness.config import Config
 from harness.config.engine_sections import EngineConfig
 from harness.engine import trainable
+from harness.engine.alike import check_alike
 from harness.engine.engine import Engine
 from harness.engine.engines import Engines
 from harness.engine.models import build_models, check_engines
@@ -23,8 +24,9 @@ def build_engines(task: Task, config: Config) -> Engines:
     """An engine for every model of the task. Collective.
 
     What has been done to the models is undone by `Engines.close`, and if one of them fails.
-    Raises TaskError if the task's models do not match the config's engines, or share a parameter,
-    and ConfigError if [optimizations] or an engine's section cannot be applied.
+    Raises TaskError if the task's models do not match the config's engines, differ between the
+    ranks, or share a parameter, and ConfigError if [optimizations] or an engine's section cannot be
+    applied.
     """
     check_engines(config.engines, config.data.micro_batch_size)
     with distributed.raise_on_all_ranks(f"task {config.task.path}"):
@@ -47,6 +49,7 @@ def build_engines(task: Task, config: Config) -> Engines:
                     )
         change_models(models, config.optimizations)
         tables = _with_task_groups(config.engines, task)
+    check_alike(models)
     trained = [engine for engine in config.engines.values() if engine.role == "train"]
     micro_batches = math.lcm(*(engine.gradient_accumulation for engine in trained))
     engines = {}

@@ -10,6 +10,7 @@ from torch import nn
 from harness import distributed
 from harness.config import Config
 from harness.config.engine_sections import EngineConfig
+from harness.distributed.network import is_lost_rank
 from harness.errors import ConfigError, HarnessError, TaskError
 from harness.zero.initialize import check_settings
 from harness.zero.parameters import is_of_earlier_run
@@ -75,6 +76,8 @@ def _built(name: str, model: Any, config: Config) -> nn.Module:
     except HarnessError:
         raise
     except Exception as error:
+        if is_lost_rank(error):  # in a collective of ZeRO 3
+            raise
         raise TaskError(
             f"model {name!r}: its function failed:\n{traceback.format_exc()}"
         ) from error

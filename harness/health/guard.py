@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from select import select
 from time import monotonic
@@ -22,13 +22,16 @@ from harness.health import phases, processes, stacks
 from harness.health.hub import Hub
 from harness.health.lines import Lines, Message
 from harness.health.outcome import FILE, VARIABLE, Outcome
-from harness.health.verdict import Report, Verdict, bound_of, told
+from harness.health.verdict import BELOW_TIMEOUT, Report, Verdict, bound_of, told, told_waiting
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_OF_A_GAP = 5.0
 """A look that comes later: this process was stopped itself, with the rank."""
 SECONDS_TO_EXIT = 2.0
 SECONDS_TO_CONNECT = 10.0
+SECONDS_TO_HEAR = 45.0
+"""For rank 0's watchdog to ask, once it is told of a rank that is overdue. It may first wait for
+the watchdogs of all ranks (`hub.SECONDS_TO_MEET`)."""
 SECONDS_TO_TELL = 1.0
 """For a rank that may be in a debugger."""
 
@@ -57,6 +60,10 @@ class Guard:
         self._is_joined = settings["world"] == 1
         self._to_join: Message | None = None  # where the hub is, until it is reached
         self._give_up = math.inf
+        self._asks_since: float | None = None
+        """When the hub was first told that the rank is overdue, until it asks."""
+        self._left_at: float | None = None  # when the run was over for the rank
+        self._long_start = 0.0  # seconds of a start that computes which were told
         self._told_of = -1  # the count of phases of a hang that was told, but did not end the rank
         if self._hub is not None:
             rank.send(port=self._hub.port, token=self._hub.token)
@@ -96,9 +103,13 @@ class Guard:
 
     def _hear(self, message: Message) -> None:
         """Of the rank."""
+        if "fails" in message and self._link is not None:
+            self._link.send(fails=True)
+        if "left" in message:
+            self._left_at = monotonic() + message["left"]
+        if "left" in message or "bye" in message:
+            self._leave_hub()
         if "bye" in message:
-            if self._link is not None:
-                self._link.send(bye=True)
             sys.exit()
         if "run_dir" in message:
             self._run_dir, self._is_leader = Path(message["run_dir"]), message["logs"]
@@ -106,6 +117,13 @@ class Guard:
             self._is_joined, self._to_join = True, message
             self._give_up = monotonic() + SECONDS_TO_CONNECT
             self._connect(message["hub"], message["token"])
+
+    def _leave_hub(self) -> None:
+        self._to_join = None
+        if self._link is not None:
+            self._link.send(bye=True)
+            self._link.close()
+            self._link = None
 
     def _connect(self, hub: tuple[str, int], token: str) -> None:
         try:
@@ -126,24 +144,62 @@ class Guard:
         now = monotonic()
         is_late = now - self._looked > SECONDS_OF_A_GAP
         self._looked = now
-        is_starting = phases.doing(self._cells).phase == "start"
-        works = self._activity.is_working() if is_starting else False
+        may_work = self._left_at is not None or phases.doing(self._cells).phase == "start"
+        works = self._activity.is_working() if may_work else False
         if is_late or works or processes.is_traced(self._process):
             self._excused = now
         report = self._report()
+        if works and self._number == 0:
+            self._tell_of_start(report)
         if not report.is_overdue or report.count == self._told_of or not self._is_joined:
+            self._asks_since = None
             return
         if self._link is not None:
+            self._asks_since = self._asks_since or now
             self._link.send(overdue=True)
-        elif not self._is_debugged():  # alone
-            verdict = Verdict("hang", [report], [])
-            places = {report.rank: stacks.place_in(self._write_stacks())}
-            text = told(verdict, places, self._stacks_place())
-            about = {key: getattr(report, key) for key in ("rank", "host", "step", "phase")}
-            self._end({"kind": "hang", "reason": text, **about})
+        is_heard = self._link is not None and now - (self._asks_since or now) < SECONDS_TO_HEAR
+        if not is_heard and not self._is_debugged():
+            self._end_alone(report)
+
+    def _tell_of_start(self, report: Report) -> None:
+        """A start that computes is no hang, but may be an endless loop: of a long one it is told,
+        each time after twice as long."""
+        seconds = phases.doing(self._cells).seconds
+        if report.phase == "start" and seconds > max(report.bound, 2 * self._long_start):
+            self._long_start = seconds
+            place = stacks.place_in(stacks.stacks_of(self._process, self._stacks_file))
+            self._say(
+                f"the start has taken {seconds:.0f} s, and goes on as long as it computes: rank "
+                f"{report.rank} on {report.host} is in {place}",
+                level="WARNING",
+            )
+
+    def _end_alone(self, report: Report) -> None:
+        """Where no other rank is asked: there is none, the run is over, or the watchdog of rank 0
+        is gone or does not answer, as on a node that is stopped or cut off."""
+        self._leave_hub()  # so that this process tells
+        python = self._write_stacks()
+        place, where = stacks.place_in(python), self._stacks_place()
+        has_others = self._settings["world"] > 1 and self._left_at is None
+        is_guilty = not (has_others and stacks.waits_for_others(python))
+        verdict = Verdict("hang", [report], [])
+        self._end(
+            {
+                "kind": "hang",
+                "reason": told(verdict, {report.rank: place}, where)
+                if is_guilty
+                else told_waiting(report, place, where),
+                "rank": report.rank if is_guilty else None,
+                "host": report.host if is_guilty else None,
+                "step": report.step,
+                "phase": report.phase,
+            }
+        )
 
     def _report(self, asks_debugger: bool = False) -> Report:
         doing = phases.doing(self._cells)
+        if self._left_at is not None:
+            doing = replace(doing, phase="end", seconds=max(0.0, monotonic() - self._left_at))
         number = phases.PHASES.index(doing.phase)
         bound = bound_of(
             doing.phase,
@@ -160,6 +216,7 @@ class Guard:
             count=doing.count,
             seconds=min(doing.seconds, monotonic() - self._excused),
             bound=min(bound, 1e9),  # JSON has no infinity
+            patience=BELOW_TIMEOUT * self._settings["timeout_s"],
             is_stopped=processes.is_stopped(self._process),
             is_debugged=asks_debugger and self._is_debugged(),
         )
@@ -181,6 +238,7 @@ class Guard:
     def _obey(self, message: Message) -> None:
         assert self._link is not None
         if message.get("ask") == "report":
+            self._asks_since = None
             is_overdue = self._report().is_overdue
             self._link.send(report=asdict(self._report(asks_debugger=is_overdue)))
         elif message.get("ask") == "stacks":
@@ -249,6 +307,8 @@ class Guard:
 
     def _mourn(self) -> None:
         """The rank has ended without a word: it was killed, has crashed, or called os._exit."""
+        if self._left_at is not None:
+            return
         doing = phases.doing(self._cells)
         places = [os.environ.get(VARIABLE), self._run_dir and self._run_dir / FILE]
         known = [Outcome.read(Path(place)) for place in places if place]
@@ -265,9 +325,11 @@ class Guard:
         outcome.write(self._run_dir)
         self._say(reason)
 
-    def _say(self, text: str, on_terminal: bool = True, in_log: bool = True) -> None:
+    def _say(
+        self, text: str, on_terminal: bool = True, in_log: bool = True, level: str = "ERROR"
+    ) -> None:
         """On the terminal and in log.txt, as the log does."""
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self._number} ERROR {text}\n"
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self._number} {level} {text}\n"
         if on_terminal:
             sys.stderr.write(line)
             sys.stderr.flush()

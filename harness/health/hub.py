@@ -10,7 +10,7 @@ import socket
 from time import monotonic
 
 from harness.health.lines import Lines, Message
-from harness.health.verdict import Report, Verdict, judge, narrowed, told
+from harness.health.verdict import Report, Verdict, is_due, judge, narrowed, told
 
 SECONDS_TO_MEET = 30.0
 """For the watchdogs of all ranks, once the first is here."""
@@ -19,6 +19,9 @@ SECONDS_TO_ANSWER = 3.0
 SECONDS_TO_DUMP = 6.0
 """For the stacks."""
 SECONDS_BETWEEN_INQUIRIES = 2.0
+SECONDS_TO_FAIL = 25.0
+"""What a rank that fails, and those that lose it, have to end by themselves
+(`rescue.SECONDS_TO_FAIL_TOGETHER`, and those of `distributed.failures`)."""
 
 
 class Hub:
@@ -47,7 +50,7 @@ class Hub:
         self._next = 0.0  # no inquiry before
         self._verdict: Verdict | None = None
         self._places: dict[int, str] = {}
-        self._stacks = ""
+        self._stacks: dict[int, str] = {}  # where they are
         self._in_collectives: set[int] = set()
 
     def accept(self) -> None:
@@ -68,6 +71,8 @@ class Hub:
             return
         if self.members[member] is None and message.get("token") != self.token:
             self._remove(member)
+        elif "fails" in message:
+            self._next = monotonic() + SECONDS_TO_FAIL
         elif "bye" in message:
             self.members.pop(member)
             self._asked.discard(member)
@@ -79,7 +84,7 @@ class Hub:
             self._complete_at = min(self._complete_at, monotonic() + SECONDS_TO_MEET)
         elif "place" in message:
             self._places[message["rank"]] = message["place"]
-            self._stacks = self._stacks or message["stacks"]
+            self._stacks[message["rank"]] = message["stacks"]
             if message["waits"]:
                 self._in_collectives.add(message["rank"])
             self._asked.discard(member)
@@ -97,8 +102,12 @@ class Hub:
         self._until = None
         if self._verdict is not None:
             verdict = narrowed(self._verdict, self._in_collectives)
-            text = told(verdict, self._places, self._stacks)
+            self._verdict, self._next = None, monotonic() + SECONDS_BETWEEN_INQUIRIES
+            if not is_due(verdict):
+                return
             first = verdict.guilty[0]
+            where = self._stacks.get(first.rank) or next(iter(self._stacks.values()), "")
+            text = told(verdict, self._places, where)
             everyone = len(verdict.guilty) > 1 and not verdict.waiting
             self._tell(
                 verdict={
@@ -110,8 +119,6 @@ class Hub:
                     "phase": first.phase,
                 }
             )
-            self._verdict = None
-            self._next = monotonic() + SECONDS_BETWEEN_INQUIRIES
             return
         silent = {report.rank: report for m in self._asked if (report := self.members[m])}
         answered = [report for m, report in self.members.items() if report and m not in self._asked]
@@ -119,7 +126,7 @@ class Hub:
         if self._verdict is None:
             self._next = monotonic() + SECONDS_BETWEEN_INQUIRIES
         else:
-            self._places, self._stacks, self._in_collectives = {}, "", set()
+            self._places, self._stacks, self._in_collectives = {}, {}, set()
             self._ask(SECONDS_TO_DUMP, ask="stacks")
 
     def _ask(self, seconds: float, **message: str) -> None:

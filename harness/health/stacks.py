@@ -100,5 +100,6 @@ def _frames_of_main(stacks: str) -> list[re.Match[str]]:
 
 def _is_own(frame: re.Match[str]) -> bool:
     """Whether it is the task's, or harness's beyond its messages between ranks."""
-    libraries = (os.sep + "site-packages" + os.sep, sys.prefix, sys.base_prefix, "/harness/distrib")
+    ours = ("/harness/distributed/", "/harness/waiting.py")
+    libraries = (os.sep + "site-packages" + os.sep, sys.prefix, sys.base_prefix, *ours)
     return not any(library in frame["file"] for library in libraries)

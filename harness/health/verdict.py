@@ -49,6 +49,8 @@ class Report:
     """Since the last sign of life."""
     bound: float
     """Seconds, for this phase."""
+    patience: float = math.inf
+    """Seconds after which a collective that it waits in is about to fail."""
     is_stopped: bool = False
     """By SIGSTOP."""
     is_debugged: bool = False
@@ -121,6 +123,14 @@ def narrowed(verdict: Verdict, waiting: Collection[int]) -> Verdict:
     return Verdict("hang", guilty, others + verdict.waiting)
 
 
+def is_due(verdict: Verdict) -> bool:
+    """Whether it is to be told, once it is narrowed. While the guilty ones are at work, as a start
+    is that computes or reads, they are waited for as long as the others' collectives allow."""
+    if verdict.kind != "hang" or any(report.is_overdue for report in verdict.guilty):
+        return True
+    return any(report.seconds > report.patience for report in verdict.waiting)
+
+
 def told(verdict: Verdict, places: Mapping[int, str], stacks: str) -> str:
     """The verdict in words. `places`: what each rank's main thread does; `stacks`: where its stack
     and those of all threads are."""
@@ -134,9 +144,14 @@ def told(verdict: Verdict, places: Mapping[int, str], stacks: str) -> str:
             continue
         stopped = ", stopped (SIGSTOP)" if first.is_stopped else ""
         doing = places.get(first.rank)
+        where = f"{state}{stopped}{f', in {doing}' if doing else ''}"
+        seconds = max(report.seconds for report in group)
         texts.append(
-            f"{names}{hosts}: no sign of life for {max(r.seconds for r in group):.0f} s {state}"
-            f"{stopped}{f', in {doing}' if doing else ''} (its bound is {first.bound:.0f} s)"
+            f"{names}{hosts}: no sign of life for {seconds:.0f} s {where} (its bound is "
+            f"{first.bound:.0f} s)"
+            if any(report.is_overdue for report in verdict.guilty)
+            else f"{names}{hosts}: still at work {where}, for longer than the others can wait: if "
+            "it takes that long, set a larger run.timeout_s"
         )
     for group in _groups(verdict.waiting, places):
         doing = places.get(group[0].rank)
@@ -145,6 +160,16 @@ def told(verdict: Verdict, places: Mapping[int, str], stacks: str) -> str:
         texts.append(f"{_names(group)} {verb} {state}{f', in {doing}' if doing else ''}")
     what = "the run hangs" if verdict.kind == "hang" else "the run has lost a rank"
     return f"{what}: {'; '.join(texts)}. {stacks}"
+
+
+def told_waiting(report: Report, place: str, stacks: str) -> str:
+    """The verdict on a rank that waits in a collective, where no other rank can be asked."""
+    return (
+        f"the run hangs: rank {report.rank} on {report.host} has waited for {report.seconds:.0f} s "
+        f"in phase {report.phase} of step {report.step}, in {place} (its bound is "
+        f"{report.bound:.0f} s); for whom is not known, as the watchdog of rank 0 does not answer: "
+        f"its node is down, stopped or cut off. {stacks}"
+    )
 
 
 def _groups(reports: Sequence[Report], places: Mapping[int, str]) -> list[list[Report]]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import queue
 import socket
@@ -24,6 +25,8 @@ CODE = "import sys; sys.path.insert(0, sys.argv[1]); from harness.health.guard i
 CODE += "main(*sys.argv[2:])"
 SECONDS_TO_START = 20.0
 SECONDS_TO_STOP = 5.0
+SECONDS_TO_REPORT = 10.0
+"""What the entry point has to report an error: ranks other than 0 wait for it first."""
 DEBUGGERS = ("bdb", "pdb", "pydevd", "_pydevd_bundle", "debugpy", "IPython.terminal.debugger")
 
 _current: "Watchdog | None" = None
@@ -61,6 +64,7 @@ class Watchdog:
         close_in_forks(ours.fileno())  # its end tells the process that this one has ended
         self._socket = ours
         self.lines = Lines(ours)
+        self._is_closing = False
         self._hub: queue.Queue[tuple[int, str] | None] = queue.Queue()
         threading.Thread(target=self._answer, name="watchdog", daemon=True).start()
 
@@ -78,8 +82,14 @@ class Watchdog:
         host = "127.0.0.1" if self._is_local else os.environ["MASTER_ADDR"]
         self.lines.send(hub=[host, port], token=token)
 
+    def leave(self, seconds: float) -> None:
+        """The run is over: in so many `seconds` the end of the rank's process begins, and is only
+        watched."""
+        self.lines.send(left=seconds)
+
     def close(self) -> None:
         """Ends the process."""
+        self._is_closing = True
         self.lines.send(bye=True)
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # ends the thread
@@ -98,32 +108,46 @@ class Watchdog:
                 elif message.get("ask") == "debugged":
                     self.lines.send(debugged=_is_debugged())
                 elif "end" in message:
-                    os._exit(message["end"])
+                    try:  # those that Python would wait for, or end
+                        for child in multiprocessing.active_children():
+                            child.kill()
+                    finally:
+                        os._exit(message["end"])
         self._hub.put(None)
+        if not self._is_closing:
+            log.warning("the watchdog of this rank has ended: a hang of this rank is not noticed")
 
 
 @contextmanager
 def watched(config: Config, may_end: bool) -> Iterator[None]:
-    """Watches this rank within the context. `may_end`: a hang ends this process."""
+    """Watches this rank within the context. `may_end`: a hang ends this process; also after the
+    context, where Python waits for threads and child processes."""
     global _current
     try:
         watchdog = Watchdog(config, may_end)
     except OSError as error:
         log.warning("hangs are not noticed: cannot start a watchdog: %s", error)
         watchdog = None
-    _current = watchdog
+    _current, seconds = watchdog, SECONDS_TO_REPORT
     try:
         yield
+        seconds = 0.0
     finally:
         _current = None
         if watchdog is not None:
-            watchdog.close()
+            watchdog.leave(seconds) if may_end else watchdog.close()
 
 
 def join() -> None:
     """`Watchdog.join`, once this rank has joined the world. Collective."""
     if _current is not None:
         _current.join()
+
+
+def fails() -> None:
+    """This rank has failed and is about to tell the others, which wait for it until then."""
+    if _current is not None:
+        _current.lines.send(fails=True)
 
 
 def write_into(run_dir: Path, is_leader: bool) -> None:

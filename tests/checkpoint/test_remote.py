@@ -184,6 +184,7 @@ def train_on_a_broken_store(config: Config, times: int, give_up_after_s: float) 
     with pytest.MonkeyPatch.context() as patch:
         Broken(patch, times)
         patch.setattr(copies, "GIVE_UP_AFTER_S", give_up_after_s)
+        patch.setattr(copies, "WORD_AFTER_S", give_up_after_s / 4)
         run_in_world(config)
 
 
@@ -201,6 +202,9 @@ def test_a_store_that_is_down_delays_only_the_end(two_ranks: RankPool, tmp_path:
     two_ranks.run(on, "aa", tmp_path, train_on_a_broken_store, config, 10**9, 0.2)
     assert stored(tmp_path) == {}
     assert "step-00000006: the next start goes on with the newest" in log_of(tmp_path)
+    for rank in (0, 1):
+        word = rf"rank {rank} WARNING the end of the run has waited for .* is not uploaded yet"
+        assert re.search(word, log_of(tmp_path))
     two_ranks.run(on, "aa", tmp_path, run_in_world, config)  # although all its steps are taken
     assert 6 in stored(tmp_path)
 

@@ -119,3 +119,15 @@ def test_a_function_that_fails_is_an_error(two_ranks: RankPool, tmp_path: Path) 
         for error in errors:
             assert error.startswith("model 'net': its function failed:\n")
             assert "RuntimeError" in error
+
+
+def lose_a_rank() -> nn.Module:
+    raise RuntimeError("[/w/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+
+
+def test_a_function_that_loses_a_rank_is_no_error_of_the_task(tmp_path: Path) -> None:
+    """As in a collective of ZeRO 3: another rank has failed, and a restart may help."""
+    from harness.engine.models import build_models
+
+    with pytest.raises(RuntimeError, match=r"pair\.cc"):
+        build_models({"net": lose_a_rank}, function_config(tmp_path, "stage 0"))

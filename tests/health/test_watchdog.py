@@ -9,20 +9,23 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pytest import TempPathFactory
 
 from harness import distributed
 from harness.health import outcome, phases, watchdog
 from harness.health.outcome import Outcome
 from harness.health.phases import Phase
+from harness.logs import configure_logging
 from tests.support.helpers import tiny_config
 
 BOUND_S = 1.5
@@ -79,9 +82,44 @@ def at_a_prompt() -> None:
     exec(code, {"__name__": "pdb", "time": time, "seconds": LONGER_S})
 
 
-def all_reduce() -> None:
-    """Where the other ranks wait, as in a collective of torch's."""
-    time.sleep(60)
+def all_reduce(seconds: float) -> None:
+    """Waits as in a collective of torch's."""
+    file = "/site-packages/torch/distributed/distributed_c10d.py"
+    code = compile("time.sleep(seconds)", file, "exec")
+    exec(code, {"time": time, "seconds": seconds})
+
+
+def work_while_others_wait() -> None:
+    work() if os.environ["RANK"] == "1" else all_reduce(LONGER_S)
+
+
+def leave_a_process() -> None:
+    child = fork.Process(target=time.sleep, args=(60,))
+    child.start()
+    Path(os.environ["HARNESS_OUTCOME"]).with_name("child").write_text(str(child.pid))
+    sleep()
+
+
+def fail_slowly() -> None:
+    watchdog.fails()
+    time.sleep(LONGER_S)
+
+
+def lose_the_watchdog_of_rank_0() -> None:
+    if os.environ["RANK"] == "1":
+        all_reduce(60)
+    assert watchdog._current is not None
+    watchdog._current._process.kill()
+    time.sleep(LONGER_S)
+
+
+def stop_the_watchdog_of_rank_0() -> None:
+    if os.environ["RANK"] == "1":
+        all_reduce(80)
+    assert watchdog._current is not None
+    os.kill(watchdog._current._process.pid, signal.SIGSTOP)
+    time.sleep(55)
+    watchdog._current._process.kill()
 
 
 @dataclass
@@ -93,6 +131,8 @@ class Job:
     phase: Phase = "forward"
     faulty: tuple[int, ...] = (1,)
     may_end: bool = True
+    fails: bool = False
+    """Whether the run ends by an error."""
     waits_s: float = 60.0
     """How long the other rank waits for it."""
     directory: Path = Path()
@@ -103,10 +143,12 @@ class Job:
         os.dup2(os.open(self.directory / f"err{rank}", os.O_WRONLY | os.O_CREAT), 2)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         os.environ["HARNESS_OUTCOME"] = str(self.directory / "outcome.json")
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        configure_logging()
         distributed.broadcast = self.share  # type: ignore[assignment]
-        timeouts = dict.fromkeys(("start", "data", "forward", "backward"), BOUND_S)
+        timeouts = dict.fromkeys(("start", "data", "forward", "backward", "end"), BOUND_S)
         config = tiny_config(self.directory, health={"timeouts": timeouts}, run={"timeout_s": 90})
-        with watchdog.watched(config, self.may_end):
+        with suppress(ZeroDivisionError), watchdog.watched(config, self.may_end):
             watchdog.join()
             outcome.write_into(self.directory)
             watchdog.write_into(self.directory, rank == 0)
@@ -120,6 +162,10 @@ class Job:
                         phases.enter(phase)
                     if step == FAULTY_STEP and phase == self.phase:
                         self.act() if rank in self.faulty else self.wait()
+            if self.fails:
+                raise ZeroDivisionError
+        if self.phase == "end" and rank in self.faulty:
+            self.act()
 
     def wait(self) -> None:
         phases.enter("backward" if self.phase != "save" else "step")
@@ -168,21 +214,33 @@ JOBS = [
     Job("slow save", pause_longer, "save", waits_s=LONGER_S),
     Job("debugger", at_a_prompt, waits_s=LONGER_S),
     Job("compiler", work, "start", faulty=(0, 1)),
+    Job("builder", work_while_others_wait, "start", faulty=(0, 1)),
+    Job("alone", lose_the_watchdog_of_rank_0, faulty=(0, 1)),
+    Job("left", leave_a_process, "end"),
+    Job("reports", pause_longer, "end", fails=True),
+    Job("fails", fail_slowly, waits_s=LONGER_S),
 ]
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
+@contextmanager
+def ended(jobs: Sequence[Job], directories: TempPathFactory, seconds: float) -> Iterator[None]:
+    """Within the context all of them have ended, within so many seconds or not."""
     with ExitStack() as stack:
-        for job in JOBS:
-            job.directory = tmp_path_factory.mktemp(job.name.replace(" ", "-"))
+        for job in jobs:
+            job.directory = directories.mktemp(job.name.replace(" ", "-"))
             job.ranks = [fork.Process(target=job.run, args=(rank,)) for rank in (0, 1)]
             for rank in job.ranks:
                 rank.start()
                 stack.callback(rank.kill)
-        for job in JOBS:
+        for job in jobs:
             for rank in job.ranks:
-                rank.join(40)
+                rank.join(seconds)
+        yield
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: TempPathFactory) -> Iterator[dict[str, Job]]:
+    with ended(JOBS, tmp_path_factory, 40):
         yield {job.name: job for job in JOBS}
 
 
@@ -254,13 +312,51 @@ def test_a_hang_in_somebody_elses_process_is_only_reported(jobs: dict[str, Job])
     assert job.log().count("the run hangs: rank 1 ") == 1
 
 
-@pytest.mark.parametrize("name", ["paused", "slow save", "debugger", "compiler"])
+def test_a_process_that_does_not_end_after_its_run(jobs: dict[str, Job]) -> None:
+    """As it waits for a thread of the task's."""
+    job, ended = jobs["left"], jobs["left"].ended()
+    assert job.codes() == [0, 75]
+    assert ended is not None and (ended.kind, ended.rank, ended.phase) == ("hang", 1, "end")
+    assert "no sign of life for 2 s in phase end of step 4, in sleep (test_watchdog" in job.log()
+    assert not Path(f"/proc/{(job.directory / 'child').read_text()}").exists()
+
+
+def test_a_rank_that_waits_is_not_blamed_where_no_other_can_be_asked(jobs: dict[str, Job]) -> None:
+    job, ended = jobs["alone"], jobs["alone"].ended()
+    assert job.codes() == [0, 75]
+    assert ended is not None and (ended.kind, ended.rank, ended.step) == ("hang", None, 3)
+    assert "the watchdog of rank 0 does not answer" in job.log()
+    assert "the watchdog of this rank has ended: a hang of this rank is" in job.terminal()
+
+
+@pytest.mark.parametrize(
+    "name", ["paused", "slow save", "debugger", "compiler", "builder", "fails", "reports"]
+)
 def test_what_is_no_hang(jobs: dict[str, Job], name: str) -> None:
     """A pause; a rank that others wait for, in a phase that may take longer; a debugger's prompt; a
-    start that computes."""
+    start that computes, also if others wait for it; a rank that is about to tell why it fails, or
+    does so at its end."""
     job = jobs[name]
-    assert job.codes() == [0, 0]
-    assert job.log() == job.terminal() == "" and job.ended() is None
+    assert job.codes() == [0, 0] and job.ended() is None
+    told = [line for line in job.log().splitlines() if "WARNING the start has taken" not in line]
+    assert told == [] and job.terminal() == job.log()
+
+
+def test_a_long_start_that_computes_is_told(jobs: dict[str, Job]) -> None:
+    log = jobs["compiler"].log()
+    assert re.search(r"rank 0 WARNING the start has taken \d s, .* is in work \(test_wat", log)
+
+
+@pytest.mark.slow
+def test_a_rank_ends_where_the_watchdog_of_rank_0_is_stopped(
+    tmp_path_factory: TempPathFactory,
+) -> None:
+    """As with its node."""
+    job = Job("stopped", stop_the_watchdog_of_rank_0, faulty=(0, 1))
+    with ended([job], tmp_path_factory, 70):
+        assert job.codes() == [0, 75]
+        assert "the watchdog of rank 0 does not answer" in job.log()
+        assert "rank 1 ERROR the run hangs: rank 1 on " in job.terminal()
 
 
 def test_no_watchdog_outlives_its_rank(jobs: dict[str, Job]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from harness.distributed import network
 from harness.distributed.network import bounded, choose_interface
 from harness.errors import LostRank
 from harness.io import load
@@ -198,17 +199,23 @@ def test_which_interface() -> None:
                 assert chosen(MASTER_ADDR=address.address) == name
 
 
-def join_for_ever() -> None:
-    with bounded(0.1, "joining"):
+def join_for_ever(output: Path) -> None:
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
+    network.SECONDS_TO_A_WORD = 0.05
+    with bounded(0.3, "joining"):
         os.read(os.pipe()[0], 1)
 
 
-def test_what_has_no_timeout_ends_the_process() -> None:
+def test_what_has_no_timeout_says_so_and_ends_the_process(tmp_path: Path) -> None:
+    output = tmp_path / "output"
     with bounded(30, "nothing"):
-        process = multiprocessing.get_context("fork").Process(target=join_for_ever)
+        process = multiprocessing.get_context("fork").Process(target=join_for_ever, args=(output,))
         process.start()
     process.join(timeout=30)
     assert process.exitcode == LostRank.code
+    first, *_, last = output.read_text().splitlines()
+    assert first.startswith("joining: not done for 0 s: a rank has not started")
+    assert last == "error: joining: not done within 0.3 s"
 
 
 # Each node its own disk, of which a neighbour has copies

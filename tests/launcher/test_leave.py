@@ -1,5 +1,6 @@
 """A process that leaves at once has done all that Python does at its end, except the tear-down."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,38 @@ def test_what_is_done_before_and_the_exit_code(tmp_path: Path, end: str, code: i
     assert not Path((tmp_path / "x").read_text()).exists()
     assert ("no" in ended.stderr) == (end == "sys.exit('no')")
     assert ("ZeroDivisionError" in ended.stderr) == (end == "1 / 0")
+
+
+WAITS = """
+import atexit, multiprocessing, threading, time
+from harness.launcher import leave
+
+def work():
+    time.sleep(1.5)
+
+def main():
+    {start}
+
+leave.SECONDS_TO_A_WORD = 0.2
+leave.leave_after(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [
+        ("threading.Thread(target=work, name='reader').start()", "the thread 'reader', in work ("),
+        (
+            "multiprocessing.get_context('fork').Process(target=work, name='P').start()",
+            r"the process \d+ \(P\): ",
+        ),
+        ("atexit.register(work)", "a function registered with atexit, in work ("),
+        ("threading.Thread(target=work, daemon=True).start()", ""),
+    ],
+)
+def test_what_keeps_it_from_its_end_is_told(start: str, told: str) -> None:
+    command = [sys.executable, "-c", WAITS.replace("{start}", start)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0
+    expected = told if "\\" in told else re.escape(told)
+    assert bool(re.search(f"does not end: it waits for {expected}", ended.stderr)) == bool(told)
