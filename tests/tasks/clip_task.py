@@ -33,4 +33,4 @@ def build(config: Config) -> Task:
 
 def feed(engine: Any, batch: Any) -> tuple[torch.Tensor, dict[str, Any]]:
     output = engine(**batch | {"return_loss": True})
-    return output.loss, {"temperature": engine.module.logit_scale.detach().exp()}
+    return output.loss, {"match": output.logits_per_image.detach().diagonal().mean()}
