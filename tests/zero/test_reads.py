@@ -70,7 +70,6 @@ READS: dict[Compute, str] = {
     listed: "stack was called with parameter 'first.weight' outside of the module that has it",
     called_by_vmap: "Linear was called inside of a function of torch.func",
 }
-REFUSED = READS | {follow: "mul was called with parameter 'follower.weight' outside of the module"}
 
 
 def described(engine: Any, batch: Tensor) -> Tensor:
@@ -82,6 +81,24 @@ def described(engine: Any, batch: Tensor) -> Tensor:
     parameter = next(module.parameters())
     assert parameter.data.dtype == torch.float32 and repr(module) and hash(parameter)
     return engine(batch.to(parameter.device, parameter.dtype)).square().mean()
+
+
+def converted(engine: Any, batch: Tensor) -> Tensor:
+    """To what it is already, as the routers of mixtures of experts do with their own layer."""
+    engine.module.first = engine.module.first.to(torch.float32)
+    weight = engine.module.first.weight
+    assert weight.to(batch.device).contiguous().type(weight.dtype) is weight and weight.type()
+    return engine(batch.to(weight).type_as(weight)).square().mean()
+
+
+def halved(engine: Any, batch: Tensor) -> Tensor:
+    return engine(batch).square().mean() + engine.module.first.weight.type(torch.bfloat16).sum()
+
+
+REFUSED = READS | {
+    follow: "mul was called with parameter 'follower.weight' outside of the module",
+    halved: "type was called with parameter 'first.weight' outside of the module that has it",
+}
 
 
 def gathered(engine: Any, batch: Tensor) -> Tensor:
@@ -154,7 +171,12 @@ def test_reading_an_empty_weight_is_refused_by_name(two_ranks: RankPool, compute
 
 @pytest.mark.parametrize(
     ("compute", "unused"),
-    [*((compute, "zeros") for compute in READS), (described, "error"), (gathered, "error")],
+    [
+        *((compute, "zeros") for compute in READS),
+        (described, "error"),
+        (converted, "error"),
+        (gathered, "error"),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_what_is_there_can_be_read(two_ranks: RankPool, compute: Compute, unused: str) -> None:
