@@ -184,3 +184,22 @@ def test_what_is_there_can_be_read(two_ranks: RankPool, compute: Compute, unused
     for found in two_ranks.run(outcome, compute, unused):
         for path, weight in expected.items():
             torch.testing.assert_close(found[path], weight, rtol=1e-5, atol=1e-6, msg=path)
+
+
+def fails(engine: Any, batch: Tensor) -> Tensor:
+    return engine.module.last(batch[:, :3]).square().mean()
+
+
+def error_and_next() -> tuple[str, dict[str, Tensor] | str]:
+    """The error of a module that had its weights, and what a training comes to after it."""
+    engines = engines_of(Net(), Feed(fails), 3, optimizer=SGD, unused_parameters="zeros")
+    with pytest.raises(RuntimeError) as caught:
+        train(engines, BATCHES)
+    engines.close()
+    return str(caught.value), outcome(described, "zeros")
+
+
+def test_an_error_in_a_gathered_module_stays_the_error(two_ranks: RankPool) -> None:
+    for error, found in two_ranks.run(error_and_next):
+        assert "mat1 and mat2 shapes cannot be multiplied" in error
+        assert isinstance(found, dict)
