@@ -83,8 +83,13 @@ def refused(engine: str, module: nn.Module) -> Iterator[None]:
 
     Not if a part of the model is compiled, which would be compiled for the block alone.
     """
-    if any(getattr(each, "_compiled_call_impl", None) for each in module.modules()):
+    if is_compiled(module):
         yield
         return
     with _Reads(engine, module):
         yield
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a part of it is compiled by torch."""
+    return any(getattr(each, "_compiled_call_impl", None) for each in module.modules())
