@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from harness.zero.fetches import is_missing
 from harness.zero.parameters import is_sharded
 
 _DATA_OF = "ds_data_of"
@@ -52,7 +53,7 @@ class Writes(TorchFunctionMode):
 
     def _access(self, func: Any, name: str, weight: Any, *new: Tensor) -> Any:
         """Gets or sets the data of a tensor."""
-        path = self._names.get(id(weight), "")
+        path = "" if is_missing(weight) else self._names.get(id(weight), "")
         if name == "__get__":
             data = func(weight)
             if path:
