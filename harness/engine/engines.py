@@ -108,7 +108,11 @@ class Engines(Mapping[str, Engine]):
             engine.kept_buffers.begin_step(engine.buffers)
         with self._gathered(), self._turn.of(engine.name, begins_step):
             phases.enter("forward")
-            with engine.arrivals.reads_refused(engine.name), explained(engine.name, engine.ds):
+            with (
+                engine.arrivals.reads_refused(engine.name),
+                engine.edits.watching(),
+                explained(engine.name, engine.ds),
+            ):
                 loss, stats = feed(self.task, engine, batch)
             if see is not None:
                 see(loss)

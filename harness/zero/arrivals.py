@@ -11,6 +11,7 @@ recorded, for a comparison between the ranks; or it is handed over in one fixed 
 """
 
 import os
+import re
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,7 @@ from harness.zero.buckets import NOTHING, Numbers, buckets_of
 from harness.zero.notes import ByRank, Notes
 
 END_OF_BACKWARD = array("q", [-(1 << 62)])
+_ALREADY_REDUCED = re.compile(r"The parameter (\S+) has already been reduced")
 
 
 class Record(NamedTuple):
@@ -52,6 +54,7 @@ class Arrivals:
         self._in_order = in_order
         self._buckets = buckets_of(ds.optimizer)
         self._queue: _Queue | None = None
+        self._twice = _Twice()
         self._arrived: list[Numbers] = []
         """The parameters of this backward whose gradients were reduced, by bucket."""
         self._gradients: list[Numbers] = []
@@ -90,7 +93,15 @@ class Arrivals:
                 self._queue.restart()
                 loss.register_hook(self._queue.find_unused)
         with fetches.in_backward(self._ds):
-            self._ds.backward(loss)
+            try:
+                self._ds.backward(loss)
+            except AssertionError as error:  # of stage 2
+                if found := _ALREADY_REDUCED.match(str(error)):
+                    is_named = found[1] != "unknown"
+                    raise _arrived_twice(
+                        f"parameter {found[1]}" if is_named else "a parameter"
+                    ) from error
+                raise
         if self._arrived and not self._in_order:
             self._gradients += self._arrived
             self._gradients.append(END_OF_BACKWARD)
@@ -159,6 +170,9 @@ class Arrivals:
 
     def _note(self, numbers: Numbers) -> None:
         """Gradients are about to be reduced, which may end this process if the ranks differ."""
+        if twice := self._twice.find(self._arrived, numbers):
+            names = self._parameter_names()
+            raise _arrived_twice(f"parameter {first_few(names[number] for number in twice)}")
         self._arrived.append(numbers)
         if self._notes is not None:
             self._notes.add_gradients(numbers)
@@ -176,6 +190,35 @@ class Arrivals:
             self._buckets.give(number)
         if missing and not self._in_order:
             self._gradients.append(array("q", [~number for number in missing]))
+
+
+class _Twice:
+    """Finds the parameters that arrive a second time in a backward."""
+
+    def __init__(self) -> None:
+        self._known: list[Numbers] = []
+        """The buckets of the last backward, which had none: the same object is not searched."""
+        self._seen: set[int] = set()
+        self._count = 0
+        """Of the buckets in `_seen`."""
+
+    def find(self, arrived: Sequence[Numbers], numbers: Numbers) -> list[int]:
+        """Those of `numbers` that occur twice in it, or in the buckets before it."""
+        place = len(arrived)
+        if place < len(self._known) and self._known[place] is numbers:
+            return []
+        del self._known[place:]
+        if place < self._count or not place:
+            self._seen, self._count = set(), 0
+        self._seen.update(chain.from_iterable(arrived[self._count :]))
+        twice = []
+        for number in numbers:
+            if number in self._seen:
+                twice.append(number)
+            self._seen.add(number)
+        self._known.append(numbers)
+        self._count = place + 1
+        return twice
 
 
 class _Queue:
@@ -221,6 +264,16 @@ class _Queue:
         for number in self._order[self._next :]:
             self._give(number)
         self.restart()
+
+
+def _arrived_twice(what: str) -> TaskError:
+    return TaskError(
+        f"{what} got its gradient twice in one backward, as reentrant "
+        "activation checkpointing of a module that is called several times does: ZeRO 2 and 3 "
+        "reduce each part when it arrives, and would keep one of them. Use use_reentrant=False (in "
+        'transformers: model.gradient_checkpointing_enable({"use_reentrant": False})), or ZeRO 1 '
+        "without overlap_comm"
+    )
 
 
 def _backwards(gradients: Sequence[Numbers]) -> list[list[int]]:

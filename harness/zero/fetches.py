@@ -104,6 +104,10 @@ def gathered(ds: Any) -> Iterator[None]:
         parameter.ds_active_sub_modules.add(ALL_RANKS)
     try:
         yield
+    except BaseException:  # in a module, which still has its weights
+        for parameter in everything:
+            parameter.ds_active_sub_modules.clear()
+        raise
     finally:
         for parameter in everything:
             parameter.ds_active_sub_modules.discard(ALL_RANKS)

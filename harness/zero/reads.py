@@ -14,12 +14,16 @@ from harness.zero import fetches
 
 _DESCRIBES = {
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "get_device"),
-    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "type_as"),
-    *("is_floating_point", "is_complex", "is_contiguous", "is_shared", "type", "data_ptr"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+    *("is_floating_point", "is_complex", "is_contiguous", "is_shared", "data_ptr"),
+    *("_has_compatible_shallow_copy_type",),  # Module.to does
     *("__hash__", "__repr__", "__format__", "__set__", "__deepcopy__", "__reduce_ex__"),
     *("requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
 }
 """Functions of a tensor that need no values."""
+_CONVERTS = {"to", "type", "type_as", "float", "bfloat16", "half", "cpu", "cuda", "contiguous"}
+"""Functions that return their first argument itself if it is already what they convert to; of
+others they take no values."""
 _ALIASES = {"data", "T", "mT", "H", "mH", "real"}
 """Attributes of a tensor that are the same memory."""
 _OF_EMPTY = "ds_empty_of"
@@ -38,6 +42,12 @@ class _Reads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         is_alias = name == "detach" or (name == "__get__" and _attribute(func) in _ALIASES)
         reads = not is_alias and name not in _DESCRIBES and name != "__get__"
+        if name in _CONVERTS:
+            result = func(*args, **(kwargs or {}))
+            is_new = isinstance(result, Tensor) and result is not args[0]
+            reads = is_new and bool(self._missing(args[0]))
+            if not reads:
+                return result
         if reads and not fetches.Backward.is_running:  # where DeepSpeed itself does
             for value in (*args, *(kwargs or {}).values()):
                 for each in value if isinstance(value, list | tuple) else (value,):
@@ -73,8 +83,13 @@ def refused(engine: str, module: nn.Module) -> Iterator[None]:
 
     Not if a part of the model is compiled, which would be compiled for the block alone.
     """
-    if any(getattr(each, "_compiled_call_impl", None) for each in module.modules()):
+    if is_compiled(module):
         yield
         return
     with _Reads(engine, module):
         yield
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a part of it is compiled by torch."""
+    return any(getattr(each, "_compiled_call_impl", None) for each in module.modules())

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -167,6 +168,61 @@ def test_an_edit_that_would_be_undone_is_noticed(
             )
     for warnings in two_ranks.run(warnings_of, stage, dtype, clamp_before_each_step):
         assert not warnings
+
+
+class Changed(nn.Linear):
+    """Changes its weight in every forward, in a way that torch does not count."""
+
+    def __init__(self, change: Callable[[nn.Module], None]):
+        super().__init__(6, 9)
+        self._change = change
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._change(self)
+        return super().forward(input)
+
+
+def clamp(layer: Any) -> None:
+    layer.weight.data.clamp_(-0.1, 0.1)
+
+
+def scale_a_row(layer: Any) -> None:
+    layer.weight.data[0] *= 0.5
+
+
+def replace(layer: Any) -> None:
+    layer.weight.data = layer.weight.data / 2
+
+
+def leave(layer: Any) -> None:
+    layer.weight.data.clamp_(-100, 100)
+    layer.weight.data = layer.weight.data.float().to(layer.weight.dtype)
+
+
+def changed(change: Callable[[nn.Module], None]) -> nn.Module:
+    return nn.Sequential(Changed(change), nn.Tanh(), nn.Linear(9, 3))
+
+
+@pytest.mark.parametrize("change", [clamp, scale_a_row, replace, leave])
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (2, "fp32"), (3, "fp32")])
+def test_a_change_of_data_that_would_be_undone_is_noticed(
+    two_ranks: RankPool, stage: int, dtype: str, change: Callable[[nn.Module], None]
+) -> None:
+    """In the first micro-batch, if it changes anything."""
+    for warnings in two_ranks.run(warnings_of, stage, dtype, call, partial(changed, change)):
+        assert len(warnings) == (change is not leave and (stage, dtype) != (0, "fp32"))
+        assert all("edit_weights(): 0.weight: the next step undoes this" in w for w in warnings)
+
+
+def clamp_data_before_each_step(engine: Any, batch: Tensor) -> Any:
+    with engine.edit_weights() as complete:
+        complete[0].weight.data.clamp_(-0.1, 0.1)
+    return call(engine, batch)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_edit_of_data_is_no_false_alarm(two_ranks: RankPool, stage: int) -> None:
+    assert two_ranks.run(warnings_of, stage, "fp32", clamp_data_before_each_step) == [[], []]
 
 
 def half_frozen() -> nn.Module:

@@ -70,7 +70,6 @@ READS: dict[Compute, str] = {
     listed: "stack was called with parameter 'first.weight' outside of the module that has it",
     called_by_vmap: "Linear was called inside of a function of torch.func",
 }
-REFUSED = READS | {follow: "mul was called with parameter 'follower.weight' outside of the module"}
 
 
 def described(engine: Any, batch: Tensor) -> Tensor:
@@ -82,6 +81,24 @@ def described(engine: Any, batch: Tensor) -> Tensor:
     parameter = next(module.parameters())
     assert parameter.data.dtype == torch.float32 and repr(module) and hash(parameter)
     return engine(batch.to(parameter.device, parameter.dtype)).square().mean()
+
+
+def converted(engine: Any, batch: Tensor) -> Tensor:
+    """To what it is already, as the routers of mixtures of experts do with their own layer."""
+    engine.module.first = engine.module.first.to(torch.float32)
+    weight = engine.module.first.weight
+    assert weight.to(batch.device).contiguous().type(weight.dtype) is weight and weight.type()
+    return engine(batch.to(weight).type_as(weight)).square().mean()
+
+
+def halved(engine: Any, batch: Tensor) -> Tensor:
+    return engine(batch).square().mean() + engine.module.first.weight.type(torch.bfloat16).sum()
+
+
+REFUSED = READS | {
+    follow: "mul was called with parameter 'follower.weight' outside of the module",
+    halved: "type was called with parameter 'first.weight' outside of the module that has it",
+}
 
 
 def gathered(engine: Any, batch: Tensor) -> Tensor:
@@ -154,7 +171,12 @@ def test_reading_an_empty_weight_is_refused_by_name(two_ranks: RankPool, compute
 
 @pytest.mark.parametrize(
     ("compute", "unused"),
-    [*((compute, "zeros") for compute in READS), (described, "error"), (gathered, "error")],
+    [
+        *((compute, "zeros") for compute in READS),
+        (described, "error"),
+        (converted, "error"),
+        (gathered, "error"),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_what_is_there_can_be_read(two_ranks: RankPool, compute: Compute, unused: str) -> None:
@@ -162,3 +184,22 @@ def test_what_is_there_can_be_read(two_ranks: RankPool, compute: Compute, unused
     for found in two_ranks.run(outcome, compute, unused):
         for path, weight in expected.items():
             torch.testing.assert_close(found[path], weight, rtol=1e-5, atol=1e-6, msg=path)
+
+
+def fails(engine: Any, batch: Tensor) -> Tensor:
+    return engine.module.last(batch[:, :3]).square().mean()
+
+
+def error_and_next() -> tuple[str, dict[str, Tensor] | str]:
+    """The error of a module that had its weights, and what a training comes to after it."""
+    engines = engines_of(Net(), Feed(fails), 3, optimizer=SGD, unused_parameters="zeros")
+    with pytest.raises(RuntimeError) as caught:
+        train(engines, BATCHES)
+    engines.close()
+    return str(caught.value), outcome(described, "zeros")
+
+
+def test_an_error_in_a_gathered_module_stays_the_error(two_ranks: RankPool) -> None:
+    for error, found in two_ranks.run(error_and_next):
+        assert "mat1 and mat2 shapes cannot be multiplied" in error
+        assert isinstance(found, dict)
