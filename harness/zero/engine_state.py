@@ -133,13 +133,27 @@ def weights_are_finite(ds: Any) -> bool:
 
     They are its shard of the fp32 masters, or at fp32 stage 0 the parameters themselves.
     """
-    masters = getattr(ds.optimizer, "fp32_partitioned_groups_flat", None)  # zero/stage3.py
-    if masters is None:
-        masters = [p for group in base_optimizer(ds).param_groups for p in group["params"]]
+    if hasattr(ds.optimizer, "fp32_partitioned_groups_flat"):
+        masters = _without_padding(ds.optimizer)
+    else:
+        masters = (p for group in base_optimizer(ds).param_groups for p in group["params"])
     masters = [tensor.detach() for tensor in masters if tensor.numel()]
     # The largest magnitudes, of which NaN is the largest; a sum of squares could overflow.
     largest = torch._foreach_norm(masters, math.inf)  # pyright: ignore[reportPrivateImportUsage]
     return all(torch.stack(largest).isfinite().tolist()) if masters else True
+
+
+def _without_padding(optimizer: Any) -> Iterator[Tensor]:
+    """The masters of stage 3's shards (zero/stage3.py). What is behind the end of a parameter is
+    whatever the memory held before, and may be NaN."""
+    flats = optimizer.fp32_partitioned_groups_flat
+    for flat, members in zip(flats, optimizer.fp16_groups, strict=True):
+        offset = 0
+        for parameter in members:
+            size, rank = parameter.partition_numel(), dist.get_rank(parameter.ds_process_group)
+            start, stop = shard_range(numel=parameter.ds_numel, size=size, rank=rank)
+            yield flat[offset : offset + stop - start]
+            offset += size
 
 
 def _unflattened(flat: Tensor, like: list[Tensor]) -> list[Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from harness import distributed
 from harness.checkpoint.inspect import describe_path
@@ -18,7 +19,7 @@ from harness.run import run_in_world
 from harness.testing.pool import RankPool
 from harness.trainer import Trainer
 from harness.zero.engine_state import base_optimizer
-from tests.support.helpers import checkpoint, error_of, log_text, tiny_config
+from tests.support.helpers import Pools, checkpoint, error_of, log_text, tiny_config
 
 
 def poison(ds: Any) -> None:
@@ -41,6 +42,37 @@ def poisoned_at(config: Config, step: int, rank: int) -> None:
     with pytest.MonkeyPatch.context() as patch, suppress(NonFiniteError):
         patch.setattr(Trainer, "step", and_poison)
         run_in_world(config)
+
+
+def train_in_used_memory(config: Config) -> None:
+    """A run whose new tensors are NaN until they are written."""
+    torch.use_deterministic_algorithms(True)  # fills them
+    try:
+        assert torch.empty(1).isnan()
+        run_in_world(config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "stage", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 2))]
+)
+@pytest.mark.parametrize("engine", [{}, {"ds_overrides": {"bf16": {"enabled": True}}}], ids=str)
+def test_what_memory_held_is_not_in_the_weights(
+    pools: Pools, tmp_path: Path, stage: int, engine: dict[str, Any]
+) -> None:
+    """DeepSpeed leaves it in the padding of stage 3's shards: on 3 ranks all have some."""
+    configs = [
+        tiny_config(tmp_path, stage, run={"steps": 3, "name": name}, engines={"net": engine})
+        for name in ("new", "used")
+    ]
+    for config, train in zip(configs, (run_in_world, train_in_used_memory), strict=True):
+        pools(3).run(train, config)
+        assert read_manifest(checkpoint(config, 3)).finite
+        convert(config.run_dir, config.run_dir / "x.sft", Options(), lambda _: None)
+    new, used = (load_file(config.run_dir / "x.sft") for config in configs)
+    assert new.keys() == used.keys()
+    assert all(torch.equal(new[name], used[name]) for name in new)
 
 
 BF16 = {"ds_overrides": {"bf16": {"enabled": True}}}
