@@ -208,7 +208,8 @@ def checked_stats(stats: Any, source: str) -> dict[str, torch.Tensor | float]:
     checked: dict[str, torch.Tensor | float] = {}
     for name, value in stats.items():  # tensors first: there may be hundreds in each micro-batch
         if isinstance(value, torch.Tensor) and not value.is_complex():
-            checked[name] = value.detach()  # else it keeps its graph until it is written
+            # With its graph it would keep the activations until it is written.
+            checked[name] = value.detach() if value.requires_grad else value
         elif isinstance(value, float | int | np.floating | np.integer | np.bool_):
             checked[name] = float(value)
         elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
