@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from harness.errors import ConfigError, TaskError
@@ -141,3 +142,8 @@ def enclosing_names(name: str) -> list[str]:
     and "a.b.weight"."""
     path = name.split(".")
     return [".".join(path[:count]) for count in range(1, len(path) + 1)]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a part of it is compiled by torch."""
+    return any(getattr(each, "_compiled_call_impl", None) for each in module.modules())

@@ -14,9 +14,9 @@ from torch import nn
 
 from harness import distributed
 from harness.errors import first_few
+from harness.utils import is_compiled
 from harness.zero import engine_state, fetches
 from harness.zero.file_trees import FileTrees
-from harness.zero.reads import is_compiled
 from harness.zero.writes import Writes
 
 log = logging.getLogger(__name__)

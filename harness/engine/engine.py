@@ -129,9 +129,8 @@ class Engine:
             adapted = adapt(model, self._config.lora)
             log.info("engine %s: LoRA adapters for %s", self.name, ", ".join(adapted))
         with config_errors_of(f"engines.{self.name}"):
-            frozen = freeze(model, self._config.frozen)
-        if frozen:
-            log.info("engine %s: frozen: %s", self.name, ", ".join(frozen))
+            if frozen := freeze(model, self._config.frozen):
+                log.info("engine %s: frozen: %s", self.name, ", ".join(frozen))
         trainable.check_trainable(self.name, model)
         trainable.check_renormed(self.name, model, self._config)
 

@@ -13,8 +13,8 @@ Its files, from the top down:
     module_state.py   a model's state dict, loaded in linear time
     norms.py          the norm that decides whether a step is taken
     arrivals.py       which gradients arrive in a backward, in which order; zeros for the others
-    reads.py          refuses what reads weights that are not gathered, at stage 3
     writes.py         notices what changes weights through `weight.data`
+    reads.py          refuses what reads weights that are not gathered, at stage 3
     notes.py          what a rank did in a micro-batch, if a collective in it fails
     buckets.py        where stages 1 to 3 collect gradients
     fetches.py        which modules' weights stage 3 gathers

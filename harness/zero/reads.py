@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from harness.errors import TaskError
+from harness.utils import is_compiled
 from harness.zero import fetches
 
 _DESCRIBES = {
@@ -40,7 +41,7 @@ class _Reads(TorchFunctionMode):
         if torch.compiler.is_compiling():  # torch's compiler reads this, too
             return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        is_alias = name == "detach" or (name == "__get__" and _attribute(func) in _ALIASES)
+        is_alias = name == "detach" or (name == "__get__" and attribute(func) in _ALIASES)
         reads = not is_alias and name not in _DESCRIBES and name != "__get__"
         if name in _CONVERTS:
             result = func(*args, **(kwargs or {}))
@@ -73,7 +74,8 @@ class _Reads(TorchFunctionMode):
         )
 
 
-def _attribute(getter: Any) -> str:
+def attribute(getter: Any) -> str:
+    """The name of the attribute that a getter or setter is of, as a TorchFunctionMode sees it."""
     return getattr(getattr(getter, "__self__", None), "__name__", "")
 
 
@@ -88,8 +90,3 @@ def refused(engine: str, module: nn.Module) -> Iterator[None]:
         return
     with _Reads(engine, module):
         yield
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a part of it is compiled by torch."""
-    return any(getattr(each, "_compiled_call_impl", None) for each in module.modules())

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from harness.zero.fetches import is_missing
 from harness.zero.parameters import is_sharded
+from harness.zero.reads import attribute
 
 _DATA_OF = "ds_data_of"
 """The attribute of `weight.data`: the weight's name."""
@@ -42,7 +43,7 @@ class Writes(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         is_accessor = name in ("__get__", "__set__")
-        if is_accessor and getattr(getattr(func, "__self__", None), "__name__", "") == "data":
+        if is_accessor and attribute(func) == "data":
             return self._access(func, name, *args)
         path = "" if is_accessor else _written(name, args)
         before = args[0].clone() if path else None

@@ -54,10 +54,13 @@ def train_in_used_memory(config: Config) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+BF16 = {"ds_overrides": {"bf16": {"enabled": True}}}
+
+
 @pytest.mark.parametrize(
     "stage", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 2))]
 )
-@pytest.mark.parametrize("engine", [{}, {"ds_overrides": {"bf16": {"enabled": True}}}], ids=str)
+@pytest.mark.parametrize("engine", [{}, BF16], ids=str)
 def test_what_memory_held_is_not_in_the_weights(
     pools: Pools, tmp_path: Path, stage: int, engine: dict[str, Any]
 ) -> None:
@@ -73,9 +76,6 @@ def test_what_memory_held_is_not_in_the_weights(
     new, used = (load_file(config.run_dir / "x.sft") for config in configs)
     assert new.keys() == used.keys()
     assert all(torch.equal(new[name], used[name]) for name in new)
-
-
-BF16 = {"ds_overrides": {"bf16": {"enabled": True}}}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from harness import distributed
@@ -15,6 +16,9 @@ from harness.task import Task
 from tests.support.helpers import tiny_config
 
 Feeder = Callable[[Any, Any], Any]
+SGD = {"name": "torch.optim:SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+BATCHES = list(torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0)))
+"""Of 4 samples of 8 numbers."""
 
 
 def engines_of(

@@ -12,10 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from harness.errors import TaskError
 from harness.testing.pool import RankPool
-from tests.support.small_loop import engines_of, train, weights_of
-
-BATCHES = list(torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0)))
-SGD = {"name": "torch.optim:SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+from tests.support.small_loop import BATCHES, SGD, engines_of, train, weights_of
 
 
 class Net(nn.Module):

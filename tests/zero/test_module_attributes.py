@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from harness.task import default_feeder
 from harness.testing.pool import RankPool
-from tests.support.small_loop import engines_of, train, weights_of
+from tests.support.small_loop import SGD, engines_of, train, weights_of
 
 
 class Body(nn.Module):
@@ -119,7 +119,6 @@ BATCHES = [
     torch.arange(5, 17).view(4, 3) % 5,
     torch.ones(4, 3).long(),
 ]
-SGD = {"name": "torch.optim:SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
 
 
 def trained(kind: type[nn.Module], stage: int) -> dict[str, Tensor]:

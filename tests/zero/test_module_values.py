@@ -14,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from harness.testing.pool import RankPool
 from tests.support.quick import quick
-from tests.support.small_loop import engines_of, train, weights_of
+from tests.support.small_loop import SGD, engines_of, train, weights_of
 
-SGD = {"name": "torch.optim:SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
 STEPS = 4
 MODELS: dict[str, type["Model"]] = {}
 
